@@ -148,7 +148,9 @@ def options() -> str:
         panels: dict[str, list[Any]] = {}
         for parameter in command.params:
             if not getattr(parameter, "hidden", False):
-                panels.setdefault(getattr(parameter, "rich_help_panel", None) or "Arguments", []).append(parameter)
+                panels.setdefault(
+                    getattr(parameter, "rich_help_panel", None) or "Arguments", []
+                ).append(parameter)
         for panel, parameters in panels.items():
             lines += [
                 f"**{panel}**",
@@ -171,12 +173,22 @@ def _commands(group: Any, path: list[str]) -> Iterator[tuple[str, Any]]:
 
 def _text(text: str | None) -> list[str]:
     """The paragraphs of a help text. One that begins with a star is a footnote, not a list."""
-    return [line for paragraph in (text or "").split("\n\n") for line in (paragraph.replace("* ", r"\* ", 1), "")]
+    return [
+        line
+        for paragraph in (text or "").split("\n\n")
+        for line in (paragraph.replace("* ", r"\* ", 1), "")
+    ]
 
 
 def _row(parameter: Any) -> str:
-    names = [*parameter.opts, *parameter.secondary_opts] if parameter.param_type_name == "option" else []
-    value = "" if getattr(parameter, "is_flag", False) else parameter.metavar or parameter.name.upper()
+    names = (
+        [*parameter.opts, *parameter.secondary_opts]
+        if parameter.param_type_name == "option"
+        else []
+    )
+    value = (
+        "" if getattr(parameter, "is_flag", False) else parameter.metavar or parameter.name.upper()
+    )
     told = " ".join(filter(None, [", ".join(names), value]))
     help, _, default = (parameter.help or "").partition(" (default: ")
     if parameter.param_type_name == "argument" and parameter.required:

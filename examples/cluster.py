@@ -35,7 +35,13 @@ from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, bran
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.attention.spans import Layout, common_span, far_spans, open_spans
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
-from longnet_cli.basics.sizes import format_bytes, format_count, format_duration, format_size, parse_size
+from longnet_cli.basics.sizes import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_size,
+    parse_size,
+)
 from longnet_cli.jobs.estimating import ReadingPlan, reading_memory, spilled_bytes
 from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
@@ -99,17 +105,28 @@ def find_machine(name: str) -> Machine:
     if not of_own:
         kind, _, count = name.partition("x")
         if kind not in facts or not (count or "1").isdigit():
-            raise ConfigError(f"--on {name}: known are {', '.join(f'{kind}xN' for kind in facts)}, and .toml files")
+            raise ConfigError(
+                f"--on {name}: known are {', '.join(f'{kind}xN' for kind in facts)}, and .toml files"
+            )
         facts = facts[kind] | {"devices": int(count or 1)}
     if facts.get("device") not in ("cpu", "cuda") or facts.get("dtype") not in ("fp32", "bf16"):
         raise ConfigError(f"--on {name}: device is cpu or cuda, and dtype is fp32 or bf16")
     known = {by: list(facts[by]) for by in KNOWN_BY if by in facts}
     given = list(itertools.chain(*known.values()))
-    if wrong := sorted({*given} ^ {*RATES}) or sorted(rate for rate in RATES if given.count(rate) > 1):
-        raise ConfigError(f"--on {name}: {wrong[0]}: each of {', '.join(RATES)} belongs into one table")
+    if wrong := sorted({*given} ^ {*RATES}) or sorted(
+        rate for rate in RATES if given.count(rate) > 1
+    ):
+        raise ConfigError(
+            f"--on {name}: {wrong[0]}: each of {', '.join(RATES)} belongs into one table"
+        )
     rates = {rate: float(value) for by in known for rate, value in facts[by].items()}
     sizes = facts.get("devices", 1), facts.get("node", 1)
-    if min(*sizes, *(value for rate, value in rates.items() if rate not in ("message", "reserved"))) <= 0:
+    if (
+        min(
+            *sizes, *(value for rate, value in rates.items() if rate not in ("message", "reserved"))
+        )
+        <= 0
+    ):
         raise ConfigError(f"--on {name}: devices, node and rates must be positive")
     return Machine(name, facts["device"], facts["dtype"], *sizes, rates, known)
 
@@ -117,7 +134,9 @@ def find_machine(name: str) -> Machine:
 HIDDEN = "exchange, hidden"  # a part of the time that other parts cover
 ROOM = 0.9  # share of a device's memory that a plan may fill: allocators leave gaps
 BACKWARD_MOVES = 2  # bytes that elementwise operations move in a backward pass, times the forward's
-UPDATE_BYTES = 40  # per parameter: AdamW reads and writes weights and moments, clipping the gradients
+UPDATE_BYTES = (
+    40  # per parameter: AdamW reads and writes weights and moments, clipping the gradients
+)
 TENSORS = 20  # parameters of a layer: without FSDP, each has its own all-reduce
 
 
@@ -151,7 +170,10 @@ def ordered(plans: Sequence[Plan]) -> list[Plan]:
 
     Plans come in with the simplest first, which stay before others whose three printed digits are the same.
     """
-    return sorted(plans, key=lambda plan: (not plan.fits, float(f"{plan.total if plan.fits else plan.peak:.3g}")))
+    return sorted(
+        plans,
+        key=lambda plan: (not plan.fits, float(f"{plan.total if plan.fits else plan.peak:.3g}")),
+    )
 
 
 class Shared(NamedTuple):
@@ -179,18 +201,31 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
     shape = 1, 0, config.kv_heads, config.head_dim
     seconds = 0.0
     for numbers in (exchange.sizes(exchange.sent, shape), exchange.sizes(exchange.received, shape)):
-        inside = sum(n for peer, n in enumerate(numbers) if peer // machine.node == rank // machine.node)
+        inside = sum(
+            n for peer, n in enumerate(numbers) if peer // machine.node == rank // machine.node
+        )
         slower = max(inside / rates["node_link"], (sum(numbers) - inside) / rates["network"])
-        seconds = max(seconds, machine.itemsize * slower + rates["message"] * sum(n > 0 for n in numbers))
+        seconds = max(
+            seconds, machine.itemsize * slower + rates["message"] * sum(n > 0 for n in numbers)
+        )
     attended = [parcel for parcel in exchange.joined if parcel.attended]
     far = machine.itemsize * sum(exchange.sizes([attended], shape))
     summed = 0
     if cut and config.causal:
         for level, begin, end in open_spans(pattern, start + whole):
             mine = common_span(pattern, level, begin, start, end)
-            summed += 2 * 4 * config.head_dim * sum(Layout(pattern, config.num_heads, config.kv_heads).counts(mine))
+            summed += (
+                2
+                * 4
+                * config.head_dim
+                * sum(Layout(pattern, config.num_heads, config.kv_heads).counts(mine))
+            )
     flops = shard_flops(config, edges[rank], edges[rank + 1], tokens)
-    mean = (config.attention_flops(start + whole) - config.attention_flops(start)) / config.num_layers / sp
+    mean = (
+        (config.attention_flops(start + whole) - config.attention_flops(start))
+        / config.num_layers
+        / sp
+    )
     return Shared(seconds, far, summed, max(1.0, flops / mean))
 
 
@@ -237,7 +272,9 @@ def seconds_by_part(
     exchanges = sequences * chunks * config.num_layers
     forward = work.attention / work.forwards / rates["attention"]  # seconds per token, of one pass
     backward = work.attention_backward / rates["attention_backward"]
-    near = tokens / sp / chunks / config.num_layers  # tokens times layers of the attention that hides an exchange
+    near = (
+        tokens / sp / chunks / config.num_layers
+    )  # tokens times layers of the attention that hides an exchange
     covers = [(work.forwards, near * forward), (bool(back), near * backward)]
     layers, logits = moved_bytes(config, machine.itemsize)
     moved = (work.forwards + back) * layers + (work.logits + back * predicted) * logits
@@ -254,10 +291,14 @@ def seconds_by_part(
 
 def meshes(machine: Machine, sp: int | None = None, dp: int | None = None) -> list[tuple[int, int]]:
     """Return every (sp, dp) that uses all devices, with those that are named. Raises ConfigError where none does."""
-    every = [(n, machine.devices // n) for n in range(1, machine.devices + 1) if machine.devices % n == 0]
+    every = [
+        (n, machine.devices // n) for n in range(1, machine.devices + 1) if machine.devices % n == 0
+    ]
     named = [(n, groups) for n, groups in every if sp in (None, n) and dp in (None, groups)]
     if not named:
-        raise ConfigError(f"dp x sp is {dp or 'any'} x {sp or 'any'}, and there are {machine.devices} devices")
+        raise ConfigError(
+            f"dp x sp is {dp or 'any'} x {sp or 'any'}, and there are {machine.devices} devices"
+        )
     return named
 
 
@@ -267,18 +308,35 @@ def training_plans(recipe: Recipe, machine: Machine) -> list[Plan]:
     What it names of sp, dp, shard, chunk and activation_checkpointing stays; of the rest, every choice is tried.
     """
     if recipe.train.dtype not in ("auto", machine.dtype):
-        raise ConfigError(f"the rates of {machine.name} are of {machine.dtype}, not of {recipe.train.dtype}")
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": machine.dtype})})
+        raise ConfigError(
+            f"the rates of {machine.name} are of {machine.dtype}, not of {recipe.train.dtype}"
+        )
+    recipe = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"dtype": machine.dtype})}
+    )
     named, train, plans, refusal = recipe.parallel, recipe.train, [], None
     shards = [named.shard] if "shard" in named.model_fields_set else ["none", "full"]
     if machine.devices == 1 or recipe.optimizer.name == "muon":
         shards = ["none"]
-    again = [train.activation_checkpointing] if "activation_checkpointing" in train.model_fields_set else [False, True]
-    for (sp, dp), shard, checkpoints in itertools.product(meshes(machine, named.sp, named.dp), shards, again):
+    again = (
+        [train.activation_checkpointing]
+        if "activation_checkpointing" in train.model_fields_set
+        else [False, True]
+    )
+    for (sp, dp), shard, checkpoints in itertools.product(
+        meshes(machine, named.sp, named.dp), shards, again
+    ):
         parallel = named.model_copy(update={"sp": sp, "dp": dp, "shard": shard})
-        update = {"train": train.model_copy(update={"activation_checkpointing": checkpoints}), "parallel": parallel}
+        update = {
+            "train": train.model_copy(update={"activation_checkpointing": checkpoints}),
+            "parallel": parallel,
+        }
         try:
-            plans.append(training_plan(recipe.model_copy(update=update), machine, Ranks(0, machine.devices, sp)))
+            plans.append(
+                training_plan(
+                    recipe.model_copy(update=update), machine, Ranks(0, machine.devices, sp)
+                )
+            )
         except ConfigError as error:
             refusal = error
     if refusal and not plans:
@@ -288,8 +346,15 @@ def training_plans(recipe: Recipe, machine: Machine) -> list[Plan]:
 
 def training_plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
     """Return the plan for these ranks, with the recipe's chunk or the longest that fits. Raises as `check_ranks`."""
-    config, device, room = recipe.model, torch.device(machine.device), ROOM * machine.rates["memory"]
-    longest, program = max(recipe.train.stages, key=lambda stage: stage.seq_len), int(machine.rates["reserved"])
+    config, device, room = (
+        recipe.model,
+        torch.device(machine.device),
+        ROOM * machine.rates["memory"],
+    )
+    longest, program = (
+        max(recipe.train.stages, key=lambda stage: stage.seq_len),
+        int(machine.rates["reserved"]),
+    )
     if not recipe.names_chunk:
 
         def needed(chunk: int) -> int:
@@ -303,11 +368,20 @@ def training_plan(recipe: Recipe, machine: Machine, ranks: Ranks) -> Plan:
         recipe = recipe.with_chunk(chunk or min([shortest, *powers, most], key=needed))
     check_ranks(recipe, ranks)
     steps = {stage: step_seconds(recipe, stage, machine, ranks) for stage in recipe.train.stages}
-    far = config.num_layers * shared(config, machine, longest.seq_len, recipe.train.chunk, ranks.sp).far
+    far = (
+        config.num_layers
+        * shared(config, machine, longest.seq_len, recipe.train.chunk, ranks.sp).far
+    )
     memory = {"program": program, **training_memory(recipe, device, ranks), "far rows": far}
-    again = " --set train.activation_checkpointing=true" if recipe.train.activation_checkpointing else ""
+    again = (
+        " --set train.activation_checkpointing=true"
+        if recipe.train.activation_checkpointing
+        else ""
+    )
     mesh = f"--sp {ranks.sp} --dp {ranks.dp} --chunk {format_size(recipe.train.chunk)}"
-    total = sum(stage.steps * (sum(parts.values()) - parts[HIDDEN]) for stage, parts in steps.items())
+    total = sum(
+        stage.steps * (sum(parts.values()) - parts[HIDDEN]) for stage, parts in steps.items()
+    )
     options = f"{mesh} --shard {recipe.parallel.shard}{again}"
     return Plan(options, memory, steps[longest], recipe.step_tokens(longest), total, room)
 
@@ -331,7 +405,13 @@ def step_seconds(recipe: Recipe, stage: Stage, machine: Machine, ranks: Ranks) -
 
 
 def reading_plans(
-    net: Net, machine: Machine, tokens: int, documents: int, chunk: int | None, scores: bool, spill: bool
+    net: Net,
+    machine: Machine,
+    tokens: int,
+    documents: int,
+    chunk: int | None,
+    scores: bool,
+    spill: bool,
 ) -> list[Plan]:
     """Return plans for reading `documents` of so many tokens, each by one group of devices, in order."""
     config, rates = net.config, machine.rates
@@ -343,12 +423,19 @@ def reading_plans(
     flops, attention = read.product_flops(scores) / tokens, read.attention_flops() / tokens
     for sp, dp in meshes(machine, None if shareable else 1):
         ranks = Ranks(0, sp, sp)
-        exchanging = config.causal or tokens <= chunk * sp  # a longer bidirectional one is read layer by layer
+        exchanging = (
+            config.causal or tokens <= chunk * sp
+        )  # a longer bidirectional one is read layer by layer
         how = {"scores": scores, "spill": spill or not config.causal}
-        memory = {"program": int(rates["reserved"]), **reading_memory(net, read, chunk, machine.dtype, ranks, **how)}
+        memory = {
+            "program": int(rates["reserved"]),
+            **reading_memory(net, read, chunk, machine.dtype, ranks, **how),
+        }
         # what a bidirectional net keeps between its layers: on the device, in the host's memory, or on a disk
         kept = 0 if config.causal else spilled_bytes(net, read, chunk, machine.dtype, ranks)
-        beside = not spill and (machine.device == "cpu" or sum(memory.values()) + kept <= 0.5 * rates["memory"])
+        beside = not spill and (
+            machine.device == "cpu" or sum(memory.values()) + kept <= 0.5 * rates["memory"]
+        )
         traffic = 0 if beside or not kept else 3 * 4 * config.dim * config.num_layers * tokens / sp
         memory["hidden"] += kept * beside
         work = StepFlops(flops, attention, 0.0, 1, scores)
@@ -360,7 +447,17 @@ def reading_plans(
         total = ceil(documents / dp) * (sum(seconds.values()) - seconds[HIDDEN])
         options = f"--sp {sp} --dp {dp} --chunk {format_size(chunk)}"
         idle = sp * max(0, dp - documents)
-        plans.append(Plan(options, memory, seconds, tokens * min(dp, documents), total, ROOM * rates["memory"], idle))
+        plans.append(
+            Plan(
+                options,
+                memory,
+                seconds,
+                tokens * min(dp, documents),
+                total,
+                ROOM * rates["memory"],
+                idle,
+            )
+        )
     return ordered(plans)
 
 
@@ -369,7 +466,11 @@ def started(command: Sequence[str], options: str, machine: Machine) -> str:
     nodes, words = machine.devices // machine.node, f"{shlex.join(command)} {options}"
     if machine.devices == 1:
         return f"longnet {words}"
-    where = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" if nodes > 1 else "--standalone"
+    where = (
+        f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+        if nodes > 1
+        else "--standalone"
+    )
     return f"torchrun {where} --nproc-per-node {min(machine.node, machine.devices)} -m longnet_cli {words}"
 
 
@@ -392,7 +493,11 @@ def show(
         return "#" * round(30 * part / whole)
 
     best, fitting = plans[0], sum(plan.fits for plan in plans)
-    line("machine", machine.name, f"devices: {machine.devices:,}, {machine.node} per node, {machine.dtype}")
+    line(
+        "machine",
+        machine.name,
+        f"devices: {machine.devices:,}, {machine.node} per node, {machine.dtype}",
+    )
     line("plan", "", best.options)
     if best.idle:
         line(
@@ -409,7 +514,11 @@ def show(
     for kind, size in best.memory.items():
         if size:
             line(kind, format_bytes(size), bar(size, best.peak))
-    line("peak memory", format_bytes(best.peak), f"of a device; a plan may fill {format_bytes(best.room)}\n")
+    line(
+        "peak memory",
+        format_bytes(best.peak),
+        f"of a device; a plan may fill {format_bytes(best.room)}\n",
+    )
     for part, seconds in best.seconds.items():
         note = "while attention runs" if part == HIDDEN else bar(seconds, best.at_once)
         if seconds:
@@ -418,7 +527,11 @@ def show(
     line(what, format_duration(best.at_once), f"{format_count(best.tokens)} tokens, {speed}")
     line("in all", format_duration(best.total), "\n")
     for plan in plans[1:]:
-        line(format_duration(plan.total), format_bytes(plan.peak), plan.options + ", does not fit" * (not plan.fits))
+        line(
+            format_duration(plan.total),
+            format_bytes(plan.peak),
+            plan.options + ", does not fit" * (not plan.fits),
+        )
     if fitting:
         print(f"\n{started(command, best.options, machine)}\n")
     for by, rates in machine.known.items():
@@ -428,7 +541,9 @@ def show(
         raise typer.Exit(5)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
+)
 Size = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE")]
 NARROW = "window:1Ki"  # a pattern that keeps little, to propose where nothing fits
 
@@ -442,19 +557,34 @@ def size_option(text: str) -> Any:
 def plan_command(
     recipe: Annotated[str | None, typer.Argument(help="A recipe, to plan training by it.")] = None,
     on: Annotated[str, typer.Option(help="h100x8, h200x64, a100x8, or a .toml file.")] = "h100x8",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="A key of the recipe: train.chunk=64Ki")] = None,
-    model: Annotated[str | None, typer.Option(help="A model, to plan reading in place of training.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A key of the recipe: train.chunk=64Ki")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model, to plan reading in place of training.")
+    ] = None,
     tokens: Annotated[int | None, size_option("The tokens of each document to read.")] = None,
     documents: Annotated[int, size_option("The number of documents to read.")] = 1,
     pattern: Annotated[
         Pattern | None,
-        typer.Option(parser=parse_pattern, metavar="PATTERN", help="Read by this pattern, not the model's own."),
+        typer.Option(
+            parser=parse_pattern,
+            metavar="PATTERN",
+            help="Read by this pattern, not the model's own.",
+        ),
     ] = None,
     chunk: Annotated[
-        int | None, size_option("The tokens that a device reads at a time; otherwise, as many as commands take.")
+        int | None,
+        size_option(
+            "The tokens that a device reads at a time; otherwise, as many as commands take."
+        ),
     ] = None,
-    encode: Annotated[bool, typer.Option("--encode", help="Make vectors; otherwise, tokens are scored.")] = False,
-    spill: Annotated[bool, typer.Option("--spill", help="Keep on a disk what --spill of the commands keeps.")] = False,
+    encode: Annotated[
+        bool, typer.Option("--encode", help="Make vectors; otherwise, tokens are scored.")
+    ] = False,
+    spill: Annotated[
+        bool, typer.Option("--spill", help="Keep on a disk what --spill of the commands keeps.")
+    ] = False,
 ) -> None:
     """Print memory and time of training by a recipe, or of reading documents, for every way to share it."""
     machine = find_machine(on)
@@ -486,12 +616,17 @@ def plan_command(
 
     others = {} if spill else {"--spill": partial(plans, pattern, True)}
     others |= {f"--pattern {NARROW}": partial(plans, parse_pattern(NARROW), spill)}
-    asked = [*(["--pattern", format_pattern(pattern)] if pattern else ()), *(["--spill", "."] if spill else ())]
+    asked = [
+        *(["--pattern", format_pattern(pattern)] if pattern else ()),
+        *(["--spill", "."] if spill else ()),
+    ]
     command = ["encode" if encode else "score", "DOCUMENTS", "--model", model, *asked, "-o", "rows"]
     show(plans(pattern, spill), machine, "at once", command, others)
 
 
-SECONDS = 0.5  # per rate; the fastest run counts, because other work on the machine only slows a run
+SECONDS = (
+    0.5  # per rate; the fastest run counts, because other work on the machine only slows a run
+)
 TOKENS, DIM, HEADS = 1 << 11, 512, 8  # of products, attention and elementwise operations
 BYTES = 1 << 24  # of a message, and of a file
 
@@ -528,25 +663,39 @@ def measured_rates(where: torch.device, dtype: str, ranks: Ranks, folder: Path) 
         return ranks.largest(fastest(run, where, ranks))
 
     x, weight = torch.randn(TOKENS, DIM, **made), torch.randn(4 * DIM, DIM, **made)
-    rates = {"products": 2 * weight.numel() * TOKENS / best(lambda: F.linear(x, weight)), "share": 1.0}
+    rates = {
+        "products": 2 * weight.numel() * TOKENS / best(lambda: F.linear(x, weight)),
+        "share": 1.0,
+    }
     pattern = Pattern((TOKENS,), (1,))
-    q, k, v = (torch.randn(1, TOKENS, HEADS, DIM // HEADS, requires_grad=True, **made) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, TOKENS, HEADS, DIM // HEADS, requires_grad=True, **made) for _ in range(3)
+    )
     flops = attention_flops(pattern, HEADS, DIM // HEADS, TOKENS, True)
     with torch.no_grad():
         rates["attention"] = flops / best(lambda: dilated_attention(q, k, v, pattern, causal=True))
     out = dilated_attention(q, k, v, pattern, causal=True)
     back = best(lambda: torch.autograd.grad(out, (q, k, v), out.detach(), retain_graph=True))
     rates["attention_backward"] = BACKWARD_FLOPS * flops / back
-    wide, moved = F.linear(x, weight), (5 * x.numel() + 4 * weight.shape[0] * TOKENS) * x.element_size()
+    wide, moved = (
+        F.linear(x, weight),
+        (5 * x.numel() + 4 * weight.shape[0] * TOKENS) * x.element_size(),
+    )
 
-    def elementwise() -> tuple[torch.Tensor, torch.Tensor]:  # as in a layer: they move x five times, `wide` four times
+    def elementwise() -> tuple[
+        torch.Tensor, torch.Tensor
+    ]:  # as in a layer: they move x five times, `wide` four times
         return F.layer_norm(x, x.shape[1:]) + x, F.layer_norm(F.gelu(wide), wide.shape[1:])
 
     rates["bandwidth"] = moved / best(elementwise)
     if ranks.world > 1:
-        sent, empty = (torch.ones(n * ranks.world, device=where) for n in (BYTES // 4 // ranks.world, 1))
+        sent, empty = (
+            torch.ones(n * ranks.world, device=where) for n in (BYTES // 4 // ranks.world, 1)
+        )
         got, share = torch.empty_like(sent), BYTES * (ranks.world - 1) / ranks.world
-        rates["message"] = best(lambda: dist.all_to_all_single(empty.clone(), empty)) / (ranks.world - 1)
+        rates["message"] = best(lambda: dist.all_to_all_single(empty.clone(), empty)) / (
+            ranks.world - 1
+        )
         rates["node_link"] = share / best(lambda: dist.all_to_all_single(got, sent))
 
     def rewrite() -> None:
@@ -556,7 +705,10 @@ def measured_rates(where: torch.device, dtype: str, ranks: Ranks, folder: Path) 
     with tempfile.TemporaryFile(dir=folder) as file:
         rates["disk"] = BYTES / best(rewrite)
     free = (free_memory(where) or 0) / (1 if where.type == "cuda" else ranks.world)
-    return rates | {"memory": free + resident_memory(where), "reserved": float(resident_memory(where))}
+    return rates | {
+        "memory": free + resident_memory(where),
+        "reserved": float(resident_memory(where)),
+    }
 
 
 def fastest(run: Callable[[], object], device: torch.device, ranks: Ranks) -> float:
@@ -574,7 +726,11 @@ def fastest(run: Callable[[], object], device: torch.device, ranks: Ranks) -> fl
 
 def clock(device: torch.device) -> float:
     """Return seconds: of a CPU, only those in which this process computes, whatever else the machine does."""
-    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
+    return (
+        time.process_time() / torch.get_num_threads()
+        if device.type == "cpu"
+        else time.perf_counter()
+    )
 
 
 if __name__ == "__main__":

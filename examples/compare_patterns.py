@@ -31,11 +31,27 @@ import numpy as np
 from longnet_cli import ConfigError, LongNetError, parse_pattern
 from longnet_cli.basics.sizes import parse_size
 
-EDGES = [0, 10, 100, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000, 1_000_000, 10_000_000]
+EDGES = [
+    0,
+    10,
+    100,
+    1_000,
+    2_000,
+    4_000,
+    8_000,
+    16_000,
+    32_000,
+    64_000,
+    100_000,
+    1_000_000,
+    10_000_000,
+]
 Row = dict[str, Any]
 
 
-def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtype: str, chunk: int) -> list[Row]:
+def measure(
+    folder: str, pattern: str, paths: list[str], limit: int | None, dtype: str, chunk: int
+) -> list[Row]:
     """Return the rows of a pattern, one per document and range of EDGES."""
     import torch
 
@@ -43,9 +59,14 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
     from longnet_cli.attention.branches import attention_flops
     from longnet_cli.running.device import peak_memory
 
-    tokenizer, held = ModelFolder(Path(folder)).tokenizer(), {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    tokenizer, held = (
+        ModelFolder(Path(folder)).tokenizer(),
+        {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
+    )
     dense = pattern == "dense"
-    net = ModelFolder(Path(folder)).net(pattern=None if dense else parse_pattern(pattern), dtype=held)
+    net = ModelFolder(Path(folder)).net(
+        pattern=None if dense else parse_pattern(pattern), dtype=held
+    )
     if dense and not net.config.as_trained:
         raise ConfigError(f"{folder} has a pattern of its own: dense is for a model without one")
     context = net.config.max_tokens if dense else None
@@ -57,7 +78,9 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
         logprobs: list[np.ndarray] = []
         ends, times = [0], [time.process_time()]
 
-        def keep(*tokens: Any, logprobs: Any = logprobs, ends: Any = ends, times: Any = times) -> None:
+        def keep(
+            *tokens: Any, logprobs: Any = logprobs, ends: Any = ends, times: Any = times
+        ) -> None:
             logprobs.append(tokens[3])
             ends.append(ends[-1] + len(tokens[3]))
             times.append(time.process_time())
@@ -74,7 +97,11 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
                 seconds = float(np.diff(np.interp([first, first + len(part)], ends, times))[0])
                 measured = {"tokens": len(part), "nats": part.sum(), "seconds": round(seconds, 2)}
                 rows.append({**common, "from": first, "to": last, **measured})
-        print(f"{pattern}, {name}: {nats.mean():.4f} in {times[-1] - times[0]:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"{pattern}, {name}: {nats.mean():.4f} in {times[-1] - times[0]:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     peak = peak_memory(torch.device("cpu"))
     return [{**row, "peak_bytes": peak} for row in rows]
 
@@ -82,9 +109,15 @@ def measure(folder: str, pattern: str, paths: list[str], limit: int | None, dtyp
 def table(rows: list[Row]) -> Iterator[str]:
     """Yield lines of Markdown: a row per pattern, over the documents of the first one; its error is over these."""
     patterns = list(dict.fromkeys(row["pattern"] for row in rows))
-    documents = list(dict.fromkeys(row["document"] for row in rows if row["pattern"] == patterns[0]))
+    documents = list(
+        dict.fromkeys(row["document"] for row in rows if row["pattern"] == patterns[0])
+    )
     found = {(p, d): _sums(rows, p, d) for p in patterns for d in documents}
-    yield "| pattern | keys | " + " | ".join(documents) + " | nats per token | ppl / first | +- | peak MiB |"
+    yield (
+        "| pattern | keys | "
+        + " | ".join(documents)
+        + " | nats per token | ppl / first | +- | peak MiB |"
+    )
     yield "|---" * (len(documents) + 6) + "|"
     firsts = np.array([found[patterns[0], d] for d in documents])
     for p in patterns:
@@ -93,7 +126,11 @@ def table(rows: list[Row]) -> Iterator[str]:
         more = (sums[:, 0] - firsts[:, 0]) / sums[:, 2]
         error = more.std(ddof=1) / math.sqrt(len(more)) if len(more) > 1 else math.nan
         ratio = math.exp((sums[:, 0] - firsts[:, 0]).sum() / sums[:, 2].sum())
-        peak = max(row["peak_bytes"] for row in rows if row["pattern"] == p and row["document"] in documents)
+        peak = max(
+            row["peak_bytes"]
+            for row in rows
+            if row["pattern"] == p and row["document"] in documents
+        )
         each = " | ".join(f"{mean:.4f}" for mean in sums[:, 0] / sums[:, 2])
         yield f"| `{p}` | {keys:,.0f} | {each} | {nats:.4f} | {ratio:.4f} | {ratio * error:.4f} | {peak / 2**20:,.0f} |"
 
@@ -107,12 +144,20 @@ def _sums(rows: list[Row], pattern: str, document: str) -> tuple[float, float, i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a Hugging Face model folder; or a file of rows, whose table is printed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", help="a Hugging Face model folder; or a file of rows, whose table is printed"
+    )
     parser.add_argument("words", nargs="*", metavar="FILE|PATTERN", help="documents and patterns")
-    parser.add_argument("--tokens", type=parse_size, help="read only so many tokens of each document")
+    parser.add_argument(
+        "--tokens", type=parse_size, help="read only so many tokens of each document"
+    )
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--chunk", type=parse_size, default=4096, help="tokens that are in memory at once")
+    parser.add_argument(
+        "--chunk", type=parse_size, default=4096, help="tokens that are in memory at once"
+    )
     options = parser.parse_intermixed_args()
     if Path(options.model).is_file():
         lines = Path(options.model).read_text(encoding="utf-8").splitlines()
@@ -131,8 +176,17 @@ def main() -> None:
         parser.error(str(error))
     rows: list[Row] = []
     for pattern in patterns:
-        with get_context("spawn").Pool(1) as pool:  # its own process, so that its peak memory is the pattern's
-            arguments = (options.model, pattern, paths, options.tokens, options.dtype, options.chunk)
+        with get_context("spawn").Pool(
+            1
+        ) as pool:  # its own process, so that its peak memory is the pattern's
+            arguments = (
+                options.model,
+                pattern,
+                paths,
+                options.tokens,
+                options.dtype,
+                options.chunk,
+            )
             try:
                 found = pool.apply(measure, arguments)
             except LongNetError as error:

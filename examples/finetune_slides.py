@@ -60,7 +60,9 @@ def folds_of(labels: np.ndarray, folds: int) -> np.ndarray:
 
 def report(what: str, scores: np.ndarray, labels: np.ndarray) -> None:
     area, error = auc(scores, labels)
-    print(f"{what}: AUC {area:.3f}, standard error {error:.3f}, {len(labels)} slides, {labels.sum()} of them positive")
+    print(
+        f"{what}: AUC {area:.3f}, standard error {error:.3f}, {len(labels)} slides, {labels.sum()} of them positive"
+    )
 
 
 def fit(x: Tensor, y: Tensor, penalty: float = 1.0) -> Tensor:
@@ -97,8 +99,15 @@ def read_slide(path: Path) -> tuple[Tensor, Tensor, float | None]:
 
     with h5py.File(path) as file:
         side = file["coords"].attrs.get("patch_size_level0")
-        features, coords = torch.from_numpy(file["features"][:]).float(), torch.from_numpy(file["coords"][:])
-    return features.reshape(1, -1, features.shape[-1]), coords.reshape(1, -1, 2), None if side is None else float(side)
+        features, coords = (
+            torch.from_numpy(file["features"][:]).float(),
+            torch.from_numpy(file["coords"][:]),
+        )
+    return (
+        features.reshape(1, -1, features.shape[-1]),
+        coords.reshape(1, -1, 2),
+        None if side is None else float(side),
+    )
 
 
 def whole_slides(paths: Iterable[Path], skip_bad: bool) -> Iterator[Path]:
@@ -108,7 +117,9 @@ def whole_slides(paths: Iterable[Path], skip_bad: bool) -> Iterator[Path]:
             read_slide(path)
         except (OSError, KeyError, ValueError) as error:
             if not skip_bad:
-                sys.exit(f"{path}: cannot be read ({error}): make it anew, or leave it out (--skip-bad)")
+                sys.exit(
+                    f"{path}: cannot be read ({error}): make it anew, or leave it out (--skip-bad)"
+                )
             print(f"{path}: left out ({error})", file=sys.stderr)
         else:
             yield path
@@ -147,7 +158,9 @@ def groups_of(model: Classifier, weight_decay: float, layer_decay: float) -> lis
         elif name.startswith(("encoder.net.project.", "encoder.net.cls")):
             depth = 0
         decay = weight_decay if weight.ndim > 1 else 0.0
-        groups.append({"params": [weight], "scale": layer_decay ** (last - depth), "weight_decay": decay})
+        groups.append(
+            {"params": [weight], "scale": layer_decay ** (last - depth), "weight_decay": decay}
+        )
     return groups
 
 
@@ -168,7 +181,9 @@ def tune(args: argparse.Namespace, slides: list[Path], labels: np.ndarray) -> np
         for epoch in range(args.epochs):
             for each in np.random.default_rng(epoch).permutation(train):
                 model.train()
-                loss = F.binary_cross_entropy_with_logits(model(slides[each]), torch.tensor(float(labels[each])))
+                loss = F.binary_cross_entropy_with_logits(
+                    model(slides[each]), torch.tensor(float(labels[each]))
+                )
                 (loss / args.slides_per_step).backward()
                 seen += 1
                 if seen % args.slides_per_step and seen != args.epochs * len(train):
@@ -177,7 +192,11 @@ def tune(args: argparse.Namespace, slides: list[Path], labels: np.ndarray) -> np
                     group["lr"] = peak * rate_at(seen / len(train), args.epochs) * group["scale"]
                 optimizer.step()
                 optimizer.zero_grad()
-                print(f"fold {held_out}: {seen} of {args.epochs * len(train)} slides", file=sys.stderr, flush=True)
+                print(
+                    f"fold {held_out}: {seen} of {args.epochs * len(train)} slides",
+                    file=sys.stderr,
+                    flush=True,
+                )
         model.eval()
         with torch.no_grad():
             scores[test] = [model(slides[each]).item() for each in test]
@@ -205,13 +224,15 @@ def make(folder: Path, slides: int = 40, size: int = 16, signal: float = 0.5) ->
     (folder / "labels.csv").write_text("slide_id,label\n" + "".join(rows), encoding="utf-8")
     torch.manual_seed(0)
     sizes = {"dim": 32, "num_layers": 3, "num_heads": 4, "ffn_dim": 64, "in_features": size}
-    SlideEncoder(SlideConfig(**sizes, segment_lengths=(64, 256), dilation_rates=(1, 4))).save_pretrained(
-        folder / "encoder"
-    )
+    SlideEncoder(
+        SlideConfig(**sizes, segment_lengths=(64, 256), dilation_rates=(1, 4))
+    ).save_pretrained(folder / "encoder")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Predict a label of slides; AUC by cross-validation.")
+    parser = argparse.ArgumentParser(
+        description="Predict a label of slides; AUC by cross-validation."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("make", help="make slides and an encoder").add_argument("folder", type=Path)
     of_vectors, of_tiles = (commands.add_parser(name) for name in ("probe", "tune"))
@@ -222,9 +243,13 @@ def main() -> None:
         each.add_argument("--layer", type=int, default=11, help="take the vectors after this layer")
         each.add_argument("--folds", type=int, default=5)
     of_tiles.add_argument("--model", required=True, help="the folder of a slide encoder")
-    of_tiles.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be read")
+    of_tiles.add_argument(
+        "--skip-bad", action="store_true", help="leave out files that cannot be read"
+    )
     of_tiles.add_argument("--epochs", type=int, default=5)
-    of_tiles.add_argument("--rate", type=float, default=2e-3, help="for steps of 256 slides; smaller steps, less")
+    of_tiles.add_argument(
+        "--rate", type=float, default=2e-3, help="for steps of 256 slides; smaller steps, less"
+    )
     of_tiles.add_argument("--slides-per-step", type=int, default=32)
     of_tiles.add_argument("--weight-decay", type=float, default=0.05)
     of_tiles.add_argument("--layer-decay", type=float, default=0.95)
@@ -237,7 +262,9 @@ def main() -> None:
     known = read_labels(args.labels)
     if args.command == "probe":
         table = pa.ipc.open_file(args.vectors).read_all()
-        rows = [row for row in table.select(["doc_id", "layers"]).to_pylist() if row["doc_id"] in known]
+        rows = [
+            row for row in table.select(["doc_id", "layers"]).to_pylist() if row["doc_id"] in known
+        ]
         vectors = np.array([row["layers"][args.layer] for row in rows], np.float64)
         labels = np.array([known[row["doc_id"]] for row in rows])
         report("linear probe of the frozen encoder", probe(vectors, labels, args.folds), labels)

@@ -39,9 +39,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PREDICTED = ROOT / "docs/measurements/gpu_predicted.json"  # from before any GPU had run this
 DTYPES = ("bf16", "fp16", "fp32")
-MODULES = {"longnet": ["-m", "longnet_cli"], "pytest": ["-m", "pytest"], "python": []}  # how Python runs a command
+MODULES = {
+    "longnet": ["-m", "longnet_cli"],
+    "pytest": ["-m", "pytest"],
+    "python": [],
+}  # how Python runs a command
 MOST_SHOWN = 15  # kernels
-START, GRACE = 25.0, 10.0  # seconds that a process may take to start, and to end once it is asked to
+START, GRACE = (
+    25.0,
+    10.0,
+)  # seconds that a process may take to start, and to end once it is asked to
 TRIED = "fp32 and not (compiled or math)"  # the tests that run with --small
 
 Row = dict[str, Any]
@@ -66,20 +73,34 @@ class Step:
         shown = shlex.join(command)
         argv = [sys.executable, *MODULES[command[0]], *command[1:]]
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            process = subprocess.Popen(argv, stdout=out, stderr=err, cwd=ROOT, env=env, start_new_session=True)
+            process = subprocess.Popen(
+                argv, stdout=out, stderr=err, cwd=ROOT, env=env, start_new_session=True
+            )
             code = _wait(process, seconds)
             out.seek(0)
             err.seek(0)
             found, said = out.read(), [line.strip() for line in err if line.strip()]
         failures = []
         if code is None:
-            failures.append(f"`{shown}` was ended after {seconds:.0f} s; below is what it had done until then")
+            failures.append(
+                f"`{shown}` was ended after {seconds:.0f} s; below is what it had done until then"
+            )
         elif code:
-            failures.append(f"`{shown}` ended with exit code {code}: {said[-1] if said else 'it said nothing'}")
+            failures.append(
+                f"`{shown}` ended with exit code {code}: {said[-1] if said else 'it said nothing'}"
+            )
         try:
             lines, wrong = self.show(found)
-        except (ValueError, KeyError, OSError, ElementTree.ParseError) as error:  # a killed process leaves less
-            lines, wrong = [f"Nothing can be read of its output: {type(error).__name__}: {error}"], []
+        except (
+            ValueError,
+            KeyError,
+            OSError,
+            ElementTree.ParseError,
+        ) as error:  # a killed process leaves less
+            lines, wrong = (
+                [f"Nothing can be read of its output: {type(error).__name__}: {error}"],
+                [],
+            )
         if wrong and code == 1:  # the exit code only repeats it
             failures = []
         return [f"    {shown}", "", *lines], failures + wrong
@@ -102,7 +123,10 @@ def _wait(process: subprocess.Popen, seconds: float) -> int | None:
 
 def table(head: str, rows: list[list[object]]) -> list[str]:
     """Return the lines of a table; `head` is `a | b`, and None is an empty cell."""
-    cells = [" | ".join("" if cell is None else str(cell).replace("|", "/") for cell in row) for row in rows]
+    cells = [
+        " | ".join("" if cell is None else str(cell).replace("|", "/") for cell in row)
+        for row in rows
+    ]
     return [f"| {head} |", f"{'|---' * len(head.split('|'))}|", *(f"| {line} |" for line in cells)]
 
 
@@ -111,18 +135,29 @@ def scaled(value: float | None, unit: float, digits: int = 1) -> str | None:
 
 
 def not_measured(rows: list[Row]) -> list[str]:
-    found = [f"- {row['impl']} {row['direction']}, {row['seq']:,} tokens: {row['status']}" for row in rows]
-    return ["", *(f"{line}, {row['reason']}" for line, row in zip(found, rows, strict=True))] if rows else []
+    found = [
+        f"- {row['impl']} {row['direction']}, {row['seq']:,} tokens: {row['status']}"
+        for row in rows
+    ]
+    return (
+        ["", *(f"{line}, {row['reason']}" for line, row in zip(found, rows, strict=True))]
+        if rows
+        else []
+    )
 
 
 def rows_of(text: str) -> list[Row]:
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last one may be cut off
+    return [
+        json.loads(line) for line in text.splitlines() if line.endswith("}")
+    ]  # the last one may be cut off
 
 
 def show_attention(text: str) -> tuple[list[str], list[str]]:
     """Return a line for each length and direction, with dilated beside dense attention."""
     rows = rows_of(text)
-    seconds = {(row["seq"], row["direction"], row["impl"]): row for row in rows if row["status"] == "ok"}
+    seconds = {
+        (row["seq"], row["direction"], row["impl"]): row for row in rows if row["status"] == "ok"
+    }
     lines: list[list[object]] = []
     for seq, direction in dict.fromkeys((seq, direction) for seq, direction, _ in seconds):
         dilated, dense = (seconds.get((seq, direction, impl), {}) for impl in ("dilated", "dense"))
@@ -141,7 +176,9 @@ def show_attention(text: str) -> tuple[list[str], list[str]]:
         "dilated, M tokens/s | dilated, GiB"
     )
     facts = [f"One layer's attention, {of_all(rows)}; {rows[0]['pattern']}.", ""] if rows else []
-    return facts + table(head, lines) + not_measured([row for row in rows if row["status"] != "ok"]), []
+    return facts + table(head, lines) + not_measured(
+        [row for row in rows if row["status"] != "ok"]
+    ), []
 
 
 def of_all(rows: list[Row]) -> str:
@@ -164,9 +201,14 @@ def show_stream(text: str) -> tuple[list[str], list[str]]:
     facts = []
     if rows:
         levels = f"{rows[0]['pattern'].count(',') + 1} levels"
-        facts = [f"One layer's attention, {of_all(rows)}, {levels}, {rows[0]['chunk'] or 0:,} tokens at a time.", ""]
+        facts = [
+            f"One layer's attention, {of_all(rows)}, {levels}, {rows[0]['chunk'] or 0:,} tokens at a time.",
+            "",
+        ]
     head = "positions | seconds | M tokens/s | TFLOP/s | GiB | status"
-    return facts + table(head, lines) + not_measured([row for row in rows if row not in measured]), []
+    return facts + table(head, lines) + not_measured(
+        [row for row in rows if row not in measured]
+    ), []
 
 
 def show_training(text: str, machine: Row) -> tuple[list[str], list[str]]:
@@ -183,19 +225,34 @@ def show_training(text: str, machine: Row) -> tuple[list[str], list[str]]:
                 scaled(row["peak_rss_bytes"], 2**30, 2),
             ]
         )  # fmt: skip
-    facts = [f"Loss and gradients of one sequence, {of_all(rows)}, without the optimizer's step.", ""] if rows else []
+    facts = (
+        [f"Loss and gradients of one sequence, {of_all(rows)}, without the optimizer's step.", ""]
+        if rows
+        else []
+    )
     if machine:
-        facts[-1:] = ["MFU is the share that executed FLOPs have of the rate of large matrix products, above.", ""]
+        facts[-1:] = [
+            "MFU is the share that executed FLOPs have of the rate of large matrix products, above.",
+            "",
+        ]
     head = "tokens | ms | K tokens/s | TFLOP/s | MFU | GiB"
-    return facts + table(head, lines) + not_measured([row for row in rows if row["status"] != "ok"]), []
+    return facts + table(head, lines) + not_measured(
+        [row for row in rows if row["status"] != "ok"]
+    ), []
 
 
 def show_tests(path: Path) -> tuple[list[str], list[str]]:
     """Return counts, failures by name, and the reasons why tests were skipped."""
     failures, skipped, passed = [], Counter[str](), 0
-    for case in ElementTree.parse(path).iterfind(".//testcase[@name]"):  # an interrupted one has no name there
-        outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        message = ((outcome.get("message") if outcome is not None else None) or "").strip() or "no reason given"
+    for case in ElementTree.parse(path).iterfind(
+        ".//testcase[@name]"
+    ):  # an interrupted one has no name there
+        outcome = next(
+            (child for child in case if child.tag in ("failure", "error", "skipped")), None
+        )
+        message = (
+            (outcome.get("message") if outcome is not None else None) or ""
+        ).strip() or "no reason given"
         if outcome is None:
             passed += 1
         elif outcome.tag == "skipped":
@@ -229,7 +286,9 @@ def describe(device_name: str) -> Row:
             "CUDA of torch": torch.version.cuda,
         }
     facts["cores"] = os.cpu_count()
-    facts["commit"] = _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]).strip() or "unknown"
+    facts["commit"] = (
+        _said_by(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]).strip() or "unknown"
+    )
     for name in ("longnet-cli", "torch", "flash-attn", "flash-attn-3"):
         try:
             facts[name] = importlib.metadata.version(name)
@@ -242,7 +301,9 @@ def describe(device_name: str) -> Row:
         warnings.simplefilter("always")
         for name in kernels.KERNELS:
             works[name] = {dtype: _kernel(name, dtype, device) for dtype in DTYPES}
-        works["**chosen**"] = {dtype: kernels.select_kernel(device, runtime.DTYPES[dtype], 64).name for dtype in DTYPES}
+        works["**chosen**"] = {
+            dtype: kernels.select_kernel(device, runtime.DTYPES[dtype], 64).name for dtype in DTYPES
+        }
     return {
         "facts": facts,
         "kernels": works,
@@ -274,7 +335,9 @@ def profiled(device_name: str, small: bool) -> list[Row]:
     cuda, sizes = device.type == "cuda", (1, 2048, 2, 16) if small else (1, 65536, 12, 64)
     draw = torch.Generator(device).manual_seed(0)
     dtype = TYPES[resolve_dtype("auto", device)]
-    q, k, v, dout = (torch.randn(sizes, generator=draw, device=device, dtype=dtype) for _ in range(4))
+    q, k, v, dout = (
+        torch.randn(sizes, generator=draw, device=device, dtype=dtype) for _ in range(4)
+    )
 
     def seconds(passes: int) -> float:
         start = time.perf_counter()
@@ -290,7 +353,9 @@ def profiled(device_name: str, small: bool) -> list[Row]:
     with profile() as found:
         seconds(1)
     for event in found.key_averages():
-        if not cuda or event.device_type == torch.autograd.DeviceType.CUDA:  # a kernel, not the operator that calls it
+        if (
+            not cuda or event.device_type == torch.autograd.DeviceType.CUDA
+        ):  # a kernel, not the operator that calls it
             taken = event.self_device_time_total if cuda else event.self_cpu_time_total
             rows.append({"name": event.key, "calls": event.count, "seconds": taken / 1e6})
     return rows
@@ -311,16 +376,17 @@ def show_profile(text: str) -> tuple[list[str], list[str]]:
         for row in kernels[:MOST_SHOWN]
     ]
     lines.append(["all", sum(row["calls"] for row in kernels), scaled(taken, 1e-3, 3), "100 %"])
-    facts = (
-        f"Without a profiler, a forward and backward pass of one layer takes {scaled(whole['seconds'], 1e-3, 3)} ms."
-    )
+    milliseconds = scaled(whole["seconds"], 1e-3, 3)
+    facts = f"Without a profiler, a forward and backward pass of one layer takes {milliseconds} ms."
     return [facts, "", *table("kernel | calls | ms | share", lines)], []
 
 
 def needed(names: list[str]) -> list[str]:
     """Return what this script needs beside torch, as `name==version` of what is here; with `names`, only these."""
     packages = (
-        requirements("longnet-cli", "pytest", "pytest-xdist", "hypothesis") - requirements("torch") - {"longnet-cli"}
+        requirements("longnet-cli", "pytest", "pytest-xdist", "hypothesis")
+        - requirements("torch")
+        - {"longnet-cli"}
     )
     wanted = packages & {*names} if names else packages
     return [f"{name}=={importlib.metadata.version(name)}" for name in sorted(wanted)]
@@ -337,7 +403,11 @@ def requirements(*names: str) -> set[str]:
         if name not in found:
             found.add(name)
             lines = map(Requirement, importlib.metadata.requires(name) or [])
-            left += [line.name for line in lines if line.marker is None or line.marker.evaluate({"extra": ""})]
+            left += [
+                line.name
+                for line in lines
+                if line.marker is None or line.marker.evaluate({"extra": ""})
+            ]
     return found
 
 
@@ -345,11 +415,23 @@ def with_wheels(folder: Path, arguments: list[str]) -> int:
     """Run this script again, with the packages whose wheels are in `folder`. Return its exit code."""
     wheels = [str(path) for path in sorted(folder.glob("*.whl"))]
     with tempfile.TemporaryDirectory() as site:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
-        done = subprocess.run([*pip, "--no-deps", "--no-compile", "--target", site, *wheels], check=False)
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-index",
+        ]
+        done = subprocess.run(
+            [*pip, "--no-deps", "--no-compile", "--target", site, *wheels], check=False
+        )
         if done.returncode:
             return 1
-        return subprocess.run([sys.executable, __file__, *arguments], env=importing(site), check=False).returncode
+        return subprocess.run(
+            [sys.executable, __file__, *arguments], env=importing(site), check=False
+        ).returncode
 
 
 def importing(*folders: str) -> dict[str, str]:
@@ -368,11 +450,18 @@ def show_machine(text: str, machine: Row) -> tuple[list[str], list[str]]:
     """Fill `machine`, which the training step needs. Return lines that describe it."""
     machine.update(json.loads(text))
     lines = table(" | ", [[name, value] for name, value in machine["facts"].items()])
-    lines += ["", "Kernels, for a head size of 64, each tried against plain math before its first use:", ""]
+    lines += [
+        "",
+        "Kernels, for a head size of 64, each tried against plain math before its first use:",
+        "",
+    ]
     lines += table(
-        f"kernel | {' | '.join(DTYPES)}", [[name, *found.values()] for name, found in machine["kernels"].items()]
+        f"kernel | {' | '.join(DTYPES)}",
+        [[name, *found.values()] for name, found in machine["kernels"].items()],
     )
-    rates = ", ".join(f"{scaled(rate, 1e12, 2)} in {dtype}" for dtype, rate in machine["matmul"].items())
+    rates = ", ".join(
+        f"{scaled(rate, 1e12, 2)} in {dtype}" for dtype, rate in machine["matmul"].items()
+    )
     return [*lines, "", f"Large matrix products, TFLOP/s: {rates}."], []
 
 
@@ -382,11 +471,17 @@ def judged(title: str, found: list[Row], card: str) -> list[str]:
     lines = []
     for row in next((of_card["rows"] for name, of_card in predicted.items() if name in card), []):
         step, field, low, high = (row.pop(key) for key in ("step", "field", "low", "high"))
-        numbers = [each[field] for each in found if row.items() <= each.items() and each.get(field) is not None]
+        numbers = [
+            each[field]
+            for each in found
+            if row.items() <= each.items() and each.get(field) is not None
+        ]
         if step == title and numbers:
             verdict = "inside" if low <= numbers[-1] <= high else "OUTSIDE"
             what = ", ".join(map(str, (*row.values(), field.replace("_", " "))))
-            lines.append(f"- predicted: {what} {low:.3g} to {high:.3g}; found {numbers[-1]:.3g}: {verdict}")
+            lines.append(
+                f"- predicted: {what} {low:.3g} to {high:.3g}; found {numbers[-1]:.3g}: {verdict}"
+            )
     return ["", *lines] if lines else []
 
 
@@ -395,7 +490,10 @@ def with_predictions(step: Step, machine: Row) -> Step:
 
     def show(text: str) -> tuple[list[str], list[str]]:
         lines, failures = step.show(text)
-        found = [{"dtype": dtype, "flops_per_second": rate} for dtype, rate in machine.get("matmul", {}).items()]
+        found = [
+            {"dtype": dtype, "flops_per_second": rate}
+            for dtype, rate in machine.get("matmul", {}).items()
+        ]
         found = rows_of(text) if step.bounded else found
         return lines + judged(step.title, found, machine.get("facts", {}).get("card", "")), failures
 
@@ -406,12 +504,30 @@ def steps(small: bool, folder: Path) -> list[Step]:
     """Return the steps to run, in order."""
     device, machine, junit = "cpu" if small else "cuda", Row(), folder / "tests.xml"
     bench = ["longnet", "bench", "--device", device, "--format", "jsonl", "-q"]
-    attention = ["--seq", "256,512", *TINY] if small else ["--seq", "32Ki,128Ki,1Mi", "--chunk", "1Mi"]
-    attention += ["--impl", "dilated,dense", "--direction", "forward,backward", "--pattern", "paper"]
+    attention = (
+        ["--seq", "256,512", *TINY] if small else ["--seq", "32Ki,128Ki,1Mi", "--chunk", "1Mi"]
+    )
+    attention += [
+        "--impl",
+        "dilated,dense",
+        "--direction",
+        "forward,backward",
+        "--pattern",
+        "paper",
+    ]
     attention += ["--max-dense-time", "5"]
-    net = ["--layers", "1", "--vocab", "256", *TINY] if small else ["--layers", "12", "--vocab", "100277"]
+    net = (
+        ["--layers", "1", "--vocab", "256", *TINY]
+        if small
+        else ["--layers", "12", "--vocab", "100277"]
+    )
     lengths = "128,256" if small else "16Ki,64Ki,128Ki,256Ki,512Ki,1Mi"
-    stream = ["--seq", *(["8Ki", "--chunk", "2Ki", *TINY] if small else ["1e9"]), "--impl", "dilated"]
+    stream = [
+        "--seq",
+        *(["8Ki", "--chunk", "2Ki", *TINY] if small else ["1e9"]),
+        "--impl",
+        "dilated",
+    ]
     train = ["--op", "train", "--impl", "dilated", "--pattern", "paper", "--seq", lengths, *net]
     tests = [
         "pytest",
@@ -427,12 +543,25 @@ def steps(small: bool, folder: Path) -> list[Step]:
     ]
     this, tiny = ["python", "examples/gpu_report.py"], ["--small"] if small else []
     found = [
-        Step("The machine", [*this, "--machine", *tiny], 2, lambda text: show_machine(text, machine)),
-        Step("Is it right?", [*tests, *(["-k", TRIED] if small else [])], 6, lambda _: show_tests(junit)),
+        Step(
+            "The machine", [*this, "--machine", *tiny], 2, lambda text: show_machine(text, machine)
+        ),
+        Step(
+            "Is it right?",
+            [*tests, *(["-k", TRIED] if small else [])],
+            6,
+            lambda _: show_tests(junit),
+        ),
         Step("Where the time goes", [*this, "--profile", *tiny], 1, show_profile),
         Step("Attention", [*bench, *attention], 3, show_attention, bounded=True),
         Step("A billion tokens", [*bench, *stream], 2, show_stream, bounded=True),
-        Step("Training longnet-125m", [*bench, *train], 2, lambda text: show_training(text, machine), bounded=True),
+        Step(
+            "Training longnet-125m",
+            [*bench, *train],
+            2,
+            lambda text: show_training(text, machine),
+            bounded=True,
+        ),
     ]
     return [with_predictions(step, machine) for step in found]
 
@@ -458,34 +587,61 @@ def report(output: Path, small: bool, minutes: float) -> list[str]:
             failures += [f"{step.title}: {line}" for line in wrong]
             sections += ["", f"## {step.title}", "", *lines]
             spent = time.monotonic() - begin
-            rest = [f"Not run yet: {', '.join(each.title for each in to_come)}.", ""] if to_come else []
+            rest = (
+                [f"Not run yet: {', '.join(each.title for each in to_come)}.", ""]
+                if to_come
+                else []
+            )
             verdict = [f"- {line}" for line in failures] or ["Nothing failed."]
             head = ["# On a GPU" if not small else "# On a CPU, in tiny sizes", "", *rest]
             head += [
-                f"`make gpu`, {spent:.0f} s. What failed:" if failures else f"`make gpu`, {spent:.0f} s.",
+                f"`make gpu`, {spent:.0f} s. What failed:"
+                if failures
+                else f"`make gpu`, {spent:.0f} s.",
                 "",
                 *verdict,
             ]
-            output.write_text("\n".join([*head, *sections, ""]).replace(f"{folder}/", ""), encoding="utf-8")
+            output.write_text(
+                "\n".join([*head, *sections, ""]).replace(f"{folder}/", ""), encoding="utf-8"
+            )
     return failures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "runs/gpu.md", help="the report [runs/gpu.md]")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=ROOT / "runs/gpu.md", help="the report [runs/gpu.md]"
+    )
     parser.add_argument("--minutes", type=float, default=10, help="for all of it [10]")
-    parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU, to try this script")
-    parser.add_argument("--machine", action="store_true", help="print what the machine is and has, as JSON, and stop")
-    parser.add_argument("--profile", action="store_true", help="print what a pass takes, as JSON Lines, and stop")
-    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels of the packages to run with")
-    parser.add_argument("--needs", nargs="*", metavar="NAME", help="print what those wheels must be, or some of them")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny sizes on the CPU, to try this script"
+    )
+    parser.add_argument(
+        "--machine",
+        action="store_true",
+        help="print what the machine is and has, as JSON, and stop",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="print what a pass takes, as JSON Lines, and stop"
+    )
+    parser.add_argument(
+        "--wheels", type=Path, metavar="FOLDER", help="wheels of the packages to run with"
+    )
+    parser.add_argument(
+        "--needs",
+        nargs="*",
+        metavar="NAME",
+        help="print what those wheels must be, or some of them",
+    )
     args = parser.parse_args()
     if args.needs is not None:
         print(*needed(args.needs))
         return 0
     if args.wheels:
         small = ["--small"] if args.small else []
-        return with_wheels(args.wheels, ["-o", str(args.output), "--minutes", str(args.minutes), *small])
+        return with_wheels(
+            args.wheels, ["-o", str(args.output), "--minutes", str(args.minutes), *small]
+        )
     sys.path.insert(0, str(ROOT))
     from longnet_cli import ConfigError
     from longnet_cli.running.device import select_device
@@ -502,7 +658,10 @@ def main() -> int:
         print(*map(json.dumps, profiled(str(device), args.small)), sep="\n")
         return 0
     failures = report(args.output, args.small, args.minutes)
-    print(f"{args.output}: {f'{len(failures)} failures' if failures else 'nothing failed'}", file=sys.stderr)
+    print(
+        f"{args.output}: {f'{len(failures)} failures' if failures else 'nothing failed'}",
+        file=sys.stderr,
+    )
     return 1 if failures else 0
 
 

@@ -72,10 +72,16 @@ def build(vocab: int, context: int, seed: int, dilated: bool) -> hf.PreTrainedMo
 def learning_rate(step: int, steps: int) -> float:
     """Return the learning rate of a step: up in a line, then down in a half cosine to a tenth."""
     done = step / steps
-    return LR * (done / WARMUP if done < WARMUP else 0.55 + 0.45 * math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
+    return LR * (
+        done / WARMUP
+        if done < WARMUP
+        else 0.55 + 0.45 * math.cos(math.pi * (done - WARMUP) / (1 - WARMUP))
+    )
 
 
-def train_step(model: hf.PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, lr: float) -> float:
+def train_step(
+    model: hf.PreTrainedModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, lr: float
+) -> float:
     """Train for one step. Return the loss before it, in nats per token."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -94,18 +100,33 @@ def print_table(rows: list[dict], steps: int) -> None:
     for start in range(0, steps, width):
         cells = []
         for name in ("dense", "dilated"):
-            part = [row for row in rows if row["attention"] == name and start < row["step"] <= start + width]
+            part = [
+                row
+                for row in rows
+                if row["attention"] == name and start < row["step"] <= start + width
+            ]
             cells += [sum(row[key] for row in part) / len(part) for key in ("loss", "seconds")]
         between = f"{start + 1}..{min(start + width, steps)}"
-        print(f"{between:>12} {cells[0]:>11.4f} {cells[1]:>8.3f} {cells[2]:>13.4f} {cells[3]:>8.3f}")
-    dense, dilated = (sum(row["seconds"] for row in rows if row["attention"] == name) for name in ("dense", "dilated"))
-    print(f"{'seconds':>12} {'':>11} {dense:>8.1f} {'':>13} {dilated:>8.1f}   dense / dilated = {dense / dilated:.2f}")
+        print(
+            f"{between:>12} {cells[0]:>11.4f} {cells[1]:>8.3f} {cells[2]:>13.4f} {cells[3]:>8.3f}"
+        )
+    dense, dilated = (
+        sum(row["seconds"] for row in rows if row["attention"] == name)
+        for name in ("dense", "dilated")
+    )
+    print(
+        f"{'seconds':>12} {'':>11} {dense:>8.1f} {'':>13} {dilated:>8.1f}   dense / dilated = {dense / dilated:.2f}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--tokens", type=Path, help="a folder that longnet tokenize wrote; else the standard library's")
+    parser.add_argument(
+        "--tokens",
+        type=Path,
+        help="a folder that longnet tokenize wrote; else the standard library's",
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
@@ -116,7 +137,10 @@ def main() -> None:
     stream = read_stream(tokens)
     words = Tokenizer.load(tokens)
     vocab = words.vocab_size
-    models = {name: build(vocab, args.context, args.seed, name == "dilated") for name in ("dense", "dilated")}
+    models = {
+        name: build(vocab, args.context, args.seed, name == "dilated")
+        for name in ("dense", "dilated")
+    }
     optimizers = {
         name: torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
         for name, model in models.items()
@@ -134,7 +158,10 @@ def main() -> None:
                 rows.append({"attention": name, "step": step + 1, "loss": loss, "seconds": seconds})
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
-            print(f"step {step + 1}: dense {rows[-2]['loss']:.4f}, dilated {rows[-1]['loss']:.4f}", file=sys.stderr)
+            print(
+                f"step {step + 1}: dense {rows[-2]['loss']:.4f}, dilated {rows[-1]['loss']:.4f}",
+                file=sys.stderr,
+            )
     for name, model in models.items():
         model.save_pretrained(args.output / name)
         words.save(args.output / name / "tokenizer.json")

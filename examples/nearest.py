@@ -46,7 +46,9 @@ def read_table(source: str) -> pa.Table:
 def vectors_of(table: pa.Table) -> np.ndarray:
     """Return the vectors (rows, dim) of a table, in float32."""
     column = table["embedding"].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32)
+    return (
+        column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32)
+    )
 
 
 def read_vectors(source: str) -> tuple[list[str], np.ndarray]:
@@ -73,7 +75,9 @@ def cosines(vectors: np.ndarray, mean: np.ndarray | float | None = None) -> np.n
 def encode_query(query: str, facts: dict[bytes, bytes], dims: int) -> np.ndarray:
     """Return the vector (1, dims) of a text, by the model that the facts of a table name."""
     if b"longnet.model" not in facts:
-        sys.exit("the vectors name no model to encode a query with: `longnet encode` has not written them")
+        sys.exit(
+            "the vectors name no model to encode a query with: `longnet encode` has not written them"
+        )
     command = [sys.executable, "-m", "longnet_cli", "encode", "-", "--quiet", "--dims", str(dims)]
     prompt = facts.get(b"longnet.query_prompt", b"").decode()
     command += [
@@ -84,7 +88,9 @@ def encode_query(query: str, facts: dict[bytes, bytes], dims: int) -> np.ndarray
         "--prefix",
         prompt or "none",
     ]
-    if b"longnet.pattern" in facts and b"longnet.context" not in facts:  # windows are read by the model's own attention
+    if (
+        b"longnet.pattern" in facts and b"longnet.context" not in facts
+    ):  # windows are read by the model's own attention
         command += ["--pattern", facts[b"longnet.pattern"].decode()]
     if facts.get(b"longnet.normalized") == b"false":
         command += ["--no-normalize"]
@@ -111,10 +117,21 @@ def shared_words(query: str, texts: list[str]) -> np.ndarray:
     counted = [Counter(re.findall(r"\w+", text.lower())) for text in (query, *texts)]
     holders = Counter(word for counts in counted[1:] for word in counts)
     weights = [
-        {w: (1 + np.log(n)) * np.log1p(len(texts) / holders[w]) for w, n in c.items() if w in holders} for c in counted
+        {
+            w: (1 + np.log(n)) * np.log1p(len(texts) / holders[w])
+            for w, n in c.items()
+            if w in holders
+        }
+        for c in counted
     ]
-    asked, lengths = weights[0], [sum(x * x for x in each.values()) ** 0.5 + 1e-12 for each in weights]
-    return np.array([sum(x * each.get(w, 0.0) for w, x in asked.items()) for each in weights[1:]]) / lengths[1:]
+    asked, lengths = (
+        weights[0],
+        [sum(x * x for x in each.values()) ** 0.5 + 1e-12 for each in weights],
+    )
+    return (
+        np.array([sum(x * each.get(w, 0.0) for w, x in asked.items()) for each in weights[1:]])
+        / lengths[1:]
+    )
 
 
 def z_scores(scores: np.ndarray) -> np.ndarray:
@@ -124,15 +141,23 @@ def z_scores(scores: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rank documents by their vectors.")
-    parser.add_argument("vectors", help="a file or a folder that `longnet encode` wrote, or - for a stream on stdin")
+    parser.add_argument(
+        "vectors", help="a file or a folder that `longnet encode` wrote, or - for a stream on stdin"
+    )
     parser.add_argument("--query", help="find what is nearest to this text")
     parser.add_argument("--top", type=int, default=3, help="so many hits")
-    parser.add_argument("--words", action="store_true", help="add the words that query and span share")
+    parser.add_argument(
+        "--words", action="store_true", help="add the words that query and span share"
+    )
     parser.add_argument("--text", metavar="NAME", help="the column with the texts")
     parser.add_argument("--root", type=Path, default=Path(), help="the folder with the text files")
     args = parser.parse_args()
     table = read_table(args.vectors)
-    vectors, facts, names = vectors_of(table), table.schema.metadata or {}, table["doc_id"].to_pylist()
+    vectors, facts, names = (
+        vectors_of(table),
+        table.schema.metadata or {},
+        table["doc_id"].to_pylist(),
+    )
     # those of an embedding model, and of a model that itself reads vectors, as slide encoders do, stay as they are
     centred = b"longnet.modules" not in facts and b"longnet.tokenizer_sha256" in facts
     mean = vectors.mean(0) if centred else 0.0
@@ -145,11 +170,18 @@ def main() -> None:
         if args.words:
             texts = [text_of(row, args.text, args.root) for row in rows]
             if not any(texts):
-                sys.exit("--words needs the texts: give their folder (--root), or their column (--text)")
+                sys.exit(
+                    "--words needs the texts: give their folder (--root), or their column (--text)"
+                )
             found = z_scores(found) + z_scores(shared_words(args.query, texts))
         elif not any(text_of(row, args.text, args.root) for row in rows[:1]):
-            print("no texts are shown: give their folder (--root), or their column (--text)", file=sys.stderr)
-        best = {names[place]: place for place in np.argsort(found).tolist()}  # of each document, its best span
+            print(
+                "no texts are shown: give their folder (--root), or their column (--text)",
+                file=sys.stderr,
+            )
+        best = {
+            names[place]: place for place in np.argsort(found).tolist()
+        }  # of each document, its best span
         for place in sorted(best.values(), key=lambda place: -found[place])[: args.top]:
             row = rows[place]
             print(f"{found[place]:.3f}  {names[place]}, tokens {row['start']} to {row['end']}")

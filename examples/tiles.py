@@ -48,7 +48,9 @@ def make_slides(path: Path) -> None:
         features = points[kind] + random.normal(size=(len(tissue), IN_FEATURES))
         columns = {
             "slide_id": [f"{kind}-{index}"] * len(tissue),
-            "features": pa.FixedSizeListArray.from_arrays(features.astype(np.float16).ravel(), IN_FEATURES),
+            "features": pa.FixedSizeListArray.from_arrays(
+                features.astype(np.float16).ravel(), IN_FEATURES
+            ),
             "coords": pa.FixedSizeListArray.from_arrays((tissue * 256).ravel(), 2),
         }
         slides.append(pa.table(columns))

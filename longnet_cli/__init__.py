@@ -9,7 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longnet_cli.attention import DilatedAttention, FarKeys, KVCache, Pattern, dilated_attention, far_keys
+    from longnet_cli.attention import (
+        DilatedAttention,
+        FarKeys,
+        KVCache,
+        Pattern,
+        dilated_attention,
+        far_keys,
+    )
     from longnet_cli.attention.notation import format_pattern, parse_pattern
     from longnet_cli.attention.reference import dilated_attention_reference
     from longnet_cli.basics.errors import (
@@ -86,7 +93,9 @@ def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f"{__name__}.{_PLACES[name]}")
-    found = globals()[name] = getattr(module, name, None) or import_module(f"{module.__name__}.{name}")
+    found = globals()[name] = getattr(module, name, None) or import_module(
+        f"{module.__name__}.{name}"
+    )
     return found
 
 

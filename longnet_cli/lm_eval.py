@@ -43,14 +43,23 @@ class LongNetLM(HFLM):
     and for a pattern that lm-eval has cut at its commas.
     """
 
-    def __init__(self, pretrained: str, pattern: str | None = None, device: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, pretrained: str, pattern: str | None = None, device: str | None = None, **options: Any
+    ) -> None:
         if cut := [name for name in options if name in OPTIONS]:
             whole = f'{{"pretrained": "{pretrained}", "pattern": "{pattern},{cut[0]}={options[cut[0]]}"}}'
-            raise ConfigError(f"{cut[0]}: lm-eval cuts at commas, so write a pattern in JSON: --model_args '{whole}'")
-        self.folder, self.pattern = ModelFolder.find(str(pretrained)), read_pattern(pattern, "pattern")
+            raise ConfigError(
+                f"{cut[0]}: lm-eval cuts at commas, so write a pattern in JSON: --model_args '{whole}'"
+            )
+        self.folder, self.pattern = (
+            ModelFolder.find(str(pretrained)),
+            read_pattern(pattern, "pattern"),
+        )
         config = self.folder.net_config(self.pattern)
         if not (config.causal and config.vocab_size):
-            raise ConfigError(f"{self.folder.name}: lm-eval needs a model that predicts the next token")
+            raise ConfigError(
+                f"{self.folder.name}: lm-eval needs a model that predicts the next token"
+            )
         device = device or "cuda"  # lm-eval's command says cuda on every machine
         if device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"
@@ -66,7 +75,9 @@ class LongNetLM(HFLM):
         if self.folder.of_transformers:
             use_dilated_attention(self._model, self.pattern)
         if self.pattern.chosen:
-            let_layers_choose(TransformersNet(self._model) if self.folder.of_transformers else self._model.net)
+            let_layers_choose(
+                TransformersNet(self._model) if self.folder.of_transformers else self._model.net
+            )
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval adds to its results: the model as well, with the commit of one that is on a hub."""

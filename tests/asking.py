@@ -26,7 +26,13 @@ def ask(place: str, args: list[str]) -> int:
 
     handles = [handle for handle in map(int, os.listdir("/proc/self/fd")) if is_open(handle)]
     limits = [(limit, resource.getrlimit(limit)) for limit in LIMITS]
-    job = {"args": args, "cwd": os.getcwd(), "environment": dict(os.environ), "handles": handles, "limits": limits}
+    job = {
+        "args": args,
+        "cwd": os.getcwd(),
+        "environment": dict(os.environ),
+        "handles": handles,
+        "limits": limits,
+    }
     for number in SIGNALS:
         signal.signal(number, pass_on)
     server = socket.socket(socket.AF_UNIX)

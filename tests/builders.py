@@ -63,9 +63,13 @@ class Scored:
     tables: dict[str, list[dict[str, Any]]]
 
 
-def scores(model: Any, documents: Iterable[Document], *, bos: Any, **options: Any) -> Iterator[Scored]:
+def scores(
+    model: Any, documents: Iterable[Document], *, bos: Any, **options: Any
+) -> Iterator[Scored]:
     """The scores of each document at each context, lazily. Options that are no ScoreOptions are for `score`."""
-    given = {each.name: options.pop(each.name) for each in fields(ScoreOptions) if each.name in options}
+    given = {
+        each.name: options.pop(each.name) for each in fields(ScoreOptions) if each.name in options
+    }
     if isinstance(given.get("context"), int):
         given["context"] = (given["context"],)
     chosen = ScoreOptions(**given)
@@ -81,7 +85,9 @@ def scores(model: Any, documents: Iterable[Document], *, bos: Any, **options: An
                     longest = len(chosen.contexts) > 1 and context == max(chosen.context or ())
                     gain = Gain(*(row[name] for name in Gain._fields)) if longest else None
                     found = Score(of("nll_sum"), row["n_tokens"], row["n_bytes"])
-                    yield Scored(row["doc_id"], context, found, gain, {name: of(name) for name in TABLES})
+                    yield Scored(
+                        row["doc_id"], context, found, gain, {name: of(name) for name in TABLES}
+                    )
 
     return read(score(model, documents, chosen, ModelFacts(bos), **options))
 
@@ -90,8 +96,15 @@ def tiny_llama(folder: Path, **changes: Any) -> Path:
     """The folder of a Llama of random weights, always the same, for bytes."""
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    config = hf.LlamaConfig(**{"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256} | sizes | changes)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    config = hf.LlamaConfig(
+        **{"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256} | sizes | changes
+    )
     hf.LlamaForCausalLM(config).save_pretrained(folder)
     Tokenizer.bytes().save(folder / "tokenizer.json")
     return folder
@@ -138,7 +151,9 @@ def write_corpus(folder: Path, bottles: int, held_out: int) -> Path:
     """A text, in which no place is like another, and a held-out text beside it, held_out.txt."""
     path = folder / "corpus.txt"
     path.write_text("".join(f"{n} green bottles hanging on the wall, " for n in range(bottles)))
-    (folder / "held_out.txt").write_text("and if one green bottle should accidentally fall, " * held_out)
+    (folder / "held_out.txt").write_text(
+        "and if one green bottle should accidentally fall, " * held_out
+    )
     return path
 
 
@@ -219,8 +234,17 @@ def vectors(table: pa.Table) -> np.ndarray:
 
 
 def slide_config(**changes: Any) -> SlideConfig:
-    sizes = {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 64, "in_features": 6, "grid": 50}
-    return SlideConfig(**sizes | {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)} | changes)
+    sizes = {
+        "dim": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "ffn_dim": 64,
+        "in_features": 6,
+        "grid": 50,
+    }
+    return SlideConfig(
+        **sizes | {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)} | changes
+    )
 
 
 def slide_encoder(**changes: Any) -> SlideEncoder:
@@ -238,7 +262,9 @@ def to_torchscale(model: LongNet) -> dict[str, Tensor]:
     if config.position == "xpos":
         size = config.head_dim
         scale = (torch.arange(0, size, 2) + XPOS_GAMMA * size) / ((1 + XPOS_GAMMA) * size)
-        state |= {f"layers.{i}.self_attn.xpos.scale": scale.clone() for i in range(config.num_layers)}
+        state |= {
+            f"layers.{i}.self_attn.xpos.scale": scale.clone() for i in range(config.num_layers)
+        }
     return state
 
 
@@ -252,16 +278,26 @@ def official_slide_state(**changes: Tensor) -> dict[str, Tensor]:
             num_heads=16,
             ffn_dim=64,
             in_features=6,
-            **{name: getattr(SlideConfig.gigapath(), name) for name in ("segment_lengths", "dilation_rates")},
+            **{
+                name: getattr(SlideConfig.gigapath(), name)
+                for name in ("segment_lengths", "dilation_rates")
+            },
         )
     )
     ours = encoder.net.state_dict()
-    inner = LongNet(LongNetConfig(**{name: getattr(encoder.config, name) for name in LongNetConfig.model_fields}))
+    inner = LongNet(
+        LongNetConfig(
+            **{name: getattr(encoder.config, name) for name in LongNetConfig.model_fields}
+        )
+    )
     inner.load_state_dict({name: ours[name] for name in inner.state_dict()})
     state = {f"encoder.{name}": tensor for name, tensor in to_torchscale(inner).items()}
     state["cls_token"] = ours["cls"][None, None]
     for kind in ("weight", "bias"):
-        state |= {f"patch_embed.proj.{kind}": ours[f"project.{kind}"], f"norm.{kind}": ours[f"norm.{kind}"]}
+        state |= {
+            f"patch_embed.proj.{kind}": ours[f"project.{kind}"],
+            f"norm.{kind}": ours[f"norm.{kind}"],
+        }
     return {name: tensor.clone() for name, tensor in (state | changes).items()}
 
 
@@ -269,14 +305,18 @@ def slide(tiles: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Features (tiles, 6), and coords (tiles, 2) of different cells."""
     random = torch.Generator().manual_seed(seed)
     cells = torch.randperm(2500, generator=random)[:tiles]
-    coords = torch.stack([cells // 50, cells % 50], -1) * 256 + torch.randint(0, 256, (tiles, 2), generator=random)
+    coords = torch.stack([cells // 50, cells % 50], -1) * 256 + torch.randint(
+        0, 256, (tiles, 2), generator=random
+    )
     return torch.randn(tiles, 6, generator=random), coords
 
 
 def slide_table(tiles: int, width: int = 6, name: str = "s") -> pa.Table:
     """A slide as one row."""
     features, coords = slide(tiles)
-    return pa.table({"doc_id": [name], "features": [features[:, :width].tolist()], "coords": [coords.tolist()]})
+    return pa.table(
+        {"doc_id": [name], "features": [features[:, :width].tolist()], "coords": [coords.tolist()]}
+    )
 
 
 def read_golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
@@ -287,11 +327,15 @@ def read_golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         theirs = json.loads(file.metadata()["config"])
-    state = {key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")}
+    state = {
+        key.removeprefix("model."): x for key, x in tensors.items() if key.startswith("model.")
+    }
     return state, {key: x for key, x in tensors.items() if not key.startswith("model.")}, theirs
 
 
 def level_options(theirs: dict) -> list[str]:
     """The options of `longnet convert` for the levels of a golden file."""
-    lengths, rates = (",".join(map(str, theirs[name])) for name in ("segment_lengths", "dilation_rates"))
+    lengths, rates = (
+        ",".join(map(str, theirs[name])) for name in ("segment_lengths", "dilation_rates")
+    )
     return ["--segment-lengths", lengths, "--dilation-rates", rates]

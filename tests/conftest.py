@@ -43,7 +43,9 @@ RunLongnet = Callable[..., subprocess.CompletedProcess]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(_own_cache().cleanup)
-    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):  # by the process that starts all
+    if config.getoption("--record-durations") and not hasattr(
+        config, "workerinput"
+    ):  # by the process that starts all
         config.pluginmanager.register(Recorder())
     # A script's background job, `make test &`, starts with Ctrl-C ignored, and `nohup make test` with SIGHUP ignored:
     # commands under test would inherit it.
@@ -53,7 +55,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _own_cache() -> TemporaryDirectory:
     """Give the tests a cache folder with all that is in the user's, but for what `longnet` itself keeps there."""
-    place, user = TemporaryDirectory(), Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    place, user = (
+        TemporaryDirectory(),
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser(),
+    )
     for path in user.iterdir() if user.is_dir() else ():
         if path.name != "longnet":
             Path(place.name, path.name).symlink_to(path)
@@ -62,7 +67,9 @@ def _own_cache() -> TemporaryDirectory:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record-durations", action="store_true", help=f"write how long tests take to {DURATIONS}")
+    parser.addoption(
+        "--record-durations", action="store_true", help=f"write how long tests take to {DURATIONS}"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -74,7 +81,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         folders = item.path.relative_to(ROOT / "tests").parts
-        if STARTS.intersection(getattr(item, "fixturenames", ())) or ROOMS_OF_PROCESSES.intersection(folders):
+        if STARTS.intersection(
+            getattr(item, "fixturenames", ())
+        ) or ROOMS_OF_PROCESSES.intersection(folders):
             item.add_marker("full")
         if ROOMS_OF_CI.intersection(folders):
             item.add_marker("ci")
@@ -101,7 +110,10 @@ class Recorder:
     def pytest_sessionfinish(self) -> None:
         known = json.loads(DURATIONS.read_text(encoding="utf-8"))
         known = {file: seconds for file, seconds in known.items() if (ROOT / file).exists()}
-        for file, seconds in self.seconds.items():  # of a file with tests for CI alone, one run has one part
+        for (
+            file,
+            seconds,
+        ) in self.seconds.items():  # of a file with tests for CI alone, one run has one part
             known[file] = max(known.get(file, 0), round(seconds, 1))
         DURATIONS.write_text(json.dumps(known, indent=0, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -186,10 +198,16 @@ def start(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> Iterato
     begun: list[subprocess.Popen] = []
 
     def run(*args: str | Path, fresh: bool = False, **options) -> subprocess.Popen:
-        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        options = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        } | options
         options |= {"env": command_env, "cwd": tmp_path}
         if fresh:
-            process = subprocess.Popen([sys.executable, "-m", "longnet_cli", *map(str, args)], **options)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "longnet_cli", *map(str, args)], **options
+            )
         else:
             process = Command([longnet, *map(str, args)], **options)
         begun.append(process)

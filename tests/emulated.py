@@ -67,7 +67,9 @@ def check_arguments(of_torch: Sequence[Any], function: Callable[..., Any]) -> No
     assert all(argument.has_default_value() for argument in of_torch[len(ours) :])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, last: int = 0) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, last: int = 0
+) -> tuple[Tensor, Tensor]:
     """out, rounded as a kernel does, and lse of tensors (batch, heads, rows, D)."""
     scores = _scores(q, k, causal, scale, last)
     lse = scores.logsumexp(-1)
@@ -96,15 +98,21 @@ def _rounded(x: Tensor, like: Tensor) -> Tensor:
     return x.to(like.dtype).float()
 
 
-def as_torch_says(operator: str, found: Sequence[Any], *arguments: Any, **options: Any) -> Sequence[Any]:
+def as_torch_says(
+    operator: str, found: Sequence[Any], *arguments: Any, **options: Any
+) -> Sequence[Any]:
     """What was found, if its sizes and types are those which torch gives tensors without numbers."""
     op = getattr(torch.ops.aten, operator).default
-    for a, b in zip(found, op(*tree_map_only(Tensor, lambda x: x.to("meta"), arguments), **options), strict=True):
+    for a, b in zip(
+        found, op(*tree_map_only(Tensor, lambda x: x.to("meta"), arguments), **options), strict=True
+    ):
         assert (a.shape, a.dtype) == (b.shape, b.dtype) if isinstance(a, Tensor) else a == b
     return found
 
 
-def sequences(edges: Sequence[Any], of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def sequences(
+    edges: Sequence[Any], of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]
+) -> Iterator[list[Tensor]]:
     """The tensors (batch, heads, rows, ..) of each sequence, given tensors (batch, rows, heads, ..)."""
     q_edges, k_edges, most_rows, most_keys = edges
     if q_edges is None:
@@ -114,7 +122,10 @@ def sequences(edges: Sequence[Any], of_queries: Sequence[Tensor], of_keys: Seque
     assert most_rows >= q_edges.diff().max()  # rows beyond are not computed
     assert most_keys >= k_edges.diff().max()
     for (a, b), (c, d) in zip(pairwise(q_edges.tolist()), pairwise(k_edges.tolist()), strict=True):
-        yield [*(x[:, a:b].transpose(1, 2) for x in of_queries), *(x[:, c:d].transpose(1, 2) for x in of_keys)]
+        yield [
+            *(x[:, a:b].transpose(1, 2) for x in of_queries),
+            *(x[:, c:d].transpose(1, 2) for x in of_keys),
+        ]
 
 
 def joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -122,7 +133,9 @@ def joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(of_sequences, 2).transpose(1, 2) for of_sequences in zip(*parts, strict=True)]
 
 
-def flash(tensors: Sequence[Tensor], edges: Sequence[Any], causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def flash(
+    tensors: Sequence[Tensor], edges: Sequence[Any], causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     """FlashAttention's forward: out (batch, rows, heads, D), packed (rows, heads, D), and lse."""
     q, k, v = _accepted(tensors, edges)
     calls = sequences(edges, [q], [k, v])
@@ -136,11 +149,20 @@ def flash_gradients(
     tensors: Sequence[Tensor], lse: Tensor, edges: Sequence[Any], causal: bool, scale: float
 ) -> tuple[Tensor, ...]:
     dout, q, k, v, out = _accepted(tensors, edges)
-    lse = lse.as_strided(lse.shape, torch.empty(lse.shape, device="meta").stride(), lse.storage_offset())
+    lse = lse.as_strided(
+        lse.shape, torch.empty(lse.shape, device="meta").stride(), lse.storage_offset()
+    )
     lse = (lse if edges[0] is None else lse[None]).transpose(1, 2)[..., None]
     delta = (dout.float() * out.float()).sum(-1, keepdim=True)
     parts = [
-        gradients((dout_, q_, k_, v_), delta_[..., 0], lse_[..., 0], causal, scale, k_.shape[2] - q_.shape[2])
+        gradients(
+            (dout_, q_, k_, v_),
+            delta_[..., 0],
+            lse_[..., 0],
+            causal,
+            scale,
+            k_.shape[2] - q_.shape[2],
+        )
         for dout_, q_, delta_, lse_, k_, v_ in sequences(edges, [dout, q, delta, lse], [k, v])
     ]
     return tuple(x.contiguous() if edges[0] is None else x[0].contiguous() for x in joined(parts))
@@ -164,7 +186,11 @@ def flash_forward(
 ):  # fmt: skip
     edges = cum_seq_q, cum_seq_k, max_q, max_k
     rng = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64)
-    found = *flash((query, key, value), edges, is_causal, scale or query.shape[-1] ** -0.5), *rng, query.new_empty(0)
+    found = (
+        *flash((query, key, value), edges, is_causal, scale or query.shape[-1] ** -0.5),
+        *rng,
+        query.new_empty(0),
+    )
     arguments = query, key, value, *edges, dropout_p, is_causal, return_debug_mask
     return as_torch_says("_flash_attention_forward", found, *arguments, scale=scale)
 
@@ -187,11 +213,22 @@ def efficient_forward(
     edges = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     _aligned((query, key, value), edges)
     calls = sequences(edges, [query], [key, value])
-    parts = [attend(*call, custom_mask_type == 1, scale or query.shape[-1] ** -0.5) for call in calls]
+    parts = [
+        attend(*call, custom_mask_type == 1, scale or query.shape[-1] ** -0.5) for call in calls
+    ]
     rows = query.shape[1] if cu_seqlens_q is None else max_seqlen_q
-    lses = torch.cat([pad(x, (0, rows + -rows % 32 - x.shape[-1]), value=float("inf")) for _, x in parts])
+    lses = torch.cat(
+        [pad(x, (0, rows + -rows % 32 - x.shape[-1]), value=float("inf")) for _, x in parts]
+    )
     rng = torch.zeros((), dtype=torch.int64)
-    found = joined([[out] for out, _ in parts])[0].contiguous(), lses, rng, rng, max_seqlen_q, max_seqlen_k
+    found = (
+        joined([[out] for out, _ in parts])[0].contiguous(),
+        lses,
+        rng,
+        rng,
+        max_seqlen_q,
+        max_seqlen_k,
+    )
     arguments = query, key, value, bias, *edges, dropout_p, custom_mask_type, compute_log_sumexp
     return as_torch_says("_efficient_attention_forward", found, *arguments, scale=scale)
 
@@ -204,7 +241,8 @@ def efficient_backward(
     _aligned((query, key, value), edges)
     assert philox_seed.dtype == philox_offset.dtype == torch.int64
     assert all(
-        size <= 1 or stride % 8 == 0 for size, stride in zip(logsumexp.shape[:2], logsumexp.stride(), strict=False)
+        size <= 1 or stride % 8 == 0
+        for size, stride in zip(logsumexp.shape[:2], logsumexp.stride(), strict=False)
     )
     if out.dtype != torch.float32:
         by_row = out.stride(0), out.shape[2] * out.shape[3], out.stride(2), 1
@@ -213,7 +251,12 @@ def efficient_backward(
     each, parts = sequences(edges, [grad_out_, query, delta], [key, value]), []
     for (dout, q, delta_, k, v), lse in zip(each, logsumexp.split(query.shape[0]), strict=True):
         assert lse[..., q.shape[2] :].isposinf().all()
-        given = delta_[..., 0], lse[..., : q.shape[2]], custom_mask_type == 1, scale or query.shape[-1] ** -0.5
+        given = (
+            delta_[..., 0],
+            lse[..., : q.shape[2]],
+            custom_mask_type == 1,
+            scale or query.shape[-1] ** -0.5,
+        )
         parts.append(gradients((dout, q, k, v), *given))
     return *(x.contiguous() for x in joined(parts)), torch.empty(0)
 
@@ -221,12 +264,18 @@ def efficient_backward(
 def _aligned(tensors: Sequence[Tensor], edges: Sequence[Any]) -> None:
     """Check what efficient attention asks of tensors (batch, rows, heads, D)."""
     q, k, _ = tensors
-    assert q.dtype != torch.bfloat16 or torch.cuda.get_device_capability() >= (8, 0), "no kernel found to launch!"
+    assert q.dtype != torch.bfloat16 or torch.cuda.get_device_capability() >= (8, 0), (
+        "no kernel found to launch!"
+    )
     assert q.shape[2] == k.shape[2]
-    assert edges[0] is None or (q.shape[0] == 1 and edges[2] <= q.shape[1] and edges[3] <= k.shape[1])
+    assert edges[0] is None or (
+        q.shape[0] == 1 and edges[2] <= q.shape[1] and edges[3] <= k.shape[1]
+    )
     for x in tensors:
         assert x.stride(-1) == 1
-        assert all(number % 4 == 0 for number in (*x.stride()[:3], x.storage_offset())), "no kernel found to launch!"
+        assert all(number % 4 == 0 for number in (*x.stride()[:3], x.storage_offset())), (
+            "no kernel found to launch!"
+        )
         assert x.shape[-1] * x.element_size() % 16 == 0
         assert x.shape[0] <= 65_535, "invalid configuration argument"
 
@@ -253,15 +302,29 @@ def flash_attn() -> dict[str, types.ModuleType]:
     @torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), schema=FORWARD)
     def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, *others):
         assert (dropout_p, *others) == (0.0, -1, -1, 0.0, None, False)
-        return *flash((q, k, v), WHOLE, causal, softmax_scale), q.new_empty(0), torch.empty(2, dtype=torch.int64)
+        return (
+            *flash((q, k, v), WHOLE, causal, softmax_scale),
+            q.new_empty(0),
+            torch.empty(2, dtype=torch.int64),
+        )
 
-    @torch.library.custom_op("flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"), schema=BACKWARD)
-    def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, *others):
+    @torch.library.custom_op(
+        "flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"), schema=BACKWARD
+    )
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, *others
+    ):
         assert (dropout_p, *others[:4]) == (0.0, -1, -1, 0.0, None)
-        _written((dq, dk, dv), flash_gradients((dout, q, k, v, out), softmax_lse, WHOLE, causal, softmax_scale))
+        _written(
+            (dq, dk, dv),
+            flash_gradients((dout, q, k, v, out), softmax_lse, WHOLE, causal, softmax_scale),
+        )
         return torch.empty_like(softmax_lse)
 
-    module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
+    module._flash_attn_forward, module._flash_attn_backward = (
+        _flash_attn_forward,
+        _flash_attn_backward,
+    )
     return {MODULE: module}
 
 

@@ -77,7 +77,12 @@ def pipe(data: bytes, texts: bool = False) -> Any:
 
     def feed() -> None:
         with contextlib.suppress(BrokenPipeError), open(writer, "wb", buffering=0) as end:
-            for part in (data[:3], data[3:9], data[9:40], data[40:]):  # the first is shorter than the magic
+            for part in (
+                data[:3],
+                data[3:9],
+                data[9:40],
+                data[40:],
+            ):  # the first is shorter than the magic
                 end.write(part)
 
     feeder = threading.Thread(target=feed)
@@ -94,7 +99,9 @@ def pipe(data: bytes, texts: bool = False) -> Any:
         feeder.join()
 
 
-def form(name: str, write: Callable[..., Path], content: Any, **options: Any) -> Callable[[Path], Path]:
+def form(
+    name: str, write: Callable[..., Path], content: Any, **options: Any
+) -> Callable[[Path], Path]:
     """What writes a file of this name to a folder."""
     return lambda folder: write(folder / name, content, **options)
 
@@ -108,27 +115,43 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
     "stream": form("x.arrow", write_stream, token_table(pa.large_list(pa.int64()))),
     "stream uint8": form("x.arrow", write_stream, token_table(pa.list_(pa.uint8()), "tokens")),
     "parquet list": form("x.parquet", write_parquet, token_table(pa.list_(pa.int32()))),
-    "parquet large_list": form("x.parquet", write_parquet, token_table(pa.large_list(pa.uint32()), "token_ids")),
+    "parquet large_list": form(
+        "x.parquet", write_parquet, token_table(pa.large_list(pa.uint32()), "token_ids")
+    ),
     "text column": form("x.arrow", write_file, pa.table({"text": TEXTS, "other": [1, 2, 3]})),
-    "large text column": form("x.parquet", write_parquet, pa.table({"text": pa.array(TEXTS, pa.large_string())})),
+    "large text column": form(
+        "x.parquet", write_parquet, pa.table({"text": pa.array(TEXTS, pa.large_string())})
+    ),
     "flat column": form(
-        "x.arrow", write_file, pa.table({"tokens": pa.array([i for x in IDS for i in (256, *x)], pa.int32())}), rows=7
+        "x.arrow",
+        write_file,
+        pa.table({"tokens": pa.array([i for x in IDS for i in (256, *x)], pa.int32())}),
+        rows=7,
     ),
     "flat parquet": form(
-        "x.parquet", write_parquet, pa.table({"ids": pa.array([i for x in IDS for i in (*x, 256)], pa.uint16())})
+        "x.parquet",
+        write_parquet,
+        pa.table({"ids": pa.array([i for x in IDS for i in (*x, 256)], pa.uint16())}),
     ),
     "split documents": form(
         "x.arrow",
         write_file,
         pa.table(
-            {"doc_id": [*"abbbc"], "input_ids": pa.array([*PARTED[:2], [], PARTED[2], IDS[2]], pa.list_(pa.uint16()))}
+            {
+                "doc_id": [*"abbbc"],
+                "input_ids": pa.array([*PARTED[:2], [], PARTED[2], IDS[2]], pa.list_(pa.uint16())),
+            }
         ),
     ),
     "split documents in parquet": form(
         "x.parquet",
         write_parquet,
         pa.table(
-            {"doc_id": [*"abbccc"], "part": [0, 0, 1, 0, 1, 2], "tokens": pa.array(PARTED, pa.list_(pa.uint16()))}
+            {
+                "doc_id": [*"abbccc"],
+                "part": [0, 0, 1, 0, 1, 2],
+                "tokens": pa.array(PARTED, pa.list_(pa.uint16())),
+            }
         ),
     ),
     "fixed_size_list": form(
@@ -141,21 +164,36 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
             }
         ),
     ),
-    "int64 file in one batch": form("x.arrow", write_file, token_table(pa.list_(pa.int64())), rows=99),
-    "uint64 lz4 stream": form("x.arrow", write_stream, token_table(pa.list_(pa.uint64())), options=LZ4),
-    "json lines of ids": form("x.jsonl", write_lines, [{"id": n, "input_ids": ids} for n, ids in enumerate(IDS)]),
-    "json lines of text": form("x.json", write_lines, [{"text": text, "meta": {"n": [1]}} for text in TEXTS]),
+    "int64 file in one batch": form(
+        "x.arrow", write_file, token_table(pa.list_(pa.int64())), rows=99
+    ),
+    "uint64 lz4 stream": form(
+        "x.arrow", write_stream, token_table(pa.list_(pa.uint64())), options=LZ4
+    ),
+    "json lines of ids": form(
+        "x.jsonl", write_lines, [{"id": n, "input_ids": ids} for n, ids in enumerate(IDS)]
+    ),
+    "json lines of text": form(
+        "x.json", write_lines, [{"text": text, "meta": {"n": [1]}} for text in TEXTS]
+    ),
     "json lines in parts": form(
         "x",
         write_lines,
         [
             {"doc_id": name, "part": part, "text": text}
-            for name, part, text in [("a", 0, TEXTS[0]), ("b", 0, "w"), ("b", 1, TEXTS[1][1:]), ("c", 0, TEXTS[2])]
+            for name, part, text in [
+                ("a", 0, TEXTS[0]),
+                ("b", 0, "w"),
+                ("b", 1, TEXTS[1][1:]),
+                ("c", 0, TEXTS[2]),
+            ]
         ],
     ),
     "split texts": form(
         "x.arrow",
         write_stream,
-        pa.table({"doc_id": [7, 8, 8, 9], "text": [TEXTS[0], TEXTS[1][:4], TEXTS[1][4:], TEXTS[2]]}),
+        pa.table(
+            {"doc_id": [7, 8, 8, 9], "text": [TEXTS[0], TEXTS[1][:4], TEXTS[1][4:], TEXTS[2]]}
+        ),
     ),
 }

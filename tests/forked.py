@@ -29,7 +29,15 @@ from pathlib import Path
 
 from asking import end
 
-JOBS = ("benchmark", "encoding", "training.costs", "inspecting", "plotting", "scoring.scoring", "tokenizing")
+JOBS = (
+    "benchmark",
+    "encoding",
+    "training.costs",
+    "inspecting",
+    "plotting",
+    "scoring.scoring",
+    "tokenizing",
+)
 IMPORTED = [f"longnet_cli.jobs.{job}" for job in (*JOBS, "training.loop")]
 IMPORTED += ["longnet_cli.cli.app", "torch._dynamo", "torch.distributed.run"]
 OF_EXTRAS = ("matplotlib.figure", "transformers.models.llama.modeling_llama")
@@ -53,7 +61,9 @@ class Forked:
             program.write_text(f'#!/bin/sh\nexec {ask} "$@"\n')
             program.chmod(0o755)
         command = [sys.executable, __file__, str(place)]
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self.server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
         self.server.stdout.readline()
 
     def __enter__(self) -> Forked:
@@ -77,7 +87,9 @@ def serve(place: str) -> None:
             importlib.import_module(name)
     commands = importlib.import_module("typer.main")
     commands.get_command = functools.cache(commands.get_command)
-    commands.get_command(sys.modules["longnet_cli.cli.app"].app)  # which takes longer than a small command
+    commands.get_command(
+        sys.modules["longnet_cli.cli.app"].app
+    )  # which takes longer than a small command
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page
     listener = socket.socket(socket.AF_UNIX)
@@ -104,13 +116,20 @@ def serve(place: str) -> None:
                     continue
                 process = os.fork()
                 if process == 0:
-                    for file in (waiting, listener, client, *(other for other, _ in running.values())):
+                    for file in (
+                        waiting,
+                        listener,
+                        client,
+                        *(other for other, _ in running.values()),
+                    ):
                         file.close()  # else a collection would, when its number is another file's
                     become(job, handles)
                     return
                 for handle in handles:
                     os.close(handle)
-                with contextlib.suppress(OSError):  # it may have been killed: then its socket is at its end
+                with contextlib.suppress(
+                    OSError
+                ):  # it may have been killed: then its socket is at its end
                     client.sendall(f"{process}\n".encode())
                 running[process] = client, os.pidfd_open(process)
                 for file in running[process]:
@@ -143,7 +162,9 @@ def become(job: dict, handles: list[int]) -> None:
         streams[handle] = open(handle, mode, 1 if by_line else -1, errors=errors, closefd=False)  # noqa: SIM115
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = streams
     sys.argv = job["args"]
-    if any(name.startswith("HF_") for name in job["environment"]):  # which these read when they are imported
+    if any(
+        name.startswith("HF_") for name in job["environment"]
+    ):  # which these read when they are imported
         for name in [*sys.modules]:
             if name.partition(".")[0] in ("accelerate", "huggingface_hub", "transformers"):
                 del sys.modules[name]

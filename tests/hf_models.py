@@ -25,23 +25,34 @@ ROOM = {"max_position_embeddings": 1024}
 WIDE = {"intermediate_size": 64}
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
 ROPES = {
-    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 256},
     "linear": {"factor": 4.0},
 }
 
 LEVELS = Pattern((8, 24, 60), (1, 3, 5))
 WINDOW = Pattern.window(16, sinks=3)
-FAR = Pattern((16, 16), (1, 4), "modulo", (1, 3), "once", "all", 4)  # a window, and a far level before it
+FAR = Pattern(
+    (16, 16), (1, 4), "modulo", (1, 3), "once", "all", 4
+)  # a window, and a far level before it
 TILED = Pattern((8, 32, 128), (1, 4, 16), look_back=1, overlap="once", queries="all")
 CHOSEN = Pattern((16,), (1,), look_back=1, chosen=2, chosen_block=8, chosen_every=4)
 # the first layer chooses, also by the text, and the second one sees the same blocks
-FOLLOWED = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4, chosen_layers=(0,))
+FOLLOWED = Pattern(
+    (16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4, chosen_layers=(0,)
+)
 GROUPED = Pattern((8, 20), (1, 3), "grouped", look_back=1, sinks=2)
 
 
 def llama(key_heads: int = 4, **changes: Any) -> hf.PreTrainedModel:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **ROOM, **WIDE, num_key_value_heads=key_heads, **changes))
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(**SIZES, **ROOM, **WIDE, num_key_value_heads=key_heads, **changes)
+    )
 
 
 def qwen2() -> hf.PreTrainedModel:
@@ -49,7 +60,9 @@ def qwen2() -> hf.PreTrainedModel:
 
 
 def qwen3() -> hf.PreTrainedModel:
-    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, **ROOM, **WIDE, num_key_value_heads=2, head_dim=8))
+    return hf.Qwen3ForCausalLM(
+        hf.Qwen3Config(**SIZES, **ROOM, **WIDE, num_key_value_heads=2, head_dim=8)
+    )
 
 
 def gpt2(**changes: Any) -> hf.PreTrainedModel:
@@ -63,22 +76,40 @@ def bert(**changes: Any) -> hf.PreTrainedModel:
 
 
 def mixed() -> hf.PreTrainedModel:
-    kinds = {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}
-    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES, **ROOM, **WIDE, **kinds, num_key_value_heads=6))
+    kinds = {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }
+    return hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**SIZES, **ROOM, **WIDE, **kinds, num_key_value_heads=6)
+    )
 
 
 def sharing() -> hf.PreTrainedModel:
     """Layers of two kinds, of which the last ones reuse the keys of earlier ones."""
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
-    sizes = SIZES | ROOM | WIDE | {"num_hidden_layers": 4, "vocab_size_per_layer_input": 97, "sliding_window": 16}
-    heads = {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
+    sizes = (
+        SIZES
+        | ROOM
+        | WIDE
+        | {"num_hidden_layers": 4, "vocab_size_per_layer_input": 97, "sliding_window": 16}
+    )
+    heads = {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+    }
     return hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**sizes, **heads, **kinds))
 
 
 def modernbert() -> hf.PreTrainedModel:
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     sizes = SIZES | {"num_hidden_layers": 3, "pad_token_id": 0}
-    return hf.ModernBertForMaskedLM(hf.ModernBertConfig(**sizes, **ROOM, **WIDE, layer_types=kinds, local_attention=32))
+    return hf.ModernBertForMaskedLM(
+        hf.ModernBertConfig(**sizes, **ROOM, **WIDE, layer_types=kinds, local_attention=32)
+    )
 
 
 def rotary(kind: str) -> hf.PreTrainedModel:
@@ -89,7 +120,9 @@ def rotary(kind: str) -> hf.PreTrainedModel:
     if kind == "neighbours":
         return hf.GlmForCausalLM(hf.GlmConfig(**sizes, num_key_value_heads=4, head_dim=8))
     if kind == "none":
-        return hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**sizes, num_key_value_heads=4, no_rope_layers=[0]))
+        return hf.SmolLM3ForCausalLM(
+            hf.SmolLM3Config(**sizes, num_key_value_heads=4, no_rope_layers=[0])
+        )
     ropes = {"rope_parameters": {"rope_theta": 1e4, "rope_type": kind, **ROPES.get(kind, {})}}
     return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **ropes, num_key_value_heads=4))
 
@@ -101,7 +134,9 @@ MODELS = [*CAUSAL, bert, modernbert]
 def built(model: Callable[..., hf.PreTrainedModel], **changes: Any) -> hf.PreTrainedModel:
     torch.manual_seed(0)
     found = model(**changes).eval()
-    for parameter in found.parameters():  # initial weights are so small that attention would hardly show
+    for (
+        parameter
+    ) in found.parameters():  # initial weights are so small that attention would hardly show
         parameter.data.mul_(3 if parameter.dim() > 1 else 1)
     return found
 
@@ -120,7 +155,9 @@ def nats_from(net: TransformersNet, tokens: torch.Tensor, start: int) -> torch.T
         return net.nll(hidden, tokens[:, n + 1 :])
 
 
-def reference(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **options):
+def reference(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **options
+):
     """The dense-mask reference as an attention function of transformers, "dilated_reference"."""
     if options.get("sliding_window") is not None:
         options = {"scaling": scaling, "is_causal": is_causal, "s_aux": options.get("s_aux")}
@@ -129,15 +166,21 @@ def reference(module, query, key, value, attention_mask, scaling=None, dropout=0
     lengths = None if attention_mask is None else attention_mask[:, 1]
     given = {"causal": module.is_causal if is_causal is None else is_causal, "lengths": lengths}
     given |= {"scale": scaling, "turn": getattr(module, "_dilated_turn", None)}
-    return dilated_attention_reference(q, k, v, pattern_of(module.config), **given).contiguous(), None
+    return dilated_attention_reference(
+        q, k, v, pattern_of(module.config), **given
+    ).contiguous(), None
 
 
 def _sliding(module, query, key, value, mask, scaling, is_causal, s_aux):
     """The attention of a sliding window, to which each head may add the score of a sink, `s_aux` (H,)."""
     if s_aux is None:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=is_causal)
+        return sdpa_attention_forward(
+            module, query, key, value, mask, scaling=scaling, is_causal=is_causal
+        )
     k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    seen = torch.ones(query.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - query.shape[2])
+    seen = torch.ones(query.shape[2], k.shape[2], dtype=torch.bool).tril(
+        k.shape[2] - query.shape[2]
+    )
     seen = seen if mask is None else mask
     scores = (query @ k.mT * scaling).masked_fill(~seen, float("-inf"))
     scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)

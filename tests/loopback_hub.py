@@ -20,14 +20,18 @@ def commit_of(files: dict[str, bytes]) -> str:
 def name_of(name: str, data: bytes) -> str:
     """The ETag of a file, which names its blob: git's, and of a large file its SHA-256."""
     large = name.endswith((".safetensors", ".gguf"))
-    return (hashlib.sha256(data) if large else hashlib.sha1(b"blob %d\0" % len(data) + data)).hexdigest()
+    return (
+        hashlib.sha256(data) if large else hashlib.sha1(b"blob %d\0" % len(data) + data)
+    ).hexdigest()
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def fill_cache(cache: Path, repo: str, files: dict[str, bytes], revision: str | None = "main") -> str:
+def fill_cache(
+    cache: Path, repo: str, files: dict[str, bytes], revision: str | None = "main"
+) -> str:
     """Put files into a cache as huggingface_hub does: blobs, a snapshot of links to them, a ref. Returns the commit."""
     folder, commit = cache / f"models--{repo.replace('/', '--')}", commit_of(files)
     (folder / "blobs").mkdir(parents=True, exist_ok=True)
@@ -107,9 +111,15 @@ def loopback_hub() -> Iterator[LoopbackHub]:
 
         def commit(self, repo: str, revision: str) -> str | None:
             commits, revision = hub.commits.get(repo), "main" if hub.told else revision
-            commit = revision if revision in (commits or {}) else hub.refs.get(repo, {}).get(revision)
+            commit = (
+                revision if revision in (commits or {}) else hub.refs.get(repo, {}).get(revision)
+            )
             if not commit:
-                self.answer(404, b"", **{"X-Error-Code": "RepoNotFound" if not commits else "RevisionNotFound"})
+                self.answer(
+                    404,
+                    b"",
+                    **{"X-Error-Code": "RepoNotFound" if not commits else "RevisionNotFound"},
+                )
             return commit
 
         def refuse(self, repo: str, when: str) -> bool:
@@ -121,7 +131,9 @@ def loopback_hub() -> Iterator[LoopbackHub]:
             return refused
 
         def file(self, cdn: str | None, repo: str, revision: str, name: str) -> None:
-            if not (commit := self.commit(repo, revision)) or (not cdn and self.refuse(repo, "GatedRepo")):
+            if not (commit := self.commit(repo, revision)) or (
+                not cdn and self.refuse(repo, "GatedRepo")
+            ):
                 return
             data = hub.commits[repo][commit].get(name)
             known = {"X-Repo-Commit": hub.told.get("X-Repo-Commit", commit)}

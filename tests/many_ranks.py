@@ -31,7 +31,10 @@ def run_ranks(world: int, folder: Path, work: Callable[..., None], *args: Any) -
     """
     folder.mkdir(exist_ok=True)
     mp.start_processes(
-        _enter, (world, str(folder / f"store-{uuid4()}"), work, args), nprocs=world, start_method="forkserver"
+        _enter,
+        (world, str(folder / f"store-{uuid4()}"), work, args),
+        nprocs=world,
+        start_method="forkserver",
     )
 
 
@@ -65,7 +68,9 @@ def in_both_types(work: Callable[..., None], *args: Any) -> None:
 
 
 def off(found: Tensor, expected: Tensor, floor: float) -> float:
-    return (found - expected).double().norm().item() / max(expected.double().norm().item(), floor, 1e-30)
+    return (found - expected).double().norm().item() / max(
+        expected.double().norm().item(), floor, 1e-30
+    )
 
 
 def random_pattern(
@@ -78,7 +83,9 @@ def random_pattern(
     if kind == "tiled":
         found = Pattern.geometric(pick.randint(1, 600), pick.randint(3, 32), pick.randint(2, 4))
         sinks = pick.choice([0, 3])
-        return replace(found, head_offsets=offsets, look_back=1, overlap="once", queries="all", sinks=sinks)
+        return replace(
+            found, head_offsets=offsets, look_back=1, overlap="once", queries="all", sinks=sinks
+        )
     if kind == "paper":
         return Pattern(PAPER_64TH.segment_lengths, PAPER_64TH.dilation_rates, offsets)
     if kind == "geometric":

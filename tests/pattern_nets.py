@@ -25,7 +25,9 @@ WINDOW = Pattern.window(16, sinks=3)
 WORDS = Tokenizer.bytes()
 
 
-def net(pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int = 4, **more) -> LongNet:
+def net(
+    pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int = 4, **more
+) -> LongNet:
     """Random weights, always the same. "rope_by_level" takes sinks away, and is "rope" in a net that is not causal."""
     torch.manual_seed(0)
     if position == "rope_by_level":
@@ -62,9 +64,18 @@ def gradients(model: LongNet) -> list[Tensor]:
 def native(pattern: Pattern = WINDOW, **more: Any) -> LongNet:
     """For bytes, with a choice of tokens that is not always the same one."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48, "position": "rope"}
+    sizes = {
+        "vocab_size": 257,
+        "dim": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "ffn_dim": 48,
+        "position": "rope",
+    }
     model = LongNet(LongNetConfig(**sizes | vars(pattern) | more))
-    for parameter in model.parameters():  # initial weights are so small that the same token would come again and again
+    for parameter in (
+        model.parameters()
+    ):  # initial weights are so small that the same token would come again and again
         parameter.data.mul_(3 if parameter.dim() > 1 else 1)
     return model.eval()
 
@@ -86,4 +97,8 @@ def prompt(length: int) -> Document:
 
 
 def generated(model: Net, length: int = 50, **options: Any) -> list[Step]:
-    return list(generate(model, prompt(length), **{"bos": None, "tokenizer": WORDS, "max_tokens": 40} | options))
+    return list(
+        generate(
+            model, prompt(length), **{"bos": None, "tokenizer": WORDS, "max_tokens": 40} | options
+        )
+    )

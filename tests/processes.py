@@ -146,7 +146,9 @@ def processes_of(word: str | Path) -> list[int]:
     return found
 
 
-def kill_training(begin: Callable[[Path], subprocess.Popen], folder: Path, kills: int) -> Counter[tuple[str, str]]:
+def kill_training(
+    begin: Callable[[Path], subprocess.Popen], folder: Path, kills: int
+) -> Counter[tuple[str, str]]:
     """Kill runs at random moments, resume each of them until it ends, and compare it with one that nobody killed.
 
     `begin` starts or resumes a run in a folder. A kill hits one of its processes, at the start, while a checkpoint is
@@ -169,7 +171,9 @@ def kill_training(begin: Callable[[Path], subprocess.Popen], folder: Path, kills
         elif moment == "start":
             time.sleep(chance.uniform(0, start))
         else:
-            wait_for_news(process, run / "checkpoints")  # one that is being written has a name of its own
+            wait_for_news(
+                process, run / "checkpoints"
+            )  # one that is being written has a name of its own
             time.sleep(chance.uniform(0, 0.02 if moment == "checkpoint" else 0.5))
         if process.poll() is None and (victims := processes_of(run)):
             victim = chance.choice(victims)

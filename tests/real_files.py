@@ -76,13 +76,19 @@ def run(tmp_path: Path) -> Run:
 def library() -> list[Path]:
     """The sources of this Python's standard library: some 10 MB, files of 100 KB and more among them."""
     root = Path(sysconfig.get_path("stdlib"))
-    return [path for path in sorted(root.rglob("*.py")) if not {"test", "site-packages"} & set(path.parts)]
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not {"test", "site-packages"} & set(path.parts)
+    ]
 
 
 @pytest.fixture(scope="session")
 def book(library: list[Path]) -> str:
     """One text of 5 MB."""
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in library)[:5_000_000]
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in library)[
+        :5_000_000
+    ]
 
 
 @pytest.fixture
@@ -95,9 +101,15 @@ def half_megabyte(book: str, tmp_path: Path) -> Path:
 @pytest.fixture
 def lines(library: list[Path], tmp_path: Path) -> Path:
     """20,000 rows of JSON Lines in zstd: a text of one to four lines in a nested column, and a language."""
-    texts = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in library).splitlines()
+    texts = "\n".join(
+        path.read_text(encoding="utf-8", errors="replace") for path in library
+    ).splitlines()
     rows = [
-        {"id": n, "doc": {"body": "\n".join(texts[3 * n : 3 * n + 1 + n % 4])}, "lang": "py" if n % 3 else "pyi"}
+        {
+            "id": n,
+            "doc": {"body": "\n".join(texts[3 * n : 3 * n + 1 + n % 4])},
+            "lang": "py" if n % 3 else "pyi",
+        }
         for n in range(20_000)
     ]
     path = tmp_path / "lines.jsonl.zst"
@@ -117,7 +129,18 @@ def smollm2(gguf: Path) -> Path:
     """The same weights as a folder of transformers, in fp32."""
     folder = BUILD / "smollm2"
     if not (folder / "config.json").exists():
-        command = [sys.executable, "-m", "longnet_cli", "convert", gguf, "-o", folder, "--dtype", "fp32", "-q"]
+        command = [
+            sys.executable,
+            "-m",
+            "longnet_cli",
+            "convert",
+            gguf,
+            "-o",
+            folder,
+            "--dtype",
+            "fp32",
+            "-q",
+        ]
         subprocess.run(command, check=True, env=environment())
     return folder
 
@@ -132,7 +155,17 @@ def wheel(package: str) -> Path:
     """Return the folder of an unpacked wheel of the package index. Without an index, the test is skipped."""
     folder = BUILD / package.partition("==")[0]
     if not folder.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", BUILD, package]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            BUILD,
+            package,
+        ]
         if subprocess.run(command, check=False).returncode:
             pytest.skip(f"no package index has {package}")
         name = package.partition("==")[0].replace("-", "_")

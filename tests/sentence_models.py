@@ -15,18 +15,47 @@ import torch
 import transformers as hf
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-WORDS = ["the", "an", "of", "long", "net", "reads", "document", "query", "passage", "vector", "makes", "window"]
+WORDS = [
+    "the",
+    "an",
+    "of",
+    "long",
+    "net",
+    "reads",
+    "document",
+    "query",
+    "passage",
+    "vector",
+    "makes",
+    "window",
+]
 WORDS += ["token", "with", "without", "and", "in", "to", "for", "is"]
-SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 NONE = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
 
 
 def word_pieces(**options: Any) -> tokenizers.Tokenizer:
     """Return a WordPiece tokenizer of BERT's kind: words, letters, punctuation."""
     letters = [*string.ascii_letters, *string.digits, *string.punctuation, "\u00e9", "\u6f22"]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{each}" for each in letters)]
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *WORDS,
+        *letters,
+        *(f"##{each}" for each in letters),
+    ]
     found = tokenizers.Tokenizer(
-        models.WordPiece({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, unk_token="[UNK]")
+        models.WordPiece(
+            {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, unk_token="[UNK]"
+        )
     )
     found.normalizer = normalizers.BertNormalizer(**{"lowercase": True, **options})
     found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -39,11 +68,14 @@ def word_pieces(**options: Any) -> tokenizers.Tokenizer:
 def sentence_pieces(open: str = "<s>") -> tokenizers.Tokenizer:
     """Return a Unigram tokenizer of XLM-R's kind."""
     pieces = [(f"\u2581{word}", -3.0) for word in WORDS] + [
-        (each, -6.0) for each in ("\u2581", *string.ascii_letters, *string.digits, *string.punctuation, "\u00e9")
+        (each, -6.0)
+        for each in ("\u2581", *string.ascii_letters, *string.digits, *string.punctuation, "\u00e9")
     ]
     vocab = [(open, 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces, ("<mask>", 0.0)]
     found = tokenizers.Tokenizer(models.Unigram(vocab, unk_id=3))
-    found.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+    found.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    )
     found.pre_tokenizer = pre_tokenizers.Metaspace()
     found.decoder = decoders.Metaspace()
     found.add_special_tokens([open, "<pad>", "</s>", "<unk>", "<mask>"])
@@ -65,18 +97,32 @@ def byte_level(prefix_space: bool = False, close: bool = True) -> tokenizers.Tok
     )
     found.train_from_iterator([" ".join(WORDS)] * 3, trainer)
     single = "$A:0 <end>:0" if close else "$A:0"
-    found.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<end>", 2)])
+    found.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<end>", 2)]
+    )
     return found
 
 
 def net(kind: str, vocab_size: int, positions: int = 40) -> hf.PreTrainedModel:
     """Return a small Transformer whose attention matters: its weights are larger than initial ones."""
-    sizes = {**SIZES, "vocab_size": vocab_size, "max_position_embeddings": positions, "pad_token_id": 0}
+    sizes = {
+        **SIZES,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": positions,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(0)
     if kind == "bert":
         model = hf.BertModel(hf.BertConfig(**sizes, **NONE))
     elif kind == "distilbert":
-        own = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0}
+        own = {
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 48,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
         own |= {"vocab_size": vocab_size, "max_position_embeddings": positions, "pad_token_id": 0}
         model = hf.DistilBertModel(hf.DistilBertConfig(**own))
     elif kind == "xlm-roberta":
@@ -88,13 +134,26 @@ def net(kind: str, vocab_size: int, positions: int = 40) -> hf.PreTrainedModel:
     elif kind == "modernbert":
         kinds = ["full_attention", "sliding_attention"]
         ids = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-        model = hf.ModernBertModel(hf.ModernBertConfig(**sizes, **ids, layer_types=kinds, local_attention=8))
+        model = hf.ModernBertModel(
+            hf.ModernBertConfig(**sizes, **ids, layer_types=kinds, local_attention=8)
+        )
     elif kind == "gemma3":
-        own = {**sizes, "head_dim": 8, "num_key_value_heads": 2, "use_bidirectional_attention": True}
+        own = {
+            **sizes,
+            "head_dim": 8,
+            "num_key_value_heads": 2,
+            "use_bidirectional_attention": True,
+        }
         own |= {"sliding_window": 8, "bos_token_id": 1, "eos_token_id": 2}
         model = hf.Gemma3TextModel(hf.Gemma3TextConfig(**own))
     else:
-        own = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
+        own = {
+            **sizes,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         model = hf.Qwen3Model(hf.Qwen3Config(**own))
     for parameter in model.parameters():
         parameter.data.mul_(3 if parameter.dim() > 1 else 1)
@@ -126,7 +185,9 @@ def save_model(
     words = words or word_pieces()
     specials = {"pad_token": words.id_to_token(1 if kind in ("xlm-roberta", "mpnet") else 0)}
     specials["sep_token"] = words.id_to_token(words.encode("a").ids[-1])
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, **specials, model_max_length=window or int(1e30))
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=words, **specials, model_max_length=window or int(1e30)
+    )
     plain = folder.with_name(f"{folder.name}-transformer")
     net(kind, len(words.get_vocab()), positions).save_pretrained(plain)
     tokenizer.save_pretrained(plain)
@@ -161,10 +222,24 @@ def _make_older(folder: Path, pool: str | tuple[str, ...], window: int | None) -
     for module in modules:
         module["type"] = f"sentence_transformers.models.{module['type'].rpartition('.')[2]}"
     (folder / "modules.json").write_text(json.dumps(modules))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": window, "do_lower_case": True}))
+    (folder / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": window, "do_lower_case": True})
+    )
     modes = {pool} if isinstance(pool, str) else {*pool}
-    keys = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
-    names = {"cls_token": "cls", "max_tokens": "max", "mean_tokens": "mean", "weightedmean_tokens": "weightedmean"}
+    keys = (
+        "cls_token",
+        "max_tokens",
+        "mean_tokens",
+        "mean_sqrt_len_tokens",
+        "weightedmean_tokens",
+        "lasttoken",
+    )
+    names = {
+        "cls_token": "cls",
+        "max_tokens": "max",
+        "mean_tokens": "mean",
+        "weightedmean_tokens": "weightedmean",
+    }
     flags = {f"pooling_mode_{key}": names.get(key, key) in modes for key in keys}
     path = folder / "1_Pooling" / "config.json"
     path.write_text(json.dumps({"word_embedding_dimension": 32, **flags}))

@@ -14,7 +14,9 @@ from torch import Tensor
 from longnet_cli.attention import Pattern, choosing
 from longnet_cli.attention.plain_call import MathKernel
 
-PAPER_64TH = Pattern((32, 64, 128, 256, 512), (1, 2, 4, 6, 12))  # r = 6 and 12 do not divide w, as in the paper
+PAPER_64TH = Pattern(
+    (32, 64, 128, 256, 512), (1, 2, 4, 6, 12)
+)  # r = 6 and 12 do not divide w, as in the paper
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Problem:
     def tensors(self, count: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         draw = torch.Generator().manual_seed(self.seed)
         shape = (self.batch, self.tokens, self.heads, self.head_dim)
-        return [torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for _ in range(count)]
+        return [
+            torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for _ in range(count)
+        ]
 
     @property
     def options(self) -> dict:
@@ -52,7 +56,9 @@ def patterns(draw: st.DrawFn) -> Pattern:
         base = draw(st.integers(1, 32))
         found = Pattern.geometric(draw(st.integers(1, 200)), base, draw(st.integers(2, 4)))
         return Pattern(found.segment_lengths, found.dilation_rates, offsets)
-    levels = draw(st.lists(st.tuples(st.integers(1, 230), st.integers(1, 13)), min_size=1, max_size=4))
+    levels = draw(
+        st.lists(st.tuples(st.integers(1, 230), st.integers(1, 13)), min_size=1, max_size=4)
+    )
     return Pattern(tuple(w for w, _ in levels), tuple(r for _, r in levels), offsets)
 
 
@@ -85,7 +91,9 @@ class Choice(Problem):
         """q, k, v, dout; q and k rotated, if they are, for positions from `start` on."""
         levels = len(self.pattern.levels) if self.by_level else 1
         dout, *of_levels = self.tensors(1 + 3 * levels)
-        q, k, v = (torch.stack(of_levels[i::3], 2) if self.by_level else of_levels[i] for i in range(3))
+        q, k, v = (
+            torch.stack(of_levels[i::3], 2) if self.by_level else of_levels[i] for i in range(3)
+        )
         k, v = k[..., : self.kv_heads, :], v[..., : self.kv_heads, :]
         if self.rotary:
             q, k = (turn(x[:, None], torch.tensor([0]), self.start)[:, 0] for x in (q, k))
@@ -99,9 +107,14 @@ def turn(x: Tensor, distances: Tensor, start: int | None = None) -> Tensor:
     """
     half = x.shape[-1] // 2
     speed = 0.3 ** torch.arange(half, dtype=torch.float64)
-    places = distances[:, None].double().cpu() + (0 if start is None else torch.arange(start, start + x.shape[2]))
+    places = distances[:, None].double().cpu() + (
+        0 if start is None else torch.arange(start, start + x.shape[2])
+    )
     phase = (places[:, :, None, None] * speed).to(x.device)  # (segments, rows or 1, 1, half)
-    cos, sin = (each.to(x.dtype if x.dtype.itemsize > 2 else torch.float32) for each in (phase.cos(), phase.sin()))
+    cos, sin = (
+        each.to(x.dtype if x.dtype.itemsize > 2 else torch.float32)
+        for each in (phase.cos(), phase.sin())
+    )
     a, b = x.unflatten(-1, (half, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
@@ -111,7 +124,9 @@ def pattern_with_options(pick: random.Random, causal: bool) -> Pattern:
     levels, overlap = pick.randint(1, 4), pick.choice(["repeat", "once"])
     widths, rates, backs = [pick.randint(1, 30)], [1], [pick.randint(0, 3)]
     for _ in range(levels - 1):
-        widths.append(int(widths[-1] * (pick.randint(1, 4) if overlap == "once" else pick.uniform(1, 4))))
+        widths.append(
+            int(widths[-1] * (pick.randint(1, 4) if overlap == "once" else pick.uniform(1, 4)))
+        )
         rates.append(pick.randint(1, 9))
         least = -(-backs[-1] * widths[-2] // widths[-1]) if overlap == "once" else 0
         backs.append(pick.randint(least, least + 2))
@@ -139,7 +154,11 @@ def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
     moved = draw(st.sampled_from(["by level", "by turn", "by level", "nothing"]))
     if moved == "by level":
         pattern = replace(pattern, sinks=0)
-    batch, tokens, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 150)), draw(st.integers(1, 4))
+    batch, tokens, kv_heads = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 150)),
+        draw(st.integers(1, 4)),
+    )
     return Choice(
         pattern=pattern,
         batch=batch,
@@ -161,7 +180,11 @@ def chosen_patterns(draw: st.DrawFn) -> Pattern:
     """Windows with chosen blocks, for nets of two layers or more."""
     block = 4 * draw(st.integers(1, 4))
     every = draw(st.sampled_from([n for n in range(1, block + 1) if block % n == 0]))
-    width, back, number = block * draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    width, back, number = (
+        block * draw(st.integers(1, 2)),
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 5)),
+    )
     layers = draw(st.sampled_from([(), (0,), (1,), (0, 1)]))
     sizes = {"chosen": number, "chosen_block": block, "chosen_every": every}
     return Pattern((width,), (1,), look_back=back, **sizes, chosen_layers=layers)
@@ -190,7 +213,9 @@ def chosen_choices(draw: st.DrawFn) -> Choice:
 
 def cuts() -> st.SearchStrategy[list[int]]:
     """Sizes of the chunks of a sequence, taken in turn: single tokens, primes, one chunk, and mixtures."""
-    return st.sampled_from([[1], [2], [7], [13], [64], [10**6]]) | st.lists(st.integers(1, 90), min_size=1, max_size=5)
+    return st.sampled_from([[1], [2], [7], [13], [64], [10**6]]) | st.lists(
+        st.integers(1, 90), min_size=1, max_size=5
+    )
 
 
 def split(tokens: int, sizes: list[int]) -> list[int]:
@@ -203,7 +228,10 @@ def split(tokens: int, sizes: list[int]) -> list[int]:
 
 def document_starts(tokens: Tensor, eos: int) -> list[list[int]]:
     """Where documents start in each row of (rows, n) ids, if `eos` precedes each."""
-    return [[0, *(i for i in range(1, tokens.shape[1]) if tokens[row, i] == eos)] for row in range(tokens.shape[0])]
+    return [
+        [0, *(i for i in range(1, tokens.shape[1]) if tokens[row, i] == eos)]
+        for row in range(tokens.shape[0])
+    ]
 
 
 def turning(choice: Choice) -> dict:
@@ -225,7 +253,9 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
     """
     floor = max(x.double().norm().item() for x in expected) * 0.1
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        error = (a.double() - b.double()).norm().item() / max(b.double().norm().item(), floor, 1e-30)
+        error = (a.double() - b.double()).norm().item() / max(
+            b.double().norm().item(), floor, 1e-30
+        )
         assert error <= tolerance, f"{name} is off by {error:.2e}"
 
 

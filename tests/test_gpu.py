@@ -55,7 +55,9 @@ BOTH_WAYS = Pattern((48, 160), (1, 3), "grouped", look_back=(2, 1))
 def in_halves(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **options: Any) -> Tensor:
     """The first half, then the second, which is given what it sees of the first as far keys."""
     spans = far_spans(pattern, HALF, TOKENS, True)
-    far = [far_keys(k[:, :HALF], v[:, :HALF], pattern, span, num_heads=q.shape[2]) for span in spans]
+    far = [
+        far_keys(k[:, :HALF], v[:, :HALF], pattern, span, num_heads=q.shape[2]) for span in spans
+    ]
     first, second = ([x[:, part] for x in (q, k, v)] for part in (slice(HALF), slice(HALF, None)))
     return torch.cat(
         [
@@ -77,7 +79,10 @@ CASES: dict[str, tuple[Pattern, dict[str, Any]]] = {
     "many documents": (PAPER_64TH, {"documents": (17,) * 41 + (3,)}),
     "documents with sinks": (TILED, {"documents": (5, 300, 1, 394), "turn": turn}),
     "far keys": (PAPER_64TH, {"attend": in_halves}),
-    "far keys and sinks, shared key heads": (TILED, {"kv_heads": 2, "attend": in_halves, "turn": turn}),
+    "far keys and sinks, shared key heads": (
+        TILED,
+        {"kv_heads": 2, "attend": in_halves, "turn": turn},
+    ),
     "a window and sinks": (Pattern.window(48, sinks=4), {"turn": turn}),
     "all queries, one key head": (ALL, {"kv_heads": 1}),
     "a look both ways": (BOTH_WAYS, {"causal": False, "kv_heads": 3}),
@@ -86,8 +91,14 @@ CASES: dict[str, tuple[Pattern, dict[str, Any]]] = {
     "head_dim 20": (PAPER_64TH, {"head_dim": 20}),
     "one token": (PAPER_64TH, {"tokens": 1}),
     "slices of one tensor": (PAPER_64TH, {"view": lambda x: torch.stack((x, x, x), 2)[:, :, 1]}),
-    "heads before tokens": (TILED, {"view": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)}),
-    "features apart": (PAPER_64TH, {"view": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)}),
+    "heads before tokens": (
+        TILED,
+        {"view": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)},
+    ),
+    "features apart": (
+        PAPER_64TH,
+        {"view": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)},
+    ),
     "every other token": (PAPER_64TH, {"view": lambda x: x.repeat_interleave(2, 1)[:, ::2]}),
     "heads without a stride": (PAPER_64TH, {"view": lambda x: x[:, :, :1].expand_as(x)}),
 }
@@ -96,7 +107,14 @@ CASES: dict[str, tuple[Pattern, dict[str, Any]]] = {
 def split_options(name: str) -> tuple[Pattern, dict[str, Any], dict[str, Any]]:
     """(pattern, what the tensors are like, options of `dilated_attention`)."""
     pattern, given = CASES[name]
-    like = {"batch": 1, "tokens": TOKENS, "heads": 6, "kv_heads": 6, "head_dim": 64, "view": Tensor.clone}
+    like = {
+        "batch": 1,
+        "tokens": TOKENS,
+        "heads": 6,
+        "kv_heads": 6,
+        "head_dim": 64,
+        "view": Tensor.clone,
+    }
     like["attend"] = dilated_attention
     return (
         pattern,
@@ -112,12 +130,16 @@ def run(
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for heads in (like["heads"], like["kv_heads"], like["kv_heads"], like["heads"]):
-        x = torch.randn(like["batch"], like["tokens"], heads, like["head_dim"], generator=generator).to(DTYPES[dtype])
+        x = torch.randn(
+            like["batch"], like["tokens"], heads, like["head_dim"], generator=generator
+        ).to(DTYPES[dtype])
         inputs.append(like["view"]((x.double() if wide else x).to(where)))
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     out = attend(q, k, v)
     assert out.dtype == q.dtype
-    return [x.detach().cpu().double() for x in (out, *torch.autograd.grad(out, (q, k, v), inputs[3]))]
+    return [
+        x.detach().cpu().double() for x in (out, *torch.autograd.grad(out, (q, k, v), inputs[3]))
+    ]
 
 
 @lru_cache(maxsize=100)
@@ -143,7 +165,9 @@ def wrong_results(kernel: str, dtype: str, names: Iterable[str] = CASES) -> list
             attend = partial(like["attend"], pattern=pattern, kernel=kernel, **options)
             found = run(attend, like, dtype, DEVICE, wide=False)
             exact = exact_attention(name, dtype)
-            floor = 0.1 * max(x.norm().item() for x in exact)  # dq and dk of a single token are zero
+            floor = 0.1 * max(
+                x.norm().item() for x in exact
+            )  # dq and dk of a single token are zero
             for what, a, b in zip(("out", "dq", "dk", "dv"), found, exact, strict=True):
                 off = (a - b).norm().item() / max(b.norm().item(), floor)
                 if not off <= TOLERANCE[dtype]:
@@ -178,10 +202,15 @@ def fresh_selection() -> Iterator[None]:
 def test_a_card_without_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """A T4: efficient attention serves fp16 and fp32, and nothing but plain math serves bf16."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
     assert resolve_dtype("auto", torch.device("cuda")) == "fp32"
     with fresh_selection():
-        chosen = [kernels.select_kernel(DEVICE, DTYPES[dtype], 64).name for dtype in ("fp32", "fp16", "bf16")]
+        chosen = [
+            kernels.select_kernel(DEVICE, DTYPES[dtype], 64).name
+            for dtype in ("fp32", "fp16", "bf16")
+        ]
         assert chosen == ["cuda_efficient", "cuda_efficient", "math"]
         assert not wrong_results("cuda_efficient", "fp16")
 
@@ -217,12 +246,20 @@ def test_more_numbers_than_32_bits_count() -> None:
     if needed > free:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
     torch.manual_seed(0)
-    whole = [torch.randn(1, segments * last, *shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(4)]
+    whole = [
+        torch.randn(1, segments * last, *shape, dtype=torch.bfloat16, device=DEVICE)
+        for _ in range(4)
+    ]
     results = []
     for inputs in ([x[:, -last:].clone() for x in whole], whole):
         q, k, v = (x.requires_grad_() for x in inputs[:3])
         out = dilated_attention(q, k, v, pattern)
-        results.append([x.detach()[:, -last:].clone() for x in (out, *torch.autograd.grad(out, (q, k, v), inputs[3]))])
+        results.append(
+            [
+                x.detach()[:, -last:].clone()
+                for x in (out, *torch.autograd.grad(out, (q, k, v), inputs[3]))
+            ]
+        )
     for found, expected in zip(*reversed(results), strict=True):
         assert error(found, expected) <= TOLERANCE["bf16"]
 
@@ -244,7 +281,9 @@ def exact_step(packed: bool) -> list[Tensor]:
 
 def check_step(model: Any, dtype: str, chunk: int, packed: bool) -> None:
     ids, targets, starts = windows(packed)
-    loss = backward(model, ids.to(DEVICE), targets.to(DEVICE), chunk=chunk, starts=starts, dtype=dtype)
+    loss = backward(
+        model, ids.to(DEVICE), targets.to(DEVICE), chunk=chunk, starts=starts, dtype=dtype
+    )
     exact_loss, *exact = exact_step(packed)
     of_loss, of_gradients = OF_NETS[dtype]
     assert error(loss.cpu(), exact_loss) <= of_loss
@@ -303,12 +342,32 @@ def test_commands(tmp_path: Path, run_longnet: RunLongnet) -> None:
     """`train` and `score` in fp32 on both devices: the same losses, and the same nats of its model."""
     job_folder(tmp_path)
     for device in ("cpu", GPU):
-        command = ["train", "recipe.toml", "-o", f"on-{device}", "--dtype", "fp32", "--device", device]
+        command = [
+            "train",
+            "recipe.toml",
+            "-o",
+            f"on-{device}",
+            "--dtype",
+            "fp32",
+            "--device",
+            device,
+        ]
         run_longnet(*command, cwd=tmp_path, fresh=CUDA, code=0)
     assert losses(tmp_path / f"on-{GPU}") == pytest.approx(losses(tmp_path / "on-cpu"), rel=1e-3)
     nats = []
     for device in ("cpu", GPU):
-        command = ["score", "texts", "-m", "./on-cpu", "--chunk", "100", "--format", "json", "--dtype", "fp32"]
+        command = [
+            "score",
+            "texts",
+            "-m",
+            "./on-cpu",
+            "--chunk",
+            "100",
+            "--format",
+            "json",
+            "--dtype",
+            "fp32",
+        ]
         scored = run_longnet(*command, "--device", device, cwd=tmp_path, fresh=CUDA, code=0)
         nats.append(json.loads(scored.stdout)["total"]["nll_sum"])
     assert nats[1] == pytest.approx(nats[0], rel=1e-5)
@@ -323,15 +382,31 @@ def test_bench() -> None:
     assert all(row.peak_rss_bytes for row in rows)
 
 
-@pytest.mark.parametrize("mesh", [[], ["--dp", "2"], ["--shard", "full"]], ids=["sp2", "dp2", "sp2 sharded"])
+@pytest.mark.parametrize(
+    "mesh", [[], ["--dp", "2"], ["--shard", "full"]], ids=["sp2", "dp2", "sp2 sharded"]
+)
 def test_two_ranks(mesh: list[str], tmp_path: Path, command_env: dict[str, str]) -> None:
     """Two processes of torchrun over NCCL train as one does, in fp32."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two cards")
     job_folder(tmp_path)
     for name, start, more in (("alone", [], []), ("both", TORCHRUN, mesh)):
-        command = [*start, "-m", "longnet_cli", "train", "recipe.toml", "-o", name, "--dtype", "fp32", "--device", GPU]
+        command = [
+            *start,
+            "-m",
+            "longnet_cli",
+            "train",
+            "recipe.toml",
+            "-o",
+            name,
+            "--dtype",
+            "fp32",
+            "--device",
+            GPU,
+        ]
         run = [sys.executable, *command, *more]
-        done = subprocess.run(run, cwd=tmp_path, env=command_env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            run, cwd=tmp_path, env=command_env, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)

@@ -52,7 +52,10 @@ CODES = {  # locker: (its code, the same locker in other words that keep a name)
     "Pettigrew": "3714", "Quillfeather": "8826", "Ravenscar": "5191", "Stapleford": "4472", "Thistlewood": "7060",
 }  # fmt: skip
 CODE = "The code of the locker of Mr {} is {}."
-CODE_SAME, CODE_OTHER = "What is the code of the locker of Mr {}?", "Which number opens the cabinet that {} uses?"
+CODE_SAME, CODE_OTHER = (
+    "What is the code of the locker of Mr {}?",
+    "Which number opens the cabinet that {} uses?",
+)
 WORDS = [  # a fact, a question in its words, one in others, the answer
     ("The lighthouse keeper of Skerry Point paints his door violet each spring.",
      "What colour does the lighthouse keeper of Skerry Point paint his door each spring?",
@@ -142,18 +145,33 @@ def facts() -> tuple[list[str], dict[str, list[Question]]]:
         name: [LIST.format(name, vault, code) for vault, code in zip(VAULTS, numbers, strict=True)]
         for name, numbers in LISTS.items()
     }
-    same = [Question(CODE_SAME.format(n), codes[n].rpartition(" ")[0], CODES[n], [codes[n]]) for n in CODES]
-    words = [Question(same, line.partition(f" {answer}")[0], answer, [line]) for line, same, _, answer in WORDS]
+    same = [
+        Question(CODE_SAME.format(n), codes[n].rpartition(" ")[0], CODES[n], [codes[n]])
+        for n in CODES
+    ]
+    words = [
+        Question(same, line.partition(f" {answer}")[0], answer, [line])
+        for line, same, _, answer in WORDS
+    ]
     asked = {
         "code, same words": same,
-        "code, other words": [Question(CODE_OTHER.format(n), "The number is", CODES[n], [codes[n]]) for n in CODES],
+        "code, other words": [
+            Question(CODE_OTHER.format(n), "The number is", CODES[n], [codes[n]]) for n in CODES
+        ],
         "word, same words": words,
-        "word, other words": [Question(other, "It is", answer, [line]) for line, _, other, answer in WORDS],
+        "word, other words": [
+            Question(other, "It is", answer, [line]) for line, _, other, answer in WORDS
+        ],
         "three numbers": [
-            Question(LIST_ASKED.format(n), LIST_BEGIN.format(n), ", ".join(LISTS[n]), lists[n]) for n in LISTS
+            Question(LIST_ASKED.format(n), LIST_BEGIN.format(n), ", ".join(LISTS[n]), lists[n])
+            for n in LISTS
         ],
     }
-    return [*codes.values(), *(line for line, *_ in WORDS), *(line for each in lists.values() for line in each)], asked
+    return [
+        *codes.values(),
+        *(line for line, *_ in WORDS),
+        *(line for each in lists.values() for line in each),
+    ], asked
 
 
 def hide(text: str, lines: Sequence[str], seed: int) -> str:
@@ -161,7 +179,9 @@ def hide(text: str, lines: Sequence[str], seed: int) -> str:
     order, own = np.random.default_rng(seed).permutation(lines), text.splitlines(keepends=True)
     places = np.linspace(0, len(own), len(order) + 2).astype(int)
     parts = ["".join(own[begin:end]) for begin, end in pairwise(places)]
-    return parts[0] + "".join(f"{line}\n{part}" for line, part in zip(order, parts[1:], strict=True))
+    return parts[0] + "".join(
+        f"{line}\n{part}" for line, part in zip(order, parts[1:], strict=True)
+    )
 
 
 class Asked:
@@ -205,7 +225,9 @@ class Asked:
         return nats_and_exact(logits.float(), answer)
 
 
-def with_answer(ids: np.ndarray, question: Question, words: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def with_answer(
+    ids: np.ndarray, question: Question, words: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of a prompt with the answer after it, and those of the rest of the answer."""
     answer = words.encode(f" {question.answer}").astype(np.int64)
     return np.concatenate([ids, words.encode(question.begin), answer]).astype(np.int64), answer
@@ -220,7 +242,9 @@ def nats_and_exact(logits: torch.Tensor, answer: np.ndarray) -> tuple[float, boo
     return float(nats), logits.argmax(-1).tolist() == answer.tolist()
 
 
-def ask(asked: Asked, ways: dict[str, list[Question]], counts: Sequence[int], kinds: Sequence[str]) -> Iterator[Row]:
+def ask(
+    asked: Asked, ways: dict[str, list[Question]], counts: Sequence[int], kinds: Sequence[str]
+) -> Iterator[Row]:
     """Yield a row per way of asking and method that makes a prompt of passages."""
     words = asked.loaded.tokenizer
     assert words
@@ -230,20 +254,42 @@ def ask(asked: Asked, ways: dict[str, list[Question]], counts: Sequence[int], ki
             answers, found, began = [], 0, time.process_time()
             for question in questions:
                 passages = asked.passages_of(kind, question, count)
-                found += all(any(line in passage.text for passage in passages) for line in question.lines)
+                found += all(
+                    any(line in passage.text for passage in passages) for line in question.lines
+                )
                 document, _ = prompt(asked.loaded, question.text, passages, 64)
                 answers.append(asked.read(kind, *with_answer(document.read(), question, words)))
-            yield row_of(way, kind if kind == RIGHT else f"{kind} {count}", answers, began, found / len(questions))
+            yield row_of(
+                way,
+                kind if kind == RIGHT else f"{kind} {count}",
+                answers,
+                began,
+                found / len(questions),
+            )
 
 
-def row_of(way: str, method: str, answers: list[tuple[float, bool]], began: float, found: float | None) -> Row:
+def row_of(
+    way: str, method: str, answers: list[tuple[float, bool]], began: float, found: float | None
+) -> Row:
     nats, exact = np.array([each[0] for each in answers]), sum(each[1] for each in answers)
-    row = {"way": way, "method": method, "questions": len(answers), "found": found, "nats": float(nats.mean())}
+    row = {
+        "way": way,
+        "method": method,
+        "questions": len(answers),
+        "found": found,
+        "nats": float(nats.mean()),
+    }
     seconds = (time.process_time() - began) / len(answers)
-    return row | {"se": float(nats.std(ddof=1) / len(nats) ** 0.5), "exact": exact, "seconds": seconds}
+    return row | {
+        "se": float(nats.std(ddof=1) / len(nats) ** 0.5),
+        "exact": exact,
+        "seconds": seconds,
+    }
 
 
-def read_whole(loaded: Loaded, text: np.ndarray, ways: dict[str, list[Question]], written: str) -> Iterator[Row]:
+def read_whole(
+    loaded: Loaded, text: np.ndarray, ways: dict[str, list[Question]], written: str
+) -> Iterator[Row]:
     """Yield a row per way of asking of a net that reads the whole text by a pattern, then each question."""
     net, words, chat, stream = loaded.net, loaded.tokenizer, loaded.chat, CausalStream(loaded.net)
     assert words
@@ -257,7 +303,9 @@ def read_whole(loaded: Loaded, text: np.ndarray, ways: dict[str, list[Question]]
             whole, answer = with_answer(ids, question, words)
             with torch.inference_mode():
                 hidden = stream.fork()(torch.from_numpy(whole)[None])
-                answers.append(nats_and_exact(net.logits(hidden[0, -len(answer) - 1 : -1]).float(), answer))
+                answers.append(
+                    nats_and_exact(net.logits(hidden[0, -len(answer) - 1 : -1]).float(), answer)
+                )
         yield row_of(way, written, answers, began, None)
 
 
@@ -270,12 +318,17 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     text = hide(text[: text.rfind("\n") + 1 or None], lines, options.seed)
     load = partial(folder.load, device=torch.device("cpu"), dtype=options.dtype, chat=None)
     yield from ask(
-        Asked(load(), text, options.dtype), ways, options.passages, [OURS] if options.alone else [OURS, OTHERS]
+        Asked(load(), text, options.dtype),
+        ways,
+        options.passages,
+        [OURS] if options.alone else [OURS, OTHERS],
     )
     for written in options.pattern:
         loaded = load(pattern=parse_pattern(written))
         start = loaded.net.start_rows(folder.bos(words))
-        yield from read_whole(loaded, np.concatenate([start, words.encode(text)]).astype(np.int64), ways, written)
+        yield from read_whole(
+            loaded, np.concatenate([start, words.encode(text)]).astype(np.int64), ways, written
+        )
 
 
 def table(rows: list[Row]) -> Iterator[str]:
@@ -285,18 +338,27 @@ def table(rows: list[Row]) -> Iterator[str]:
     yield "|---" * (len(ways) + 2) + "|"
     for method in methods:
         own = [row for row in rows if row["method"] == method]
-        cells = [f"{row['nats']:.2f} ± {row['se']:.2f} ({row['exact']} of {row['questions']})" for row in own]
+        cells = [
+            f"{row['nats']:.2f} ± {row['se']:.2f} ({row['exact']} of {row['questions']})"
+            for row in own
+        ]
         yield f"| {method} | {' | '.join(cells)} | {np.mean([row['seconds'] for row in own]):.1f} |"
         if own[0]["found"] is not None:
             yield f"| its passages have it | {' | '.join(f'{row[key]:.2f}' for row in own for key in ['found'])} | |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a model folder")
     parser.add_argument("--text", required=True, metavar="FILE", help="prose")
-    parser.add_argument("--tokens", type=parse_size, default=32_000, help="of the prose that are taken")
-    parser.add_argument("--passages", type=int, nargs="*", default=[1, 2, 3, 4], help="that the model reads at most")
+    parser.add_argument(
+        "--tokens", type=parse_size, default=32_000, help="of the prose that are taken"
+    )
+    parser.add_argument(
+        "--passages", type=int, nargs="*", default=[1, 2, 3, 4], help="that the model reads at most"
+    )
     parser.add_argument("--alone", action="store_true", help="leave out rank-bm25 and transformers")
     parser.add_argument("--pattern", nargs="+", default=[], help="that reads the whole text")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)

@@ -26,7 +26,9 @@ from longnet_cli.jobs.scoring.token_logprobs import LogprobFile
 def distances(ids: np.ndarray) -> np.ndarray:
     """Return (n,) how many ids ago the pair that ends at each of `ids` (n,) was last there, 0 for a new pair."""
     pairs = ids[:-1].astype(np.int64) << 32 | ids[1:]
-    order = np.argsort(pairs, kind="stable")  # the places of a pair are then neighbours, in ascending order
+    order = np.argsort(
+        pairs, kind="stable"
+    )  # the places of a pair are then neighbours, in ascending order
     found = np.zeros(len(ids), np.int64)
     found[order[1:] + 1] = np.where(np.diff(pairs[order]) == 0, np.diff(order), 0)
     return found
@@ -46,23 +48,40 @@ def table(files: Sequence[str]) -> Iterator[str]:
         _, ids, _ = of_files[0]
         if not all(np.array_equal(ids, others) for _, others, _ in of_files):
             raise LongNetError(f"document {of_files[0][0]!r} has other tokens in another file")
-        row = np.frexp(distances(ids).astype(float))[1]  # 0 for a new pair, otherwise 1 + the floor of log2
+        row = np.frexp(distances(ids).astype(float))[
+            1
+        ]  # 0 for a new pair, otherwise 1 + the floor of log2
         sums = [np.bincount(row, -logprobs.astype(float), 64) for _, _, logprobs in of_files]
         counts = np.bincount(row, minlength=64)
         for place in np.flatnonzero(counts):
             rows[place].add([*(each[place] for each in sums), counts[place]])
-    yield " | ".join(["| said tokens ago", "tokens", *files, *(f"ppl of {name} / first" for name in files[1:])]) + " |"
+    yield (
+        " | ".join(
+            [
+                "| said tokens ago",
+                "tokens",
+                *files,
+                *(f"ppl of {name} / first" for name in files[1:]),
+            ]
+        )
+        + " |"
+    )
     yield "|---" * (2 * len(files) + 1) + "|"
     for place, row in enumerate(rows):
         if row.documents:
             *nats, tokens = row.sums
-            cells = [f"{2 ** (place - 1):,} to {2**place - 1:,}" if place else "new", f"{tokens:,.0f}"]
+            cells = [
+                f"{2 ** (place - 1):,} to {2**place - 1:,}" if place else "new",
+                f"{tokens:,.0f}",
+            ]
             cells += [f"{each / tokens:.3f}" for each in nats]
             for file in range(1, len(files)):
                 weights = np.eye(len(files) + 1)[file] - np.eye(len(files) + 1)[0]
                 ratio = math.exp(weights @ row.sums / tokens)
                 error = row.error(weights, -1)
-                cells.append(f"{ratio:.3f}" if error is None else f"{ratio:.3f} +- {ratio * error:.3f}")
+                cells.append(
+                    f"{ratio:.3f}" if error is None else f"{ratio:.3f} +- {ratio * error:.3f}"
+                )
             yield f"| {' | '.join(cells)} |"
 
 

@@ -68,7 +68,14 @@ PATTERNS = {
 SCRATCH = {"scratch-window": "window:1Ki", "scratch-levels": LEVELS, "scratch-mapped": LEVELS}
 TRUNK_WINDOW, TRUNK_TOKENS, TRUNK_STEPS = 1024, 8192, 750  # windows, steps of so many tokens
 STEPS = 96  # of each pattern, of one window of WINDOW
-MODEL = {"vocab_size": 4096, "dim": 128, "num_layers": 4, "num_heads": 4, "ffn_dim": 480, "position": "rope"}
+MODEL = {
+    "vocab_size": 4096,
+    "dim": 128,
+    "num_layers": 4,
+    "num_heads": 4,
+    "ffn_dim": 480,
+    "position": "rope",
+}
 
 KINDS = ("prose", "python")
 HELD_OUT = 6  # of so many documents, one
@@ -76,7 +83,14 @@ DOCUMENT_CHARACTERS = 300_000  # of a document of Python, at least
 DOCUMENTS = 16
 CONTEXTS = (1024, 4096, WINDOW)
 POSITIONS = (0, 1024, 2048, 4096, 8192, WINDOW)
-RECALL = (1, 1024, 2048, 4096, 8192, WINDOW)  # tokens ago; the first number of each row is of new bigrams
+RECALL = (
+    1,
+    1024,
+    2048,
+    4096,
+    8192,
+    WINDOW,
+)  # tokens ago; the first number of each row is of new bigrams
 TOKENS = {  # SHA-256 of the ids, as little-endian int32, of all documents in order
     "prose-train": "4563c50c779a91757c7eebbbaac364e18665f2f5d3d65f7f65f65876bb94d4ce",
     "prose-held-out": "1ddd587a61930c4df1e5b13fad0dcd652533c5173523949ca8bb7b87ceb787e8",
@@ -120,7 +134,9 @@ def python(wheel: Path) -> Iterator[tuple[str, str]]:
 def write_data(folder: Path, packages: Sequence[str]) -> None:
     """Write the documents as text, train the tokenizer, and write the tokens. Raises LongNetError for other tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts: dict[str, list[str]] = {f"{kind}-{part}": [] for kind in KINDS for part in ("train", "held-out")}
+    texts: dict[str, list[str]] = {
+        f"{kind}-{part}": [] for kind in KINDS for part in ("train", "held-out")
+    }
     for path in sorted(map(Path, packages), key=lambda path: path.name):
         kind, documents = ("prose", prose) if path.suffix == ".deb" else ("python", python)
         for name, text in documents(path):
@@ -130,10 +146,15 @@ def write_data(folder: Path, packages: Sequence[str]) -> None:
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     run = [sys.executable, "-m", "longnet_cli", "tokenize", "-q"]
     both = [str(folder / f"{kind}-train.jsonl") for kind in KINDS]
-    subprocess.run([*run, *both, "-o", str(folder / "mix"), "--train-vocab", str(MODEL["vocab_size"])], check=True)
+    subprocess.run(
+        [*run, *both, "-o", str(folder / "mix"), "--train-vocab", str(MODEL["vocab_size"])],
+        check=True,
+    )
     for name in texts:
         words = ["--tokenizer", str(folder / "mix")]
-        subprocess.run([*run, str(folder / f"{name}.jsonl"), "-o", str(folder / name), *words], check=True)
+        subprocess.run(
+            [*run, str(folder / f"{name}.jsonl"), "-o", str(folder / name), *words], check=True
+        )
         digest = hashlib.sha256()
         for _, ids in tokens_of(folder / name):
             digest.update(ids.astype("<i4").tobytes())
@@ -155,10 +176,21 @@ def train_net(folder: Path, seed: int, name: str, pattern: str, initial: Path | 
     done = folder / str(seed) / name / "cpu_seconds"
     if done.exists():
         return float(done.read_text())
-    tokens = {"data.mix": [{"inputs": [str(folder / f"{kind}-train")], "weight": 1} for kind in KINDS]}
-    settings: dict[str, Any] = {"model.pattern": pattern, "data.tokenizer": str(folder / "mix"), **tokens}
+    tokens = {
+        "data.mix": [{"inputs": [str(folder / f"{kind}-train")], "weight": 1} for kind in KINDS]
+    }
+    settings: dict[str, Any] = {
+        "model.pattern": pattern,
+        "data.tokenizer": str(folder / "mix"),
+        **tokens,
+    }
     settings |= {"optimizer.name": "muon", "optimizer.weight_decay": 0.1, "optimizer.clip": 1.0}
-    settings |= {"schedule.decay": "linear", "train.seed": seed, "train.dtype": "bf16", "train.chunk": WINDOW}
+    settings |= {
+        "schedule.decay": "linear",
+        "train.seed": seed,
+        "train.dtype": "bf16",
+        "train.chunk": WINDOW,
+    }
     settings |= {"train.save_minutes": 5.0, "train.save_every": 100}
     whole = TRUNK_STEPS * TRUNK_TOKENS // WINDOW + STEPS
     if initial:
@@ -171,8 +203,15 @@ def train_net(folder: Path, seed: int, name: str, pattern: str, initial: Path | 
             settings["model.position"] = "rope_by_level"
         settings |= {"optimizer.lr": 3e-3, "schedule.warmup_steps": 40}
         trunk = name == "trunk"
-        stage = {"seq_len": TRUNK_WINDOW, "steps": TRUNK_STEPS} if trunk else {"seq_len": WINDOW, "steps": whole}
-        settings |= {"train.batch_tokens": TRUNK_TOKENS if trunk else WINDOW, "train.stages": [stage]}
+        stage = (
+            {"seq_len": TRUNK_WINDOW, "steps": TRUNK_STEPS}
+            if trunk
+            else {"seq_len": WINDOW, "steps": whole}
+        )
+        settings |= {
+            "train.batch_tokens": TRUNK_TOKENS if trunk else WINDOW,
+            "train.stages": [stage],
+        }
         settings |= {"schedule.final": 0.3 if trunk else 0.02}
     began = time.process_time()
     train(load_recipe(None, settings), folder / str(seed) / name)
@@ -193,7 +232,9 @@ def by_level(trunk: Path) -> Path:
 def evaluate(net: LongNet, folder: Path, kind: str) -> dict[str, Any]:
     """Return the measures of a row over the held-out documents of a kind that have WINDOW tokens."""
     eos = Tokenizer.load(str(folder / "mix")).eos_id
-    measures: dict[str, Any] = {name: [] for name in ("documents", "position", "recall", "recall_tokens")}
+    measures: dict[str, Any] = {
+        name: [] for name in ("documents", "position", "recall", "recall_tokens")
+    }
     measures["nats"] = {str(context): [] for context in CONTEXTS}
     for name, ids in tokens_of(folder / f"{kind}-held-out"):
         if len(ids) < WINDOW or len(measures["documents"]) == DOCUMENTS:
@@ -204,13 +245,17 @@ def evaluate(net: LongNet, folder: Path, kind: str) -> dict[str, Any]:
             hidden = torch.cat([net(row[None]) for row in inputs])
             nats = [
                 torch.nn.functional.cross_entropy(net.logits(x).float(), y, reduction="none")
-                for x, y in zip(hidden.flatten(0, 1).split(1024), targets.flatten().split(1024), strict=True)
+                for x, y in zip(
+                    hidden.flatten(0, 1).split(1024), targets.flatten().split(1024), strict=True
+                )
             ]
             of_tokens = torch.cat(nats).double().numpy()
             measures["nats"][str(context)].append(round(of_tokens.sum(), 3))
         ago = np.searchsorted(RECALL, distances(ids[:WINDOW]), side="right")
         measures["documents"].append(name)
-        measures["position"].append([round(of_tokens[a:b].sum(), 3) for a, b in pairwise(POSITIONS)])
+        measures["position"].append(
+            [round(of_tokens[a:b].sum(), 3) for a, b in pairwise(POSITIONS)]
+        )
         measures["recall"].append(np.bincount(ago, of_tokens, len(RECALL)).round(3).tolist())
         measures["recall_tokens"].append(np.bincount(ago, minlength=len(RECALL)).tolist())
     return measures
@@ -224,7 +269,9 @@ def rows() -> list[dict[str, Any]]:
 def measure(folder: Path, seed: int, names: Sequence[str]) -> None:
     """Train and evaluate nets of a seed, and append their rows."""
     if unknown := {*names} - {"trunk", *PATTERNS, *SCRATCH}:
-        raise LongNetError(f"no pattern {', '.join(unknown)}: choose from {', '.join([*PATTERNS, *SCRATCH])}")
+        raise LongNetError(
+            f"no pattern {', '.join(unknown)}: choose from {', '.join([*PATTERNS, *SCRATCH])}"
+        )
     for name in names:
         if any((row["seed"], row["pattern"]) == (seed, name) for row in rows()):
             continue
@@ -244,7 +291,9 @@ def measure(folder: Path, seed: int, names: Sequence[str]) -> None:
             "seed": seed,
             "pattern": name,
             "notation": pattern,
-            "keys": round(sizes.attention_flops(WINDOW) / WINDOW / 4 / sizes.dim / sizes.num_layers),
+            "keys": round(
+                sizes.attention_flops(WINDOW) / WINDOW / 4 / sizes.dim / sizes.num_layers
+            ),
             "training_flops": round(sizes.training_flops([WINDOW]) / WINDOW),  # per token
             "cpu_seconds": round(seconds),  # of training after the last resume
             "threads": torch.get_num_threads(),
@@ -275,24 +324,49 @@ def table() -> Iterator[str]:
         return _ratio(found[kind, name], found[kind, window], measure, index)
 
     yield (
-        "| ppl / that of the window | seeds | " + " | ".join(f"{kind}, {CONTEXTS[at]:,}" for kind, at in columns) + " |"
+        "| ppl / that of the window | seeds | "
+        + " | ".join(f"{kind}, {CONTEXTS[at]:,}" for kind, at in columns)
+        + " |"
     )
     yield "|---" * (2 + len(columns)) + "|"
     for name in names[1:]:
         cells = [ratio(kind, name, _by_context, at) for kind, at in columns]
         yield f"| {name} | {len(found[KINDS[0], name])} | " + " | ".join(cells) + " |"
-    yield "\n| text | pattern | seeds | keys | MFLOPs per token | " + " | ".join(f"ppl, {c:,}" for c in CONTEXTS) + " |"
+    yield (
+        "\n| text | pattern | seeds | keys | MFLOPs per token | "
+        + " | ".join(f"ppl, {c:,}" for c in CONTEXTS)
+        + " |"
+    )
     yield "|---" * (5 + len(CONTEXTS)) + "|"
     for kind in KINDS:
         for name in names:
             of_seeds = found[kind, name]
-            ppl = [math.exp(np.mean([row["nats"][str(context)] for row in of_seeds]) / WINDOW) for context in CONTEXTS]
-            facts = [kind, name, len(of_seeds), of_seeds[0]["keys"], round(of_seeds[0]["training_flops"] / 1e6, 1)]
-            yield "| " + " | ".join(map(str, facts)) + " | " + " | ".join(f"{each:.3f}" for each in ppl) + " |"
+            ppl = [
+                math.exp(np.mean([row["nats"][str(context)] for row in of_seeds]) / WINDOW)
+                for context in CONTEXTS
+            ]
+            facts = [
+                kind,
+                name,
+                len(of_seeds),
+                of_seeds[0]["keys"],
+                round(of_seeds[0]["training_flops"] / 1e6, 1),
+            ]
+            yield (
+                "| "
+                + " | ".join(map(str, facts))
+                + " | "
+                + " | ".join(f"{each:.3f}" for each in ppl)
+                + " |"
+            )
     edges = [f"{a:,} to {b - 1:,}" for a, b in pairwise(POSITIONS)]
     said = ["new", *(f"{a:,} to {b - 1:,} ago" for a, b in pairwise(RECALL))]
     for title, columns, measure in (
-        ("ppl / that of the window, context", [f"{context:,}" for context in CONTEXTS], _by_context),
+        (
+            "ppl / that of the window, context",
+            [f"{context:,}" for context in CONTEXTS],
+            _by_context,
+        ),
         (f"in windows of {WINDOW:,}, position", edges, _by_position),
         (f"in windows of {WINDOW:,}, the bigram was said", said, _by_recall),
     ):
@@ -305,7 +379,9 @@ def table() -> Iterator[str]:
 
 
 Measured = tuple[np.ndarray, np.ndarray]  # nats and tokens of each document, (documents,) each
-Measure = Callable[[dict[str, Any], int], Measured]  # from a row and the index of a context, or of a range
+Measure = Callable[
+    [dict[str, Any], int], Measured
+]  # from a row and the index of a context, or of a range
 
 
 def _by_context(row: dict[str, Any], index: int) -> Measured:
@@ -322,10 +398,16 @@ def _by_recall(row: dict[str, Any], index: int) -> Measured:
     return np.array(row["recall"])[:, index], np.array(row["recall_tokens"])[:, index]
 
 
-def _ratio(some: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], measure: Measure, index: int) -> str:
+def _ratio(
+    some: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], measure: Measure, index: int
+) -> str:
     """Return the ratio of two perplexities, over the seeds that both have, with its standard error."""
     of_others = {row["seed"]: row for row in others}
-    pairs = [(measure(row, index), measure(of_others[row["seed"]], index)) for row in some if row["seed"] in of_others]
+    pairs = [
+        (measure(row, index), measure(of_others[row["seed"]], index))
+        for row in some
+        if row["seed"] in of_others
+    ]
     if not pairs:
         return ""
     tokens = pairs[0][0][1]
@@ -349,7 +431,9 @@ if __name__ == "__main__":
     of_seed = commands.add_parser("seed")
     of_seed.add_argument("folder", type=Path)
     of_seed.add_argument("seed", type=int)
-    of_seed.add_argument("patterns", nargs="*", metavar="PATTERN", help=", ".join(["trunk", *PATTERNS, *SCRATCH]))
+    of_seed.add_argument(
+        "patterns", nargs="*", metavar="PATTERN", help=", ".join(["trunk", *PATTERNS, *SCRATCH])
+    )
     commands.add_parser("table")
     args = parser.parse_args()
     try:

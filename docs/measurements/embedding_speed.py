@@ -55,7 +55,9 @@ class States(torch.nn.Module):
 
 def in_8_bits(model: str) -> SentenceTransformer:
     """Return the library's model, whose net is computed by onnxruntime with weights in 8 bits."""
-    library = SentenceTransformer(model, device="cpu", model_kwargs={"attn_implementation": "eager"})
+    library = SentenceTransformer(
+        model, device="cpu", model_kwargs={"attn_implementation": "eager"}
+    )
     net = library[0].auto_model
     names = ["input_ids", "attention_mask", "token_type_ids"]
     given = tuple(torch.ones(2, 8, dtype=torch.int64) for _ in names)
@@ -63,7 +65,13 @@ def in_8_bits(model: str) -> SentenceTransformer:
     with tempfile.TemporaryDirectory() as folder:
         whole, small = f"{folder}/whole.onnx", f"{folder}/small.onnx"
         torch.onnx.export(
-            States(net), given, whole, input_names=names, output_names=["states"], dynamic_axes=axes, dynamo=False
+            States(net),
+            given,
+            whole,
+            input_names=names,
+            output_names=["states"],
+            dynamic_axes=axes,
+            dynamo=False,
         )
         quantize_dynamic(whole, small, weight_type=QuantType.QInt8, per_channel=True)
         options = onnxruntime.SessionOptions()
@@ -91,7 +99,10 @@ def main() -> None:
     library, small = SentenceTransformer(args.model, device="cpu"), in_8_bits(args.model)
 
     def own(dtype: str) -> np.ndarray:
-        return np.array(encode_batches(table, model=args.model, dtype=dtype)["embedding"].to_pylist(), np.float32)
+        return np.array(
+            encode_batches(table, model=args.model, dtype=dtype)["embedding"].to_pylist(),
+            np.float32,
+        )
 
     methods: dict[str, Callable[[], np.ndarray]] = {
         "sentence-transformers, torch": lambda: library.encode_document(texts),
@@ -106,9 +117,16 @@ def main() -> None:
             begin = time.process_time()
             method()
             seconds[name].append(time.process_time() - begin)
-    theirs, times = next(iter(vectors.values())), {name: statistics.median(each) for name, each in seconds.items()}
+    theirs, times = (
+        next(iter(vectors.values())),
+        {name: statistics.median(each) for name, each in seconds.items()},
+    )
     for name, found in vectors.items():
-        row = {"method": name, "seconds": round(times[name], 2), "cosine": float((found * theirs).sum(1).min())}
+        row = {
+            "method": name,
+            "seconds": round(times[name], 2),
+            "cosine": float((found * theirs).sum(1).min()),
+        }
         print(json.dumps(row | {"faster": next(iter(times.values())) / times[name]}))
 
 

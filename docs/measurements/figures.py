@@ -45,8 +45,19 @@ from longnet_cli.jobs.benchmark import device_name
 from longnet_cli.jobs.training.recipe import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKER = re.compile(r"^<!-- figure: ([\w -]+?) -->\n\s*(```.*?^```$|(?:[^\n]+\n?)+)", re.MULTILINE | re.DOTALL)
-UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "Ki": 2**10, "Mi": 2**20}
+MARKER = re.compile(
+    r"^<!-- figure: ([\w -]+?) -->\n\s*(```.*?^```$|(?:[^\n]+\n?)+)", re.MULTILINE | re.DOTALL
+)
+UNITS = {
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "Ki": 2**10,
+    "Mi": 2**20,
+}
 UNITS |= {"ms": 1e-3, "k": 1e3, "M": 1e6, "MFLOPs": 1e6, "G": 1e9, "T": 1e12, "million": 1e6}
 _UNIT = "|".join(sorted([*UNITS, "%"], key=len, reverse=True))
 _PLAIN = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+(?:e\d+)?"
@@ -71,7 +82,10 @@ def defined(by_hand: bool = False) -> dict[str, dict[str, Any]]:
 def entries() -> dict[str, dict[str, Any]]:
     """Return the figures that were measured, by name."""
     once = {name: {"threads": 1, **figure} for name, figure in defined(by_hand=True).items()}
-    return once | {path.stem: json.loads(path.read_text("utf-8")) for path in (ROOT / "docs/figures").glob("*.json")}
+    return once | {
+        path.stem: json.loads(path.read_text("utf-8"))
+        for path in (ROOT / "docs/figures").glob("*.json")
+    }
 
 
 def sha256(path: Path) -> str:
@@ -91,7 +105,9 @@ def files_of(figure: dict[str, Any]) -> dict[str, str]:
     names = (words | {*figure.get("reads", ())}) - {*figure.get("pictures", ())}
     made = ("runs", "build", ".", "\n")  # the last one, of a script on the command line
     return {
-        name: sha256(ROOT / name) for name in sorted(names) if not name.startswith(made) and (ROOT / name).is_file()
+        name: sha256(ROOT / name)
+        for name in sorted(names)
+        if not name.startswith(made) and (ROOT / name).is_file()
     }
 
 
@@ -106,7 +122,9 @@ def _printed(command: str) -> str:
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     env = {"OMP_NUM_THREADS": "1", **os.environ, **paths}
     words = ["bash", "-c", f"set -euo pipefail\n{command}"]
-    return subprocess.run(words, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(
+        words, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def _rows(output: str, figure: dict[str, Any]) -> Iterator[Any]:
@@ -155,8 +173,18 @@ def run(name: str) -> None:
 def _commit() -> str:
     """Return the commit of this tree, and whether files other than entries differ from it."""
     git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=False, capture_output=True, text=True).stdout
-    changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/figures/*.json"]
+    head = subprocess.run(
+        [*git, "rev-parse", "--short=12", "HEAD"], check=False, capture_output=True, text=True
+    ).stdout
+    changed = [
+        *git,
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        "--",
+        ".",
+        ":!docs/figures/*.json",
+    ]
     dirty = subprocess.run(changed, check=False, capture_output=True).stdout
     return head.strip() + ("-dirty" if dirty else "")
 
@@ -192,7 +220,9 @@ def _agree(before: Any, now: Any, timed: list[str]) -> bool:
 def check() -> Iterator[str]:
     """Yield what is wrong with pages, entries and pictures."""
     figures, found = defined(), entries()
-    yield from (f"{name} was never measured: make figures/{name}" for name in figures if name not in found)
+    yield from (
+        f"{name} was never measured: make figures/{name}" for name in figures if name not in found
+    )
     yield from _unlisted(defined(by_hand=True))
     for name, entry in found.items():
         if "output_sha256" not in entry:
@@ -210,23 +240,37 @@ def check() -> Iterator[str]:
                 yield f"docs/figures/{name}.json: {model} has changed: make figures/{name}"
         for line in _commands(entry["command"]):
             yield from (f"docs/figures/{name}.json: {error}" for error in _refused(line))
-        scripts = [path for path in entry["files"] if path.endswith(".py") and (ROOT / path).exists()]
-        texts = [text for path in scripts for text in _texts(ROOT / path)] + shlex.split(entry["command"])
+        scripts = [
+            path for path in entry["files"] if path.endswith(".py") and (ROOT / path).exists()
+        ]
+        texts = [text for path in scripts for text in _texts(ROOT / path)] + shlex.split(
+            entry["command"]
+        )
         yield from (f"docs/figures/{name}.json: {error}" for error in _refused_patterns(texts))
     for path in sorted((ROOT / "docs").rglob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         texts = [str(row.get(key) or "") for row in rows for key in ("pattern", "notation")]
         yield from (f"{path.relative_to(ROOT)}: {error}" for error in _refused_patterns(texts))
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "models").rglob("*.md"))):
+    for page in (
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+        *sorted((ROOT / "models").rglob("*.md")),
+    ):
         text = page.read_text(encoding="utf-8")
         if page.name != "dropped.md":  # whose every line names the commit
-            yield from (f"{page.relative_to(ROOT)}: measured, without a marker: {line}" for line in unmarked(text))
+            yield from (
+                f"{page.relative_to(ROOT)}: measured, without a marker: {line}"
+                for line in unmarked(text)
+            )
         for names, block in MARKER.findall(text):
             if missing := [name for name in names.split() if name not in found]:
                 yield f"{page.relative_to(ROOT)}: no entry docs/figures/{missing[0]}.json: make figures/{missing[0]}"
             else:
                 wrong = wrong_numbers(block, [found[name] for name in names.split()])
-                yield from (f"{page.relative_to(ROOT)}: {number} is not in {names}: {line}" for number, line in wrong)
+                yield from (
+                    f"{page.relative_to(ROOT)}: {number} is not in {names}: {line}"
+                    for number, line in wrong
+                )
 
 
 def _unlisted(by_hand: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -242,7 +286,10 @@ def _unlisted(by_hand: dict[str, dict[str, Any]]) -> Iterator[str]:
 def unmarked(text: str) -> Iterator[str]:
     """Yield the first line of each block of a page that has measured numbers, but no marker, nor a line by hand."""
     prose = re.sub(
-        r"^```.*?^```$|^    .*?$|`[^`]*`|\]\([^)]*\)", "", MARKER.sub("", text), flags=re.MULTILINE | re.DOTALL
+        r"^```.*?^```$|^    .*?$|`[^`]*`|\]\([^)]*\)",
+        "",
+        MARKER.sub("", text),
+        flags=re.MULTILINE | re.DOTALL,
     )
     for block in re.split(r"\n\s*\n", prose):
         if (found := MEASURED.search(block)) and "| date | machine |" not in block:
@@ -251,8 +298,16 @@ def unmarked(text: str) -> Iterator[str]:
 
 def wrong_numbers(block: str, entries: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """Yield (number, line) for each number of a block that the entries do not have."""
-    told = [facts for entry in entries for facts in (entry, *entry["rows"]) if isinstance(facts, dict)]
-    facts = {word for each in told for key in FACTS if key in each for word in str(each[key]).replace(",", "").split()}
+    told = [
+        facts for entry in entries for facts in (entry, *entry["rows"]) if isinstance(facts, dict)
+    ]
+    facts = {
+        word
+        for each in told
+        for key in FACTS
+        if key in each
+        for word in str(each[key]).replace(",", "").split()
+    }
     rows = [[*_values(row), float(entry["threads"])] for entry in entries for row in entry["rows"]]
     every, lines = [value for row in rows for value in row], block.splitlines()
     header = lines[0] if lines[0].startswith("|") else ""
@@ -269,10 +324,13 @@ def _not_in(values: list[float], numbers: list[re.Match[str]], of_header: set[st
     """Return the numbers of a line that are none of the values; of `1.5 +- 0.3`, the error must be the next value."""
     wrong = []
     for number, after in zip_longest(numbers, numbers[1:]):
-        has_error = after and re.fullmatch(r"\s(\+-|±)\s", number.string[number.end(1) : after.start()])
+        has_error = after and re.fullmatch(
+            r"\s(\+-|±)\s", number.string[number.end(1) : after.start()]
+        )
         pairs = zip(values, [*values[1:], math.nan], strict=True)
         if not any(
-            _is_printed(value, number, of_header) and (not has_error or _is_printed(error, after, of_header))
+            _is_printed(value, number, of_header)
+            and (not has_error or _is_printed(error, after, of_header))
             for value, error in pairs
         ):
             wrong.append(number[0])
@@ -298,7 +356,11 @@ def _is_printed(value: float, number: re.Match[str], of_header: set[str]) -> boo
         return False  # a date or a version
     shown, half = [value], 0.5 * 10.0 ** -len(text.partition(".")[2]) * (1 + 1e-9)
     for each in {unit} if unit else of_header:
-        shown += [100 * value, 100 - 100 * value, 100 * value - 100] if each == "%" else [value / UNITS[each]]
+        shown += (
+            [100 * value, 100 - 100 * value, 100 * value - 100]
+            if each == "%"
+            else [value / UNITS[each]]
+        )
     return any(abs(each - float(text)) <= half for each in shown)
 
 

@@ -60,7 +60,12 @@ def join(tokens: int, output: Path, wheels: Sequence[str]) -> dict[str, Any]:
         raise LongNetError(f"the wheels have {count:,} tokens, fewer than {tokens:,}: name more")
     document = "".join(texts).encode()
     output.write_bytes(document)
-    sizes = {"tokens": count, "bytes": len(document), "files": len(texts), "packages": sorted(packages)}
+    sizes = {
+        "tokens": count,
+        "bytes": len(document),
+        "files": len(texts),
+        "packages": sorted(packages),
+    }
     return {**sizes, "sha256": hashlib.sha256(document).hexdigest()}
 
 
@@ -69,7 +74,11 @@ def parts(file: str) -> Iterator[dict[str, Any]]:
     _, _, logprobs = next(documents(file))
     edges = np.linspace(0, len(logprobs), PARTS + 1).astype(int).tolist()
     for start, stop in pairwise(edges):
-        yield {"start": start, "stop": stop, "ppl": math.exp(-float(logprobs[start:stop].astype(float).mean()))}
+        yield {
+            "start": start,
+            "stop": stop,
+            "ppl": math.exp(-float(logprobs[start:stop].astype(float).mean())),
+        }
 
 
 if __name__ == "__main__":
@@ -82,7 +91,11 @@ if __name__ == "__main__":
     commands.add_parser("parts").add_argument("file")
     args = parser.parse_args()
     try:
-        rows = parts(args.file) if args.command == "parts" else [join(args.tokens, args.output, args.wheels)]
+        rows = (
+            parts(args.file)
+            if args.command == "parts"
+            else [join(args.tokens, args.output, args.wheels)]
+        )
         print(*map(json.dumps, rows), sep="\n")
     except LongNetError as error:
         parser.exit(3, f"long_document: {error}\n")

@@ -77,7 +77,9 @@ def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = No
                 before = net.config.pattern.chosen_every
                 pattern = replace(net.config.pattern, chosen_every=every)
                 write_pattern(net.model.config, pattern)
-                net.config = net.config.model_copy(update={"pattern": pattern})  # which names blocks, and counts them
+                net.config = net.config.model_copy(
+                    update={"pattern": pattern}
+                )  # which names blocks, and counts them
                 for cache in stream.caches:
                     cache.pattern = cache.past.pattern = pattern
                     cache.past.held = None
@@ -96,7 +98,12 @@ def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = No
 
 
 def measure(
-    net: Net, start: np.ndarray, written: str, passages: dict[str, np.ndarray], filler: np.ndarray, options: Any
+    net: Net,
+    start: np.ndarray,
+    written: str,
+    passages: dict[str, np.ndarray],
+    filler: np.ndarray,
+    options: Any,
 ) -> Iterator[Row]:
     """Yield the rows of a pattern. `start` are the ids before a document."""
     stream, pattern = open_stream(net), net.config.pattern
@@ -137,8 +144,14 @@ def table(rows: list[Row]) -> Iterator[str]:
     for of_distance in ways.values():
         for nats in of_distance.values():
             nats["mean"] = np.mean([value for name, value in nats.items() if name != NATURAL])
-    columns = [(distance, name) for distance, nats in next(iter(ways.values()), {}).items() for name in nats]
-    yield "| pattern | " + " | ".join(f"{name} at {distance:,}" for distance, name in columns) + " |"
+    columns = [
+        (distance, name)
+        for distance, nats in next(iter(ways.values()), {}).items()
+        for name in nats
+    ]
+    yield (
+        "| pattern | " + " | ".join(f"{name} at {distance:,}" for distance, name in columns) + " |"
+    )
     yield "|---" * (len(columns) + 1) + "|"
     for (pattern, every), of_distance in ways.items():
         name = f"`{pattern}`" + (f", every {every}" if every else "")
@@ -146,34 +159,64 @@ def table(rows: list[Row]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a model folder")
     parser.add_argument("patterns", nargs="+")
-    parser.add_argument("--passages", nargs="+", required=True, metavar="FILE", help="the middle of each is a passage")
-    parser.add_argument("--filler", nargs="+", required=True, metavar="FILE", help="text, joined; no passages")
+    parser.add_argument(
+        "--passages",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="the middle of each is a passage",
+    )
+    parser.add_argument(
+        "--filler", nargs="+", required=True, metavar="FILE", help="text, joined; no passages"
+    )
     parser.add_argument("--tokens", type=parse_size, default=1000, help="of a passage")
-    parser.add_argument("--distances", type=parse_size, nargs="+", default=[10 << 10, 60 << 10], help="of filler")
-    parser.add_argument("--near", type=parse_size, default=2048, help="of these tokens, the last before a passage")
-    parser.add_argument("--every", type=int, nargs="+", default=[16, 4, 1], help="chosen_every of the second reading")
+    parser.add_argument(
+        "--distances", type=parse_size, nargs="+", default=[10 << 10, 60 << 10], help="of filler"
+    )
+    parser.add_argument(
+        "--near", type=parse_size, default=2048, help="of these tokens, the last before a passage"
+    )
+    parser.add_argument(
+        "--every",
+        type=int,
+        nargs="+",
+        default=[16, 4, 1],
+        help="chosen_every of the second reading",
+    )
     parser.add_argument("--chunk", type=parse_size, default=4096, help="tokens of a forward pass")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and keys")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of weights and keys"
+    )
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)  # other threads would be missing in a forked process
     folder = ModelFolder.find(options.model)
     tokenizer = folder.tokenizer()
 
     def read(path: str) -> np.ndarray:
-        return tokenizer.encode(Path(path).read_text(encoding="utf-8", errors="replace")).astype(np.int64)
+        return tokenizer.encode(Path(path).read_text(encoding="utf-8", errors="replace")).astype(
+            np.int64
+        )
 
     rows: list[Row] = []
     try:
         patterns: dict[str, Pattern] = {text: parse_pattern(text) for text in options.patterns}
-        filler = np.concatenate([read(path) for path in options.filler if path not in options.passages])
+        filler = np.concatenate(
+            [read(path) for path in options.filler if path not in options.passages]
+        )
         if options.near > min(options.distances):
-            raise ConfigError(f"the near text, {options.near} tokens, is longer than a distance: give a smaller --near")
+            raise ConfigError(
+                f"the near text, {options.near} tokens, is longer than a distance: give a smaller --near"
+            )
         needed = PREFACE + max(options.distances) + options.tokens
         if len(filler) < needed:
-            raise ConfigError(f"the filler has {len(filler)} tokens, and {needed} are needed: give more files")
+            raise ConfigError(
+                f"the filler has {len(filler)} tokens, and {needed} are needed: give more files"
+            )
         passages = {}
         for path in options.passages:
             ids = read(path)

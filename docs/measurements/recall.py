@@ -48,7 +48,9 @@ class Recaller(nn.Module):
     def __init__(self, config: LongNetConfig, width: int) -> None:
         super().__init__()
         self.net = LongNet(config)
-        self.before = nn.ModuleList(nn.Embedding(config.vocab_size, config.dim) for _ in range(width - 1))
+        self.before = nn.ModuleList(
+            nn.Embedding(config.vocab_size, config.dim) for _ in range(width - 1)
+        )
         for table in self.before:
             nn.init.normal_(table.weight, std=config.dim**-0.5)
 
@@ -60,7 +62,9 @@ class Recaller(nn.Module):
         return self.net(embeddings=x)
 
 
-def sequences(rng: np.random.Generator, count: int, tokens: int, distances: np.ndarray) -> tuple[np.ndarray, ...]:
+def sequences(
+    rng: np.random.Generator, count: int, tokens: int, distances: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """Return ids (count, tokens), and the row, position and value of every query, (queries,) each.
 
     A query is a key that repeats an earlier one, at one of the `distances` that fit. Its value is the id after it.
@@ -87,8 +91,15 @@ def train(pattern: Pattern, args: argparse.Namespace, seed: int, longest: int) -
     """Train on sequences of SHORT to `longest` tokens, with distances of all sizes."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    sizes = {"num_layers": args.layers, "num_heads": args.heads, "dim": args.dim, "ffn_dim": 2 * args.dim}
-    config = LongNetConfig(vocab_size=KEYS + VALUES + 1, position=args.position, pattern=pattern, **sizes)
+    sizes = {
+        "num_layers": args.layers,
+        "num_heads": args.heads,
+        "dim": args.dim,
+        "ffn_dim": 2 * args.dim,
+    }
+    config = LongNetConfig(
+        vocab_size=KEYS + VALUES + 1, position=args.position, pattern=pattern, **sizes
+    )
     net = Recaller(config, args.width)
     matrices = [p for p in net.net.layers.parameters() if p.dim() == 2]
     others = [p for p in net.parameters() if all(p is not each for each in matrices)]
@@ -98,9 +109,13 @@ def train(pattern: Pattern, args: argparse.Namespace, seed: int, longest: int) -
     ]
     distances = np.unique(np.geomspace(4, longest, 100).astype(int))
     for step in range(args.steps):
-        done = step / args.steps  # short for a third of the steps, then of any length up to a growing limit
+        done = (
+            step / args.steps
+        )  # short for a third of the steps, then of any length up to a growing limit
         tokens = int(SHORT * (longest / SHORT) ** (min(1.0, max(0.0, 3 * done - 1)) * rng.random()))
-        ids, rows, places, values = sequences(rng, max(1, args.batch_tokens // tokens), tokens, distances)
+        ids, rows, places, values = sequences(
+            rng, max(1, args.batch_tokens // tokens), tokens, distances
+        )
         logits = net.net.logits(net(torch.from_numpy(ids))[rows, places])
         loss = F.cross_entropy(logits, torch.from_numpy(values))
         loss.backward()
@@ -120,14 +135,18 @@ def accuracy(net: Recaller, seed: int, tokens: int, distance: int, queries: int 
     rng = np.random.default_rng([seed, distance])
     right = total = 0
     while total < queries:
-        ids, rows, places, values = sequences(rng, max(1, 8192 // tokens), tokens, np.array([distance]))
+        ids, rows, places, values = sequences(
+            rng, max(1, 8192 // tokens), tokens, np.array([distance])
+        )
         logits = net.net.logits(net(torch.from_numpy(ids))[rows, places])
         right += int((logits.argmax(-1) == torch.from_numpy(values)).sum())
         total += len(values)
     return right / total
 
 
-def seen(pattern: Pattern, heads: int, tokens: int, distances: list[int]) -> tuple[float, list[float | None]]:
+def seen(
+    pattern: Pattern, heads: int, tokens: int, distances: list[int]
+) -> tuple[float, list[float | None]]:
     """Return the keys per query, and for each distance the share of queries with a head that sees the value.
 
     Both are means over the queries in the second half of a sequence. With chosen blocks, nobody knows the shares.
@@ -140,7 +159,9 @@ def seen(pattern: Pattern, heads: int, tokens: int, distances: list[int]) -> tup
         return keys, [None] * len(distances)
     for i, distance in enumerate(distances):
         late = queries[queries >= distance]
-        found[i] = float(counts[:, late, late - distance + 1].any(0).float().mean())  # where the value stood
+        found[i] = float(
+            counts[:, late, late - distance + 1].any(0).float().mean()
+        )  # where the value stood
     return keys, found.tolist()
 
 
@@ -178,7 +199,10 @@ def means(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for pattern in dict.fromkeys(row["pattern"] for row in rows):
         of = [row for row in rows if row["pattern"] == pattern]
         distances = [*dict.fromkeys(row["distance"] for row in of)]
-        accuracy = [float(np.mean([row["accuracy"] for row in of if row["distance"] == each])) for each in distances]
+        accuracy = [
+            float(np.mean([row["accuracy"] for row in of if row["distance"] == each]))
+            for each in distances
+        ]
         seeds, position = len(of) // len(distances), of[0].get("position", "rope")
         yield {"pattern": pattern, "position": position, "keys": of[0]["keys"], "seeds": seeds} | {
             "distances": distances, "accuracy": accuracy, "chance": of[0]["chance"]
@@ -197,11 +221,21 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
             if row["pattern"] == text:
                 found[row["distance"]].append(row["accuracy"])
         (line,) = axes.plot([*found], [np.mean(each) for each in found.values()], label=text)
-        axes.plot(*np.array([(d, a) for d, each in found.items() for a in each]).T, "o", ms=3, color=line.get_color())
+        axes.plot(
+            *np.array([(d, a) for d, each in found.items() for a in each]).T,
+            "o",
+            ms=3,
+            color=line.get_color(),
+        )
     axes.axvline(rows[0]["reach"], color="0.6", ls=":")
     axes.text(rows[0]["reach"], 1.01, " reach of the first", ha="left", va="bottom", color="0.4")
     axes.axhline(rows[0]["chance"], color="0.6", ls=":")
-    axes.set(xscale="log", xlabel="tokens between a key and its question", ylabel="share answered", ylim=(0, 1.08))
+    axes.set(
+        xscale="log",
+        xlabel="tokens between a key and its question",
+        ylabel="share answered",
+        ylim=(0, 1.08),
+    )
     axes.set_xscale("log", base=2)
     figure.legend(fontsize="small", loc="outside lower center", frameon=False)
     figure.savefig(path, dpi=300)
@@ -210,9 +244,13 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("patterns", nargs="*", help="as --pattern takes them")
-    parser.add_argument("--rows", type=Path, help="rows that were written before, to draw them or print their means")
+    parser.add_argument(
+        "--rows", type=Path, help="rows that were written before, to draw them or print their means"
+    )
     parser.add_argument("-o", "--output", help="draw a picture into this file")
-    parser.add_argument("--times", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 16, 64], help="of the reach")
+    parser.add_argument(
+        "--times", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 16, 64], help="of the reach"
+    )
     parser.add_argument("--position", choices=["rope", "rope_by_level"], default="rope")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=900)

@@ -36,11 +36,21 @@ import numpy as np
 import torch
 from passage import apart
 
-from longnet_cli import ConfigError, LongNetError, ModelFolder, Net, Tokenizer, open_stream, parse_pattern
+from longnet_cli import (
+    ConfigError,
+    LongNetError,
+    ModelFolder,
+    Net,
+    Tokenizer,
+    open_stream,
+    parse_pattern,
+)
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.jobs.generating import SourceWatch
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+NOISE = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+)
 WORDS = """
 able bold brave brief calm clean clever cold cool curious dark deep eager early fair fancy fast fine firm fresh gentle
 glad grand happy honest huge humble keen kind large late light lively lucky mellow mild modest narrow neat noble odd
@@ -89,7 +99,9 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer, prose: str, seed: int) -> None:
         self.tokenizer, self.rng = tokenizer, np.random.default_rng(seed)
-        self.sentences = [found.group() for found in re.finditer(r"\S.*?(?:[.!?]\s+|\n\n|$)", prose, re.DOTALL)]
+        self.sentences = [
+            found.group() for found in re.finditer(r"\S.*?(?:[.!?]\s+|\n\n|$)", prose, re.DOTALL)
+        ]
 
     def document(self, name: str, tokens: int, most: int) -> tuple[np.ndarray, list[Question]]:
         """Return the ids of a document (at most `tokens`,), and its questions, `most` or as many as fit."""
@@ -103,24 +115,36 @@ class Writer:
         else:
             before = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
             example, asked = self._chains(1)
-            before += NOISE.join(example[0]) + asked[0].text + " ".join(asked[0].values) + "\n\n" + before
+            before += (
+                NOISE.join(example[0]) + asked[0].text + " ".join(asked[0].values) + "\n\n" + before
+            )
         start = self._ids(before)
         found = [[self._ids(part) for part in parts] for parts in needles]
         room = tokens - len(start)
         sizes = np.cumsum([sum(map(len, parts)) for parts in found])
-        number = int(np.searchsorted(sizes, room if task and task.hay == "needles" else room // 3, side="right"))
+        number = int(
+            np.searchsorted(
+                sizes, room if task and task.hay == "needles" else room // 3, side="right"
+            )
+        )
         if not number:
-            raise ConfigError(f"{name}: no needle fits in a third of {tokens} tokens: give more --tokens")
+            raise ConfigError(
+                f"{name}: no needle fits in a third of {tokens} tokens: give more --tokens"
+            )
         hay = self._hay(task, room - int(sizes[number - 1]), needles[number:])
         pieces = [part for parts in found[:number] for part in parts]
         if task:  # in any order; those of a chain keep theirs
             pieces = [pieces[i] for i in self.rng.permutation(len(pieces))]
             order = np.arange(len(pieces))
         else:
-            order = np.argsort(np.concatenate([np.sort(self.rng.random(len(parts))) for parts in found[:number]]))
+            order = np.argsort(
+                np.concatenate([np.sort(self.rng.random(len(parts))) for parts in found[:number]])
+            )
         places = np.sort(self.rng.integers(len(hay) + 1, size=len(pieces)))
         text = [start]
-        for piece, place, last in zip([pieces[i] for i in order], places, [0, *places[:-1]], strict=True):
+        for piece, place, last in zip(
+            [pieces[i] for i in order], places, [0, *places[:-1]], strict=True
+        ):
             text += [*hay[last:place], piece]
         return np.concatenate([*text, *hay[places[-1] :]]), questions[:number]
 
@@ -132,8 +156,12 @@ class Writer:
         for place in range(0, len(keys) - task.keys, task.keys):
             key, *others = keys[place : place + task.keys]
             values = [self._value(task.kind) for _ in range(task.values)]
-            of_keys = [(key, value) for value in values] + [(other, self._value(task.kind)) for other in others]
-            needles.append([f"One of the special magic {task.kind}s for {k} is: {v}.\n" for k, v in of_keys])
+            of_keys = [(key, value) for value in values] + [
+                (other, self._value(task.kind)) for other in others
+            ]
+            needles.append(
+                [f"One of the special magic {task.kind}s for {k} is: {v}.\n" for k, v in of_keys]
+            )
             many = f"{task.kind}s" if task.values > 1 else task.kind
             what, verb = ("What are all", "are") if task.values > 1 else ("What is", "is")
             subject = f"the special magic {many} for {key} mentioned in the provided text"
@@ -185,7 +213,9 @@ class Writer:
         return self.tokenizer.encode(text).astype(np.int64)
 
 
-def answer(net: Net, stream: Any, tokenizer: Tokenizer, question: Question) -> list[tuple[bool, float, int, bool]]:
+def answer(
+    net: Net, stream: Any, tokenizer: Tokenizer, question: Question
+) -> list[tuple[bool, float, int, bool]]:
     """Read a question and its answer.
 
     Return of each value if all its tokens are ranked first, nats, tokens, and if a source of the answer contains it.
@@ -225,7 +255,11 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         net = folder.net(pattern=None if written == "dense" else parse_pattern(written))
         start = net.start_rows(folder.bos(tokenizer))
         for tokens, name, document in args.documents:
-            if written == "dense" and net.config.max_tokens and tokens > net.config.max_tokens - 100:
+            if (
+                written == "dense"
+                and net.config.max_tokens
+                and tokens > net.config.max_tokens - 100
+            ):
                 continue  # for the question
             seed = [args.seed, tokens, [*TASKS].index(name), document]
             ids, questions = Writer(tokenizer, prose, seed).document(name, tokens, args.questions)
@@ -237,10 +271,22 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for every in args.every if net.config.pattern.chosen else [None]:
                 found = []
                 for question in questions:
-                    found += apart(net, stream, partial(answer, net, stream, tokenizer, question), every)
+                    found += apart(
+                        net, stream, partial(answer, net, stream, tokenizer, question), every
+                    )
                 right, nats, lengths, shown = zip(*found, strict=True)
-                row = {"pattern": written, "task": name, "tokens": tokens, "document": document, "every": every}
-                row |= {"questions": len(questions), "right": sum(right) / len(right), "nats": sum(nats) / sum(lengths)}
+                row = {
+                    "pattern": written,
+                    "task": name,
+                    "tokens": tokens,
+                    "document": document,
+                    "every": every,
+                }
+                row |= {
+                    "questions": len(questions),
+                    "right": sum(right) / len(right),
+                    "nats": sum(nats) / sum(lengths),
+                }
                 row["sources"] = sum(shown) / len(shown) if every else None
                 yield {**row, "seconds": round(time.perf_counter() - begin, 1)}
 
@@ -252,27 +298,50 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "|---" * (len(tasks) + 2) + "|"
     cells: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        cells[row["pattern"], row["every"], row["tokens"]][row["task"]].append((row["right"], row["nats"]))
+        cells[row["pattern"], row["every"], row["tokens"]][row["task"]].append(
+            (row["right"], row["nats"])
+        )
     for (pattern, every, tokens), of_task in cells.items():
         means = (np.mean(of_task[name], 0) if of_task[name] else None for name in tasks)
         columns = ["" if mean is None else f"{mean[0]:.2f}, {mean[1]:.2f}" for mean in means]
-        yield f"| `{pattern}`{f', every {every}' if every else ''} | {tokens:,} | " + " | ".join(columns) + " |"
+        yield (
+            f"| `{pattern}`{f', every {every}' if every else ''} | {tokens:,} | "
+            + " | ".join(columns)
+            + " |"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a model folder")
     parser.add_argument("patterns", nargs="+")
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="prose, joined")
-    parser.add_argument("--tasks", nargs="+", choices=[*TASKS], default=[*TASKS], metavar="TASK", help=" ".join(TASKS))
-    parser.add_argument("--tokens", type=parse_size, nargs="+", default=[2048, 8000, 32_768], help="of a document")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=[*TASKS],
+        default=[*TASKS],
+        metavar="TASK",
+        help=" ".join(TASKS),
+    )
+    parser.add_argument(
+        "--tokens", type=parse_size, nargs="+", default=[2048, 8000, 32_768], help="of a document"
+    )
     parser.add_argument("--haystacks", type=int, default=2, help="documents per task and length")
     parser.add_argument("--questions", type=int, default=25, help="of a document, if so many fit")
-    parser.add_argument("--every", type=int, nargs="+", default=[4], help="chosen_every of the questions")
-    parser.add_argument("--chunk", type=parse_size, default=4096, help="tokens that are in memory at once")
+    parser.add_argument(
+        "--every", type=int, nargs="+", default=[4], help="chosen_every of the questions"
+    )
+    parser.add_argument(
+        "--chunk", type=parse_size, default=4096, help="tokens that are in memory at once"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_intermixed_args()
-    args.documents = [(t, name, i) for t in args.tokens for name in args.tasks for i in range(args.haystacks)]
+    args.documents = [
+        (t, name, i) for t in args.tokens for name in args.tasks for i in range(args.haystacks)
+    ]
     rows = []
     try:
         for row in measure(args):

@@ -137,7 +137,10 @@ def united(layout: Layout, tokens: int, causal: bool) -> tuple[Branch, ...] | No
     apart = branches(layout, 0, tokens, causal, "exact", ())
     if layout.num_heads * tokens**2 * (2 - causal) >= sum(map(pairs, apart)):
         return None
-    shard, union = _ShardGeometry(layout, 0, tokens, causal), Union(layout, causal, _table_size(tokens))
+    shard, union = (
+        _ShardGeometry(layout, 0, tokens, causal),
+        Union(layout, causal, _table_size(tokens)),
+    )
     calls = shard.on_rows((0, tokens), 0, tokens)
     return tuple(branch._replace(causal=causal, covers=True, union=union) for branch in calls)
 
@@ -150,11 +153,22 @@ def _table_size(tokens: int) -> int:
 def pairs(branch: Branch) -> int:
     """Return twice the number of scores of a branch; a causal branch has half of its square, and so has one token."""
     half = branch.causal or (branch.far_index is None and branch.queries.row_heads)
-    return branch.queries.segments * branch.queries.heads * branch.queries.rows * branch.keys.rows * (1 if half else 2)
+    return (
+        branch.queries.segments
+        * branch.queries.heads
+        * branch.queries.rows
+        * branch.keys.rows
+        * (1 if half else 2)
+    )
 
 
 def attention_flops(
-    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, kind: LayerKind = "chooses"
+    pattern: Pattern,
+    heads: int,
+    head_dim: int,
+    tokens: int,
+    causal: bool,
+    kind: LayerKind = "chooses",
 ) -> int:
     """Return the executed FLOPs of a forward pass over one document, summed over branches.
 
@@ -165,22 +179,37 @@ def attention_flops(
 
 
 def level_flops(
-    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, kind: LayerKind = "chooses"
+    pattern: Pattern,
+    heads: int,
+    head_dim: int,
+    tokens: int,
+    causal: bool,
+    kind: LayerKind = "chooses",
 ) -> list[int]:
     """Return the share of each level in `attention_flops`, and last that of calls on sinks alone or chosen blocks."""
     shard = _ShardGeometry(Layout(pattern, heads, heads), 0, tokens, causal)
-    parts = [*(shard.near_calls(level, False, 0) for level in range(len(pattern.levels))), shard.sink_calls((), None)]
+    parts = [
+        *(shard.near_calls(level, False, 0) for level in range(len(pattern.levels))),
+        shard.sink_calls((), None),
+    ]
     flops = [2 * head_dim * sum(map(pairs, part)) for part in parts]
     flops[-1] += sum(chosen_flops(pattern, heads, head_dim, tokens, kind))
     return flops
 
 
 def backward_flops(
-    pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool, kind: LayerKind = "chooses"
+    pattern: Pattern,
+    heads: int,
+    head_dim: int,
+    tokens: int,
+    causal: bool,
+    kind: LayerKind = "chooses",
 ) -> float:
     """Return the executed FLOPs of a backward pass over one document."""
     votes = chosen_flops(pattern, heads, head_dim, tokens, kind).votes
-    return BACKWARD_FLOPS * (attention_flops(pattern, heads, head_dim, tokens, causal, kind) - votes)
+    return BACKWARD_FLOPS * (
+        attention_flops(pattern, heads, head_dim, tokens, causal, kind) - votes
+    )
 
 
 _Positions = tuple[int, int]  # [start, stop)
@@ -265,12 +294,19 @@ class _ShardGeometry(NamedTuple):
             w = min(w, zero_keys)  # in torchscale, no segment is longer than the sequence
         offsets = self.pattern.offsets(level, self.num_heads)
         low = max(self.start, self.pattern.sinks) if level else self.start
-        for part in self._rectangles(_zones(self.pattern, level, w, self.causal), w, r, low, self.stop):
+        for part in self._rectangles(
+            _zones(self.pattern, level, w, self.causal), w, r, low, self.stop
+        ):
             keys = self._level_rows(level, w, part.keys, self.kv_of)
             missing = [0] * self.num_heads  # rows that the segment lacks to have ceil(w / r)
             if zero_keys and not self.causal:
-                missing = [-(-w // r) - rows_before(min(w, zero_keys - part.keys[0] // w * w), o, r) for o in offsets]
-            for branch in self._calls(part.segments, r, self._query_rows(level, w, part.queries), keys, missing):
+                missing = [
+                    -(-w // r) - rows_before(min(w, zero_keys - part.keys[0] // w * w), o, r)
+                    for o in offsets
+                ]
+            for branch in self._calls(
+                part.segments, r, self._query_rows(level, w, part.queries), keys, missing
+            ):
                 causal = part.square and not branch.queries.row_heads
                 yield branch._replace(causal=causal, covers=covering and part.own, level=level)
 
@@ -285,11 +321,18 @@ class _ShardGeometry(NamedTuple):
         ]
         for part in self._rectangles(zones, w, r, low, span.stop, apart=True):
             edges = span.start, *part.keys
-            before, start, stop = (self.layout.rows_before(span.level, edge - segment) for edge in edges)
-            first_rows, counts = [start[i] - before[i] for i in lane_of], [stop[i] - start[i] for i in lane_of]
+            before, start, stop = (
+                self.layout.rows_before(span.level, edge - segment) for edge in edges
+            )
+            first_rows, counts = (
+                [start[i] - before[i] for i in lane_of],
+                [stop[i] - start[i] for i in lane_of],
+            )
             keys = HeadRows(lane_of, first_rows, counts, w, 1)
             for branch in self._calls(1, r, self._query_rows(span.level, w, part.queries), keys):
-                yield branch._replace(far_index=index, covers=covering and part.own, level=span.level)
+                yield branch._replace(
+                    far_index=index, covers=covering and part.own, level=span.level
+                )
 
     def sink_calls(self, spans: Sequence[FarSpan], turned: Turned | None) -> Iterator[Branch]:
         """Yield the calls that show all sinks to the queries, of any residue, whose first level covers no sink."""
@@ -302,7 +345,9 @@ class _ShardGeometry(NamedTuple):
             zone = _Zone(start=0, length=w, low=0, high=w, square=True, own=False)
             for part in self._rectangles([zone], w, 1, begin, self.stop):
                 row = turned.row + (part.queries[0] // w - segments.start) * n
-                yield from self.on_rows(part.queries, row, n, part.segments, segment_step=n, far_index=turned.far_index)
+                yield from self.on_rows(
+                    part.queries, row, n, part.segments, segment_step=n, far_index=turned.far_index
+                )
             return
         queries, own = (begin, self.stop), min(n, self.start)  # sinks [0, own) lie before the shard
         given = spans_of_sinks(spans, own, self.start)
@@ -322,7 +367,9 @@ class _ShardGeometry(NamedTuple):
             return
         if span.level == SINKS:
             if not 0 <= start < stop <= min(self.pattern.sinks, self.start):
-                raise ValueError(f"{where} are not among the {self.pattern.sinks} sinks before {self.start}")
+                raise ValueError(
+                    f"{where} are not among the {self.pattern.sinks} sinks before {self.start}"
+                )
             return
         w, r = level_of(self.pattern, span.level)
         if not start // w * w <= start < stop <= start // w * w + w:
@@ -355,7 +402,9 @@ class _ShardGeometry(NamedTuple):
             cut = (zone.at(segment * w).cut(positions, seen) for segment in alone)
             single += [part for part in cut if part]
         even = self.pattern.queries == "all" or w % r == 0
-        return sorted([*together, *(_joined(single) if even else single)], key=lambda part: not part.own)
+        return sorted(
+            [*together, *(_joined(single) if even else single)], key=lambda part: not part.own
+        )
 
     def on_rows(
         self,
@@ -386,13 +435,20 @@ class _ShardGeometry(NamedTuple):
         n, (start, stop) = self.num_heads, positions
         return HeadRows(range(n), [start - self.start] * n, [stop - start] * n, w, 1)
 
-    def _level_rows(self, level: int, w: int, positions: _Positions, heads: Sequence[int]) -> HeadRows:
+    def _level_rows(
+        self, level: int, w: int, positions: _Positions, heads: Sequence[int]
+    ) -> HeadRows:
         """Return the rows that a level keeps at some positions, for each query head in one of the `heads`."""
         offsets, r = self.pattern.offsets(level, self.num_heads), self.pattern.dilation_rates[level]
         return HeadRows.at(*positions, heads, offsets, w, r, self.start)
 
     def _calls(
-        self, segments: int, r: int, queries: HeadRows, keys: HeadRows, zero_keys: Sequence[int] | None = None
+        self,
+        segments: int,
+        r: int,
+        queries: HeadRows,
+        keys: HeadRows,
+        zero_keys: Sequence[int] | None = None,
     ) -> Iterator[Branch]:
         """Yield calls of query rows on key rows, in few views, with so many zero keys for each head.
 
@@ -412,7 +468,9 @@ class _ShardGeometry(NamedTuple):
             folded = {"rows": group, "row_step": 0, "row_heads": 1} if group > 1 else {}
         for run in runs:
             of_queries = queries.view(run, segments)._replace(**folded)
-            yield Branch(of_queries, keys.view(run, segments), causal=False, zero_keys=zeros[run.first])
+            yield Branch(
+                of_queries, keys.view(run, segments), causal=False, zero_keys=zeros[run.first]
+            )
 
 
 def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Zone]:
@@ -421,15 +479,22 @@ def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Zone]:
     if pattern.overlap == "once" and level:
         u, near = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
         firsts = range(0, w, u)
-        zones = [_Zone(j, u, low=-b * w, high=j - near * u, square=False, own=False) for j in firsts]
+        zones = [
+            _Zone(j, u, low=-b * w, high=j - near * u, square=False, own=False) for j in firsts
+        ]
         if not causal:
-            zones += [_Zone(j, u, low=j + (near + 1) * u, high=(b + 1) * w, square=False, own=False) for j in firsts]
+            zones += [
+                _Zone(j, u, low=j + (near + 1) * u, high=(b + 1) * w, square=False, own=False)
+                for j in firsts
+            ]
     elif causal:
         before = _Zone(0, w, low=-b * w, high=0, square=False, own=False)
         zones = [_Zone(0, w, low=0, high=w, square=True, own=True), before]
     else:
         zones = [_Zone(0, w, low=-b * w, high=(b + 1) * w, square=False, own=True)]
-    if w % pattern.dilation_rates[level]:  # row spacing breaks between segments: no view shows rows of two
+    if (
+        w % pattern.dilation_rates[level]
+    ):  # row spacing breaks between segments: no view shows rows of two
         zones = [
             zone._replace(low=max(zone.low, s), high=min(zone.high, s + w), own=zone.own and s == 0)
             for zone in zones
@@ -447,7 +512,12 @@ def _joined(parts: list[_Rectangle]) -> list[_Rectangle]:
     joined: list[_Rectangle] = []
     for part in sorted(parts, key=lambda part: (part.square, part.own, part.keys, part.queries)):
         last = joined[-1] if joined else part
-        same = (last.keys, last.square, last.own, last.queries[1]) == (part.keys, False, part.own, part.queries[0])
+        same = (last.keys, last.square, last.own, last.queries[1]) == (
+            part.keys,
+            False,
+            part.own,
+            part.queries[0],
+        )
         if same:
             joined[-1] = last._replace(queries=(last.queries[0], part.queries[1]))
         else:

@@ -98,8 +98,13 @@ def far_keys(
     span that the shard does not hold in full.
     """
     if not start <= span.start < span.stop <= start + k.shape[1]:
-        raise ValueError(f"the shard [{start}, {start + k.shape[1]}) does not hold [{span.start}, {span.stop})")
-    layout, (w, r) = Layout(pattern, num_heads or k.shape[-2], k.shape[-2]), level_of(pattern, span.level)
+        raise ValueError(
+            f"the shard [{start}, {start + k.shape[1]}) does not hold [{span.start}, {span.stop})"
+        )
+    layout, (w, r) = (
+        Layout(pattern, num_heads or k.shape[-2], k.shape[-2]),
+        level_of(pattern, span.level),
+    )
     k, v = (of_level(x, span.level) for x in (k, v))
     if r == 1:
         rows = slice(span.start - start, span.stop - start)
@@ -112,11 +117,15 @@ def far_keys(
     for lane, places in enumerate(positions):
         if offsets[lane] in asked:
             for i, x in enumerate((k, v)):
-                packed[i, :, lane, : len(places)] = x[:, places.start - start : places.stop - start : r, heads[lane]]
+                packed[i, :, lane, : len(places)] = x[
+                    :, places.start - start : places.stop - start : r, heads[lane]
+                ]
     return FarKeys(*span, *packed.transpose(2, 3))  # (B, rows, lanes, D)
 
 
-FIRST_ROWS = 1 << 14  # rows of a segment that are allocated at first; their number doubles on demand
+FIRST_ROWS = (
+    1 << 14
+)  # rows of a segment that are allocated at first; their number doubles on demand
 
 
 class KVCache:
@@ -157,16 +166,28 @@ class KVCache:
         self.pattern, self.keep = pattern, keep
         self.layout = Layout(pattern, num_heads, kv_heads or num_heads)
         self.position, self.dtype = 0, dtype
-        self._sizes, self._allocate = (batch, head_dim), partial(allocate, dtype=dtype, device=device)
+        self._sizes, self._allocate = (
+            (batch, head_dim),
+            partial(allocate, dtype=dtype, device=device),
+        )
         # each level's segments, keys and values (2 B, rows, lanes, D): segment s is in place s mod (1 + look_back), and
         # row j of a lane is its j-th row there
         self._levels = [
-            [self._new_rows(0 if keep else min(-(-w // r), FIRST_ROWS), level) for _ in range(1 + back)]
-            for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True))
+            [
+                self._new_rows(0 if keep else min(-(-w // r), FIRST_ROWS), level)
+                for _ in range(1 + back)
+            ]
+            for level, ((w, r), back) in enumerate(
+                zip(pattern.levels, pattern.look_backs, strict=True)
+            )
         ]
         self._sinks = self._new_rows(pattern.sinks, SINKS)
-        self._stored: Tensor | None = None  # k of a token whose rows are there before it is appended
-        self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}  # sinks as they were turned last
+        self._stored: Tensor | None = (
+            None  # k of a token whose rows are there before it is appended
+        )
+        self._turned: dict[
+            tuple[int, ...], tuple[Tensor, ...]
+        ] = {}  # sinks as they were turned last
         self.past = Past(pattern, blocks, allocate, keep, layer) if pattern.chosen else None
 
     @property
@@ -231,7 +252,9 @@ class KVCache:
                 self._store((k, v), held, list(others))
         self.position, self._stored = stop, None
 
-    def _store(self, shard: Sequence[Tensor], held: Sequence[_Held], others: Sequence[FarKeys] = ()) -> None:
+    def _store(
+        self, shard: Sequence[Tensor], held: Sequence[_Held], others: Sequence[FarKeys] = ()
+    ) -> None:
         """Store the rows of spans that a shard has, k and v apart or in one batch, or the `others` have."""
         for span, number, views in held:
             given = [(shard, each.shard, each.segment) for each in views]
@@ -251,7 +274,9 @@ class KVCache:
             for tensors, there, here in given:
                 rows, batch = self._rows(span, number), tensors[0].shape[0]
                 for i, x in enumerate(tensors):
-                    strided_view(rows, here, i * batch, batch).copy_(strided_view(of_level(x, span.level), there))
+                    strided_view(rows, here, i * batch, batch).copy_(
+                        strided_view(of_level(x, span.level), there)
+                    )
 
     def select(self, rows: Sequence[int]) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
@@ -300,13 +325,24 @@ class KVCache:
             counts = self.layout.counts(span)
             shapes[f"rows.{number}"] = (2, self.batch, max(counts), len(counts), self.head_dim)
         if self.past:
-            shapes |= self.past.shapes(position, saved, (self.batch, *self.layout[1:], self.head_dim))
-        types = {"fine": accumulator(self.dtype), "counts": torch.int32, "held": torch.int32, "held_at": torch.int64}
+            shapes |= self.past.shapes(
+                position, saved, (self.batch, *self.layout[1:], self.head_dim)
+            )
+        types = {
+            "fine": accumulator(self.dtype),
+            "counts": torch.int32,
+            "held": torch.int32,
+            "held_at": torch.int64,
+        }
         types |= {"scanned": torch.int32, "scanned_at": torch.int64}
         if other := saved.keys() ^ shapes.keys():
-            raise ValueError(f"{min(other)} is {'missing' if min(other) in shapes else 'not of it'}")
+            raise ValueError(
+                f"{min(other)} is {'missing' if min(other) in shapes else 'not of it'}"
+            )
         for name, shape in shapes.items():
-            if tuple(saved[name].shape) != shape or saved[name].dtype != types.get(name, self.dtype):
+            if tuple(saved[name].shape) != shape or saved[name].dtype != types.get(
+                name, self.dtype
+            ):
                 given = f"{tuple(saved[name].shape)} of {saved[name].dtype}"
                 raise ValueError(
                     f"{name} is {given}, for {position} tokens and {shape} of {types.get(name, self.dtype)}"
@@ -326,7 +362,12 @@ class KVCache:
         rows, have = places[place], places[place].shape[1]
         if have < number:
             r = self.pattern.dilation_rates[span.level]
-            sizes = (rows.shape[0], rows.shape[2], min(-(-w // r), max(number, 2 * have)), rows.shape[3])
+            sizes = (
+                rows.shape[0],
+                rows.shape[2],
+                min(-(-w // r), max(number, 2 * have)),
+                rows.shape[3],
+            )
             places[place] = rows.new_empty(sizes).transpose(1, 2)
             places[place][:, :have] = rows
         return places[place]
@@ -359,7 +400,9 @@ def _halves(rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """View the first rows of keys and of values in rows (2 B, rows, lanes, D): (B, number, lanes, D) each."""
     batch, stride, begin = rows.shape[0] // 2, rows.stride(), rows.storage_offset()
     size = (batch, number, *rows.shape[2:])
-    return rows.as_strided(size, stride, begin), rows.as_strided(size, stride, begin + batch * stride[0])
+    return rows.as_strided(size, stride, begin), rows.as_strided(
+        size, stride, begin + batch * stride[0]
+    )
 
 
 def _selected(rows: Tensor, index: Tensor) -> Tensor:

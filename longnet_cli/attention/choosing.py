@@ -77,7 +77,11 @@ class Voting(NamedTuple):
 
 
 def votes_for(
-    voters: Tensor, means: Tensor, others: Tensor | None = None, blocks: Tensor | None = None, power: int = 1
+    voters: Tensor,
+    means: Tensor,
+    others: Tensor | None = None,
+    blocks: Tensor | None = None,
+    power: int = 1,
 ) -> Tensor:
     """Return the votes (.., groups, C) of voters (.., groups, n, H, D) for blocks with means (.., K, C, m, D).
 
@@ -167,7 +171,9 @@ def scan(means: Means, voting: Voting) -> list[Tensor | None]:
         return limit // (VOTERS // 2 * voting.heads * compared) if compared else len(voting.slots)
 
     remaining = voting.slots[len(candidates) :]
-    for slots in batches(remaining, lambda slot: stages(pattern, slot.blocks - 1), pattern.scan_every, most):
+    for slots in batches(
+        remaining, lambda slot: stages(pattern, slot.blocks - 1), pattern.scan_every, most
+    ):
         candidates += _scanned(means, voting, slots)
     return candidates
 
@@ -178,14 +184,23 @@ def _scanned(means: Means, voting: Voting, slots: Sequence[Slot]) -> Sequence[Te
     if not planned:
         return [None] * len(slots)
     first, *later = planned
-    voters = voting.document.voters(range(slots[0].start, slots[-1].start + 1, voting.pattern.scan_every), 2)
+    voters = voting.document.voters(
+        range(slots[0].start, slots[-1].start + 1, voting.pattern.scan_every), 2
+    )
     number, before = slots[-1].blocks, blocks_before(slots, means.fine.device)
-    of_blocks, others = means.of_first(first.means, voting.row, number)[:, 1:], not_before(1, number, before)
+    of_blocks, others = (
+        means.of_first(first.means, voting.row, number)[:, 1:],
+        not_before(1, number, before),
+    )
     kept = 1 + best(votes_for(voters, of_blocks, others), first.blocks)
     for stage in later:
         step = max(1, limits_of(voters).scores // (kept.shape[1] * means.numbers(stage.means)))
         votes = [
-            votes_for(of_slots[:, None], means.of_blocks(stage.means, voting.row, own), blocks=own[:, None])[:, 0]
+            votes_for(
+                of_slots[:, None],
+                means.of_blocks(stage.means, voting.row, own),
+                blocks=own[:, None],
+            )[:, 0]
             for of_slots, own in zip(voters.split(step), kept.split(step), strict=True)
         ]
         kept = kept.gather(1, best(torch.cat(votes), stage.blocks))
@@ -208,7 +223,11 @@ def blocks_before(slots: Sequence[Slot], device: torch.device) -> Tensor | int:
 
 def not_before(start: int, stop: int, before: Tensor | int) -> Tensor | None:
     """Return which of [start, stop) are not below each of the numbers `before` (n, 1): (n, C); None if all are."""
-    return None if isinstance(before, int) else torch.arange(start, stop, device=before.device) >= before
+    return (
+        None
+        if isinstance(before, int)
+        else torch.arange(start, stop, device=before.device) >= before
+    )
 
 
 # (row of the batch, part) -> blocks (groups, n) that the text of each group names, the best first, and -1 for none
@@ -235,7 +254,9 @@ class LayerChoices(NamedTuple):
         source = self.pattern.source(self.layer)
         assert source is not None
         if source not in self.choices.made:
-            raise ValueError(f"layer {self.layer} sees the blocks that layer {source} chooses, which has not run")
+            raise ValueError(
+                f"layer {self.layer} sees the blocks that layer {source} chooses, which has not run"
+            )
         return self.choices.made[source]
 
     def leave(self, blocks: GroupBlocks) -> None:
@@ -263,16 +284,24 @@ def choose(means: Means, voting: Voting) -> Choice:
     """Return the choice of a voting, whose groups have more blocks before them than they may see."""
     candidates = scan(means, voting)
     blocks, votes = _side_by_side([*_votes(means, voting, candidates)])
-    last = torch.arange(1, voting.slots[-1].blocks, device=blocks.device) if candidates[-1] is None else candidates[-1]
+    last = (
+        torch.arange(1, voting.slots[-1].blocks, device=blocks.device)
+        if candidates[-1] is None
+        else candidates[-1]
+    )
     return Choice(_picked(voting.pattern, blocks, votes, voting.named).int(), last)
 
 
-def votes_by_keys(pattern: Pattern, part: GroupedPart, document: Unrotated, some: slice, blocks: Tensor) -> Tensor:
+def votes_by_keys(
+    pattern: Pattern, part: GroupedPart, document: Unrotated, some: slice, blocks: Tensor
+) -> Tensor:
     """Return the votes (groups, m) of some groups of a part for blocks (groups, m), block 0 and others, ascending."""
     others, voters = blocks[:, 1:].long(), document.voters(group_starts(pattern, part)[some], 1)
     step = max(1, limits_of(blocks).scores // max(1, others.shape[1] * document.block_numbers))
     votes = [
-        votes_for(own[:, None], document.keys(of_groups), blocks=of_groups[:, None], power=SURE)[:, 0]
+        votes_for(own[:, None], document.keys(of_groups), blocks=of_groups[:, None], power=SURE)[
+            :, 0
+        ]
         for own, of_groups in zip(voters.split(step), others.split(step), strict=True)
     ]
     return pad(torch.cat(votes), (1, 0))
@@ -281,7 +310,9 @@ def votes_by_keys(pattern: Pattern, part: GroupedPart, document: Unrotated, some
 def _vote_alike(pattern: Pattern, slot: Slot) -> object:
     """Return what is equal for slots that can vote together: they have all of their groups."""
     every = pattern.chosen_every
-    cut = len(slot.starts) * every < pattern.scan_every and slot.start  # the shard begins or ends in it
+    cut = (
+        len(slot.starts) * every < pattern.scan_every and slot.start
+    )  # the shard begins or ends in it
     return bool(stages(pattern, slot.blocks - 1)), cut
 
 
@@ -290,31 +321,43 @@ def _votes(means: Means, voting: Voting, candidates: Sequence[Tensor | None]) ->
     pattern, slots, done, begin = voting.pattern, voting.slots, 0, 0
     starts = range(slots[0].starts[0], slots[-1].starts[-1] + 1, pattern.chosen_every)
     voters = voting.document.voters(starts, 1)  # (groups, VOTERS, H, D)
-    for some in batches(slots, partial(_vote_alike, pattern), pattern.scan_every, lambda _: len(slots)):
+    for some in batches(
+        slots, partial(_vote_alike, pattern), pattern.scan_every, lambda _: len(slots)
+    ):
         stop = begin + sum(len(slot.starts) for slot in some)
         if candidates[done] is None:
             yield from _for_all(means, voting, some, voters[begin:stop])
         else:
-            of_slots = torch.stack([x for x in candidates[done : done + len(some)] if x is not None])
+            of_slots = torch.stack(
+                [x for x in candidates[done : done + len(some)] if x is not None]
+            )
             earlier = None if voting.earlier is None else voting.earlier[begin:stop, 1:].long()
             yield from _for_some(means, voting, _Compared.of(of_slots, earlier), voters[begin:stop])
         done, begin = done + len(some), stop
 
 
-def _for_all(means: Means, voting: Voting, slots: Sequence[Slot], voters: Tensor) -> Iterator[_Votes]:
+def _for_all(
+    means: Means, voting: Voting, slots: Sequence[Slot], voters: Tensor
+) -> Iterator[_Votes]:
     """Yield the votes of the groups of neighbouring slots, which compare all blocks but 0 before them."""
     number = slots[-1].blocks
     of_blocks = means.of_first(means.finest, voting.row, number)[:, 1:]
     before = blocks_before([slot for slot in slots for _ in slot.starts], of_blocks.device)
     others = not_before(1, number, before)
-    step = max(1, limits_of(of_blocks).scores // (VOTERS * voting.heads * of_blocks[0, :, :, 0].numel()))
+    step = max(
+        1, limits_of(of_blocks).scores // (VOTERS * voting.heads * of_blocks[0, :, :, 0].numel())
+    )
     for start in range(0, len(voters), step):
         some = slice(start, start + step)
-        votes = votes_for(voters[some], of_blocks, None if others is None else others[some], power=SURE)
+        votes = votes_for(
+            voters[some], of_blocks, None if others is None else others[some], power=SURE
+        )
         yield _Votes(torch.arange(1, number, device=votes.device).expand_as(votes), votes)
 
 
-def _for_some(means: Means, voting: Voting, compared: _Compared, voters: Tensor) -> Iterator[_Votes]:
+def _for_some(
+    means: Means, voting: Voting, compared: _Compared, voters: Tensor
+) -> Iterator[_Votes]:
     """Yield the votes of the groups of neighbouring slots, which compare some blocks."""
     by_slot, finest = voters.unflatten(0, (len(compared.blocks), -1)), means.finest
     per_block = max(finest * by_slot[0, ..., 0].numel(), means.numbers(finest))
@@ -340,8 +383,13 @@ def _side_by_side(votes: Sequence[_Votes]) -> _Votes:
     """Return the votes of all groups: those with fewer blocks than others get block 0, with a vote of -1."""
     if len(votes) == 1:
         return votes[0]
-    groups, most = (sum(len(some.votes) for some in votes), max(some.votes.shape[1] for some in votes))
-    every = _Votes(votes[0].blocks.new_zeros(groups, most), votes[0].votes.new_full((groups, most), -1))
+    groups, most = (
+        sum(len(some.votes) for some in votes),
+        max(some.votes.shape[1] for some in votes),
+    )
+    every = _Votes(
+        votes[0].blocks.new_zeros(groups, most), votes[0].votes.new_full((groups, most), -1)
+    )
     begin = 0
     for some in votes:
         number, width = some.votes.shape
@@ -375,10 +423,16 @@ class _Compared(NamedTuple):
         places = pad(ascending.diff() != 0, (1, 0)).cumsum(1)  # of equals, one
         numbers = (places[:, -1] + 1).tolist()
         blocks = ascending[:, -1:].repeat(1, max(numbers)).scatter_(1, places, ascending)
-        of_candidates, of_earlier = torch.searchsorted(blocks, both).split([candidates.shape[1], earlier[0].numel()], 1)
-        others = torch.ones((*earlier.shape[:2], max(numbers)), dtype=torch.bool, device=blocks.device)
+        of_candidates, of_earlier = torch.searchsorted(blocks, both).split(
+            [candidates.shape[1], earlier[0].numel()], 1
+        )
+        others = torch.ones(
+            (*earlier.shape[:2], max(numbers)), dtype=torch.bool, device=blocks.device
+        )
         others.scatter_(2, of_candidates[:, None].expand(-1, earlier.shape[1], -1), False)
-        return cls(blocks, others.scatter_(2, of_earlier.unflatten(1, earlier.shape[1:]), False), numbers)
+        return cls(
+            blocks, others.scatter_(2, of_earlier.unflatten(1, earlier.shape[1:]), False), numbers
+        )
 
 
 def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, named: Tensor | None) -> Tensor:
@@ -389,7 +443,9 @@ def _picked(pattern: Pattern, blocks: Tensor, votes: Tensor, named: Tensor | Non
     if named is not None:  # a named block has the best vote, whether it is a candidate or not
         same = named[:, :, None] == blocks[:, None]
         votes = votes.masked_fill(same.any(1), torch.inf)
-        more = votes.new_full(named.shape, -torch.inf).masked_fill((named > 0) & ~same.any(2), torch.inf)
+        more = votes.new_full(named.shape, -torch.inf).masked_fill(
+            (named > 0) & ~same.any(2), torch.inf
+        )
         blocks, votes = torch.cat([blocks, named], 1), torch.cat([votes, more], 1)
     seen = blocks.gather(1, best(votes, pattern.chosen - 1)).sort(1).values
     return torch.cat([seen.new_zeros(len(seen), 1), seen], 1)

@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .choosing import Choice, LayerChoices, Unrotated, Voting, choose, group_starts, slots_of, votes_by_keys
+from .choosing import (
+    Choice,
+    LayerChoices,
+    Unrotated,
+    Voting,
+    choose,
+    group_starts,
+    slots_of,
+    votes_by_keys,
+)
 from .groups import GroupedPart, Groups, limits_of, slot_of
 from .merging import GradientSum, Merge
 from .past import GroupBlocks, Means, Past, Seen, unrotated
@@ -51,7 +60,9 @@ class Chosen:
     ) -> None:
         self.pattern, self.turn, self.past, self.choices = pattern, turn, past, choices
         self.kind = pattern.kind(choices.layer if choices else None)
-        self.parts = [self._together(part) for part in parts] if self.kind == "sees_block_0" else parts
+        self.parts = (
+            [self._together(part) for part in parts] if self.kind == "sees_block_0" else parts
+        )
         self.blocks: GroupBlocks = []
 
     @torch.no_grad()
@@ -78,7 +89,9 @@ class Chosen:
         if self.kind != "sees_block_0":
             self._tell(past, q, k, scale)
 
-    def merge(self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge) -> None:
+    def merge(
+        self, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, merge: Merge
+    ) -> None:
         """Attend from q to the chosen rows of k and v, and merge the results."""
         for run in self._runs(q):
             q_, *places = (run.queries(x) for x in (q, *merge.places))
@@ -88,7 +101,12 @@ class Chosen:
             merge.add(run.branch, places, part.reshape(q_.shape), lse.reshape(q_.shape[:-1]))
 
     def gradients(
-        self, kernel: Kernel, scale: float, tensors: Sequence[Tensor], keys: Sequence[Tensor], of_q: GradientSum
+        self,
+        kernel: Kernel,
+        scale: float,
+        tensors: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        of_q: GradientSum,
     ) -> list[Tensor]:
         """Return the gradients of the chosen rows of k and v, in fp32 or fp64, and add those of q to `of_q`.
 
@@ -96,12 +114,16 @@ class Chosen:
         added to `past.gradients`.
         """
         _, q, _, _ = tensors
-        gradients = [torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in keys]
+        gradients = [
+            torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in keys
+        ]
         for run in self._runs(q):
             place, *queries = (run.queries(x) for x in (of_q.place, *tensors))
             calls = run.calls(kernel, keys[0])
             parts = [call.gradients(kernel, scale, queries, keys, gradients) for call in calls]
-            of_q.add(place, _joined(parts).reshape(queries[1].shape), run.branch.queries, fresh=False)
+            of_q.add(
+                place, _joined(parts).reshape(queries[1].shape), run.branch.queries, fresh=False
+            )
         return gradients
 
     def _tell(self, past: Past, q: Tensor, k: Tensor, scale: float) -> None:
@@ -112,10 +134,20 @@ class Chosen:
             if chooses and group_starts(self.pattern, part)[0] >= part.start:  # each group once
                 counted[part.rows.start, part.rows.stop].append(index)
             if past.on_choice:
-                past.on_choice(Seen(part, self.blocks[index], partial(self._votes, index, q, k, scale)))
+                past.on_choice(
+                    Seen(part, self.blocks[index], partial(self._votes, index, q, k, scale))
+                )
         for rows, indices in counted.items():
-            of_rows = [_joined(some) for some in zip(*(self.blocks[index] for index in indices), strict=True)]
-            past.count(slice(*rows), max(self.parts[index].groups.near for index in indices), of_rows, len(q))
+            of_rows = [
+                _joined(some)
+                for some in zip(*(self.blocks[index] for index in indices), strict=True)
+            ]
+            past.count(
+                slice(*rows),
+                max(self.parts[index].groups.near for index in indices),
+                of_rows,
+                len(q),
+            )
 
     @torch.no_grad()
     def _votes(self, index: int, q: Tensor, k: Tensor, scale: float, groups: slice) -> list[Tensor]:
@@ -123,7 +155,9 @@ class Chosen:
         part = self.parts[index]
         rows = zip(range(part.rows.start, part.rows.stop), self.blocks[index], strict=True)
         return [
-            votes_by_keys(self.pattern, part, self._document(part, row, q, k, scale), groups, blocks[groups])
+            votes_by_keys(
+                self.pattern, part, self._document(part, row, q, k, scale), groups, blocks[groups]
+            )
             for row, blocks in rows
         ]
 
@@ -131,25 +165,36 @@ class Chosen:
         """Return the blocks (groups, m) that each part's rows see."""
         blocks = [self._known(part, q) for part in self.parts]
         voting = [[number] for number, known in enumerate(blocks) if known is None]
-        if limits_of(q).whole:  # neighbouring parts of a document together, which have the same rows and columns
+        if limits_of(
+            q
+        ).whole:  # neighbouring parts of a document together, which have the same rows and columns
             documents = groupby(chain(*voting), key=lambda number: self.parts[number][:2])
             voting = [[*numbers] for _, numbers in documents]
         means: dict[tuple[int, int], Means] = {}  # by first row and first token of a document
         for numbers in voting:
             of_document = self._means_of(numbers, k, means)
-            choices = [choose(of_document, voting) for voting in self._votings(numbers, q, k, scale)]
+            choices = [
+                choose(of_document, voting) for voting in self._votings(numbers, q, k, scale)
+            ]
             self._keep(numbers, choices, q, blocks)
         return [some for some in blocks if some is not None]
 
     def _keep(
-        self, numbers: Sequence[int], choices: Sequence[Choice], q: Tensor, blocks: list[list[Tensor] | None]
+        self,
+        numbers: Sequence[int],
+        choices: Sequence[Choice],
+        q: Tensor,
+        blocks: list[list[Tensor] | None],
     ) -> None:
         """Take the choices of each row of neighbouring parts apart to `blocks`, by part."""
         parts = [self.parts[number] for number in numbers]
         if past := self._keeper(parts[0], q):
             last, near = group_starts(self.pattern, parts[-1])[-1], parts[-1].groups.near
             past.held = last, [choice.blocks[-1:] for choice in choices]
-            past.scanned = slot_of(self.pattern, near, last), [choice.candidates for choice in choices]
+            past.scanned = (
+                slot_of(self.pattern, near, last),
+                [choice.candidates for choice in choices],
+            )
         sizes = [part.groups.number for part in parts]
         of_rows = [choice.blocks.split(sizes) for choice in choices]
         for number, *of_part in zip(numbers, *of_rows, strict=True):
@@ -158,23 +203,36 @@ class Chosen:
     def _known(self, part: GroupedPart, q: Tensor) -> list[Tensor] | None:
         """Return the blocks (groups, m) that a part's rows see, if nobody needs to vote."""
         pattern, past = self.pattern, self._keeper(part, q)
-        rows, number = range(part.rows.start, part.rows.stop), part.groups.near // pattern.chosen_block
+        rows, number = (
+            range(part.rows.start, part.rows.stop),
+            part.groups.near // pattern.chosen_block,
+        )
         if number <= pattern.chosen or self.kind == "sees_block_0":
-            seen = torch.arange(number if number <= pattern.chosen else 1, dtype=torch.int32, device=q.device)
+            seen = torch.arange(
+                number if number <= pattern.chosen else 1, dtype=torch.int32, device=q.device
+            )
             return [seen[None]] * len(rows)
         group, held = group_starts(pattern, part)[0], past.held if past else None
         return held[1] if held and held[0] == group and group < part.start else None
 
     def _keeper(self, part: GroupedPart, q: Tensor) -> Past | None:
         """Return the past that keeps what is chosen for a part, if it has all rows of the batch and of the document."""
-        return self.past if not part.columns.start and part.rows.stop - part.rows.start == len(q) else None
+        return (
+            self.past
+            if not part.columns.start and part.rows.stop - part.rows.start == len(q)
+            else None
+        )
 
-    def _means_of(self, numbers: Sequence[int], k: Tensor, means: dict[tuple[int, int], Means]) -> Means:
+    def _means_of(
+        self, numbers: Sequence[int], k: Tensor, means: dict[tuple[int, int], Means]
+    ) -> Means:
         """Return the means of the document of neighbouring parts; `means` has those of other parts."""
         part = self.parts[numbers[0]]
         place = part.rows.start, part.columns.start
         if place not in means:
-            last = max(x.groups.near for x in self.parts if (x.rows.start, x.columns.start) == place)
+            last = max(
+                x.groups.near for x in self.parts if (x.rows.start, x.columns.start) == place
+            )
             keys, past = k[part.rows, part.columns], self._past(part)
             if past:
                 means[place] = past.means_before(last, part, keys)
@@ -205,17 +263,23 @@ class Chosen:
                 document=self._document(parts[0], row, q, k, scale),
                 scanned=scanned,
                 named=of_parts(choices.named(row, part) for part in parts) if choices else None,
-                earlier=of_parts(choices.earlier(n, row - rows.start) for n in numbers) if choices else None,
+                earlier=of_parts(choices.earlier(n, row - rows.start) for n in numbers)
+                if choices
+                else None,
             )
             for row, scanned in enumerate(known, rows.start)
         ]
 
-    def _document(self, part: GroupedPart, row: int, q: Tensor, k: Tensor, scale: float) -> Unrotated:
+    def _document(
+        self, part: GroupedPart, row: int, q: Tensor, k: Tensor, scale: float
+    ) -> Unrotated:
         stored = self._stored(part, row)
         size, _, past, *_ = stored
 
         def voters(starts: range, step: int) -> Tensor:
-            positions = torch.arange(starts.start, starts.stop, starts.step, device=q.device)[:, None]
+            positions = torch.arange(starts.start, starts.stop, starts.step, device=q.device)[
+                :, None
+            ]
             positions = positions + torch.arange(step - VOTERS, 1, step, device=q.device)
             rows, begin = q[row, part.columns], part.start
             if past and starts[0] + step - VOTERS < begin:
@@ -223,12 +287,21 @@ class Chosen:
                 rows = torch.cat([past.queries[row], rows[: max(0, starts[-1] + 1 - begin)]])
                 begin -= past.queries.shape[1]
             voting = rows[(positions - begin).clamp(min=0).flatten()]
-            return unrotated(voting[None], positions.flatten(), self.turn)[0].unflatten(0, positions.shape) * scale
+            return (
+                unrotated(voting[None], positions.flatten(), self.turn)[0].unflatten(
+                    0, positions.shape
+                )
+                * scale
+            )
 
         def keys(blocks: Tensor) -> Tensor:
             rows = stored.gathered(stored.taken(blocks), k, k)[0].flatten(0, 1)
-            positions = (blocks.flatten()[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
-            of_groups = unrotated(rows[None], positions, self.turn)[0].unflatten(0, (*blocks.shape, size))
+            positions = (
+                blocks.flatten()[:, None] * size + torch.arange(size, device=blocks.device)
+            ).flatten()
+            of_groups = unrotated(rows[None], positions, self.turn)[0].unflatten(
+                0, (*blocks.shape, size)
+            )
             return of_groups.permute(0, 3, 1, 2, 4)
 
         return Unrotated(voters, keys, size * k.shape[2:].numel())
@@ -251,20 +324,30 @@ class Chosen:
         """Yield the groups of each part and row; on a GPU, those of neighbouring parts that are alike together."""
         whole, together = limits_of(q).whole, list[tuple[GroupedPart, list[list[Tensor]]]]()
         for part, of_rows in zip(self.parts, self.blocks, strict=True):
-            moved = together and together[-1][0].groups.near > self.pattern.chosen_keys  # not where all is seen
+            moved = (
+                together and together[-1][0].groups.near > self.pattern.chosen_keys
+            )  # not where all is seen
             if whole and moved and _follows(*together[-1], part, of_rows):
                 together[-1][1].append(of_rows)
             else:
                 together.append((part, [of_rows]))
         for part, of_parts in together:
             for row, blocks in enumerate(zip(*of_parts, strict=True), part.rows.start):
-                yield _GroupRun.of(self.pattern, self._stored(part, row), _joined(blocks).long(), q.shape[2])
+                yield _GroupRun.of(
+                    self.pattern, self._stored(part, row), _joined(blocks).long(), q.shape[2]
+                )
 
 
-def _follows(first: GroupedPart, so_far: list[list[Tensor]], part: GroupedPart, blocks: list[Tensor]) -> bool:
+def _follows(
+    first: GroupedPart, so_far: list[list[Tensor]], part: GroupedPart, blocks: list[Tensor]
+) -> bool:
     """Return whether a part's groups are as those of the parts before it, the `first` of which is given, and next."""
     number = sum(len(of_rows[0]) for of_rows in so_far)
-    same = (first.rows, first.columns, first.groups.queries) == (part.rows, part.columns, part.groups.queries)
+    same = (first.rows, first.columns, first.groups.queries) == (
+        part.rows,
+        part.columns,
+        part.groups.queries,
+    )
     next_one = part.groups.start == first.groups.start + number * first.groups.queries
     return same and next_one and blocks[0].shape[1] == so_far[0][0].shape[1]
 
@@ -299,10 +382,16 @@ class _Stored(NamedTuple):
         edges = blocks.new_tensor([past.blocks.number, self.first_block])
         return _TakenBlocks(blocks, inverse, *torch.searchsorted(blocks, edges).tolist())
 
-    def gathered(self, taken: _TakenBlocks, k: Tensor, v: Tensor, room: Tensor | None = None) -> Tensor:
+    def gathered(
+        self, taken: _TakenBlocks, k: Tensor, v: Tensor, room: Tensor | None = None
+    ) -> Tensor:
         """Gather blocks of k and v (B, N, K, D) and of the past: (k and v, groups * m, tokens, K, D), in `room`."""
         blocks, inverse, before, inside = taken
-        gathered = k.new_empty(2, len(blocks), self.size, *k.shape[2:]) if room is None else room[:, : len(blocks)]
+        gathered = (
+            k.new_empty(2, len(blocks), self.size, *k.shape[2:])
+            if room is None
+            else room[:, : len(blocks)]
+        )
         if self.past and before:
             self.past.blocks.take(self.row, blocks[:before], gathered[:, :before])
         if self.past and before < inside:
@@ -365,7 +454,9 @@ class _GroupRun(NamedTuple):
         distances = None
         if near > m * size:
             (w,), (back,) = pattern.segment_lengths, pattern.look_backs
-            segments = torch.arange(start, start + groups * queries, queries, device=blocks.device) // w
+            segments = (
+                torch.arange(start, start + groups * queries, queries, device=blocks.device) // w
+            )
             places = torch.arange(-m * size, 0, size, device=blocks.device)
             distances = (segments[:, None] - back) * w + places - blocks * size
         return cls(stored, Branch(rows, rows, causal=False), blocks, distances)
@@ -375,14 +466,20 @@ class _GroupRun(NamedTuple):
         (kv_heads, head_dim), rows = k.shape[2:], self.branch.queries
         keys = self.blocks.shape[1] * self.stored.size
         most = kernel.max_batch(kv_heads, max(rows.heads // kv_heads * rows.rows, keys), head_dim)
-        step = max(1, min(most, limits_of(k).gathered // (keys * kv_heads * head_dim * k.element_size())))
+        step = max(
+            1, min(most, limits_of(k).gathered // (keys * kv_heads * head_dim * k.element_size()))
+        )
         # kept from call to call: memory that a CPU gives back and gets again comes as zeros, page by page
-        room = k.new_empty(2, min(step, len(self.blocks)) * self.blocks.shape[1], self.stored.size, *k.shape[2:])
+        room = k.new_empty(
+            2, min(step, len(self.blocks)) * self.blocks.shape[1], self.stored.size, *k.shape[2:]
+        )
         for start in range(0, len(self.blocks), step):
             groups = slice(start, start + step)
             blocks = self.blocks[groups]
             distances = None if self.distances is None else self.distances[groups].flatten()
-            yield _GroupCall(self.stored, groups, blocks, self.stored.taken(blocks), distances, room)
+            yield _GroupCall(
+                self.stored, groups, blocks, self.stored.taken(blocks), distances, room
+            )
 
     def queries(self, x: Tensor) -> Tensor:
         """View the run's rows of x (B, N, H, D) as (groups, H, rows, D)."""
@@ -400,16 +497,25 @@ class _GroupCall(NamedTuple):
     distances: Tensor | None
     room: Tensor  # for the blocks of one call at a time
 
-    def attend(self, kernel: Kernel, scale: float, q: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, kernel: Kernel, scale: float, q: Tensor, keys: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Return out and LSE of the groups of q (groups, H, rows, D), folded; keys are k and v (B, N, K, D).
 
         Calls are functions: what one has gathered is free before the next gathers.
         """
         k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
-        return kernel.forward(_folded(q[self.groups], keys[0]), self.turned(k_), self.in_groups(v_), False, scale)
+        return kernel.forward(
+            _folded(q[self.groups], keys[0]), self.turned(k_), self.in_groups(v_), False, scale
+        )
 
     def gradients(
-        self, kernel: Kernel, scale: float, tensors: Sequence[Tensor], keys: Sequence[Tensor], into: Sequence[Tensor]
+        self,
+        kernel: Kernel,
+        scale: float,
+        tensors: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        into: Sequence[Tensor],
     ) -> Tensor:
         """Return the gradient of queries, folded, and add those of gathered rows to `into` (B, N, K, D).
 
@@ -418,7 +524,9 @@ class _GroupCall(NamedTuple):
         dout, q, out, lse = (_folded(x[self.groups], keys[0]) for x in tensors)
         k_, v_ = self.stored.gathered(self.taken, keys[0], keys[1], self.room)
         k_ = self.turned(k_)
-        dq, dk, dv = kernel.backward((dout, q, k_, self.in_groups(v_), out, lse[..., 0]), False, scale)
+        dq, dk, dv = kernel.backward(
+            (dout, q, k_, self.in_groups(v_), out, lse[..., 0]), False, scale
+        )
         del k_, v_
         self.stored.add(into[1], self.in_blocks(dv), self.taken, 1)
         del dv

@@ -60,20 +60,36 @@ class CudaFlashKernel(Kernel):
         Packed sequences are (rows, 1, head_dim), and their lse is (1, rows).
         """
         out, lse = torch.ops.aten._flash_attention_forward.default(
-            q, k, v, sizes.q_edges, sizes.k_edges, sizes.rows, sizes.keys, 0.0, causal, False, scale=scale
+            q,
+            k,
+            v,
+            sizes.q_edges,
+            sizes.k_edges,
+            sizes.rows,
+            sizes.keys,
+            0.0,
+            causal,
+            False,
+            scale=scale,
         )[:2]
         return out, lse
 
-    def gradients(self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float) -> Sequence[Tensor]:
+    def gradients(
+        self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float
+    ) -> Sequence[Tensor]:
         """Return dq, dk and dv, given dout, q, k, v, out and a contiguous lse, in the shapes of `attend`."""
-        no_rng = torch.empty(2, dtype=torch.uint64, device=tensors[0].device)  # read only with dropout
+        no_rng = torch.empty(
+            2, dtype=torch.uint64, device=tensors[0].device
+        )  # read only with dropout
         grads: Sequence[Tensor] = torch.ops.aten._flash_attention_backward.default(
             *tensors, sizes.q_edges, sizes.k_edges, sizes.rows, sizes.keys, 0.0, causal, no_rng, no_rng[:0],
             scale=scale,
         )  # fmt: skip
         return grads
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
         sizes, (q, k, v) = CallSizes(q.shape[2], k.shape[2]), (x.transpose(1, 2) for x in (q, k, v))
         out, lse = self.attend(q, k, v, sizes, causal, scale)
         return out.transpose(1, 2), lse
@@ -81,23 +97,42 @@ class CudaFlashKernel(Kernel):
     def backward(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
         *of_rows, lse = tensors
         _, q, k, *_ = of_rows
-        given = [*(x.transpose(1, 2) for x in of_rows), lse.contiguous()]  # kernels ignore the lse's strides
+        given = [
+            *(x.transpose(1, 2) for x in of_rows),
+            lse.contiguous(),
+        ]  # kernels ignore the lse's strides
         grads = self.gradients(given, CallSizes(q.shape[2], k.shape[2]), causal, scale)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
         return dq, dk, dv
 
     def forward_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: PackedRows,
+        keys: PackedRows,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = self.attend(q[:, None], k[:, None], v[:, None], CallSizes.of(queries, keys), causal, scale)
+        out, lse = self.attend(
+            q[:, None], k[:, None], v[:, None], CallSizes.of(queries, keys), causal, scale
+        )
         return out[:, 0], lse[0]
 
     def backward_packed(
-        self, tensors: Sequence[Tensor], queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+        self,
+        tensors: Sequence[Tensor],
+        queries: PackedRows,
+        keys: PackedRows,
+        causal: bool,
+        scale: float,
     ) -> Gradients:
         *of_rows, lse = tensors
         given = [*(x[:, None] for x in of_rows), lse[None].contiguous()]
-        dq, dk, dv = (x[:, 0] for x in self.gradients(given, CallSizes.of(queries, keys), causal, scale))
+        dq, dk, dv = (
+            x[:, 0] for x in self.gradients(given, CallSizes.of(queries, keys), causal, scale)
+        )
         return dq, dk, dv
 
 
@@ -129,10 +164,14 @@ class CudaEfficientKernel(CudaFlashKernel):
             return out, lse[..., :rows]
         return out[0], lse.flatten()[_places_in_lse(q_edges, len(q), lse.shape[2])][None]
 
-    def gradients(self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float) -> Sequence[Tensor]:
+    def gradients(
+        self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float
+    ) -> Sequence[Tensor]:
         (*of_rows, out, lse), (rows, keys, q_edges, k_edges) = tensors, sizes
         width, head_dim = rows + -rows % 32, out.shape[-1]
-        of_rows.append(out.contiguous())  # in half precision, its rows are read as if they followed each other
+        of_rows.append(
+            out.contiguous()
+        )  # in half precision, its rows are read as if they followed each other
         dout, q, k, v, out = (_whole_lines(x if q_edges is None else x[None]) for x in of_rows)
         if q_edges is None:
             padded = torch.nn.functional.pad(lse, (0, width - rows), value=float("inf"))
@@ -150,7 +189,9 @@ class CudaEfficientKernel(CudaFlashKernel):
 def _places_in_lse(edges: Tensor, rows: int, width: int) -> Tensor:
     """Return the indices of all rows in a flattened lse (sequences, 1, width), which pads each sequence to `width`."""
     begins = torch.arange(0, (len(edges) - 1) * width, width, device=edges.device) - edges[:-1]
-    return torch.arange(rows, device=edges.device) + torch.repeat_interleave(begins, edges.diff(), output_size=rows)
+    return torch.arange(rows, device=edges.device) + torch.repeat_interleave(
+        begins, edges.diff(), output_size=rows
+    )
 
 
 def _whole_lines(x: Tensor) -> Tensor:
@@ -192,13 +233,20 @@ class FlashAttnKernel(CudaFlashKernel):
         )
         return out, lse
 
-    def gradients(self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float) -> Sequence[Tensor]:
+    def gradients(
+        self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float
+    ) -> Sequence[Tensor]:
         if sizes.q_edges is not None:
             return super().gradients(tensors, sizes, causal, scale)
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4]]
         names = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv")
         always_equal = torch.are_deterministic_algorithms_enabled()
-        options = {"softmax_scale": scale, "causal": causal, "deterministic": always_equal, **_PLAIN}
+        options = {
+            "softmax_scale": scale,
+            "causal": causal,
+            "deterministic": always_equal,
+            **_PLAIN,
+        }
         self.functions()[1](**dict(zip(names, [*tensors, *grads], strict=True)), **options)
         return grads
 

@@ -31,7 +31,14 @@ from .choosing import LayerChoices
 from .chosen import Chosen
 from .kernels import select_kernel
 from .pattern import Padding, Pattern
-from .planning import AttentionPlan, Shard, merged_backward, merged_forward, plan_calls, refuse_capture
+from .planning import (
+    AttentionPlan,
+    Shard,
+    merged_backward,
+    merged_forward,
+    plan_calls,
+    refuse_capture,
+)
 from .sinks import SinkRows, Turn, sink_rows
 from .spans import SINKS
 from .views import unit_stride
@@ -120,7 +127,9 @@ def _attend(
     selected = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     plan = plan_calls(selected, q, k, v, pattern, shard, far_keys, sinks.rows if sinks else None)
     chosen = Chosen(pattern, plan.chosen, turn, past, choices) if plan.chosen else None
-    call = _ShardCall(plan, q.shape[-1] ** -0.5 if scale is None else scale, far_keys, sinks, chosen)
+    call = _ShardCall(
+        plan, q.shape[-1] ** -0.5 if scale is None else scale, far_keys, sinks, chosen
+    )
     far_rows = [x for keys in far_keys for x in (keys.k, keys.v)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far_rows)):
         return _MergedBranches.apply(call, q, k, v, *far_rows)
@@ -136,13 +145,17 @@ class _Sinks(NamedTuple):
     kept: dict[tuple[int, ...], tuple[Tensor, ...]] | None  # by distances
 
     def collect(self, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return self.rows.collect(k, far_rows[::2], self.number), self.rows.collect(v, far_rows[1::2], self.number)
+        return self.rows.collect(k, far_rows[::2], self.number), self.rows.collect(
+            v, far_rows[1::2], self.number
+        )
 
     def turned(self, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return k and v of the sinks as every segment sees them, packed."""
         if self.kept is not None and self.rows.distances in self.kept:
             return self.kept[self.rows.distances]
-        both = tuple(unit_stride(x) for x in self.rows.spread(*self.collect(k, v, far_rows), self.turn))
+        both = tuple(
+            unit_stride(x) for x in self.rows.spread(*self.collect(k, v, far_rows), self.turn)
+        )
         if self.kept is not None:
             self.kept.clear()
             self.kept[self.rows.distances] = both
@@ -156,7 +169,9 @@ def _sinks(
     if not pattern.sinks or not turn:
         return None
     documents = None if shard.documents is None else tuple(shard.documents)
-    rows = _sink_rows(pattern, shard.start, tokens, documents, tuple(keys.span for keys in far_keys))
+    rows = _sink_rows(
+        pattern, shard.start, tokens, documents, tuple(keys.span for keys in far_keys)
+    )
     if rows is None:
         return None
     # turned sinks may be kept where one span holds them all, and no other document of the shard has sinks
@@ -174,7 +189,9 @@ class _ShardCall(NamedTuple):
     sinks: _Sinks | None
     chosen: Chosen | None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Return out and LSE of all branches, as `merged_forward` does."""
         waiting = [keys.ready for keys in self.far_keys if keys.ready]
         there = [unit_stride(x) for x in far_rows]
@@ -187,7 +204,9 @@ class _ShardCall(NamedTuple):
             return there[2 * index : 2 * index + 2]
 
         merged = merged_forward(self.plan, self.scale, q, k, v, arrived, self.chosen)
-        while waiting:  # also for keys that no query needed: their buffers must not be freed in flight
+        while (
+            waiting
+        ):  # also for keys that no query needed: their buffers must not be freed in flight
             waiting.pop()()
         return merged
 
@@ -196,7 +215,9 @@ class _MergedBranches(torch.autograd.Function):
     """All branches of a shard, merged. It saves only q, k, v, far keys, out and LSE; the backward turns sinks again."""
 
     @staticmethod
-    def forward(ctx: Any, call: _ShardCall, q: Tensor, k: Tensor, v: Tensor, *far: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, call: _ShardCall, q: Tensor, k: Tensor, v: Tensor, *far: Tensor
+    ) -> Tensor:
         q, k, v, *far_rows = (unit_stride(x) for x in (q, k, v, *far))
         out, lse = call.forward(q, k, v, far_rows)
         ctx.save_for_backward(q, k, v, out, lse, *far_rows)
@@ -216,7 +237,9 @@ class _MergedBranches(torch.autograd.Function):
         def on_far(dfar: Sequence[Tensor]) -> None:
             nonlocal of_sinks
             if sinks:
-                of_sinks = sinks.rows.gradients(*sinks.collect(k, v, far_rows), sinks.turn, *dfar[-2:])
+                of_sinks = sinks.rows.gradients(
+                    *sinks.collect(k, v, far_rows), sinks.turn, *dfar[-2:]
+                )
                 for i, d in enumerate(of_sinks):
                     sinks.rows.give_far(d, dfar[i::2])
             for i, tell in enumerate(back):
@@ -231,7 +254,9 @@ class _MergedBranches(torch.autograd.Function):
         for d, dx in zip(of_sinks, grads[1:3], strict=False):  # there may be no sinks
             assert sinks is not None
             sinks.rows.give_own(d, dx)
-        inputs = zip(grads, (q, k, v, *far_rows), strict=False)  # turned sinks, at the end, have given theirs
+        inputs = zip(
+            grads, (q, k, v, *far_rows), strict=False
+        )  # turned sinks, at the end, have given theirs
         return None, *(d.to(x.dtype) for d, x in inputs)
 
 
@@ -265,15 +290,25 @@ class DilatedAttention(nn.Module):
     ) -> None:
         super().__init__()
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
+            )
         if dropout:
-            raise ValueError(f"dilated attention has no dropout of attention weights: dropout must be 0, got {dropout}")
+            raise ValueError(
+                f"dilated attention has no dropout of attention weights: dropout must be 0, got {dropout}"
+            )
         if not batch_first:
-            raise ValueError("dilated attention takes (batch, tokens, embed_dim): batch_first must be True")
+            raise ValueError(
+                "dilated attention takes (batch, tokens, embed_dim): batch_first must be True"
+            )
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.pattern, self.padding, self.dropout = pattern, padding, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, device=device, dtype=dtype))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim, device=device, dtype=dtype)) if bias else None
+        self.in_proj_weight = nn.Parameter(
+            torch.empty(3 * embed_dim, embed_dim, device=device, dtype=dtype)
+        )
+        self.in_proj_bias = (
+            nn.Parameter(torch.zeros(3 * embed_dim, device=device, dtype=dtype)) if bias else None
+        )
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         nn.init.xavier_uniform_(self.in_proj_weight)
         if bias:
@@ -319,8 +354,12 @@ class DilatedAttention(nn.Module):
         if key_padding_mask is not None:
             lengths = true_lengths(_is_padding(key_padding_mask, query.shape[:2]).logical_not())
         heads = (self.num_heads, self.head_dim)
-        q, k, v = (x.unflatten(-1, heads) for x in self._project(query, key, value))  # (B, N, H, D) views
-        mixed = dilated_attention(q, k, v, self.pattern, causal=is_causal, lengths=lengths, padding=self.padding)
+        q, k, v = (
+            x.unflatten(-1, heads) for x in self._project(query, key, value)
+        )  # (B, N, H, D) views
+        mixed = dilated_attention(
+            q, k, v, self.pattern, causal=is_causal, lengths=lengths, padding=self.padding
+        )
         return self.out_proj(mixed.flatten(-2)), None
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -328,7 +367,9 @@ class DilatedAttention(nn.Module):
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         weights = self.in_proj_weight.chunk(3)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        return tuple(
+            F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads}, {self.pattern}"
@@ -340,17 +381,23 @@ def true_lengths(tokens: Tensor) -> Tensor:
     Raises ValueError for a row with padding before a token.
     """
     lengths = tokens.sum(-1)
-    right = (tokens == (torch.arange(tokens.shape[-1], device=tokens.device) < lengths[:, None])).all(-1)
+    right = (
+        tokens == (torch.arange(tokens.shape[-1], device=tokens.device) < lengths[:, None])
+    ).all(-1)
     if not right.all():
         row = int(right.logical_not().nonzero()[0])
-        raise ValueError(f"dilated attention takes padding on the right only, and row {row} has tokens after padding")
+        raise ValueError(
+            f"dilated attention takes padding on the right only, and row {row} has tokens after padding"
+        )
     return lengths
 
 
 def _is_padding(mask: Tensor, shape: torch.Size) -> Tensor:
     """Return a key padding mask (batch, tokens) as booleans; torch's own layers pass it with 0 and -inf."""
     if mask.shape != shape:
-        raise ValueError(f"key_padding_mask needs {tuple(shape)}, (batch, tokens), got {tuple(mask.shape)}")
+        raise ValueError(
+            f"key_padding_mask needs {tuple(shape)}, (batch, tokens), got {tuple(mask.shape)}"
+        )
     if mask.dtype is torch.bool:
         return mask
     padding = mask == float("-inf")
@@ -363,10 +410,14 @@ def _is_padding(mask: Tensor, shape: torch.Size) -> Tensor:
 
 def _check_causal(mask: Tensor, tokens: int, is_causal: bool) -> None:
     if not is_causal:
-        raise ValueError("dilated attention takes no attn_mask but the causal one: pass is_causal=True with it")
+        raise ValueError(
+            "dilated attention takes no attn_mask but the causal one: pass is_causal=True with it"
+        )
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).triu(1)
     expected = (
-        later if mask.dtype is torch.bool else torch.zeros(tokens, tokens).to(mask).masked_fill(later, -torch.inf)
+        later
+        if mask.dtype is torch.bool
+        else torch.zeros(tokens, tokens).to(mask).masked_fill(later, -torch.inf)
     )
     if mask.shape != later.shape or not torch.equal(mask, expected):
         raise ValueError(

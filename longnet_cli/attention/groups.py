@@ -12,7 +12,10 @@ from .pattern import FUNNEL, MEAN_OF, VOTERS, LayerKind, Pattern
 if TYPE_CHECKING:  # so that sizes of a pattern are known without torch
     from torch import Tensor
 
-CALL, VOTES = 8, 4.5  # of what exists at a time, the multiples of `Limits.gathered` and `Limits.scores` (a test counts)
+CALL, VOTES = (
+    8,
+    4.5,
+)  # of what exists at a time, the multiples of `Limits.gathered` and `Limits.scores` (a test counts)
 
 
 class Limits(NamedTuple):
@@ -75,7 +78,11 @@ def groups_of(pattern: Pattern, start: int, stop: int) -> Iterator[Groups]:
     """Yield the groups of queries at positions [start, stop) that see blocks; those that see all blocks are one."""
     w, back, every = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every
     for segment in range(max(start // w, back + 1), (stop - 1) // w + 1) if start < stop else ():
-        begin, end, near = max(start, segment * w), min(stop, (segment + 1) * w), (segment - back) * w
+        begin, end, near = (
+            max(start, segment * w),
+            min(stop, (segment + 1) * w),
+            (segment - back) * w,
+        )
         if near <= pattern.chosen_keys:
             yield Groups(begin, 1, end - begin, near)
             continue
@@ -139,7 +146,9 @@ class ChosenFlops(NamedTuple):
     attention: int
 
 
-def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind: LayerKind = "chooses") -> ChosenFlops:
+def chosen_flops(
+    pattern: Pattern, heads: int, head_dim: int, tokens: int, kind: LayerKind = "chooses"
+) -> ChosenFlops:
     """Return the FLOPs of a layer's chosen blocks in a document of `tokens`."""
     if not pattern.chosen:
         return ChosenFlops(0, 0)
@@ -152,7 +161,11 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
 
     def attention(segment: int, queries: int) -> int:
         near = (segment - back) * w
-        seen = pattern.chosen_block if kind == "sees_block_0" and near > pattern.chosen_keys else pattern.chosen_keys
+        seen = (
+            pattern.chosen_block
+            if kind == "sees_block_0" and near > pattern.chosen_keys
+            else pattern.chosen_keys
+        )
         return 4 * queries * min(near, seen)
 
     whole, rest = divmod(tokens, w)
@@ -164,14 +177,23 @@ def chosen_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, kind:
     def of_document(of_segment: Callable[[int, int], int]) -> int:
         total = of_segment(whole, rest) if whole > back else 0
         for segment, stop in pairwise(steps):
-            total += (stop - segment) * (of_segment(segment, w) + of_segment(max(segment, stop - 1), w)) // 2
+            total += (
+                (stop - segment)
+                * (of_segment(segment, w) + of_segment(max(segment, stop - 1), w))
+                // 2
+            )
         return heads * head_dim * total
 
     return ChosenFlops(of_document(votes) if kind == "chooses" else 0, of_document(attention))
 
 
 def past_bytes(
-    pattern: Pattern, kv_heads: int, head_dim: int, tokens: int, itemsize: int, kind: LayerKind = "chooses"
+    pattern: Pattern,
+    kv_heads: int,
+    head_dim: int,
+    tokens: int,
+    itemsize: int,
+    kind: LayerKind = "chooses",
 ) -> tuple[int, int]:
     """Return the bytes of one layer's past: of keys and values, `itemsize` per number, and of the mean keys."""
     if not pattern.chosen:
@@ -179,5 +201,7 @@ def past_bytes(
     blocks, means = tokens // pattern.chosen_block, 0
     kept = min(tokens, pattern.chosen_keys) if kind == "sees_block_0" else tokens
     if kind == "chooses":
-        means = blocks * (pattern.chosen_block // MEAN_OF + sum(stage.means for stage in stages(pattern)))
+        means = blocks * (
+            pattern.chosen_block // MEAN_OF + sum(stage.means for stage in stages(pattern))
+        )
     return kv_heads * head_dim * 2 * itemsize * kept, kv_heads * head_dim * max(4, itemsize) * means

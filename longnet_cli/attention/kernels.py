@@ -39,15 +39,33 @@ class CpuFlashKernel(Kernel):
         return max(1, self._MAX_ELEMENTS // (heads * rows * head_dim))
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, counts: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        op = torch._scaled_dot_product_flash_attention_for_cpu  # a call by `torch.ops` costs more than the attention
+        op = (
+            torch._scaled_dot_product_flash_attention_for_cpu
+        )  # a call by `torch.ops` costs more than the attention
         q, k, v = self._side_by_side(q.shape[2], q, k, v)
         rows, mask = q.shape[2], None if counts is None else counts[None]
-        if not causal or (steps := self._steps(rows, counts is not None, self._MAX_STEPS[0])) == [rows]:
+        if not causal or (steps := self._steps(rows, counts is not None, self._MAX_STEPS[0])) == [
+            rows
+        ]:
             return op(q, k, v, 0.0, causal and counts is None, attn_mask=mask, scale=scale)
         parts = [
-            op(x, k[:, :, :end], v[:, :, :end], 0.0, False, attn_mask=self._seen(x, end, counts), scale=scale)
+            op(
+                x,
+                k[:, :, :end],
+                v[:, :, :end],
+                0.0,
+                False,
+                attn_mask=self._seen(x, end, counts),
+                scale=scale,
+            )
             for x, end in zip(q.split(self._STEP, 2), steps, strict=True)
         ]
         out, lse = (torch.cat(of_steps, 2) for of_steps in zip(*parts, strict=True))
@@ -60,7 +78,9 @@ class CpuFlashKernel(Kernel):
         dout, q, k, v, out, lse = map(wide, tensors)
         k, v = self._side_by_side(q.shape[2], k, v)
         rows, mask = q.shape[2], None if counts is None else counts[None]
-        if not causal or (steps := self._steps(rows, counts is not None, self._MAX_STEPS[1])) == [rows]:
+        if not causal or (steps := self._steps(rows, counts is not None, self._MAX_STEPS[1])) == [
+            rows
+        ]:
             gradients: Gradients = op(
                 dout, q, k, v, out, lse, 0.0, causal and counts is None, attn_mask=mask, scale=scale
             )
@@ -72,9 +92,13 @@ class CpuFlashKernel(Kernel):
         ):
             dout_, q_, out_, lse_ = of_rows
             k_, v_, seen = k[:, :, :end], v[:, :, :end], self._seen(q_, end, counts)
-            part, *of_keys = op(dout_, q_, k_, v_, out_, lse_, 0.0, False, attn_mask=seen, scale=scale)
+            part, *of_keys = op(
+                dout_, q_, k_, v_, out_, lse_, 0.0, False, attn_mask=seen, scale=scale
+            )
             parts.append(part)
-            for total, d in zip(of_all, of_keys, strict=False):  # there are none yet for the last rows
+            for total, d in zip(
+                of_all, of_keys, strict=False
+            ):  # there are none yet for the last rows
                 total[:, :, :end] += d
             of_all = of_all or of_keys
         dk, dv = of_all
@@ -83,7 +107,9 @@ class CpuFlashKernel(Kernel):
     def _side_by_side(self, queries: int, *of_rows: Tensor) -> Iterable[Tensor]:
         if queries < self._COPIED:
             return of_rows
-        return [x.contiguous() if x.stride(2) * x.element_size() > self._PAGE else x for x in of_rows]
+        return [
+            x.contiguous() if x.stride(2) * x.element_size() > self._PAGE else x for x in of_rows
+        ]
 
     def _steps(self, rows: int, counted: bool, most: int) -> list[int]:
         """Return the end of each step of a causal square; a single step is one call for all rows."""
@@ -109,11 +135,19 @@ def _triangle(rows: int, before: int, dtype: torch.dtype) -> Tensor:
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
-    for kernel in (FlashAttnKernel(), CudaFlashKernel(), CudaEfficientKernel(), CpuFlashKernel(), MathKernel())
+    for kernel in (
+        FlashAttnKernel(),
+        CudaFlashKernel(),
+        CudaEfficientKernel(),
+        CpuFlashKernel(),
+        MathKernel(),
+    )
 }
 
 
-def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None = None) -> Kernel:
+def select_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None = None
+) -> Kernel:
     """Return the kernel for such tensors: the one named by `name` or LONGNET_KERNEL, otherwise the first that works.
 
     A kernel that the machine should have but that fails its probe is skipped with a warning. A kernel that fails only
@@ -124,7 +158,9 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, name:
 
 
 @lru_cache(maxsize=256)  # results last for the life of the process
-def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None, always_equal: bool) -> Kernel:
+def _select(
+    device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None, always_equal: bool
+) -> Kernel:
     """Select a kernel; with other algorithms (`always_equal`: deterministic ones), one may fail that did not before."""
     if name is not None and name not in KERNELS:
         raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
@@ -151,36 +187,52 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, name: str |
 Check = Callable[[Kernel, Tensor, float], Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]]
 
 
-def _without_failing_packs(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
+def _without_failing_packs(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Kernel:
     """Return the kernel or, if its packed calls fail here, a copy of it that does not pack."""
     failure = _failure(_packed_calls, kernel, device, dtype, head_dim) if kernel.packs else None
     if not failure:
         return kernel
-    warnings.warn(f"attention kernel {kernel.name!r} takes documents one by one: packed, {failure}", stacklevel=3)
+    warnings.warn(
+        f"attention kernel {kernel.name!r} takes documents one by one: packed, {failure}",
+        stacklevel=3,
+    )
     kernel = copy(kernel)
     kernel.packs = False
     return kernel
 
 
-def _failure(check: Check, kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _failure(
+    check: Check, kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> str | None:
     """Compare tiny calls, forward and backward, with plain math. Return the reason if one fails, or None."""
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 3e-2)
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # autocast would cast plain math
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):  # autocast would cast plain math
             # drawn from a generator of its own, so that probing never moves the caller's random state
             draw = torch.Generator().manual_seed(0)
-            x = torch.randn(4, 3, 140, 2, head_dim, generator=draw, dtype=torch.float32).to(device, dtype)
+            x = torch.randn(4, 3, 140, 2, head_dim, generator=draw, dtype=torch.float32).to(
+                device, dtype
+            )
             for results in check(kernel, x, head_dim**-0.5):
                 for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
                     error = ((wide(a) - b).norm() / b.norm()).item()
                     if not error <= tolerance:
                         return f"its {what} is off by {error:.1e} on {device} in {dtype}"
-    except Exception as error:  # a missing symbol, a changed signature, no kernel image, a failed assertion
+    except (
+        Exception
+    ) as error:  # a missing symbol, a changed signature, no kernel image, a failed assertion
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
     return None
 
 
-def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+def _view_calls(
+    kernel: Kernel, x: Tensor, scale: float
+) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
     """Yield the results of a kernel and of plain math on strided views of x (4, segments, tokens, heads, head_dim).
 
     The results of the two calls merge. As in real calls, a backward gets what merged, and heads may share a key head.
@@ -192,7 +244,8 @@ def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Seque
     plain = [math.forward(q, k, v, causal, scale) for k, v, causal in calls]
     out, lse = x.new_empty(x.shape[1:]), x.new_empty(x.shape[1:4], dtype=plain[0][1].dtype)
     of_rows = [
-        whole[:, rows].transpose(1, 2).copy_(part) for whole, part in zip((out, lse), _merged(plain), strict=True)
+        whole[:, rows].transpose(1, 2).copy_(part)
+        for whole, part in zip((out, lse), _merged(plain), strict=True)
     ]
     for (k, v, causal), forward in zip(calls, plain, strict=True):
         backward = ((dout, q, k, v, *of_rows), causal, scale)
@@ -202,18 +255,28 @@ def _view_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Seque
         )
 
 
-def _packed_calls(kernel: Kernel, x: Tensor, scale: float) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+def _packed_calls(
+    kernel: Kernel, x: Tensor, scale: float
+) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
     """Yield the same for packed sequences of several lengths, with as many keys as queries and then with others."""
     math, rows = KERNELS["math"], x.flatten(1, 3)
-    queries, others = (rows_of(Sequences([0] * 3, [1] * 3, counts), x.device) for counts in ([20, 3, 70], [1, 46, 66]))
+    queries, others = (
+        rows_of(Sequences([0] * 3, [1] * 3, counts), x.device)
+        for counts in ([20, 3, 70], [1, 46, 66])
+    )
     q, k, v, dout = rows[:, : len(queries.places)]
     calls = [(k, v, queries, True), (*rows[1:3, -len(others.places) :], others, False)]
-    plain = [math.forward_packed(q, k, v, queries, keys, causal, scale) for k, v, keys, causal in calls]
+    plain = [
+        math.forward_packed(q, k, v, queries, keys, causal, scale) for k, v, keys, causal in calls
+    ]
     out, lse = _merged(plain)
     for (k, v, keys, causal), forward in zip(calls, plain, strict=True):
         backward = ((dout, q, k, v, out.to(x.dtype), lse), queries, keys, causal, scale)
         yield (
-            (*kernel.forward_packed(q, k, v, queries, keys, causal, scale), *kernel.backward_packed(*backward)),
+            (
+                *kernel.forward_packed(q, k, v, queries, keys, causal, scale),
+                *kernel.backward_packed(*backward),
+            ),
             (*forward, *math.backward_packed(*backward)),
         )
 

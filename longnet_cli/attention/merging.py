@@ -24,7 +24,9 @@ from .views import accumulator
 class Merge:
     """The running out and LSE of all branches, in fp32 or fp64."""
 
-    def __init__(self, q: Tensor, covered: bool, start: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self, q: Tensor, covered: bool, start: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Allocate out and LSE. `covered`: the branches that cover write every row, so out needs no zeros.
 
         `start` is the out and lse of a single token, in the order of heads, that the merge starts with.
@@ -44,10 +46,14 @@ class Merge:
     def places(self) -> tuple[Tensor, Tensor]:
         return self._out, self._lse[..., None]
 
-    def add(self, branch: Branch | Pack, places: Sequence[Tensor], part: Tensor, lse: Tensor) -> None:
+    def add(
+        self, branch: Branch | Pack, places: Sequence[Tensor], part: Tensor, lse: Tensor
+    ) -> None:
         """Merge one call in place into `places`, its views of out (.., rows, D) and lse (.., rows, 1)."""
         (out, total), lse = places, lse[..., None]
-        if branch.zero_keys:  # n keys with score 0 and value 0: a branch with out 0 and lse log n, merged first
+        if (
+            branch.zero_keys
+        ):  # n keys with score 0 and value 0: a branch with out 0 and lse log n, merged first
             with_zeros = torch.logaddexp(lse, torch.full_like(lse, log(branch.zero_keys)))
             part, lse = part * (lse - with_zeros).exp(), with_zeros
         if branch.covers:
@@ -74,7 +80,9 @@ class GradientSum:
 
     def __init__(self, x: Tensor, written: bool = False) -> None:
         """Allocate the sum. `written`: fresh parts write every row."""
-        self.place = (torch.empty if written else torch.zeros)(x.shape, dtype=accumulator(x.dtype), device=x.device)
+        self.place = (torch.empty if written else torch.zeros)(
+            x.shape, dtype=accumulator(x.dtype), device=x.device
+        )
 
     def add(self, place: Tensor, part: Tensor, rows: Rows, fresh: bool) -> None:
         """Add the part of a call to `place`, its view of the sum. `fresh`: nothing was added there before."""
@@ -96,7 +104,9 @@ def flat_rows(x: Tensor) -> Tensor:
 
 def apart(total: Tensor, part: Tensor, keys: Rows) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield views of `total` (batch, heads, rows, D) and the parts to add to them; no view shows a number twice."""
-    if keys.heads > 1 and keys.head_step == keys.skew == 0:  # all heads of the call read the same rows
+    if (
+        keys.heads > 1 and keys.head_step == keys.skew == 0
+    ):  # all heads of the call read the same rows
         total, part = total[:, :1], part.sum(1, keepdim=True)
     # if segments look back over each other, one segment's rows at a time
     if keys.segments > 1 and keys.rows > (rows := -(-keys.segment_step // keys.row_step)):

@@ -37,7 +37,9 @@ class _Constructor(NamedTuple):
     sizes: str = ""  # the name of its size; empty if it takes none
     needed: bool = True  # whether the size has no default
     words: tuple[str, ...] = ()  # its options besides those of `Pattern`
-    fields: tuple[str, ...] = ()  # options of `Pattern` that it takes itself: its defaults may not fit its size
+    fields: tuple[
+        str, ...
+    ] = ()  # options of `Pattern` that it takes itself: its defaults may not fit its size
 
 
 PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
@@ -52,7 +54,9 @@ _CONSTRUCTORS = {
     "finding": _Constructor(Pattern.finding, "width", needed=False, fields=_CHOSEN),
     "dense": _Constructor(Pattern.dense),
 }
-FORMS = "paper, geometric:LENGTH, window:WIDTH, pretrained, finding, dense, or levels as 1Ki/1,4Ki/4"
+FORMS = (
+    "paper, geometric:LENGTH, window:WIDTH, pretrained, finding, dense, or levels as 1Ki/1,4Ki/4"
+)
 
 
 def _count(text: str) -> int:
@@ -79,7 +83,11 @@ def _chosen(text: str) -> tuple[int, int]:
 
 _WRITTEN = {"chosen_layers": "layers"}  # fields with another name in a text
 _READERS: dict[str, Callable[[str], Any]] = {"look_back": _counts, "chosen": _chosen}
-_BY_TYPE: dict[type, Callable[[str], Any]] = {int: _count, str: str, tuple: _layers}  # of the default
+_BY_TYPE: dict[type, Callable[[str], Any]] = {
+    int: _count,
+    str: str,
+    tuple: _layers,
+}  # of the default
 OPTIONS = {
     _WRITTEN.get(name, name): _READERS.get(name) or _BY_TYPE[type(getattr(Pattern, name))]
     for name in _FIELDS
@@ -97,7 +105,13 @@ def read_pattern(written: str | Pattern | Mapping[str, Any] | None, name: str) -
     if isinstance(written, Pattern):
         return written
     try:
-        return parse_pattern(written) if isinstance(written, str) else from_fields(written) if written else None
+        return (
+            parse_pattern(written)
+            if isinstance(written, str)
+            else from_fields(written)
+            if written
+            else None
+        )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -129,12 +143,16 @@ def parse_pattern(text: str) -> Pattern:
         raise ValueError(
             f"{name} {takes}, and '{sizes[-1]}' is one more{_nearest(sizes[-1], constructor.words, OPTIONS)}"
         )
-    own = {name: given.pop(name) for name in (*constructor.words, *constructor.fields) if name in given}
+    own = {
+        name: given.pop(name) for name in (*constructor.words, *constructor.fields) if name in given
+    }
     made = constructor.make(*map(parse_size, sizes), **own)
     return replace(made, **given)
 
 
-def _read(name: str, items: Iterable[str], words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def _read(
+    name: str, items: Iterable[str], words: Sequence[str]
+) -> tuple[list[str], dict[str, Any]]:
     """Return the sizes, or levels, that come first, and the options after them."""
     sizes: list[str] = []
     given: dict[str, Any] = {}
@@ -143,7 +161,9 @@ def _read(name: str, items: Iterable[str], words: Sequence[str]) -> tuple[list[s
         if not item:
             raise ValueError("something is missing beside a colon or a comma")
         if not equals and given:
-            raise ValueError(f"'{item}' stands behind an option: sizes come first, and an option is key=value")
+            raise ValueError(
+                f"'{item}' stands behind an option: sizes come first, and an option is key=value"
+            )
         if not equals:
             sizes.append(item)
             continue
@@ -165,7 +185,9 @@ def _of_levels(items: Sequence[str]) -> Pattern:
     pairs = [item.split("/") for item in items]
     for item, pair in zip(items, pairs, strict=True):
         if len(pair) != 2:
-            raise ValueError(f"'{item}' is not a level: write segment length / dilation rate, as 4Ki/4")
+            raise ValueError(
+                f"'{item}' is not a level: write segment length / dilation rate, as 4Ki/4"
+            )
     return Pattern(tuple(parse_size(w) for w, _ in pairs), tuple(parse_size(r) for _, r in pairs))
 
 
@@ -181,7 +203,10 @@ def format_pattern(pattern: Pattern) -> str:
 
     It is never `pretrained`: the meaning of that may change, but the meaning of an output's metadata must not.
     """
-    found = [text + _options(made, pattern, ":" if text in _CONSTRUCTORS else ",") for text, made in _made(pattern)]
+    found = [
+        text + _options(made, pattern, ":" if text in _CONSTRUCTORS else ",")
+        for text, made in _made(pattern)
+    ]
     found.append(format_levels(pattern))
     return min((text for text in found if _parsed(text) == pattern), key=len, default=found[-1])
 

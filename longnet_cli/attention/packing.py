@@ -27,7 +27,9 @@ MAX_SEQUENCES = 1 << 14  # per call: they are a dimension of the kernel's grid
 # memory that way. A backward pass may have 2^31 numbers: up to 256 per row, for these rows and 128 more per sequence
 MAX_ROWS = 6 << 20
 
-PlacedCalls = tuple[slice, slice, tuple[Branch, ...]]  # rows and tokens of a batch, and the calls of each row
+PlacedCalls = tuple[
+    slice, slice, tuple[Branch, ...]
+]  # rows and tokens of a batch, and the calls of each row
 _Key = tuple[bool, int, int]  # what branches of a pack have in common, as in `Pack`, and a number
 
 
@@ -60,7 +62,10 @@ class Pack:
         """Return the rows of queries and of keys on a device, cached because all layers ask for the same."""
         if device not in self._there:
             queries = rows_of(self.queries, device)
-            self._there[device] = queries, queries if self.keys == self.queries else rows_of(self.keys, device)
+            self._there[device] = (
+                queries,
+                queries if self.keys == self.queries else rows_of(self.keys, device),
+            )
         return self._there[device]
 
 
@@ -75,7 +80,9 @@ class PackedRows(NamedTuple):
 def rows_of(sequences: Sequences, device: torch.device) -> PackedRows:
     """Build the tensors that kernels need. Only three numbers per sequence go to the device, and nothing comes back."""
     total, longest = sum(sequences.counts), max(sequences.counts)
-    first_rows, steps, counts = (x.to(device, non_blocking=True) for x in torch.tensor(sequences, dtype=torch.int64))
+    first_rows, steps, counts = (
+        x.to(device, non_blocking=True) for x in torch.tensor(sequences, dtype=torch.int64)
+    )
     edges = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     which = torch.repeat_interleave(counts, output_size=total)
     inside = torch.arange(total, device=device) - edges[which]
@@ -97,7 +104,13 @@ def packed(
         taken: dict[_Key, list[_Taken]] = defaultdict(list)
         for branch in calls:
             queries = branch.queries
-            scores = queries.heads * queries.segments * queries.rows * branch.keys.rows * (rows.stop - rows.start)
+            scores = (
+                queries.heads
+                * queries.segments
+                * queries.rows
+                * branch.keys.rows
+                * (rows.stop - rows.start)
+            )
             if branch.far_index is not None or scores >= LARGE:
                 left.append(branch)
                 continue
@@ -107,12 +120,16 @@ def packed(
                 place += 1
                 key = (*key[:2], place)
             taken[key].append(mine)
-            for into, part, width in zip(groups[key], (queries, branch.keys), (heads, kv_heads), strict=True):
+            for into, part, width in zip(
+                groups[key], (queries, branch.keys), (heads, kv_heads), strict=True
+            ):
                 for row in range(rows.start, rows.stop):
                     _append(into, part, row * tokens + columns.start, width)
         if left:
             views.append((rows, columns, tuple(left)))
-    return views, [pack for key, (queries, keys) in groups.items() for pack in _calls(key, queries, keys)]
+    return views, [
+        pack for key, (queries, keys) in groups.items() for pack in _calls(key, queries, keys)
+    ]
 
 
 class _Taken(NamedTuple):
@@ -129,7 +146,11 @@ class _Taken(NamedTuple):
             for i in range(rows.heads)
             for j in range(rows.rows if rows.row_heads else 1)
         )
-        last = (rows.segments - 1) * rows.segment_step + (rows.heads - 1) * rows.skew + (rows.rows - 1) * rows.row_step
+        last = (
+            (rows.segments - 1) * rows.segment_step
+            + (rows.heads - 1) * rows.skew
+            + (rows.rows - 1) * rows.row_step
+        )
         return cls(heads, rows.first_token, rows.first_token + last)
 
     def meets(self, other: _Taken) -> bool:
@@ -143,7 +164,9 @@ def _append(into: Sequences, rows: Rows, token: int, heads: int) -> None:
     for segment in range(rows.segments):
         start = token + rows.first_token + segment * rows.segment_step
         for head in range(rows.heads):
-            into.first_rows.append((start + head * rows.skew) * heads + rows.first_head + head * rows.head_step)
+            into.first_rows.append(
+                (start + head * rows.skew) * heads + rows.first_head + head * rows.head_step
+            )
     number = rows.segments * rows.heads
     into.steps.extend([rows.row_step * heads + rows.row_heads] * number)
     into.counts.extend([rows.rows] * number)

@@ -23,10 +23,14 @@ from .pattern import MEAN_OF, Pattern
 from .sinks import Turn
 from .views import accumulator
 
-FIRST_BLOCKS = 1 << 6  # blocks in the first piece of memory; each next piece is half of all before, if that is more
+FIRST_BLOCKS = (
+    1 << 6
+)  # blocks in the first piece of memory; each next piece is half of all before, if that is more
 
 Shape = tuple[int, ...]
-GroupBlocks = list[list[Tensor]]  # what groups see: of each part, and of each of its rows, (groups, m) int32, ascending
+GroupBlocks = list[
+    list[Tensor]
+]  # what groups see: of each part, and of each of its rows, (groups, m) int32, ascending
 
 
 class Seen(NamedTuple):
@@ -48,7 +52,11 @@ class Means:
     """
 
     def __init__(
-        self, pattern: Pattern, like: Tensor, blocks: int, allocate: Callable[..., Tensor] = torch.empty
+        self,
+        pattern: Pattern,
+        like: Tensor,
+        blocks: int,
+        allocate: Callable[..., Tensor] = torch.empty,
     ) -> None:
         """Allocate memory for as many blocks of keys like (B, tokens, K, D)."""
         self._block, self.finest = pattern.chosen_block, pattern.chosen_block // MEAN_OF
@@ -77,7 +85,11 @@ class Means:
         means = self.of[number][row]
         of_heads = torch.arange(0, means.shape[:2].numel(), means.shape[1], device=blocks.device)
         places = blocks[:, None] + of_heads[:, None]
-        return means.view(-1, *means.shape[2:]).index_select(0, places.flatten()).unflatten(0, places.shape)
+        return (
+            means.view(-1, *means.shape[2:])
+            .index_select(0, places.flatten())
+            .unflatten(0, places.shape)
+        )
 
     def numbers(self, number: int) -> int:
         """Return the numbers in the means of one block, if there are `number` of each: K m D."""
@@ -85,14 +97,22 @@ class Means:
 
     def write(self, rows: slice, first_block: int, keys: Tensor, turn: Turn | None) -> None:
         """Write the means of blocks from `first_block` on, in some rows of the batch, of keys (rows, tokens, K, D)."""
-        have, needed, size = self.fine.shape[2], first_block + keys.shape[1] // self._block, self._block
-        if have < needed:  # more room than is needed costs no memory as long as nothing is written there
+        have, needed, size = (
+            self.fine.shape[2],
+            first_block + keys.shape[1] // self._block,
+            self._block,
+        )
+        if (
+            have < needed
+        ):  # more room than is needed costs no memory as long as nothing is written there
             self._move(have, max(needed, have * 3 // 2))
         step = max(1, limits_of(keys).unrotated // size)
         for begin in range(first_block, needed, step):
             stop = min(begin + step, needed)
             some = keys[:, (begin - first_block) * size : (stop - first_block) * size]
-            some = unrotated(some, torch.arange(begin * size, stop * size, device=keys.device), turn)
+            some = unrotated(
+                some, torch.arange(begin * size, stop * size, device=keys.device), turn
+            )
             fine = _mean(some.unflatten(1, (-1, self.finest, MEAN_OF)), 3)
             self.write_finest(rows, begin, fine.movedim(3, 1))
 
@@ -155,10 +175,16 @@ class Blocks:
             room = sum(piece.shape[2] for piece in self._pieces)
             if room == self.number:
                 number = (
-                    max(FIRST_BLOCKS, room // 2, whole and blocks.shape[2]) if room or not self._room else self._room
+                    max(FIRST_BLOCKS, room // 2, whole and blocks.shape[2])
+                    if room or not self._room
+                    else self._room
                 )
                 kept = [*self.pieces()] if whole else []
-                shape = (*blocks.shape[:2], sum(x.shape[2] for x in kept) + number, *blocks.shape[3:])
+                shape = (
+                    *blocks.shape[:2],
+                    sum(x.shape[2] for x in kept) + number,
+                    *blocks.shape[3:],
+                )
                 piece = self._allocate(shape, dtype=blocks.dtype, device=blocks.device)
                 if kept:
                     torch.cat(kept, 2, out=piece[:, :, : self.number])
@@ -175,10 +201,18 @@ class Blocks:
         """Copy blocks (n,), ascending, of one row of the batch to `into` (k and v, n, tokens of a block, K, D)."""
         starts = [0, *accumulate(piece.shape[2] for piece in self._pieces)]
         several = len(self._pieces) > 1
-        places = torch.searchsorted(blocks, blocks.new_tensor(starts)).tolist() if several else [0, len(blocks)]
-        for piece, first_block, (start, stop) in zip(self._pieces, starts[:-1], pairwise(places), strict=True):
+        places = (
+            torch.searchsorted(blocks, blocks.new_tensor(starts)).tolist()
+            if several
+            else [0, len(blocks)]
+        )
+        for piece, first_block, (start, stop) in zip(
+            self._pieces, starts[:-1], pairwise(places), strict=True
+        ):
             if start < stop:
-                index = (blocks[start:stop] - first_block if first_block else blocks[start:stop]).to(piece.device)
+                index = (
+                    blocks[start:stop] - first_block if first_block else blocks[start:stop]
+                ).to(piece.device)
                 for x, y in zip(into[:, start:stop], piece[:, row], strict=True):
                     if x.device == y.device:
                         torch.index_select(y, 0, index, out=x)
@@ -204,7 +238,9 @@ class Blocks:
     def fork(self) -> Blocks:
         """Return other blocks, which share these: what is appended to one is not in the other."""
         new = copy.copy(self)
-        new._pieces = [*self.pieces()]  # without room: the rest of the last piece is written to here
+        new._pieces = [
+            *self.pieces()
+        ]  # without room: the rest of the last piece is written to here
         return new
 
 
@@ -235,7 +271,9 @@ class Past:
     ) -> None:
         """Keep blocks in `blocks`, by default in memory, at once for those of `keep` tokens."""
         self.pattern, self.position, self.kind = pattern, 0, pattern.kind(layer)
-        self.allocate = torch.empty if keep else allocate  # which may take memory of the host, and means are needed
+        self.allocate = (
+            torch.empty if keep else allocate
+        )  # which may take memory of the host, and means are needed
         self.choices: dict[int, GroupBlocks] | None = {} if keep else None  # by position
         self.gradients: Tensor | None = None
         self.counts: Tensor | None = None
@@ -244,16 +282,26 @@ class Past:
         self._first_means = room or FIRST_BLOCKS
         self.queries: Tensor | None = None
         self.means: Means | None = None
-        self.blocks = blocks or Blocks(allocate, min(room, pattern.chosen) if self.kind == "sees_block_0" else room)
-        self.held: tuple[int, list[Tensor]] | None = None  # a group's first position, and of each row the blocks (1, m)
-        self.scanned: tuple[int, list[Tensor]] | None = None  # `groups.slot_of`, and of each row the candidates (C,)
+        self.blocks = blocks or Blocks(
+            allocate, min(room, pattern.chosen) if self.kind == "sees_block_0" else room
+        )
+        self.held: tuple[int, list[Tensor]] | None = (
+            None  # a group's first position, and of each row the blocks (1, m)
+        )
+        self.scanned: tuple[int, list[Tensor]] | None = (
+            None  # `groups.slot_of`, and of each row the candidates (C,)
+        )
         self._waiting: list[Tensor] = []  # (k and v, B, tokens, K, D), after the stored blocks
         self._turn: tuple[Turn | None] | None = None  # once it is known
 
     @property
     def nbytes(self) -> int:
         rows = self._waiting + ([] if self.queries is None else [self.queries])
-        return sum(x.nbytes for x in rows) + self.blocks.nbytes + (self.means.nbytes if self.means else 0)
+        return (
+            sum(x.nbytes for x in rows)
+            + self.blocks.nbytes
+            + (self.means.nbytes if self.means else 0)
+        )
 
     @property
     def waiting(self) -> Tensor:
@@ -265,7 +313,11 @@ class Past:
     @property
     def kept(self) -> int:
         """The number of first tokens whose keys and values it keeps."""
-        return min(self.position, self.pattern.chosen_keys) if self.kind == "sees_block_0" else self.position
+        return (
+            min(self.position, self.pattern.chosen_keys)
+            if self.kind == "sees_block_0"
+            else self.position
+        )
 
     @torch.no_grad()
     def append(self, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -276,7 +328,9 @@ class Past:
             self._waiting.append(torch.stack([k, v])[:, :, : self.kept - before])
         if self.kind == "chooses":
             last = self.pattern.last_queries
-            all_queries = q if self.queries is None or q.shape[1] >= last else torch.cat([self.queries, q], 1)
+            all_queries = (
+                q if self.queries is None or q.shape[1] >= last else torch.cat([self.queries, q], 1)
+            )
             self.queries = all_queries[:, -last:].clone()
         if self._turn:
             self.settle(*self._turn)
@@ -292,7 +346,9 @@ class Past:
         whole = rows[:, :, : blocks * size]
         if self.kind == "chooses":
             if self.means is None:
-                self.means = Means(self.pattern, whole[0], max(blocks, self._first_means), self.allocate)
+                self.means = Means(
+                    self.pattern, whole[0], max(blocks, self._first_means), self.allocate
+                )
             self.means.write(slice(None), self.blocks.number, whole[0], turn)
         self.blocks.append(whole.unflatten(2, (blocks, size)))
         self._waiting = [rows[:, :, blocks * size :].clone()]
@@ -302,9 +358,13 @@ class Past:
         size = self.pattern.chosen_block
         if self.means is None:
             self.means = Means(self.pattern, self.waiting[0], stop // size, self.allocate)
-        if self.blocks.number * size < stop:  # written behind those of the past, until its own take their place
+        if (
+            self.blocks.number * size < stop
+        ):  # written behind those of the past, until its own take their place
             keys = torch.cat([self.waiting[0, part.rows], k[:, : stop - part.start]], 1)
-            self.means.write(part.rows, self.blocks.number, keys, self._turn[0] if self._turn else None)
+            self.means.write(
+                part.rows, self.blocks.number, keys, self._turn[0] if self._turn else None
+            )
         return self.means
 
     def add_gradients(self, row: int, index: int, blocks: Tensor, d: Tensor) -> None:
@@ -333,7 +393,9 @@ class Past:
     def convert_counts(self, every: int) -> None:
         """Convert `counts` from groups of `every` tokens to the pattern's groups, which divide them."""
         if self.counts is not None:
-            self.counts = self.counts * (every // self.pattern.chosen_every)  # new: it may be an inference tensor
+            self.counts = self.counts * (
+                every // self.pattern.chosen_every
+            )  # new: it may be an inference tensor
 
     def select(self, rows: Tensor) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
@@ -367,7 +429,9 @@ class Past:
             if number < self.blocks.number:  # the block that is cut at `position`
                 rows = rows.new_empty(*rows.shape[:2], self.pattern.chosen_block, *rows.shape[3:])
                 for row in range(rows.shape[1]):
-                    self.blocks.take(row, torch.tensor([number], device=rows.device), rows[:, row : row + 1])
+                    self.blocks.take(
+                        row, torch.tensor([number], device=rows.device), rows[:, row : row + 1]
+                    )
             new._waiting = [rows[:, :, : new.kept - number * self.pattern.chosen_block]]
         return new
 
@@ -384,32 +448,50 @@ class Past:
         yield "queries", self.queries
         batch, heads, head_dim = self.waiting.shape[1], *self.waiting.shape[3:]
         means = self.pattern.chosen_block // MEAN_OF
-        none = self.waiting.new_empty((batch, heads, 0, means, head_dim), dtype=accumulator(self.waiting.dtype))
+        none = self.waiting.new_empty(
+            (batch, heads, 0, means, head_dim), dtype=accumulator(self.waiting.dtype)
+        )
         yield "fine", self.means.fine[:, :, : self.blocks.number] if self.means else none
         # chosen again, in another shape, other blocks might win where scores nearly tie
-        for name, kept, empty in (("held", self.held, no_blocks[:, None]), ("scanned", self.scanned, no_blocks)):
+        for name, kept, empty in (
+            ("held", self.held, no_blocks[:, None]),
+            ("scanned", self.scanned, no_blocks),
+        ):
             yield f"{name}_at", torch.tensor([kept[0]] if kept else [], dtype=torch.int64)
             yield name, torch.stack(kept[1]).int() if kept else empty
 
-    def shapes(self, position: int, saved: Mapping[str, Tensor], like: tuple[int, int, int, int]) -> dict[str, Shape]:
+    def shapes(
+        self, position: int, saved: Mapping[str, Tensor], like: tuple[int, int, int, int]
+    ) -> dict[str, Shape]:
         """Return the shapes of the `state` of `position` tokens; what it may have more or less of, as `saved` has.
 
         `like` are B, H, K and D.
         """
         (batch, heads, kv_heads, head_dim), size = like, self.pattern.chosen_block
-        pieces = [len_at(saved, f"blocks.{n}", 2) for n in range(sum(name.startswith("blocks.") for name in saved))]
+        pieces = [
+            len_at(saved, f"blocks.{n}", 2)
+            for n in range(sum(name.startswith("blocks.") for name in saved))
+        ]
         kept = min(position, self.pattern.chosen_keys) if self.kind == "sees_block_0" else position
         shapes: dict[str, Shape] = {
             "waiting": (2, batch, kept - sum(pieces) * size, kv_heads, head_dim),
             "counts": (batch, len_at(saved, "counts", 1)),
-            **{f"blocks.{n}": (2, batch, number, size, kv_heads, head_dim) for n, number in enumerate(pieces)},
+            **{
+                f"blocks.{n}": (2, batch, number, size, kv_heads, head_dim)
+                for n, number in enumerate(pieces)
+            },
         }
         if self.kind != "chooses":
             return shapes
         held, scanned = (min(1, len_at(saved, name, 0)) for name in ("held_at", "scanned_at"))
         queries = len_at(saved, "queries", 1)  # more than these, if groups were longer
         return shapes | {
-            "queries": (batch, min(position, max(queries, self.pattern.last_queries)), heads, head_dim),
+            "queries": (
+                batch,
+                min(position, max(queries, self.pattern.last_queries)),
+                heads,
+                head_dim,
+            ),
             "fine": (batch, kv_heads, sum(pieces), size // MEAN_OF, head_dim),
             "held_at": (held,),
             "held": (batch, 1, self.pattern.chosen if held else 0),
@@ -431,7 +513,9 @@ class Past:
             return
         self.queries, number = saved["queries"], saved["fine"].shape[2]
         if number:
-            self.means = Means(self.pattern, saved["waiting"][0], max(number, FIRST_BLOCKS), self.allocate)
+            self.means = Means(
+                self.pattern, saved["waiting"][0], max(number, FIRST_BLOCKS), self.allocate
+            )
             self.means.write_finest(slice(None), 0, saved["fine"])
         for name in ("held", "scanned"):
             if (blocks := saved[name]).numel():

@@ -30,7 +30,9 @@ HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
 Queries = Literal["dilated", "all"]
 Padding = Literal["exact", "zero_key"]
-LayerKind = Literal["chooses", "follows", "sees_block_0"]  # of a layer with chosen blocks: see `Pattern.kind`
+LayerKind = Literal[
+    "chooses", "follows", "sees_block_0"
+]  # of a layer with chosen blocks: see `Pattern.kind`
 
 # of chosen blocks. Measured on SmolLM2-135M, with passages that are read again: fewer or averaged voters, coarser means
 # and no neighbours find less; twice as many find little more. Rarer scans lose nothing
@@ -99,13 +101,19 @@ class Pattern:
                 f"got {len(self.segment_lengths)} and {len(self.dilation_rates)}"
             )
         if len(self.segment_lengths) > MAX_LEVELS:
-            raise ValueError(f"a pattern has at most {MAX_LEVELS} levels, got {len(self.segment_lengths)}")
+            raise ValueError(
+                f"a pattern has at most {MAX_LEVELS} levels, got {len(self.segment_lengths)}"
+            )
         if min(self.segment_lengths) < 1 or min(self.dilation_rates) < 1:
             raise ValueError(
                 "segment lengths and dilation rates must be at least 1, "
                 f"got {self.segment_lengths} and {self.dilation_rates}"
             )
-        for name, literal in (("head_offsets", HeadOffsets), ("overlap", Overlap), ("queries", Queries)):
+        for name, literal in (
+            ("head_offsets", HeadOffsets),
+            ("overlap", Overlap),
+            ("queries", Queries),
+        ):
             if getattr(self, name) not in get_args(literal):
                 allowed = " or ".join(f'"{choice}"' for choice in get_args(literal))
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
@@ -113,7 +121,9 @@ class Pattern:
         back = (self.look_back,) * levels if isinstance(self.look_back, int) else self.look_back
         self._set("look_back", _whole_numbers("look_back", back))
         if len(self.look_backs) != levels or min(self.look_backs) < 0:
-            raise ValueError(f"look_back needs one number from 0, or {levels}, one per level, got {self.look_backs}")
+            raise ValueError(
+                f"look_back needs one number from 0, or {levels}, one per level, got {self.look_backs}"
+            )
         self._set("sinks", *_whole_numbers("sinks", [self.sinks]))
         self._check_order()
         self._check_chosen()
@@ -127,10 +137,14 @@ class Pattern:
     def geometric(cls, length: int, base: int = 2048, ratio: int = 2) -> Pattern:
         """Return levels that grow by `ratio` in length and rate, from (base, 1) until a segment covers `length`."""
         if length < 1 or base < 1 or ratio < 2:
-            raise ValueError(f"need length >= 1, base >= 1, ratio >= 2, got {length}, {base}, {ratio}")
+            raise ValueError(
+                f"need length >= 1, base >= 1, ratio >= 2, got {length}, {base}, {ratio}"
+            )
         levels = [Level(base, 1)]
         while levels[-1].segment_length < length:
-            levels.append(Level(levels[-1].segment_length * ratio, levels[-1].dilation_rate * ratio))
+            levels.append(
+                Level(levels[-1].segment_length * ratio, levels[-1].dilation_rate * ratio)
+            )
         return cls(tuple(w for w, _ in levels), tuple(r for _, r in levels))
 
     @classmethod
@@ -170,7 +184,9 @@ class Pattern:
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        return tuple(Level(w, r) for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True))
+        return tuple(
+            Level(w, r) for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True)
+        )
 
     @property
     def look_backs(self) -> tuple[int, ...]:
@@ -183,7 +199,11 @@ class Pattern:
 
         A causal query has half as many keys, and all of the sinks and chosen blocks.
         """
-        return sum(map(self.level_keys, range(len(self.segment_lengths)))) + self.sinks + self.chosen_keys
+        return (
+            sum(map(self.level_keys, range(len(self.segment_lengths))))
+            + self.sinks
+            + self.chosen_keys
+        )
 
     @property
     def chosen_keys(self) -> int:
@@ -233,7 +253,9 @@ class Pattern:
 
     def level_keys(self, level: int) -> float:
         """Return the share of one level in `keys_per_query`."""
-        covered = self._covered(level) - (self._covered(level - 1) if self.overlap == "once" and level else 0)
+        covered = self._covered(level) - (
+            self._covered(level - 1) if self.overlap == "once" and level else 0
+        )
         rate = self.dilation_rates[level]
         return covered / rate / (rate if self.queries == "dilated" else 1)
 
@@ -246,7 +268,9 @@ class Pattern:
         """Return the offset of each head in a level, all below its dilation rate."""
         r = self.dilation_rates[level]
         group = -(-num_heads // r)
-        return tuple(h % r if self.head_offsets == "modulo" else h // group for h in range(num_heads))
+        return tuple(
+            h % r if self.head_offsets == "modulo" else h // group for h in range(num_heads)
+        )
 
     def farthest(self, layers: int) -> int | None:
         """Return a distance in tokens that no link through so many layers exceeds; None if content or sinks choose."""
@@ -254,7 +278,9 @@ class Pattern:
             return None
         if not any(self.look_backs):
             return max(self.segment_lengths)  # shorter segments lie within longer ones
-        return layers * max(w * (1 + back) for w, back in zip(self.segment_lengths, self.look_backs, strict=True))
+        return layers * max(
+            w * (1 + back) for w, back in zip(self.segment_lengths, self.look_backs, strict=True)
+        )
 
     def continues(self, saved: Pattern) -> bool:
         """Return whether a cache of `saved` will do: the same pattern, or one that chooses less often."""
@@ -264,14 +290,24 @@ class Pattern:
 
     def refusal(self, causal: bool, padding: Padding) -> str | None:
         """Return one line that says why attention cannot have this pattern with these options, or None if it can."""
-        if causal and self.queries == "all" and self.overlap == "repeat" and max(self.dilation_rates) > 1:
+        if (
+            causal
+            and self.queries == "all"
+            and self.overlap == "repeat"
+            and max(self.dilation_rates) > 1
+        ):
             return 'queries="all" needs overlap="once" in causal attention'
         if self.chosen and padding == "zero_key":
             return 'padding="zero_key" goes with no chosen blocks'
         if self.chosen and not causal:
             return f"chosen={self.chosen} is for causal attention: later keys choose nothing"
         plain = (0,) * len(self.segment_lengths), "repeat", "dilated", 0
-        if padding == "zero_key" and plain != (self.look_backs, self.overlap, self.queries, self.sinks):
+        if padding == "zero_key" and plain != (
+            self.look_backs,
+            self.overlap,
+            self.queries,
+            self.sinks,
+        ):
             return 'padding="zero_key" goes with no look_back, overlap, queries or sinks but the paper\'s'
         return None
 
@@ -291,7 +327,11 @@ class Pattern:
     def _check_order(self) -> None:
         """Raise ValueError if, with levels in this order, some part of attention is no rectangle of rows and keys."""
         lengths, backs = self.segment_lengths, self.look_backs
-        asked = {"overlap": self.overlap == "once", "queries": self.queries == "all", "sinks": self.sinks != 0}
+        asked = {
+            "overlap": self.overlap == "once",
+            "queries": self.queries == "all",
+            "sinks": self.sinks != 0,
+        }
         names = [f"{name}={getattr(self, name)!r}" for name, is_asked in asked.items() if is_asked]
         if names and (any(a > b for a, b in pairwise(lengths)) or self.dilation_rates[0] > 1):
             raise ValueError(
@@ -299,12 +339,16 @@ class Pattern:
                 f"got {lengths} at {self.dilation_rates}"
             )
         if not 0 <= self.sinks <= lengths[0]:
-            raise ValueError(f"sinks must be from 0 to the first segment length, {lengths[0]}, got {self.sinks}")
+            raise ValueError(
+                f"sinks must be from 0 to the first segment length, {lengths[0]}, got {self.sinks}"
+            )
         if self.overlap == "repeat":
             return
         for (inner, b), (outer, c) in pairwise(zip(lengths, backs, strict=True)):
             if outer % inner:
-                raise ValueError(f'overlap="once" needs segments that nest, and {inner} does not divide {outer}')
+                raise ValueError(
+                    f'overlap="once" needs segments that nest, and {inner} does not divide {outer}'
+                )
             if c * outer < b * inner:
                 raise ValueError(
                     f'overlap="once" needs levels that look back at least as far as the one before: '
@@ -316,11 +360,22 @@ class Pattern:
         for name in names:
             self._set(name, *_whole_numbers(name, [getattr(self, name)]))
         self._set("chosen_layers", _whole_numbers("chosen_layers", self.chosen_layers))
-        n, block, every, w = self.chosen, self.chosen_block, self.chosen_every, self.segment_lengths[0]
+        n, block, every, w = (
+            self.chosen,
+            self.chosen_block,
+            self.chosen_every,
+            self.segment_lengths[0],
+        )
         if not n:
-            given = [name for name in (*names, "chosen_layers") if getattr(self, name) != getattr(Pattern, name)]
+            given = [
+                name
+                for name in (*names, "chosen_layers")
+                if getattr(self, name) != getattr(Pattern, name)
+            ]
             if given:
-                raise ValueError(f"{given[0]} says how blocks are chosen: give their number, chosen")
+                raise ValueError(
+                    f"{given[0]} says how blocks are chosen: give their number, chosen"
+                )
             return
         if n < 0:
             raise ValueError(f"chosen must be 0 or more blocks, got {n}")
@@ -330,7 +385,9 @@ class Pattern:
                 f"{self.dilation_rates} with look_back {self.look_backs}"
             )
         if self.sinks:
-            raise ValueError(f"chosen={n} excludes sinks: the first block, which is always seen, holds them")
+            raise ValueError(
+                f"chosen={n} excludes sinks: the first block, which is always seen, holds them"
+            )
         if block < 1 or block % MEAN_OF or w % block:
             raise ValueError(
                 f"chosen_block must be a multiple of {MEAN_OF} that divides the segment length {w}, got {block}"
@@ -339,7 +396,9 @@ class Pattern:
             raise ValueError(f"chosen_every must divide chosen_block, {block}, got {every}")
         layers = self.chosen_layers
         if any(a >= b for a, b in pairwise((-1, *layers))):
-            raise ValueError(f"chosen_layers needs the numbers of layers from 0 on, ascending, got {layers}")
+            raise ValueError(
+                f"chosen_layers needs the numbers of layers from 0 on, ascending, got {layers}"
+            )
 
 
 def _whole_numbers(name: str, numbers: object) -> tuple[int, ...]:

@@ -33,8 +33,12 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     takes_counts = False  # whether it takes `counts` (heads, rows, keys): the log of how often a key counts, or -inf
     packs = False  # whether it attends within packed sequences, of q, k, v and out (rows, head_dim) and an lse (rows,):
-    forward_packed: Callable[..., tuple[Tensor, Tensor]]  # (q, k, v, queries, keys, causal, scale) -> out, lse
-    backward_packed: Callable[..., Gradients]  # (tensors, queries, keys, causal, scale) -> dq, dk, dv
+    forward_packed: Callable[
+        ..., tuple[Tensor, Tensor]
+    ]  # (q, k, v, queries, keys, causal, scale) -> out, lse
+    backward_packed: Callable[
+        ..., Gradients
+    ]  # (tensors, queries, keys, causal, scale) -> dq, dk, dv
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Return why this kernel cannot serve such tensors, or None."""
@@ -45,7 +49,9 @@ class Kernel:
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         raise NotImplementedError
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def backward(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
@@ -67,7 +73,13 @@ class MathKernel(Kernel):
         return max(1, self._MAX_SCORES // (heads * rows * rows))
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, counts: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         for rows, keys, scores in self._blocks(q, k, causal, scale, counts):
             part_lse = scores.logsumexp(-1)
@@ -96,14 +108,26 @@ class MathKernel(Kernel):
         return dq, dk, dv
 
     def forward_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: PackedRows,
+        keys: PackedRows,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         each = _sequences((q, k, v), (queries, keys, keys))
         out, lse = _packed(self.forward(q_, k_, v_, causal, scale) for q_, k_, v_ in each)
         return out, lse
 
     def backward_packed(
-        self, tensors: Sequence[Tensor], queries: PackedRows, keys: PackedRows, causal: bool, scale: float
+        self,
+        tensors: Sequence[Tensor],
+        queries: PackedRows,
+        keys: PackedRows,
+        causal: bool,
+        scale: float,
     ) -> Gradients:
         each = _sequences(tensors, (queries, queries, keys, keys, queries, queries))
         dq, dk, dv = _packed(self.backward(of_one, causal, scale) for of_one in each)
@@ -125,10 +149,14 @@ class MathKernel(Kernel):
             yield rows, keys, scores
 
 
-def _sequences(tensors: Sequence[Tensor], rows: Sequence[PackedRows]) -> Iterator[tuple[Tensor, ...]]:
+def _sequences(
+    tensors: Sequence[Tensor], rows: Sequence[PackedRows]
+) -> Iterator[tuple[Tensor, ...]]:
     """Yield the tensors (1, 1, rows, ..) of each packed sequence."""
     counts = [of_tensor.edges.diff().tolist() for of_tensor in rows]
-    split = [x[None, None].split(of_tensor, 2) for x, of_tensor in zip(tensors, counts, strict=True)]
+    split = [
+        x[None, None].split(of_tensor, 2) for x, of_tensor in zip(tensors, counts, strict=True)
+    ]
     return zip(*split, strict=True)
 
 

@@ -47,7 +47,10 @@ class Shard(NamedTuple):
         """Return the same shard with its lists of numbers as tuples. Raises ValueError for other than whole numbers."""
         if self.lengths is None and self.documents is None:
             return self
-        lengths, documents = _whole_numbers("lengths", self.lengths), _whole_numbers("documents", self.documents)
+        lengths, documents = (
+            _whole_numbers("lengths", self.lengths),
+            _whole_numbers("documents", self.documents),
+        )
         return self._replace(lengths=lengths, documents=documents)
 
     def places(self, batch: int, tokens: int) -> Iterator[tuple[slice, slice]]:
@@ -72,7 +75,9 @@ class Shard(NamedTuple):
         assert isinstance(lengths, tuple)
         if len(lengths) != batch or not all(0 <= n <= tokens for n in lengths):
             raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {[*lengths]}")
-        for length, rows in groupby(range(batch), key=lengths.__getitem__):  # neighbours of equal length go together
+        for length, rows in groupby(
+            range(batch), key=lengths.__getitem__
+        ):  # neighbours of equal length go together
             members = list(rows)
             if length:
                 yield slice(members[0], members[-1] + 1), slice(0, length)
@@ -82,7 +87,10 @@ def _whole_numbers(name: str, numbers: Sequence[int] | Tensor | None) -> tuple[i
     if numbers is None:
         return None
     try:
-        return tuple(operator.index(n) for n in (numbers.tolist() if isinstance(numbers, Tensor) else numbers))
+        return tuple(
+            operator.index(n)
+            for n in (numbers.tolist() if isinstance(numbers, Tensor) else numbers)
+        )
     except TypeError:
         raise ValueError(f"{name} needs whole numbers, in one dimension, got {numbers}") from None
 
@@ -121,7 +129,12 @@ def plan_calls(
 
     Turned `sinks` come after the far keys. Raises ValueError as `dilated_attention` does.
     """
-    tensors = tuple([(x.shape, x.dtype, x.device) for x in (q, k, v, *[y for x in far_keys for y in (x.k, x.v)])])
+    tensors = tuple(
+        [
+            (x.shape, x.dtype, x.device)
+            for x in (q, k, v, *[y for x in far_keys for y in (x.k, x.v)])
+        ]
+    )
     spans = tuple([x.span for x in far_keys])
     turned = tuple(sinks.rows.items()) if sinks else ()
     return _plan(kernel, pattern, tensors, spans, shard.hashable(), turned)
@@ -135,7 +148,9 @@ class _Facts(NamedTuple):
     device: torch.device
 
 
-@lru_cache(maxsize=4)  # all layers of a step share one plan, and a plan of a thousand documents is large
+@lru_cache(
+    maxsize=4
+)  # all layers of a step share one plan, and a plan of a thousand documents is large
 def _plan(
     kernel: Kernel,
     pattern: Pattern,
@@ -175,9 +190,17 @@ def _plan(
             chosen += [GroupedPart(rows, columns, start, each) for each in groups]
     packs_calls = kernel.packs and not by_level
     views, packs = packed(placed, tokens, heads, layout.kv_heads) if packs_calls else (placed, [])
-    full = sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in placed)
-    covered = not packs and full == batch * tokens and all(calls and calls[0].covers for *_, calls in placed)
-    even = all(branch.queries == branch.keys for *_, calls in placed for branch in calls if branch.covers)
+    full = sum(
+        (rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in placed
+    )
+    covered = (
+        not packs
+        and full == batch * tokens
+        and all(calls and calls[0].covers for *_, calls in placed)
+    )
+    even = all(
+        branch.queries == branch.keys for *_, calls in placed for branch in calls if branch.covers
+    )
     first = placed[0][2][0] if covered and len(placed) == tokens == 1 else None
     whole = first and first.queries.heads * first.queries.rows == heads and not first.zero_keys
     squares = covered and even and heads == layout.kv_heads
@@ -197,7 +220,9 @@ def _check_tensors(q: _Facts, k: _Facts, v: _Facts, pattern: Pattern) -> None:
             f"q, k and v of {q.shape[2]} levels need a pattern of so many, without sinks and blocks, got {pattern}"
         )
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v need one dtype and device, got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ValueError(
+            f"q, k and v need one dtype and device, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     if q.dtype not in _DTYPES:
         raise ValueError(f"q, k and v need one of {', '.join(map(str, _DTYPES))}, got {q.dtype}")
 
@@ -212,23 +237,33 @@ def _check_shard(shard: Shard, pattern: Pattern, tokens: int, spans: Sequence[Fa
     if refusal := pattern.refusal(causal, padding):
         raise ValueError(refusal)
     if padding == "zero_key" and total is None and (start or spans):
-        raise ValueError('padding="zero_key" depends on the length of the whole sequence: give total')
+        raise ValueError(
+            'padding="zero_key" depends on the length of the whole sequence: give total'
+        )
     if documents is not None and (total is not None or lengths is not None):
         raise ValueError("documents have their own lengths: no total or lengths beside them")
     if total is not None and (total < start + tokens or lengths is not None):
-        raise ValueError(f"total={total} must hold the shard [{start}, {start + tokens}), and excludes lengths")
+        raise ValueError(
+            f"total={total} must hold the shard [{start}, {start + tokens}), and excludes lengths"
+        )
     if lengths is not None and any(span.start >= start + tokens for span in spans):
         raise ValueError("far keys after the shard cannot be combined with lengths")
 
 
-def _check_far(span: FarSpan, of_span: Sequence[_Facts], q: _Facts, k: _Facts, pattern: Pattern) -> None:
+def _check_far(
+    span: FarSpan, of_span: Sequence[_Facts], q: _Facts, k: _Facts, pattern: Pattern
+) -> None:
     level, start, stop = span
     if level != SINKS and not 0 <= level < len(pattern.levels):
         raise ValueError(f"far keys name level {level} of {len(pattern.levels)}")
     rows = Layout(pattern, q.shape[-2], k.shape[-2]).counts(span)
     needed = (len(rows), q.shape[-1])
     for shape, dtype, device in of_span:
-        fits = len(shape) == 4 and (shape[0], *shape[2:]) == (q.shape[0], *needed) and shape[1] >= max(rows)
+        fits = (
+            len(shape) == 4
+            and (shape[0], *shape[2:]) == (q.shape[0], *needed)
+            and shape[1] >= max(rows)
+        )
         if not fits or dtype != q.dtype or device != q.device:
             raise ValueError(
                 f"far keys [{start}, {stop}) of level {level} need {(q.shape[0], max(rows), *needed)} "
@@ -266,7 +301,11 @@ def merged_forward(
             merge.add(branch, places, out, lse)
     for pack in plan.packs:
         queries, keys = pack.rows(q.device)
-        q_, k_, v_ = flat_rows(q)[queries.places], flat_rows(k)[keys.places], flat_rows(v)[keys.places]
+        q_, k_, v_ = (
+            flat_rows(q)[queries.places],
+            flat_rows(k)[keys.places],
+            flat_rows(v)[keys.places],
+        )
         out, lse = kernel.forward_packed(q_, k_, v_, queries, keys, pack.causal, scale)
         merge.add_rows(pack, queries, out, lse)
     if chosen:
@@ -276,14 +315,21 @@ def merged_forward(
 
 
 def _single_token(
-    plan: AttentionPlan, branch: Branch, scale: float, q: Tensor, k: Tensor, v: Tensor, far: FarTensors | None
+    plan: AttentionPlan,
+    branch: Branch,
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: FarTensors | None,
 ) -> Merge:
     """Return a merge that starts with the result of `branch`, which has all heads of a single token."""
     q, k, v = (of_level(x, branch.level) for x in (q, k, v))
     k, v = (k, v) if branch.far_index is None or not far else far(branch.far_index)
     rows = plan.placed[0][0]
     q_, k_, v_ = (
-        view(x, shown, rows, 0, True) for x, shown in ((q, branch.queries), (k, branch.keys), (v, branch.keys))
+        view(x, shown, rows, 0, True)
+        for x, shown in ((q, branch.queries), (k, branch.keys), (v, branch.keys))
     )
     out, lse = plan.kernel.forward(q_, k_, v_, False, scale)
     return Merge(q, True, (out, lse))
@@ -366,11 +412,18 @@ class _Gradients:
 
     def add_calls(self, placed: Sequence[PlacedCalls]) -> None:
         """Add the gradients of calls on views."""
-        query_like, key_like = (*self._of_queries, self.q.place), (*self._keys, self.k.place, self.v.place)
-        calls = kernel_calls(placed, self._kernel, query_like, key_like, self._far_tensors, self._plan.layouts)
+        query_like, key_like = (
+            (*self._of_queries, self.q.place),
+            (*self._keys, self.k.place, self.v.place),
+        )
+        calls = kernel_calls(
+            placed, self._kernel, query_like, key_like, self._far_tensors, self._plan.layouts
+        )
         for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
             tensors = dout, q, k, v, out, lse[..., 0]
-            part, *parts = self._kernel.backward(tensors, branch.causal, self._scale, *_counts(branch, q))
+            part, *parts = self._kernel.backward(
+                tensors, branch.causal, self._scale, *_counts(branch, q)
+            )
             self.q.add(dq, part, branch.queries, fresh=branch.covers and not self._far_first)
             fresh = branch.covers and branch.queries == branch.keys and not self._shared_heads
             i = branch.far_index
@@ -386,7 +439,9 @@ class _Gradients:
         k, v = (flat_rows(x)[of_keys.places] for x in self._keys)
         tensors = dout, q, k, v, out, lse[..., 0]
         parts = self._kernel.backward_packed(tensors, queries, of_keys, pack.causal, self._scale)
-        for total, rows, part in zip((self.q, self.k, self.v), (queries, of_keys, of_keys), parts, strict=True):
+        for total, rows, part in zip(
+            (self.q, self.k, self.v), (queries, of_keys, of_keys), parts, strict=True
+        ):
             total.add_rows(rows, part)
 
     def _far_tensors(self, index: int) -> Sequence[Tensor]:
@@ -400,7 +455,9 @@ def _counts(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
     if branch.union is None:
         return ()
     shown = branch.queries
-    of_heads = log_counts(branch.union, accumulator(q.dtype), q.device)[shown.first_head :: max(shown.head_step, 1)]
+    of_heads = log_counts(branch.union, accumulator(q.dtype), q.device)[
+        shown.first_head :: max(shown.head_step, 1)
+    ]
     return (of_heads[: shown.heads, : shown.rows, : shown.rows],)
 
 

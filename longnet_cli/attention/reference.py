@@ -37,7 +37,9 @@ def dilated_attention_reference(
     or chosen blocks. A choice has no gradient. `choice` gives another one than `chosen_blocks` makes.
     """
     if lengths is not None:
-        out = q.sum(2) * 0 if q.dim() == 5 else q * 0  # zeros, and in the graph even where every length is 0
+        out = (
+            q.sum(2) * 0 if q.dim() == 5 else q * 0
+        )  # zeros, and in the graph even where every length is 0
         for b, n in enumerate(torch.as_tensor(lengths).tolist()):
             if n:
                 q_, k_, v_ = (x[b : b + 1, :n] for x in (q, k, v))
@@ -48,14 +50,18 @@ def dilated_attention_reference(
         return out
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.dim() == 5:
-        return _by_level(q, k, v, [*level_counts(pattern, q.shape[3], q.shape[1], causal, start, padding)], scale)
+        return _by_level(
+            q, k, v, [*level_counts(pattern, q.shape[3], q.shape[1], causal, start, padding)], scale
+        )
     if choice is None:
         choice = chosen_blocks(q, k, pattern, scale, turn) if pattern.chosen else []
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     counts, zeros = key_counts(pattern, q.shape[2], q.shape[1], causal, start, padding)
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k)
     n, w, b = pattern.sinks, pattern.segment_lengths[0], pattern.look_backs[0]
-    late = torch.arange(min((b + 1) * w, q.shape[1]), q.shape[1])  # queries whose first level covers no sinks
+    late = torch.arange(
+        min((b + 1) * w, q.shape[1]), q.shape[1]
+    )  # queries whose first level covers no sinks
     if n and turn and len(late):
         segments, of = (late // w).unique(return_inverse=True)
         sinks = k[:, None, :n].expand(-1, len(segments), -1, -1, -1)
@@ -67,9 +73,13 @@ def dilated_attention_reference(
         scores = scores.movedim(1, 3).index_put(seen, of_blocks).movedim(3, 1)
         counts = counts.movedim(1, 3).index_put(seen, counts.new_ones(())).movedim(3, 1)
     unseen = (counts == 0).to(q.device)
-    logits = scores * scale + counts.to(q).masked_fill(unseen, 1).log().masked_fill(unseen, float("-inf"))
+    logits = scores * scale + counts.to(q).masked_fill(unseen, 1).log().masked_fill(
+        unseen, float("-inf")
+    )
     logits = torch.cat([logits, zeros.to(q).log().expand(*scores.shape[:3], 1)], dim=-1)
-    covered = counts.any(dim=-1, keepdim=True)  # (batch, heads, tokens, 1): queries that take part in some level
+    covered = counts.any(
+        dim=-1, keepdim=True
+    )  # (batch, heads, tokens, 1): queries that take part in some level
     weights = torch.where(covered, logits, 0.0).softmax(-1) * covered
     return torch.einsum("bhnm,bmhd->bnhd", weights[..., :-1], v)
 
@@ -85,7 +95,9 @@ def _scores_of_blocks(
         for place, block in enumerate(blocks):
             keys = range(block * size, (block + 1) * size)
             moved = k[row, keys]
-            if turn:  # the block's first key is seen as if it stood so many blocks before the near keys
+            if (
+                turn
+            ):  # the block's first key is seen as if it stood so many blocks before the near keys
                 distance = near - (len(blocks) - place) * size - keys.start
                 moved = turn(moved[None, None], torch.tensor([distance]))[0, 0]
             places.append(torch.cartesian_prod(*map(torch.tensor, ([row], queries, keys))))
@@ -93,18 +105,26 @@ def _scores_of_blocks(
     return torch.cat(places).unbind(1), torch.cat(of_blocks)
 
 
-def _by_level(q: Tensor, k: Tensor, v: Tensor, of_levels: Sequence[tuple[Tensor, Tensor]], scale: float) -> Tensor:
+def _by_level(
+    q: Tensor, k: Tensor, v: Tensor, of_levels: Sequence[tuple[Tensor, Tensor]], scale: float
+) -> Tensor:
     """Return attention of (batch, tokens, levels, heads, head_dim) tensors to the keys of all levels."""
     k, v = (x.repeat_interleave(q.shape[3] // x.shape[3], 3) for x in (k, v))
-    counts = torch.stack([of_level for of_level, _ in of_levels], -2)  # (heads, queries, levels, keys)
+    counts = torch.stack(
+        [of_level for of_level, _ in of_levels], -2
+    )  # (heads, queries, levels, keys)
     scores = torch.einsum("bnlhd,bmlhd->bhnlm", q, k) * scale
-    logits = scores + counts.to(q).masked_fill(counts == 0, 1).log().masked_fill(counts == 0, float("-inf"))
+    logits = scores + counts.to(q).masked_fill(counts == 0, 1).log().masked_fill(
+        counts == 0, float("-inf")
+    )
     covered = counts.flatten(-2).any(-1, keepdim=True)
     weights = torch.where(covered, logits.flatten(-2), 0.0).softmax(-1) * covered
     return torch.einsum("bhnlm,bmlhd->bnhd", weights.unflatten(-1, scores.shape[-2:]), v)
 
 
-Choice = list[tuple[int, range, list[int]]]  # of each group: row of the batch, its queries, the blocks that they see
+Choice = list[
+    tuple[int, range, list[int]]
+]  # of each group: row of the batch, its queries, the blocks that they see
 
 
 @torch.no_grad()
@@ -124,7 +144,12 @@ def chosen_blocks(
     before.
     """
     before = {(row, queries.start): blocks for row, queries, blocks in earlier or []}
-    w, b, every, size = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every, pattern.chosen_block
+    w, b, every, size = (
+        pattern.segment_lengths[0],
+        pattern.look_backs[0],
+        pattern.chosen_every,
+        pattern.chosen_block,
+    )
     tokens = q.shape[1]
     if turn:  # un-rotated: by minus the position
         q, k = (turn(x[:, :, None], -torch.arange(tokens))[:, :, 0] for x in (q, k))
@@ -135,9 +160,13 @@ def chosen_blocks(
         blocks = list(range(near // size))
         if len(blocks) > pattern.chosen:
             scanned = start // w * w + start % w // pattern.scan_every * pattern.scan_every
-            scanners, voters = (q[row, first - VOTERS + 1 : first + 1] * scale for first in (scanned, start))
+            scanners, voters = (
+                q[row, first - VOTERS + 1 : first + 1] * scale for first in (scanned, start)
+            )
             keys = k[row, :near].unflatten(0, (-1, size))
-            blocks = _voted(scanners, voters, keys, pattern, named(row, start), before.get((row, start), []))
+            blocks = _voted(
+                scanners, voters, keys, pattern, named(row, start), before.get((row, start), [])
+            )
         if blocks:
             choice.append((row, range(start, min(start + every, tokens)), blocks))
     return choice
@@ -156,16 +185,23 @@ def _voted(
     The voters `scanners` (VOTERS, H, D) choose the candidates; those of the layer `before` are candidates, too.
     """
 
-    def votes(own: Tensor, blocks: list[int], keys_of: Tensor, means: int, power: int = 1) -> dict[int, float]:
+    def votes(
+        own: Tensor, blocks: list[int], keys_of: Tensor, means: int, power: int = 1
+    ) -> dict[int, float]:
         """Return a score for each block, whose keys are in `keys_of` (blocks, keys, H, D), by `means` means of each."""
         of_blocks = keys_of[blocks].unflatten(1, (means, -1)).mean(2)
         scores = torch.einsum("vhd,cmhd->vhcm", own, of_blocks)
         shares = scores.logsumexp(-1).softmax(-1).pow(power).mean((0, 1)) ** (1 / power)
         found = dict(zip(blocks, shares.tolist(), strict=True))
-        return {block: max(score, NEIGHBOUR * found.get(block - 1, 0.0)) for block, score in found.items()}
+        return {
+            block: max(score, NEIGHBOUR * found.get(block - 1, 0.0))
+            for block, score in found.items()
+        }
 
     def best(scores: Mapping[int, float], number: int) -> list[int]:
-        return sorted(sorted(scores, key=lambda block: -scores[block])[:number])  # stable: the earlier one of equals
+        return sorted(
+            sorted(scores, key=lambda block: -scores[block])[:number]
+        )  # stable: the earlier one of equals
 
     finest = pattern.chosen_block // MEAN_OF
     candidates = [*range(1, len(keys))]
@@ -216,6 +252,8 @@ def level_counts(
             asks = torch.ones_like(sampled) if pattern.queries == "all" else sampled
             seen = asks[:, None] & sampled[None, :] & may
             counts[head] = seen
-            if padding == "zero_key" and not causal:  # each segment is padded to ceil(w / r) rows per head
+            if (
+                padding == "zero_key" and not causal
+            ):  # each segment is padded to ceil(w / r) rows per head
                 zeros[head, :, 0] = asks * (-(-w // r) - seen.sum(-1))
         yield counts, zeros

@@ -50,7 +50,9 @@ class SinkRows(NamedTuple):
         for start in self.starts:
             outside = self.outside if start == 0 else 0
             own = x[:, start : start + n - outside]
-            of_documents.append(torch.cat([*(far[i][:, :rows] for i, rows in self.far), own], 1) if outside else own)
+            of_documents.append(
+                torch.cat([*(far[i][:, :rows] for i, rows in self.far), own], 1) if outside else own
+            )
         return torch.stack(of_documents, 1)
 
     def spread(self, k: Tensor, v: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
@@ -59,7 +61,9 @@ class SinkRows(NamedTuple):
         turned = turn(k[:, of], torch.tensor(self.distances, device=k.device)).to(k.dtype)
         return turned.flatten(1, 2), v[:, of].flatten(1, 2)
 
-    def gradients(self, k: Tensor, v: Tensor, turn: Turn, dk: Tensor, dv: Tensor) -> tuple[Tensor, ...]:
+    def gradients(
+        self, k: Tensor, v: Tensor, turn: Turn, dk: Tensor, dv: Tensor
+    ) -> tuple[Tensor, ...]:
         """Return the gradients of each document's sinks, given the gradients of the rows that `spread` returned."""
         with torch.enable_grad():
             leaves = [x.detach().to(d.dtype).requires_grad_() for x, d in ((k, dk), (v, dv))]
@@ -80,7 +84,11 @@ class SinkRows(NamedTuple):
 
 
 def sink_rows(
-    pattern: Pattern, start: int, tokens: int, documents: Sequence[int] | None, spans: Sequence[FarSpan]
+    pattern: Pattern,
+    start: int,
+    tokens: int,
+    documents: Sequence[int] | None,
+    spans: Sequence[FarSpan],
 ) -> SinkRows | None:
     """Return the sinks for which a shard's queries need a separate call, or None.
 

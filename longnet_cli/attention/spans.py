@@ -55,7 +55,9 @@ class Heads(NamedTuple):
 
     def of(self, others: Sequence[int]) -> Heads:
         """Return the progression of the values of `others` at these heads, such as the key head of each query head."""
-        return Heads(self.number, others[self.first], self.growth(others) if self.number > 1 else self.step)
+        return Heads(
+            self.number, others[self.first], self.growth(others) if self.number > 1 else self.step
+        )
 
 
 class HeadRows(NamedTuple):
@@ -72,18 +74,33 @@ class HeadRows(NamedTuple):
 
     @classmethod
     def at(
-        cls, start: int, stop: int, heads: Sequence[int], offsets: Sequence[int], w: int, r: int, origin: int = 0
+        cls,
+        start: int,
+        stop: int,
+        heads: Sequence[int],
+        offsets: Sequence[int],
+        w: int,
+        r: int,
+        origin: int = 0,
     ) -> HeadRows:
         """Return the rows at positions [start, stop) of one segment. Tokens count from position `origin`."""
         segment = start // w * w
-        before, until = ([rows_before(edge - segment, o, r) for o in offsets] for edge in (start, stop))
+        before, until = (
+            [rows_before(edge - segment, o, r) for o in offsets] for edge in (start, stop)
+        )
         first_tokens = [segment - origin + o + b * r for o, b in zip(offsets, before, strict=True)]
         return cls(heads, first_tokens, [b - a for a, b in zip(before, until, strict=True)], w, r)
 
     def view(self, run: Heads, segments: int = 1) -> Rows:
         """Return the view that shows the rows of a run in this order, in so many segments."""
         first_token, skew = self.first_tokens[run.first], run.growth(self.first_tokens)
-        sizes = segments, self.segment_step, *run.of(self.heads), self.counts[run.first], self.row_step
+        sizes = (
+            segments,
+            self.segment_step,
+            *run.of(self.heads),
+            self.counts[run.first],
+            self.row_step,
+        )
         return Rows(*sizes, first_token, skew)
 
 
@@ -104,7 +121,11 @@ def progressions(
 
     best: list[Heads] = []
     for step in dict.fromkeys(steps):
-        runs = [run for residue in range(min(step, len(equal))) for run in _runs(equal, even, residue, step)]
+        runs = [
+            run
+            for residue in range(min(step, len(equal)))
+            for run in _runs(equal, even, residue, step)
+        ]
         if not best or len(runs) < len(best):
             best = runs
         if len(best) <= 1:
@@ -112,13 +133,19 @@ def progressions(
     return best
 
 
-def _runs(equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], start: int, step: int) -> Iterator[Heads]:
+def _runs(
+    equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], start: int, step: int
+) -> Iterator[Heads]:
     """Yield the heads first, first + step, ... in runs that are as long as possible."""
     begin, number = start, 0
     growth: tuple[int, ...] = ()
     for head in range(start, len(equal), step):
         grown = tuple(map(operator.sub, even[head], even[head - step])) if number else ()
-        if number and equal[head] == equal[begin] and (grown == growth if number > 1 else min(grown) >= 0):
+        if (
+            number
+            and equal[head] == equal[begin]
+            and (grown == growth if number > 1 else min(grown) >= 0)
+        ):
             number, growth = number + 1, grown
             continue
         if number:
@@ -166,7 +193,9 @@ def segment_rows(pattern: Pattern, level: int, tokens: int) -> int:
     return -(-min(w, tokens) // r)
 
 
-def far_spans(pattern: Pattern, start: int, stop: int, causal: bool, total: int | None = None) -> list[FarSpan]:
+def far_spans(
+    pattern: Pattern, start: int, stop: int, causal: bool, total: int | None = None
+) -> list[FarSpan]:
     """Return the spans that queries of the shard [start, stop) see outside it, by segment; sinks, not turned, are last.
 
     `total` is the length of the sequence; bidirectional attention needs it.
@@ -209,16 +238,25 @@ def spans_of_sinks(spans: Sequence[FarSpan], number: int, start: int) -> list[tu
 
     Raises ValueError if they do not hold these, each once.
     """
-    given = sorted(((index, span) for index, span in enumerate(spans) if span.level == SINKS), key=itemgetter(1))
+    given = sorted(
+        ((index, span) for index, span in enumerate(spans) if span.level == SINKS),
+        key=itemgetter(1),
+    )
     if [0, *(span.stop for _, span in given)] != [*(span.start for _, span in given), number]:
-        raise ValueError(f"the sinks [0, {number}) lie before the shard that starts at {start}: give them as far keys")
+        raise ValueError(
+            f"the sinks [0, {number}) lie before the shard that starts at {start}: give them as far keys"
+        )
     return given
 
 
 def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
     """Return the first level's segments in [start, stop) that need a call for sinks, as the level covers no sink."""
     w, first = pattern.segment_lengths[0], pattern.look_backs[0] + 1
-    return range(max(start // w, first), (stop - 1) // w + 1) if pattern.sinks and start < stop else range(0)
+    return (
+        range(max(start // w, first), (stop - 1) // w + 1)
+        if pattern.sinks and start < stop
+        else range(0)
+    )
 
 
 def _by_segment(level: int, w: int, start: int, stop: int) -> list[FarSpan]:
@@ -272,7 +310,9 @@ class Layout(NamedTuple):
     def positions(self, span: FarSpan) -> list[range]:
         """Return the positions of the rows of `span`, for each lane."""
         _, starts, counts, _, r = self.of_span(span)
-        return [range(start, start + count * r, r) for start, count in zip(starts, counts, strict=True)]
+        return [
+            range(start, start + count * r, r) for start, count in zip(starts, counts, strict=True)
+        ]
 
     def views(self, span: FarSpan, start: int) -> Iterator[SpanViews]:
         """Yield views of the rows of `span` for a shard that starts at `start` and holds them; none if it is empty."""
@@ -294,10 +334,18 @@ class Layout(NamedTuple):
 @lru_cache(maxsize=1 << 10)  # decoding asks several times per layer and token
 def _lanes(layout: Layout, level: int) -> Lanes:
     group = layout.num_heads // layout.kv_heads
-    offsets = (0,) * layout.num_heads if level == SINKS else layout.pattern.offsets(level, layout.num_heads)
+    offsets = (
+        (0,) * layout.num_heads
+        if level == SINKS
+        else layout.pattern.offsets(level, layout.num_heads)
+    )
     places: dict[tuple[int, int], int] = {}
-    of_head = [places.setdefault((h // group, offset), len(places)) for h, offset in enumerate(offsets)]
-    return Lanes(tuple(head for head, _ in places), tuple(offset for _, offset in places), tuple(of_head))
+    of_head = [
+        places.setdefault((h // group, offset), len(places)) for h, offset in enumerate(offsets)
+    ]
+    return Lanes(
+        tuple(head for head, _ in places), tuple(offset for _, offset in places), tuple(of_head)
+    )
 
 
 def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> FarSpan:

@@ -17,7 +17,9 @@ from .plain_call import Kernel
 from .spans import Rows
 
 KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
-FarTensors = Callable[[int], Sequence[Tensor]]  # index of far keys -> their key-like tensors, once they are there
+FarTensors = Callable[
+    [int], Sequence[Tensor]
+]  # index of far keys -> their key-like tensors, once they are there
 # strides and width of all tensors -> (branch, rows and first column of its place) -> the layouts of a call's views
 Layouts = dict[tuple[Any, ...], dict[tuple[int, int, int, int], "_CallLayout"]]
 
@@ -37,8 +39,14 @@ def kernel_calls(
     `layouts` are kept from one call to the next, if they are the plan's.
     """
     tensors, queries = (*query_like, *key_like), len(query_like)
-    known = {} if layouts is None else layouts.setdefault(tuple([(x.stride(), x.shape[-1]) for x in tensors]), {})
-    of_levels: dict[int, tuple[list[Tensor], list[Any]]] = {}  # the tensors of a level, and where they begin
+    known = (
+        {}
+        if layouts is None
+        else layouts.setdefault(tuple([(x.stride(), x.shape[-1]) for x in tensors]), {})
+    )
+    of_levels: dict[
+        int, tuple[list[Tensor], list[Any]]
+    ] = {}  # the tensors of a level, and where they begin
     for run, columns, calls in placed:
         for branch in calls:
             level = branch.level if key_like[0].dim() == 5 else 0
@@ -48,9 +56,16 @@ def kernel_calls(
             near, begins = of_levels[level]
             key = id(branch), run.start, run.stop, columns.start
             if (layout := known.get(key)) is None:
-                layout = known[key] = _CallLayout.of(branch, run, columns.start, kernel, near[:queries], near[queries:])
-            shown = zip(near, layout.views, begins, strict=False)  # of far keys, only the queries are near
-            views = [x.as_strided(size, stride, begin + offset) for x, (size, stride, offset), begin in shown]
+                layout = known[key] = _CallLayout.of(
+                    branch, run, columns.start, kernel, near[:queries], near[queries:]
+                )
+            shown = zip(
+                near, layout.views, begins, strict=False
+            )  # of far keys, only the queries are near
+            views = [
+                x.as_strided(size, stride, begin + offset)
+                for x, (size, stride, offset), begin in shown
+            ]
             if branch.far_index is not None:
                 assert far is not None
                 views += [view(x, branch.keys, run, 0) for x in far(branch.far_index)]
@@ -101,7 +116,9 @@ def strided_view(x: Tensor, rows: Rows, first_row: int = 0, batch: int | None = 
 
     `first_row` and `batch` select a part of the batch.
     """
-    size, stride, offset = _layout(x, rows, first_row, x.shape[0] if batch is None else first_row + batch, 0)
+    size, stride, offset = _layout(
+        x, rows, first_row, x.shape[0] if batch is None else first_row + batch, 0
+    )
     return x.as_strided(size, stride, x.storage_offset() + offset)
 
 
@@ -115,7 +132,9 @@ def view(x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False) ->
     return x.as_strided(size, stride, x.storage_offset() + offset)
 
 
-def _layout_of_call(x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False) -> tuple[Any, Any, int]:
+def _layout_of_call(
+    x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False
+) -> tuple[Any, Any, int]:
     """Return size, stride and offset of `view`."""
     size, stride, offset = _layout(x, rows, run.start, run.stop, column)
     if apart and size[0] == 1:
@@ -129,7 +148,18 @@ def _layout_of_call(x: Tensor, rows: Rows, run: slice, column: int, apart: bool 
 
 def _layout(x: Tensor, rows: Rows, start: int, stop: int, column: int) -> tuple[Any, Any, int]:
     """Return size, stride and offset of `strided_view`, for rows [start, stop) of a batch, from token `column` on."""
-    segments, segment_step, heads, first_head, head_step, number, row_step, first_token, skew, row_heads = rows
+    (
+        segments,
+        segment_step,
+        heads,
+        first_head,
+        head_step,
+        number,
+        row_step,
+        first_token,
+        skew,
+        row_heads,
+    ) = rows
     of_batch, token, head, last = x.stride()
     size = (stop - start, segments, heads, number, x.shape[3])
     of_head, of_row = head_step * head + skew * token, row_step * token + row_heads * head

@@ -18,7 +18,9 @@ from safetensors import SafetensorError
 
 from longnet_cli.basics.errors import ConfigError, LongNetError
 
-_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")  # a file that is being written; the group is its final name
+_TEMPORARY = re.compile(
+    r"\.(.+)\.[0-9a-f]{8}\.tmp"
+)  # a file that is being written; the group is its final name
 
 
 @contextmanager
@@ -31,8 +33,13 @@ def writing(what: str | Path) -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-        raise LongNetError(f"{what}: cannot write: {getattr(error, 'strerror', None) or error}") from error
+    except (
+        OSError,
+        SafetensorError,
+    ) as error:  # safetensors has an error of its own for a full disk
+        raise LongNetError(
+            f"{what}: cannot write: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 # Not atomicwrites (archived) or filelock (locks alone): no library flushes the folder too, removes what killed writers
@@ -50,7 +57,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     with _opening(path):
         direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)
         if not direct:
-            target = Path(os.path.realpath(path))  # not for >(command), whose real path does not exist
+            target = Path(
+                os.path.realpath(path)
+            )  # not for >(command), whose real path does not exist
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target.parent, target.name)
         temporary, place = (target, target) if direct else _new_temporary(target)
@@ -101,10 +110,16 @@ def _new_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
         try:
             if folder:
                 temporary.mkdir()
-            handle = os.open(temporary, os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            with suppress(OSError):  # a network file system without locks, where leftovers are never removed
+            handle = os.open(
+                temporary, os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666
+            )
+            with suppress(
+                OSError
+            ):  # a network file system without locks, where leftovers are never removed
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(handle).st_nlink:  # otherwise another writer removed it before it was locked
+            if os.fstat(
+                handle
+            ).st_nlink:  # otherwise another writer removed it before it was locked
                 return temporary, handle
             os.close(handle)
         except FileExistsError:
@@ -141,7 +156,9 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 @contextmanager
-def whole_folder(path: str | Path, last: str | None = None, temporary: Path | None = None) -> Iterator[Path]:
+def whole_folder(
+    path: str | Path, last: str | None = None, temporary: Path | None = None
+) -> Iterator[Path]:
     """Create a temporary folder to fill. When the block ends without an error, `path` holds its files, on the disk.
 
     Without `last`, the temporary folder is renamed to `path`, which must not exist or be an empty folder. With `last`,
@@ -156,7 +173,9 @@ def whole_folder(path: str | Path, last: str | None = None, temporary: Path | No
     parent = target if last else target.parent
     with _opening(path):
         if not last and target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(f"{path} exists and is not an empty folder: name a new one, or remove it first")
+            raise ConfigError(
+                f"{path} exists and is not an empty folder: name a new one, or remove it first"
+            )
         parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(parent, None if last else target.name)
         if temporary:
@@ -166,7 +185,9 @@ def whole_folder(path: str | Path, last: str | None = None, temporary: Path | No
     try:
         with writing(path):
             yield temporary
-            files = sorted(temporary.iterdir(), key=lambda file: (file.name == last, -file.stat().st_size))
+            files = sorted(
+                temporary.iterdir(), key=lambda file: (file.name == last, -file.stat().st_size)
+            )
             for file in files:
                 with _descriptor(file) as opened:
                     if file.is_file():
@@ -224,4 +245,6 @@ def _opening(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise (LongNetError if full else ConfigError)(f"{path}: cannot write: {error.strerror}") from error
+        raise (LongNetError if full else ConfigError)(
+            f"{path}: cannot write: {error.strerror}"
+        ) from error

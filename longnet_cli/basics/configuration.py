@@ -71,7 +71,9 @@ def read_text(path: str | Path) -> str:
     ValueError for bytes that are not UTF-8.
     """
     path = Path(path)
-    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):  # `path.read_text` reports a folder
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(
+        mode
+    ):  # `path.read_text` reports a folder
         raise OSError(0, "a pipe or a device, not a file: save it to a file", str(path))
     try:
         return path.read_text(encoding="utf-8")
@@ -132,7 +134,11 @@ def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
         else:
             # a validator's own ValueError is already a sentence; pydantic's messages need the value beside them
             message = " ".join(item["msg"].removeprefix("Value error, ").split())
-            shown = message if item["type"] == "value_error" else f"{message} (got {_short(item['input'])})"
+            shown = (
+                message
+                if item["type"] == "value_error"
+                else f"{message} (got {_short(item['input'])})"
+            )
             mistakes.append((path, f"{path}: {shown}" if path else shown))
     return unknown + [line for path, line in mistakes if path not in meant]
 
@@ -141,7 +147,11 @@ def _field_names(cls: type[BaseModel], parents: Sequence[int | str]) -> list[str
     """Return the keys that exist at the path of an error. List indices and union tags in the path name no field."""
     models: list[type[BaseModel]] = [cls]
     for part in parents:
-        fields = [model.model_fields[part] for model in models if isinstance(part, str) and part in model.model_fields]
+        fields = [
+            model.model_fields[part]
+            for model in models
+            if isinstance(part, str) and part in model.model_fields
+        ]
         if fields:
             models = [model for field in fields for model in _models_in(field.annotation)]
     return [field.alias or name for model in models for name, field in model.model_fields.items()]
@@ -149,9 +159,13 @@ def _field_names(cls: type[BaseModel], parents: Sequence[int | str]) -> list[str
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     """Return every pydantic model in an annotation such as `Inner | None` or `dict[str, Inner]`."""
-    if arguments := get_args(annotation):  # first: in Python 3.10, list[Inner] is also an instance of type
+    if arguments := get_args(
+        annotation
+    ):  # first: in Python 3.10, list[Inner] is also an instance of type
         return [model for argument in arguments for model in _models_in(argument)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    return (
+        [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    )
 
 
 def _short(value: object) -> str:

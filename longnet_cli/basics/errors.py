@@ -63,14 +63,18 @@ class InputWarning(UserWarning):
 def refuse_web_address(name: str) -> None:
     """Raise ConfigError, with advice, if the name of an input is an http:// or https:// address."""
     if re.match(r"https?://", name, re.IGNORECASE):
-        raise ConfigError(f"{name}: web addresses are not read: download it first, or `curl -L URL | longnet ... -`")
+        raise ConfigError(
+            f"{name}: web addresses are not read: download it first, or `curl -L URL | longnet ... -`"
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` means that memory ran out. Torch's error is known by name: importing torch is slow."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(
+        error
+    )
 
 
 def extra(name: str) -> str:

@@ -11,8 +11,13 @@ def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True)
     """Return the JSON of a value, with null for floats that are not finite. The options are as in json.dumps."""
     try:
         return json.dumps(value, allow_nan=False, indent=indent, ensure_ascii=ensure_ascii)
-    except (ValueError, TypeError):  # rare: a value with such a number, a mapping that is not a dict, or a date
-        return json.dumps(finite(value), allow_nan=False, indent=indent, ensure_ascii=ensure_ascii, default=_text)
+    except (
+        ValueError,
+        TypeError,
+    ):  # rare: a value with such a number, a mapping that is not a dict, or a date
+        return json.dumps(
+            finite(value), allow_nan=False, indent=indent, ensure_ascii=ensure_ascii, default=_text
+        )
 
 
 def _text(value: Any) -> str:

@@ -1,10 +1,17 @@
 """The names of the files in a model's folder, and of what stands in them."""
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-SHARDED = "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
+SHARDED = (
+    "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
+)
 GENERATION = "generation_config.json"
 # files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
-BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+BESIDE_TOKENIZER = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 # of sentence-transformers: the prompts, the list of modules, and names that the configuration of the first one has had
 PROMPTS, MODULES = "config_sentence_transformers.json", "modules.json"
 TRANSFORMER_CONFIGS = tuple(
@@ -13,7 +20,11 @@ TRANSFORMER_CONFIGS = tuple(
 )
 # the cache has these, or knows that the repository lacks them; and the files that a module needs
 OF_SENTENCES = (MODULES, PROMPTS, TRANSFORMER_CONFIGS[0])
-NEEDED_BY_MODULE = {"Pooling": (CONFIG,), "Dense": (CONFIG, WEIGHTS), "LayerNorm": (CONFIG, WEIGHTS)}
+NEEDED_BY_MODULE = {
+    "Pooling": (CONFIG,),
+    "Dense": (CONFIG, WEIGHTS),
+    "LayerNorm": (CONFIG, WEIGHTS),
+}
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 # `model_type` in config.json of a LongNet: the error of a library that does not know it shows nothing else of a folder
 MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"

@@ -46,7 +46,9 @@ def unseal(text: str, version: int) -> dict[str, Any]:
         content = parse(text)
         if content.pop("digest") == digest(content) and content.pop("version") == version:
             return content
-    raise ValueError(f"it was changed or damaged after it was written, or is not of version {version}")
+    raise ValueError(
+        f"it was changed or damaged after it was written, or is not of version {version}"
+    )
 
 
 def write_sealed(path: Path, version: int, facts: Mapping[str, Any]) -> None:

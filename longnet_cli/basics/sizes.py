@@ -9,10 +9,16 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-_SIZE = re.compile(r"(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e\+?(\d{1,2}))?(?:([kmgt])(i?))?", re.ASCII | re.IGNORECASE)
+_SIZE = re.compile(
+    r"(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e\+?(\d{1,2}))?(?:([kmgt])(i?))?", re.ASCII | re.IGNORECASE
+)
 _BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB")
 MAX_SIZE = 2**63 - 1  # what an int64 position can hold
-DTYPES_OF_TORCH = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # and our names of them
+DTYPES_OF_TORCH = {
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+}  # and our names of them
 _SIZE_EXAMPLES = "write 1000000, 1_000_000, 1e6, 1M (10^6) or 64Ki (64 x 1024)"
 
 
@@ -28,7 +34,11 @@ def parse_size(text: str | int) -> int:
         raise ValueError(f"'{written}' is not a size: {_SIZE_EXAMPLES}")
     number, exponent, letter, binary = match.groups()
     power = " kmgt".index(letter.lower()) if letter else 0
-    size = Fraction(number.replace("_", "")) * 10 ** int(exponent or 0) * (1024 if binary else 1000) ** power
+    size = (
+        Fraction(number.replace("_", ""))
+        * 10 ** int(exponent or 0)
+        * (1024 if binary else 1000) ** power
+    )
     if size.denominator != 1:
         raise ValueError(f"'{written}' is not a whole number")
     if not 1 <= size <= MAX_SIZE:

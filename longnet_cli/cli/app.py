@@ -17,7 +17,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from longnet_cli import __version__
-from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError, MemoryLimitError, is_out_of_memory
+from longnet_cli.basics.errors import (
+    ConfigError,
+    InputWarning,
+    LongNetError,
+    MemoryLimitError,
+    is_out_of_memory,
+)
 from longnet_cli.cli.ask import ask
 from longnet_cli.cli.bench import bench
 from longnet_cli.cli.command import USAGE_ERROR, Command, CommandGroup, takes_options
@@ -31,7 +37,13 @@ from longnet_cli.cli.plot import plot
 from longnet_cli.cli.score import score
 from longnet_cli.cli.tokenize import tokenize
 from longnet_cli.cli.train import train
-from longnet_cli.running.ranks.launch import LAUNCHED, LOST, started_by_torchrun, under_torchrun, unwind_on_signals
+from longnet_cli.running.ranks.launch import (
+    LAUNCHED,
+    LOST,
+    started_by_torchrun,
+    under_torchrun,
+    unwind_on_signals,
+)
 
 EPILOG = (
     "Results go to stdout, everything else to stderr. Sizes: 1e9, 1_000_000, 32k (32 000), 64Ki (65 536). "
@@ -71,7 +83,10 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def longnet(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Train, encode, score and benchmark LongNet (dilated attention) models on token streams of any length."""
@@ -91,7 +106,11 @@ def run(app: typer.Typer) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         # An unset locale claims ASCII, which says nothing: use UTF-8 for names and text, as Python's UTF-8 mode does.
         unset = "PYTHONIOENCODING" not in os.environ
-        if unset and isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name == "ascii":
+        if (
+            unset
+            and isinstance(stream, io.TextIOWrapper)
+            and codecs.lookup(stream.encoding).name == "ascii"
+        ):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     _hold_standard_handles()
     try:
@@ -150,7 +169,9 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # the reader, say `head`, has read enough
         return 141
     if _is_lost_rank(error) and LAUNCHED in os.environ:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which ends the others: nothing may come in between
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # of torchrun, which ends the others: nothing may come in between
         return LOST
     _let_the_first_speak(error)
     if isinstance(error, LongNetError):
@@ -158,7 +179,10 @@ def _explain(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, USAGE_ERROR):
         if type(error).__name__ != "NoArgsIsHelpError":  # then the help is already printed
-            _say(f"{error.format_message()} " + (f"(help: {error.ctx.command_path} -h)" if error.ctx else ""))
+            _say(
+                f"{error.format_message()} "
+                + (f"(help: {error.ctx.command_path} -h)" if error.ctx else "")
+            )
         return ConfigError.exit_code
     if _is_lost_rank(error):
         _say("another rank ended, and this one with it")
@@ -190,11 +214,14 @@ def _is_lost_rank(error: BaseException) -> bool:
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
     return isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
+        sign in str(error)
+        for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
     )
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], *where: Any, **more: Any
+) -> None:
     """Print an InputWarning as one line, on rank 0 only, and any other warning as Python does."""
     if not issubclass(category, InputWarning):
         _python_warning(message, category, *where, **more)

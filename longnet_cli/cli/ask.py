@@ -11,7 +11,16 @@ from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
 from longnet_cli.basics.sizes import count_of
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import TOP_P, check_pairs
-from longnet_cli.cli.options import INPUT, MISSING, MODEL, OUTPUT, SAMPLING, Computing, Format, Sampling
+from longnet_cli.cli.options import (
+    INPUT,
+    MISSING,
+    MODEL,
+    OUTPUT,
+    SAMPLING,
+    Computing,
+    Format,
+    Sampling,
+)
 from longnet_cli.cli.output import emit_json, emit_jsonl, tell, write_text
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ModelAndInputs, refuse_torchrun
@@ -31,17 +40,29 @@ class AskCommand:
         "Read the text of files, folders, globs, URIs (s3://...), @list or - for stdin, or a column of Arrow, Parquet "
         "or JSON Lines. The last word is the question, in quotes.",
     )
-    questions: str | None = INPUT.option("--questions FILE", "Ask each `question` of this file, not QUESTION.")
-    column: str | None = INPUT.option("--column NAME", "Read this column, or a field of a struct. (default: text)")
+    questions: str | None = INPUT.option(
+        "--questions FILE", "Ask each `question` of this file, not QUESTION."
+    )
+    column: str | None = INPUT.option(
+        "--column NAME", "Read this column, or a field of a struct. (default: text)"
+    )
     id_column: str | None = shared.id_column_option()
     skip_bad: bool = shared.skip_bad_flag()
-    index: str | None = INPUT.option("--index FILE", "Keep the index here. Inputs that stay are read once.")
+    index: str | None = INPUT.option(
+        "--index FILE", "Keep the index here. Inputs that stay are read once."
+    )
     model: str = shared.model_option(default=MISSING)
     update: bool = shared.update_flag()
-    passages: int = MODEL.option("--passages N", "Let the model read the N best passages at most.", default=3)
-    max_tokens: int = SAMPLING.option("--max-tokens -n N", "Generate at most this many tokens.", default=256)
+    passages: int = MODEL.option(
+        "--passages N", "Let the model read the N best passages at most.", default=3
+    )
+    max_tokens: int = SAMPLING.option(
+        "--max-tokens -n N", "Generate at most this many tokens.", default=256
+    )
     sampling: Sampling
-    format: Format = OUTPUT.option("--format text|json", "Print the answer as it comes, or JSON.", default="text")
+    format: Format = OUTPUT.option(
+        "--format text|json", "Print the answer as it comes, or JSON.", default="text"
+    )
     computing: Computing
 
 
@@ -54,7 +75,9 @@ def ask(options: AskCommand) -> None:
     check_pairs([TOP_P], options)
     refuse_torchrun("ask")
     names, questions = _inputs_and_questions(options)
-    documents = shared.Documents(names, column=options.column, id_column=options.id_column, skip_bad=options.skip_bad)
+    documents = shared.Documents(
+        names, column=options.column, id_column=options.id_column, skip_bad=options.skip_bad
+    )
     named = ModelAndInputs(documents, shared.ModelChoice(options.model, options.update))
     opened = named.open(shared.Mesh(), options.computing, dry_run=False, chat=None)
     from longnet_cli.data.passages import PassageIndex
@@ -70,15 +93,27 @@ def ask(options: AskCommand) -> None:
     how |= {name: getattr(options.computing, name) for name in ("chunk", "dtype", "spill")}
     write = write_text if streams else lambda text: None
     for number, (question, passages) in enumerate(found if several or not without else ()):
-        answered = answer(opened.loaded, question, passages, write, max_tokens=options.max_tokens, number=number, **how)
+        answered = answer(
+            opened.loaded,
+            question,
+            passages,
+            write,
+            max_tokens=options.max_tokens,
+            number=number,
+            **how,
+        )
         if streams:
             write_text("\n")
-            _tell_sources(answered, f", seed {how['seed']}" * bool(options.sampling.temperature), quiet)
+            _tell_sources(
+                answered, f", seed {how['seed']}" * bool(options.sampling.temperature), quiet
+            )
         else:
             (emit_jsonl if several else emit_json)(answered.row())
     if without:
         what = f"{without} of {count_of(len(found), 'question')}"
-        raise LongNetError(f"no passage has a word of {what}, which nothing answers: ask in words that the text has")
+        raise LongNetError(
+            f"no passage has a word of {what}, which nothing answers: ask in words that the text has"
+        )
     opened.end()
 
 
@@ -91,9 +126,13 @@ def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[str]]:
         return options.words, ["".join(text.parts) for text in texts]
     *names, question = options.words
     if not names or os.path.exists(question):
-        raise ConfigError(f"{question}: name files, folders or -, and write the question last, in quotes")
+        raise ConfigError(
+            f"{question}: name files, folders or -, and write the question last, in quotes"
+        )
     if any("\ud800" <= character <= "\udfff" for character in question):
-        raise ConfigError("QUESTION is not UTF-8: save it as a UTF-8 file of JSON Lines and give that with --questions")
+        raise ConfigError(
+            "QUESTION is not UTF-8: save it as a UTF-8 file of JSON Lines and give that with --questions"
+        )
     return names, [question]
 
 

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 # Markdown is for people: only as many columns as fit 80 characters. Values that all rows share go to stderr, and in
 # the place of the seconds of a row that has none stands its status.
 _MARKDOWN = "impl direction seq {} seconds tokens_per_second flops_per_second peak_rss_bytes"
-_TITLES = {"tokens_per_second": "tokens/s", "flops_per_second": "FLOP/s", "peak_rss_bytes": "peak RSS"}
+_TITLES = {
+    "tokens_per_second": "tokens/s",
+    "flops_per_second": "FLOP/s",
+    "peak_rss_bytes": "peak RSS",
+}
 _HUMAN = {
     "stop": format_count,
     "seconds": lambda value: value if isinstance(value, str) else format_duration(value),
@@ -28,7 +32,11 @@ _HUMAN = {
     "peak_rss_bytes": format_bytes,
 }
 
-MEASURE, SHAPE, MODEL = HelpPanel("What to measure"), HelpPanel("Shape"), HelpPanel("Model (--op model, train)")
+MEASURE, SHAPE, MODEL = (
+    HelpPanel("What to measure"),
+    HelpPanel("Shape"),
+    HelpPanel("Model (--op model, train)"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,17 +51,24 @@ class BenchCommand:
         "--impl NAME,...", "Run dilated, dense or flex (FlexAttention). (default: dilated,dense)"
     )
     direction: Sequence[str] | None = MEASURE.option(
-        "--direction NAME,...", "Time the forward, or the backward alone. (default: forward; of train, backward)"
+        "--direction NAME,...",
+        "Time the forward, or the backward alone. (default: forward; of train, backward)",
     )
-    repeats: int = MEASURE.option("--repeats N", "Repeat each row N times; the median counts.", default=3)
+    repeats: int = MEASURE.option(
+        "--repeats N", "Repeat each row N times; the median counts.", default=3
+    )
     max_time: float | None = MEASURE.option(
         "--max-time SECONDS", "Stop after this many seconds. (default: 60 without --seq)"
     )
     max_dense_time: float = MEASURE.option(
-        "--max-dense-time SECONDS", "Skip dense and flex runs that would take more seconds than this.", default=60.0
+        "--max-dense-time SECONDS",
+        "Skip dense and flex runs that would take more seconds than this.",
+        default=60.0,
     )
     heads: int | None = SHAPE.option("--heads N", "Use N heads. (default: 12, or 2 *)")
-    head_dim: int | None = SHAPE.option("--head-dim N", "Set the size of each head. (default: 64, or 32 *)")
+    head_dim: int | None = SHAPE.option(
+        "--head-dim N", "Set the size of each head. (default: 64, or 32 *)"
+    )
     batch: int = SHAPE.option("--batch N", "Run N sequences at a time.", default=1)
     causal: bool = SHAPE.option(
         "--causal/--bidirectional", "Look back only, or both ways. (default: causal)", default=True
@@ -63,14 +78,23 @@ class BenchCommand:
         "Use a pattern, as window:1Ki,sinks=4 or 1Ki/1,4Ki/4. (default: paper; from 1e6 tokens geometric, base=256, on "
         "a GPU base=2Ki)",
     )
-    model: str | None = MODEL.option("--model -m NAME|DIR", "Measure a saved model. (default: random weights)")
-    layers: int | None = MODEL.option("--layers N", "Use N layers, with random weights. (default: 2)")
-    vocab: int | None = MODEL.size("--vocab SIZE", "Use a vocabulary of this size, with random weights. (default: 256)")
-    format: Literal["md", "jsonl"] = OUTPUT.option("--format md|jsonl", "Print rows in this format.", default="md")
+    model: str | None = MODEL.option(
+        "--model -m NAME|DIR", "Measure a saved model. (default: random weights)"
+    )
+    layers: int | None = MODEL.option(
+        "--layers N", "Use N layers, with random weights. (default: 2)"
+    )
+    vocab: int | None = MODEL.size(
+        "--vocab SIZE", "Use a vocabulary of this size, with random weights. (default: 256)"
+    )
+    format: Literal["md", "jsonl"] = OUTPUT.option(
+        "--format md|jsonl", "Print rows in this format.", default="md"
+    )
     device: str = shared.device_option()
     dtype: str = shared.dtype_option()
     chunk: int | None = COMPUTE.size(
-        "--chunk SIZE", "Compute this many tokens at a time. (default: all; from 1e6 causal tokens 64Ki, 1Mi on a GPU)"
+        "--chunk SIZE",
+        "Compute this many tokens at a time. (default: all; from 1e6 causal tokens 64Ki, 1Mi on a GPU)",
     )
     quiet: bool = shared.quiet_flag()
 
@@ -92,7 +116,10 @@ def bench(options: BenchCommand) -> None:
     from longnet_cli.jobs.benchmark import Settings, machine
     from longnet_cli.jobs.benchmark import bench as measure
 
-    given = vars(options) | {"pattern": read_pattern(options.pattern), "seq": options.seq or (4096, 8192, 16384, 32768)}
+    given = vars(options) | {
+        "pattern": read_pattern(options.pattern),
+        "seq": options.seq or (4096, 8192, 16384, 32768),
+    }
     given["max_time"] = 60 if options.max_time is options.seq is None else options.max_time
     quiet, format = given.pop("quiet"), given.pop("format")
     settings = Settings.of(**given)
@@ -108,7 +135,9 @@ def bench(options: BenchCommand) -> None:
         for row in measure(settings, on_tokens=advance):
             rows.append(row)
             if format == "md":
-                table.write(vars(row) | {"seconds": row.status if row.seconds is None else row.seconds})
+                table.write(
+                    vars(row) | {"seconds": row.status if row.seconds is None else row.seconds}
+                )
             else:
                 emit_jsonl(vars(row))
             if row.reason:
@@ -120,13 +149,26 @@ def bench(options: BenchCommand) -> None:
 
 
 def _title(row: Measurement) -> str:
-    part = f", tokens {format_count(row.start or 0)} to {format_count(row.stop)}" if row.stop else ""
+    part = (
+        f", tokens {format_count(row.start or 0)} to {format_count(row.stop)}" if row.stop else ""
+    )
     return f"{row.impl} {row.direction} at {row.seq}{part}"
 
 
 def _tell_ratios(rows: Sequence[Measurement], quiet: bool) -> None:
     """Tell the ratio of speeds for each measured pair: `dilated is 6.5x dense at 32768, forward`."""
-    ours = {(row.seq, row.direction): row.seconds for row in rows if row.impl == "dilated" and row.stop is None}
+    ours = {
+        (row.seq, row.direction): row.seconds
+        for row in rows
+        if row.impl == "dilated" and row.stop is None
+    }
     for row in rows:
-        if row.impl != "dilated" and row.seconds and (seconds := ours.get((row.seq, row.direction))):
-            tell(f"dilated is {row.seconds / seconds:.3g}x {row.impl} at {row.seq}, {row.direction}", quiet)
+        if (
+            row.impl != "dilated"
+            and row.seconds
+            and (seconds := ours.get((row.seq, row.direction)))
+        ):
+            tell(
+                f"dilated is {row.seconds / seconds:.3g}x {row.impl} at {row.seq}, {row.direction}",
+                quiet,
+            )

@@ -25,7 +25,9 @@ SIZES = "SIZE: 32k is 32000, 32Ki is 32768."
 # What options of other programs are here: the last word is an option of the command, or else the next one counts.
 ELSEWHERE = {
     "--batch-size": ("batches are made by --chunk",),
-    **dict.fromkeys(("--max-length", "--max-model-len", "--ctx-size"), ("it is --context", "it is --max-tokens")),
+    **dict.fromkeys(
+        ("--max-length", "--max-model-len", "--ctx-size"), ("it is --context", "it is --max-tokens")
+    ),
     "--max-new-tokens": ("it is --max-tokens",),
 }
 BARE = "\0"  # stands for an omitted value: no word of a command line can hold it
@@ -53,13 +55,17 @@ def _parameters(options: Any) -> Iterator[Parameter]:
         if is_dataclass(kind := kinds[each.name]):
             yield from _parameters(kind)
         else:
-            yield Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.metadata["typer"], annotation=kind)
+            yield Parameter(
+                each.name, Parameter.KEYWORD_ONLY, default=each.metadata["typer"], annotation=kind
+            )
 
 
 def _filled(options: Any, values: Mapping[str, Any]) -> Any:
     kinds = get_type_hints(options)
     groups = {name: _filled(kind, values) for name, kind in kinds.items() if is_dataclass(kind)}
-    return options(**{each.name: groups.get(each.name) or values[each.name] for each in fields(options)})
+    return options(
+        **{each.name: groups.get(each.name) or values[each.name] for each in fields(options)}
+    )
 
 
 class CommandGroup(TyperGroup):
@@ -95,14 +101,23 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of a command line. Raises ConfigError for an option that took an argument."""
         options = [parameter for parameter in self.params if parameter.param_type_name == "option"]
-        optional = {name for option in options if str(option.metavar).startswith("[") for name in option.opts}
+        optional = {
+            name
+            for option in options
+            if str(option.metavar).startswith("[")
+            for name in option.opts
+        }
         words = args[: args.index("--")] if "--" in args else args
         marked = list(_mark_bare(words, optional))
-        name, value = next((words[i : i + 2] for i, word in enumerate(marked) if word in optional), ("", ""))
+        name, value = next(
+            (words[i : i + 2] for i, word in enumerate(marked) if word in optional), ("", "")
+        )
         try:
             return super().parse_args(ctx, [*marked, *args[len(words) :]])
         except typer.BadParameter as error:
-            error.message = error.message.removeprefix("Value error, ")  # pydantic's, by which typer parses
+            error.message = error.message.removeprefix(
+                "Value error, "
+            )  # pydantic's, by which typer parses
             missing: Any = error.param
             if not name or missing is None or missing.param_type_name != "argument":
                 raise
@@ -111,21 +126,33 @@ class Command(TyperCommand):
             ) from None
         except USAGE_ERROR as error:
             said = ELSEWHERE.get(getattr(error, "option_name", ""), ())
-            for meant in (meant for meant in said if any(meant.split()[-1] in option.opts for option in options)):
+            for meant in (
+                meant
+                for meant in said
+                if any(meant.split()[-1] in option.opts for option in options)
+            ):
                 raise ConfigError(f"there is no {error.option_name} here: {meant}") from None
             raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Raises ConfigError for a refused value, LongNetError for a closed stdout."""
         for parameter in self.params:
-            name = max(parameter.opts, key=len) if parameter.param_type_name == "option" else str(parameter.metavar)
+            name = (
+                max(parameter.opts, key=len)
+                if parameter.param_type_name == "option"
+                else str(parameter.metavar)
+            )
             given = ctx.params.get(parameter.name or "")
             for value in given if isinstance(given, list | tuple) else [given]:
                 _check(name, value)
         if ctx.params.get("quiet"):
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of downloads; read when they are imported
+            os.environ.setdefault(
+                "HF_HUB_DISABLE_PROGRESS_BARS", "1"
+            )  # of downloads; read when they are imported
         if sys.stdout is None and _prints(ctx.params):  # closed by `>&-`
-            raise LongNetError("stdout is closed, and what this command finds goes there: nothing was done")
+            raise LongNetError(
+                "stdout is closed, and what this command finds goes there: nothing was done"
+            )
         return super().invoke(ctx)
 
 
@@ -179,8 +206,15 @@ class Excludes(NamedTuple):
     why: str
 
 
-TOP_P = Needs("--top-p", "--temperature", "needs a temperature above 0", "--temperature: 1 is the model's own choice")
-SAMPLE = Needs("--sample", "--dry-run", "is for --dry-run, which estimates", "both, or leave it out")
+TOP_P = Needs(
+    "--top-p",
+    "--temperature",
+    "needs a temperature above 0",
+    "--temperature: 1 is the model's own choice",
+)
+SAMPLE = Needs(
+    "--sample", "--dry-run", "is for --dry-run, which estimates", "both, or leave it out"
+)
 
 
 def check_pairs(pairs: Sequence[Needs | Excludes], options: Any) -> None:
@@ -192,7 +226,11 @@ def check_pairs(pairs: Sequence[Needs | Excludes], options: Any) -> None:
     for pair in pairs:
         beside = not given.isdisjoint(pair.other.split("|"))
         if pair.option in given and beside is isinstance(pair, Excludes):
-            advice = f"give {pair.give or pair.other}" if isinstance(pair, Needs) else f"leave out {pair.other}"
+            advice = (
+                f"give {pair.give or pair.other}"
+                if isinstance(pair, Needs)
+                else f"leave out {pair.other}"
+            )
             raise ConfigError(f"{pair.option} {pair.why}: {advice}")
 
 

@@ -39,7 +39,8 @@ class ConvertCommand:
         "--segment-lengths SIZE,...", "List the segment lengths. (default: the official model's)"
     )
     dilation_rates: Sequence[int] | None = OFFICIAL.option(
-        "--dilation-rates SIZE,...", "Set one rate per segment length. (default: the official model's)"
+        "--dilation-rates SIZE,...",
+        "Set one rate per segment length. (default: the official model's)",
     )
     padding: Literal["zero_key", "exact"] | None = OFFICIAL.option(
         "--padding zero_key|exact",
@@ -61,7 +62,10 @@ def convert(options: ConvertCommand) -> None:
     source, output = options.source, options.output
     if options.update:
         ask_hub(source, None)
-    given = {name: getattr(options, name) for name in ("heads", "segment_lengths", "dilation_rates", "padding")}
+    given = {
+        name: getattr(options, name)
+        for name in ("heads", "segment_lengths", "dilation_rates", "padding")
+    }
     with progress("converting", total=100, unit="parts", quiet=options.quiet, every=5) as advance:
         what = run(source, output, options.dtype, advance, **given)
     tell(f"{source}: {what} -> {output}", options.quiet)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 BAR = 40  # characters of the longest bar
 
-data = typer.Typer(name="data", cls=CommandGroup, no_args_is_help=True, help="Look at data before a model does.")
+data = typer.Typer(
+    name="data", cls=CommandGroup, no_args_is_help=True, help="Look at data before a model does."
+)
 
 
 @data.callback()
@@ -40,7 +42,9 @@ class InspectCommand:
     column: str | None = shared.column_option()
     id_column: str | None = shared.id_column_option()
     eos: str | None = shared.eos_option()
-    format: Format = OUTPUT.option("--format text|json", "Print a table to read, or one JSON value.", default="text")
+    format: Format = OUTPUT.option(
+        "--format text|json", "Print a table to read, or one JSON value.", default="text"
+    )
     quiet: bool = shared.quiet_flag()
 
 
@@ -65,7 +69,9 @@ def inspect(options: InspectCommand) -> None:
         _print(inspection)
     if inspection.num_problems:
         plural = "s" * (inspection.num_problems > 1)
-        raise DataError(f"{inspection.num_problems} problem{plural}, the first: {inspection.problems[0]}")
+        raise DataError(
+            f"{inspection.num_problems} problem{plural}, the first: {inspection.problems[0]}"
+        )
 
 
 data.command(cls=Command)(takes_options(inspect))
@@ -77,14 +83,23 @@ def _print(inspection: Inspection) -> None:
 
     row("documents", inspection.documents)
     n_bytes = inspection.byte_tokens
-    unit = "bytes" if n_bytes == inspection.tokens > 0 else "vectors" if inspection.vectors else "tokens"
+    unit = (
+        "bytes"
+        if n_bytes == inspection.tokens > 0
+        else "vectors"
+        if inspection.vectors
+        else "tokens"
+    )
     what = " (bytes)" if unit == "bytes" else f" ({n_bytes} of them bytes)" if n_bytes else ""
     row("tokens", f"{inspection.tokens}{what}")
     if inspection.vectors:
         row("vectors", f"{inspection.vectors} of {' or '.join(map(str, inspection.sizes))} numbers")
     row("bytes", inspection.n_bytes)
     if inspection.documents:
-        row("length", ", ".join(f"{name} {value:.10g}" for name, value in inspection.length().items()))
+        row(
+            "length",
+            ", ".join(f"{name} {value:.10g}" for name, value in inspection.length().items()),
+        )
     row("ids", None if inspection.low is None else f"{inspection.low} .. {inspection.high}")
     row("formats", _counts(inspection.formats))
     row("token types", _counts(inspection.token_types))
@@ -107,4 +122,7 @@ def _print(inspection: Inspection) -> None:
 
 
 def _counts(values: dict[str, int]) -> str | None:
-    return ", ".join(f"{value} ({count} file{'s' * (count > 1)})" for value, count in values.items()) or None
+    return (
+        ", ".join(f"{value} ({count} file{'s' * (count > 1)})" for value, count in values.items())
+        or None
+    )

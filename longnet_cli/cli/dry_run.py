@@ -41,22 +41,34 @@ def show_reading(estimate: Estimate, format: Format, job: str, *more: Row) -> No
     longest = f"the longest has {count_of(facts['longest'], 'token')}"
     if facts["left_out"]:
         longest += f"; left out: {facts['left_out']:,}"
-    counted = "counted" if facts["sampled"] is None else f"estimated from {facts['sampled']:,} texts"
+    counted = (
+        "counted" if facts["sampled"] is None else f"estimated from {facts['sampled']:,} texts"
+    )
     before = [
         ("documents", f"{facts['documents']:,}", longest),
         ("tokens", format_count(facts["tokens"]), counted),
-        ("read", format_count(facts["tokens_read"]), "tokens in all forwards, with contexts and padding"),
+        (
+            "read",
+            format_count(facts["tokens_read"]),
+            "tokens in all forwards, with contexts and padding",
+        ),
     ]
     after = [
         ("FLOPs per token", format_count(facts["flops_per_token"]), "forward"),
         ("FLOPs", format_count(facts["flops"]), ""),
-        ("time", _duration(facts["seconds"]), f"at {format_count(facts['flops_per_second'])} FLOP/s (measured)"),
+        (
+            "time",
+            _duration(facts["seconds"]),
+            f"at {format_count(facts['flops_per_second'])} FLOP/s (measured)",
+        ),
         *more,
     ]
     _show(estimate, format, job, before, after)
 
 
-def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format: Literal["text", "json"]) -> None:
+def plan(
+    opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format: Literal["text", "json"]
+) -> None:
     """Print the estimate of a job that would read `inputs`, of a `sample` of texts if given."""
     from longnet_cli.jobs.estimating import count_documents, estimate_reading
     from longnet_cli.running.ranks.ranks import leave
@@ -73,13 +85,17 @@ def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format
             on_progress=advance,
         )
         kept = job.kept_bytes(counted.longest_document)
-        estimate = estimate_reading(job.reader, counted, room=opened.room, scores=job.scores, kept=kept)
+        estimate = estimate_reading(
+            job.reader, counted, room=opened.room, scores=job.scores, kept=kept
+        )
     leave()
     if opened.ranks.writes:
         show_reading(estimate, format, job.doing)
 
 
-def _show(estimate: Estimate, format: Format, job: str, before: Sequence[Row], after: Sequence[Row]) -> None:
+def _show(
+    estimate: Estimate, format: Format, job: str, before: Sequence[Row], after: Sequence[Row]
+) -> None:
     if format == "json":
         emit_json(estimate.facts)
     else:
@@ -103,14 +119,19 @@ def check_fits(estimate: Estimate, job: str) -> None:
 def _memory(estimate: Estimate) -> list[Row]:
     facts = estimate.facts
     rows = [
-        (kind, format_bytes(size), "#" * round(BAR * size / estimate.peak)) for kind, size in estimate.memory.items()
+        (kind, format_bytes(size), "#" * round(BAR * size / estimate.peak))
+        for kind, size in estimate.memory.items()
     ]
     about = f"a process, {facts['dtype']}, chunks of {facts['chunk']:,} tokens"
     rows.append(("peak memory", format_bytes(estimate.peak), about))
     if facts["spill_bytes"]:
         rows.append(("spill file", format_bytes(facts["spill_bytes"]), "on a disk"))
     if estimate.free is not None:
-        needed = "" if estimate.fits else f", and {format_bytes(estimate.beyond)} are needed: it does not fit"
+        needed = (
+            ""
+            if estimate.fits
+            else f", and {format_bytes(estimate.beyond)} are needed: it does not fit"
+        )
         rows.append(("free", format_bytes(estimate.free), f"besides the program{needed}"))
     return rows
 

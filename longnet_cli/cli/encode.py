@@ -8,7 +8,16 @@ from typing import Literal
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import SAMPLE, check_pairs
 from longnet_cli.cli.dry_run import plan
-from longnet_cli.cli.options import OUTPUT, Computing, Documents, Format, HelpPanel, Mesh, ModelChoice, Running
+from longnet_cli.cli.options import (
+    OUTPUT,
+    Computing,
+    Documents,
+    Format,
+    HelpPanel,
+    Mesh,
+    ModelChoice,
+    Running,
+)
 from longnet_cli.cli.starting import open_command
 
 VECTORS = HelpPanel("Vectors")
@@ -29,7 +38,9 @@ class EncodeCommand:
         "--prefix TEXT|none",
         "Read this before each document, as a part of it. (default: the model's prompt for documents)",
     )
-    dims: int | None = VECTORS.size("--dims N", "Keep the first N numbers of each vector. (default: all)")
+    dims: int | None = VECTORS.size(
+        "--dims N", "Keep the first N numbers of each vector. (default: all)"
+    )
     span: str | None = VECTORS.option(
         "--span SIZE|UNIT",
         "Make one vector per this many tokens, or per sentence, paragraph or passage of a text. Its context is "
@@ -41,13 +52,16 @@ class EncodeCommand:
         "most that it was made for)",
     )
     stride: int | None = VECTORS.size(
-        "--stride SIZE", "Start a window every this many tokens of the document. (default: no overlap)"
+        "--stride SIZE",
+        "Start a window every this many tokens of the document. (default: no overlap)",
     )
     normalize: bool | None = VECTORS.option(
-        "--normalize/--no-normalize", "Scale every vector to length 1. (default: the model's, otherwise normalize)"
+        "--normalize/--no-normalize",
+        "Scale every vector to length 1. (default: the model's, otherwise normalize)",
     )
     all_layers: bool = VECTORS.flag(
-        "--all-layers", "Add the column layers: such a vector of the first layer's input and of each layer."
+        "--all-layers",
+        "Add the column layers: such a vector of the first layer's input and of each layer.",
     )
     tile_size: int | None = VECTORS.size(
         "--tile-size SIZE",
@@ -68,7 +82,9 @@ class EncodeCommand:
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     running: Running
-    format: Format = OUTPUT.option("--format text|json", "Print --dry-run in this format.", default="text")
+    format: Format = OUTPUT.option(
+        "--format text|json", "Print --dry-run in this format.", default="text"
+    )
     mesh: Mesh
     computing: Computing
 
@@ -83,10 +99,15 @@ def encode(options: EncodeCommand) -> None:
     """
     from longnet_cli.jobs.options import EncodeOptions
 
-    asked = EncodeOptions(**{each.name: getattr(options, each.name) for each in fields(EncodeOptions)})
+    asked = EncodeOptions(
+        **{each.name: getattr(options, each.name) for each in fields(EncodeOptions)}
+    )
     check_pairs([SAMPLE], options)
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
-    for_folder = {"--shard-rows": options.shard_rows, "--shard-format": options.shard_format != "arrow"}
+    for_folder = {
+        "--shard-rows": options.shard_rows,
+        "--shard-format": options.shard_format != "arrow",
+    }
     opened = open_command(options, where_to, for_folder, embeds=True)
     from longnet_cli.jobs.encoding import Encoder, for_model
     from longnet_cli.jobs.row_jobs import Output
@@ -97,6 +118,8 @@ def encode(options: EncodeCommand) -> None:
     if options.running.dry_run:
         plan(opened, job, inputs, options.running.sample, options.format)
         return
-    output = Output(options.output, options.shard_rows, options.shard_format, options.running.resume)
+    output = Output(
+        options.output, options.shard_rows, options.shard_format, options.running.resume
+    )
     opened.run(job, inputs, output)
     opened.end()

@@ -16,7 +16,16 @@ from longnet_cli.basics.sizes import DTYPES_OF_TORCH, count_of, format_bytes, fo
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import TOP_P, Excludes, check_pairs
 from longnet_cli.cli.dry_run import show_reading
-from longnet_cli.cli.options import INPUT, OUTPUT, SAMPLING, Computing, Documents, Mesh, ModelChoice, Sampling
+from longnet_cli.cli.options import (
+    INPUT,
+    OUTPUT,
+    SAMPLING,
+    Computing,
+    Documents,
+    Mesh,
+    ModelChoice,
+    Sampling,
+)
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell, write_text
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ModelAndInputs, Opened, refuse_torchrun, state_teller
@@ -63,7 +72,9 @@ class GenerateCommand:
         "Continue after what --save-state has saved in this folder, with its model, pattern and dtype. It stays as it "
         "is.",
     )
-    chat: bool = INPUT.flag("--chat", "Put each prompt into the tokenizer's chat template, as a user's message.")
+    chat: bool = INPUT.flag(
+        "--chat", "Put each prompt into the tokenizer's chat template, as a user's message."
+    )
     tokenizer: str | None = shared.tokenizer_option()
     tokenizer_differs: bool = shared.differs_flag()
     column: str | None = shared.column_option()
@@ -71,14 +82,18 @@ class GenerateCommand:
     bos: str | None = shared.bos_option()
     choice: ModelChoice
     max_tokens: int | None = SAMPLING.size(
-        "--max-tokens -n SIZE", f"Generate at most this many tokens. (default: {MAX_TOKENS}, or 0 with --save-state)"
+        "--max-tokens -n SIZE",
+        f"Generate at most this many tokens. (default: {MAX_TOKENS}, or 0 with --save-state)",
     )
     sampling: Sampling
     format: Format = OUTPUT.option(
-        "--format text|jsonl", "Stream the text, or print one line of JSON per prompt.", default="text"
+        "--format text|jsonl",
+        "Stream the text, or print one line of JSON per prompt.",
+        default="text",
     )
     save_state: str | None = OUTPUT.option(
-        "--save-state DIR", "Save in this folder what was read and generated, for --state. One prompt only."
+        "--save-state DIR",
+        "Save in this folder what was read and generated, for --state. One prompt only.",
     )
     sources: bool = OUTPUT.flag(
         "--sources",
@@ -121,7 +136,10 @@ def generate(options: GenerateCommand) -> None:
         job.run(document, forked, index, named=several)
     if stream and save_state:
         size = stream.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
-        tell(f"{save_state}: the state after {count_of(stream.position, 'token')}, {format_bytes(size)}", quiet)
+        tell(
+            f"{save_state}: the state after {count_of(stream.position, 'token')}, {format_bytes(size)}",
+            quiet,
+        )
 
 
 def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
@@ -138,8 +156,17 @@ def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
     try:
         manifest = parse(read_text(Path(state) / "manifest.json"))
         saved, model = parse_pattern(manifest["longnet.pattern"]), manifest.get("longnet.model")
-        dtype = DTYPES_OF_TORCH.get(manifest.get("dtype"), "auto") if computing.dtype == "auto" else computing.dtype
-    except (OSError, ValueError, KeyError, TypeError):  # reading the state says what is wrong with it
+        dtype = (
+            DTYPES_OF_TORCH.get(manifest.get("dtype"), "auto")
+            if computing.dtype == "auto"
+            else computing.dtype
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # reading the state says what is wrong with it
         return options
     if given and given.chosen and not given.chosen_layers:
         given = replace(given, chosen_layers=saved.chosen_layers)
@@ -151,13 +178,18 @@ def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
         )
     as_trained = not given and manifest.get("as_trained")
     pattern = None if as_trained else format_pattern(given or saved)
-    choice = replace(choice, model=choice.model or (model if isinstance(model, str) else None), pattern=pattern)
+    choice = replace(
+        choice, model=choice.model or (model if isinstance(model, str) else None), pattern=pattern
+    )
     return replace(options, choice=choice, computing=replace(computing, dtype=dtype))
 
 
 def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     """Return the model, if it can do what the options ask for, and the inputs. Raises as `launch` does."""
-    words = {name: getattr(options, name) for name in ("tokenizer", "tokenizer_differs", "column", "eos", "bos")}
+    words = {
+        name: getattr(options, name)
+        for name in ("tokenizer", "tokenizer_differs", "column", "eos", "bos")
+    }
     inputs = options.inputs or (["-"] if text is None else [])
     named = ModelAndInputs(Documents(inputs, **words), options.choice)
     refuse_torchrun("generate")
@@ -167,7 +199,9 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
 
         check_sources(opened.loaded.net)
     tokenizer, has_text = opened.loaded.tokenizer, options.prompt is not None or text is not None
-    if tokenizer is None and (options.format == "text" or options.sampling.stop or options.sources or has_text):
+    if tokenizer is None and (
+        options.format == "text" or options.sampling.stop or options.sources or has_text
+    ):
         raise ConfigError(
             f"{options.choice.name}: there is no tokenizer: give --tokenizer, or token ids with --input and --format "
             "jsonl"
@@ -175,19 +209,25 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     return opened, opened.inputs(tokenizer)
 
 
-def _estimate(job: _TextGenerator, documents: Iterable[Document], reader: Reader, free: Room) -> None:
+def _estimate(
+    job: _TextGenerator, documents: Iterable[Document], reader: Reader, free: Room
+) -> None:
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
     from longnet_cli.jobs.estimating import estimate_reading, seconds_of_new_token
     from longnet_cli.jobs.generating import plan_generation
 
     net, save_state = job.loaded.net, job.options.save_state
-    plan = plan_generation(net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1)
+    plan = plan_generation(
+        net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1
+    )
     each = seconds_of_new_token(net, reader.dtype)
     plan.seconds += plan.documents * job.max_tokens * each
     said = f"at most of each, {format_duration(each)} a token (measured after a short prompt)"
     said += f"; the state goes to {save_state}" if save_state else ""
     new_tokens = "new tokens", f"{job.max_tokens:,}", said
-    show_reading(estimate_reading(reader, plan, room=free, scores=False), "text", "generating", new_tokens)
+    show_reading(
+        estimate_reading(reader, plan, room=free, scores=False), "text", "generating", new_tokens
+    )
 
 
 class _TextGenerator:
@@ -199,14 +239,18 @@ class _TextGenerator:
         self.options, self.loaded = options, loaded
         default = 0 if options.save_state else MAX_TOKENS
         self.max_tokens = default if options.max_tokens is None else options.max_tokens
-        begun = (options.chat or options.state) and options.bos is None  # a template has its own start ids
+        begun = (
+            options.chat or options.state
+        ) and options.bos is None  # a template has its own start ids
         self.bos_ids = None if begun else loaded.bos
         self.sampling = options.sampling.arguments()
         as_json = options.format == "jsonl"
         known = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if as_json else {}
         self.origin = {name: known.get(f"longnet.{name}") for name in ORIGIN}
 
-    def run(self, document: Document, stream: CausalStream | None, number: int, *, named: bool) -> None:
+    def run(
+        self, document: Document, stream: CausalStream | None, number: int, *, named: bool
+    ) -> None:
         """Continue a document, the prompt of this `number`, after what the `stream` has read, and print it.
 
         Its name is printed before the text if it is to be `named`.
@@ -236,7 +280,9 @@ class _TextGenerator:
             print(("\n" if number else "") + f"==> {printable(document.doc_id)} <==", flush=True)
         while step:
             printer.print(step)
-            done = step.finish_reason and not options.save_state  # otherwise, the last token is read
+            done = (
+                step.finish_reason and not options.save_state
+            )  # otherwise, the last token is read
             step = None if done else next(steps, None)
         printer.end()
 
@@ -247,11 +293,15 @@ def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> st
     Raises ConfigError for no text, for stdin beside inputs, and for text that is not UTF-8.
     """
     if prompt == "-" and inputs:
-        raise ConfigError("PROMPT - is stdin, and --input is given: write the question, or leave out one of them")
+        raise ConfigError(
+            "PROMPT - is stdin, and --input is given: write the question, or leave out one of them"
+        )
     if prompt is None and not inputs and state:
         return ""
     if prompt is None and not inputs and (sys.stdin is None or sys.stdin.isatty()):
-        raise ConfigError("there is nothing to continue: give a text, --input FILE, or a text on stdin")
+        raise ConfigError(
+            "there is nothing to continue: give a text, --input FILE, or a text on stdin"
+        )
     if prompt is not None and any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("PROMPT is not UTF-8: save it as a UTF-8 file and give that with --input")
     if prompt is not None and prompt != "-" and os.path.exists(prompt):
@@ -293,7 +343,9 @@ def _each_document(
     elif question and inputs.tokenizer is not None:
         asked = inputs.tokenizer.encode(question)
         for document in inputs.documents():
-            yield Document(document.doc_id, np.concatenate([document.tokens, asked]), None, document.where)
+            yield Document(
+                document.doc_id, np.concatenate([document.tokens, asked]), None, document.where
+            )
     else:
         yield from inputs.documents()
 
@@ -307,12 +359,16 @@ def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
     net, state, save_state = loaded.net, options.state, options.save_state
     spill = options.computing.spill
     if (state or save_state) and net.stream():
-        raise ConfigError("this model keeps a cache of its own, which is not saved: leave out --state and --save-state")
+        raise ConfigError(
+            "this model keeps a cache of its own, which is not saved: leave out --state and --save-state"
+        )
     if save_state:
         check_place(Path(save_state))
     if state:
         keys = DTYPES[resolve_dtype(options.computing.dtype, next(net.parameters()).device)]
-        stream = CausalStream.load(net, state, tokenizer_sha256=loaded.tokenizer_sha256, dtype=keys, spill=spill)
+        stream = CausalStream.load(
+            net, state, tokenizer_sha256=loaded.tokenizer_sha256, dtype=keys, spill=spill
+        )
         if stream.batch != 1:
             raise ConfigError(
                 f"{state}: it was saved after a batch of {stream.batch} documents: name one of a document"
@@ -325,7 +381,9 @@ def _only(documents: Iterator[Document]) -> Iterator[Document]:
     """Yield the one document. Raises ConfigError for more, before they are read by the model."""
     first_two = [*islice(documents, 2)]
     if len(first_two) > 1:
-        raise ConfigError(f"--save-state saves one prompt, and {first_two[1].where} is the second: give one")
+        raise ConfigError(
+            f"--save-state saves one prompt, and {first_two[1].where} is the second: give one"
+        )
     yield from first_two
 
 
@@ -349,7 +407,11 @@ class _Printer:
     """A printer for one prompt: the new text as it comes, or one line of JSON at the end, with its `origin`."""
 
     def __init__(
-        self, document: Document, seed: int | None, options: GenerateCommand, origin: Mapping[str, str | None]
+        self,
+        document: Document,
+        seed: int | None,
+        options: GenerateCommand,
+        origin: Mapping[str, str | None],
     ) -> None:
         self.document, self.seed, self.format, self.origin = document, seed, options.format, origin
         self.quiet, self.tells_sources = options.computing.quiet, options.sources
@@ -383,7 +445,11 @@ class _Printer:
                     "finish_reason": self.reason,
                     "seed": self.seed,
                     **self.origin,
-                    **({"sources": [source._asdict() for source in self.sources]} if self.tells_sources else {}),
+                    **(
+                        {"sources": [source._asdict() for source in self.sources]}
+                        if self.tells_sources
+                        else {}
+                    ),
                 }
             )
         elif self.number and self.text_ends != "\n":
@@ -391,7 +457,9 @@ class _Printer:
         if self.tells_sources and self.format == "text":
             for number, source in enumerate(self.sources, 1):
                 where = f"characters {source.start:,} to {source.end:,}, {source.share:.0%} of the choices"
-                tell(f"source {number}: {where} ({source.share_before:.0%} before): {one_line(source.text)}")
+                tell(
+                    f"source {number}: {where} ({source.share_before:.0%} before): {one_line(source.text)}"
+                )
             if not self.sources:
                 tell("no sources: nothing was chosen more than before")
         if not self.quiet and not self.number:

@@ -25,7 +25,9 @@ DEFAULT_MODEL = "longnet-tiny"
 def parse_device(text: str) -> str:
     """Return `auto`, `cpu`, `cuda` or `cuda:1`. Only torch, once loaded, knows whether that GPU exists."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text, re.ASCII):
-        why = ": it has no float64, in which positions are computed" if text.startswith("mps") else ""
+        why = (
+            ": it has no float64, in which positions are computed" if text.startswith("mps") else ""
+        )
         raise ValueError(f"'{text}' is not a device{why}: write auto, cpu, cuda or cuda:1")
     return text
 
@@ -87,7 +89,9 @@ class HelpPanel(str):
     A panel appears where its first option does.
     """
 
-    def option(self, names: str, help: str, *, default: Any = None, absent: str | None = None, **more: Any) -> Any:
+    def option(
+        self, names: str, help: str, *, default: Any = None, absent: str | None = None, **more: Any
+    ) -> Any:
         """Return an option: `model: str = MODEL.option("--model -m NAME", "Use this model.", default="longnet-tiny")`.
 
         After its `names` stands what the help has for a value. The help ends with the default, or with what happens
@@ -101,11 +105,18 @@ class HelpPanel(str):
         shown = absent or default
         said = "(default: " in help or shown in (None, MISSING) or isinstance(shown, bool)
         help = help if said else f"{help} (default: {shown})"
-        look: dict[str, Any] = {"metavar": metavar, "help": help, "show_default": False, "rich_help_panel": str(self)}
+        look: dict[str, Any] = {
+            "metavar": metavar,
+            "help": help,
+            "show_default": False,
+            "rich_help_panel": str(self),
+        }
         if metavar in PARSERS:
             more["parser"] = _option_parser(PARSERS[metavar])
         value = ... if default is MISSING else default
-        return field(default=default, metadata={"typer": typer.Option(value, *flags, **look, **more)})
+        return field(
+            default=default, metadata={"typer": typer.Option(value, *flags, **look, **more)}
+        )
 
     def flag(self, names: str, help: str) -> Any:
         """Return an option without a value, which is False if it is not given."""
@@ -135,7 +146,12 @@ def complete_model(incomplete: str) -> list[str]:
     return [name for name in (*list_models(), *list_cached()) if name.startswith(incomplete)]
 
 
-INPUT, MODEL, PATTERN, OUTPUT = HelpPanel("Input"), HelpPanel("Model"), HelpPanel("Pattern"), HelpPanel("Output")
+INPUT, MODEL, PATTERN, OUTPUT = (
+    HelpPanel("Input"),
+    HelpPanel("Model"),
+    HelpPanel("Pattern"),
+    HelpPanel("Output"),
+)
 SAMPLING, COMPUTE, LAST = HelpPanel("How to choose tokens"), HelpPanel("Compute"), HelpPanel(OTHER)
 
 # Single options of several commands. Those that always come together are in the dataclasses below.
@@ -151,7 +167,9 @@ tokenizer_option = partial(
     "Use bytes, a tokenizer.json, a folder that holds one, or the tokenizer of a model: shipped, or ORG/NAME. "
     "(default: the model's)",
 )
-differs_flag = partial(INPUT.flag, "--tokenizer-differs", "Accept a tokenizer that is not the model's.")
+differs_flag = partial(
+    INPUT.flag, "--tokenizer-differs", "Accept a tokenizer that is not the model's."
+)
 column_option = partial(
     INPUT.option,
     "--column NAME",
@@ -159,7 +177,9 @@ column_option = partial(
     "text, otherwise messages)",
 )
 id_column_option = partial(
-    INPUT.option, "--id-column NAME", "Name documents by this column. (default: doc_id, otherwise id)"
+    INPUT.option,
+    "--id-column NAME",
+    "Name documents by this column. (default: doc_id, otherwise id)",
 )
 eos_option = partial(
     INPUT.option,
@@ -180,7 +200,9 @@ model_option = partial(
     autocompletion=complete_model,
 )
 update_flag = partial(
-    MODEL.flag, "--update", "Ask the hub what ORG/NAME is now, instead of taking what was downloaded before."
+    MODEL.flag,
+    "--update",
+    "Ask the hub what ORG/NAME is now, instead of taking what was downloaded before.",
 )
 pattern_option = partial(
     PATTERN.option,
@@ -192,11 +214,18 @@ shard_format_option = partial(
     OUTPUT.option, "--shard-format arrow|parquet", "Write shards of this format.", default="arrow"
 )
 resume_flag = partial(
-    OUTPUT.flag, "--resume", "Continue an interrupted run in the output folder, with the same inputs and options."
+    OUTPUT.flag,
+    "--resume",
+    "Continue an interrupted run in the output folder, with the same inputs and options.",
 )
-device_option = partial(COMPUTE.option, "--device auto|cpu|cuda[:i]", "Compute on this device.", default="auto")
+device_option = partial(
+    COMPUTE.option, "--device auto|cpu|cuda[:i]", "Compute on this device.", default="auto"
+)
 dtype_option = partial(
-    COMPUTE.option, "--dtype auto|fp32|bf16|fp16", "Compute matrix products in this precision.", default="auto"
+    COMPUTE.option,
+    "--dtype auto|fp32|bf16|fp16",
+    "Compute matrix products in this precision.",
+    default="auto",
 )
 keep_option = partial(INPUT.option, "--keep COLUMN,...", "Carry these columns to the output.")
 quiet_flag = partial(LAST.flag, "--quiet -q", "Show no progress, only errors.")
@@ -240,12 +269,16 @@ class Sampling:
         default=0.0,
     )
     top_p: float | None = SAMPLING.option(
-        "--top-p P", "Draw only from the fewest tokens whose probabilities sum to P. (default: from all)"
+        "--top-p P",
+        "Draw only from the fewest tokens whose probabilities sum to P. (default: from all)",
     )
     seed: int | None = SAMPLING.option(
-        "--seed N", "Seed the draws. Runs with the same seed give the same text. (default: a new one each run)"
+        "--seed N",
+        "Seed the draws. Runs with the same seed give the same text. (default: a new one each run)",
     )
-    stop: list[str] | None = SAMPLING.option("--stop TEXT", "End before this text. You can repeat it.")
+    stop: list[str] | None = SAMPLING.option(
+        "--stop TEXT", "End before this text. You can repeat it."
+    )
 
     def __post_init__(self) -> None:
         from longnet_cli.jobs.options import check_sampling
@@ -257,7 +290,10 @@ class Sampling:
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `jobs.generating.generate`, with a new seed if none is given."""
         seed, top_p = self.seed, self.top_p
-        drawn = {"top_p": 1.0 if top_p is None else top_p, "seed": secrets.randbelow(1 << 32) if seed is None else seed}
+        drawn = {
+            "top_p": 1.0 if top_p is None else top_p,
+            "seed": secrets.randbelow(1 << 32) if seed is None else seed,
+        }
         return {"temperature": self.temperature, "stop": self.stop or (), **drawn}
 
 
@@ -267,7 +303,8 @@ class Running:
 
     resume: bool = resume_flag()
     dry_run: bool = OUTPUT.flag(
-        "--dry-run", "Print documents, tokens, memory, FLOPs and time, and stop. The exit code is 5 if it does not fit."
+        "--dry-run",
+        "Print documents, tokens, memory, FLOPs and time, and stop. The exit code is 5 if it does not fit.",
     )
     sample: int | None = OUTPUT.size(
         "--sample N",
@@ -287,8 +324,12 @@ class Mesh:
     nproc: int | None = COMPUTE.size(
         "--nproc N", "Start N processes (ranks) on this machine. (default: what --dp and --sp need)"
     )
-    sp: int | None = COMPUTE.size("--sp N", "Split each sequence over N ranks. (default: all of a group)")
-    dp: int | None = COMPUTE.size("--dp N", "Make N groups of ranks, each with its own sequences. (default: 1)")
+    sp: int | None = COMPUTE.size(
+        "--sp N", "Split each sequence over N ranks. (default: all of a group)"
+    )
+    dp: int | None = COMPUTE.size(
+        "--dp N", "Make N groups of ranks, each with its own sequences. (default: 1)"
+    )
 
 
 @dataclass(frozen=True)

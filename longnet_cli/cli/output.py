@@ -42,7 +42,10 @@ class MarkdownTable:
     """
 
     def __init__(
-        self, columns: Sequence[str], human: Mapping[str, Callable[[Any], str]], titles: Mapping[str, str]
+        self,
+        columns: Sequence[str],
+        human: Mapping[str, Callable[[Any], str]],
+        titles: Mapping[str, str],
     ) -> None:
         self.columns, self.human = list(columns), human
         self.titles = [titles.get(column, column) for column in self.columns]
@@ -51,12 +54,16 @@ class MarkdownTable:
     def write(self, row: Mapping[str, Any]) -> None:
         """Write a row, and the header before the first one."""
         values = [finite(row.get(column)) for column in self.columns]
-        cells = [self._cell(column, value) for column, value in zip(self.columns, values, strict=True)]
+        cells = [
+            self._cell(column, value) for column, value in zip(self.columns, values, strict=True)
+        ]
         _write(("" if self.widths else self._head(cells, values)) + self._line(cells, values))
 
     def _head(self, cells: Sequence[str], values: Sequence[object]) -> str:
         """Return the header. Columns fit the first row, with 8 characters or more; numbers are aligned to the right."""
-        self.widths = [max(len(title), len(cell), 8) for title, cell in zip(self.titles, cells, strict=True)]
+        self.widths = [
+            max(len(title), len(cell), 8) for title, cell in zip(self.titles, cells, strict=True)
+        ]
         ends = [":" if isinstance(value, (int, float)) else "-" for value in values]
         rules = ["-" * (width - 1) + end for width, end in zip(self.widths, ends, strict=True)]
         return self._line(self.titles, values) + self._line(rules, values)
@@ -138,7 +145,12 @@ def _write(text: str) -> None:
 
 
 def check_output(
-    output: str, where_to: str, for_folder: Mapping[str, object], *, resume: bool, dry_run: bool = False
+    output: str,
+    where_to: str,
+    for_folder: Mapping[str, object],
+    *,
+    resume: bool,
+    dry_run: bool = False,
 ) -> None:
     """Raise ConfigError for an output that cannot be written, and for options that do not fit it.
 
@@ -150,7 +162,11 @@ def check_output(
     from longnet_cli.data.outputs import is_folder
 
     for name in (name for name, value in for_folder.items() if value and not is_folder(output)):
-        why = "one file is what its name says" if name == "--shard-format" else "a single file or stream has no parts"
+        why = (
+            "one file is what its name says"
+            if name == "--shard-format"
+            else "a single file or stream has no parts"
+        )
         raise ConfigError(f"{output}: {name} is for a folder of shards: {why}")
     is_folder(output, resume=resume)  # raises ConfigError
 

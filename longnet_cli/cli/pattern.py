@@ -30,25 +30,41 @@ class PatternCommand:
     seq: int | None = MEASURE.size(
         "--seq SIZE", "Describe a sequence of this length. (default: the longest segment, or 32Ki)"
     )
-    heads: int | None = MEASURE.option("--heads N", "Count N heads. (default: the model's, or 12)", min=1, max=1024)
-    causal: bool | None = MEASURE.option(
-        "--causal/--bidirectional", "Look back only, or both ways. (default: the model's, or causal)"
+    heads: int | None = MEASURE.option(
+        "--heads N", "Count N heads. (default: the model's, or 12)", min=1, max=1024
     )
-    format: Format = OUTPUT.option("--format text|json", "Print tables, or a list in JSON.", default="text")
+    causal: bool | None = MEASURE.option(
+        "--causal/--bidirectional",
+        "Look back only, or both ways. (default: the model's, or causal)",
+    )
+    format: Format = OUTPUT.option(
+        "--format text|json", "Print tables, or a list in JSON.", default="text"
+    )
     output: str | None = OUTPUT.option(
-        "--output -o FILE", "Draw a picture (.png, .svg, .pdf; needs the extra `plot`). An existing file is replaced."
+        "--output -o FILE",
+        "Draw a picture (.png, .svg, .pdf; needs the extra `plot`). An existing file is replaced.",
     )
 
 
 def pattern(options: PatternCommand) -> None:
     """Describe patterns: their levels and costs, and what a query sees."""
-    from longnet_cli.jobs.describing import default_length, describe, draw_picture, draw_text, find_subject
+    from longnet_cli.jobs.describing import (
+        default_length,
+        describe,
+        draw_picture,
+        draw_text,
+        find_subject,
+    )
 
     if options.output:
         from longnet_cli.data.outputs import refuse_overwriting
 
-        refuse_overwriting("-o", [options.output], also=[name for name in options.patterns if os.path.isfile(name)])
-    given = {name: value for name in ("heads", "causal") if (value := getattr(options, name)) is not None}
+        refuse_overwriting(
+            "-o", [options.output], also=[name for name in options.patterns if os.path.isfile(name)]
+        )
+    given = {
+        name: value for name in ("heads", "causal") if (value := getattr(options, name)) is not None
+    }
     subjects = [replace(find_subject(text), **given) for text in options.patterns]
     length = options.seq or max(default_length(subject.pattern) for subject in subjects)
     if options.output:
@@ -74,7 +90,9 @@ def _print(shown: Description) -> None:
         f"{'level':<5}{'segment':>13}{'rate':>8}{'look-back':>11}{'keys per query':>16}{'FLOPs':>7}{'cache rows':>15}"
     )
     for index, level in enumerate(shown.levels):
-        shape = f"{index:<5}{level.segment_length:>13,}{level.dilation_rate:>8,}{level.look_back:>11,}"
+        shape = (
+            f"{index:<5}{level.segment_length:>13,}{level.dilation_rate:>8,}{level.look_back:>11,}"
+        )
         print(shape + _costs(level, f"{level.flops_share:.0%}"))
     for name, costs in (("sinks", shown.sinks), ("chosen", shown.chosen)):
         if costs.keys_per_query:
@@ -83,7 +101,9 @@ def _print(shown: Description) -> None:
         print(f"{name:<37}" + _costs(costs, format_count(costs.flops)))
     if shown.chosen.keys_per_query:
         print()
-        print(f"blocks are chosen from the whole past: at the end, a voter is compared with {shown.compared:,} means")
+        print(
+            f"blocks are chosen from the whole past: at the end, a voter is compared with {shown.compared:,} means"
+        )
         print(
             f"for it, and for the blocks, a query reads {format_bytes(shown.read_bytes)} per layer and key head (fp32)"
         )
@@ -91,5 +111,9 @@ def _print(shown: Description) -> None:
 
 def _costs(costs: PatternCosts | LevelCosts, flops: str) -> str:
     rows = "-" if costs.cache_rows is None else f"{costs.cache_rows:,}"
-    keys = f"{costs.keys_per_query:,.0f}" if costs.keys_per_query >= 10 else f"{costs.keys_per_query:.3g}"
+    keys = (
+        f"{costs.keys_per_query:,.0f}"
+        if costs.keys_per_query >= 10
+        else f"{costs.keys_per_query:.3g}"
+    )
     return f"{keys:>16}{flops:>7}{rows:>15}"

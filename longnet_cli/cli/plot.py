@@ -55,7 +55,9 @@ def plot(options: PlotCommand) -> None:
     if len({*of_tokens}) > 1:
         raise ConfigError("curves and log-probabilities are drawn apart: name files of one kind")
     output = options.output or (PAGE if all(of_tokens) else PICTURE)
-    refuse_overwriting("-o", [output], also=[metrics_file(file) for file in options.files if file != "-"])
+    refuse_overwriting(
+        "-o", [output], also=[metrics_file(file) for file in options.files if file != "-"]
+    )
     (_write_page if all(of_tokens) else _draw_curves)(options, output)
     tell(f"-> {output}")
 

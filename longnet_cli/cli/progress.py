@@ -72,7 +72,9 @@ class _Meter:
         self.done = start
         self.began = time.monotonic()
         self.fields: dict[str, object] = {}
-        self.marks = deque([(self.began, start)])  # (time, done), one per second, of the last minute
+        self.marks = deque(
+            [(self.began, start)]
+        )  # (time, done), one per second, of the last minute
 
     @property
     def total(self) -> int | None:
@@ -106,7 +108,10 @@ class _Meter:
         about = "~" if callable(self._total) else ""
         of_total = f"/{about}{format_count(total)}" if total is not None else ""
         parts = [f"{100 * self.done / total:.0f} %"] if total and self.done < total else []
-        parts += [f"{format_count(self.done)}{of_total} {self.unit}", f"{format_count(rate)} {self.unit}/s"]
+        parts += [
+            f"{format_count(self.done)}{of_total} {self.unit}",
+            f"{format_count(rate)} {self.unit}/s",
+        ]
         if total is None or self.done >= total:
             parts.append(f"in {format_duration(elapsed)}")
         elif (left := self._left(total)) is not None:
@@ -120,7 +125,10 @@ class _Meter:
 
 
 def _lines(description: str, meter: _Meter, every: float) -> Advance:
-    due, stream = meter.began + every, sys.stderr  # now: a library's bar may take its place while it is silenced
+    due, stream = (
+        meter.began + every,
+        sys.stderr,
+    )  # now: a library's bar may take its place while it is silenced
 
     def advance(amount: int, **fields: object) -> None:
         nonlocal due
@@ -139,7 +147,11 @@ def _bar(description: str, meter: _Meter) -> Iterator[Advance]:
     from rich.progress import BarColumn, Progress, TextColumn
 
     bar = BarColumn(bar_width=BAR)
-    columns = (TextColumn("{task.description}", markup=False), bar, TextColumn("{task.fields[status]}", markup=False))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        bar,
+        TextColumn("{task.fields[status]}", markup=False),
+    )
     # Rich would redirect stdout to its own console, which is stderr. That is right only for a shared terminal, where
     # rows must appear above the bar.
     console = Console(file=sys.stderr)

@@ -12,7 +12,15 @@ from longnet_cli.basics.finite_json import to_json
 from longnet_cli.basics.sizes import count_of
 from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import plan
-from longnet_cli.cli.options import OUTPUT, Computing, Documents, HelpPanel, Mesh, ModelChoice, Running
+from longnet_cli.cli.options import (
+    OUTPUT,
+    Computing,
+    Documents,
+    HelpPanel,
+    Mesh,
+    ModelChoice,
+    Running,
+)
 from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
 from longnet_cli.cli.starting import Opened, open_command
 
@@ -23,15 +31,28 @@ if TYPE_CHECKING:
 
 MEASURE = HelpPanel("What to measure")
 ROW_KEYS = {"kind", "doc_id", "n_tokens", "n_bytes"}
-OF_CONTEXTS = ("nll_sum", "ppl", "bpb", "by_position", "by_segment_position")  # a key for each of several contexts
+OF_CONTEXTS = (
+    "nll_sum",
+    "ppl",
+    "bpb",
+    "by_position",
+    "by_segment_position",
+)  # a key for each of several contexts
 GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # with several contexts
 
 PRINTED = "is for scores that are printed, and -o writes rows"
 PAIRS: tuple[Needs | Excludes, ...] = (
     SAMPLE,
-    Needs("--keep", "-o|--format|--dry-run", "carries columns to rows", "-o, or --format jsonl or json"),
+    Needs(
+        "--keep",
+        "-o|--format|--dry-run",
+        "carries columns to rows",
+        "-o, or --format jsonl or json",
+    ),
     Excludes("--token-logprobs", "--dp", "is written by one group of ranks"),
-    Needs("--top", "--token-logprobs", "adds to a file of log-probabilities", "--token-logprobs FILE"),
+    Needs(
+        "--top", "--token-logprobs", "adds to a file of log-probabilities", "--token-logprobs FILE"
+    ),
     Needs("--resume", "-o", "is for a folder of rows", "-o FOLDER"),
     Needs("--shard-tokens", "-o", "is for a folder of rows", "-o FOLDER"),
     Excludes("--token-logprobs", "-o", PRINTED),
@@ -44,14 +65,17 @@ class ScoreCommand:
 
     documents: Documents
     choice: ModelChoice
-    ppl: bool = MEASURE.option("--ppl", "Measure perplexity and bits per byte. This is the default.", default=True)
+    ppl: bool = MEASURE.option(
+        "--ppl", "Measure perplexity and bits per byte. This is the default.", default=True
+    )
     context: Sequence[int] | None = MEASURE.option(
         "--context SIZE,...",
         "Score the text in separate windows of this length. Several lengths are compared on the same tokens. "
         "(default: the whole document)",
     )
     stride: int | None = MEASURE.size(
-        "--stride SIZE", "Let windows overlap: score this many tokens at the end of each. (default: the context)"
+        "--stride SIZE",
+        "Let windows overlap: score this many tokens at the end of each. (default: the context)",
     )
     last: int | None = MEASURE.size(
         "--last SIZE",
@@ -59,10 +83,13 @@ class ScoreCommand:
         "left out. (default: all tokens)",
     )
     by_position: bool = MEASURE.flag(
-        "--by-position", "Group the loss by the number of earlier tokens, and by place in the shortest segment."
+        "--by-position",
+        "Group the loss by the number of earlier tokens, and by place in the shortest segment.",
     )
     format: Literal["text", "json", "jsonl"] = OUTPUT.option(
-        "--format text|json|jsonl", "Print a table, one JSON value, or one line of JSON per document.", default="text"
+        "--format text|json|jsonl",
+        "Print a table, one JSON value, or one line of JSON per document.",
+        default="text",
     )
     token_logprobs: str | None = OUTPUT.option(
         "--token-logprobs FILE",
@@ -70,7 +97,8 @@ class ScoreCommand:
         "replaced when the new one is whole.",
     )
     top: Literal["1"] | None = OUTPUT.option(
-        "--top 1", "Add the most likely token in each place, and its log-probability, to --token-logprobs."
+        "--top 1",
+        "Add the most likely token in each place, and its log-probability, to --token-logprobs.",
     )
     output: str | None = OUTPUT.option(
         "--output -o PATH",
@@ -98,14 +126,20 @@ def score(options: ScoreCommand) -> None:
     asked = ScoreOptions(tuple(contexts) or None, options.stride, options.last, options.by_position)
     keys = ROW_KEYS | {*OF_CONTEXTS}
     if len(contexts) > 1:
-        keys = ROW_KEYS | GAIN_KEYS | {f"{name}_{context}" for name in OF_CONTEXTS for context in contexts}
+        keys = (
+            ROW_KEYS
+            | GAIN_KEYS
+            | {f"{name}_{context}" for name in OF_CONTEXTS for context in contexts}
+        )
     _check(options, keys)
     documents = options.documents
     rows = output is not None or options.format != "text"
     if rows and documents.id_column and documents.id_column not in {*keys, *(documents.keep or ())}:
         # so that rows join their input by the column's own name and type
         documents = replace(documents, keep=[documents.id_column, *(documents.keep or ())])
-    where_to = "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
+    where_to = (
+        "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
+    )
     for_folder = {"--resume": options.running.resume, "--shard-tokens": options.shard_tokens}
     also = {"--token-logprobs": options.token_logprobs}
     opened = open_command(replace(options, documents=documents), where_to, for_folder, also=also)
@@ -117,10 +151,22 @@ def score(options: ScoreCommand) -> None:
     from longnet_cli.jobs.row_jobs import ModelFacts, Output
     from longnet_cli.jobs.scoring.scoring import Scorer
 
-    job = Scorer(opened.reader(), asked, ModelFacts.of(loaded), words.n_bytes if words else None, top=bool(options.top))
+    job = Scorer(
+        opened.reader(),
+        asked,
+        ModelFacts.of(loaded),
+        words.n_bytes if words else None,
+        top=bool(options.top),
+    )
     inputs = opened.inputs(words.for_documents() if words and options.token_logprobs else words)
     if options.running.dry_run:
-        plan(opened, job, inputs, options.running.sample, "json" if options.format == "json" else "text")
+        plan(
+            opened,
+            job,
+            inputs,
+            options.running.sample,
+            "json" if options.format == "json" else "text",
+        )
         return
     sink = _printing(options, opened) if output is None or output.endswith(".jsonl") else None
     to = Output(output or "-", options.shard_tokens, resume=options.running.resume, sink=sink)
@@ -143,7 +189,9 @@ def _check(options: ScoreCommand, keys: set[str]) -> None:
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
 
 
-def _token_logprobs(options: ScoreCommand, opened: Opened) -> AbstractContextManager[OnTokens | None]:
+def _token_logprobs(
+    options: ScoreCommand, opened: Opened
+) -> AbstractContextManager[OnTokens | None]:
     """Return what opens the file of --token-logprobs, on the rank that writes it."""
     from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
 
@@ -171,13 +219,17 @@ def _printing(options: ScoreCommand, opened: Opened) -> Iterator[_Printed]:
         if file:
             printed.print = lambda row: file.write(f"{to_json(row)}\n".encode())
         yield printed
-        printed.end({**known, "bos": bos_ids(opened.loaded.bos), "n_skipped": opened.left_out.skipped})
+        printed.end(
+            {**known, "bos": bos_ids(opened.loaded.bos), "n_skipped": opened.left_out.skipped}
+        )
 
 
 class _Printed:
     """A printer of each document as soon as it is scored, and of the totals; `json` is one value at the end."""
 
-    def __init__(self, format: str, contexts: Sequence[int | None], print: Callable[[dict[str, Any]], object]) -> None:
+    def __init__(
+        self, format: str, contexts: Sequence[int | None], print: Callable[[dict[str, Any]], object]
+    ) -> None:
         from longnet_cli.jobs.scoring.measures import Total
 
         self.format, self.contexts, self.print = format, contexts, print  # of a line of JSON
@@ -198,7 +250,9 @@ class _Printed:
         from longnet_cli.jobs.scoring.measures import column
 
         for context in self.contexts:
-            of_context = {name: row[column(name, context, self.contexts)] for name in ("ppl", "bpb")}
+            of_context = {
+                name: row[column(name, context, self.contexts)] for name in ("ppl", "bpb")
+            }
             numbers = {"n_tokens": row["n_tokens"], **of_context, "context": context}
             _print_row(row["doc_id"], numbers, len(self.contexts) > 1, header=self.header)
             self.header = False
@@ -212,7 +266,13 @@ class _Printed:
                 self.print({"kind": "total", **values})
         elif self.format == "json":
             longest = max(totals, key=lambda values: values["context"] or 0)
-            emit_json({"total": longest, **({"totals": totals} if several else {}), "documents": self.rows})
+            emit_json(
+                {
+                    "total": longest,
+                    **({"totals": totals} if several else {}),
+                    "documents": self.rows,
+                }
+            )
         else:
             for values in totals:
                 _print_row("total", values, several)
@@ -221,14 +281,18 @@ class _Printed:
             for values in totals:
                 _print_losses(values)
             if several or "by_position" in totals[0]:
-                print(f"+- is a standard error, clustered by document ({count_of(totals[0]['n_docs'], 'document')})")
+                print(
+                    f"+- is a standard error, clustered by document ({count_of(totals[0]['n_docs'], 'document')})"
+                )
             print(f"model {printable(known['model'])}")
 
 
 def _print_row(name: str, values: dict[str, Any], several: bool, *, header: bool = False) -> None:
     """Print one row. Numbers come first, as in `wc`, so that columns are aligned and no name is cut."""
     if header:
-        print(f"{'tokens':>12} {'ppl':>12} {'bpb':>8}" + f"{'context':>10}" * several + "  document")
+        print(
+            f"{'tokens':>12} {'ppl':>12} {'bpb':>8}" + f"{'context':>10}" * several + "  document"
+        )
     numbers = f"{values['n_tokens']:>12} {_number(values['ppl']):>12} {_number(values['bpb']):>8}"
     context = f" {values['context']:>9}" if several else ""
     print(f"{numbers}{context}  {printable(one_line(name))}", flush=True)
@@ -237,10 +301,15 @@ def _print_row(name: str, values: dict[str, Any], several: bool, *, header: bool
 def _print_comparison(totals: list[dict[str, Any]]) -> None:
     """Print one line per context, each number with its standard error."""
     first = totals[0]["context"]
-    print(f"\n{'context':>9} {'ppl':>12} {'+-':>8} {'bpb':>8} {'+-':>8} {f'ppl / {first}':>12} {'+-':>8}")
+    print(
+        f"\n{'context':>9} {'ppl':>12} {'+-':>8} {'bpb':>8} {'+-':>8} {f'ppl / {first}':>12} {'+-':>8}"
+    )
     for row in totals:
         keys = ("ppl", "ppl_se", "bpb", "bpb_se", "ppl_ratio", "ppl_ratio_se")
-        numbers = [_number(row.get(key)).rjust(width) for key, width in zip(keys, (12, 8, 8, 8, 12, 8), strict=True)]
+        numbers = [
+            _number(row.get(key)).rjust(width)
+            for key, width in zip(keys, (12, 8, 8, 8, 12, 8), strict=True)
+        ]
         print(f"{row['context']:>9} {' '.join(numbers)}")
 
 
@@ -252,8 +321,12 @@ def _print_losses(total: dict[str, Any]) -> None:
         if rows:
             print(f"\n{title:>20} {'tokens':>12} {'nats':>8} {'+-':>8}{context}")
         for row in rows:
-            places = str(row["from"]) if row["from"] == row["to"] else f"{row['from']} .. {row['to']}"
-            print(f"{places:>20} {row['n_tokens']:>12} {_number(row['nll']):>8} {_number(row['nll_se']):>8}")
+            places = (
+                str(row["from"]) if row["from"] == row["to"] else f"{row['from']} .. {row['to']}"
+            )
+            print(
+                f"{places:>20} {row['n_tokens']:>12} {_number(row['nll']):>8} {_number(row['nll_se']):>8}"
+            )
 
 
 def _number(value: float | None) -> str:

@@ -22,7 +22,12 @@ from longnet_cli.basics.sizes import format_bytes, format_count
 from longnet_cli.cli.options import Computing, Documents, Mesh, ModelChoice, Running, read_pattern
 from longnet_cli.cli.output import check_output, count_left_out, end, note, say_what_is_kept, tell
 from longnet_cli.cli.progress import ExpectedTokens, progress
-from longnet_cli.running.ranks.launch import check_shared, start_ranks, started_by_torchrun, under_torchrun
+from longnet_cli.running.ranks.launch import (
+    check_shared,
+    start_ranks,
+    started_by_torchrun,
+    under_torchrun,
+)
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
@@ -56,7 +61,9 @@ def launch(mesh: Mesh, inputs: Sequence[str] = (), *, dry_run: bool = False) -> 
     world = processes(mesh)
     if world > 1 and (read_once := [item for item in inputs if _is_read_once(item)]):
         name = "stdin" if read_once[0] in ("-", "@-") else read_once[0]
-        raise ConfigError(f"{name} can be read by one process: save it to a file, which every rank reads for itself")
+        raise ConfigError(
+            f"{name} can be read by one process: save it to a file, which every rank reads for itself"
+        )
     if (nproc := _asked(mesh)) is not None:
         start_ranks(nproc, dry_run=dry_run)
     return nproc
@@ -73,7 +80,9 @@ def processes(mesh: Mesh) -> int:
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else _asked(mesh) or 1
 
 
-def refuse_sharing(mesh: Mesh, pattern: Callable[[], Pattern], folder: ModelFolder | None = None) -> None:
+def refuse_sharing(
+    mesh: Mesh, pattern: Callable[[], Pattern], folder: ModelFolder | None = None
+) -> None:
     """Raise ConfigError if processes are to share a sequence, and a Hugging Face model or a `pattern` cannot.
 
     Call it before any rank is started.
@@ -91,7 +100,9 @@ def refuse_sharing(mesh: Mesh, pattern: Callable[[], Pattern], folder: ModelFold
 def refuse_torchrun(command: str) -> None:
     """Raise ConfigError under torchrun, for a command of one process."""
     if under_torchrun():
-        raise ConfigError(f"{command} is for one process, and torchrun has started several: start one")
+        raise ConfigError(
+            f"{command} is for one process, and torchrun has started several: start one"
+        )
 
 
 def ask_hub(model: str | None, tokenizer: str | None) -> None:
@@ -102,13 +113,17 @@ def ask_hub(model: str | None, tokenizer: str | None) -> None:
     from longnet_cli.hub.model_names import refresh
 
     if under_torchrun():
-        raise ConfigError("--update is for one process, and torchrun starts several: update first, then start them")
+        raise ConfigError(
+            "--update is for one process, and torchrun starts several: update first, then start them"
+        )
     refresh(model, tokenizer)
 
 
 def _is_read_once(item: str) -> bool:
     """Return whether an input is a stream, which only one process can read."""
-    stream = item.startswith("/dev/") or (os.path.exists(item) and not (os.path.isfile(item) or os.path.isdir(item)))
+    stream = item.startswith("/dev/") or (
+        os.path.exists(item) and not (os.path.isfile(item) or os.path.isdir(item))
+    )
     return item in ("-", "@-") or stream
 
 
@@ -117,7 +132,9 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
     if spill and net and net.config.causal and not net.config.pattern.chosen:
-        raise ConfigError("--spill is for keys and values of chosen blocks, and the pattern has none: leave it out")
+        raise ConfigError(
+            "--spill is for keys and values of chosen blocks, and the pattern has none: leave it out"
+        )
 
 
 def state_teller(reader: Reader, *, more: int = 0, quiet: bool) -> Callable[[int], None]:
@@ -196,10 +213,16 @@ class Opened:
 
         given, net = self.documents, self.loaded.net
         reads_vectors = net.row_size is not None
-        of_tokens = [name for name in ("tokenizer", "tokenizer_differs", "eos", "bos") if getattr(given, name)]
+        of_tokens = [
+            name
+            for name in ("tokenizer", "tokenizer_differs", "eos", "bos")
+            if getattr(given, name)
+        ]
         if reads_vectors and of_tokens:
             unread = ", ".join(f"--{name.replace('_', '-')}" for name in of_tokens)
-            raise ConfigError(f"{self.folder.name} reads vectors, which have no tokens: leave out {unread}")
+            raise ConfigError(
+                f"{self.folder.name} reads vectors, which have no tokens: leave out {unread}"
+            )
         return Inputs(
             self.sources,
             words,
@@ -230,7 +253,10 @@ class Opened:
         def counted(totals: Counter[str] | None) -> int:
             return job.counted(totals["tokens"], totals["documents"]) if totals else 0
 
-        total, done = counted(inputs.totals()) or expected.total, counted(self.earlier.totals if self.earlier else None)
+        total, done = (
+            counted(inputs.totals()) or expected.total,
+            counted(self.earlier.totals if self.earlier else None),
+        )
         with (
             say_what_is_kept(path, quiet),
             progress(job.doing, total=total, start=done, quiet=quiet) as advance,
@@ -269,14 +295,18 @@ def _trial_of(loaded: Loaded) -> Callable[[Document | None], None]:
         nonlocal left
         if document is not None and left > 0:
             with suppress(LongNetError):  # the job itself refuses it, or leaves it out
-                ids.extend(document.read(0, min(left, len(document))).tolist() if len(document) else ())
+                ids.extend(
+                    document.read(0, min(left, len(document))).tolist() if len(document) else ()
+                )
             left = TRIED - len(ids)
         if not ids or (left > 0 and document is not None):
             return
         text, left = np.array(ids), 0
         ids.clear()
         if words and (size := words.n_bytes(text)):
-            rows = score(loaded.net, [Document("", text, size, "")], facts=ModelFacts.of(loaded)).read_all()
+            rows = score(
+                loaded.net, [Document("", text, size, "")], facts=ModelFacts.of(loaded)
+            ).read_all()
             if (bits := rows["bpb"][0].as_py()) > MOST:
                 takes = f"{loaded.origin}, the default model, takes {bits:.1f} bits per byte"
                 why = "which are not the Python source that it knows: for such text, give --model"
@@ -321,7 +351,11 @@ def open_command(
     output, running = options.output, options.running
     if output is not None:
         refuse_other_suffix("-o", output, embeds)
-    earlier = run_to_resume(output, resume=running.resume) if output is not None and is_folder(output) else None
+    earlier = (
+        run_to_resume(output, resume=running.resume)
+        if output is not None and is_folder(output)
+        else None
+    )
     named = ModelAndInputs(options.documents, options.choice, earlier, embeds=embeds)
     named.check_outputs({"-o": output, **also})
     if output is not None:
@@ -338,7 +372,12 @@ class ModelAndInputs:
     """
 
     def __init__(
-        self, documents: Documents, choice: ModelChoice, earlier: Manifest | None = None, *, embeds: bool = False
+        self,
+        documents: Documents,
+        choice: ModelChoice,
+        earlier: Manifest | None = None,
+        *,
+        embeds: bool = False,
     ) -> None:
         from longnet_cli.data.names import Sources
         from longnet_cli.data.tokenizer import Tokenizer

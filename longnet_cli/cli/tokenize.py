@@ -37,7 +37,9 @@ class TokenizeCommand:
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     resume: bool = shared.resume_flag()
-    column: str | None = INPUT.option("--column NAME", "Read this column. (default: text, otherwise messages)")
+    column: str | None = INPUT.option(
+        "--column NAME", "Read this column. (default: text, otherwise messages)"
+    )
     id_column: str | None = shared.id_column_option()
     keep: Sequence[str] | None = shared.keep_option()
     skip_bad: bool = shared.skip_bad_flag()
@@ -48,7 +50,8 @@ class TokenizeCommand:
     )
     update: bool = shared.update_flag()
     train_vocab: int | None = TOKENS.size(
-        "--train-vocab SIZE", "First train a byte-level BPE tokenizer of this many ids on the inputs."
+        "--train-vocab SIZE",
+        "First train a byte-level BPE tokenizer of this many ids on the inputs.",
     )
     eos: str | None = TOKENS.option(
         "--eos [TOKEN|ID]",
@@ -77,7 +80,10 @@ def tokenize(options: TokenizeCommand) -> None:
     data = Inputs(options.inputs, None, *names, skip_bad=options.skip_bad)
     words = options.tokenizer and Tokenizer.find(options.tokenizer)
     refuse_overwriting("-o", [output, *([beside] if beside else [])], data.sources, [words])
-    for_folder = {"--shard-tokens": options.shard_tokens, "--shard-format": options.shard_format != "arrow"}
+    for_folder = {
+        "--shard-tokens": options.shard_tokens,
+        "--shard-format": options.shard_format != "arrow",
+    }
     where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
     check_output(output, where_to, for_folder, resume=options.resume)
     earlier = run_to_resume(output, resume=options.resume) if is_folder(output) else None
@@ -91,7 +97,9 @@ def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> 
 
     quiet, done = options.quiet, earlier.totals["bytes"] if earlier else 0
     left_out = count_left_out(options.skip_bad, quiet)
-    with progress("tokenizing", total=data.num_bytes(), unit="B", start=done, quiet=quiet) as advance:
+    with progress(
+        "tokenizing", total=data.num_bytes(), unit="B", start=done, quiet=quiet
+    ) as advance:
 
         def on_progress(documents: int, tokens: int, size: int) -> None:
             nonlocal done
@@ -121,7 +129,9 @@ def _counts(result: TokenizeResult) -> str:
     counts = [
         f"{result.documents} document{'s' * (result.documents != 1)}",
         f"{format_count(result.tokens)} token{'s' * (result.tokens != 1)}",
-        f"{result.bytes / result.tokens:.2f} bytes per token" if result.tokens else "all of them empty",
+        f"{result.bytes / result.tokens:.2f} bytes per token"
+        if result.tokens
+        else "all of them empty",
         f"vocabulary {result.tokenizer.vocab_size}",
     ]
     return ", ".join(counts)

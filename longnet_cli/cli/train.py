@@ -16,10 +16,27 @@ from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Excludes, check_pairs
 from longnet_cli.cli.dry_run import check_fits, show_training
-from longnet_cli.cli.options import COMPUTE, INPUT, OUTPUT, Format, HelpPanel, Mesh, argument, bare_or, read_pattern
+from longnet_cli.cli.options import (
+    COMPUTE,
+    INPUT,
+    OUTPUT,
+    Format,
+    HelpPanel,
+    Mesh,
+    argument,
+    bare_or,
+    read_pattern,
+)
 from longnet_cli.cli.output import note, tell, tell_last
 from longnet_cli.cli.progress import Advance, progress
-from longnet_cli.cli.starting import ask_hub, check_spill, freeze_imports, launch, processes, refuse_sharing
+from longnet_cli.cli.starting import (
+    ask_hub,
+    check_spill,
+    freeze_imports,
+    launch,
+    processes,
+    refuse_sharing,
+)
 from longnet_cli.running.ranks.launch import LAUNCHED, divide
 
 if TYPE_CHECKING:
@@ -51,7 +68,9 @@ class TrainCommand:
         "Train in one stage, at this context length. A step has as many sequences as train.batch_tokens holds "
         "(--set train.batch_tokens=1Ki; default: the recipe's, otherwise 16Ki).",
     )
-    steps: int | None = RECIPE.size("--steps N", "Take N steps in that stage. A larger N extends a run.")
+    steps: int | None = RECIPE.size(
+        "--steps N", "Take N steps in that stage. A larger N extends a run."
+    )
     initial: str | None = RECIPE.option(
         "--init NAME|DIR", "Start from this model, its tokenizer and sizes, as in --model of score."
     )
@@ -69,10 +88,13 @@ class TrainCommand:
     )
     column: str | None = INPUT.option("--column NAME", "Read this column. (default: the recipe's)")
     eos: str | None = INPUT.option(
-        "--eos TOKEN|ID", "Put this token between documents. (default: the recipe's, otherwise the tokenizer's)"
+        "--eos TOKEN|ID",
+        "Put this token between documents. (default: the recipe's, otherwise the tokenizer's)",
     )
     output: str = OUTPUT.option(
-        "--output -o DIR", "Write checkpoints, metrics.jsonl and the model to this folder.", default="runs/train"
+        "--output -o DIR",
+        "Write checkpoints, metrics.jsonl and the model to this folder.",
+        default="runs/train",
     )
     resume: str | None = OUTPUT.option(
         "--resume [PATH]",
@@ -81,9 +103,12 @@ class TrainCommand:
     )
     no_resume: bool = OUTPUT.flag("--no-resume", "Refuse an output folder that holds a run.")
     dry_run: bool = OUTPUT.flag(
-        "--dry-run", "Print memory, FLOPs and time, and stop. The exit code is 5 if it does not fit."
+        "--dry-run",
+        "Print memory, FLOPs and time, and stop. The exit code is 5 if it does not fit.",
     )
-    format: Format = OUTPUT.option("--format text|json", "Print --dry-run in this format.", default="text")
+    format: Format = OUTPUT.option(
+        "--format text|json", "Print --dry-run in this format.", default="text"
+    )
     mesh: Mesh
     shard: str | None = COMPUTE.option(
         "--shard none|full",
@@ -93,13 +118,16 @@ class TrainCommand:
     pattern: str | None = shared.pattern_option()
     device: str = shared.device_option()
     dtype: str | None = COMPUTE.option(
-        "--dtype auto|fp32|bf16", "Compute matrix products in this precision. (default: the recipe's)"
+        "--dtype auto|fp32|bf16",
+        "Compute matrix products in this precision. (default: the recipe's)",
     )
     chunk: int | None = COMPUTE.size(
-        "--chunk SIZE", "Hold the activations of this many tokens. It changes no number. (default: the recipe's)"
+        "--chunk SIZE",
+        "Hold the activations of this many tokens. It changes no number. (default: the recipe's)",
     )
     spill: str | None = COMPUTE.option(
-        "--spill DIR", "Store here, not in memory, the keys and values that later chunks need. (default: the recipe's)"
+        "--spill DIR",
+        "Store here, not in memory, the keys and values that later chunks need. (default: the recipe's)",
     )
     quiet: bool = shared.quiet_flag()
 
@@ -149,7 +177,11 @@ def train(options: TrainCommand) -> None:
     result = _run(recipe, options, where, ranks, quiet)
     leave()
     loss = f", training loss {result.loss:.4f} nats per token" if result.loss == result.loss else ""
-    best = "" if result.best is None else f"; held-out loss {result.best:.4f} at its lowest, of the model in best/"
+    best = (
+        ""
+        if result.best is None
+        else f"; held-out loss {result.best:.4f} at its lowest, of the model in best/"
+    )
     tell(f"saved {result.output} after {result.steps:,} steps{loss}{best}", quiet)
     use = "score it: longnet score --ppl" if recipe.model.causal else "use it: longnet encode"
     tell(f"{use} --model {_path(options.output)} FILE", quiet)
@@ -202,16 +234,28 @@ def _recipe(options: TrainCommand) -> Recipe:
         "parallel.sp": options.mesh.sp,
         "parallel.dp": options.mesh.dp,
         "parallel.shard": options.shard,
-        "train.stages": [{"seq_len": options.seq_len, "steps": options.steps}] if options.steps else None,
+        "train.stages": [{"seq_len": options.seq_len, "steps": options.steps}]
+        if options.steps
+        else None,
         "train.dtype": options.dtype,
         "train.chunk": options.chunk,
         "train.spill": options.spill,
     }
-    overrides = parse_overrides(options.settings or []) | {key: value for key, value in flags.items() if value}
-    return prepare_run(options.recipe, overrides, options.output, resume=options.goes_on, writes=not options.dry_run)
+    overrides = parse_overrides(options.settings or []) | {
+        key: value for key, value in flags.items() if value
+    }
+    return prepare_run(
+        options.recipe,
+        overrides,
+        options.output,
+        resume=options.goes_on,
+        writes=not options.dry_run,
+    )
 
 
-def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Ranks, quiet: bool) -> TrainResult:
+def _run(
+    recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Ranks, quiet: bool
+) -> TrainResult:
     """Train, with the progress on stderr. If the run is stopped, say what it has saved."""
     from longnet_cli.jobs.training.loop import train as run
     from longnet_cli.running.device import matmul_peak
@@ -219,7 +263,9 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
     print_note = partial(tell, quiet=quiet)
     total = recipe.tokens
     on_ranks = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
-    print_note(f"training {recipe.model.trained:,} parameters: {recipe.steps_in_words}, {total:,} in all{on_ranks}")
+    print_note(
+        f"training {recipe.model.trained:,} parameters: {recipe.steps_in_words}, {total:,} in all{on_ranks}"
+    )
     with ExitStack() as stack:
         shown: dict[str, str | None] = {}
         done: int | None = None  # steps; until it is known, there is nothing to save
@@ -229,16 +275,26 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
             nonlocal advance, done
             done = step
             if step:
-                what = f"continuing after step {step:,}" if step < recipe.train.steps else "all steps are done already"
+                what = (
+                    f"continuing after step {step:,}"
+                    if step < recipe.train.steps
+                    else "all steps are done already"
+                )
                 unused = options.initial and not recipe.pretrained
-                print_note(f"{what}; --init is ignored, because this run has already started" if unused else what)
+                print_note(
+                    f"{what}; --init is ignored, because this run has already started"
+                    if unused
+                    else what
+                )
             advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
 
         def on_step(tokens: int, line: Metrics | None) -> None:
             nonlocal done
             done = (done or 0) + 1
             if line:
-                shown.update({k: v for k, v in describe(line).items() if v is not None or k not in shown})
+                shown.update(
+                    {k: v for k, v in describe(line).items() if v is not None or k not in shown}
+                )
             advance(tokens, **shown)
 
         def on_evaluation(share: float) -> None:
@@ -262,9 +318,14 @@ def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Rank
             stack.close()
             if done is not None:
                 place, again = options.output, _again(options.output, ranks)
-                tell_last(f"stopped after step {done:,}, and saved in {place}: {again} goes on", quiet)
+                tell_last(
+                    f"stopped after step {done:,}, and saved in {place}: {again} goes on", quiet
+                )
             else:
-                tell_last("stopped before a step: nothing new is saved, and the same command starts again", quiet)
+                tell_last(
+                    "stopped before a step: nothing new is saved, and the same command starts again",
+                    quiet,
+                )
             raise
 
 

@@ -27,7 +27,9 @@ from longnet_cli.data.tables import Table, numpy_dtype, reading
 
 MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its start
 INDEX_BYTES = 256 << 20  # more than any index of a file, which takes 24 bytes per batch
-CONTINUATION = b"\xff\xff\xff\xff"  # starts a message, which before Arrow 0.15 started with its length
+CONTINUATION = (
+    b"\xff\xff\xff\xff"  # starts a message, which before Arrow 0.15 started with its length
+)
 END = CONTINUATION + bytes(4)  # of a stream
 PADDING = 64  # more than the bytes between two messages of a file
 MAPPED_BYTES = 1 << 16  # a disk reads as many ahead when one byte is touched
@@ -38,7 +40,9 @@ def open_ipc_stream(name: str, where: str, stream: Any) -> Table:
 
     def end(count: int) -> None:
         if stream.read(1):
-            raise DataError(f"{where}: more data follows the end of the Arrow stream; put each into its own file")
+            raise DataError(
+                f"{where}: more data follows the end of the Arrow stream; put each into its own file"
+            )
 
     source = _ArrowBytes(where, stream)
     return source.table(name, "Arrow IPC stream", *source.sequence(end))
@@ -51,7 +55,9 @@ def open_pipe(name: str, where: str, pipe: Any) -> Table:
         tail = pipe.read(INDEX_BYTES)
         index = _read_index(where, tail)
         if not 0 <= len(tail) - 10 - int.from_bytes(tail[-10:-6], "little") < PADDING:
-            raise DataError(f"{where}: more data follows the end of the Arrow file; give one file at a time")
+            raise DataError(
+                f"{where}: more data follows the end of the Arrow file; give one file at a time"
+            )
         _check_count(count, index)
 
     pipe.read(8)
@@ -97,7 +103,9 @@ def _read_index(where: str, tail: bytes) -> ipc.RecordBatchFileReader:
 
 def _check_count(count: int, index: ipc.RecordBatchFileReader) -> None:
     if count != index.num_record_batches:
-        raise ValueError(f"{count} batches were read, and its index lists {index.num_record_batches}")
+        raise ValueError(
+            f"{count} batches were read, and its index lists {index.num_record_batches}"
+        )
 
 
 def _listed(tail: bytes) -> tuple[bytes, list[tuple[int, int]]]:
@@ -115,7 +123,9 @@ def _listed(tail: bytes) -> tuple[bytes, list[tuple[int, int]]]:
     table = number("I", 0)
     fields = table - number("i", table)
     count = number("H", fields) // 2 - 2
-    version, schema, *blocks = (table + number("H", fields + 4 + 2 * which) for which in range(min(count, 4)))
+    version, schema, *blocks = (
+        table + number("H", fields + 4 + 2 * which) for which in range(min(count, 4))
+    )
     messages: list[tuple[int, int]] = []
     for place in blocks:
         if place > table:  # not left out
@@ -143,7 +153,9 @@ class _ArrowBytes:
 
     closed = False
 
-    def __init__(self, where: str, stream: Any, head: bytes = b"", messages: Iterable[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self, where: str, stream: Any, head: bytes = b"", messages: Iterable[tuple[int, int]] = ()
+    ) -> None:
         self.where, self.stream, self.tell = where, stream, stream.tell
         self.file = stream if isinstance(stream, StoredFile) else None
         self.map: pa.Buffer | None = pa.py_buffer(self.file.map()) if self.file else None
@@ -200,13 +212,19 @@ class _ArrowBytes:
                     raise ValueError("it has two dictionaries for one column")
                 yield batch
                 count, place = count + 1, self.tell()
-            if self.stop is None and self.tell() == place:  # pyarrow takes the end of the data for the marker
-                raise DataError(f"{self.where}: truncated after {count} batches: the end-of-stream marker is missing")
+            if (
+                self.stop is None and self.tell() == place
+            ):  # pyarrow takes the end of the data for the marker
+                raise DataError(
+                    f"{self.where}: truncated after {count} batches: the end-of-stream marker is missing"
+                )
             end(count)
 
         return reader.schema, batches()
 
-    def table(self, name: str, format: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Table:
+    def table(
+        self, name: str, format: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
+    ) -> Table:
         _ = schema.names  # raises UnicodeDecodeError for a name that is not UTF-8
 
         def read(columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -225,8 +243,15 @@ class _ArrowBytes:
     def stored(self, array: pa.Array) -> StoredIds | None:
         """Return the place in the file of (tokens,) ids of the last batch; None if they are in memory. Ignore nulls."""
         data, last = array.buffers()[-1], self.last
-        if self.file is None or data is None or last is None or not 0 <= data.address - last.address < last.size:
-            return None  # compressed, in another byte order, or not aligned: pyarrow has made a copy
+        if (
+            self.file is None
+            or data is None
+            or last is None
+            or not 0 <= data.address - last.address < last.size
+        ):
+            return (
+                None  # compressed, in another byte order, or not aligned: pyarrow has made a copy
+            )
         dtype = numpy_dtype(array.type)
         start = self.start + data.address - last.address
         return StoredIds(self.file, start + array.offset * dtype.itemsize, dtype, len(array))
@@ -235,6 +260,8 @@ class _ArrowBytes:
 def _refuse_overlap(batch: pa.RecordBatch) -> None:
     """Raise ValueError when two buffers share memory: one of their offsets is wrong, which Arrow does not check."""
     buffers = (buffer for column in batch.columns for buffer in column.buffers() if buffer)
-    for (address, size), (following, _) in pairwise(sorted((buffer.address, buffer.size) for buffer in buffers)):
+    for (address, size), (following, _) in pairwise(
+        sorted((buffer.address, buffer.size) for buffer in buffers)
+    ):
         if address + size > following:
             raise ValueError("two buffers overlap")

@@ -25,11 +25,20 @@ from longnet_cli.basics.configuration import digest, read_text
 from longnet_cli.basics.errors import ConfigError, RefusedError, one_line
 from longnet_cli.data.rendering import Template
 from longnet_cli.data.text_pieces import decodes_bytes
-from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, library_call, read_settings, special_token
+from longnet_cli.data.tokenizer import (
+    SETTINGS,
+    Tokenizer,
+    library_call,
+    read_settings,
+    special_token,
+)
 
 TEMPLATE = "chat_template.jinja"
 MARKS = range(0xE000, 0xF900)  # private-use characters
-NAMED, HIDDEN = 0xF0000, 0x100000  # private-use characters after a mark, for special tokens, and for hidden characters
+NAMED, HIDDEN = (
+    0xF0000,
+    0x100000,
+)  # private-use characters after a mark, for special tokens, and for hidden characters
 
 
 def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -38,7 +47,9 @@ def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
         return {}
     settings = read_settings(tokenizer.folder / SETTINGS)
     template = _template(tokenizer.folder, settings)
-    return {} if template is None else {"chat_template": digest([template, _named_tokens(settings)])}
+    return (
+        {} if template is None else {"chat_template": digest([template, _named_tokens(settings)])}
+    )
 
 
 # Not apply_chat_template: a base install has no transformers, and text in a message could be a special token there.
@@ -52,7 +63,9 @@ class ChatTemplate:
         settings = read_settings(folder / SETTINGS)
         template = _template(folder, settings)
         if template is None:
-            raise ConfigError(f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for chats")
+            raise ConfigError(
+                f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for chats"
+            )
         self._template, self._named = Template(template, str(folder)), _named_tokens(settings)
         self.tokenizer = tokenizer
         self._special = [added["content"] for added in tokenizer.added_tokens if added["special"]]
@@ -62,7 +75,9 @@ class ChatTemplate:
         self._said = {*template, *"".join(self._special)}
         self._any, self._start = re.compile(longest), re.compile(f"(?={longest}).", re.DOTALL)
 
-    def encode(self, message: str | Sequence[Mapping[str, str]], system: str | None = None) -> np.ndarray:
+    def encode(
+        self, message: str | Sequence[Mapping[str, str]], system: str | None = None
+    ) -> np.ndarray:
         """Return the prompt in which a user says `message` and an assistant is to answer: (tokens,) int64.
 
         Before it, `system` says how. It begins the user's message where a template has no such role. In place of one
@@ -70,7 +85,10 @@ class ChatTemplate:
         refuses, and for what are no messages.
         """
         said = [{"role": "user", "content": message}] if isinstance(message, str) else [*message]
-        if not all(isinstance(each, Mapping) and all(isinstance(x, str) for x in each.values()) for each in said):
+        if not all(
+            isinstance(each, Mapping) and all(isinstance(x, str) for x in each.values())
+            for each in said
+        ):
             raise RefusedError("a message is a mapping with a role and a content, which are texts")
         messages = [{"role": "system", "content": system}] if system else []
         try:
@@ -79,9 +97,13 @@ class ChatTemplate:
             if not (system and said):
                 raise
             first, *others = said
-            return self.encode([{**first, "content": f"{system}\n\n{first.get('content', '')}"}, *others])
+            return self.encode(
+                [{**first, "content": f"{system}\n\n{first.get('content', '')}"}, *others]
+            )
 
-    def read_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Callable[[], np.ndarray]]:
+    def read_chat(
+        self, messages: Sequence[Mapping[str, str]]
+    ) -> tuple[str, Callable[[], np.ndarray]]:
         """Return the text of a chat, and a function that returns its ids, (tokens,) int64.
 
         Each message has a `role` and a `content`. The ids leave out the `bos_token` that a template may put first:
@@ -99,16 +121,25 @@ class ChatTemplate:
         """Return the text that the template makes of messages, and the mark that hides special tokens in them."""
         said = self._said.union(*(text for message in messages for text in message.values()))
         # the last mark first, and then on from there: `_renamed` is slow, and all chats soon share one mark
-        self._mark = next((n for n in (*range(self._mark, MARKS.stop), *MARKS) if chr(n) not in said), MARKS.stop)
+        self._mark = next(
+            (n for n in (*range(self._mark, MARKS.stop), *MARKS) if chr(n) not in said), MARKS.stop
+        )
         if self._mark not in MARKS:
-            raise RefusedError("the messages have all private-use characters, of which one must be free")
+            raise RefusedError(
+                "the messages have all private-use characters, of which one must be free"
+            )
         mark = chr(self._mark)
 
         def hide(found: re.Match[str]) -> str:
             return mark + chr(HIDDEN + self._first.index(found[0]))
 
         hidden = [{key: self._start.sub(hide, text) for key, text in m.items()} for m in messages]
-        variables = {"messages": hidden, "add_generation_prompt": prompt, "tools": None, "documents": None}
+        variables = {
+            "messages": hidden,
+            "add_generation_prompt": prompt,
+            "tools": None,
+            "documents": None,
+        }
         return self._template.render(variables | self._named), mark
 
     def _shown(self, rendered: str, mark: str) -> str:
@@ -126,10 +157,14 @@ class ChatTemplate:
             while True:
                 encoding = inner.encode(text, add_special_tokens=False)
                 places = zip(encoding.ids, encoding.offsets, strict=True)
-                seen = {text.find(names[contents[i]], *place) for i, place in places if i in contents}
+                seen = {
+                    text.find(names[contents[i]], *place) for i, place in places if i in contents
+                }
                 if not (lost := {found.start() for found in re.finditer(mark, text)} - seen):
                     break
-                for start in sorted(lost, reverse=True):  # of a template that cuts texts, a mark may be alone
+                for start in sorted(
+                    lost, reverse=True
+                ):  # of a template that cuts texts, a mark may be alone
                     name = text[start : start + 2]
                     text = text[:start] + written.get(name, name[1:]) + text[start + 2 :]
         ids = (self.tokenizer.id_of(contents[i]) if i in contents else i for i in encoding.ids)
@@ -137,7 +172,9 @@ class ChatTemplate:
 
 
 @lru_cache(maxsize=1)
-def _renamed(tokenizer: Tokenizer, mark: str) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int | None, str]]:
+def _renamed(
+    tokenizer: Tokenizer, mark: str
+) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int | None, str]]:
     """Return the tokenizer with other names for its special tokens, these names, and of which token each id is.
 
     The names are special tokens only: a special token that is also in the vocabulary is no word of a text any more.
@@ -151,7 +188,11 @@ def _renamed(tokenizer: Tokenizer, mark: str) -> tuple[tokenizers.Tokenizer, dic
             added["normalized"] = False  # otherwise nothing would be left of the name
     model = data["model"]
     merged = {part for pair in model.get("merges", ()) for part in (*pair, "".join(pair))}
-    words = {} if decodes_bytes(data) else {text: name for text, name in names.items() if text not in merged}
+    words = (
+        {}
+        if decodes_bytes(data)
+        else {text: name for text, name in names.items() if text not in merged}
+    )
     if isinstance(model["vocab"], dict):
         model["vocab"] = {words.get(text, text): index for text, index in model["vocab"].items()}
     else:
@@ -164,7 +205,10 @@ def _renamed(tokenizer: Tokenizer, mark: str) -> tuple[tokenizers.Tokenizer, dic
 
 def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return the special tokens that a template may name."""
-    return {key: special_token(settings.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return {
+        key: special_token(settings.get(key))
+        for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+    }
 
 
 def _template(folder: Path, settings: dict[str, Any]) -> str | None:
@@ -176,5 +220,7 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
             raise ConfigError(f"{folder / TEMPLATE}: cannot be read: {one_line(error)}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}.get("default")
+        template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}.get(
+            "default"
+        )
     return template if isinstance(template, str) else None

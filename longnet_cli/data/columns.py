@@ -30,7 +30,9 @@ def list_bounds(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return starts[:-1], starts[1:]
 
 
-def numbers(table: Table, values: pa.Array) -> tuple[np.ndarray | StoredIds, pa.BooleanArray | None]:
+def numbers(
+    table: Table, values: pa.Array
+) -> tuple[np.ndarray | StoredIds, pa.BooleanArray | None]:
     """Return the numbers of the last batch, a view of their file or of Arrow's memory, and which are not null.
 
     Both have the shape (values,); the second is None if no number is null.
@@ -47,7 +49,16 @@ def numbers(table: Table, values: pa.Array) -> tuple[np.ndarray | StoredIds, pa.
     return values.to_numpy(zero_copy_only=True) if stored is None else stored, valid
 
 
-INTEGERS = (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64(), pa.int8(), pa.int16(), pa.int32(), pa.int64())
+INTEGERS = (
+    pa.uint8(),
+    pa.uint16(),
+    pa.uint32(),
+    pa.uint64(),
+    pa.int8(),
+    pa.int16(),
+    pa.int32(),
+    pa.int64(),
+)
 FLOATS = (pa.float16(), pa.float32(), pa.float64())
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 _PLAIN_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -59,7 +70,9 @@ ID_COLUMNS, VECTOR_ID_COLUMNS = ("doc_id", "id"), ("slide_id", "doc_id")
 COORDS = (("coords",), ("x", "y"))
 
 
-Form = Literal["text", "tokens", "vectors"]  # what documents are read as; ids and text are both tokens
+Form = Literal[
+    "text", "tokens", "vectors"
+]  # what documents are read as; ids and text are both tokens
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,8 @@ def is_chat(kind: pa.DataType) -> bool:
     if pa.types.is_map(message):  # the type in which JSON Lines are read
         return True
     return pa.types.is_struct(message) and all(
-        message.get_field_index(name) >= 0 and is_text(message.field(name).type) for name in ("role", "content")
+        message.get_field_index(name) >= 0 and is_text(message.field(name).type)
+        for name in ("role", "content")
     )
 
 
@@ -144,27 +158,41 @@ def choose_columns(
         candidates = []  # such an `id` names no document
     doc_id = wanted.id_column or next(iter(candidates), None)
     if doc_id is not None and not _is_name(id_type := _type(table, doc_id)):
-        raise DataError(f"{table.where}: {doc_id} has type {id_type}: text or whole numbers are needed")
+        raise DataError(
+            f"{table.where}: {doc_id} has type {id_type}: text or whole numbers are needed"
+        )
     flat = kind in INTEGERS
     if flat and (asked := [wanted.id_column] * (wanted.id_column is not None) + list(wanted.keep)):
         raise ConfigError(
             f"{table.where}: column {documents!r} is one stream of ids, in which a document has no row for {asked[0]!r}"
         )
     counting = ("part", "span") if form == "vectors" else ("part",)
-    counts = [name for name in counting if name in table.schema.names and pa.types.is_integer(_type(table, name))]
+    counts = [
+        name
+        for name in counting
+        if name in table.schema.names and pa.types.is_integer(_type(table, name))
+    ]
     part = counts[0] if counts and doc_id is not None and not flat else None
     for name in wanted.keep:
         _type(table, name)
-    places = [names for names in COORDS if form == "vectors" and coords and {*names} <= {*table.schema.names}]
+    places = [
+        names
+        for names in COORDS
+        if form == "vectors" and coords and {*names} <= {*table.schema.names}
+    ]
     chosen = Columns(documents, kind, None if flat else doc_id, part, wanted.keep, *places[:1])
     for used in (*chosen.names, "doc_id", "part"):
         if table.schema.names.count(used) > 1:
-            raise DataError(f"{table.where}: several columns are named {used!r}: rename them, or leave the others out")
+            raise DataError(
+                f"{table.where}: several columns are named {used!r}: rename them, or leave the others out"
+            )
     return chosen
 
 
 def _is_name(kind: pa.DataType) -> bool:
-    return is_text(kind) or pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind)
+    return is_text(kind) or pa.types.is_integer(
+        kind.value_type if pa.types.is_dictionary(kind) else kind
+    )
 
 
 def _type(table: Table, name: str) -> pa.DataType:
@@ -184,9 +212,15 @@ def _choose(table: Table, column: str | None, ids: bool, chats: bool) -> str:
     kinds = {field.name: field.type for field in table.schema}
     if column is not None:
         kind = _type(table, column)
-        if is_text(kind) or (ids and (kind in INTEGERS or _is_list(kind))) or (chats and is_chat(kind)):
+        if (
+            is_text(kind)
+            or (ids and (kind in INTEGERS or _is_list(kind)))
+            or (chats and is_chat(kind))
+        ):
             return column
-        raise _refusal(table, f"column {column!r} does not hold {'token ids or text' if ids else 'text'}")
+        raise _refusal(
+            table, f"column {column!r} does not hold {'token ids or text' if ids else 'text'}"
+        )
     flat = ["text"] if "text" in kinds and is_text(kinds["text"]) else []
     lists: list[str] = []
     if ids:
@@ -205,8 +239,16 @@ def _choose_vectors(table: Table, column: str | None) -> str:
     if column is not None:
         kinds[column] = _type(table, column)
     names = VECTOR_COLUMNS if column is None else (column,)
-    candidates = [name for name in names if name in kinds and (is_vector(kinds[name]) or is_vectors(kinds[name]))]
-    which = f"column {column!r} does not hold" if column else f"no column named {', '.join(names)} holds"
+    candidates = [
+        name
+        for name in names
+        if name in kinds and (is_vector(kinds[name]) or is_vectors(kinds[name]))
+    ]
+    which = (
+        f"column {column!r} does not hold"
+        if column
+        else f"no column named {', '.join(names)} holds"
+    )
     missing = f"{which} vectors, lists of float16, float32 or float64, which the model reads"
     return _only(table, candidates, "vectors", missing)
 
@@ -214,7 +256,10 @@ def _choose_vectors(table: Table, column: str | None) -> str:
 def _only(table: Table, candidates: Sequence[str], what: str, missing: str) -> str:
     """Return the only candidate. Raises ConfigError, which says what is `missing`, without any, and for several."""
     if len(candidates) > 1:
-        raise _refusal(table, f"several columns may hold the {what} ({', '.join(candidates)}): choose one (--column)")
+        raise _refusal(
+            table,
+            f"several columns may hold the {what} ({', '.join(candidates)}): choose one (--column)",
+        )
     if not candidates:
         raise _refusal(table, missing)
     return candidates[0]
@@ -229,7 +274,9 @@ class TokenTypes:
     """A check that all inputs hold one type of token: int32 beside int64 mostly means two tokenizers, or a mistake."""
 
     def __init__(self) -> None:
-        self._known: tuple[str, pa.DataType] | None = None  # where the first type was found, and the type
+        self._known: tuple[str, pa.DataType] | None = (
+            None  # where the first type was found, and the type
+        )
 
     def check(self, table: Table, columns: Columns) -> None:
         """Raise DataError when an earlier input had another type. Text has no type."""

@@ -14,7 +14,9 @@ from longnet_cli.basics.errors import DataError
 from longnet_cli.data.files import FileChangedError, Part, no_place
 from longnet_cli.data.tokenizer import Tokenizer
 
-STEP = 1 << 18  # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
+STEP = (
+    1 << 18
+)  # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
 SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
 
 
@@ -95,7 +97,9 @@ class Document:
         while place < stop:
             part = self.parts[index]
             offset = place - self._starts[index]
-            stored = part.ids[offset * self.width : (offset + min(stop - place, self.step)) * self.width]
+            stored = part.ids[
+                offset * self.width : (offset + min(stop - place, self.step)) * self.width
+            ]
             if not len(stored):
                 index += 1
                 continue
@@ -147,7 +151,9 @@ class Document:
             return DataError(f"{where}: the token id is null")
         if ids[index] < 0:
             return DataError(f"{where}: token id {ids[index]} is negative")
-        return DataError(f"{where}: token id {ids[index]} does not fit a vocabulary of {self._limit or 1 << 63}")
+        return DataError(
+            f"{where}: token id {ids[index]} does not fit a vocabulary of {self._limit or 1 << 63}"
+        )
 
 
 class Unread(Document):
@@ -209,7 +215,9 @@ class TextPlaces:
         if words is not None and document.places is None and words.spells:
             steps = range(0, len(document), STEP)
             sizes = (words.n_bytes(document.read(i, i + STEP)) or 0 for i in steps)
-            self._counts = sum(sizes) == document.n_bytes  # otherwise the tokenizer dropped some of the text
+            self._counts = (
+                sum(sizes) == document.n_bytes
+            )  # otherwise the tokenizer dropped some of the text
             self._begin, self._inside = words.characters
 
     def of(self, start: int, end: int) -> tuple[int | None, int | None]:

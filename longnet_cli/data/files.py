@@ -64,8 +64,14 @@ class StoredFile(io.RawIOBase):
             raise read_error(self.where, error) from error
         if missing or status.st_mtime_ns != self._written or status.st_size != self.size:
             size = status.st_size
-            how = f"it had {self.size} bytes and has {size}" if size != self.size else "it was written to"
-            reason = f"the file changed while it was read ({how}): let its writer end, and start again"
+            how = (
+                f"it had {self.size} bytes and has {size}"
+                if size != self.size
+                else "it was written to"
+            )
+            reason = (
+                f"the file changed while it was read ({how}): let its writer end, and start again"
+            )
             raise FileChangedError(self.where, reason)
 
     def map(self) -> mmap.mmap:
@@ -110,7 +116,9 @@ class StoredIds:
 
     def __getitem__(self, index: slice) -> "StoredIds":
         start, stop, _ = index.indices(self._length)
-        return StoredIds(self._file, self._offset + start * self.dtype.itemsize, self.dtype, max(0, stop - start))
+        return StoredIds(
+            self._file, self._offset + start * self.dtype.itemsize, self.dtype, max(0, stop - start)
+        )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         ids = np.empty(self._length, self.dtype)
@@ -124,7 +132,9 @@ def read_error(what: str, error: OSError, problem: str = "cannot read") -> LongN
     if error.errno == errno.ENOMEM:
         return MemoryLimitError(f"{what}: there is no memory to read it ({reason})")
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return LongNetError(f"{what}: {reason}: raise the limit (ulimit -n), or read fewer files at a time")
+        return LongNetError(
+            f"{what}: {reason}: raise the limit (ulimit -n), or read fewer files at a time"
+        )
     return DataError(f"{what}: {problem}: {reason}")
 
 

@@ -22,8 +22,18 @@ PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 ARROW_KINDS = ("file", "stream", "parquet")  # results of `sniff` for tables with typed columns
 
 _KINDS = MimeTypes()  # without those of the system, which differ
-_PACKED = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2"}
-_MAGIC = {b"ARROW1\0\0": "file", b"\xff\xff\xff\xff": "stream", b"\x89HDF\r\n\x1a\n": "hdf5", b"PAR1": "parquet"}
+_PACKED = {
+    b"\x1f\x8b\x08": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+}
+_MAGIC = {
+    b"ARROW1\0\0": "file",
+    b"\xff\xff\xff\xff": "stream",
+    b"\x89HDF\r\n\x1a\n": "hdf5",
+    b"PAR1": "parquet",
+}
 
 
 def sniff(head: bytes) -> str:
@@ -33,7 +43,9 @@ def sniff(head: bytes) -> str:
 
 def compression(head: bytes) -> str | None:
     """Return the compression of an input, by at least its first 8 bytes; None if it is not compressed."""
-    if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:  # a skippable frame, with which pzstd's files start
+    if (
+        head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5
+    ):  # a skippable frame, with which pzstd's files start
         return "zstd"
     return next((name for magic, name in _PACKED.items() if head.startswith(magic)), None)
 
@@ -41,7 +53,9 @@ def compression(head: bytes) -> str | None:
 def bare_name(name: str) -> str:
     """Return the name of a file in lower case, without the suffix of its compression: `a.jsonl` for `A.jsonl.GZ`."""
     name = name.lower()
-    return next((name.removesuffix(suffix) for suffix in PACKED_SUFFIXES if name.endswith(suffix)), name)
+    return next(
+        (name.removesuffix(suffix) for suffix in PACKED_SUFFIXES if name.endswith(suffix)), name
+    )
 
 
 def is_named_text(name: str) -> bool:
@@ -57,7 +71,9 @@ _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluati
 MOST_NAMED = 20  # kinds of files that are not read
 
 
-def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]) -> tuple[list[str], str]:
+def choose_files(
+    folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]
+) -> tuple[list[str], str]:
     """Choose the files to read below a folder: the shards of a data set in its order, otherwise every text.
 
     Return them, and a sentence that names the other files, with which it warns of them; empty if there are none.
@@ -72,7 +88,10 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     def listed(index: str, key: str, name: str) -> list[str] | None:
         """Return the shards that an index file of the folder lists, or None if the file is no such index."""
         try:
-            shards = [str(shard[name]) for shard in json.loads(manifest_text(index, read(index, None)))[key]]
+            shards = [
+                str(shard[name])
+                for shard in json.loads(manifest_text(index, read(index, None)))[key]
+            ]
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
         if missing := next((shard for shard in shards if shard not in names), None):
@@ -83,14 +102,18 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     if "state.json" in names and (shards := listed("state.json", "_data_files", "filename")):
         return shards, ""
     if UNFINISHED in names:  # our writer keeps it until the last shard is there
-        raise DataError(f"{folder}: the run that wrote this data did not end: finish it with its command and --resume")
+        raise DataError(
+            f"{folder}: the run that wrote this data did not end: finish it with its command and --resume"
+        )
     if manifest := manifest_in(names):
         if (shards := listed(manifest, "shards", "name")) is None:
             raise DataError(f"{folder}/{manifest}: changed or damaged after it was written")
         return shards, ""
     if "dataset_dict.json" in names:
         raise _several(folder, sorted({name.split("/")[0] for name in names if "/" in name}))
-    files = sorted((name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order)
+    files = sorted(
+        (name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order
+    )
     written = _written_folders(names)
     files = [file for file in files if not file.startswith(written)] or files
     for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
@@ -107,7 +130,9 @@ def choose_files(folder: str, names: Sequence[str], read: Callable[[str, int | N
     if empty:  # beside text, HDF5 files are its data
         chosen = [file for file in files if bare_name(file).endswith(HDF5_SUFFIXES)] or chosen
     if not chosen:
-        raise DataError(f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)")
+        raise DataError(
+            f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)"
+        )
     return chosen, _tell_unread(folder, files, chosen)
 
 
@@ -139,8 +164,13 @@ def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
     shards_of: dict[str, list[str]] = {}
     for shard in shards:
         top, _, name = shard.rpartition("/")
-        words = [word for word in re.split(r"[-_. 0-9]+|of", bare_name(name).rpartition(".")[0]) if word]
-        split = next((_SPLITS[word] for word in (*words[:1], *words[-1:], top.lower()) if word in _SPLITS), None)
+        words = [
+            word for word in re.split(r"[-_. 0-9]+|of", bare_name(name).rpartition(".")[0]) if word
+        ]
+        split = next(
+            (_SPLITS[word] for word in (*words[:1], *words[-1:], top.lower()) if word in _SPLITS),
+            None,
+        )
         if split:
             shards_of.setdefault(split, []).append(shard)
     if len(shards_of) > 1:
@@ -166,7 +196,11 @@ def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
         folder, slash, file = name.rpartition("/")
         inside.setdefault(folder + slash, set()).add(file)
     marks = *({name} for name in (UNFINISHED, *FINISHED)), {"recipe.json", "metrics.jsonl"}
-    return tuple(folder for folder, files in inside.items() if folder and any(mark <= files for mark in marks))
+    return tuple(
+        folder
+        for folder, files in inside.items()
+        if folder and any(mark <= files for mark in marks)
+    )
 
 
 def is_hidden(name: str) -> bool:
@@ -187,4 +221,6 @@ def _looks_like_text(name: str, head: bytes) -> bool:
 
 def natural_order(name: str) -> list[str | int]:
     """Return a sort key that puts part-2 before part-10."""
-    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))]
+    return [
+        int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))
+    ]

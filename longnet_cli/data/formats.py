@@ -24,11 +24,27 @@ from longnet_cli.basics.errors import DataError
 from longnet_cli.data import arrow
 from longnet_cli.data.columns import Wanted
 from longnet_cli.data.files import StoredFile, no_place
-from longnet_cli.data.folders import FASTA_SUFFIXES, JSON_SUFFIXES, SHARD_SUFFIXES, bare_name, compression, sniff
+from longnet_cli.data.folders import (
+    FASTA_SUFFIXES,
+    JSON_SUFFIXES,
+    SHARD_SUFFIXES,
+    bare_name,
+    compression,
+    sniff,
+)
 from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.jsonlines import open_json_lines
 from longnet_cli.data.names import Source
-from longnet_cli.data.tables import BYTE_ORDER_MARK, Pipe, Stdin, Table, Text, first_line, pick, reading
+from longnet_cli.data.tables import (
+    BYTE_ORDER_MARK,
+    Pipe,
+    Stdin,
+    Table,
+    Text,
+    first_line,
+    pick,
+    reading,
+)
 
 PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
@@ -50,7 +66,9 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
         return replace(opened, ready=pipe.ready) if isinstance(opened, Table) else opened
     with reading(source.where):
         if source.filesystem is not None:
-            from longnet_cli.data.remote import open_remote  # imported late: 20 ms that local input does not need
+            from longnet_cli.data.remote import (
+                open_remote,
+            )  # imported late: 20 ms that local input does not need
 
             file = open_remote(source.filesystem, str(source.path), source.where)
             return _open_file(source, io.BufferedReader(file, REMOTE_BUFFER), wanted)
@@ -59,7 +77,10 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
             return _open_pipe(source, Pipe(open(source.path, "rb")), wanted)
         stored = StoredFile(source.path, source.where)
         opened = _open_file(source, stored, wanted)
-        if isinstance(opened, Table) and opened.format not in ("Parquet", "HDF5"):  # which are not read in order
+        if isinstance(opened, Table) and opened.format not in (
+            "Parquet",
+            "HDF5",
+        ):  # which are not read in order
             return replace(opened, share=lambda rows: stored.tell() / stored.size)
         return opened
 
@@ -69,7 +90,9 @@ def _open_file(source: Source, stream: Any, wanted: Wanted) -> Text | Table:
     kind = sniff(stream.read(8))
     stream.seek(0)
     if kind == "text":
-        buffered = io.BufferedReader(stream, TEXT_BUFFER) if isinstance(stream, StoredFile) else stream
+        buffered = (
+            io.BufferedReader(stream, TEXT_BUFFER) if isinstance(stream, StoredFile) else stream
+        )
         return _open_pipe(source, Pipe(buffered), wanted)
     if kind == "parquet":
         return _open_parquet(source, stream)
@@ -80,7 +103,9 @@ def _open_file(source: Source, stream: Any, wanted: Wanted) -> Text | Table:
     return arrow.open_ipc_stream(source.name, source.where, stream)
 
 
-def _open_pipe(source: Source, pipe: Pipe, wanted: Wanted, *, unpacked: bool = False) -> Text | Table:
+def _open_pipe(
+    source: Source, pipe: Pipe, wanted: Wanted, *, unpacked: bool = False
+) -> Text | Table:
     """Open a pipe, or text in a file. `unpacked` data is not unpacked again: a file may unpack to itself, for ever."""
     with reading(source.where):
         kind = sniff(pipe.peek(8))
@@ -93,7 +118,11 @@ def _open_pipe(source: Source, pipe: Pipe, wanted: Wanted, *, unpacked: bool = F
             return arrow.open_ipc_stream(source.name, source.where, pipe)
         if kind == "file" and arrow.is_sequential(pipe.peek(12)):
             return arrow.open_pipe(source.name, source.where, pipe)
-        whole = pa.BufferReader(pipe.read()) if kind == "parquet" else StoredFile(_copy(pipe), source.where)
+        whole = (
+            pa.BufferReader(pipe.read())
+            if kind == "parquet"
+            else StoredFile(_copy(pipe), source.where)
+        )
         return _open_file(source, whole, wanted)  # its index is at its end
 
 
@@ -110,17 +139,25 @@ def _copy(pipe: Pipe) -> int:
 
 def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
     """Open JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
-    if bare_name(source.name).endswith(FASTA_SUFFIXES):  # as a text, its headers would be read as if they were letters
-        raise DataError(f"{source.where}: FASTA is not read: make JSON Lines of it, an object for each record")
+    if bare_name(source.name).endswith(
+        FASTA_SUFFIXES
+    ):  # as a text, its headers would be read as if they were letters
+        raise DataError(
+            f"{source.where}: FASTA is not read: make JSON Lines of it, an object for each record"
+        )
     table = open_json_lines(source, pipe, wanted)
     if table:
         return table
     parts = _decoded(pipe, source.where)
     beginning = next(parts, None)
     if beginning is None:
-        is_file = source.path is not None and (source.filesystem is not None or source.path.is_file())
+        is_file = source.path is not None and (
+            source.filesystem is not None or source.path.is_file()
+        )
         if not is_file or bare_name(source.name).endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
-            raise DataError(f"{source.where}: {'the file is empty (0 bytes)' if is_file else 'nothing came'}")
+            raise DataError(
+                f"{source.where}: {'the file is empty (0 bytes)' if is_file else 'nothing came'}"
+            )
         return Text(source.name, "", source.where)  # an empty text is a document too
     return Text(source.name, beginning, source.where, rest=parts)
 
@@ -134,7 +171,10 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
 
     position, data = 0, read(TEXT_PART)
     if data.startswith(BYTE_ORDER_MARK):
-        position, data = len(BYTE_ORDER_MARK), data[len(BYTE_ORDER_MARK) :] + read(len(BYTE_ORDER_MARK))
+        position, data = (
+            len(BYTE_ORDER_MARK),
+            data[len(BYTE_ORDER_MARK) :] + read(len(BYTE_ORDER_MARK)),
+        )
         if not data:
             yield ""
     while data:
@@ -161,8 +201,14 @@ def _open_parquet(source: Source, file: Any) -> Table:
     metadata = parquet.metadata
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     if sum(group.num_rows for group in groups) != metadata.num_rows:
-        raise DataError(f"{source.where}: the data is damaged or truncated (its row groups do not add up)")
-    rows = PARQUET_BATCH_BYTES * metadata.num_rows // max(1, sum(group.total_byte_size for group in groups))
+        raise DataError(
+            f"{source.where}: the data is damaged or truncated (its row groups do not add up)"
+        )
+    rows = (
+        PARQUET_BATCH_BYTES
+        * metadata.num_rows
+        // max(1, sum(group.total_byte_size for group in groups))
+    )
     rows = min(max(1, rows), PARQUET_BATCH_ROWS)
 
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -233,7 +279,9 @@ class _Members:
             packed = self._packed.read(STEP) if self._member.needs_input else b""
             if self._member.eof:
                 packed, skipped = self._member.unused_data, 0
-                while not (kept := packed.lstrip(self._padding)) and (more := self._packed.read(STEP)):
+                while not (kept := packed.lstrip(self._padding)) and (
+                    more := self._packed.read(STEP)
+                ):
                     skipped, packed = skipped + len(packed), more
                 if (skipped + len(packed) - len(kept)) % 4:
                     raise ValueError("its padding is not of four bytes each")
@@ -257,9 +305,13 @@ class _Unpacked(io.RawIOBase):
             "gzip": lambda: gzip.GzipFile(fileobj=packed, mode="rb"),
             "xz": lambda: _Members(packed, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), b"\0"),
             "bzip2": lambda: _Members(packed, bz2.BZ2Decompressor),
-            "zstd": lambda: pa.CompressedInputStream(pa.PythonFile(_Steps(packed), mode="r"), "zstd"),
+            "zstd": lambda: pa.CompressedInputStream(
+                pa.PythonFile(_Steps(packed), mode="r"), "zstd"
+            ),
         }[kind]()
-        self._read = getattr(file, "read1", file.read)  # `read` joins steps, and would lose all of them
+        self._read = getattr(
+            file, "read1", file.read
+        )  # `read` joins steps, and would lose all of them
 
     def readable(self) -> bool:
         return True
@@ -270,7 +322,14 @@ class _Unpacked(io.RawIOBase):
             raise self._damage
         try:
             data = self._read(min(len(out), STEP))
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, ValueError) as error:
+        except (
+            OSError,
+            EOFError,
+            zlib.error,
+            lzma.LZMAError,
+            pa.ArrowException,
+            ValueError,
+        ) as error:
             if isinstance(error, OSError) and error.errno is not None and error.strerror:
                 raise  # an error of the disk
             said = f"{self._where}: the {self._kind} data is damaged or truncated ({first_line(error)})"

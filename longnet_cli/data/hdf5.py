@@ -88,21 +88,33 @@ class _RowsDataset:
         """
         stored, sizes = self.dataset.id, self.dataset.chunks
         if sizes is None:
-            return "the file lacks some of its rows" if stored.get_storage_size() < self.dataset.nbytes else None
+            return (
+                "the file lacks some of its rows"
+                if stored.get_storage_size() < self.dataset.nbytes
+                else None
+            )
         if (size := math.prod(sizes) * self.dtype.itemsize) > MOST_CHUNK_BYTES:
             return f"its chunks have {size:,} bytes each, and {MOST_CHUNK_BYTES:,} are the most: write smaller ones"
-        declared = math.prod(-(-length // side) for length, side in zip(self.dataset.shape, sizes, strict=True))
+        declared = math.prod(
+            -(-length // side) for length, side in zip(self.dataset.shape, sizes, strict=True)
+        )
         present = stored.get_num_chunks()
-        return f"the file has {present:,} of its {declared:,} chunks" if present < declared else None
+        return (
+            f"the file has {present:,} of its {declared:,} chunks" if present < declared else None
+        )
 
     def read(self, start: int, stop: int) -> pa.Array:
         rows = self.dataset[..., start:stop, :]
-        return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows, self.dtype).ravel()), self.width)
+        return pa.FixedSizeListArray.from_arrays(
+            pa.array(np.ascontiguousarray(rows, self.dtype).ravel()), self.width
+        )
 
 
 def _rows(content: Any, key: str, h5py: Any) -> _RowsDataset | None:
     """Return the rows of numbers under `key`; None for anything else, and for data outside of the file."""
-    if not isinstance(content.get(key, getlink=True), h5py.HardLink) or not isinstance(content[key], h5py.Dataset):
+    if not isinstance(content.get(key, getlink=True), h5py.HardLink) or not isinstance(
+        content[key], h5py.Dataset
+    ):
         return None
     dataset = content[key]
     if dataset.is_virtual or dataset.external or dataset.dtype.kind not in "fiu":
@@ -120,7 +132,9 @@ def _tile_size(attributes: Any) -> float | None:
 
     def number(name: str) -> float | None:
         value = np.asarray(attributes[name]).reshape(-1) if name in attributes else np.empty(0)
-        return float(value[0]) if value.size and value.dtype.kind in "fiu" and value[0] > 0 else None
+        return (
+            float(value[0]) if value.size and value.dtype.kind in "fiu" and value[0] > 0 else None
+        )
 
     if size := number("patch_size_level0"):
         return size

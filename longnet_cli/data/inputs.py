@@ -45,11 +45,20 @@ from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import Source, Sources
 from longnet_cli.data.tables import Stdin, Table, Text, reading
 from longnet_cli.data.text_pieces import Unit, note_ends
-from longnet_cli.data.token_columns import DocumentRows, flat_documents, list_documents, read_documents, table_texts
+from longnet_cli.data.token_columns import (
+    DocumentRows,
+    flat_documents,
+    list_documents,
+    read_documents,
+    table_texts,
+)
 from longnet_cli.data.tokenizer import Tokenizer, fitting
 from longnet_cli.data.vectors import vector_documents
 
-WHOLE_TEXT, WHOLE_TABLE = 1 << 30, 1 << 23  # a resumed run reads all of a text again, and passes over tables
+WHOLE_TEXT, WHOLE_TABLE = (
+    1 << 30,
+    1 << 23,
+)  # a resumed run reads all of a text again, and passes over tables
 PIECES, PIECE, END = 64, 1 << 16, 1 << 20
 
 
@@ -60,7 +69,9 @@ def content_digest(source: Source) -> str | None:
     size, both ends (a table's footer) and PIECES pieces. Of a file in a store, it is of the ETag, or size and time.
     """
     if source.filesystem is not None and source.filesystem.type_name != "local":
-        from longnet_cli.data.remote import version  # imported late: 20 ms that local input does not need
+        from longnet_cli.data.remote import (
+            version,
+        )  # imported late: 20 ms that local input does not need
 
         state = version(source.filesystem, str(source.path))
         return state and hashlib.sha256(state.encode()).hexdigest()[:16]
@@ -122,12 +133,20 @@ class Inputs:
 
     def __post_init__(self) -> None:
         if self.eos_id is not None:
-            fitting("--eos", self.eos_id, self.vocab_size or (self.tokenizer.vocab_size if self.tokenizer else None))
+            fitting(
+                "--eos",
+                self.eos_id,
+                self.vocab_size or (self.tokenizer.vocab_size if self.tokenizer else None),
+            )
 
     @cached_property
     def sources(self) -> Sources:
         """The files."""
-        return self.names if isinstance(self.names, Sources) else Sources(self.names, skip_bad=self.skip_bad)
+        return (
+            self.names
+            if isinstance(self.names, Sources)
+            else Sources(self.names, skip_bad=self.skip_bad)
+        )
 
     @property
     def wanted(self) -> Wanted:
@@ -160,7 +179,10 @@ class Inputs:
         for source in self.sources.found:
             if source.path is None or (size := source.size) is None:
                 return None
-            with suppress(OSError), open(source.path, "rb") as file:  # reading it will report its error
+            with (
+                suppress(OSError),
+                open(source.path, "rb") as file,
+            ):  # reading it will report its error
                 head = file.read(8)
                 if sniff(head) != "text" or compression(head):
                     return None
@@ -244,13 +266,19 @@ class Inputs:
             )
 
     def _document(self, item: Text | Document) -> Document:
-        return encode_text(item, self.tokenizer, self.vocab_size, self.unit) if isinstance(item, Text) else item
+        return (
+            encode_text(item, self.tokenizer, self.vocab_size, self.unit)
+            if isinstance(item, Text)
+            else item
+        )
 
     def _ids(self, table: Table, columns: Columns) -> Iterator[Document]:
         tokenizer, vocab_size, eos_id = self.tokenizer, self.vocab_size, self.eos_id
         _check_tokenizer(table, tokenizer)
         if vocab_size is None:
-            vocab_size = tokenizer.vocab_size if tokenizer else _metadata_int(table, "longnet.vocab_size")
+            vocab_size = (
+                tokenizer.vocab_size if tokenizer else _metadata_int(table, "longnet.vocab_size")
+            )
         if eos_id is not None:
             fitting("--eos", eos_id, vocab_size, f"{table.where}: ")
         if columns.type in INTEGERS:
@@ -262,7 +290,15 @@ class Inputs:
 
         def read(group: DocumentRows) -> Document:
             parts, where = collect(group.values), table.place(group.row)
-            return Document(group.doc_id, parts, tokenizer, where, limit=vocab_size, place=table.place, kept=group.kept)
+            return Document(
+                group.doc_id,
+                parts,
+                tokenizer,
+                where,
+                limit=vocab_size,
+                place=table.place,
+                kept=group.kept,
+            )
 
         return read_documents(groups, read, self.skip_bad)
 
@@ -275,7 +311,10 @@ class DocumentPass:
     """
 
     def __init__(
-        self, inputs: Inputs, read: Callable[[Text | Table, TokenTypes], Iterable[Any]], digests: bool = False
+        self,
+        inputs: Inputs,
+        read: Callable[[Text | Table, TokenTypes], Iterable[Any]],
+        digests: bool = False,
     ) -> None:
         """Yield the items that `read` returns for each file. With `skip_bad`, yield errors instead of raising them."""
         self._inputs, self._read, self._digests = inputs, read, digests
@@ -298,7 +337,9 @@ class DocumentPass:
             self._before, self._size = self._before + self._size, size or 0
             self._batch(0.0, 0.0, 0)
             try:
-                for item in self._read(self._watched(open_source(source, self._inputs.wanted)), types):
+                for item in self._read(
+                    self._watched(open_source(source, self._inputs.wanted)), types
+                ):
                     self._given += 1
                     yield item
             except DataError as error:
@@ -319,7 +360,9 @@ class DocumentPass:
         if not self._total:
             return None
         inside = min(1.0, self._given / self._rows) if self._rows else 1.0
-        return (self._before + self._size * (self._begin + (self._end - self._begin) * inside)) / self._total
+        return (
+            self._before + self._size * (self._begin + (self._end - self._begin) * inside)
+        ) / self._total
 
     def _watched(self, opened: Text | Table) -> Text | Table:
         """Return the opened file, whose batches are counted when they are read. A text is one document."""
@@ -358,7 +401,9 @@ def _metadata_int(table: Table, key: str) -> int | None:
     if not written.isdigit() or len(written) > 18:  # int64 holds any number of 18 digits
         shown = written.decode("utf-8", "replace")
         shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
-        raise DataError(f"{table.where}: the data is damaged: {key} in its metadata is {shown!r}, not a number of ids")
+        raise DataError(
+            f"{table.where}: the data is damaged: {key} in its metadata is {shown!r}, not a number of ids"
+        )
     return int(written)
 
 
@@ -385,13 +430,17 @@ def _spooled(text: Text) -> Text:
     return replace(text, rest=waiting)
 
 
-def encode_text(text: Text, tokenizer: Tokenizer | None, limit: int | None, unit: Unit | None = None) -> Document:
+def encode_text(
+    text: Text, tokenizer: Tokenizer | None, limit: int | None, unit: Unit | None = None
+) -> Document:
     """Return a text as ids, with the ends of its units if it is cut; `Unread` for one that the tokenizer refuses.
 
     Raises ConfigError without a tokenizer.
     """
     if tokenizer is None:
-        raise ConfigError(f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)")
+        raise ConfigError(
+            f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)"
+        )
     if text.ids:
         return Document(text.doc_id, text.ids(), tokenizer, text.where, limit=limit, kept=text.kept)
     ends = array("q")

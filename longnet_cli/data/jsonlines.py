@@ -14,7 +14,14 @@ from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.columns import ID_COLUMNS, Wanted
 from longnet_cli.data.folders import JSON_SUFFIXES, bare_name
 from longnet_cli.data.names import Source
-from longnet_cli.data.tables import BYTE_ORDER_MARK, CHAT_COLUMN, TOKEN_COLUMNS, Pipe, Table, first_line
+from longnet_cli.data.tables import (
+    BYTE_ORDER_MARK,
+    CHAT_COLUMN,
+    TOKEN_COLUMNS,
+    Pipe,
+    Table,
+    first_line,
+)
 
 BATCH_BYTES = 4 << 20  # of the lines in one batch
 MOST_NAMED = 20  # keys in an error
@@ -51,7 +58,11 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     if not fields:
         beside = f" ({source.beside})" if source.beside else ""
         raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problem}{beside}")
-    names = [name for name in wanted.keep if name != wanted.column and fields.get(name, pa.string()) == pa.string()]
+    names = [
+        name
+        for name in wanted.keep
+        if name != wanted.column and fields.get(name, pa.string()) == pa.string()
+    ]
     fields |= _kept_types(pipe, source.where, names, fields)
     rows = _OpenedLines(source.where, pipe, wanted, pa.schema(list(fields.items())))
     return Table(
@@ -60,7 +71,9 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     )  # fmt: skip
 
 
-def _beginning(pipe: Pipe, wanted: Wanted, named: bool) -> tuple[dict[str, pa.DataType], str] | None:
+def _beginning(
+    pipe: Pipe, wanted: Wanted, named: bool
+) -> tuple[dict[str, pa.DataType], str] | None:
     """Return the types of columns, as the first line with a document has them, and what is wrong with the first line.
 
     Return None for plain text. The lines stay in the pipe.
@@ -75,7 +88,9 @@ def _beginning(pipe: Pipe, wanted: Wanted, named: bool) -> tuple[dict[str, pa.Da
         except ValueError as error:
             problem = problem or str(error)
             continue
-        if named or line.startswith((b"{", BYTE_ORDER_MARK)):  # the objects in a pretty-printed one are indented
+        if named or line.startswith(
+            (b"{", BYTE_ORDER_MARK)
+        ):  # the objects in a pretty-printed one are indented
             objects.append(row)
             fields = fields or _column_types(row, wanted, usual)
             problem = problem or _problem(row, usual)
@@ -83,15 +98,25 @@ def _beginning(pipe: Pipe, wanted: Wanted, named: bool) -> tuple[dict[str, pa.Da
             break
     head = b"".join(lines)
     pipe.unread(head)
-    other = not fields and b"\n" not in head.strip() and not any(row.keys() & {*usual, "text"} for row in objects)
+    other = (
+        not fields
+        and b"\n" not in head.strip()
+        and not any(row.keys() & {*usual, "text"} for row in objects)
+    )
     is_text = not named and (not objects or other or _is_one_value(lines))
     return None if not head or is_text else (fields, problem)
 
 
-def _column_types(row: dict[str, Any], wanted: Wanted, usual: Sequence[str]) -> dict[str, pa.DataType]:
+def _column_types(
+    row: dict[str, Any], wanted: Wanted, usual: Sequence[str]
+) -> dict[str, pa.DataType]:
     """Return the types of columns by a row; none where it has no document under a `usual` key."""
     names = [*row, *(name for name in wanted.names if name not in row)]
-    kinds = {name: kind for name in names if (kind := _column_type(name, _value(row, name), wanted.id_column))}
+    kinds = {
+        name: kind
+        for name in names
+        if (kind := _column_type(name, _value(row, name), wanted.id_column))
+    }
     return kinds if kinds.keys() & {*usual} else {}
 
 
@@ -102,13 +127,20 @@ class _OpenedLines:
         self.where, self.pipe, self.wanted, self.schema = where, pipe, wanted, schema
         self.bad: dict[int, str] = {}
         self.blank, self.begins = list[int](), set[int]()
-        self._missing, self._keys = wanted.keep, dict[str, None]()  # columns that no line has so far; keys of all lines
+        self._missing, self._keys = (
+            wanted.keep,
+            dict[str, None](),
+        )  # columns that no line has so far; keys of all lines
         self._doc_id: Any = None
 
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         schema = pa.schema([self.schema.field(name) for name in columns])
-        id_column = next((name for name in (self.wanted.id_column, *ID_COLUMNS) if name in columns), "")
-        readers = [_reader(field.name, field.type, field.name in self.wanted.keep) for field in schema]
+        id_column = next(
+            (name for name in (self.wanted.id_column, *ID_COLUMNS) if name in columns), ""
+        )
+        readers = [
+            _reader(field.name, field.type, field.name in self.wanted.keep) for field in schema
+        ]
         rows: list[list[Any]] = []
         size, begun = 0, time.monotonic()
         try:
@@ -125,7 +157,9 @@ class _OpenedLines:
             raise
         if self._missing:  # in a small file, before any document has been read
             known = ", ".join(self._keys)
-            raise ConfigError(f"{self.where}: there is no column {self._missing[0]!r}; its columns are {known}")
+            raise ConfigError(
+                f"{self.where}: there is no column {self._missing[0]!r}; its columns are {known}"
+            )
         if rows:
             yield _batch(rows, schema)
 
@@ -139,12 +173,16 @@ class _OpenedLines:
             else:
                 self.blank.append(number)
 
-    def _read(self, number: int, line: bytes, readers: Sequence[_Reader], id_column: str) -> list[Any]:
+    def _read(
+        self, number: int, line: bytes, readers: Sequence[_Reader], id_column: str
+    ) -> list[Any]:
         """Return the cells of a line, nulls for a bad one."""
         try:
             row = _parse(line)
             if self._missing:
-                self._missing = tuple(name for name in self._missing if _value(row, name, _ABSENT) is _ABSENT)
+                self._missing = tuple(
+                    name for name in self._missing if _value(row, name, _ABSENT) is _ABSENT
+                )
                 self._keys |= dict.fromkeys(row)
             cells = [read(row) for read in readers]
             before, self._doc_id = self._doc_id, _value(row, id_column)
@@ -153,7 +191,9 @@ class _OpenedLines:
             return cells
         except ValueError as error:
             whole = line.endswith(b"\n") or not line
-            self.bad[number] = f"{error}{'' if whole else ' (the last line is not whole: is the input truncated?)'}"
+            self.bad[number] = (
+                f"{error}{'' if whole else ' (the last line is not whole: is the input truncated?)'}"
+            )
             return [None] * len(readers)
 
 
@@ -218,7 +258,9 @@ def _kept_types(
         except (pa.ArrowException, OverflowError, TypeError) as error:
             if name in fields:  # names may be of two types
                 continue
-            raise DataError(f"{where}: the values of {name!r} are not of one type: {first_line(error)}") from None
+            raise DataError(
+                f"{where}: the values of {name!r} are not of one type: {first_line(error)}"
+            ) from None
         if name not in fields or pa.types.is_integer(kind):
             types[name] = _TEXT if pa.types.is_null(kind) else kind
     return types
@@ -244,7 +286,10 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise ValueError(f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deeply nested brackets
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, or deeply nested brackets
         raise ValueError(f"not JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
@@ -260,7 +305,11 @@ def _column_type(key: str, value: Any, id_column: str | None) -> pa.DataType | N
         return _TEXT
     if isinstance(value, list) and all(isinstance(item, int) or item is None for item in value):
         return _IDS
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(item, dict) and "role" in item for item in value)
+    ):
         return _CHAT
     return None
 
@@ -284,7 +333,9 @@ def _reader(key: str, kind: pa.DataType, kept: bool) -> _Reader:
             raise ValueError(f"{key!r} is not {what}")
         with suppress(pa.ArrowException, OverflowError, ValueError, TypeError):
             array = pa.array([value], kind if pa.types.is_nested(kind) else None)
-            if array.type == kind or (pa.types.is_integer(array.type) and pa.types.is_floating(kind)):
+            if array.type == kind or (
+                pa.types.is_integer(array.type) and pa.types.is_floating(kind)
+            ):
                 return array.cast(kind)[0].as_py()
         raise ValueError(f"{key!r} is not {kind}, as it is in the first lines")
 
@@ -300,7 +351,9 @@ def _text(value: Any, key: str) -> str | None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{key!r} holds half of a surrogate pair at character {error.start}") from error
+        raise ValueError(
+            f"{key!r} holds half of a surrogate pair at character {error.start}"
+        ) from error
     return value
 
 
@@ -311,7 +364,9 @@ def _ids(value: Any, key: str) -> pa.Array | None:
     try:
         ids = pa.array(value)
     except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
-        raise ValueError(f"{key!r} holds something that is not a token id: {first_line(error)}") from error
+        raise ValueError(
+            f"{key!r} holds something that is not a token id: {first_line(error)}"
+        ) from error
     if pa.types.is_null(ids.type):
         ids = ids.cast(pa.int64())
     if ids.type != pa.int64():

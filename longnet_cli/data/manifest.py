@@ -61,7 +61,9 @@ class Manifest:
     def to_json(self) -> str:
         known = {"tokenizer": self.tokenizer, "contents": self.contents}
         content = {"settings": self.settings, "totals": dict(self.totals), "shards": self.shards}
-        return seal(MANIFEST_VERSION, content | {name: value for name, value in known.items() if value})
+        return seal(
+            MANIFEST_VERSION, content | {name: value for name, value in known.items() if value}
+        )
 
 
 def marked(schema: pa.Schema) -> pa.Schema:
@@ -99,7 +101,11 @@ def manifest_text(name: str, data: bytes) -> str:
     if name.endswith(".arrow"):
         table = ipc.open_file(pa.BufferReader(data))
         of_schema = table.schema.metadata or {}
-        metadata = of_schema if of_schema.get(KEY) else table.get_batch_with_custom_metadata(0).custom_metadata
+        metadata = (
+            of_schema
+            if of_schema.get(KEY)
+            else table.get_batch_with_custom_metadata(0).custom_metadata
+        )
     else:
         import pyarrow.parquet as pq  # imported late: 30 ms that IPC does not need
 
@@ -118,7 +124,9 @@ def manifest_in(names: Iterable[str]) -> str | None:
     return next((name for name in FINISHED if name in present), None)
 
 
-OnSkip = Callable[[Any, LongNetError], None]  # called with a document or a text that is left out, and the reason
+OnSkip = Callable[
+    [Any, LongNetError], None
+]  # called with a document or a text that is left out, and the reason
 
 
 class LeftOut:

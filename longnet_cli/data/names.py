@@ -107,7 +107,10 @@ def find_sources(names: Sequence[str | Path]) -> tuple[list[Source], list[DataEr
     sources = once(each for each in found if isinstance(each, Source))
     times = Counter(source.name for source in sources)
     missing = [each for each in found if isinstance(each, DataError)]
-    return [source if times[source.name] == 1 else replace(source, name=source.where) for source in sources], missing
+    return [
+        source if times[source.name] == 1 else replace(source, name=source.where)
+        for source in sources
+    ], missing
 
 
 def once(sources: Iterable[Source]) -> list[Source]:
@@ -126,7 +129,11 @@ def once(sources: Iterable[Source]) -> list[Source]:
             again.append(source.where if same else f"{source.where}, which is {earlier.where},")
     if again:
         more = f" (and {len(again) - 1} more)" if again[1:] else ""
-        warnings.warn(f"{again[0]} is read once, though it is named more than once{more}", InputWarning, stacklevel=2)
+        warnings.warn(
+            f"{again[0]} is read once, though it is named more than once{more}",
+            InputWarning,
+            stacklevel=2,
+        )
     return list(first.values())
 
 
@@ -135,7 +142,9 @@ def _expand_all(items: Iterable[str], *, in_list: bool) -> Iterator[Source | Dat
     for item in items:
         try:
             for source in _expand(item, in_list=in_list):
-                if isinstance(source, Source) and any("\ud800" <= character <= "\udfff" for character in source.where):
+                if isinstance(source, Source) and any(
+                    "\ud800" <= character <= "\udfff" for character in source.where
+                ):
                     yield DataError(f"{source.where!a}: the name is not UTF-8: rename it")
                 else:
                     yield source
@@ -158,12 +167,19 @@ def _as_path(text: str) -> str:
 
 def _expand(item: str, *, in_list: bool) -> Iterable[Source | DataError]:
     if not item:  # such as an unset variable in a script
-        raise ConfigError("an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin")
+        raise ConfigError(
+            "an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin"
+        )
     refuse_web_address(item)
     if item.startswith("file://"):
-        item, in_list = unquote(item.removeprefix("file://")), True  # in a URI, @ starts a name, not a list
+        item, in_list = (
+            unquote(item.removeprefix("file://")),
+            True,
+        )  # in a URI, @ starts a name, not a list
     elif re.match(r"[a-z][a-z0-9+.-]*://", item):
-        from longnet_cli.data.remote import find_remote  # imported late: 20 ms that local input does not need
+        from longnet_cli.data.remote import (
+            find_remote,
+        )  # imported late: 20 ms that local input does not need
 
         filesystem, remote = find_remote(item)
         return [Source(Path(path), name, where, filesystem) for path, name, where in remote]
@@ -173,7 +189,10 @@ def _expand(item: str, *, in_list: bool) -> Iterable[Source | DataError]:
     if path.is_dir():
         names, beside = _folder_files(path)
         paths = [path / _as_path(name) for name in names]
-        return [Source(file, name, _as_text(str(file)), beside=beside) for file, name in zip(paths, names, strict=True)]
+        return [
+            Source(file, name, _as_text(str(file)), beside=beside)
+            for file, name in zip(paths, names, strict=True)
+        ]
     if path.exists():
         return [Source(path, _as_text(path.name), item)]
     if item.startswith("@") and not in_list:

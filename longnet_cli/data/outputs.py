@@ -52,7 +52,9 @@ def is_folder(output: str | Path, *, resume: bool = False) -> bool:
     special = path.exists() and not (path.is_file() or path.is_dir())
     folder = str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special
     if resume and not folder:
-        raise ConfigError(f"{output}: only a folder of shards can be resumed: a single file or stream has no parts")
+        raise ConfigError(
+            f"{output}: only a folder of shards can be resumed: a single file or stream has no parts"
+        )
     return folder
 
 
@@ -62,10 +64,14 @@ def refuse_other_suffix(option: str, output: str | Path, vectors: bool = True) -
     A file that exists has any name.
     """
     suffix, written = Path(output).suffix, OUTPUT_SUFFIXES if vectors else OUTPUT_SUFFIXES[:-1]
-    other = _OTHER_SUFFIX.fullmatch(suffix) or (suffix not in written and suffix.lower() in OUTPUT_SUFFIXES)
+    other = _OTHER_SUFFIX.fullmatch(suffix) or (
+        suffix not in written and suffix.lower() in OUTPUT_SUFFIXES
+    )
     if other and not Path(output).exists():
         kinds = f"{', '.join(written[:-1])} or {written[-1]}"
-        raise ConfigError(f"{option} {output}: {suffix} is not written: the name of a file ends in {kinds}")
+        raise ConfigError(
+            f"{option} {output}: {suffix} is not written: the name of a file ends in {kinds}"
+        )
 
 
 def refuse_overwriting(
@@ -80,14 +86,20 @@ def refuse_overwriting(
     behind stdout. `also` are other files that are read, or model folders, whose own files count; None is ignored.
     `option` is the name of the output's option, for the message. Raises as `inputs` do.
     """
-    places = {place: output for output in outputs if (place := _identity(output))}  # the outputs that exist
+    places = {
+        place: output for output in outputs if (place := _identity(output))
+    }  # the outputs that exist
     if not places:
         return
-    folders = {place for place, output in places.items() if str(output) != "-" and Path(output).is_dir()}
+    folders = {
+        place for place, output in places.items() if str(output) != "-" and Path(output).is_dir()
+    }
     for path in _read_files(inputs, also):
         identity = _identity(path)
         if identity not in places:
-            identity = next(filter(folders.__contains__, _folders_of(os.path.realpath(path.parent))), None)
+            identity = next(
+                filter(folders.__contains__, _folders_of(os.path.realpath(path.parent))), None
+            )
         if identity:
             output = places[identity]
             shown = "stdout" if str(output) == "-" else f"{option} {output}"
@@ -112,7 +124,11 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
         status = os.fstat(1) if str(path) == "-" else os.stat(path)
     except (OSError, ValueError):
         return None
-    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) else None
+    return (
+        (status.st_dev, status.st_ino)
+        if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+        else None
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -157,20 +173,27 @@ class ShardWriter:
         """Store metadata once, unlike that of the schema: of a batch without rows, or of a Parquet file."""
         with writing(self._name):
             if isinstance(self._writer, ipc.RecordBatchFileWriter):
-                empty = pa.record_batch([pa.nulls(0, kind) for kind in self.schema.types], schema=self.schema)
+                empty = pa.record_batch(
+                    [pa.nulls(0, kind) for kind in self.schema.types], schema=self.schema
+                )
                 self._writer.write_batch(empty, custom_metadata=metadata)
             else:
                 self._writer.add_key_value_metadata(metadata)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if error is None:
             with self._file, writing(self._name):
                 self._writer.close()
                 self._sink.flush()
             return
-        if str(self.output) != "-":  # otherwise a Parquet writer closes itself later, into a file that is gone
+        if (
+            str(self.output) != "-"
+        ):  # otherwise a Parquet writer closes itself later, into a file that is gone
             with suppress(Exception):
                 self._writer.close()
         self._file.__exit__(kind, error, traceback)
@@ -182,7 +205,9 @@ class ShardWriter:
             import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
 
             try:
-                return pq.ParquetWriter(self._sink, self.schema, write_page_checksum=True)  # verified on reading
+                return pq.ParquetWriter(
+                    self._sink, self.schema, write_page_checksum=True
+                )  # verified on reading
             except pa.ArrowNotImplementedError as error:
                 problem = f"Parquet does not hold a column ({error}): write Arrow, or leave it out of --keep"
                 raise ConfigError(f"{self.output}: {problem}") from error
@@ -199,7 +224,9 @@ def _open_output(output: str | Path) -> AbstractContextManager[BinaryIO]:
     if sys.stdout is None:
         raise ConfigError("stdout is closed: name an output file")
     if sys.stdout.isatty():
-        raise ConfigError("Arrow data is binary and stdout is a terminal: pipe it, or name an output file")
+        raise ConfigError(
+            "Arrow data is binary and stdout is a terminal: pipe it, or name an output file"
+        )
     sys.stdout.flush()
     return nullcontext(cast(BinaryIO, _Stdout(sys.stdout.fileno(), "wb", closefd=False)))
 
@@ -225,7 +252,9 @@ class _JsonLines:
     def write_batch(self, batch: pa.RecordBatch) -> None:
         for start in range(0, batch.num_rows, _JSON_ROWS):
             rows = batch.slice(start, _JSON_ROWS).to_pylist()
-            self._sink.write("".join(f"{to_json(row, ensure_ascii=False)}\n" for row in rows).encode())
+            self._sink.write(
+                "".join(f"{to_json(row, ensure_ascii=False)}\n" for row in rows).encode()
+            )
 
     def close(self) -> None:
         """Do nothing: JSON Lines have no end to write."""
@@ -236,14 +265,20 @@ class _NumpyArray:
 
     def __init__(self, sink: BinaryIO, schema: pa.Schema) -> None:
         if "embedding" not in schema.names or "layers" in schema.names:
-            raise ConfigError("an array of NumPy (.npy) holds one vector for each row: name an .arrow file")
+            raise ConfigError(
+                "an array of NumPy (.npy) holds one vector for each row: name an .arrow file"
+            )
         self._sink, self._kind, self._rows = sink, schema.field("embedding").type, 0
         self._write_header()
 
     def _write_header(self) -> None:  # it has room for any number of rows
         dtype = np.dtype(self._kind.value_type.to_pandas_dtype())
         shape = (self._rows, self._kind.list_size)
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": shape,
+        }
         np.lib.format.write_array_header_1_0(self._sink, header)
 
     def write_batch(self, batch: pa.RecordBatch) -> None:
@@ -256,7 +291,11 @@ class _NumpyArray:
 
 
 def token_schema(
-    *, vocab_size: int, eos_id: int | None, tokenizer_sha256: str | None, kept: Sequence[pa.Field] = ()
+    *,
+    vocab_size: int,
+    eos_id: int | None,
+    tokenizer_sha256: str | None,
+    kept: Sequence[pa.Field] = (),
 ) -> pa.Schema:
     """Return the schema of a token shard.
 
@@ -278,7 +317,9 @@ def token_schema(
         pa.field("part", pa.int32(), nullable=False),
         pa.field("input_ids", pa.large_list(ids), nullable=False),
     ]
-    return row_schema(fields, kept, {key: None if value is None else str(value) for key, value in known.items()})
+    return row_schema(
+        fields, kept, {key: None if value is None else str(value) for key, value in known.items()}
+    )
 
 
 def token_batch(
@@ -294,8 +335,12 @@ def token_batch(
     `values` is (tokens,) of the schema's id type; the batch is a view of it. `kept` are its other columns.
     """
     offsets = pa.array(np.array([0, *ends], np.int64))
-    ids = pa.LargeListArray.from_arrays(offsets, pa.array(values), type=schema.field("input_ids").type)
-    return pa.record_batch([pa.array(doc_ids, pa.string()), pa.array(parts, pa.int32()), ids, *kept], schema=schema)
+    ids = pa.LargeListArray.from_arrays(
+        offsets, pa.array(values), type=schema.field("input_ids").type
+    )
+    return pa.record_batch(
+        [pa.array(doc_ids, pa.string()), pa.array(parts, pa.int32()), ids, *kept], schema=schema
+    )
 
 
 def first_kept(
@@ -313,10 +358,14 @@ def first_kept(
             break
     kept = taken[-1].kept if taken else {}
     fields = list(of_text) if taken and getattr(taken[-1], "tokenizer", None) else []
-    return fields + [pa.field(name, value.type) for name, value in kept.items()], chain(taken, remaining)
+    return fields + [pa.field(name, value.type) for name, value in kept.items()], chain(
+        taken, remaining
+    )
 
 
-def row_schema(fields: Sequence[pa.Field], kept: Sequence[pa.Field], known: Mapping[str, str | None]) -> pa.Schema:
+def row_schema(
+    fields: Sequence[pa.Field], kept: Sequence[pa.Field], known: Mapping[str, str | None]
+) -> pa.Schema:
     """Return the schema of an output: `fields`, then `kept`, and the metadata `known` without unknown values.
 
     Raises ConfigError for a name that two of them have.
@@ -335,7 +384,12 @@ def kept_columns(carriers: Sequence[Any], fields: Sequence[pa.Field]) -> list[pa
     """
     # `pa.array` would refuse null lists
     return [
-        pa.concat_arrays([pa.nulls(0, field.type), *(pa.repeat(_value(carrier, field), 1) for carrier in carriers)])
+        pa.concat_arrays(
+            [
+                pa.nulls(0, field.type),
+                *(pa.repeat(_value(carrier, field), 1) for carrier in carriers),
+            ]
+        )
         for field in fields
     ]
 

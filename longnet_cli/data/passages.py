@@ -51,15 +51,28 @@ class PassageIndex:
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self._path, self._numbers = path or ":memory:", count()  # in the order in which passages are added
+        self._path, self._numbers = (
+            path or ":memory:",
+            count(),
+        )  # in the order in which passages are added
         self._places = dict[str, int]()  # of each file among the inputs
         if self._run("PRAGMA application_id") == [(MARK,)]:
             return
         if self._run("SELECT 1 FROM sqlite_master"):
-            raise ConfigError(f"{path}: a database, but no index of this version: name another file")
-        tables = (f'{name} USING fts5({COLUMNS}, tokenize="{words}")' for name, words in TABLES.items())
+            raise ConfigError(
+                f"{path}: a database, but no index of this version: name another file"
+            )
+        tables = (
+            f'{name} USING fts5({COLUMNS}, tokenize="{words}")' for name, words in TABLES.items()
+        )
         made = (f"CREATE VIRTUAL TABLE {table}" for table in tables)
-        for query in ("BEGIN", "CREATE TABLE files (file, digest)", *made, f"PRAGMA application_id = {MARK}", "COMMIT"):
+        for query in (
+            "BEGIN",
+            "CREATE TABLE files (file, digest)",
+            *made,
+            f"PRAGMA application_id = {MARK}",
+            "COMMIT",
+        ):
             self._run(query)
 
     @cached_property
@@ -72,15 +85,24 @@ class PassageIndex:
         try:
             return self._base.execute(query, values).fetchall()
         except sqlite3.Error as error:
-            lacks = "; ask needs FTS5 and trigram, which this Python's SQLite lacks" if "no such" in str(error) else ""
-            raise ConfigError(f"{self._path}: {error} (SQLite {sqlite3.sqlite_version}{lacks})") from error
+            lacks = (
+                "; ask needs FTS5 and trigram, which this Python's SQLite lacks"
+                if "no such" in str(error)
+                else ""
+            )
+            raise ConfigError(
+                f"{self._path}: {error} (SQLite {sqlite3.sqlite_version}{lacks})"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
         self._base.close()
 
     def update(
-        self, inputs: Inputs, on_bytes: Callable[[int], None] = lambda size: None, on_skip: OnSkip | None = None
+        self,
+        inputs: Inputs,
+        on_bytes: Callable[[int], None] = lambda size: None,
+        on_skip: OnSkip | None = None,
     ) -> None:
         """Let the index hold the passages of the inputs' texts, and no others. A file that it knows is not read again.
 
@@ -109,7 +131,9 @@ class PassageIndex:
         self._forget(known.keys() - self._places.keys())
         self._run("COMMIT")
 
-    def add(self, text: Text, file: str = "", on_bytes: Callable[[int], None] = lambda size: None) -> None:
+    def add(
+        self, text: Text, file: str = "", on_bytes: Callable[[int], None] = lambda size: None
+    ) -> None:
         """Add the passages of a text, which is in a `file` of the inputs. `on_bytes` gets the size of each."""
         end = 0
         for piece in cut(text.parts, "passage"):
@@ -129,8 +153,12 @@ class PassageIndex:
         """Return the best passages that have a word of the question, `most` at most, in the order of the texts."""
         if most < 1:
             raise ConfigError(f"the passages must be 1 or more, not {most}")
-        words = "".join(sign if unicodedata.category(sign)[0] in "LNM" else " " for sign in question).split()
-        runs = [run[at : at + 3] for run in UNSPACED.findall(question) for at in range(len(run) - 2)]
+        words = "".join(
+            sign if unicodedata.category(sign)[0] in "LNM" else " " for sign in question
+        ).split()
+        runs = [
+            run[at : at + 3] for run in UNSPACED.findall(question) for at in range(len(run) - 2)
+        ]
         found = list[tuple[Any, ...]]()
         for table, asked in (("words", words), ("letters", words + runs)):
             match = " OR ".join(f'"{word}"' for word in dict.fromkeys(asked))

@@ -35,9 +35,13 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
 
         filesystem, path = url_to_fs(uri)
     except ImportError as error:
-        raise ConfigError(f"{uri}: {scheme}:// needs a package: pip install fsspec ({first_line(error)})") from error
+        raise ConfigError(
+            f"{uri}: {scheme}:// needs a package: pip install fsspec ({first_line(error)})"
+        ) from error
     except ValueError as error:
-        raise ConfigError(f"{uri}: no filesystem is known for {scheme}:// ({first_line(error)})") from error
+        raise ConfigError(
+            f"{uri}: no filesystem is known for {scheme}:// ({first_line(error)})"
+        ) from error
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
@@ -50,9 +54,15 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str]]]:
     magic = re.search(r"[^/]*[*]", address)
     base = address[: magic.start()].rstrip("/") if magic else address
     with _telling(uri):
-        limit = LIMIT if base.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in query else ""
+        limit = (
+            LIMIT
+            if base.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in query
+            else ""
+        )
         filesystem, path = connect("?".join(filter(None, (base, query))))
-        asked = connect(f"{base}?{'&'.join(filter(None, (query, limit)))}")[0] if limit else filesystem
+        asked = (
+            connect(f"{base}?{'&'.join(filter(None, (query, limit)))}")[0] if limit else filesystem
+        )
         info = asked.get_file_info(path)
         if info.type == fs.FileType.File and not magic:
             return filesystem, [(path, info.base_name, address)]
@@ -83,7 +93,9 @@ def open_remote(filesystem: fs.FileSystem, path: str, where: str) -> Any:
 def version(filesystem: fs.FileSystem, path: str) -> str | None:
     """Return the ETag of a file in a store, otherwise its size and time of writing; None if the store gives neither."""
     try:
-        if isinstance(filesystem, fs.PyFileSystem) and isinstance(filesystem.handler, fs.FSSpecHandler):
+        if isinstance(filesystem, fs.PyFileSystem) and isinstance(
+            filesystem.handler, fs.FSSpecHandler
+        ):
             metadata = filesystem.handler.fs.info(path)
         else:
             with filesystem.open_input_stream(path) as file:
@@ -118,9 +130,13 @@ def _telling(uri: str) -> Iterator[None]:
     except LongNetError:
         raise
     except MemoryError as error:
-        raise MemoryLimitError(f"{uri}: there is no memory to read it ({first_line(error)})") from error
+        raise MemoryLimitError(
+            f"{uri}: there is no memory to read it ({first_line(error)})"
+        ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise read_error(uri, error) from error
-        said = first_line(error).partition(" error_info=")[0]  # of Google's library, which says all twice
+        said = first_line(error).partition(" error_info=")[
+            0
+        ]  # of Google's library, which says all twice
         raise DataError(f"{uri}: cannot read: {said}") from error

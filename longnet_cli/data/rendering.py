@@ -42,7 +42,9 @@ class Template:
         serve = f"{path}; from longnet_cli.data.rendering import serve; serve({SECONDS})"
         command, pipe = [sys.executable, "-c", f"import sys; {serve}"], subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
-        self._to, self._from = (cast(IO[bytes], end) for end in (self._process.stdin, self._process.stdout))
+        self._to, self._from = (
+            cast(IO[bytes], end) for end in (self._process.stdin, self._process.stdout)
+        )
         weakref.finalize(self, _end, self._process)
         self._ask(source)
 
@@ -81,7 +83,9 @@ def serve(seconds: int) -> None:
         try:
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]
             wanted = MEMORY + GROWTH * len(line)
-            resource.setrlimit(resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard))
+            resource.setrlimit(
+                resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard)
+            )
             what = json.loads(line)
             if isinstance(what, str):
                 template, answer = _environment().from_string(what), {"text": ""}
@@ -108,7 +112,9 @@ def _render(template: jinja2.Template, variables: dict[str, Any], most: int) -> 
         try:
             part.encode()
         except UnicodeEncodeError:
-            raise jinja2.TemplateError(f"it writes half of a character (a surrogate){line}") from None
+            raise jinja2.TemplateError(
+                f"it writes half of a character (a surrogate){line}"
+            ) from None
         parts.append(part)
     return "".join(parts)
 
@@ -137,15 +143,24 @@ def _environment() -> sandbox.SandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.globals |= {
+        "raise_exception": _refuse,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
     return environment
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     """Return JSON as the filter of transformers does, with its parameters in its order."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 class _Generation(ext.Extension):

@@ -20,7 +20,14 @@ from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 
-from longnet_cli.basics.atomic import is_temporary, locked_folder, remove_leftovers, sync_folder, write_file, writing
+from longnet_cli.basics.atomic import (
+    is_temporary,
+    locked_folder,
+    remove_leftovers,
+    sync_folder,
+    write_file,
+    writing,
+)
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
@@ -32,7 +39,13 @@ ShardFormat = Literal["arrow", "parquet"]
 T = TypeVar("T")
 
 
-_OPTIONS = {"pool", "span", "pattern", "chunk", "dtype"}  # settings that are options, and written as these are
+_OPTIONS = {
+    "pool",
+    "span",
+    "pattern",
+    "chunk",
+    "dtype",
+}  # settings that are options, and written as these are
 
 
 def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
@@ -44,14 +57,20 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
     earlier = read_manifest(place)
     if earlier is None:
         if place.exists() and (not place.is_dir() or not all(map(is_temporary, os.listdir(place)))):
-            raise ConfigError(f"{folder} exists and is not an empty folder: name a new one, or remove it first")
+            raise ConfigError(
+                f"{folder} exists and is not an empty folder: name a new one, or remove it first"
+            )
         return None
     if not earlier.shards and not earlier.finished:
         return None
     if not resume:
         if earlier.finished:
-            raise ConfigError(f"{folder} holds a finished data set: name a new folder, or remove it first")
-        raise ConfigError(f"{folder} holds an unfinished data set: go on with --resume, or remove it first")
+            raise ConfigError(
+                f"{folder} holds a finished data set: name a new folder, or remove it first"
+            )
+        raise ConfigError(
+            f"{folder} holds an unfinished data set: go on with --resume, or remove it first"
+        )
     return earlier
 
 
@@ -89,7 +108,9 @@ class ShardFolder:
         self._suffix = f".{format}"
         self._resume = resume
         decisive = {**settings, **({"shard_format": format} if format != "arrow" else {})}
-        self._manifest = Manifest(json.loads(json.dumps(decisive)), tokenizer=tokenizer)  # as it will be read back
+        self._manifest = Manifest(
+            json.loads(json.dumps(decisive)), tokenizer=tokenizer
+        )  # as it will be read back
         self._open = ExitStack()  # holds the writer, so that an error discards its file
         self._writer: ShardWriter | None = None
         self._counts: Counter[str] = Counter()
@@ -127,7 +148,9 @@ class ShardFolder:
         done = self.totals["documents"]
         given = sum(1 for _ in islice(documents, done))
         if done:
-            both = zip(self._opened, self._manifest.contents, strict=False)  # either may have opened more files
+            both = zip(
+                self._opened, self._manifest.contents, strict=False
+            )  # either may have opened more files
             for (where, now), then in both:
                 if now and then and now != then:
                     raise DataError(
@@ -156,7 +179,12 @@ class ShardFolder:
         """Finish the open shard, if any. Call it only where a document ends: a resumed run starts with the next one."""
         if self._writer is None:
             return
-        shard = {"name": self._next_path().name, "rows": self._writer.rows, "documents": 0, **self._counts}
+        shard = {
+            "name": self._next_path().name,
+            "rows": self._writer.rows,
+            "documents": 0,
+            **self._counts,
+        }
         self._writer, self._counts = None, Counter()
         self._open.close()  # gives the file its final name
         self._manifest.shards.append(shard)
@@ -164,7 +192,10 @@ class ShardFolder:
         self._say()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         try:
             if error is not None:
@@ -177,7 +208,9 @@ class ShardFolder:
                 self.end_shard()
                 self._note_inputs()
                 self._manifest.left_out = self._left_out.counts()
-                with ShardWriter(self.folder / f"_manifest{self._suffix}", marked(self.schema)) as writer:
+                with ShardWriter(
+                    self.folder / f"_manifest{self._suffix}", marked(self.schema)
+                ) as writer:
                     writer.describe({KEY: self._manifest.to_json()})
                 with writing(self.folder):
                     os.remove(self.folder / UNFINISHED)
@@ -214,7 +247,9 @@ class ShardFolder:
                 if path == self._next_path():
                     _check_shard(path, self.schema, None)
                     continue
-            raise ConfigError(f"{path} would be replaced, and the manifest does not list it: move it elsewhere")
+            raise ConfigError(
+                f"{path} would be replaced, and the manifest does not list it: move it elsewhere"
+            )
 
     def _note_inputs(self) -> None:
         digests = [digest for _, digest in self._opened]
@@ -228,7 +263,11 @@ class ShardFolder:
         old, new = earlier.settings, self._manifest.settings
         for name in [*new, *old]:
             if old.get(name) != new.get(name):
-                given = f"--{name} {old[name]}" if name in _OPTIONS and name in old else "the same inputs and options"
+                given = (
+                    f"--{name} {old[name]}"
+                    if name in _OPTIONS and name in old
+                    else "the same inputs and options"
+                )
                 raise ConfigError(
                     f"{self.folder}: cannot resume: {name} was {old.get(name)!r} and is now {new.get(name)!r}: "
                     f"give {given}, or a new folder"
@@ -261,9 +300,15 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
                 stored, written = sum(batch.num_rows for batch in table.read([])), table.schema
         rows = stored if rows is None else rows
         if stored != rows or not written.equals(schema, check_metadata=True):
-            raise ValueError(f"{stored} rows instead of {rows}" if stored != rows else "its schema differs")
+            raise ValueError(
+                f"{stored} rows instead of {rows}" if stored != rows else "its schema differs"
+            )
     except (OSError, ValueError, pa.ArrowException, DataError) as error:
-        if isinstance(error, OSError) and not isinstance(told := read_error(str(path), error), DataError):
+        if isinstance(error, OSError) and not isinstance(
+            told := read_error(str(path), error), DataError
+        ):
             raise told from error
         reason = first_line(error).removeprefix(f"{path}, ").removeprefix(f"{path}: ")
-        raise DataError(f"{path}: cannot resume: a finished shard is missing or damaged ({reason})") from error
+        raise DataError(
+            f"{path}: cannot resume: a finished shard is missing or damaged ({reason})"
+        ) from error

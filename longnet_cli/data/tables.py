@@ -95,7 +95,9 @@ def find_column(schema: pa.Schema, name: str) -> ColumnPlace | None:
         root, fields = ".".join(steps[:cut]), steps[cut:]
         kind: Any = kinds.get(root)
         for step in fields:
-            inside = kind is not None and pa.types.is_struct(kind) and kind.get_field_index(step) >= 0
+            inside = (
+                kind is not None and pa.types.is_struct(kind) and kind.get_field_index(step) >= 0
+            )
             kind = kind.field(step).type if inside else None
         if kind is not None:
             return ColumnPlace(root, fields, kind)
@@ -124,7 +126,9 @@ def plain(column: pa.Array) -> pa.Array:
     """Return the same values in a plain type: no dictionary, extension type or view, which pyarrow does not take."""
     if pa.types.is_dictionary(column.type):
         indices, values = column.indices, plain(column.dictionary)
-        return pa.DictionaryArray.from_arrays(indices, values, ordered=column.type.ordered).dictionary_decode()
+        return pa.DictionaryArray.from_arrays(
+            indices, values, ordered=column.type.ordered
+        ).dictionary_decode()
     if isinstance(column, pa.ExtensionArray):
         return column.storage
     kind = _without_views(column.type)
@@ -137,10 +141,14 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
             return make(_without_views(kind.value_type))
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
-    return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(kind, kind)
+    return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(
+        kind, kind
+    )
 
 
-FEW_BYTES = 1 << 12  # that `Pipe.ready` reads at a time: each read copies all that waits in the pipe
+FEW_BYTES = (
+    1 << 12
+)  # that `Pipe.ready` reads at a time: each read copies all that waits in the pipe
 
 
 class Stdin(io.RawIOBase):
@@ -269,7 +277,9 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
             if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
                 raise DataError(f"{what}: {error.strerror}") from error
             raise read_error(what, error) from error
-        raise DataError(f"{what}: the data is damaged or truncated ({first_line(error)})") from error
+        raise DataError(
+            f"{what}: the data is damaged or truncated ({first_line(error)})"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -28,7 +28,18 @@ AT_SIGN = re.compile(f"(?<=[^\\W\\d_])(?=[{re.escape(CUT_BEFORE)}])")
 # Tokenizers of words, and SentencePiece, start a word at a single space between letters, if their normalizer works
 # character by character.
 AT_SPACE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
-LOCAL = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Replace", "StripAccents"}
+LOCAL = {
+    "BertNormalizer",
+    "Lowercase",
+    "NFC",
+    "NFD",
+    "NFKC",
+    "NFKD",
+    "Nmt",
+    "Precompiled",
+    "Replace",
+    "StripAccents",
+}
 SPACES = " {2,}"  # the regular expression of SentencePiece's own `Replace`: no cut is beside several spaces
 # Characters on each side of a cut whose tokens must be the same with and without it. So many are enough: what could
 # join the two sides is a rule about a few characters beside the cut, or a special token, which is no longer than this.
@@ -42,7 +53,9 @@ class TextCutter:
     or up to the end of the text.
     """
 
-    def __init__(self, parts: Iterable[str], end_of: Callable[[str, int], int], ahead: int = 0) -> None:
+    def __init__(
+        self, parts: Iterable[str], end_of: Callable[[str, int], int], ahead: int = 0
+    ) -> None:
         self._parts, self._end_of, self._ahead = iter(parts), end_of, ahead
         self._text, self._start = "", 0
 
@@ -58,13 +71,18 @@ class TextCutter:
         return pieces
 
     def _next(self) -> str:
-        while len(self._text) - self._start <= self._ahead and (part := next(self._parts, None)) is not None:
+        while (
+            len(self._text) - self._start <= self._ahead
+            and (part := next(self._parts, None)) is not None
+        ):
             self._text, self._start = self._text[self._start :] + part, 0
         start, self._start = self._start, self._end_of(self._text, self._start)
         return self._text[start : self._start]
 
 
-def cut_text(parts: Iterable[str], split: Callable[[str], list[Any]], cut: re.Pattern[str] = AT_SIGN) -> TextCutter:
+def cut_text(
+    parts: Iterable[str], split: Callable[[str], list[Any]], cut: re.Pattern[str] = AT_SIGN
+) -> TextCutter:
     """Cut a text, which comes in parts, where words start anyway, about every PIECE characters.
 
     `split` returns the tokens of a text. A run of letters longer than LONGEST_PIECE is cut too, because it would take
@@ -92,11 +110,18 @@ def find_cut(inner: tokenizers.Tokenizer, description: Mapping[str, Any]) -> re.
     """
     if inner.pre_tokenizer is None:
         return None
-    if any(not added["special"] or len(added["content"]) > REACH for added in description["added_tokens"]):
+    if any(
+        not added["special"] or len(added["content"]) > REACH
+        for added in description["added_tokens"]
+    ):
         return None  # an added word may straddle a cut
     if description["normalizer"] is None and decodes_bytes(description):
         words = partial(words_of, inner.pre_tokenizer)
-        return AT_SIGN if all(words(f"a{sign}b") == words("a") + words(f"{sign}b") for sign in CUT_BEFORE) else None
+        return (
+            AT_SIGN
+            if all(words(f"a{sign}b") == words("a") + words(f"{sign}b") for sign in CUT_BEFORE)
+            else None
+        )
     return _cut_of_words(inner, description)
 
 
@@ -110,17 +135,28 @@ def decodes_bytes(description: Mapping[str, Any]) -> bool:
     return bool((description.get("decoder") or {}).get("type") == "ByteLevel")
 
 
-def _cut_of_words(inner: tokenizers.Tokenizer, description: Mapping[str, Any]) -> re.Pattern[str] | None:
+def _cut_of_words(
+    inner: tokenizers.Tokenizer, description: Mapping[str, Any]
+) -> re.Pattern[str] | None:
     """Return where a tokenizer of words, or SentencePiece, starts a new word."""
-    if _steps(description["normalizer"]) - LOCAL or len(inner.pre_tokenizer.pre_tokenize_str("a b")) < 2:
+    if (
+        _steps(description["normalizer"]) - LOCAL
+        or len(inner.pre_tokenizer.pre_tokenize_str("a b")) < 2
+    ):
         return None
-    if any(re.search("[^\u2581 ][\u2581 ]", token) for token in inner.get_vocab(with_added_tokens=False)):
+    if any(
+        re.search("[^\u2581 ][\u2581 ]", token)
+        for token in inner.get_vocab(with_added_tokens=False)
+    ):
         return None  # a token holds a space between letters
 
     def ids(text: str) -> list[int]:
         return list(inner.encode(text, add_special_tokens=False).ids)
 
-    ends, begins = ("a", "word", "\u00c9t\u00e9", "\u6f22"), (" b", " Word", " \u00e9", " \u6f22\u5b57")
+    ends, begins = (
+        ("a", "word", "\u00c9t\u00e9", "\u6f22"),
+        (" b", " Word", " \u00e9", " \u6f22\u5b57"),
+    )
     return AT_SPACE if all(ids(x + y) == ids(x) + ids(y) for x in ends for y in begins) else None
 
 
@@ -143,11 +179,20 @@ SENTENCE_END = re.compile(
     + r"\s+(?![a-z\u00df-\u00f6\u00f8-\u00ff\u0430-\u044f])"
     + r"|[\u3002\uff01\uff1f]+[\u300d\u300f\uff09\u201d]*\s*"
 )
-PASSAGE_ENDS = (PARAGRAPH_END, SENTENCE_END, re.compile(r"\n\s*"), re.compile(r"\s+"))  # the first that there is
+PASSAGE_ENDS = (
+    PARAGRAPH_END,
+    SENTENCE_END,
+    re.compile(r"\n\s*"),
+    re.compile(r"\s+"),
+)  # the first that there is
 
 Unit = Literal["sentence", "paragraph", "passage"]
 ENDS = {"sentence": SENTENCE_END, "paragraph": PARAGRAPH_END}
-SIZES = {"sentence": 1 << 14, "paragraph": 1 << 14, "passage": 800}  # bytes at most; 800 are about 200 tokens of prose
+SIZES = {
+    "sentence": 1 << 14,
+    "paragraph": 1 << 14,
+    "passage": 800,
+}  # bytes at most; 800 are about 200 tokens of prose
 PART = 1 << 16  # characters
 
 
@@ -165,7 +210,10 @@ def cut(parts: Iterable[str], unit: Unit) -> TextCutter:
         if unit != "passage":
             found = ENDS[unit].search(window)
             return start + (found.end() if found else len(window))
-        late = ([found.end() for found in kind.finditer(window, len(window) // 2)] for kind in PASSAGE_ENDS)
+        late = (
+            [found.end() for found in kind.finditer(window, len(window) // 2)]
+            for kind in PASSAGE_ENDS
+        )
         ends = next(filter(None, late), [len(window)])
         return start + (ends[-1] if start + len(window) < len(text) else len(window))
 

@@ -86,20 +86,36 @@ def read_batches(
     for index, batch in enumerate(table.read(columns.names)):
         with reading(f"{table.where}, batch {index}"):
             arrays = {name: pick(batch, name) for name in columns.names}
-            column, kept = arrays[columns.documents], {name: plain(arrays[name]) for name in columns.keep}
-            values = {name: arrays[name].to_pylist() for name in (columns.doc_id, columns.part) if name is not None}
+            column, kept = (
+                arrays[columns.documents],
+                {name: plain(arrays[name]) for name in columns.keep},
+            )
+            values = {
+                name: arrays[name].to_pylist()
+                for name in (columns.doc_id, columns.part)
+                if name is not None
+            }
         errors: dict[int, DataError] = {}
-        for name, rows in [(None, _nulls(column)), *((name, _none(cells)) for name, cells in values.items())]:
+        for name, rows in [
+            (None, _nulls(column)),
+            *((name, _none(cells)) for name, cells in values.items()),
+        ]:
             for row in rows:
                 place, what = table.place(start + row), f", {name}" if name else ""
                 problem = table.bad.pop(start + row, None)
-                said = f"{place}{what}: the value is null" if problem is None else f"{place}: {problem}"
+                said = (
+                    f"{place}{what}: the value is null"
+                    if problem is None
+                    else f"{place}: {problem}"
+                )
                 errors.setdefault(row, BadRowError(said))
         if errors and not in_turn:
             raise errors[min(errors)]
         ids, parts = (values.get(name) if name else None for name in (columns.doc_id, columns.part))
         names = ids and [None if doc_id is None else str(doc_id) for doc_id in ids]
-        yield ColumnBatch(start, column, names, parts, kept, [arrays[name] for name in columns.coords], errors)
+        yield ColumnBatch(
+            start, column, names, parts, kept, [arrays[name] for name in columns.coords], errors
+        )
         start += batch.num_rows
     if start == 0 and not may_be_empty and not is_manifest(table.schema):
         raise DataError(f"{table.where}: the table has 0 rows")
@@ -108,8 +124,14 @@ def read_batches(
 def _nulls(column: pa.Array) -> list[int]:
     """Return the rows without a document: the null may be in the column or in its dictionary."""
     if pa.types.is_dictionary(column.type):
-        return _none(column.to_pylist()) if column.null_count or column.dictionary.null_count else []
-    return np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist() if column.null_count else []
+        return (
+            _none(column.to_pylist()) if column.null_count or column.dictionary.null_count else []
+        )
+    return (
+        np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist()
+        if column.null_count
+        else []
+    )
 
 
 def _none(values: list[Any]) -> list[int]:
@@ -157,7 +179,9 @@ def group_rows(
     if apart or table.rows_alone or (table.ready and not (columns.doc_id or whole)):
         for label, value in rows():
             doc_id = apart.name(name_of(label)) if apart else name_of(label)
-            yield DocumentRows(doc_id, label.row, _values(table, doc_id, iter(((label, value),))), label.kept)
+            yield DocumentRows(
+                doc_id, label.row, _values(table, doc_id, iter(((label, value),))), label.kept
+            )
         return
     empty = True
     for _, members in groupby(numbered(), key=itemgetter(0)):
@@ -165,7 +189,12 @@ def group_rows(
         label, value = next(members)[1]
         doc_id = name_of(label)
         following = (row for _, row in members)  # noqa: B031 (used once, before the next group)
-        yield DocumentRows(doc_id, label.row, _values(table, doc_id, chain(((label, value),), following)), label.kept)
+        yield DocumentRows(
+            doc_id,
+            label.row,
+            _values(table, doc_id, chain(((label, value),), following)),
+            label.kept,
+        )
     if whole and empty and not is_manifest(table.schema):
         yield DocumentRows(whole, 0, (), {})
 
@@ -236,7 +265,10 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
                     ends = np.flatnonzero(np.asarray(ids) == eos_id).tolist()
                 for end in [*ends, len(ids)]:
                     if end > begin:
-                        yield count, Part(ids[begin:end], None, batch.start + step + begin, flat=True)
+                        yield (
+                            count,
+                            Part(ids[begin:end], None, batch.start + step + begin, flat=True),
+                        )
                     count += end < len(ids)
                     begin = end + 1
 
@@ -250,7 +282,9 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
         raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
 
 
-def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool) -> Iterator[Text | Unread]:
+def table_texts(
+    table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool
+) -> Iterator[Text | Unread]:
     """Return the documents of a column of text, or of chats as the tokenizer's template writes them.
 
     Raises ConfigError for chats without a tokenizer that has a template, DataError for rows that cannot be read; with
@@ -267,7 +301,9 @@ def table_texts(table: Table, columns: Columns, tokenizer: Tokenizer | None, ski
         return Text(group.doc_id, text, place, group.kept, ids=ids)
 
     apart = Apart() if table.ready and columns.part is None else None
-    groups = group_rows(table, columns, lambda batch: (value.as_py() for value in batch.column), apart=apart)
+    groups = group_rows(
+        table, columns, lambda batch: (value.as_py() for value in batch.column), apart=apart
+    )
     return read_documents(groups, read, skip_bad)
 
 
@@ -280,12 +316,16 @@ def _chat_reader(
             f"{table.where}: {columns.documents!r} holds chats, which need the chat template of a tokenizer: give a "
             "folder with a tokenizer.json and its template (--tokenizer, or --model)"
         )
-    from longnet_cli.data.chat import ChatTemplate  # imported late: it loads Jinja, which other data do not need
+    from longnet_cli.data.chat import (
+        ChatTemplate,
+    )  # imported late: it loads Jinja, which other data do not need
 
     template = ChatTemplate(tokenizer.folder, tokenizer)
 
     def read(rows: Iterable[Any]) -> tuple[str, Callable[[], np.ndarray]]:
         messages = [dict(message) for row in rows for message in row]
-        return template.read_chat([{k: v for k, v in message.items() if isinstance(v, str)} for message in messages])
+        return template.read_chat(
+            [{k: v for k, v in message.items() if isinstance(v, str)} for message in messages]
+        )
 
     return read

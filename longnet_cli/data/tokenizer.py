@@ -34,7 +34,14 @@ from longnet_cli.basics.errors import ConfigError, RefusedError, one_line, refus
 from longnet_cli.basics.model_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
-from longnet_cli.data.text_pieces import AT_SIGN, TextCutter, cut_text, decodes_bytes, find_cut, words_of
+from longnet_cli.data.text_pieces import (
+    AT_SIGN,
+    TextCutter,
+    cut_text,
+    decodes_bytes,
+    find_cut,
+    words_of,
+)
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
 from longnet_cli.hub.repository import download_again
 
@@ -78,10 +85,14 @@ def token_id(option: str, written: str | int, tokenizer: Tokenizer | None) -> in
     if isinstance(written, int) or re.fullmatch(r"[-+]?[0-9]+", written):
         return fitting(option, written, tokenizer.vocab_size if tokenizer else None)
     if tokenizer is None:
-        raise ConfigError(f"{option} {written} is no id, and there is no tokenizer that has it as a token: give its id")
+        raise ConfigError(
+            f"{option} {written} is no id, and there is no tokenizer that has it as a token: give its id"
+        )
     index = tokenizer.id_of(written)
     if index is None:
-        raise ConfigError(f"{option} {written}: the tokenizer has no such token; name one of its tokens, or an id")
+        raise ConfigError(
+            f"{option} {written}: the tokenizer has no such token; name one of its tokens, or an id"
+        )
     return index
 
 
@@ -90,7 +101,9 @@ def fitting(option: str, written: str | int, vocab_size: int | None, where: str 
     number = int(written) if len(str(written)) < 20 else -1
     if not 0 <= number < (vocab_size or 1 << 63):
         limit = f"a vocabulary of {vocab_size}" if vocab_size else "64 bits"
-        raise ConfigError(f"{where}the {_MEANING[option]} id {written} ({option}) does not fit {limit}")
+        raise ConfigError(
+            f"{where}the {_MEANING[option]} id {written} ({option}) does not fit {limit}"
+        )
     return number
 
 
@@ -115,7 +128,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 GROUP = 1 << 22
 PLACED_GROUP = 1 << 17  # with places, an encoding takes 150 bytes per character
 MOST_IDS = 1 << 24  # in a vocabulary: each takes memory before a text is read
-MOST_GROWTH = 256  # of a text by a normalizer, at worst. Unicode's own, NFKC, makes 18 characters of one.
+MOST_GROWTH = (
+    256  # of a text by a normalizer, at worst. Unicode's own, NFKC, makes 18 characters of one.
+)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -131,7 +146,9 @@ LONGEST_WAIT = 64  # tokens to wait for such bytes to become a character
 
 
 @contextmanager
-def library_call(before: str = "the tokenizer fails (", after: str = "): see its tokenizer.json") -> Iterator[None]:
+def library_call(
+    before: str = "the tokenizer fails (", after: str = "): see its tokenizer.json"
+) -> Iterator[None]:
     """Raise ConfigError for the library's errors, which stand between `before` and `after`.
 
     They are a bare Exception, or a panic, which is no Exception: over a regular expression that takes too long.
@@ -151,12 +168,16 @@ class Tokenizer:
     """
 
     folder: Path | None = None
-    splits_special = True  # whether a special token that is written in a text is encoded as its characters
+    splits_special = (
+        True  # whether a special token that is written in a text is encoded as its characters
+    )
     tells_places = False  # whether `encode_long` gives the place of each token in the text
     prompt_ids: tuple[int, ...] = ()  # of the text `_prompt`, which stands before each document
     _prompt = ""
 
-    def __init__(self, inner: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, inner: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None
+    ) -> None:
         """Wrap `inner`. `settings` come from a tokenizer_config.json, which may name the end-of-text token."""
         # A tokenizer.json may say "truncate to 512 tokens", "pad", or "leave out merges by chance": not in a document.
         inner.no_truncation()
@@ -168,9 +189,13 @@ class Tokenizer:
         self._vocab: dict[str, int] = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
         if self.vocab_size > MOST_IDS:
-            raise ConfigError(f"the tokenizer has an id {self.vocab_size - 1}: {MOST_IDS - 1:,} is the largest")
+            raise ConfigError(
+                f"the tokenizer has an id {self.vocab_size - 1}: {MOST_IDS - 1:,} is the largest"
+            )
         names = [*(special_token((settings or {}).get(key)) for key in EOS_KEYS), *EOS_NAMES]
-        self.eos_id: int | None = next((self._vocab[name] for name in names if name in self._vocab), None)
+        self.eos_id: int | None = next(
+            (self._vocab[name] for name in names if name in self._vocab), None
+        )
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token, written as in tokenizer.json; None if it is not in the vocabulary."""
@@ -207,7 +232,12 @@ class Tokenizer:
         a text is that token, as it is for transformers.
         """
         reader = type(self)(tokenizers.Tokenizer.from_str(self._inner.to_str()))
-        reader.eos_id, reader.folder, reader.sha256, reader.tells_places = self.eos_id, self.folder, self.sha256, True
+        reader.eos_id, reader.folder, reader.sha256, reader.tells_places = (
+            self.eos_id,
+            self.folder,
+            self.sha256,
+            True,
+        )
         reader._inner.encode_special_tokens = reader.splits_special = self.splits_special
         reader.special_ids = self.special_ids
         if prompt:
@@ -220,7 +250,9 @@ class Tokenizer:
         texts = [f"{prompt}{sample}" for sample in ("a", "A", "1", ".", "\u4e00", " a", "\na")]
         encoded = self._inner.encode_batch(texts, add_special_tokens=False)
         alone = sum(end <= len(prompt.rstrip()) for _, end in encoded[0].offsets)
-        columns = zip(*(encoding.ids[:alone] for encoding in encoded), strict=False)  # up to the shortest
+        columns = zip(
+            *(encoding.ids[:alone] for encoding in encoded), strict=False
+        )  # up to the shortest
         return tuple(ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, columns))
 
     @classmethod
@@ -247,7 +279,9 @@ class Tokenizer:
                 text = read_text(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"{path}: cannot read the tokenizer: {reason}{download_again(Path(path))}") from error
+            raise ConfigError(
+                f"{path}: cannot read the tokenizer: {reason}{download_again(Path(path))}"
+            ) from error
         with library_call(f"{path}: not a tokenizer.json: ", download_again(Path(path))):
             inner = tokenizers.Tokenizer.from_str(text)
         for part in ("normalizer", "decoder"):
@@ -299,9 +333,13 @@ class Tokenizer:
         has no room for the bytes, or is over MOST_IDS.
         """
         if vocab_size < 257:
-            raise ConfigError(f"a byte-level vocabulary needs 257 ids or more (256 bytes and {END_OF_TEXT})")
+            raise ConfigError(
+                f"a byte-level vocabulary needs 257 ids or more (256 bytes and {END_OF_TEXT})"
+            )
         if vocab_size > MOST_IDS:
-            raise ConfigError(f"a vocabulary of {vocab_size} ids cannot be trained: {MOST_IDS:,} are the most")
+            raise ConfigError(
+                f"a vocabulary of {vocab_size} ids cannot be trained: {MOST_IDS:,} are the most"
+            )
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
@@ -314,7 +352,9 @@ class Tokenizer:
             show_progress=False,
         )
         cutters = (cut_text(parts, words) for parts in texts)
-        inner.train_from_iterator(chain.from_iterable(iter(partial(each.take, GROUP), []) for each in cutters), trainer)
+        inner.train_from_iterator(
+            chain.from_iterable(iter(partial(each.take, GROUP), []) for each in cutters), trainer
+        )
         return cls(inner)
 
     def encode(self, text: str) -> np.ndarray:
@@ -364,11 +404,23 @@ class Tokenizer:
         place, skip = -len(self._prompt), len(self.prompt_ids)
         cutter = self.cutter(parts)
         while pieces := cutter.take(PLACED_GROUP if placed else GROUP):
-            ids, places = self._placed(pieces, place) if placed else (np.concatenate(self.encode_pieces(pieces)), None)
+            ids, places = (
+                self._placed(pieces, place)
+                if placed
+                else (np.concatenate(self.encode_pieces(pieces)), None)
+            )
             if tuple(ids[:skip]) != self.prompt_ids[:skip]:
-                raise RefusedError(f"the tokenizer joins the prompt {self._prompt!r} with the text after it")
-            size = sum(len(piece.encode()) for piece in pieces) - (len(self._prompt.encode()) if place < 0 else 0)
-            yield Part(ids[skip:], n_bytes=size, places=places if places is None else np.maximum(places[skip:], 0))
+                raise RefusedError(
+                    f"the tokenizer joins the prompt {self._prompt!r} with the text after it"
+                )
+            size = sum(len(piece.encode()) for piece in pieces) - (
+                len(self._prompt.encode()) if place < 0 else 0
+            )
+            yield Part(
+                ids[skip:],
+                n_bytes=size,
+                places=places if places is None else np.maximum(places[skip:], 0),
+            )
             place, skip = place + sum(map(len, pieces)), 0
 
     def _placed(self, pieces: Sequence[str], place: int) -> tuple[np.ndarray, np.ndarray]:
@@ -389,14 +441,21 @@ class Tokenizer:
         token that stands for no character is an empty place between its neighbours.
         """
         ids = np.fromiter(encoding.ids, np.int64, len(encoding.ids))
-        if self.bytes_of is not None and b"".join(map(self.bytes_of.__getitem__, encoding.ids)) == text.encode():
+        if (
+            self.bytes_of is not None
+            and b"".join(map(self.bytes_of.__getitem__, encoding.ids)) == text.encode()
+        ):
             begin, inside = self.characters
             ends = np.cumsum(begin[ids])
             return np.stack((ends - begin[ids] - inside[ids], ends), 1).astype(np.int32)
         edges = (edge for pair in encoding.offsets for edge in pair)
         places = np.fromiter(edges, np.int32, 2 * len(ids)).reshape(-1, 2)
         nowhere = places[:, 0] == places[:, 1]
-        before = np.concatenate(([0], np.maximum.accumulate(places[:, 1])[:-1])) if len(ids) else places[:, 0]
+        before = (
+            np.concatenate(([0], np.maximum.accumulate(places[:, 1])[:-1]))
+            if len(ids)
+            else places[:, 0]
+        )
         places[nowhere] = before[nowhere, None]
         return places
 
@@ -453,7 +512,9 @@ class Tokenizer:
         """Return the number of UTF-8 bytes of (tokens,) ids; None if the tokenizer is not byte-level or lacks an id."""
         if self.token_bytes is None or (len(ids) and ids.max() >= self.vocab_size):
             return None
-        blocks = (ids[start : start + GROUP] for start in range(0, len(ids), GROUP))  # a lookup takes 8 bytes per token
+        blocks = (
+            ids[start : start + GROUP] for start in range(0, len(ids), GROUP)
+        )  # a lookup takes 8 bytes per token
         return sum(int(self.token_bytes[block].sum()) for block in blocks)
 
     def encodes_as(self, other: Tokenizer) -> bool:
@@ -543,7 +604,9 @@ class TextStream:
 
     def _text(self, *, final: bool) -> str:
         """Return the text of the waiting ids, unless it ends with bytes that may become a character."""
-        both = self._tokenizer.decode(np.array(self._shown + self._waiting, np.int64), special=False)
+        both = self._tokenizer.decode(
+            np.array(self._shown + self._waiting, np.int64), special=False
+        )
         text = both[len(self._tokenizer.decode(np.array(self._shown, np.int64), special=False)) :]
         if text.endswith(REPLACEMENT) and not final:
             return ""
@@ -557,11 +620,20 @@ def _growth(step: Any) -> float:
     """Return how many times as long a step of a tokenizer.json (`normalizer`, `decoder`) makes a text, at worst."""
     settings = step if isinstance(step, dict) else {}
     if settings.get("type") == "Sequence":
-        return math.prod(_growth(part) for key in ("normalizers", "decoders") for part in settings.get(key, ()))
+        return math.prod(
+            _growth(part) for key in ("normalizers", "decoders") for part in settings.get(key, ())
+        )
     if settings.get("type") == "Replace":
-        replaced = settings["pattern"].get("String")  # a regular expression may match the empty text
-        return max(1, len(settings["content"]) / len(replaced) if replaced else 1 + len(settings["content"]))
-    if settings.get("type") == "Precompiled":  # a tree of so many bytes, then what it writes for a character
+        replaced = settings["pattern"].get(
+            "String"
+        )  # a regular expression may match the empty text
+        return max(
+            1,
+            len(settings["content"]) / len(replaced) if replaced else 1 + len(settings["content"]),
+        )
+    if (
+        settings.get("type") == "Precompiled"
+    ):  # a tree of so many bytes, then what it writes for a character
         table = base64.b64decode(settings["precompiled_charsmap"])
         written = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
         return max(1, *(len(text.decode(errors="replace")) for text in written))

@@ -16,11 +16,25 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.columns import FLOATS, INTEGERS, Columns, is_list, is_vectors, list_bounds, numbers
+from longnet_cli.data.columns import (
+    FLOATS,
+    INTEGERS,
+    Columns,
+    is_list,
+    is_vectors,
+    list_bounds,
+    numbers,
+)
 from longnet_cli.data.documents import STEP, Document, collect
 from longnet_cli.data.files import Part, StoredIds
 from longnet_cli.data.tables import Table
-from longnet_cli.data.token_columns import BadRowError, ColumnBatch, DocumentRows, group_rows, read_documents
+from longnet_cli.data.token_columns import (
+    BadRowError,
+    ColumnBatch,
+    DocumentRows,
+    group_rows,
+    read_documents,
+)
 
 
 class Vectors(Document):
@@ -64,14 +78,20 @@ class Vectors(Document):
             block = out[done : done + len(numbers)]
             with np.errstate(over="ignore"):  # reported below
                 block[:] = numbers
-            present = None if part.valid is None else part.valid.slice(offset * self.width, len(flat))
+            present = (
+                None if part.valid is None else part.valid.slice(offset * self.width, len(flat))
+            )
             if present is not None and present.false_count:
                 bad = offset + present.index(False).as_py() // self.width
-                raise DataError(f"{self._row((part.row or 0) + part.flat * bad)}: a number of the vector is null")
+                raise DataError(
+                    f"{self._row((part.row or 0) + part.flat * bad)}: a number of the vector is null"
+                )
             if not (finite := np.isfinite(block)).all():
                 bad, place = (int(indices[0]) for indices in np.nonzero(~finite))
                 number = numbers[bad, place]
-                raise DataError(f"{self.place(start + done + bad)}: number {place} of the vector is {number}")
+                raise DataError(
+                    f"{self.place(start + done + bad)}: number {place} of the vector is {number}"
+                )
         return out
 
     def place(self, index: int) -> str:
@@ -113,7 +133,9 @@ def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator
     return read_documents(groups, partial(_document, table, columns, tile_size), skip_bad)
 
 
-def _document(table: Table, columns: Columns, tile_size: float | None, group: DocumentRows) -> Vectors:
+def _document(
+    table: Table, columns: Columns, tile_size: float | None, group: DocumentRows
+) -> Vectors:
     nested, width, points = is_vectors(columns.type), None, list[np.ndarray]()
 
     def parts() -> Iterator[Part]:
@@ -126,7 +148,14 @@ def _document(table: Table, columns: Columns, tile_size: float | None, group: Do
     collected = collect(parts())
     coords = np.concatenate(points) if points else None
     return Vectors(
-        group.doc_id, table.place(group.row), width or 0, collected, coords, tile_size, table.place, group.kept
+        group.doc_id,
+        table.place(group.row),
+        width or 0,
+        collected,
+        coords,
+        tile_size,
+        table.place,
+        group.kept,
     )
 
 
@@ -153,11 +182,17 @@ def _part(
     start, stop, widths = (starts[0], stops[-1], stops - starts) if len(vectors) else (0, 0, stops)
     for before in (*widths[:1].tolist(), *([] if width is None else [width])):
         for other in np.flatnonzero(widths != before)[:1]:
-            raise BadRowError(f"{place(other)}: its vector has {widths[other]} numbers, those before it have {before}")
+            raise BadRowError(
+                f"{place(other)}: its vector has {widths[other]} numbers, those before it have {before}"
+            )
         width = before
     points = [_points(axes, len(vectors), place)] if axes else []
     present = valid if valid is None else valid.slice(start, stop - start)
-    return Part(values[start:stop], present, batch.start + start_row, flat=not nested), width, points
+    return (
+        Part(values[start:stop], present, batch.start + start_row, flat=not nested),
+        width,
+        points,
+    )
 
 
 def _points(axes: Sequence[pa.Array], count: int, place: Callable[[int], str]) -> np.ndarray:
@@ -172,7 +207,9 @@ def _points(axes: Sequence[pa.Array], count: int, place: Callable[[int], str]) -
         if (bad := np.flatnonzero(sizes != 2)).size:
             raise BadRowError(f"{place(bad[0])}: coords needs two numbers for each vector")
         axes = [axes[0].flatten()]
-    points = np.stack([values.to_numpy(zero_copy_only=False).astype(np.float64) for values in axes], 1).reshape(-1, 2)
+    points = np.stack(
+        [values.to_numpy(zero_copy_only=False).astype(np.float64) for values in axes], 1
+    ).reshape(-1, 2)
     if (bad := np.flatnonzero(~np.isfinite(points).all(1))).size:  # a null is NaN here
         raise BadRowError(f"{place(bad[0])}: coordinates {points[bad[0]].tolist()} are no place")
     return points

@@ -23,7 +23,14 @@ from typing import Any
 from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, refuse_web_address
 from longnet_cli.basics.model_files import CONFIG
-from longnet_cli.hub.repository import COMMIT, Located, Repository, check_blobs, snapshot_in, unknown_files
+from longnet_cli.hub.repository import (
+    COMMIT,
+    Located,
+    Repository,
+    check_blobs,
+    snapshot_in,
+    unknown_files,
+)
 
 
 def preset_dir() -> Path:
@@ -54,7 +61,9 @@ def model_path(name_or_path: str) -> Path:
 def _on_hub(name: str, tokenizer: bool = False, *, embeds: bool = False) -> Repository | None:
     """Return the repository that a name stands for; None for a path that exists, for what ships or looks like it."""
     own = (*list_models(), *(path.stem for path in preset_dir().glob("*.toml")))
-    local = nearest(name, own) or (tokenizer and "@" not in name)  # a tokenizer may be a folder here, without a slash
+    local = nearest(name, own) or (
+        tokenizer and "@" not in name
+    )  # a tokenizer may be a folder here, without a slash
     return None if "/" not in name and local else Repository.of(name, tokenizer, embeds=embeds)
 
 
@@ -106,7 +115,9 @@ def find_file(repository: str, file: str) -> Located:
     """
     remote = Repository.of(repository)
     if remote is None or remote.file:
-        raise ConfigError(f"{repository}: not the name of a repository on a hub, as ORG/NAME or ORG/NAME@REVISION")
+        raise ConfigError(
+            f"{repository}: not the name of a repository on a hub, as ORG/NAME or ORG/NAME@REVISION"
+        )
     return replace(remote, name=f"{repository}:{file}", file=file).find()
 
 
@@ -117,7 +128,9 @@ def refresh(model: str | None, tokenizer: str | None) -> None:
     """
     named = [_on_hub(name, of) for name, of in ((model, False), (tokenizer, True)) if name]
     if not any(named):
-        raise ConfigError("--update is for a model on a hub, as ORG/NAME, and none is named: leave it out")
+        raise ConfigError(
+            "--update is for a model on a hub, as ORG/NAME, and none is named: leave it out"
+        )
     for repository in filter(None, named):
         repository.find(update=True)
 
@@ -131,7 +144,11 @@ def as_stored(name: str, stored: Iterable[Any]) -> str:
     if given is None or COMMIT.fullmatch(given.revision):
         return name
     repositories = ((known, Repository.of(known)) for known in stored if isinstance(known, str))
-    same = (known for known, other in repositories if other and (other.repo, other.file) == (given.repo, given.file))
+    same = (
+        known
+        for known, other in repositories
+        if other and (other.repo, other.file) == (given.repo, given.file)
+    )
     return next(same, name)
 
 
@@ -139,7 +156,9 @@ def name_origin(folder: Path, name: str) -> None:
     """Write the name of a model on a hub, with its commit, into the config.json of a folder made from it."""
     if _on_hub(name):
         settings = {**parse(read_text(folder / CONFIG)), "_name_or_path": name}
-        (folder / CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(
+            json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def list_cached() -> list[str]:

@@ -42,7 +42,16 @@ from longnet_cli.basics.verdicts import remembered
 FIRST_ANSWER = 2.5  # seconds to wait for a hub, unless HF_HUB_DOWNLOAD_TIMEOUT is set
 _WORD = r"[A-Za-z0-9_](?:[\w.-]*[\w])?"
 _NAME = re.compile(rf"({_WORD}(?:/{_WORD})?)(?:@([^@:\s/][^@:\s]*))?(?::([^:]+\.gguf))?", re.ASCII)
-_LOCAL = (".json", ".jsonl", ".toml", ".gguf", ".safetensors", ".pth", ".pt", ".bin")  # endings of files, not of models
+_LOCAL = (
+    ".json",
+    ".jsonl",
+    ".toml",
+    ".gguf",
+    ".safetensors",
+    ".pth",
+    ".pt",
+    ".bin",
+)  # endings of files, not of models
 
 
 class Located(NamedTuple):
@@ -67,7 +76,13 @@ class Repository:
     def of(cls, name: str, tokenizer: bool = False, *, embeds: bool = False) -> Repository | None:
         """Return the repository that a name stands for; None for a path that exists and for other names."""
         match = _NAME.fullmatch(name)
-        if not match or ".." in name or "--" in match[1] or match[1].endswith(_LOCAL) or os.path.exists(name):
+        if (
+            not match
+            or ".." in name
+            or "--" in match[1]
+            or match[1].endswith(_LOCAL)
+            or os.path.exists(name)
+        ):
             return None
         return cls(name, match[1], match[2] or "main", match[3], tokenizer, embeds)
 
@@ -83,20 +98,26 @@ class Repository:
         commit = self._commit()
         snapshot = self._folder / "snapshots" / str(commit)
         file = f":{self.file}" if self.file else ""
-        return Located(snapshot / self.file if self.file else snapshot, f"{self.repo}@{commit}{file}")
+        return Located(
+            snapshot / self.file if self.file else snapshot, f"{self.repo}@{commit}{file}"
+        )
 
     def _library(self) -> ModuleType:
         try:
             from huggingface_hub import constants
         except ImportError:
-            raise CheckpointError(f"{self._not_here}; a model on a hub needs the extra hf: {extra('hf')}") from None
+            raise CheckpointError(
+                f"{self._not_here}; a model on a hub needs the extra hf: {extra('hf')}"
+            ) from None
         return constants
 
     @property
     def _not_here(self) -> str:
         if "/" in self.repo:
             return f"{self.name}: no folder of that name here"
-        return f"{self.name}: no model of that name ships (a path needs a slash, e.g. ./{self.name})"
+        return (
+            f"{self.name}: no model of that name ships (a path needs a slash, e.g. ./{self.name})"
+        )
 
     @property
     def _folder(self) -> Path:
@@ -104,7 +125,11 @@ class Repository:
 
     def _commit(self) -> str | None:
         """Return the commit that the revision is in the cache; None if it is not there."""
-        return self.revision if COMMIT.fullmatch(self.revision) else _read_ref(self._folder, self.revision)
+        return (
+            self.revision
+            if COMMIT.fullmatch(self.revision)
+            else _read_ref(self._folder, self.revision)
+        )
 
     def _is_cached(self, *, any_tokenizer: bool = False) -> bool:
         """Return whether the cache has all files that are needed.
@@ -135,26 +160,39 @@ class Repository:
         answered, file = False, None
         try:
             info = _within(
-                seconds, lambda: HfApi().model_info(self.repo, revision=commit or self.revision, timeout=seconds)
+                seconds,
+                lambda: HfApi().model_info(
+                    self.repo, revision=commit or self.revision, timeout=seconds
+                ),
             )
             answered, commit = True, check_commit(info.sha, commit, self.name)
             names = {file.rfilename for file in info.siblings or ()}
             snapshot = self._folder / "snapshots" / commit
             with checked_answers(commit, self.name):
-                for file in self._wanted(names, snapshot):  # one by one: threads would keep Ctrl-C waiting
+                for file in self._wanted(
+                    names, snapshot
+                ):  # one by one: threads would keep Ctrl-C waiting
                     if not is_within(file):
                         what = f"a file {file!r}, which is outside of a snapshot"
                         raise CheckpointError(f"{self.name}: the hub names {what}: it is not taken")
                     path = hf_hub_download(self.repo, file, revision=commit)
                     check_sent(Path(path), self.name)
-            for name in () if self.file else ({TOKENIZER} if self.tokenizer else {TOKENIZER, *OF_SENTENCES}) - names:
-                (absent := self._folder / ".no_exist" / commit / name).parent.mkdir(parents=True, exist_ok=True)
+            for name in (
+                ()
+                if self.file
+                else ({TOKENIZER} if self.tokenizer else {TOKENIZER, *OF_SENTENCES}) - names
+            ):
+                (absent := self._folder / ".no_exist" / commit / name).parent.mkdir(
+                    parents=True, exist_ok=True
+                )
                 absent.touch()
         except LongNetError:
             raise
         except Exception as error:  # its libraries raise exceptions of many kinds
             raise CheckpointError(self._explain(error, constants, answered, file)) from None
-        if not COMMIT.fullmatch(self.revision):  # last: a revision in the cache is one that was whole
+        if not COMMIT.fullmatch(
+            self.revision
+        ):  # last: a revision in the cache is one that was whole
             reference = self._folder / "refs" / self.revision
             reference.parent.mkdir(parents=True, exist_ok=True)
             write_file(reference, commit.encode())
@@ -175,21 +213,33 @@ class Repository:
             return
         if CONFIG not in names or not names & {WEIGHTS, SHARDED}:
             if ggufs:
-                raise CheckpointError(f"{self.name}: the repository has GGUF files, name one: {ggufs}")
+                raise CheckpointError(
+                    f"{self.name}: the repository has GGUF files, name one: {ggufs}"
+                )
             pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
             why = "; pickled weights are never read, since a pickle can run code" if pickled else ""
-            raise CheckpointError(f"{self.name}: the repository has no {CONFIG} with {WEIGHTS}{why}")
+            raise CheckpointError(
+                f"{self.name}: the repository has no {CONFIG} with {WEIGHTS}{why}"
+            )
         index = set() if WEIGHTS in names else {SHARDED}
         of_sentences = {MODULES, PROMPTS, *TRANSFORMER_CONFIGS}
-        yield from sorted(names & ({CONFIG, GENERATION, TOKENIZER, *BESIDE_TOKENIZER, *of_sentences} | index))
+        yield from sorted(
+            names & ({CONFIG, GENERATION, TOKENIZER, *BESIDE_TOKENIZER, *of_sentences} | index)
+        )
         yield from sorted(names & {name for name, _ in module_files(snapshot)})
         yield from [WEIGHTS] if WEIGHTS in names else weight_files(snapshot)
 
-    def _explain(self, error: BaseException, constants: Any, answered: bool, file: str | None) -> str:
+    def _explain(
+        self, error: BaseException, constants: Any, answered: bool, file: str | None
+    ) -> str:
         """Return why a download failed, of one `file` or before the first, and what to do."""
         from huggingface_hub import errors
 
-        hub, here, log_in = constants.ENDPOINT, self._not_here, "log in (hf auth login) or set HF_TOKEN"
+        hub, here, log_in = (
+            constants.ENDPOINT,
+            self._not_here,
+            "log in (hf auth login) or set HF_TOKEN",
+        )
         if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
             error = error.__cause__
         if isinstance(error, errors.GatedRepoError):
@@ -203,8 +253,15 @@ class Repository:
             what = f": {log_in}" if code in (401, 403) else ""
             refused = f"refuses its file {file}" if file else "refuses it"
             refused = f"has no file {file} of it" if file and code == 404 else refused
-            return f"{here}, and {hub} {refused} ({code} {error.server_message or ''}".rstrip() + f"){what}"
-        if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError | TimeoutError):
+            return (
+                f"{here}, and {hub} {refused} ({code} {error.server_message or ''}".rstrip()
+                + f"){what}"
+            )
+        if (
+            isinstance(error, OSError)
+            and error.strerror
+            and not isinstance(error, ConnectionError | TimeoutError)
+        ):
             return f"{here}, and the cache {constants.HF_HUB_CACHE} cannot be written: {error.strerror}"
         said = one_line(error) or type(error).__name__
         if answered:
@@ -218,7 +275,9 @@ class Repository:
         revision = "" if self.revision == "main" else f" --revision {self.revision}"
         file = f" {self.file}" if self.file else ""
         download = f"hf download {self.repo}{file}{revision}"
-        return f"{here}, nor in {constants.HF_HUB_CACHE}, and {why}: {then}, repeat this or {download}"
+        return (
+            f"{here}, nor in {constants.HF_HUB_CACHE}, and {why}: {then}, repeat this or {download}"
+        )
 
 
 def snapshot_in(folder: Path) -> Located | None:
@@ -228,11 +287,16 @@ def snapshot_in(folder: Path) -> Located | None:
     """
     if not folder.name.startswith("models--") or not (snapshots := folder / "snapshots").is_dir():
         return None
-    present, commit = sorted(path for path in snapshots.iterdir() if path.is_dir()), _read_ref(folder, "main")
+    present, commit = (
+        sorted(path for path in snapshots.iterdir() if path.is_dir()),
+        _read_ref(folder, "main"),
+    )
     meant = [path for path in present if path.name == commit] or present
     if len(meant) != 1:
         names = ", ".join(map(str, present)) or "there is none"
-        raise CheckpointError(f"{folder}: its refs/main leads to no snapshot: name a snapshot ({names})")
+        raise CheckpointError(
+            f"{folder}: its refs/main leads to no snapshot: name a snapshot ({names})"
+        )
     return Located(meant[0], str(meant[0]))
 
 
@@ -264,14 +328,19 @@ def unknown_files(snapshot: Path) -> str | None:
     if not (snapshot / MODULES).is_file():
         return None if (absent / MODULES).exists() else MODULES
     files = [*OF_SENTENCES, *(name for name, needed in module_files(snapshot) if needed)]
-    return next((name for name in files if not ((snapshot / name).is_file() or (absent / name).exists())), None)
+    return next(
+        (name for name in files if not ((snapshot / name).is_file() or (absent / name).exists())),
+        None,
+    )
 
 
 def weight_files(snapshot: Path) -> list[str]:
     """Return the files with the weights of a snapshot, as its index lists them."""
     if not (snapshot / WEIGHTS).exists():
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            return sorted({str(name) for name in parse(read_text(snapshot / SHARDED))["weight_map"].values()})
+            return sorted(
+                {str(name) for name in parse(read_text(snapshot / SHARDED))["weight_map"].values()}
+            )
     return [WEIGHTS]
 
 
@@ -287,13 +356,18 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
 
     Thread(target=run, daemon=True).start()  # not a pool's, which a program waits for at its end
     if not wait([answer], seconds).done:
-        raise TimeoutError(f"no answer in {seconds:g} seconds, HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer")
+        raise TimeoutError(
+            f"no answer in {seconds:g} seconds, HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer"
+        )
     return answer.result()
 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGITS = re.compile(r"[0-9a-fA-F]+")
-_DIGESTS = {64: ("SHA-256", file_sha256), 40: ("git SHA-1", file_git_sha1)}  # by the digits of a blob's name
+_DIGESTS = {
+    64: ("SHA-256", file_sha256),
+    40: ("git SHA-1", file_git_sha1),
+}  # by the digits of a blob's name
 
 
 def check_commit(named: object, asked: str | None, repo: str) -> str:
@@ -303,7 +377,9 @@ def check_commit(named: object, asked: str | None, repo: str) -> str:
     """
     if not COMMIT.fullmatch(str(named)) or asked not in (None, named):
         wanted = f" instead of {asked}" if asked else ", which is not 40 hexadecimal digits"
-        raise CheckpointError(f"{repo}: the hub names {str(named)!r} as the commit{wanted}: nothing is taken")
+        raise CheckpointError(
+            f"{repo}: the hub names {str(named)!r} as the commit{wanted}: nothing is taken"
+        )
     return str(named)
 
 
@@ -328,11 +404,17 @@ def checked_answers(commit: str, repo: str) -> Iterator[None]:
         check_commit(told["X-Repo-Commit"], commit, repo)
         tag = told.get("X-Linked-Etag") or told.get("ETag")
         if tag and not _DIGITS.fullmatch(tag.lstrip("W/").strip('"')):
-            raise CheckpointError(f"{repo}: the hub gives a file the ETag {tag!r}, not of digits: it is not taken")
+            raise CheckpointError(
+                f"{repo}: the hub gives a file the ETag {tag!r}, not of digits: it is not taken"
+            )
 
-    made_before: Callable[[], Any] = _http._GLOBAL_CLIENT_FACTORY  # it has no public name; proxies may be set in it
+    made_before: Callable[[], Any] = (
+        _http._GLOBAL_CLIENT_FACTORY
+    )  # it has no public name; proxies may be set in it
 
-    def client() -> Any:  # not a hook of the client that there is: the library makes a new one when a host fails
+    def client() -> (
+        Any
+    ):  # not a hook of the client that there is: the library makes a new one when a host fails
         made = made_before()
         made.event_hooks = {**made.event_hooks, "response": [*made.event_hooks["response"], check]}
         return made
@@ -375,9 +457,18 @@ def _damage(path: Path) -> str | None:
     """Return what is wrong with a file of a cache; None if nothing is, or if nothing is known about it."""
     blob = path.resolve()
     kind, find = _DIGESTS.get(len(blob.name), ("", None))
-    if blob.parent.name != "blobs" or not find or not _DIGITS.fullmatch(blob.name) or not blob.is_file():
+    if (
+        blob.parent.name != "blobs"
+        or not find
+        or not _DIGITS.fullmatch(blob.name)
+        or not blob.is_file()
+    ):
         return None
     status = blob.stat()
     file = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     digest = remembered({f"{kind} of": file}, partial(find, blob))
-    return None if digest == blob.name.lower() else f"its {kind} is {digest:.12}..., and it is named {blob.name:.12}..."
+    return (
+        None
+        if digest == blob.name.lower()
+        else f"its {kind} is {digest:.12}..., and it is named {blob.name:.12}..."
+    )

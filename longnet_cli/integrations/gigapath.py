@@ -103,7 +103,9 @@ def install() -> None:
         if find_spec("gigapath"):
             import_module("gigapath")
         else:
-            sys.modules["gigapath"] = module_from_spec(ModuleSpec("gigapath", None, is_package=True))
+            sys.modules["gigapath"] = module_from_spec(
+                ModuleSpec("gigapath", None, is_package=True)
+            )
     here = sys.modules[__name__]
     sys.modules["gigapath.slide_encoder"] = here
     setattr(sys.modules["gigapath"], "slide_encoder", here)  # noqa: B010 (for type checkers)

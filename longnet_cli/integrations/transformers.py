@@ -15,4 +15,10 @@ from longnet_cli.models.hf import auto_longnet
 from longnet_cli.models.hf.attention import use_dilated_attention, use_own_attention, write_pattern
 from longnet_cli.models.hf.longnet_cache import LongNetCache
 
-__all__ = ["LongNetCache", "auto_longnet", "use_dilated_attention", "use_own_attention", "write_pattern"]
+__all__ = [
+    "LongNetCache",
+    "auto_longnet",
+    "use_dilated_attention",
+    "use_own_attention",
+    "write_pattern",
+]

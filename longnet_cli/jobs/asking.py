@@ -25,7 +25,10 @@ from longnet_cli.jobs.generating import FinishReason, generate, load_model
 from longnet_cli.models.folder import Loaded
 
 SYSTEM = "Answer the question from the passages."
-PLAIN_STOP = ("\n\n", "\nQuestion:")  # after an answer without a chat template, which a text would follow
+PLAIN_STOP = (
+    "\n\n",
+    "\nQuestion:",
+)  # after an answer without a chat template, which a text would follow
 
 
 class Answer(NamedTuple):
@@ -75,21 +78,36 @@ def answer(
     return Answer(question, said.rstrip(), sources, loaded.origin, len(asked), tokens, reason)
 
 
-def prompt(loaded: Loaded, question: str, found: Sequence[Passage], max_tokens: int) -> tuple[Document, list[Passage]]:
+def prompt(
+    loaded: Loaded, question: str, found: Sequence[Passage], max_tokens: int
+) -> tuple[Document, list[Passage]]:
     """Return the prompt, and the passages in it. If they leave no room for `max_tokens`, the worst are left out."""
     words, most, passages = loaded.tokenizer, loaded.net.config.max_tokens, list(found)
     if words is None:
         raise ConfigError(f"{loaded.origin}: there is no tokenizer, which reads a question")
     while True:
         text = "\n\n".join([*(passage.text for passage in passages), f"Question: {question}"])
-        ids = loaded.chat.encode(text, SYSTEM) if loaded.chat else words.encode(f"{SYSTEM}\n\n{text}\nAnswer:")
-        if not passages[1:] or most is None or len(ids) + max_tokens < most:  # one may stand before them
+        ids = (
+            loaded.chat.encode(text, SYSTEM)
+            if loaded.chat
+            else words.encode(f"{SYSTEM}\n\n{text}\nAnswer:")
+        )
+        if (
+            not passages[1:] or most is None or len(ids) + max_tokens < most
+        ):  # one may stand before them
             return Document("question", ids, None, "the question with its best passage"), passages
         passages.remove(min(passages, key=lambda passage: passage.score))
 
 
 def ask(
-    texts: Any, question: str, *, model: str, passages: int = 3, device: str = "auto", dtype: str = "auto", **how: Any
+    texts: Any,
+    question: str,
+    *,
+    model: str,
+    passages: int = 3,
+    device: str = "auto",
+    dtype: str = "auto",
+    **how: Any,
 ) -> Answer:
     """Answer a question from texts: a list of them, a table or frame with a column `text`, or `Inputs` of files.
 
@@ -103,9 +121,12 @@ def ask(
         else:
             table = tables(texts)
             if not isinstance(table, pa.Table) or "text" not in table.column_names:
-                raise ConfigError("a list of texts, or a table with a column 'text', is needed to ask")
+                raise ConfigError(
+                    "a list of texts, or a table with a column 'text', is needed to ask"
+                )
             names = next(
-                (table[name].to_pylist() for name in ID_COLUMNS if name in table.column_names), range(len(table))
+                (table[name].to_pylist() for name in ID_COLUMNS if name in table.column_names),
+                range(len(table)),
             )
             for name, text in zip(names, table["text"].to_pylist(), strict=True):
                 index.add(Text(str(name), text or "", "table"))

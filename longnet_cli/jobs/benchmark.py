@@ -58,13 +58,19 @@ if TYPE_CHECKING:
     from longnet_cli.models.hf.pretrained_net import TransformersNet
 
 
-OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # implementations and directions; defaults come first
+OPS: dict[
+    str, tuple[tuple[str, ...], tuple[str, ...]]
+] = {  # implementations and directions; defaults come first
     "attention": (("dilated", "dense", "flex"), ("forward", "backward")),
     "model": (("dilated", "dense"), ("forward",)),
     "train": (("dilated", "dense"), ("backward",)),
 }
-LONG = 10**6  # tokens: from here on, a causal forward pass is streamed, and the defaults are for long sequences
-LONGEST = 1 << 40  # tokens; with the most heads of the largest size, int64 still counts the numbers of a sequence
+LONG = (
+    10**6
+)  # tokens: from here on, a causal forward pass is streamed, and the defaults are for long sequences
+LONGEST = (
+    1 << 40
+)  # tokens; with the most heads of the largest size, int64 still counts the numbers of a sequence
 
 Size = Annotated[int, Field(ge=1, le=1 << 32)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -91,7 +97,9 @@ class Settings(BaseModel):
     max_dense_time: seconds; a run of dense or flex that would take longer, by the rate of shorter ones, is skipped.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, alias_generator=_option)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, alias_generator=_option
+    )
 
     seq: tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...]
     op: Literal["attention", "model", "train"] = "attention"
@@ -124,11 +132,23 @@ class Settings(BaseModel):
         impls, directions = OPS.get(given.get("op", "attention"), OPS["attention"])
         own = [_option(name) for name in ("heads", "head_dim", "layers", "vocab") if name in given]
         if "model" in given and own:
-            raise ConfigError(f"{', '.join(own)}: a saved model has its own, leave it out or leave out --model")
+            raise ConfigError(
+                f"{', '.join(own)}: a saved model has its own, leave it out or leave out --model"
+            )
         given["dtype"] = machines.resolve_dtype(given.get("dtype", "auto"), device)
         heads, size = (2, 32) if device.type == "cpu" and max(given["seq"]) >= LONG else (12, 64)
-        values = {"impl": impls[:2], "direction": directions[:1], "heads": heads, "head_dim": size, **given}
-        return validate(cls, {_option(name): x for name, x in (values | {"device": device}).items()}, "longnet bench")
+        values = {
+            "impl": impls[:2],
+            "direction": directions[:1],
+            "heads": heads,
+            "head_dim": size,
+            **given,
+        }
+        return validate(
+            cls,
+            {_option(name): x for name, x in (values | {"device": device}).items()},
+            "longnet bench",
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
@@ -138,14 +158,20 @@ class Settings(BaseModel):
             ("--impl", "--direction"), (self.impl, self.direction), OPS[self.op], strict=True
         ):
             if unknown := [name for name in names if name not in known]:
-                raise ValueError(f"{option} of --op {self.op} has no {unknown[0]!r}: choose from {', '.join(known)}")
+                raise ValueError(
+                    f"{option} of --op {self.op} has no {unknown[0]!r}: choose from {', '.join(known)}"
+                )
         if self.model is not None and not net:
             raise ValueError(f"--op {self.op} has no model: --model is for --op model and train")
         if net and not self.causal:
-            raise ValueError(f"--op {self.op} runs causal language models: --bidirectional is for --op attention")
+            raise ValueError(
+                f"--op {self.op} runs causal language models: --bidirectional is for --op attention"
+            )
         for w, r in (level for seq in self.seq for level in self.pattern_for(seq).levels):
             if max(w, r) >= 2 * LONGEST:
-                raise ValueError(f"a segment of {w} tokens, dilated {r} times, is longer than any sequence")
+                raise ValueError(
+                    f"a segment of {w} tokens, dilated {r} times, is longer than any sequence"
+                )
         if "flex" in self.impl:
             self._check_flex(os.environ.get("CXX", "g++"))
         machines.check_kernel(self.device, self.dtype, self.head_dim)
@@ -154,9 +180,13 @@ class Settings(BaseModel):
     def _check_flex(self, compiler: str) -> None:
         cpu = self.device.type == "cpu"
         if cpu and "backward" in self.direction:
-            raise ValueError("--impl flex has no backward pass on a CPU: leave out --direction backward")
+            raise ValueError(
+                "--impl flex has no backward pass on a CPU: leave out --direction backward"
+            )
         if cpu and not shutil.which(compiler):
-            raise ValueError(f"--impl flex needs a C++ compiler, and there is no {compiler}: install one, or set CXX")
+            raise ValueError(
+                f"--impl flex needs a C++ compiler, and there is no {compiler}: install one, or set CXX"
+            )
         if self.pattern and self.pattern.chosen:
             raise ValueError("--impl flex cannot choose blocks by their content: leave out chosen=")
 
@@ -170,7 +200,11 @@ class Settings(BaseModel):
         if self.pattern or own:
             return self.pattern or cast("Pattern", own)
         long = max(self.seq) >= LONG
-        return Pattern.geometric(seq, 256 if self.device.type == "cpu" else 2048) if long else Pattern.paper()
+        return (
+            Pattern.geometric(seq, 256 if self.device.type == "cpu" else 2048)
+            if long
+            else Pattern.paper()
+        )
 
     def streams(self, seq: int) -> bool:
         """Return whether a causal forward pass is streamed: `seq` exceeds the chunk or, without one, reaches LONG."""
@@ -178,7 +212,10 @@ class Settings(BaseModel):
 
     def chunk_for(self, seq: int) -> int:
         """Return the tokens per chunk of a streamed run."""
-        return min(seq, chunk_of(self.chunk, GPU_BENCH_CHUNK if self.device.type == "cuda" else BENCH_CHUNK))
+        return min(
+            seq,
+            chunk_of(self.chunk, GPU_BENCH_CHUNK if self.device.type == "cuda" else BENCH_CHUNK),
+        )
 
 
 @dataclass(frozen=True)
@@ -235,9 +272,14 @@ class Case:
     start: Callable[[], Callable[..., object]]
     streamed: bool = False
 
-    def measured(self, begin: int, end: int, peak: int | None, *, seconds: float, **values: Any) -> Measurement:
+    def measured(
+        self, begin: int, end: int, peak: int | None, *, seconds: float, **values: Any
+    ) -> Measurement:
         """Return the row of positions [begin, end), which took `seconds`."""
-        rates: dict[str, Any] = {"status": "ok", "tokens_per_second": self.row.batch * (end - begin) / seconds}
+        rates: dict[str, Any] = {
+            "status": "ok",
+            "tokens_per_second": self.row.batch * (end - begin) / seconds,
+        }
         rates["flops_per_second"] = (self.flops(end) - self.flops(begin)) / seconds or None
         return replace(self.row, seconds=seconds, peak_rss_bytes=peak, **rates | values)
 
@@ -254,7 +296,9 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
     streamed = impl == "dilated" and not back and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else seq
     theirs = impl != "dilated"  # which get the layout that they are made for
-    shape = (s.batch, s.heads, chunk, s.head_dim) if theirs else (s.batch, chunk, s.heads, s.head_dim)
+    shape = (
+        (s.batch, s.heads, chunk, s.head_dim) if theirs else (s.batch, chunk, s.heads, s.head_dim)
+    )
 
     def flops(tokens: int) -> float:
         count = backward_flops if back else attention_flops
@@ -273,22 +317,30 @@ def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
                 past.append(k_, v_, q=q_)
 
             return read
-        attend: Callable[[], Tensor] = partial(F.scaled_dot_product_attention, q, k, v, is_causal=s.causal)
+        attend: Callable[[], Tensor] = partial(
+            F.scaled_dot_product_attention, q, k, v, is_causal=s.causal
+        )
         if impl == "dilated":
             attend = partial(dilated_attention, q, k, v, pattern, causal=s.causal)
         elif impl == "flex":
             attend = partial(flex_attention(pattern, s.heads, seq, s.causal, s.device), q, k, v)
         if not back:
             return attend
-        return partial(torch.autograd.grad, attend(), (q, k, v), dout[0].detach(), retain_graph=True)
+        return partial(
+            torch.autograd.grad, attend(), (q, k, v), dout[0].detach(), retain_graph=True
+        )
 
     cache = 0
     if streamed:
         rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
-        cache = s.batch * (rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize)))
+        cache = s.batch * (
+            rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize))
+        )
     # q, k, v, out and their gradients, float32 copies of narrower ones, and what a pattern's largest kernel call copies
     wide = 0 if dtype == torch.float32 else 4
-    number = 4 * dtype.itemsize + wide + back * (4 * dtype.itemsize + 3 * wide) + (0 if theirs else 8)
+    number = (
+        4 * dtype.itemsize + wide + back * (4 * dtype.itemsize + 3 * wide) + (0 if theirs else 8)
+    )
     values = {"chunk": chunk if streamed else None, "cache_bytes": cache or None}
     row = _row(s, impl, direction, seq, None if dense else pattern, **values)
     return Case(row, flops, math.prod(shape) * number + cache, start, streamed)
@@ -303,15 +355,22 @@ def flex_attention(
     """
     from torch.nn.attention import flex_attention as flex  # takes a second
 
-    offsets = [torch.tensor(pattern.offsets(level, heads), device=device) for level in range(len(pattern.levels))]
+    offsets = [
+        torch.tensor(pattern.offsets(level, heads), device=device)
+        for level in range(len(pattern.levels))
+    ]
 
     def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        found = (query // pattern.segment_lengths[0] > pattern.look_backs[0]) & (key < pattern.sinks)
+        found = (query // pattern.segment_lengths[0] > pattern.look_backs[0]) & (
+            key < pattern.sinks
+        )
         before = torch.zeros_like(found)
         for (w, r), back, offset in zip(pattern.levels, pattern.look_backs, offsets, strict=True):
             covers = (query // w - back <= key // w) & (key // w <= query // w + back)
             shown = (
-                covers & (key % w % r == offset[head]) & ((key >= pattern.sinks) | (w == pattern.segment_lengths[0]))
+                covers
+                & (key % w % r == offset[head])
+                & ((key >= pattern.sinks) | (w == pattern.segment_lengths[0]))
             )
             asks = (query % w % r == offset[head]) | (pattern.queries == "all")
             found = found | (shown & asks & ~before)
@@ -320,7 +379,9 @@ def flex_attention(
 
     of_heads = heads if max(pattern.dilation_rates) > 1 else None
     # not compiled, it would hold ten bytes for each score
-    mask = torch.compile(flex.create_block_mask)(seen, None, of_heads, tokens, tokens, device=device)
+    mask = torch.compile(flex.create_block_mask)(
+        seen, None, of_heads, tokens, tokens, device=device
+    )
     return partial(torch.compile(flex.flex_attention, dynamic=False), block_mask=mask)
 
 
@@ -353,22 +414,32 @@ def of_net(s: Settings, impl: str, direction: str, seq: int) -> Case:
     def flops(length: int) -> float:
         if trains and length:
             return s.batch * length * pass_flops(config, length, chunk).all
-        return s.batch * (length * (config.layer_flops() + config.vocabulary_flops()) + config.attention_flops(length))
+        return s.batch * (
+            length * (config.layer_flops() + config.vocabulary_flops())
+            + config.attention_flops(length)
+        )
 
     cache = 0
     if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
         longest = max(seq, *config.pattern.segment_lengths)
         cache = s.batch * sum(needs.cache_bytes(config, longest, itemsize))
     numbers, free = config.num_parameters(), free_memory(s.device)
-    if s.model is None and free is not None and 4 * numbers > free:  # to measure a token would take minutes
+    if (
+        s.model is None and free is not None and 4 * numbers > free
+    ):  # to measure a token would take minutes
         memory = 4 * numbers
     elif trains:  # weights, which autocast copies, and gradients
         memory = numbers * (8 if itemsize == 4 else 8 + itemsize)
-        memory += tokens * needs.activation_bytes(config, itemsize) + needs.logits_bytes(config, tokens)
+        memory += tokens * needs.activation_bytes(config, itemsize) + needs.logits_bytes(
+            config, tokens
+        )
         memory += s.batch * sum(needs.far_bytes(config, seq, chunk, itemsize))
     else:
         memory = sum(needs.forward_memory(net, tokens, s.dtype, tokens).values()) + cache
-    values: dict[str, Any] = {"chunk": chunk if chunk < seq or streamed else None, "cache_bytes": cache or None}
+    values: dict[str, Any] = {
+        "chunk": chunk if chunk < seq or streamed else None,
+        "cache_bytes": cache or None,
+    }
     values |= {"heads": config.num_heads, "head_dim": config.head_dim}
     values["model"] = None if s.model is None else ModelFolder.find(s.model).origin
     row = _row(s, impl, direction, seq, config.pattern if net.dilated else None, **values)
@@ -382,7 +453,13 @@ def _net(s: Settings, impl: str, seq: int) -> Net:
     """
     dense, dim = Pattern((seq,), (1,)), s.heads * s.head_dim
     if s.model is None:
-        shape = {"dim": dim, "num_layers": s.layers, "num_heads": s.heads, "ffn_dim": 4 * dim, "vocab_size": s.vocab}
+        shape = {
+            "dim": dim,
+            "num_layers": s.layers,
+            "num_heads": s.heads,
+            "ffn_dim": 4 * dim,
+            "vocab_size": s.vocab,
+        }
         pattern = dense if impl == "dense" else s.pattern_for(seq)
         config = parse_config({**shape, "position": "rope"}, "a model with random weights", pattern)
         with torch.device("meta"):
@@ -390,12 +467,18 @@ def _net(s: Settings, impl: str, seq: int) -> Net:
     folder = ModelFolder.find(s.model)
     own, theirs = folder.net_config(), folder.of_transformers
     if theirs and s.op == "train":
-        raise ConfigError(f"{s.model}: --op train measures LongNets; a Hugging Face model trains by itself")
-    pattern = s.pattern_for(seq, None if theirs and "dilated_attention" not in folder.config else own.pattern)
+        raise ConfigError(
+            f"{s.model}: --op train measures LongNets; a Hugging Face model trains by itself"
+        )
+    pattern = s.pattern_for(
+        seq, None if theirs and "dilated_attention" not in folder.config else own.pattern
+    )
     if impl == "dense":
         pattern = Pattern.dense() if theirs else dense
     elif not theirs:
-        pattern = replace(pattern, head_offsets=own.pattern.head_offsets)  # the weights were trained with these
+        pattern = replace(
+            pattern, head_offsets=own.pattern.head_offsets
+        )  # the weights were trained with these
     net = _loaded(folder.path, pattern, s.device, s.dtype)
     headless = theirs and cast("TransformersNet", net).model.get_output_embeddings() is None
     if not own.causal or not own.vocab_size or headless:
@@ -420,16 +503,25 @@ def _with_weights(net: Net, device: torch.device) -> Net:
     return net.eval()
 
 
-def _row(s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None, **values: object) -> Measurement:
+def _row(
+    s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None, **values: object
+) -> Measurement:
     """Return the row of a case before it is measured. `pattern` is None for dense attention."""
-    facts: dict[str, Any] = {name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")}
+    facts: dict[str, Any] = {
+        name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")
+    }
     facts |= {"device": str(s.device), "machine": device_name(s.device), "date": _today()} | values
     kernel = select_kernel(s.device, DTYPES[s.dtype], facts["head_dim"]).name if pattern else "sdpa"
-    facts |= {"kernel": "flex" if impl == "flex" else kernel, "pattern": format_levels(pattern) if pattern else None}
+    facts |= {
+        "kernel": "flex" if impl == "flex" else kernel,
+        "pattern": format_levels(pattern) if pattern else None,
+    }
     return Measurement(s.op, impl, direction, seq, **facts)
 
 
-CASES: dict[str, Callable[[Settings, str, str, int], Case]] = {  # (settings, impl, direction, seq) -> a case
+CASES: dict[
+    str, Callable[[Settings, str, str, int], Case]
+] = {  # (settings, impl, direction, seq) -> a case
     "attention": attention,
     "model": of_net,
     "train": of_net,
@@ -438,19 +530,26 @@ FIRST_DECADE = 10**6  # tokens: a streamed run reports each power of ten from he
 _PROBE_SEQ = 2048  # tokens of the run that tells the rate before a longer one
 
 
-def bench(settings: Settings, *, on_tokens: Callable[[int], None] = lambda tokens: None) -> Iterator[Measurement]:
+def bench(
+    settings: Settings, *, on_tokens: Callable[[int], None] = lambda tokens: None
+) -> Iterator[Measurement]:
     """Measure every case of the settings, row by row.
 
     A streamed case has a row for each decade of its positions, then one for the whole. `on_tokens` is called with the
     number of tokens of each chunk of a streamed run.
     """
-    s, best = settings, defaultdict[tuple[str, str], float](float)  # FLOP/s so far: short runs are mostly overhead
+    s, best = (
+        settings,
+        defaultdict[tuple[str, str], float](float),
+    )  # FLOP/s so far: short runs are mostly overhead
     deadline = time.perf_counter() + (math.inf if s.max_time is None else s.max_time)
 
     def run(case: Case, repeats: int) -> Iterator[Measurement]:
         machines.trim_memory(s.device)  # what earlier rows freed would count here
         peak, key = machines.peak_from_now(s.device), (case.row.impl, case.row.direction)
-        stream = measure_stream(case, s.device, peak, deadline, on_tokens) if case.streamed else None
+        stream = (
+            measure_stream(case, s.device, peak, deadline, on_tokens) if case.streamed else None
+        )
         for row in stream or [measure(case, s.device, peak, deadline, repeats)]:
             best[key] = max(best[key], row.flops_per_second or 0.0)
             yield row
@@ -468,7 +567,11 @@ def bench(settings: Settings, *, on_tokens: Callable[[int], None] = lambda token
 
 def _refusal(case: Case, s: Settings, deadline: float, rate: float) -> Measurement | None:
     """Return the row that says why the case is not run, or None. At this `rate`, in FLOP/s, it would take too long."""
-    ours, free, left = case.row.impl == "dilated", free_memory(s.device), deadline - time.perf_counter()
+    ours, free, left = (
+        case.row.impl == "dilated",
+        free_memory(s.device),
+        deadline - time.perf_counter(),
+    )
     if left <= 0:
         return replace(case.row, reason="the time is over")
     if free is not None and case.memory_bytes > max(1, free):
@@ -488,11 +591,15 @@ def measure(
     seconds: list[float] = []
     try:
         run = case.start()
-        while len(seconds) <= repeats and (not seconds or time.perf_counter() + seconds[0] <= deadline):
+        while len(seconds) <= repeats and (
+            not seconds or time.perf_counter() + seconds[0] <= deadline
+        ):
             clock = _Clock(device)
             _ = run()  # kept: the time to free its results is not that of the run
             seconds.append(clock.spent()["seconds"])
-        return case.measured(0, case.row.seq, peak(), seconds=statistics.median(seconds[1:] or seconds))
+        return case.measured(
+            0, case.row.seq, peak(), seconds=statistics.median(seconds[1:] or seconds)
+        )
     except (RuntimeError, MemoryError) as error:
         return replace(case.row, status="oom", reason=_out_of_memory(error))
 
@@ -517,7 +624,9 @@ def measure_stream(
         if not position:
             return replace(case.row, status=status, reason=reason)
         reached: dict[str, Any] = {} if position == total else {"start": 0, "stop": position}
-        return case.measured(0, position, peak(), status=status, reason=reason, **reached, **whole.spent())
+        return case.measured(
+            0, position, peak(), status=status, reason=reason, **reached, **whole.spent()
+        )
 
     try:
         case.start()(chunk)  # warm-up
@@ -531,7 +640,9 @@ def measure_stream(
             position += size
             on_tokens(size)
             if total > FIRST_DECADE and position in (decade, total):
-                yield case.measured(begin, position, peak(), start=begin, stop=position, **part.spent())
+                yield case.measured(
+                    begin, position, peak(), start=begin, stop=position, **part.spent()
+                )
                 part, begin, decade = _Clock(device), position, decade * 10
         yield ended("ok", None) if position == total else ended("stopped", "the time is over")
     except KeyboardInterrupt:
@@ -550,7 +661,10 @@ class _Clock:
 
     def spent(self) -> dict[str, float]:
         machines.wait_for(self._device)
-        return {"seconds": time.perf_counter() - self._began, "cpu_seconds": time.process_time() - self._threads}
+        return {
+            "seconds": time.perf_counter() - self._began,
+            "cpu_seconds": time.process_time() - self._threads,
+        }
 
 
 def _out_of_memory(error: Exception) -> str:
@@ -577,5 +691,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     return platform.processor() or platform.machine()

@@ -43,7 +43,9 @@ def convert(
         return convert_official(path, Path(output), DTYPES.get(dtype), Given(**given))
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ConfigError(f"{source}: {names}: only for a checkpoint of the official implementation")
+        raise ConfigError(
+            f"{source}: {names}: only for a checkpoint of the official implementation"
+        )
     if path.is_dir() or str(source) in list_models():
         return _with_weights_of(ModelFolder.find(origin), Path(output), dtype)
     if is_gguf(path):
@@ -52,7 +54,9 @@ def convert(
         return convert_gguf(path, Path(output), DTYPES.get(dtype), origin, on_percent)
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    raise CheckpointError(f"{path}: by its first bytes neither a GGUF file nor a checkpoint (PyTorch, safetensors)")
+    raise CheckpointError(
+        f"{path}: by its first bytes neither a GGUF file nor a checkpoint (PyTorch, safetensors)"
+    )
 
 
 def _with_weights_of(model: ModelFolder, output: Path, dtype: str) -> str:
@@ -64,7 +68,9 @@ def _with_weights_of(model: ModelFolder, output: Path, dtype: str) -> str:
             "import longnet_cli.integrations.transformers first; its use_own_attention(model) takes the pattern away"
         )
     if dtype not in DTYPES:
-        raise ConfigError(f"{folder}: give the type to convert the weights to: --dtype bf16 halves the size")
+        raise ConfigError(
+            f"{folder}: give the type to convert the weights to: --dtype bf16 halves the size"
+        )
     net = model.native().from_pretrained(folder, dtype=DTYPES[dtype])
     tokenizer = folder / TOKENIZER
     with whole_folder(output) as place:

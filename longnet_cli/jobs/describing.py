@@ -18,7 +18,13 @@ import numpy as np
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import level_flops
 from longnet_cli.attention.groups import comparisons
-from longnet_cli.attention.notation import format_levels, format_pattern, from_fields, is_pattern, parse_pattern
+from longnet_cli.attention.notation import (
+    format_levels,
+    format_pattern,
+    from_fields,
+    is_pattern,
+    parse_pattern,
+)
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.hub.model_names import list_models, preset_dir
@@ -107,9 +113,13 @@ def find_subject(text: str) -> Subject:
             if spelt:
                 raise ConfigError(f"{text}: {error}") from None
             names = ", ".join(shipped)
-            raise ConfigError(f"{error}; or name a recipe or a model; these are shipped: {names}") from None
+            raise ConfigError(
+                f"{error}; or name a recipe or a model; these are shipped: {names}"
+            ) from None
     if file or (not path and text not in list_models()):
-        from longnet_cli.jobs.training.recipe import load_recipe  # any tokenizer: a pattern has no vocabulary
+        from longnet_cli.jobs.training.recipe import (
+            load_recipe,
+        )  # any tokenizer: a pattern has no vocabulary
 
         return _of_config(text, load_recipe(text, {"data.tokenizer": "bytes"}).model)
     folder = ModelFolder.find(text)
@@ -132,7 +142,12 @@ def _of_config(name: str, config: NetConfig) -> Subject:
 
 def describe(subject: Subject, seq: int) -> Description:
     """Describe a pattern for sequences of `seq` tokens. Raises ConfigError for one that cannot be used this way."""
-    pattern, heads, head_dim, causal = subject.pattern, subject.heads, subject.head_dim, subject.causal
+    pattern, heads, head_dim, causal = (
+        subject.pattern,
+        subject.heads,
+        subject.head_dim,
+        subject.causal,
+    )
     if refusal := pattern.refusal(causal, "exact"):
         raise ConfigError(f"{subject.name}: {refusal}")
     _refuse_the_boundless(pattern, seq)
@@ -161,10 +176,16 @@ def describe(subject: Subject, seq: int) -> Description:
         name=subject.name,
         pattern=written,
         levels=levels,
-        sinks=PatternCosts(pattern.sinks, 0 if pattern.chosen else of_others, pattern.sinks if causal else None),
-        chosen=PatternCosts(pattern.chosen_keys, of_others if pattern.chosen else 0, kept if causal else None),
+        sinks=PatternCosts(
+            pattern.sinks, 0 if pattern.chosen else of_others, pattern.sinks if causal else None
+        ),
+        chosen=PatternCosts(
+            pattern.chosen_keys, of_others if pattern.chosen else 0, kept if causal else None
+        ),
         compared=compared,
-        read_bytes=4 * head_dim * (compared + 2 * pattern.chosen_keys) // pattern.chosen_every if compared else 0,
+        read_bytes=4 * head_dim * (compared + 2 * pattern.chosen_keys) // pattern.chosen_every
+        if compared
+        else 0,
         total=PatternCosts(keys, total, pattern.cache_rows + kept if causal else None),
         dense=PatternCosts(seq / half, dense, seq if causal else None),
         seq=seq,
@@ -186,7 +207,9 @@ def _refuse_the_boundless(pattern: Pattern, seq: int) -> None:
     parts, inner = 0, pattern.segment_lengths[0]
     for (w, r), back in zip(pattern.levels, pattern.look_backs, strict=True):
         if max(seq, (back + 2) * w, r) > LONGEST:
-            raise ConfigError(f"{format_pattern(pattern)}, {seq} tokens: nothing is described beyond 2^60 tokens")
+            raise ConfigError(
+                f"{format_pattern(pattern)}, {seq} tokens: nothing is described beyond 2^60 tokens"
+            )
         parts += (w // inner if pattern.overlap == "once" else 1) * (1 + back)
         inner = w
     if parts > MOST_PARTS:
@@ -200,7 +223,9 @@ def default_length(pattern: Pattern) -> int:
     return 1 << 15 if pattern == Pattern.dense() else max(1 << 15, *pattern.segment_lengths)
 
 
-def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causal: bool) -> list[tuple[Any, Any]]:
+def keys_seen(
+    pattern: Pattern, level: int, queries: np.ndarray, seq: int, causal: bool
+) -> list[tuple[Any, Any]]:
     """Return the intervals [low, high) of keys, one or two, that a level adds for queries at these positions."""
     w, b = pattern.segment_lengths[level], pattern.look_backs[level]
     first = pattern.sinks if level else 0
@@ -215,7 +240,12 @@ def keys_seen(pattern: Pattern, level: int, queries: np.ndarray, seq: int, causa
 
 
 def picture(
-    pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True, first_key: int | None = None
+    pattern: Pattern,
+    seq: int,
+    size: int,
+    heads: int,
+    causal: bool = True,
+    first_key: int | None = None,
 ) -> np.ndarray:
     """Return a picture of the level by which each query sees each key: rows are queries, columns are keys.
 
@@ -239,13 +269,17 @@ def picture(
             asking = low if pattern.queries == "all" else _next_kept(low, w, r, offset)
             for begin, end in keys_seen(pattern, level, asking[:, None], seq, causal):
                 if causal and (level == 0 or pattern.overlap == "repeat"):
-                    end = np.maximum(end, np.where(asking < high, high, 0)[:, None])  # the cell's last query
+                    end = np.maximum(
+                        end, np.where(asking < high, high, 0)[:, None]
+                    )  # the cell's last query
                 key = _next_kept(np.maximum(keys[None, :-1], begin), w, r, offset)
                 seen = (asking < high)[:, None] & (key < np.minimum(keys[None, 1:], end))
                 drawn[seen & (drawn == NOTHING)] = level
     if pattern.sinks or pattern.chosen:
         # blocks of all the past; or sinks, by queries whose first level covers none of them
-        asks = pattern.chosen > 0 or low[:, None] // pattern.segment_lengths[0] > pattern.look_backs[0]
+        asks = (
+            pattern.chosen > 0 or low[:, None] // pattern.segment_lengths[0] > pattern.look_backs[0]
+        )
         seen = asks & (keys[None, :-1] < (low[:, None] if pattern.chosen else pattern.sinks))
         drawn[seen & (drawn == NOTHING)] = len(pattern.levels)
     return drawn
@@ -298,13 +332,22 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
     from matplotlib.colors import ListedColormap, to_hex
     from matplotlib.patches import Patch
 
-    for axes, subject in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
+    for axes, subject in zip(
+        figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True
+    ):
         cells = picture(subject.pattern, seq, _PICTURE_SIZE, subject.heads, subject.causal)
         levels = len(subject.pattern.levels)
         tones = [to_hex(colormaps["viridis"](i / max(1, levels))) for i in range(levels)]
         colors = ["white", *tones, "crimson"]
         extent = (0, seq, seq, 0)
-        axes.imshow(cells, cmap=ListedColormap(colors), vmin=-1, vmax=levels, interpolation="nearest", extent=extent)
+        axes.imshow(
+            cells,
+            cmap=ListedColormap(colors),
+            vmin=-1,
+            vmax=levels,
+            interpolation="nearest",
+            extent=extent,
+        )
         rows = np.flatnonzero((cells == levels).any(1))
         if subject.pattern.sinks and len(rows):  # a few tokens wide: invisible as cells
             axes.vlines(0, rows[0] * seq / len(cells), seq, color="crimson", linewidth=5)
@@ -315,11 +358,19 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
         names = [format_size(tick) if tick else "0" for tick in ticks]
         axes.set_xticks(ticks, names)
         axes.set_yticks(ticks, names)
-        marks = [(f"{format_size(w)}, rate {r}", colors[i + 1]) for i, (w, r) in enumerate(subject.pattern.levels)]
+        marks = [
+            (f"{format_size(w)}, rate {r}", colors[i + 1])
+            for i, (w, r) in enumerate(subject.pattern.levels)
+        ]
         marks += [(name, "crimson") for name in _besides_levels(subject.pattern)]
         handles = [Patch(color=c, label=n) for n, c in marks]
         axes.legend(
-            handles=handles, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False
+            handles=handles,
+            fontsize=7,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.13),
+            ncols=3,
+            frameon=False,
         )
         if subject.causal and seq > 4 * _INSET_SIZE and max(subject.pattern.dilation_rates) > 1:
             _draw_inset(axes, subject, seq, colors[levels])
@@ -331,12 +382,28 @@ def _draw_inset(axes: Axes, subject: Subject, seq: int, color: str) -> None:
     from matplotlib.colors import ListedColormap
 
     pattern = subject.pattern
-    first_key = int(keys_seen(pattern, len(pattern.levels) - 1, np.array([seq - _INSET_SIZE]), seq, True)[0][0][0])
-    one, every = (picture(pattern, seq, _INSET_SIZE, heads, first_key=first_key) for heads in (1, subject.heads))
+    first_key = int(
+        keys_seen(pattern, len(pattern.levels) - 1, np.array([seq - _INSET_SIZE]), seq, True)[0][0][
+            0
+        ]
+    )
+    one, every = (
+        picture(pattern, seq, _INSET_SIZE, heads, first_key=first_key)
+        for heads in (1, subject.heads)
+    )
     inset = axes.inset_axes((0.54, 0.48, 0.44, 0.44), xticks=[], yticks=[])
     extent = (first_key, first_key + _INSET_SIZE, seq, seq - _INSET_SIZE)
     seen = 1 * (every != NOTHING) + (one != NOTHING)
-    inset.imshow(seen, ListedColormap(["white", "0.75", color]), vmin=0, vmax=2, extent=extent, interpolation="nearest")
+    inset.imshow(
+        seen,
+        ListedColormap(["white", "0.75", color]),
+        vmin=0,
+        vmax=2,
+        extent=extent,
+        interpolation="nearest",
+    )
     inset.set_title(
-        f"{_INSET_SIZE} x {_INSET_SIZE} tokens, at the widest level:\nhead 0, and in grey the others", fontsize=6, pad=3
+        f"{_INSET_SIZE} x {_INSET_SIZE} tokens, at the widest level:\nhead 0, and in grey the others",
+        fontsize=6,
+        pad=3,
     )

@@ -90,7 +90,9 @@ class TextCut:
     def __init__(self, options: EncodeOptions, facts: EncodeFacts) -> None:
         context, stride, span = options.context, options.stride, options.span_tokens
         self.room = room = None if context is None else context - facts.around
-        self.one_state = room is not None and not ONE_STATE.isdisjoint((options.pool or "").split("+"))
+        self.one_state = room is not None and not ONE_STATE.isdisjoint(
+            (options.pool or "").split("+")
+        )
         spans = self.one_state and span is not None  # each span is a window
         if room is not None and room < 1:
             raise ConfigError(
@@ -98,10 +100,18 @@ class TextCut:
                 f"which are {facts.around}: give a longer --context, or a shorter --prefix"
             )
         if stride is not None and (room is None or spans):
-            what = "the model reads a document in one piece" if room is None else "each span is a window"
-            raise ConfigError(f"--stride {stride}: {what}: leave it out" + ", or give --context" * (room is None))
+            what = (
+                "the model reads a document in one piece"
+                if room is None
+                else "each span is a window"
+            )
+            raise ConfigError(
+                f"--stride {stride}: {what}: leave it out" + ", or give --context" * (room is None)
+            )
         if room is not None and (stride or 1) > room:
-            raise ConfigError(f"--stride {stride}: a window holds {room} tokens of a document: give as many, or less")
+            raise ConfigError(
+                f"--stride {stride}: a window holds {room} tokens of a document: give as many, or less"
+            )
         if room is not None and spans and isinstance(options.span, int) and options.span > room:
             raise ConfigError(
                 f"--span {span}: with --pool {options.pool}, a span is a window, which holds {room} tokens of a "
@@ -117,7 +127,9 @@ class TextCut:
         return windows_of(tokens, self.size, self.stride)
 
 
-def for_model(options: EncodeOptions, folder: ModelFolder, loaded: Loaded) -> tuple[EncodeOptions, EncodeFacts]:
+def for_model(
+    options: EncodeOptions, folder: ModelFolder, loaded: Loaded
+) -> tuple[EncodeOptions, EncodeFacts]:
     """Return the options with the model's own where none is given, and what `encode` knows of the model.
 
     Raises ConfigError for a prefix if the model has no tokenizer, and for `context` and `stride` if the model reads no
@@ -127,16 +139,26 @@ def for_model(options: EncodeOptions, folder: ModelFolder, loaded: Loaded) -> tu
     given = None if options.prefix == NO_PREFIX else options.prefix
     if given and tokenizer is None:
         if net.row_size is not None:
-            raise ConfigError(f"{folder.name} reads vectors, which have no tokens: leave out --prefix")
+            raise ConfigError(
+                f"{folder.name} reads vectors, which have no tokens: leave out --prefix"
+            )
         raise ConfigError(f"{folder.name} has no tokenizer, which --prefix needs: give --tokenizer")
     if (options.context or options.stride) and (own is None or net.config.causal):
-        raise ConfigError(f"{folder.name} reads a document in one piece, not in windows: leave out --context, --stride")
+        raise ConfigError(
+            f"{folder.name} reads a document in one piece, not in windows: leave out --context, --stride"
+        )
     if own is None or loaded.embedding is None:
         prefix = tokenizer.encode(given).tolist() if given and tokenizer else None
         return options.with_defaults(), EncodeFacts(**ModelFacts.of(loaded).__dict__, prefix=prefix)
     if options.normalize is False and "Normalize" in own.modules:
-        raise ConfigError(f"{folder.name} scales vectors amid its modules ({own.modules}): leave out --no-normalize")
-    most = [limit for limit in (options.context or own.window, net.config.max_tokens) if limit is not None]
+        raise ConfigError(
+            f"{folder.name} scales vectors amid its modules ({own.modules}): leave out --no-normalize"
+        )
+    most = [
+        limit
+        for limit in (options.context or own.window, net.config.max_tokens)
+        if limit is not None
+    ]
     reads_windows = not net.config.causal and (options.context or not net.dilated)
     options = replace(
         options,
@@ -144,7 +166,9 @@ def for_model(options: EncodeOptions, folder: ModelFolder, loaded: Loaded) -> tu
         normalize=own.normalized if options.normalize is None else options.normalize,
         context=options.context or (min(most, default=None) if reads_windows else None),
     )
-    facts = _facts(loaded, loaded.embedding, own.document_prompt if options.prefix is None else given or "")
+    facts = _facts(
+        loaded, loaded.embedding, own.document_prompt if options.prefix is None else given or ""
+    )
     TextCut(options, facts)  # before a document is read
     return options, facts
 
@@ -154,7 +178,9 @@ def _facts(loaded: Loaded, embedding: Embedding, prompt: str) -> EncodeFacts:
     model, words = embedding.model, embedding.words.for_documents(prompt)
     opening, closing = words.ids_around
     counted = None
-    if prompt and not model.pools_prompt:  # as the library counts: it may take a token of the text for the prompt's
+    if (
+        prompt and not model.pools_prompt
+    ):  # as the library counts: it may take a token of the text for the prompt's
         alone = (*opening, *words.encode(prompt).tolist(), *closing)
         counted = len(alone) - (alone[-1:] != () and alone[-1] in words.special_ids)
     return EncodeFacts(
@@ -199,7 +225,9 @@ def encode(
     ConfigError for a document with more tokens than the model reads, MemoryLimitError for hidden states that do not
     fit, NotFiniteError for a vector with NaN or an infinity.
     """
-    reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
+    reader = Reader(
+        model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress
+    )
     return Encoder(reader, options, facts).rows(documents, on_skip=on_skip, on_empty=on_empty)
 
 
@@ -246,29 +274,49 @@ class Encoder(RowJob):
         """Raise ConfigError for options that the net does not support."""
         options, net = self.options, self.reader.model
         pools, framed = (options.pool or "").split("+"), self.facts.closing is not None
-        if options.prefix not in (None, "", NO_PREFIX) and not (self.facts.prefix or self.facts.prompt):
-            raise ConfigError("a prefix becomes ids with the model's tokenizer: take the options of `for_model`")
+        if options.prefix not in (None, "", NO_PREFIX) and not (
+            self.facts.prefix or self.facts.prompt
+        ):
+            raise ConfigError(
+                "a prefix becomes ids with the model's tokenizer: take the options of `for_model`"
+            )
         if "cls" in pools and not net.has_cls and not framed:
-            raise ConfigError("this model has no CLS: take the mean (--pool mean), or the first or last vector")
+            raise ConfigError(
+                "this model has no CLS: take the mean (--pool mean), or the first or last vector"
+            )
         if net.has_cls and "cls" in pools and (options.span is not None or pools[1:]):
-            raise ConfigError("a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone")
+            raise ConfigError(
+                "a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone"
+            )
         if self.facts.prefix and not net.config.causal and not framed:
-            raise ConfigError("a bidirectional model reads nothing before a document: leave out --prefix")
+            raise ConfigError(
+                "a bidirectional model reads nothing before a document: leave out --prefix"
+            )
         if self.reader.ranks.world > 1 and (apart := {*pools} - SUMMED):
             raise ConfigError(
                 f"--pool {apart.pop()} of a document is not shared by ranks: give each rank its own documents (--dp)"
             )
         if options.all_layers and (pools[1:] or pools[0] not in ("cls", "mean", "first", "last")):
-            raise ConfigError(f"--all-layers has no pooling {options.pool}: take mean, first, last or cls")
-        if options.context is not None and options.context > (net.config.max_tokens or options.context):
-            raise ConfigError(f"--context {options.context}: the model reads {net.config.max_tokens} tokens at most")
+            raise ConfigError(
+                f"--all-layers has no pooling {options.pool}: take mean, first, last or cls"
+            )
+        if options.context is not None and options.context > (
+            net.config.max_tokens or options.context
+        ):
+            raise ConfigError(
+                f"--context {options.context}: the model reads {net.config.max_tokens} tokens at most"
+            )
         size = net.vector_size(net.config.dim * len(pools))
         if options.dims is not None and not 1 <= options.dims <= size:
-            raise ConfigError(f"--dims {options.dims}: a vector of this model has 1 to {size} numbers")
+            raise ConfigError(
+                f"--dims {options.dims}: a vector of this model has 1 to {size} numbers"
+            )
         if options.tile_size and not net.has_grid:
             raise ConfigError("this model has no grid of tiles: leave out --tile-size")
         if options.all_layers and not net.layer_by_layer:
-            raise ConfigError("--all-layers is for a LongNet: leave it out for a Hugging Face model")
+            raise ConfigError(
+                "--all-layers is for a LongNet: leave it out for a Hugging Face model"
+            )
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -293,7 +341,9 @@ class Encoder(RowJob):
             "longnet.pattern": facts.pattern,
         }
         size = options.dims or net.vector_size(net.config.dim * len(pool.split("+")))
-        vector = pa.list_(pa.float32() if options.embedding_dtype == "float32" else pa.float16(), size)
+        vector = pa.list_(
+            pa.float32() if options.embedding_dtype == "float32" else pa.float16(), size
+        )
         fields = [
             pa.field("doc_id", pa.string()),
             pa.field("span", pa.int32()),
@@ -301,7 +351,11 @@ class Encoder(RowJob):
             pa.field("end", pa.int64()),
             pa.field("n_tokens", pa.int64()),
             pa.field("embedding", vector),
-            *([pa.field("layers", pa.list_(vector, net.config.num_layers + 1))] if options.all_layers else []),
+            *(
+                [pa.field("layers", pa.list_(vector, net.config.num_layers + 1))]
+                if options.all_layers
+                else []
+            ),
         ]
         return row_schema(fields, self.kept_fields, known)
 
@@ -313,16 +367,27 @@ class Encoder(RowJob):
         """
         facts, net = self.facts, self.reader.model
         if self.unit and document.ends is None:
-            raise ConfigError(f"{document.where}: this is no text with a {self.unit}: give texts, or --span 256")
+            raise ConfigError(
+                f"{document.where}: this is no text with a {self.unit}: give texts, or --span 256"
+            )
         opening, closing = bos_ids(facts.bos), tuple(facts.closing or ())
-        if facts.closing is not None and document.tokenizer is None and 0 < len(opening + closing) <= len(document):
-            ends = document.read(0, len(opening)), document.read(len(document) - len(closing), len(document))
+        if (
+            facts.closing is not None
+            and document.tokenizer is None
+            and 0 < len(opening + closing) <= len(document)
+        ):
+            ends = (
+                document.read(0, len(opening)),
+                document.read(len(document) - len(closing), len(document)),
+            )
             if (tuple(ends[0].tolist()), tuple(ends[1].tolist())) == (opening, closing):
                 raise ConfigError(
                     f"{document.where}: the ids {opening} and {closing} stand around the document, and encode adds "
                     "them itself: leave them out when you tokenize (longnet tokenize does)"
                 )
-        sequence = net.sequence(document, (*opening, *(facts.prefix or ())), self.options.tile_size, facts.closing)
+        sequence = net.sequence(
+            document, (*opening, *(facts.prefix or ())), self.options.tile_size, facts.closing
+        )
         if len(document) and len(sequence) <= (facts.unpooled or 0):
             raise DataError(
                 f"{document.where}: nothing is pooled: {facts.unpooled} tokens count as the prompt's, as in "
@@ -330,7 +395,11 @@ class Encoder(RowJob):
             )
         if self.cut.room is not None:
             return sequence
-        windows = ", or in windows (--context)" if facts.closing is not None and not net.config.causal else ""
+        windows = (
+            ", or in windows (--context)"
+            if facts.closing is not None and not net.config.causal
+            else ""
+        )
         return sequence.check(f"encode it in shorter documents{windows}")
 
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
@@ -353,22 +422,30 @@ class Encoder(RowJob):
             return range(span or tokens, tokens + (span or tokens), span or tokens)
         found = TextPlaces(document).tokens_before(document.ends or ())
         if found is None:
-            raise ConfigError(f"{document.where}: its tokens have no places in the text: give a size (--span 256)")
+            raise ConfigError(
+                f"{document.where}: its tokens have no places in the text: give a size (--span 256)"
+            )
         found[-1] = tokens
         ends = [0, *np.unique(found[found > 0]).tolist()]
         most = room if room and self.cut.one_state else tokens
-        return [stop for start, end in pairwise(ends) for stop in (*range(start + most, end, most), end)]
+        return [
+            stop for start, end in pairwise(ends) for stop in (*range(start + most, end, most), end)
+        ]
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         head, windows = torch.inference_mode()(self.reader.model.head), self._windows(sequences)
-        for pieces in self._layer_by_layer(windows) if self.options.all_layers else self.reader.read(windows):
+        for pieces in (
+            self._layer_by_layer(windows) if self.options.all_layers else self.reader.read(windows)
+        ):
             with torch.inference_mode():
                 self._pool_together(pieces)
                 rows = self._of_all_ranks(list(chain.from_iterable(map(self._pooled, pieces))))
             if rows:
                 yield self._record_batch(rows, head)
 
-    def _layer_by_layer(self, windows: Iterable[_PooledWindow]) -> Iterator[list[Piece[_PooledWindow]]]:
+    def _layer_by_layer(
+        self, windows: Iterable[_PooledWindow]
+    ) -> Iterator[list[Piece[_PooledWindow]]]:
         """Read one document after the other, and give each pooling the states of all layers."""
         with LayerStates(cast(LongNet, self.reader.model)) as states:
             for window in windows:
@@ -393,16 +470,32 @@ class Encoder(RowJob):
             pooling = Pooling(document, pool, ends, before - skipped, after, skipped=skipped)
             windows = cut.windows(len(document))
             if cut.one_state and self.unit:
-                windows = (DocumentWindow(start, end, start, end) for start, end in pairwise((0, *ends)))
+                windows = (
+                    DocumentWindow(start, end, start, end) for start, end in pairwise((0, *ends))
+                )
             for number, window in enumerate(windows):
                 rows = sequence.window(window.start, window.stop)
-                wanted, taken = before + window.taken - window.start, before + window.taken_stop - window.start
+                wanted, taken = (
+                    before + window.taken - window.start,
+                    before + window.taken_stop - window.start,
+                )
                 if cut.one_state:
                     lead = {"skipped": skipped, "begin": window.start, "number": number}
-                    pooling = Pooling(document, pool, [window.stop], before - skipped, after, **lead)
+                    pooling = Pooling(
+                        document, pool, [window.stop], before - skipped, after, **lead
+                    )
                 wanted = skipped if window.start == 0 or cut.one_state else wanted
                 taken = len(rows) if window.stop == len(document) or cut.one_state else taken
-                yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, window.taken_stop - window.taken)
+                yield _PooledWindow(
+                    rows,
+                    0,
+                    len(rows),
+                    wanted,
+                    pooling,
+                    taken,
+                    mean,
+                    window.taken_stop - window.taken,
+                )
 
     def _skipped(self, before: int, first: int) -> int:
         """Return how many rows of a document are not pooled, of those `before` its own and the `first` span's."""
@@ -415,7 +508,11 @@ class Encoder(RowJob):
     def _pool_together(self, pieces: Sequence[Piece[_PooledWindow]]) -> None:
         """Pool the whole documents among the pieces in a few calls. A CPU adds long ones faster one by one."""
         limit = SHORT if self.reader.device.type == "cpu" else self.reader.chunk
-        read = [(x.window.pooling, x.hidden) for x in pieces if x.hidden is not None and len(x.hidden) <= limit]
+        read = [
+            (x.window.pooling, x.hidden)
+            for x in pieces
+            if x.hidden is not None and len(x.hidden) <= limit
+        ]
         if whole := [(pooling, hidden) for pooling, hidden in read if pooling.ends_with(hidden)]:
             pool_together(*zip(*whole, strict=True))
 
@@ -423,7 +520,9 @@ class Encoder(RowJob):
         """Return the rows that a piece finishes."""
         window, hidden = piece.window, piece.hidden
         if hidden is None:  # it is of another rank: zeros that take no memory
-            hidden = torch.zeros(1, 1, device=self.reader.device).expand(len(piece), self.reader.model.config.dim)
+            hidden = torch.zeros(1, 1, device=self.reader.device).expand(
+                len(piece), self.reader.model.config.dim
+            )
         rows = window.pooling.add(hidden[: max(0, window.taken - piece.start)])
         return chain.from_iterable(map(window.mean.add, rows)) if window.mean else rows
 
@@ -435,16 +534,27 @@ class Encoder(RowJob):
         self.reader.ranks.sum(vectors, *(row.layers for row in rows if row.layers is not None))
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]
 
-    def _record_batch(self, rows: Sequence[Row], head: Callable[[Tensor], Tensor]) -> pa.RecordBatch:
+    def _record_batch(
+        self, rows: Sequence[Row], head: Callable[[Tensor], Tensor]
+    ) -> pa.RecordBatch:
         schema, options = self.schema, self.options
         pooled = [torch.stack([row.vector for row in rows])]  # (rows, dim)
         if rows[0].layers is not None:
-            pooled.append(torch.stack([cast(Tensor, row.layers) for row in rows]))  # (rows, num_layers + 1, dim)
+            pooled.append(
+                torch.stack([cast(Tensor, row.layers) for row in rows])
+            )  # (rows, num_layers + 1, dim)
         vectors = [head(states)[..., : options.dims] for states in pooled]
-        arrays = [_array(schema.field("embedding").type, rows, each, bool(options.normalize)) for each in vectors]
+        arrays = [
+            _array(schema.field("embedding").type, rows, each, bool(options.normalize))
+            for each in vectors
+        ]
         if rows[0].layers is not None:
-            arrays[1] = pa.FixedSizeListArray.from_arrays(arrays[1], schema.field("layers").type.list_size)
-        cells = [(row.document.doc_id, row.span, row.start, row.end, row.end - row.start) for row in rows]
+            arrays[1] = pa.FixedSizeListArray.from_arrays(
+                arrays[1], schema.field("layers").type.list_size
+            )
+        cells = [
+            (row.document.doc_id, row.span, row.start, row.end, row.end - row.start) for row in rows
+        ]
         columns = [pa.array([cell[i] for cell in cells], schema.field(i).type) for i in range(5)]
         carried = [field for field in self.kept_fields if field not in PLACE_FIELDS]
         kept = kept_columns([row.document for row in rows], carried)

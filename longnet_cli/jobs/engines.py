@@ -67,7 +67,9 @@ class Reading:
 
     def load(self) -> Loaded:
         """Return the model and its tokenizer, loaded once per process. Raises what `ModelFolder.load` raises."""
-        return _load(replace(self, chunk=None, column=None, id_column=None, keep=(), skip_bad=False))
+        return _load(
+            replace(self, chunk=None, column=None, id_column=None, keep=(), skip_bad=False)
+        )
 
     def reader(self) -> Reader:
         """Return a reader with the model."""
@@ -84,13 +86,16 @@ def _with_options_of(*kinds: type) -> Callable[[Callable[..., object]], Callable
     ]
 
     def decorate(function: Callable[..., object]) -> Callable[..., object]:
-        function.__signature__ = Signature([Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD), *given])  # type: ignore[attr-defined]
+        parameters = [Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD), *given]
+        function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         return function
 
     return decorate
 
 
-def embed(texts: Iterable[str] | pa.Array | pa.ChunkedArray, *, model: str, **options: Any) -> np.ndarray:
+def embed(
+    texts: Iterable[str] | pa.Array | pa.ChunkedArray, *, model: str, **options: Any
+) -> np.ndarray:
     """Return the vectors of texts, (texts, dim): one row for each, NaN for a text without tokens.
 
     The texts may be a column of Arrow. `options` are those of `encode_batches` but for `span` and `keep`: without
@@ -100,12 +105,23 @@ def embed(texts: Iterable[str] | pa.Array | pa.ChunkedArray, *, model: str, **op
     """
     given = texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else [*texts]
     if isinstance(texts, str) or not all(isinstance(text, str) for text in given):
-        raise ConfigError("a list of texts is needed, each a str: [text] for one, encode_batches for a table")
-    named = pa.table({"doc_id": pa.array(range(len(given)), pa.int64()), "text": pa.array(given, pa.large_string())})
+        raise ConfigError(
+            "a list of texts is needed, each a str: [text] for one, encode_batches for a table"
+        )
+    named = pa.table(
+        {
+            "doc_id": pa.array(range(len(given)), pa.int64()),
+            "text": pa.array(given, pa.large_string()),
+        }
+    )
     rows: Any = encode_batches(named, model=model, span=None, keep=(), **options)
     found = rows["embedding"].combine_chunks()
-    vectors = np.full((len(given), found.type.list_size), np.nan, numpy_dtype(found.type.value_type))
-    vectors[rows["doc_id"].to_numpy().astype(int)] = found.flatten().to_numpy().reshape(-1, vectors.shape[1])
+    vectors = np.full(
+        (len(given), found.type.list_size), np.nan, numpy_dtype(found.type.value_type)
+    )
+    vectors[rows["doc_id"].to_numpy().astype(int)] = (
+        found.flatten().to_numpy().reshape(-1, vectors.shape[1])
+    )
     return vectors
 
 
@@ -146,22 +162,34 @@ def score_batches(batches: Any, **options: Any) -> Any:
     or the document column, DataError for bad values, and what `score` raises.
     """
     context = options.get("context")
-    context = context.split(",") if isinstance(context, str) else [context] if isinstance(context, int) else context
+    context = (
+        context.split(",")
+        if isinstance(context, str)
+        else [context]
+        if isinstance(context, int)
+        else context
+    )
     options["context"] = context and tuple(_size("context", size) for size in context)
     asked, how = _read(options, ScoreOptions)
 
     def job_and_words() -> tuple[RowJob, Tokenizer | None]:
         loaded, words = how.load(), how.load().tokenizer
-        return Scorer(how.reader(), asked, ModelFacts.of(loaded), words.n_bytes if words else None), words
+        return Scorer(
+            how.reader(), asked, ModelFacts.of(loaded), words.n_bytes if words else None
+        ), words
 
     return _mapped(batches, how, job_and_words)
 
 
-def _read(given: Mapping[str, Any], kind: Callable[..., Options], **more: Any) -> tuple[Options, Reading]:
+def _read(
+    given: Mapping[str, Any], kind: Callable[..., Options], **more: Any
+) -> tuple[Options, Reading]:
     """Return what is asked of a job, and of the reading. Raises TypeError for a name that neither has."""
     sizes = {name: _size(name, value) for name, value in given.items() if name in SIZES}
     chosen = {**given, **sizes, "keep": tuple(given.get("keep", ())), **more}
-    of_reading = {each.name: chosen.pop(each.name) for each in fields(Reading) if each.name in chosen}
+    of_reading = {
+        each.name: chosen.pop(each.name) for each in fields(Reading) if each.name in chosen
+    }
     return kind(**chosen), Reading(**of_reading)
 
 
@@ -171,7 +199,11 @@ def _size(name: str, size: int | str | None) -> int | str | None:
     Raises ConfigError, with the option's name, for other texts.
     """
     try:
-        return parse_size(size) if isinstance(size, str) and not (name == "span" and size in UNITS) else size
+        return (
+            parse_size(size)
+            if isinstance(size, str) and not (name == "span" and size in UNITS)
+            else size
+        )
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -181,7 +213,9 @@ def _load(how: Reading) -> Loaded:
     given: dict[str, Any] = {"dtype": how.dtype, "tokenizer": how.tokenizer, "bos": how.bos}
     pattern, notes = read_pattern(how.pattern, "pattern"), list[str]()
     folder = ModelFolder.find(how.model, gguf=True, embeds=how.embeds)
-    loaded = folder.load(device=select_device(how.device), on_note=notes.append, pattern=pattern, **given)
+    loaded = folder.load(
+        device=select_device(how.device), on_note=notes.append, pattern=pattern, **given
+    )
     for line in notes if loaded.embedding else ():
         warnings.warn(line, InputWarning, stacklevel=2)
     loaded.net.digest = model_digest(loaded.net)  # once per process, not once per batch
@@ -189,7 +223,9 @@ def _load(how: Reading) -> Loaded:
 
 
 @cache
-def _encoding(model: str, loaded: Loaded, asked: EncodeOptions) -> tuple[EncodeOptions, EncodeFacts, Tokenizer | None]:
+def _encoding(
+    model: str, loaded: Loaded, asked: EncodeOptions
+) -> tuple[EncodeOptions, EncodeFacts, Tokenizer | None]:
     """Return the options of `encode`, what it knows of the model, and what tokenizes texts, once per process."""
     own, facts = for_model(asked, ModelFolder.find(model, gguf=True, embeds=True), loaded)
     return own, facts, facts.tokenizer_for(loaded)
@@ -204,7 +240,9 @@ def _mapped(batches: Any, how: Reading, job_and_words: JobAndWords) -> Any:
 
     def rows() -> Iterator[pa.RecordBatch]:
         for index, batch in enumerate(given):
-            yield from _rows(pa.Table.from_batches([_checked_batch(batch)]), f"batch {index}", how, job_and_words)
+            yield from _rows(
+                pa.Table.from_batches([_checked_batch(batch)]), f"batch {index}", how, job_and_words
+            )
 
     return (batch for batch in rows() if batch.num_rows)
 
@@ -218,12 +256,20 @@ def tables(given: Any) -> pa.Table | Iterable[Any]:
         return given
     if hasattr(given, "with_format") and hasattr(given, "__getitem__"):  # a Dataset of Hugging Face
         given = given.with_format("arrow")[:]
-    texts = isinstance(given, list | tuple) and given and all(isinstance(text, str) for text in given)
+    texts = (
+        isinstance(given, list | tuple) and given and all(isinstance(text, str) for text in given)
+    )
     if texts or isinstance(given, pa.RecordBatch) or hasattr(given, "__arrow_c_stream__"):
         try:
             return pa.table({"text": given} if texts else given)
-        except (pa.ArrowException, TypeError, ValueError) as error:  # pandas' columns may have values of any types
-            raise DataError(f"the table cannot be Arrow data: {'; '.join(map(str, error.args))}") from error
+        except (
+            pa.ArrowException,
+            TypeError,
+            ValueError,
+        ) as error:  # pandas' columns may have values of any types
+            raise DataError(
+                f"the table cannot be Arrow data: {'; '.join(map(str, error.args))}"
+            ) from error
     if isinstance(given, Sequence) and not isinstance(given, str):
         return [*map(_checked_batch, given)]  # at once, rather than in the middle of the work
     if not isinstance(given, Iterator):
@@ -233,7 +279,9 @@ def tables(given: Any) -> pa.Table | Iterable[Any]:
 
 def _checked_batch(batch: object) -> pa.RecordBatch:
     if not isinstance(batch, pa.RecordBatch):
-        raise ConfigError(_NO_TABLE.format(f"{type(batch).__name__} among its batches", "pyarrow.table"))
+        raise ConfigError(
+            _NO_TABLE.format(f"{type(batch).__name__} among its batches", "pyarrow.table")
+        )
     return batch
 
 
@@ -242,7 +290,11 @@ _NO_TABLE = (
     "{} makes one"
 )
 # by the class, of polars, pandas or pyarrow: a column passes Arrow data on as well, and is no table
-_MAKES_A_TABLE = {"LazyFrame": ".collect()", "Series": ".to_frame()", "ChunkedArray": "pyarrow.table"}
+_MAKES_A_TABLE = {
+    "LazyFrame": ".collect()",
+    "Series": ".to_frame()",
+    "ChunkedArray": "pyarrow.table",
+}
 
 
 def _rows(
@@ -273,7 +325,11 @@ def _rows(
             "or a text"
         )
     places = {name: find_column(table.schema, name) for name in how.keep}
-    kept = [pa.field(name, plain(pa.nulls(0, place.type)).type) for name, place in places.items() if place]
+    kept = [
+        pa.field(name, plain(pa.nulls(0, place.type)).type)
+        for name, place in places.items()
+        if place
+    ]
     job.kept_fields = [*(job.text_fields if is_text(columns.type) else ()), *kept]
     with suppress(NoTokensError):  # there may be tokens in other batches
         documents = inputs.documents_of(opened) if len(table) else ()

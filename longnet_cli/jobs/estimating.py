@@ -53,12 +53,25 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net
 from longnet_cli.running import device as machines
 from longnet_cli.running.causal_stream import open_stream
-from longnet_cli.running.device import DTYPES, free_memory, precision, resident_memory, resolve_dtype
+from longnet_cli.running.device import (
+    DTYPES,
+    free_memory,
+    precision,
+    resident_memory,
+    resolve_dtype,
+)
 from longnet_cli.running.layerwise import fits_beside, kept_bytes
 from longnet_cli.running.mapped import aligned
 from longnet_cli.running.ranks.dealing import portions
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import PORTION_CHUNKS, Reader, Window, fitting_chunk, forward_passes, reading_steps
+from longnet_cli.running.reader import (
+    PORTION_CHUNKS,
+    Reader,
+    Window,
+    fitting_chunk,
+    forward_passes,
+    reading_steps,
+)
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.row_jobs import RowJob
@@ -141,11 +154,15 @@ def training_bytes(config: NetConfig, dtype: str, lora: str, again: bool) -> tup
     `lora` has the arguments of `models.hf.training.add_lora` as JSON, or null. With `again`, layers compute their
     activations again (`train.activation_checkpointing`). Raises ConfigError for wrong arguments of LoRA.
     """
-    one, two = (bytes_per_token(_step(config, layers, dtype, json.loads(lora), again)) for layers in (1, 2))
+    one, two = (
+        bytes_per_token(_step(config, layers, dtype, json.loads(lora), again)) for layers in (1, 2)
+    )
     return two - one, 2 * one - two
 
 
-def _step(config: NetConfig, layers: int, dtype: str, lora: dict | None, again: bool) -> Callable[[int], None]:
+def _step(
+    config: NetConfig, layers: int, dtype: str, lora: dict | None, again: bool
+) -> Callable[[int], None]:
     forward: Callable[[Tensor], Tensor]
     if isinstance(config, TransformersConfig):
         from longnet_cli.models.hf.training import unwritten  # imports transformers
@@ -157,7 +174,9 @@ def _step(config: NetConfig, layers: int, dtype: str, lora: dict | None, again: 
         net = forward = _unwritten(cast(LongNetConfig, config), layers)
         modules = net.layers
     for module in net.modules():
-        if isinstance(module, nn.Embedding):  # its gradient is as large as the table; what follows has one all the same
+        if isinstance(
+            module, nn.Embedding
+        ):  # its gradient is as large as the table; what follows has one all the same
             module.requires_grad_(False)
             module.register_forward_hook(lambda module, args, embedded: embedded.requires_grad_())
     for layer in modules if again else ():
@@ -206,22 +225,34 @@ def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> CacheBytes:
     """Return what a stream has allocated after `tokens`. Training keeps more (`far_bytes`)."""
     number, blocks = 2 * config.head_dim * itemsize, 0
     if isinstance(config, TransformersConfig) and config.memory != "segments":
-        return CacheBytes((config.num_layers + 1) * config.kv_heads * tokens * number)  # one layer is being copied
-    rows = config.num_layers * number * cached_rows(Layout(config.pattern, config.num_heads, config.kv_heads), tokens)
+        return CacheBytes(
+            (config.num_layers + 1) * config.kv_heads * tokens * number
+        )  # one layer is being copied
+    rows = (
+        config.num_layers
+        * number
+        * cached_rows(Layout(config.pattern, config.num_heads, config.kv_heads), tokens)
+    )
     for kind, layers in config.pattern.kinds(config.num_layers).items():
-        kept, means = past_bytes(config.pattern, config.kv_heads, config.head_dim, tokens, itemsize, kind)
+        kept, means = past_bytes(
+            config.pattern, config.kv_heads, config.head_dim, tokens, itemsize, kind
+        )
         rows, blocks = rows + layers * means, blocks + layers * kept
     return CacheBytes(rows, blocks)
 
 
-def transient_memory(pattern: Pattern, heads: int, head_dim: int, tokens: int, itemsize: int, device: str) -> int:
+def transient_memory(
+    pattern: Pattern, heads: int, head_dim: int, tokens: int, itemsize: int, device: str
+) -> int:
     """Return the bytes that one layer takes for a time for the chosen blocks of a document."""
     flops = chosen_flops(pattern, heads, head_dim, tokens)
     if not flops.attention:
         return 0
     most = groups.CPU if device == "cpu" else groups.GPU
     gathered = itemsize * flops.attention // (4 * pattern.chosen_every)  # once for each group
-    sizes = most._replace(gathered=min(most.gathered, gathered), scores=min(most.scores, flops.votes // 2))
+    sizes = most._replace(
+        gathered=min(most.gathered, gathered), scores=min(most.scores, flops.votes // 2)
+    )
     return transient_bytes(sizes)
 
 
@@ -254,9 +285,13 @@ def logits_bytes(config: NetConfig, tokens: int, numbers: int = 3) -> int:
     return 4 * numbers * min(tokens * config.vocab_size, LOGITS_LIMIT)
 
 
-def activation_bytes(config: NetConfig, itemsize: int, again: bool = False, lora: dict | None = None) -> int:
+def activation_bytes(
+    config: NetConfig, itemsize: int, again: bool = False, lora: dict | None = None
+) -> int:
     """Return the bytes per token that a forward and backward pass of all layers holds, as `training_bytes` measures."""
-    layer, others = training_bytes(config, "fp32" if itemsize == 4 else "bf16", json.dumps(lora), again)
+    layer, others = training_bytes(
+        config, "fp32" if itemsize == 4 else "bf16", json.dumps(lora), again
+    )
     return config.num_layers * layer + others
 
 
@@ -292,7 +327,10 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> Far
     if pattern.chosen and cut:
         last = seq_len - 1 - (seq_len - 1) % chunk
         whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
-        kinds, of_layer = pattern.kinds(config.num_layers), (pattern, config.kv_heads, config.head_dim)
+        kinds, of_layer = (
+            pattern.kinds(config.num_layers),
+            (pattern, config.kv_heads, config.head_dim),
+        )
         for kind, layers in kinds.items():
             kept, means = past_bytes(*of_layer, whole, itemsize, kind)
             sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind)
@@ -308,7 +346,9 @@ def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
     A chunk sees the segment inside which it starts, if any, and the `back` segments before its own.
     """
     ends = -(-seq_len // chunk) - 1
-    if chunk >= (1 + back) * w:  # no segment is seen from two ends; an end on a segment's edge sees one fewer
+    if (
+        chunk >= (1 + back) * w
+    ):  # no segment is seen from two ends; an end on a segment's edge sees one fewer
         return ends * (1 + back) - ends // (w // math.gcd(w, chunk))
     # all segments, from the first one that the first end sees up to the last end
     return -(-ends * chunk // w) - max(0, chunk // w - back) if ends else 0
@@ -335,7 +375,9 @@ class ReadingPlan:
 
     def __init__(self, config: NetConfig, chunk: int) -> None:
         self.config, self.chunk = config, chunk
-        self._lengths: Counter[int] = Counter()  # of the rows of all forward passes; a long window is one row
+        self._lengths: Counter[int] = (
+            Counter()
+        )  # of the rows of all forward passes; a long window is one row
 
     def add_document(self, tokens: int) -> None:
         """Count a document; `add` counts its windows."""
@@ -368,7 +410,9 @@ class ReadingPlan:
     @property
     def usual(self) -> int:
         """The tokens of the row in which a token is read, on average over all tokens."""
-        return round(sum(rows * length**2 for length, rows in self._lengths.items()) / (self.read or 1))
+        return round(
+            sum(rows * length**2 for length, rows in self._lengths.items()) / (self.read or 1)
+        )
 
     def product_flops(self, scores: bool) -> float:
         """Return the FLOPs of the matrices in all forward passes, with the logits of wanted tokens if `scores`.
@@ -382,7 +426,9 @@ class ReadingPlan:
 
     def attention_flops(self) -> int:
         """Return the FLOPs of attention in all forward passes."""
-        return sum(rows * self.config.attention_flops(tokens) for tokens, rows in self._lengths.items())
+        return sum(
+            rows * self.config.attention_flops(tokens) for tokens, rows in self._lengths.items()
+        )
 
     def flops(self, scores: bool) -> float:
         """Return the FLOPs of all forward passes, with the logits of the wanted tokens if `scores`."""
@@ -395,7 +441,9 @@ class ReadingPlan:
     def _sees_outside(self, tokens: int) -> bool:
         """Return whether the chunks of a window in a bidirectional net see keys of each other."""
         places = ((start, min(start + self.chunk, tokens)) for start in (0, self.chunk))
-        return any(far_spans(self.config.pattern, start, stop, False, tokens) for start, stop in places)
+        return any(
+            far_spans(self.config.pattern, start, stop, False, tokens) for start, stop in places
+        )
 
 
 def count_documents(
@@ -437,7 +485,10 @@ def count_documents(
         raise DataError("there is nothing to read: every document is empty, too short or left out")
     plan.seconds = time.perf_counter() - began
     if drawn and drawn.bytes:
-        plan.sampled, plan.seconds = min(drawn.size, len(drawn.bytes)), plan.seconds + drawn.seconds_of_others
+        plan.sampled, plan.seconds = (
+            min(drawn.size, len(drawn.bytes)),
+            plan.seconds + drawn.seconds_of_others,
+        )
     return plan
 
 
@@ -467,14 +518,21 @@ class Sample:
 
     def add(self, text: Text) -> Unread | None:
         """Count the next text, and tokenize it if it is drawn. Return one that cannot be read."""
-        place = len(self.bytes) if len(self.bytes) < self.size else int(self._random.integers(len(self.bytes) + 1))
+        place = (
+            len(self.bytes)
+            if len(self.bytes) < self.size
+            else int(self._random.integers(len(self.bytes) + 1))
+        )
         tokens, size, began = 0, 0, time.perf_counter()
         try:
             if place < self.size:
                 for part in self.tokenizer.encode_long(text.parts):
                     tokens, size = tokens + len(part.ids), size + part.n_bytes
                 self._drawn[place : place + 1] = [(tokens, size)]
-                self._seconds, self._tokenized = self._seconds + time.perf_counter() - began, self._tokenized + size
+                self._seconds, self._tokenized = (
+                    self._seconds + time.perf_counter() - began,
+                    self._tokenized + size,
+                )
             else:
                 size = sum(len(part.encode()) for part in text.parts)
         except DataError as error:
@@ -484,7 +542,9 @@ class Sample:
 
     def lengths(self) -> Iterator[int]:
         """Yield the tokens of each text so far, by its bytes."""
-        tokens, size = (sum(each) for each in zip(*self._drawn, strict=True)) if self._drawn else (0, 0)
+        tokens, size = (
+            (sum(each) for each in zip(*self._drawn, strict=True)) if self._drawn else (0, 0)
+        )
         for length in self.bytes:
             yield round(length * tokens / (size or 1))
 
@@ -510,17 +570,23 @@ def reading_memory(
     itemsize = itemsize_of(dtype, device)
     sizes = config.num_heads, config.head_dim, plan.longest, itemsize
     transient = transient_memory(config.pattern, *sizes, device.type)
-    if in_chunks and config.causal:  # the keys of each level, and values, of a layer are stored when the next one asks
+    if (
+        in_chunks and config.causal
+    ):  # the keys of each level, and values, of a layer are stored when the next one asks
         by_level = isinstance(config, LongNetConfig) and config.position == "rope_by_level"
         keys = len(config.pattern.levels) if by_level else 1
         late = (keys + 1) * config.kv_heads + keys * config.num_heads * bool(config.pattern.chosen)
         transient += itemsize * tokens * config.head_dim * late
-    kinds = forward_memory(net, tokens, dtype, max(tokens, together) * scores, transient, once=plan.read <= tokens)
+    kinds = forward_memory(
+        net, tokens, dtype, max(tokens, together) * scores, transient, once=plan.read <= tokens
+    )
     kinds["hidden"] = 2 * 4 * config.dim * (2 * chunk if in_chunks else together)
     if in_chunks and config.causal:
         cache = cache_bytes(config, plan.longest, itemsize)
         kinds["cache"] = sum(cache) - (spillable if spill else 0)
-    elif not spill and (device.type == "cpu" or fits_beside(config.forward_bytes(chunk), spillable, device)):
+    elif not spill and (
+        device.type == "cpu" or fits_beside(config.forward_bytes(chunk), spillable, device)
+    ):
         kinds["hidden"] += spillable
     return kinds
 
@@ -557,7 +623,9 @@ class _Noise:
 def read_noise(net: Net, lengths: Sequence[int], chunk: int, dtype: str, *, scores: bool) -> None:
     """Read windows of these lengths as a job would, with their logits if it `scores`."""
     device = next(net.parameters()).device
-    for pieces in Reader(net, chunk=chunk, dtype=dtype).read([Window(_Noise(net), 0, n, 0) for n in lengths]):
+    for pieces in Reader(net, chunk=chunk, dtype=dtype).read(
+        [Window(_Noise(net), 0, n, 0) for n in lengths]
+    ):
         if scores:
             hidden = torch.cat([piece.hidden for piece in pieces if piece.hidden is not None])
             with precision(dtype, device):
@@ -626,7 +694,10 @@ class Estimate:
     spillable: Sequence[str] = ()
     hint: str = ""
 
-    HELD: ClassVar[tuple[str, ...]] = ("program", "loading")  # in use when `free` is measured, or free again later
+    HELD: ClassVar[tuple[str, ...]] = (
+        "program",
+        "loading",
+    )  # in use when `free` is measured, or free again later
 
     @property
     def peak(self) -> int:
@@ -658,7 +729,12 @@ class Estimate:
     @property
     def facts(self) -> dict[str, Any]:
         """The keys and values of the machine format."""
-        sizes = {"memory_bytes": self.memory, "peak_bytes": self.peak, "free_bytes": self.free, "fits": self.fits}
+        sizes = {
+            "memory_bytes": self.memory,
+            "peak_bytes": self.peak,
+            "free_bytes": self.free,
+            "fits": self.fits,
+        }
         return self.others | sizes
 
 
@@ -674,7 +750,12 @@ class Room(NamedTuple):
 
 
 def estimate_reading(
-    reader: Reader, plan: ReadingPlan, *, room: Room, scores: bool, kept: dict[str, int] | None = None
+    reader: Reader,
+    plan: ReadingPlan,
+    *,
+    room: Room,
+    scores: bool,
+    kept: dict[str, int] | None = None,
 ) -> Estimate:
     """Estimate what reading as planned takes, from arithmetic and a short, measured read.
 
@@ -688,18 +769,26 @@ def estimate_reading(
     weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
     program = max(0, resident_memory(reader.device) - weights)
     free = None if room.free is None else max(0, room.free - max(0, program - room.held))
-    rate = reading_rate(net, plan, dtype, math.inf if free is None else free - weights, scores=scores)
+    rate = reading_rate(
+        net, plan, dtype, math.inf if free is None else free - weights, scores=scores
+    )
     rate = reader.all_ranks.own(rate, reader.device)
 
     def needed(chunk: int) -> dict[str, int]:
-        kinds = reading_memory(net, plan, chunk, dtype, reader.ranks, scores=scores, spill=spill) | (kept or {})
+        kinds = reading_memory(
+            net, plan, chunk, dtype, reader.ranks, scores=scores, spill=spill
+        ) | (kept or {})
         return {kind: size for kind, size in kinds.items() if size}
 
     memory = {"program": program, **needed(reader.chunk)}
-    if most_while_loading > sum(memory.values()):  # for files whose weights were converted to another type
+    if most_while_loading > sum(
+        memory.values()
+    ):  # for files whose weights were converted to another type
         memory["loading"] = most_while_loading - sum(memory.values())
     flops, on_disk = plan.flops(scores), spilled_bytes(net, plan, reader.chunk, dtype, reader.ranks)
-    instructions = machines.bf16_instructions() if reader.device.type == "cpu" and dtype == "fp32" else None
+    instructions = (
+        machines.bf16_instructions() if reader.device.type == "cpu" and dtype == "fp32" else None
+    )
     return Estimate(
         memory=memory,
         free=free,
@@ -724,5 +813,7 @@ def estimate_reading(
         if config.streams
         else None,
         spillable=("cache", "hidden") if on_disk and not spill else (),
-        hint=f"this CPU has {instructions}: try --dtype bf16, which is often faster" if instructions else "",
+        hint=f"this CPU has {instructions}: try --dtype bf16, which is often faster"
+        if instructions
+        else "",
     )

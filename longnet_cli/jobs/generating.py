@@ -90,7 +90,9 @@ class Step(NamedTuple):
 @cache
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     """Return the model that --model would name, with the chat template that it may have: loaded once per process."""
-    return ModelFolder.find(name, gguf=True).load(device=select_device(device), dtype=dtype, chat=None)
+    return ModelFolder.find(name, gguf=True).load(
+        device=select_device(device), dtype=dtype, chat=None
+    )
 
 
 def generate(
@@ -159,14 +161,23 @@ def generate(
     if sequence.limit is not None:
         unread = 0 if stream else 1  # the last new token
         max_tokens = min(max_tokens, sequence.limit - tokens + unread)
-    sampler, texts = Sampler(temperature, top_p, seed, number), TextStream(tokenizer) if tokenizer else None
-    ends, reader, watch = loaded.ends if end_ids is None else end_ids, stream or open_stream(net, spill=spill), None
+    sampler, texts = (
+        Sampler(temperature, top_p, seed, number),
+        TextStream(tokenizer) if tokenizer else None,
+    )
+    ends, reader, watch = (
+        loaded.ends if end_ids is None else end_ids,
+        stream or open_stream(net, spill=spill),
+        None,
+    )
     if sources:
         check_sources(net)
         reader = stream or CausalStream(net, spill=spill)
         watch = SourceWatch(reader, cast(Tokenizer, tokenizer))
     how = texts, StopTexts(stop), chunk, dtype, reader, watch, on_progress
-    return _Generator(net, sampler, ends, *how).run(sequence, max_tokens, reads_all=stream is not None)
+    return _Generator(net, sampler, ends, *how).run(
+        sequence, max_tokens, reads_all=stream is not None
+    )
 
 
 def _loaded(model: str | Loaded | Net, dtype: str, bos: Bos | Literal["own"]) -> Loaded:
@@ -175,7 +186,9 @@ def _loaded(model: str | Loaded | Net, dtype: str, bos: Bos | Literal["own"]) ->
     if isinstance(loaded, Loaded):
         return loaded
     if bos == "own":
-        raise ConfigError("a net alone does not say what it reads before a text: give bos, or a model by its name")
+        raise ConfigError(
+            "a net alone does not say what it reads before a text: give bos, or a model by its name"
+        )
     return Loaded(loaded, None, None, frozenset(), None, "")
 
 
@@ -222,7 +235,9 @@ class Sampler:
         drawn = self._draw(logits) if draws else int(logits.argmax(-1))
         logprob = float(logprobs[drawn])
         if logprob != logprob:
-            raise NotFiniteError("the model's logits are not finite: its weights are too large, or damaged")
+            raise NotFiniteError(
+                "the model's logits are not finite: its weights are too large, or damaged"
+            )
         return drawn, logprob
 
     def _draw(self, logits: Tensor) -> int:
@@ -234,7 +249,9 @@ class Sampler:
         sums = probabilities.cpu().double().cumsum(-1)
         total = sums[torch.searchsorted(sums[:-1], self.top_p)]  # of the fewest that sum to top_p
         place = int(torch.searchsorted(sums, self.random.random() * total, right=True))
-        place = min(place, int(torch.searchsorted(sums[:-1], total)))  # the product may be rounded up to the total
+        place = min(
+            place, int(torch.searchsorted(sums[:-1], total))
+        )  # the product may be rounded up to the total
         return place if order is None else int(order[place])
 
 
@@ -253,9 +270,15 @@ class _Generator:
     watch: SourceWatch | None
     on_progress: Callable[[int], None]
 
-    def run(self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool) -> Iterator[Step]:
+    def run(
+        self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool
+    ) -> Iterator[Step]:
         logits = None
-        if not len(sequence) and isinstance(self.stream, CausalStream) and self.stream.last_hidden is not None:
+        if (
+            not len(sequence)
+            and isinstance(self.stream, CausalStream)
+            and self.stream.last_hidden is not None
+        ):
             logits = self._logits(self.stream.last_hidden[0])
         for start in range(0, len(sequence), self.chunk):
             stop = min(start + self.chunk, len(sequence))
@@ -268,7 +291,9 @@ class _Generator:
             token, logprob = self.sampler(logits)
             step = self._step(token, logprob, number == max_tokens)
             new, goes_on = torch.tensor([token]), not step.finish_reason
-            if ahead := goes_on and runs_ahead(logits.device):  # it computes while the caller writes the text
+            if ahead := goes_on and runs_ahead(
+                logits.device
+            ):  # it computes while the caller writes the text
                 logits = self._read(new)
             yield step
             if not ahead and (goes_on or reads_all):
@@ -303,7 +328,9 @@ class _Generator:
             if self.stops.reached:
                 reason = "stop"
             text += self.stops.end()
-        return Step(token, logprob, text, reason, self.watch.found() if self.watch and reason else ())
+        return Step(
+            token, logprob, text, reason, self.watch.found() if self.watch and reason else ()
+        )
 
 
 def _check(model: Net, max_tokens: int, least: int) -> None:
@@ -313,14 +340,18 @@ def _check(model: Net, max_tokens: int, least: int) -> None:
     if not model.config.vocab_size:
         raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot generate tokens")
     if not model.config.streams:
-        raise ConfigError("this model reads a text in one forward only, not token by token: it cannot generate")
+        raise ConfigError(
+            "this model reads a text in one forward only, not token by token: it cannot generate"
+        )
     if max_tokens < least:
         raise ConfigError(f"max_tokens must be {least} or more, not {max_tokens}")
 
 
 PASSAGES = 3
 LEAST_SHARE = 1e-3  # so that one choice of a block that nothing chose before says little
-NEIGHBOURING = 1 / 3  # of a passage's most evidence, that a neighbouring block needs to belong to it
+NEIGHBOURING = (
+    1 / 3
+)  # of a passage's most evidence, that a neighbouring block needs to belong to it
 
 
 def check_sources(model: Net) -> None:
@@ -328,7 +359,9 @@ def check_sources(model: Net) -> None:
     if not model.config.pattern.chosen:
         raise ConfigError("the pattern has no chosen blocks to tell about: add --pattern finding")
     if model.stream():
-        raise ConfigError("this model keeps a cache of its own, which does not tell what was chosen")
+        raise ConfigError(
+            "this model keeps a cache of its own, which does not tell what was chosen"
+        )
 
 
 class ChosenPassage(NamedTuple):
@@ -362,11 +395,17 @@ class SourceWatch:
     def begin(self) -> None:
         """Count from now on what the answer sees."""
         self._seen = [*self._last.values()]
-        pasts = [cache.past for cache in self.stream.caches if cache.past and cache.past.kind == "chooses"]
+        pasts = [
+            cache.past
+            for cache in self.stream.caches
+            if cache.past and cache.past.kind == "chooses"
+        ]
         counts = [past.counts[0] for past in pasts if past.counts is not None]
         longest = max(map(len, counts), default=0)
         total = sum(np.pad(x.cpu().numpy(), (0, longest - len(x))) for x in counts)
-        self._before = total / (len(counts) * self._choosers(longest).clip(1)) if longest else np.zeros(0)
+        self._before = (
+            total / (len(counts) * self._choosers(longest).clip(1)) if longest else np.zeros(0)
+        )
 
     def found(self) -> list[ChosenPassage]:
         """Return up to PASSAGES passages, the most telling one first; [] if all that was read was always seen."""
@@ -374,9 +413,14 @@ class SourceWatch:
             return []
         seen, votes = (torch.cat(each).cpu().numpy() for each in zip(*self._seen, strict=True))
         number = max(int(seen.max()) + 1, len(self._before))
-        share, vote = (np.bincount(seen, weights, number) / len(self._seen) for weights in (None, votes))
+        share, vote = (
+            np.bincount(seen, weights, number) / len(self._seen) for weights in (None, votes)
+        )
         before = np.pad(self._before, (0, number - len(self._before)))
-        more, passages = np.where(share > before, -vote * np.log(before.clip(LEAST_SHARE, 1)), 0), list[ChosenPassage]()
+        more, passages = (
+            np.where(share > before, -vote * np.log(before.clip(LEAST_SHARE, 1)), 0),
+            list[ChosenPassage](),
+        )
         ids, size = torch.cat(self.stream.ids, 1)[0].cpu().numpy(), self.pattern.chosen_block
         while len(passages) < PASSAGES and more.max() > 0:
             best = int(more.argmax())
@@ -386,14 +430,23 @@ class SourceWatch:
             while last + 1 < number and more[last + 1] >= least:
                 last += 1
             ends = first * size, (last + 1) * size  # at which a character may be cut
-            before_it, text = (self.tokenizer.decode(ids[:end], special=False).rstrip("\ufffd") for end in ends)
+            before_it, text = (
+                self.tokenizer.decode(ids[:end], special=False).rstrip("\ufffd") for end in ends
+            )
             start = len(before_it)
-            passages.append(ChosenPassage(start, len(text), float(share[best]), float(before[best]), text[start:]))
+            passages.append(
+                ChosenPassage(
+                    start, len(text), float(share[best]), float(before[best]), text[start:]
+                )
+            )
             more[first : last + 1] = 0
         return passages
 
     def _on_choice(self, layer: int, seen: Seen) -> None:
-        if self.pattern.kind(layer) != "chooses" or seen.part.groups.near <= self.pattern.chosen_keys:
+        if (
+            self.pattern.kind(layer) != "chooses"
+            or seen.part.groups.near <= self.pattern.chosen_keys
+        ):
             return  # it sees what another layer has chosen, or all blocks
         some = slice(-1, None) if self._before is None else slice(None)
         for blocks, votes in zip(seen.blocks[0][some], seen.votes(some)[0], strict=True):
@@ -407,4 +460,6 @@ class SourceWatch:
         pattern, (w,), (back,) = self.pattern, self.pattern.segment_lengths, self.pattern.look_backs
         ends = np.maximum(np.arange(blocks) * pattern.chosen_block, pattern.chosen_keys)
         first = (ends // w + back + 1) * w  # the first query that sees blocks beyond the end
-        return (-(-self.stream.position // pattern.chosen_every) - -(-first // pattern.chosen_every)).clip(0)
+        return (
+            -(-self.stream.position // pattern.chosen_every) - -(-first // pattern.chosen_every)
+        ).clip(0)

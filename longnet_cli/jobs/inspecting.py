@@ -51,8 +51,12 @@ class Inspection:
         if not self.documents:
             return dict.fromkeys(("min", "mean", "median", "max"))
         ordered = sorted(self.lengths)
-        ends = [*accumulate(self.lengths[length] for length in ordered)]  # documents of this length or less
-        middle = [ordered[bisect_right(ends, n)] for n in ((self.documents - 1) // 2, self.documents // 2)]
+        ends = [
+            *accumulate(self.lengths[length] for length in ordered)
+        ]  # documents of this length or less
+        middle = [
+            ordered[bisect_right(ends, n)] for n in ((self.documents - 1) // 2, self.documents // 2)
+        ]
         mean = round((self.tokens + self.vectors) / self.documents, 3)
         return {"min": ordered[0], "mean": mean, "median": sum(middle) / 2, "max": ordered[-1]}
 
@@ -63,7 +67,10 @@ class Inspection:
             buckets[length.bit_length()] += count
         first = min(buckets, default=0)
         last = max(buckets, default=-1)
-        return [((1 << bits) // 2, max((1 << bits) - 1, 0), buckets[bits]) for bits in range(first, last + 1)]
+        return [
+            ((1 << bits) // 2, max((1 << bits) - 1, 0), buckets[bits])
+            for bits in range(first, last + 1)
+        ]
 
     def as_dict(self) -> dict[str, object]:
         """Return a dict with the keys of the machine format."""
@@ -75,7 +82,10 @@ class Inspection:
             "sizes": dict(self.sizes),
             "n_bytes": self.n_bytes,
             "length": self.length(),
-            "histogram": [{"from": low, "to": high, "documents": count} for low, high, count in self.histogram()],
+            "histogram": [
+                {"from": low, "to": high, "documents": count}
+                for low, high, count in self.histogram()
+            ],
             "ids": {"min": self.low, "max": self.high},
             "formats": dict(self.formats),
             "token_types": dict(self.token_types),
@@ -85,7 +95,9 @@ class Inspection:
         }
 
 
-def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] = lambda tokens: None) -> Inspection:
+def inspect(
+    inputs: Inputs, *, on_progress: Callable[[int], None] = lambda tokens: None
+) -> Inspection:
     """Read every document of every input; a problem ends its document or its file, never the inspection.
 
     Text without a tokenizer counts one token per byte. `on_progress` gets the tokens of each document. Raises
@@ -110,7 +122,9 @@ def inspect(inputs: Inputs, *, on_progress: Callable[[int], None] = lambda token
     return inspection
 
 
-def _open(inspection: Inspection, source: Source, types: TokenTypes, inputs: Inputs) -> Iterator[tuple[Document, bool]]:
+def _open(
+    inspection: Inspection, source: Source, types: TokenTypes, inputs: Inputs
+) -> Iterator[tuple[Document, bool]]:
     """Record the format of a source, and yield its documents, each with whether its tokens are bytes."""
     opened = open_source(source, inputs.wanted)
     kind = None
@@ -144,13 +158,20 @@ def _columns(inputs: Inputs, table: Table) -> tuple[Inputs, Columns]:
 def _note_metadata(inspection: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:
     for key, value in metadata.items():
         if key.startswith(b"longnet."):
-            inspection.metadata[key.decode("utf-8", "replace")][value.decode("utf-8", "replace")] += 1
+            inspection.metadata[key.decode("utf-8", "replace")][
+                value.decode("utf-8", "replace")
+            ] += 1
     written = metadata.get(b"longnet.tokenizer_sha256")
     if written:
-        first, own = next(iter(inspection.metadata["longnet.tokenizer_sha256"])), written.decode("utf-8", "replace")
+        first, own = (
+            next(iter(inspection.metadata["longnet.tokenizer_sha256"])),
+            written.decode("utf-8", "replace"),
+        )
         with _noting(inspection):
             if own != first:
-                raise ConfigError(f"{where}: its tokens were made by tokenizer {own[:12]}, the first by {first[:12]}")
+                raise ConfigError(
+                    f"{where}: its tokens were made by tokenizer {own[:12]}, the first by {first[:12]}"
+                )
 
 
 def _count(inspection: Inspection, document: Document, in_bytes: bool) -> None:
@@ -169,7 +190,9 @@ def _count(inspection: Inspection, document: Document, in_bytes: bool) -> None:
         inspection.tokens += len(document)
     inspection.byte_tokens += len(document) * in_bytes
     inspection.lengths[len(document)] += 1
-    inspection.n_bytes = None if n_bytes is None or inspection.n_bytes is None else inspection.n_bytes + n_bytes
+    inspection.n_bytes = (
+        None if n_bytes is None or inspection.n_bytes is None else inspection.n_bytes + n_bytes
+    )
     if len(document) and not document.has_vectors:
         inspection.low = int(low if inspection.low is None else min(low, inspection.low))
         inspection.high = int(high if inspection.high is None else max(high, inspection.high))

@@ -8,7 +8,11 @@ from typing import Literal
 
 from longnet_cli.basics.errors import ConfigError
 
-UNITS = {"sentence": 25, "paragraph": 100, "passage": 150}  # of a text, and about as many tokens of prose
+UNITS = {
+    "sentence": 25,
+    "paragraph": 100,
+    "passage": 150,
+}  # of a text, and about as many tokens of prose
 POOLS = ("cls", "max", "mean", "sqrt", "weighted", "last", "first")
 ONE_STATE = {"cls", "first", "last"}  # poolings that take one state of a sequence
 NO_PREFIX = "none"
@@ -50,12 +54,18 @@ class EncodeOptions:
             if isinstance(value := getattr(self, name), int) and value < 1:
                 raise ConfigError(f"{name} must be 1 or more, not {value}")
         if isinstance(self.span, str) and self.span not in UNITS:
-            raise ConfigError(f"span must be a size, or one of {', '.join(UNITS)}, not {self.span!r}")
+            raise ConfigError(
+                f"span must be a size, or one of {', '.join(UNITS)}, not {self.span!r}"
+            )
         for pool in self.pool.split("+") if self.pool is not None else ():
             if pool not in POOLS:
-                raise ConfigError(f"there is no pooling {pool!r}: choose from {', '.join(POOLS)}, joined by +")
+                raise ConfigError(
+                    f"there is no pooling {pool!r}: choose from {', '.join(POOLS)}, joined by +"
+                )
         if self.span is not None and self.all_layers:
-            raise ConfigError("all layers are given for whole documents: leave out --span, or --all-layers")
+            raise ConfigError(
+                "all layers are given for whole documents: leave out --span, or --all-layers"
+            )
 
     @property
     def span_tokens(self) -> int | None:
@@ -94,13 +104,21 @@ class ScoreOptions:
         return self.context or (None,)
 
     def __post_init__(self) -> None:
-        given = [*(("context", each) for each in self.contexts), ("stride", self.stride), ("last", self.last)]
+        given = [
+            *(("context", each) for each in self.contexts),
+            ("stride", self.stride),
+            ("last", self.last),
+        ]
         for name, value in given:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be 1 or more, not {value}")
         if len(set(self.contexts)) < len(self.contexts):
-            raise ConfigError(f"each context may be given once: {', '.join(map(str, self.contexts))}")
-        if self.stride and (small := [each for each in self.contexts if each is None or each < self.stride]):
+            raise ConfigError(
+                f"each context may be given once: {', '.join(map(str, self.contexts))}"
+            )
+        if self.stride and (
+            small := [each for each in self.contexts if each is None or each < self.stride]
+        ):
             raise ConfigError(
                 f"a stride of {self.stride} tokens needs a context"
                 + (f" of {self.stride} or more, not {small[0]}" if small[0] else "")

@@ -57,7 +57,9 @@ def windows_of(tokens: int, size: int, stride: int) -> Iterator[DocumentWindow]:
     """
     taken = start = 0
     while start + size < tokens:
-        stop = (2 * start + stride + size - 1) // 2 + 1  # as far from this window's end as from the next one's start
+        stop = (
+            2 * start + stride + size - 1
+        ) // 2 + 1  # as far from this window's end as from the next one's start
         yield DocumentWindow(start, start + size, taken, stop)
         taken, start = stop, start + stride
     yield DocumentWindow(start, tokens, taken, tokens)
@@ -85,16 +87,27 @@ class Pooling:
         number: int = 0,
     ) -> None:
         self.document, self.pools, self.number = document, pool.split("+"), number
-        self.begin, self.ends, self.end, self.after = begin, ends, min(ends[-1], len(document)), after
+        self.begin, self.ends, self.end, self.after = (
+            begin,
+            ends,
+            min(ends[-1], len(document)),
+            after,
+        )
         self.position = begin - before  # the next token; less than `begin` before the document
         self.layers: Callable[[], Tensor | None] = lambda: None
-        self.vector: Tensor | None = None  # of the whole document, if it is known: see `pool_together`
+        self.vector: Tensor | None = (
+            None  # of the whole document, if it is known: see `pool_together`
+        )
         self._reset(skipped)
 
     def ends_with(self, hidden: Tensor) -> bool:
         """Return whether these states (n, dim) are all that is pooled, for one vector, by sums alone."""
         whole = self.ends[0] >= self.end and not self._count
-        return whole and SUMS.issuperset(self.pools) and len(hidden) == self.end + self.after - self.position > 0
+        return (
+            whole
+            and SUMS.issuperset(self.pools)
+            and len(hidden) == self.end + self.after - self.position > 0
+        )
 
     def add(self, hidden: Tensor) -> Iterator[Row]:
         """Take the next hidden states (n, dim)."""
@@ -110,12 +123,16 @@ class Pooling:
             self.position += len(part)
             self._take(part)
             if self.position == stop:
-                yield Row(self.document, self.number + index, start, end, self._vector(), self.layers())
+                yield Row(
+                    self.document, self.number + index, start, end, self._vector(), self.layers()
+                )
                 self._reset()
 
     def _reset(self, skipped: int = 0) -> None:
         self._count, self._weight = 0, skipped
-        self._sums: dict[str, Tensor] = {}  # of the open span, by pooling: a sum (float64), a maximum or one state
+        self._sums: dict[
+            str, Tensor
+        ] = {}  # of the open span, by pooling: a sum (float64), a maximum or one state
 
     def _take(self, part: Tensor) -> None:
         sums = self._sums
@@ -142,7 +159,11 @@ class Pooling:
     def divisors(self, more: int = 0) -> list[float]:
         """Return what the sums are divided by, for each pooling, after `more` tokens."""
         count, last, skipped = self._count + more, self._weight + more, self._weight - self._count
-        of = {"mean": count, "sqrt": count**0.5, "weighted": (last * (last + 1) - skipped * (skipped + 1)) / 2}
+        of = {
+            "mean": count,
+            "sqrt": count**0.5,
+            "weighted": (last * (last + 1) - skipped * (skipped + 1)) / 2,
+        }
         return [of.get(pool, 1) for pool in self.pools]
 
     def _vector(self) -> Tensor:
@@ -162,7 +183,9 @@ def pool_together(poolings: Sequence[Pooling], states: Sequence[Tensor]) -> None
             weights = [pooling.weights(n) for pooling, n in zip(poolings, counts, strict=True)]
             weighed = rows * to_device(torch.cat(weights), device)[:, None]
         sums = torch.segment_reduce(weighed, "sum", lengths=sizes, axis=0)
-        vectors.append((sums / to_device(torch.tensor(divisors, dtype=torch.float64), device)[:, None]).float())
+        vectors.append(
+            (sums / to_device(torch.tensor(divisors, dtype=torch.float64), device)[:, None]).float()
+        )
     for pooling, vector in zip(poolings, torch.cat(vectors, 1), strict=True):
         pooling.vector = vector
 

@@ -63,7 +63,12 @@ class ModelFacts:
     @classmethod
     def of(cls, loaded: Loaded) -> ModelFacts:
         """Return those of a model."""
-        return cls(loaded.bos, loaded.origin, loaded.tokenizer_sha256, format_pattern(loaded.net.config.pattern))
+        return cls(
+            loaded.bos,
+            loaded.origin,
+            loaded.tokenizer_sha256,
+            format_pattern(loaded.net.config.pattern),
+        )
 
 
 class RowJob(ABC):
@@ -79,7 +84,9 @@ class RowJob(ABC):
     nothing: str  # the error for rows without any token
     doing: ClassVar[str]
     row_name: ClassVar[str]
-    text_fields: ClassVar[Sequence[pa.Field]] = ()  # of a document of text, before those that it carries
+    text_fields: ClassVar[
+        Sequence[pa.Field]
+    ] = ()  # of a document of text, before those that it carries
     skips_empty: ClassVar[bool] = False  # an empty document has no row
     scores: ClassVar[bool] = False  # it computes logits
     shard_name: ClassVar[str]
@@ -87,11 +94,17 @@ class RowJob(ABC):
     shard_size: ClassVar[int]
     batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
     unit: Unit | None = None  # of a text, that has a row
-    names_apart: ClassVar[bool] = False  # neighbouring documents of one name get names of their own in an output
-    says_no_id_column: ClassVar[bool] = False  # its folders have the setting `id_column` even if it is None
+    names_apart: ClassVar[bool] = (
+        False  # neighbouring documents of one name get names of their own in an output
+    )
+    says_no_id_column: ClassVar[bool] = (
+        False  # its folders have the setting `id_column` even if it is None
+    )
     failure: LongNetError | None = None  # of a document; it is raised after the rows before it
 
-    def __init__(self, reader: Reader, options: ScoreOptions | EncodeOptions, facts: ModelFacts) -> None:
+    def __init__(
+        self, reader: Reader, options: ScoreOptions | EncodeOptions, facts: ModelFacts
+    ) -> None:
         self.reader, self.options, self.facts = reader, options, facts
 
     @abstractmethod
@@ -136,7 +149,9 @@ class RowJob(ABC):
         """The digest of the model."""
         return model_digest(self.reader.model)
 
-    def take(self, document: Document, on_skip: OnSkip | None, *, reads: bool = True) -> InputSequence[Document] | None:
+    def take(
+        self, document: Document, on_skip: OnSkip | None, *, reads: bool = True
+    ) -> InputSequence[Document] | None:
         """Return a document as the model reads it. Raises the error of one that cannot be read.
 
         With `on_skip`, such a document is passed to it, with its ConfigError or DataError, and nothing is returned. To
@@ -269,7 +284,9 @@ class Telling:
     on_document: Callable[[Document, float | None], None] = lambda document, share: None
 
 
-def run(job: RowJob, inputs: Inputs, output: Output, told: Telling | None = None) -> Counter[str] | None:
+def run(
+    job: RowJob, inputs: Inputs, output: Output, told: Telling | None = None
+) -> Counter[str] | None:
     """Write the rows that a job makes of the documents in `inputs`.
 
     Return how many `rows` and `tokens` the output has. Of several ranks, only the first one writes. The others get
@@ -292,7 +309,9 @@ def run(job: RowJob, inputs: Inputs, output: Output, told: Telling | None = None
         job.kept_fields, documents = first_kept(documents, job.text_fields)
     apart = Apart() if job.names_apart and inputs.id_column is None else None
 
-    def sequences(ready: Callable[[], bool] = lambda: True) -> Iterator[InputSequence[Document] | None]:
+    def sequences(
+        ready: Callable[[], bool] = lambda: True,
+    ) -> Iterator[InputSequence[Document] | None]:
         config, left_out = job.reader.model.config, told.left_out
         if (config.max_tokens is not None or config.pattern.chosen) and not left_out.skip:
             told.on_stored(job.longest_window(job.longest(inputs.stored())))
@@ -308,7 +327,9 @@ def run(job: RowJob, inputs: Inputs, output: Output, told: Telling | None = None
     if not in_folder:
         sink = output.sink or ShardWriter(output.path, job.schema)
         with sink if ranks.writes else nullcontext() as opened:
-            return _write_stream(job, sequences(given.ready), opened, 1 if output.sink else job.batch_rows)
+            return _write_stream(
+                job, sequences(given.ready), opened, 1 if output.sink else job.batch_rows
+            )
     shard_size = job.shard_size if output.shard_size is None else output.shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
@@ -359,7 +380,9 @@ def _write_stream(
 
 def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]:
     """Return what decides the bytes of a folder, which a resumed run must share."""
-    from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
+    from longnet_cli.data.chat import (
+        chat_settings,
+    )  # loads Jinja, which files and streams do not need
 
     reader = job.reader
     return {
@@ -372,22 +395,33 @@ def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]
         "model": job.digest[:16],
         "kernel": check_kernel(reader.device, reader.dtype, reader.model.config.head_dim),
         **job.option_settings(),
-        **({"keep": [f"{field.name}: {field.type}" for field in job.kept_fields]} if job.kept_fields else {}),
+        **(
+            {"keep": [f"{field.name}: {field.type}" for field in job.kept_fields]}
+            if job.kept_fields
+            else {}
+        ),
         "chunk": reader.chunk,
         "dtype": reader.dtype,
         f"shard_{job.shard_unit}": shard_size,
-        **({"ranks": reader.ranks.world} if reader.ranks.world > 1 else {}),  # more ranks sum in another order
+        **(
+            {"ranks": reader.ranks.world} if reader.ranks.world > 1 else {}
+        ),  # more ranks sum in another order
     }
 
 
 def _write_folder(
-    job: RowJob, sequences: Iterator[InputSequence[Document] | None], folder: ShardFolder | None, shard_size: int
+    job: RowJob,
+    sequences: Iterator[InputSequence[Document] | None],
+    folder: ShardFolder | None,
+    shard_size: int,
 ) -> None:
     """Write the rows of the documents that no finished shard has to the first rank's `folder`."""
     ranks = job.reader.all_ranks
     if ranks.any(folder is not None and folder.finished):
         return
-    done, tokens = (ranks.from_first(folder.totals[kind] if folder else 0) for kind in ("documents", "tokens"))
+    done, tokens = (
+        ranks.from_first(folder.totals[kind] if folder else 0) for kind in ("documents", "tokens")
+    )
     remaining = folder.unread(sequences) if folder else islice(sequences, done, None)
     for portion, batches in job.rows_by_portion(remaining, shard_size):
         for batch in batches:

@@ -108,35 +108,57 @@ def tokenize(
     loaded = loaded.with_eos(eos_id)
 
     given = inputs.texts(loaded, digests=in_folder)
-    texts: Iterator[Any] = _readable(given, left_out.skip, Apart() if inputs.id_column is None else None)
+    texts: Iterator[Any] = _readable(
+        given, left_out.skip, Apart() if inputs.id_column is None else None
+    )
     kept: list[pa.Field] = []
     if inputs.keep:  # first_kept waits for the first document
         kept, texts = first_kept(texts)
-    schema = token_schema(vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256, kept=kept)
+    schema = token_schema(
+        vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256, kept=kept
+    )
     folder: ShardFolder | None = None
     if in_folder:
-        said = appended is not None if appended in (None, own) else str(appended)  # 1 would equal True
+        said = (
+            appended is not None if appended in (None, own) else str(appended)
+        )  # 1 would equal True
         settings = _settings(inputs, loaded, train_vocab, said, shard_tokens)
         settings |= {"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}
-        about: dict[str, Any] = {"settings": settings, "format": shard_format, "tokenizer": loaded.description}
-        folder = ShardFolder(output, schema, **about, resume=resume, left_out=left_out, opened=given.opened)
+        about: dict[str, Any] = {
+            "settings": settings,
+            "format": shard_format,
+            "tokenizer": loaded.description,
+        }
+        folder = ShardFolder(
+            output, schema, **about, resume=resume, left_out=left_out, opened=given.opened
+        )
     with folder or ShardWriter(output, schema) as opened:
         rows = TokenBatches(opened, shard_tokens, kept)
         if not (folder and folder.finished):
             remaining = folder.unread(texts) if folder else texts
-            _Work(loaded, appended, str(output) == "-", given.ready, on_progress).run(remaining, rows)
+            _Work(loaded, appended, str(output) == "-", given.ready, on_progress).run(
+                remaining, rows
+            )
     shards = folder.paths if folder else []
     if beside := tokenizer_beside(output):
         loaded.save(beside)
         shards = [Path(output)]
-    return TokenizeResult(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"], shards, loaded)
+    return TokenizeResult(
+        rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"], shards, loaded
+    )
 
 
 def _settings(
-    inputs: Inputs, tokenizer: Tokenizer, train_vocab: int | None, eos: bool | str, shard_tokens: int
+    inputs: Inputs,
+    tokenizer: Tokenizer,
+    train_vocab: int | None,
+    eos: bool | str,
+    shard_tokens: int,
 ) -> dict[str, object]:
     """Return what decides the bytes of a folder, which a resumed run must share."""
-    from longnet_cli.data.chat import chat_settings  # loads Jinja, which files and streams do not need
+    from longnet_cli.data.chat import (
+        chat_settings,
+    )  # loads Jinja, which files and streams do not need
 
     return {
         "inputs": inputs.fingerprint(),
@@ -156,22 +178,31 @@ def tokenizer_beside(output: str | Path) -> Path | None:
 
 
 def _tokenizer(
-    inputs: Inputs, tokenizer: str | Path | Tokenizer | None, train_vocab: int | None, earlier: dict[str, str] | None
+    inputs: Inputs,
+    tokenizer: str | Path | Tokenizer | None,
+    train_vocab: int | None,
+    earlier: dict[str, str] | None,
 ) -> Tokenizer:
     """Return the given tokenizer, bytes for None; with `train_vocab`, a new one, or that of an `earlier` run."""
     if train_vocab is None:
-        return tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer or "bytes")
+        return (
+            tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer or "bytes")
+        )
     if tokenizer is not None:
         raise ConfigError("give a tokenizer or train one, not both")
     if earlier is not None:
         return Tokenizer.from_description(earlier)
     if any(str(item) == "-" for item in inputs.sources.names):
-        raise ConfigError("training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file")
+        raise ConfigError(
+            "training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file"
+        )
     texts = (text for text in inputs.texts() if isinstance(text, Text))
     return Tokenizer.train((text.parts for text in texts), train_vocab)
 
 
-def _readable(texts: Iterable[Text | Unread], on_skip: OnSkip | None, apart: Apart | None) -> Iterator[Text]:
+def _readable(
+    texts: Iterable[Text | Unread], on_skip: OnSkip | None, apart: Apart | None
+) -> Iterator[Text]:
     """Yield the texts that could be read, named by `apart`, and pass the others to `on_skip`.
 
     Raises DataError if all are left out.
@@ -219,7 +250,9 @@ class _Work:
     def run(self, texts: Iterator[Text], rows: TokenBatches) -> None:
         """Tokenize all texts into `rows`. Those before an error of reading are tokenized first."""
         failures: list[Exception] = []
-        parts = portions(self._pieces(texts, failures), TEXT_CHARS, length_of=lambda piece: len(piece.text or ""))
+        parts = portions(
+            self._pieces(texts, failures), TEXT_CHARS, length_of=lambda piece: len(piece.text or "")
+        )
         with closing(cast(Generator, overlapped(parts, self._encode))) as groups:
             for group in groups:
                 for piece, ids, size in group:
@@ -229,12 +262,16 @@ class _Work:
                 if self.prompt:
                     rows.flush()
                 if self.on_progress:
-                    self.on_progress(rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"])
+                    self.on_progress(
+                        rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"]
+                    )
         rows.flush()
         for failure in failures:
             raise failure
 
-    def _pieces(self, texts: Iterator[Text], failures: list[Exception]) -> Iterator[_TextPart | None]:
+    def _pieces(
+        self, texts: Iterator[Text], failures: list[Exception]
+    ) -> Iterator[_TextPart | None]:
         """Yield the pieces of all texts, and None where the next text is not there yet. Keep an error of reading."""
         try:
             for text in texts:
@@ -252,10 +289,20 @@ class _Work:
 
     def _encode(self, pieces: Sequence[_TextPart]) -> list[tuple[_TextPart, np.ndarray, int]]:
         """Return each piece with its ids, and the UTF-8 bytes of its text."""
-        encoded = iter(self.tokenizer.encode_pieces([piece.text for piece in pieces if piece.text and not piece.ids]))
+        encoded = iter(
+            self.tokenizer.encode_pieces(
+                [piece.text for piece in pieces if piece.text and not piece.ids]
+            )
+        )
         ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
-        ids = (ending if piece.text is None else piece.ids() if piece.ids else next(encoded) for piece in pieces)
-        return [(piece, each, len((piece.text or "").encode())) for piece, each in zip(pieces, ids, strict=True)]
+        ids = (
+            ending if piece.text is None else piece.ids() if piece.ids else next(encoded)
+            for piece in pieces
+        )
+        return [
+            (piece, each, len((piece.text or "").encode()))
+            for piece, each in zip(pieces, ids, strict=True)
+        ]
 
 
 Results = TypeVar("Results")
@@ -324,7 +371,9 @@ class TokenBatches:
     that documents carry along.
     """
 
-    def __init__(self, output: ShardFolder | ShardWriter, shard_tokens: int, kept: Sequence[pa.Field]) -> None:
+    def __init__(
+        self, output: ShardFolder | ShardWriter, shard_tokens: int, kept: Sequence[pa.Field]
+    ) -> None:
         self._output, self._shard_tokens, self._kept = output, shard_tokens, kept
         self._folder = output if isinstance(output, ShardFolder) else None
         self.totals = Counter(self._folder.totals if self._folder else {})
@@ -333,7 +382,9 @@ class TokenBatches:
         dtype = numpy_dtype(output.schema.field("input_ids").type.value_type)
         self._values = np.empty(size // dtype.itemsize, dtype)
         self._used = 0  # values, the open document's included
-        self._rows: list[tuple[_TextPart, int, int]] = []  # ended rows, with their part and the end of their values
+        self._rows: list[
+            tuple[_TextPart, int, int]
+        ] = []  # ended rows, with their part and the end of their values
         self._part = 0  # of the open document
         self._in_shard = 0  # tokens
 
@@ -371,7 +422,9 @@ class TokenBatches:
         rows, parts, ends = zip(*self._rows, strict=True)
         end, doc_ids = ends[-1], [row.doc_id for row in rows]
         columns = kept_columns(rows, self._kept)
-        self._output.write(token_batch(self._output.schema, doc_ids, parts, ends, self._values[:end], columns))
+        self._output.write(
+            token_batch(self._output.schema, doc_ids, parts, ends, self._values[:end], columns)
+        )
         self._values[: self._used - end] = self._values[end : self._used].copy()
         self._used -= end
         self._rows.clear()

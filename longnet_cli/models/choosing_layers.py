@@ -32,8 +32,13 @@ from longnet_cli.basics.verdicts import remembered
 from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import digest_of
 
-READ, BETWEEN = 512, 256  # tokens of a text that are read twice, and tokens between; fewer if positions end before
-IN_ALL = 1024  # tokens of all texts that are read twice: with 200, chance alone made 0.25 of evidence
+READ, BETWEEN = (
+    512,
+    256,
+)  # tokens of a text that are read twice, and tokens between; fewer if positions end before
+IN_ALL = (
+    1024  # tokens of all texts that are read twice: with 200, chance alone made 0.25 of evidence
+)
 EVERY = 16  # tokens per group
 SECONDS = 10.0  # between two lines of progress
 LEAST = 0.15  # SmolLM2: 0.19 to 1.2 at its peaks, and 0.12 at the next one
@@ -46,7 +51,12 @@ def let_layers_choose(net: Net) -> None:
     the middle chooses. A model whose layers cannot be watched keeps a pattern in which every layer chooses.
     """
     pattern = net.config.pattern
-    if not pattern.chosen or pattern.chosen_layers or not net.config.causal or not net.config.vocab_size:
+    if (
+        not pattern.chosen
+        or pattern.chosen_layers
+        or not net.config.causal
+        or not net.config.vocab_size
+    ):
         return
     begun = time.monotonic()
     evidence = remembered(_question(net), lambda: [round(x, 4) for x in layer_evidence(net)])
@@ -72,7 +82,14 @@ def _question(net: Net) -> dict[str, Any]:
     seen = len(pattern.levels) == r == 1 and (2 * read + between - 1) // w <= back
     settings = json.loads(net.config.model_dump_json())
     settings |= json.loads(settings.pop("source", "{}"))
-    for name in (*PATTERN_FIELDS, "pattern", "dilated_attention", "as_trained", "max_tokens", "memory"):
+    for name in (
+        *PATTERN_FIELDS,
+        "pattern",
+        "dilated_attention",
+        "as_trained",
+        "max_tokens",
+        "memory",
+    ):
         settings.pop(name, None)
     return {
         "probe": "layers that choose",
@@ -93,7 +110,9 @@ def peaks(evidence: list[float]) -> tuple[int, ...]:
     """Return the layers with at least LEAST of evidence, and more than the layers before and after."""
     around = [0.0, *evidence, 0.0]
     neighbours = [max(around[layer], around[layer + 2]) for layer in range(len(evidence))]
-    return tuple(layer for layer, own in enumerate(evidence) if own >= LEAST and own > neighbours[layer])
+    return tuple(
+        layer for layer, own in enumerate(evidence) if own >= LEAST and own > neighbours[layer]
+    )
 
 
 @torch.inference_mode()
@@ -103,7 +122,12 @@ def layer_evidence(net: Net) -> list[float]:
     if read < 2 * net.config.pattern.chosen_block:
         return []
     ids = torch.from_numpy(
-        np.stack([_random_text(seed, net.config.vocab_size, read, between) for seed in range(IN_ALL // read)])
+        np.stack(
+            [
+                _random_text(seed, net.config.vocab_size, read, between)
+                for seed in range(IN_ALL // read)
+            ]
+        )
     )
     watched: list[tuple[Tensor, Tensor]] = []
 

@@ -84,7 +84,14 @@ class ModelFolder:
     modules.json) names; then that is the path.
     """
 
-    def __init__(self, path: Path, name: str | None = None, origin: str | None = None, *, embeds: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str | None = None,
+        origin: str | None = None,
+        *,
+        embeds: bool = False,
+    ) -> None:
         self.path, self.name = path, name or str(path)
         self.origin = origin or self.name
         self.is_gguf = is_gguf(path)
@@ -99,12 +106,16 @@ class ModelFolder:
         Raises ConfigError for a name that is not shipped; CheckpointError for a path that holds no complete model, for
         a model that cannot be downloaded and, unless `gguf`, for a GGUF file.
         """
-        place, origin = Located(Path(name), name) if is_gguf(Path(name)) else find_model(name, embeds)
+        place, origin = (
+            Located(Path(name), name) if is_gguf(Path(name)) else find_model(name, embeds)
+        )
         folder = cls(place, name, origin, embeds=embeds)
         if not folder.is_gguf:
             folder._check_complete()
         elif not gguf:
-            raise CheckpointError(f"{name}: a GGUF file: make a folder of it, longnet convert {name} -o DIR")
+            raise CheckpointError(
+                f"{name}: a GGUF file: make a folder of it, longnet convert {name} -o DIR"
+            )
         return folder
 
     @cached_property
@@ -126,7 +137,10 @@ class ModelFolder:
         """The metadata in the header of model.safetensors; empty if it cannot be read, which loading reports."""
         from safetensors import SafetensorError, safe_open
 
-        with suppress(OSError, SafetensorError), safe_open(self.path / WEIGHTS, framework="numpy") as file:
+        with (
+            suppress(OSError, SafetensorError),
+            safe_open(self.path / WEIGHTS, framework="numpy") as file,
+        ):
             return file.metadata() or {}
         return {}
 
@@ -148,17 +162,24 @@ class ModelFolder:
             )
         if not spec:
             if saved and not mine:
-                raise CheckpointError(f"{own} is missing, which the model was saved with: put it back, or name it")
+                raise CheckpointError(
+                    f"{own} is missing, which the model was saved with: put it back, or name it"
+                )
             return mine
         given = Tokenizer.load(spec)
-        if given.sha256 not in (own_ones := {mine.sha256 if mine else saved, saved} - {None}) and own_ones:
+        if (
+            given.sha256 not in (own_ones := {mine.sha256 if mine else saved, saved} - {None})
+            and own_ones
+        ):
             raise ConfigError(
                 f"{spec}: not the tokenizer of the model in {self.path}, so its ids stand for other tokens: add "
                 "--tokenizer-differs to use it"
             )
         return mine or given
 
-    def bos(self, tokenizer: Tokenizer | None, written: str | None = None) -> int | tuple[int, ...] | None:
+    def bos(
+        self, tokenizer: Tokenizer | None, written: str | None = None
+    ) -> int | tuple[int, ...] | None:
         """Return the id, or ids, that the model reads before each document; None for nothing.
 
         `written` is the value of `--bos`: none, a token of the tokenizer, or an id. Without it, a LongNet reads the
@@ -188,11 +209,19 @@ class ModelFolder:
         For a Hugging Face model, they are the `eos_token_id`, one or several, of generation_config.json, otherwise of
         config.json. Without it, and for a LongNet, it is the end-of-text id of the tokenizer.
         """
-        for settings in (_read(self.path / GENERATION, dict), self.config) if self.of_transformers else ():
+        for settings in (
+            (_read(self.path / GENERATION, dict), self.config) if self.of_transformers else ()
+        ):
             value = settings.get("eos_token_id")
-            if ids := {x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)}:
+            if ids := {
+                x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)
+            }:
                 return frozenset(ids)
-        return frozenset() if tokenizer is None or tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+        return (
+            frozenset()
+            if tokenizer is None or tokenizer.eos_id is None
+            else frozenset({tokenizer.eos_id})
+        )
 
     @property
     def eos(self) -> str | None:
@@ -204,7 +233,9 @@ class ModelFolder:
         from longnet_cli.data.chat import ChatTemplate
 
         if tokenizer is None:
-            raise ConfigError(f"{self.path}: there is no tokenizer, which --chat needs: give --tokenizer")
+            raise ConfigError(
+                f"{self.path}: there is no tokenizer, which --chat needs: give --tokenizer"
+            )
         return ChatTemplate(self.path, tokenizer)
 
     def net_config(
@@ -217,13 +248,19 @@ class ModelFolder:
         """
         if self.of_transformers:
             how = {"lora": lora, "dtype": self.stored_dtype()} if lora is not None else {}
-            return self._transformers().read_facts(self.path, self.config, pattern, **how, embeds=self.embeds)
+            return self._transformers().read_facts(
+                self.path, self.config, pattern, **how, embeds=self.embeds
+            )
         from longnet_cli.nets.weights import load_config
 
         return load_config(self.path, pattern)
 
     def net(
-        self, *, pattern: Pattern | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        self,
+        *,
+        pattern: Pattern | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> Net:
         """Load the net, a `Net` in eval mode, on `device`. `pattern` replaces the model's own.
 
@@ -235,7 +272,11 @@ class ModelFolder:
 
         if self.of_transformers:
             load = self._transformers().load_transformers
-            how: dict[str, Any] = {"pattern": pattern, "device": device, "dtype": dtype or torch.float32}
+            how: dict[str, Any] = {
+                "pattern": pattern,
+                "device": device,
+                "dtype": dtype or torch.float32,
+            }
             net = load(self.path, self.config, **how, embeds=self.embeds)
         else:
             net = self.native().from_pretrained(self.path, device, torch.float32, pattern=pattern)
@@ -261,12 +302,18 @@ class ModelFolder:
 
         types = set()
         for name in weight_files(self.path):
-            with suppress(OSError, SafetensorError), safe_open(self.path / name, framework="numpy") as file:
+            with (
+                suppress(OSError, SafetensorError),
+                safe_open(self.path / name, framework="numpy") as file,
+            ):
                 types |= {file.get_slice(each).get_dtype() for each in file.keys()}  # noqa: SIM118 (not a mapping)
         return {("BF16",): torch.bfloat16, ("F16",): torch.float16}.get((*types,), torch.float32)
 
     def trainable(
-        self, config: TransformersConfig, lora: Mapping[str, Any] | None, on_note: Callable[[str], None]
+        self,
+        config: TransformersConfig,
+        lora: Mapping[str, Any] | None,
+        on_note: Callable[[str], None],
     ) -> Net:
         """Load a Hugging Face model for training, with the pattern of `config`, on the CPU, not mapped.
 
@@ -274,12 +321,17 @@ class ModelFolder:
         is None to train all weights. `on_note` gets a line if the pattern shows distances that the model has never
         seen. Raises as `net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
         """
-        dtype, pattern = None if lora is None else self.stored_dtype(), None if config.as_trained else config.pattern
+        dtype, pattern = (
+            None if lora is None else self.stored_dtype(),
+            None if config.as_trained else config.pattern,
+        )
         net = cast("TransformersNet", self.net(pattern=pattern, dtype=dtype))
         net.check_trainable()
         if net.too_wide:
             on_note(f"{self.name}: {net.too_wide}")
-        for parameter in net.parameters():  # mapped from files until now, which may vanish during a run
+        for (
+            parameter
+        ) in net.parameters():  # mapped from files until now, which may vanish during a run
             parameter.data = parameter.data.clone()
         if lora is not None:
             net.add_lora(lora)
@@ -308,29 +360,46 @@ class ModelFolder:
         that are not computed; and for an attention kernel that cannot run in `dtype`.
         """
         from longnet_cli.nets.net import bos_ids
-        from longnet_cli.running.device import DTYPES, check_kernel, keep_freed_memory, resolve_dtype
+        from longnet_cli.running.device import (
+            DTYPES,
+            check_kernel,
+            keep_freed_memory,
+            resolve_dtype,
+        )
 
         kind = resolve_dtype(dtype, device)
         if self.is_gguf:
-            on_note(f"{self.name}: converted for this run alone: `longnet convert {self.name} -o DIR` does it once")
+            on_note(
+                f"{self.name}: converted for this run alone: `longnet convert {self.name} -o DIR` does it once"
+            )
         if device.type == "cpu":
             keep_freed_memory()
         with self._unpacked(kind) as folder:
             words = folder.tokenizer(tokenizer, differs=tokenizer_differs)
             start, ends = folder.bos(words, bos), folder.ends(words)
             if chat is None:
-                from longnet_cli.data.chat import chat_settings  # loads Jinja, which other commands do not need
+                from longnet_cli.data.chat import (
+                    chat_settings,
+                )  # loads Jinja, which other commands do not need
 
                 chat = bool(chat_settings(words))
             template = folder.chat(words) if chat else None
             model = folder.sentence_model() if self.embeds else None
             net = folder.net(pattern=pattern, device=device, dtype=DTYPES[kind])
             embedding = None
-            if self.embeds and self.of_transformers and (model or (words and not net.config.causal)):
+            if (
+                self.embeds
+                and self.of_transformers
+                and (model or (words and not net.config.causal))
+            ):
                 embedding = folder.embedding(model, words, net, on_note)
                 words = words or embedding.words
         of_tokens = bool(net.config.vocab_size)  # otherwise there is no --bos at all
-        why = "its tokenizer's template says what stands before a text" if embedding else "it looks in both directions"
+        why = (
+            "its tokenizer's template says what stands before a text"
+            if embedding
+            else "it looks in both directions"
+        )
         if bos and (embedding or (bos != NO_BOS and of_tokens and not net.config.causal)):
             raise ConfigError(f"{self.name}: {why}: leave out --bos")
         if not net.config.causal:
@@ -338,7 +407,9 @@ class ModelFolder:
         check_kernel(device, dtype, net.config.head_dim)
         if not of_tokens:
             if not vectors:
-                raise ConfigError(f"{self.name}: this model has no vocabulary: it reads vectors, not tokens")
+                raise ConfigError(
+                    f"{self.name}: this model has no vocabulary: it reads vectors, not tokens"
+                )
             words = start = None
         if words and words.vocab_size > net.config.vocab_size:
             raise ConfigError(
@@ -348,7 +419,9 @@ class ModelFolder:
         if outside := [x for x in bos_ids(start) if not 0 <= x < net.config.vocab_size]:
             what = f"it reads the id {outside[0]} before a text, and its vocabulary has {net.config.vocab_size}"
             raise ConfigError(f"{self.name}: {what}: give --bos")
-        if net.note and (net.config.causal or net.dilated or not embedding):  # otherwise it reads windows
+        if net.note and (
+            net.config.causal or net.dilated or not embedding
+        ):  # otherwise it reads windows
             on_note(f"{self.name}: {net.note}")
         return Loaded(net, words, start, ends, template, self.origin, embedding)
 
@@ -361,7 +434,9 @@ class ModelFolder:
             return None
         if not self.of_transformers:
             if len(_read(self.modules, list)) > 1:
-                raise ConfigError(f"{self.modules}: a LongNet makes vectors alone: leave out the other modules")
+                raise ConfigError(
+                    f"{self.modules}: a LongNet makes vectors alone: leave out the other modules"
+                )
             return None
         self._transformers()
         from longnet_cli.models.hf.sentence_folder import read_sentence_model
@@ -369,7 +444,11 @@ class ModelFolder:
         return read_sentence_model(self.modules.parent)
 
     def embedding(
-        self, model: SentenceModel | None, tokenizer: Tokenizer | None, net: Net, on_note: Callable[[str], None]
+        self,
+        model: SentenceModel | None,
+        tokenizer: Tokenizer | None,
+        net: Net,
+        on_note: Callable[[str], None],
     ) -> Embedding:
         """Return how the model reads texts, and put the `model`'s steps into the net.
 
@@ -458,15 +537,24 @@ class ModelFolder:
                 f"{folder}: pickled weights are never read, since a pickle can run code: save them as safetensors"
             )
         if missing:
-            adapter = "; save an adapter of peft merged (merge_and_unload)" * (folder / "adapter_config.json").is_file()
-            raise CheckpointError(f"{folder}: not a complete model, {' and '.join(missing)} missing{adapter}")
+            adapter = (
+                "; save an adapter of peft merged (merge_and_unload)"
+                * (folder / "adapter_config.json").is_file()
+            )
+            raise CheckpointError(
+                f"{folder}: not a complete model, {' and '.join(missing)} missing{adapter}"
+            )
 
 
 def _transformer_of(folder: Path) -> Path:
     """Return the folder of a model's Transformer: a subfolder if modules.json names one first that is there."""
     modules = _read(folder / MODULES, list)
     inner = modules[0].get("path") if modules and isinstance(modules[0], dict) else None
-    return folder / inner if isinstance(inner, str) and is_within(inner) and (folder / inner).is_dir() else folder
+    return (
+        folder / inner
+        if isinstance(inner, str) and is_within(inner) and (folder / inner).is_dir()
+        else folder
+    )
 
 
 def is_gguf(path: Path) -> bool:

@@ -32,7 +32,11 @@ from longnet_cli.hub.model_names import name_origin
 from longnet_cli.nets.weights import check_finite
 
 _NEEDED = ("transformers", "gguf", "accelerate")
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # types that are not quantized
+_PLAIN = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}  # types that are not quantized
 
 _MOST_READS = 1 << 23  # of metadata: a word of a vocabulary takes three. Gemma 3 takes 3.4 million
 
@@ -93,9 +97,15 @@ def convert_gguf(
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         except Exception as error:  # readers of a foreign format may raise anything
-            raise CheckpointError(f"{path}: transformers cannot read it: {one_line(error)}") from None
-        _check_weights(model, {*report["missing_keys"]}, surplus | {*report["unexpected_keys"]}, path)
-        check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(path))
+            raise CheckpointError(
+                f"{path}: transformers cannot read it: {one_line(error)}"
+            ) from None
+        _check_weights(
+            model, {*report["missing_keys"]}, surplus | {*report["unexpected_keys"]}, path
+        )
+        check_finite(
+            {name: parameter.detach() for name, parameter in model.named_parameters()}, str(path)
+        )
         model.hf_quantizer = None  # the weights are plain now
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -134,7 +144,10 @@ def _check_weights(model: Any, missing: set[str], surplus: set[str], path: Path)
             missing.remove(name)
     if getattr(model.config, "rope_parameters", None):
         surplus -= ROPE_TENSORS  # they are in the configuration
-    for what, names in (("weights are missing", missing), ("the net has no place for weights", surplus)):
+    for what, names in (
+        ("weights are missing", missing),
+        ("the net has no place for weights", surplus),
+    ):
         if names:
             raise CheckpointError(f"{path}: {what}, {min(names)} among {len(names)}")
 
@@ -155,7 +168,9 @@ def open_gguf(path: Path) -> Any:
             self.left -= 1
             if offset + int(count) * np.dtype(dtype).itemsize > size or self.left < 0:
                 asked = int(count) * np.dtype(dtype).itemsize
-                raise ValueError(f"it declares {asked} bytes at offset {offset}, of a file of {size}")
+                raise ValueError(
+                    f"it declares {asked} bytes at offset {offset}, of a file of {size}"
+                )
             return super()._get(offset, dtype, count, *order, **options)
 
         def _get_field_parts(self, offset: int, kind: int) -> Any:
@@ -177,18 +192,24 @@ def _check_net(config: Any, arch: str, tensors: list[Any], hf: Any) -> set[str]:
     from transformers import modeling_gguf_pytorch_utils as reading
 
     if config.num_hidden_layers > len(tensors):
-        raise ValueError(f"it declares {config.num_hidden_layers} layers, and holds {len(tensors)} tensors")
+        raise ValueError(
+            f"it declares {config.num_hidden_layers} layers, and holds {len(tensors)} tensors"
+        )
     with torch.device("meta"):
         net = hf.AutoModelForCausalLM.from_config(config)
     wanted = net.num_parameters()
-    if wanted > 2 * (held := sum(int(tensor.n_elements) for tensor in tensors)):  # twice: its tables may be shared
+    if wanted > 2 * (
+        held := sum(int(tensor.n_elements) for tensor in tensors)
+    ):  # twice: its tables may be shared
         raise ValueError(f"it declares a net of {wanted:,} parameters, and holds {held:,} numbers")
     if arch in quick_readers():
         return set()  # transformers reports these names itself
     process = reading.TENSOR_PROCESSORS.get(arch, reading.TensorProcessor)(config=config.to_dict())
     places = reading.get_gguf_hf_weights_map(net, process)
     names = {tensor.name for tensor in tensors}
-    return {name for name in names if name not in places and name.removesuffix(".weight") not in places}
+    return {
+        name for name in names if name not in places and name.removesuffix(".weight") not in places
+    }
 
 
 def _drop_tokens_beyond(path: Path, vocab_size: int) -> None:
@@ -202,7 +223,12 @@ def _drop_tokens_beyond(path: Path, vocab_size: int) -> None:
 SETTINGS = {
     "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
     "attention.key_length": ("head_dim",),
-    "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"),
+    "attention.layer_norm_epsilon": (
+        "layer_norm_eps",
+        "layer_norm_epsilon",
+        "norm_eps",
+        "norm_epsilon",
+    ),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps"),
     "attention.sliding_window": ("sliding_window",),
     "attention.value_length": ("head_dim",),
@@ -258,7 +284,9 @@ DIGITS_APART = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smo
 def value_of(field: Any) -> Any:
     """Return the value of a field of gguf's reader: a number, a text, or a list of several."""
     text = field.types[-1] == 8
-    values = [bytes(field.parts[i]).decode() if text else field.parts[i][0].item() for i in field.data]
+    values = [
+        bytes(field.parts[i]).decode() if text else field.parts[i][0].item() for i in field.data
+    ]
     return values if len(field.types) > 1 and len({*values}) != 1 else values[0]
 
 
@@ -276,13 +304,19 @@ def complete(config: Any, reader: Any, read: Container[str]) -> Any:
         if key.startswith(NOTES) or TOKENIZER.fullmatch(key) or name in WITHOUT_EFFECT:
             continue
         value, own = value_of(field), name != key
-        setting = next((setting for setting in SETTINGS.get(name, ()) if own and hasattr(config, setting)), None)
+        setting = next(
+            (setting for setting in SETTINGS.get(name, ()) if own and hasattr(config, setting)),
+            None,
+        )
         if own and name.startswith("rope.") and name != "rope.dimension_sections":
             rope[name] = value
         elif own and name in read:
             continue
         elif setting:
-            if value != (getattr(config, setting) or 0) and changes.setdefault(setting, value) != value:
+            if (
+                value != (getattr(config, setting) or 0)
+                and changes.setdefault(setting, value) != value
+            ):
                 raise _refusal(key, value, config)
         elif own and name in FIXED:
             if value not in FIXED[name](config):
@@ -290,15 +324,21 @@ def complete(config: Any, reader: Any, read: Container[str]) -> Any:
         elif value and (key, value) != ("split.count", 1):
             raise _refusal(key, value, config)
     for setting, pattern in BIASES.items():
-        if getattr(config, setting, None) is False and any(re.search(pattern, each.name) for each in reader.tensors):
+        if getattr(config, setting, None) is False and any(
+            re.search(pattern, each.name) for each in reader.tensors
+        ):
             changes[setting] = True
     head_dim = changes.get("head_dim") or getattr(config, "head_dim", None)
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     if hasattr(config, "query_pre_attn_scalar"):  # Gemma's: not in the file, but known of a size
         of_27b = config.num_hidden_layers in (46, 62)
-        changes["query_pre_attn_scalar"] = config.hidden_size // config.num_attention_heads if of_27b else head_dim
+        changes["query_pre_attn_scalar"] = (
+            config.hidden_size // config.num_attention_heads if of_27b else head_dim
+        )
     if getattr(config, "rope_parameters", None):
-        factors = {each.name: np.array(each.data) for each in reader.tensors if each.name in ROPE_TENSORS}
+        factors = {
+            each.name: np.array(each.data) for each in reader.tensors if each.name in ROPE_TENSORS
+        }
         changes |= _rotation(rope, factors, config, head_dim)
     for name, value in rope.items():
         if value:
@@ -312,7 +352,9 @@ def complete(config: Any, reader: Any, read: Container[str]) -> Any:
 
 def _refusal(what: str, value: Any, config: Any) -> CheckpointError:
     said = f"{what} = {value}"
-    return CheckpointError(f"{said if len(said) < 200 else what}: {type(config).__name__} has no such setting")
+    return CheckpointError(
+        f"{said if len(said) < 200 else what}: {type(config).__name__} has no such setting"
+    )
 
 
 def reads(path: Path, arch: str) -> set[str]:
@@ -321,7 +363,9 @@ def reads(path: Path, arch: str) -> set[str]:
 
     makers = quick_readers()
     if arch not in makers:
-        mapping = GGUF_CONFIG_MAPPING.get(arch) or GGUF_CONFIG_MAPPING.get(re.sub("moe|-", "_moe", arch), {})
+        mapping = GGUF_CONFIG_MAPPING.get(arch) or GGUF_CONFIG_MAPPING.get(
+            re.sub("moe|-", "_moe", arch), {}
+        )
         return {key for key, setting in mapping.items() if setting}
 
     asked: set[str] = set()
@@ -352,7 +396,9 @@ def _newer(module: str, name: str) -> dict[str, Any]:
     return dict(getattr(import_module(f"{package}.{module}"), name)) if there else {}
 
 
-def _rotation(rope: dict[str, Any], factors: dict[str, np.ndarray], config: Any, head_dim: int) -> dict[str, Any]:
+def _rotation(
+    rope: dict[str, Any], factors: dict[str, np.ndarray], config: Any, head_dim: int
+) -> dict[str, Any]:
     """Return the settings that the keys `rope` and the tensors `factors` of a file say; takes these keys out of it.
 
     Of layers with a sliding window, only the base is their own.
@@ -363,17 +409,23 @@ def _rotation(rope: dict[str, Any], factors: dict[str, np.ndarray], config: Any,
     if "sliding_attention" in ropes and "rope.freq_base_swa" in rope:
         ropes["sliding_attention"]["rope_theta"] = rope.pop("rope.freq_base_swa")
     turned = rope.get("rope.dimension_count", 0)
-    if turned == int(head_dim * full.get("partial_rotary_factor", 1)) or turned == getattr(config, "rotary_dim", None):
+    if turned == int(head_dim * full.get("partial_rotary_factor", 1)) or turned == getattr(
+        config, "rotary_dim", None
+    ):
         del rope["rope.dimension_count"]
     elif turned and "partial_rotary_factor" in full:
         full["partial_rotary_factor"] = rope.pop("rope.dimension_count") / head_dim
     full |= _scaling(rope, factors, full["rope_theta"], config.max_position_embeddings)
     original = full.get(ORIGINAL)
-    beside = {ORIGINAL: original} if original and hasattr(config, ORIGINAL) else {}  # Phi-3 has it here, too
+    beside = (
+        {ORIGINAL: original} if original and hasattr(config, ORIGINAL) else {}
+    )  # Phi-3 has it here, too
     return {"rope_parameters": ropes, **beside}
 
 
-def _scaling(rope: dict[str, Any], factors: dict[str, np.ndarray], theta: float, context: int) -> dict[str, Any]:
+def _scaling(
+    rope: dict[str, Any], factors: dict[str, np.ndarray], theta: float, context: int
+) -> dict[str, Any]:
     """Return how rotary positions are scaled, as `rope_parameters` has it; takes the keys that say it out of `rope`."""
     said = {key[13:]: rope.pop(key) for key in [*rope] if key.startswith("rope.scaling.")}
     old = rope.pop("rope.scale_linear", 0)
@@ -383,14 +435,25 @@ def _scaling(rope: dict[str, Any], factors: dict[str, np.ndarray], theta: float,
     mixed, own = said.pop("yarn_ext_factor", -1), said.pop("yarn_attn_factor", 1)
     said.pop("finetuned", None)  # the model was trained so: nothing to compute
     factor = 1 if kind == "none" else factor
-    plain = mixed in ((-1, 1) if kind == "yarn" else (-1, 0)) and own == 1 and not any(said.values())
+    plain = (
+        mixed in ((-1, 1) if kind == "yarn" else (-1, 0)) and own == 1 and not any(said.values())
+    )
     if plain and factor == 1 and factors.keys() == ROPE_TENSORS - {"rope_freqs.weight"}:
-        lists = {f"{each}_factor": factors[f"rope_factors_{each}.weight"].tolist() for each in ("long", "short")}
-        return {"rope_type": "longrope", "attention_factor": attention, **lists} | {ORIGINAL: original or context}
+        lists = {
+            f"{each}_factor": factors[f"rope_factors_{each}.weight"].tolist()
+            for each in ("long", "short")
+        }
+        return {"rope_type": "longrope", "attention_factor": attention, **lists} | {
+            ORIGINAL: original or context
+        }
     if plain and factor == attention == 1 and factors.keys() == {"rope_freqs.weight"}:
         return _llama3(factors["rope_freqs.weight"], theta, original or 8192)
     if plain and kind == "yarn" and factor > 1 and not factors:
-        scaled = {"attention_factor": attention * (1 + 0.1 * math.log(factor)), "beta_fast": fast, "beta_slow": slow}
+        scaled = {
+            "attention_factor": attention * (1 + 0.1 * math.log(factor)),
+            "beta_fast": fast,
+            "beta_slow": slow,
+        }
         return {"rope_type": "yarn", "factor": factor, **scaled, ORIGINAL: original or context}
     if plain and kind in ("none", "linear", "yarn") and attention == 1 and not factors:
         return {"rope_type": "linear", "factor": factor} if factor != 1 else {}
@@ -420,7 +483,9 @@ def _llama3(factors: np.ndarray, theta: float, original: int) -> dict[str, Any]:
         if np.abs(((1 - share) / most + share) * factors - 1).max() <= 1e-6:
             found = {"factor": most, "low_freq_factor": low, "high_freq_factor": high}
             return {"rope_type": "llama3", **found, ORIGINAL: original}
-    raise CheckpointError("rope_freqs.weight: these factors are no scaling of Llama 3, the one that is known here")
+    raise CheckpointError(
+        "rope_freqs.weight: these factors are no scaling of Llama 3, the one that is known here"
+    )
 
 
 def split_words(tokenizer: Any, reader: Any) -> None:
@@ -428,16 +493,25 @@ def split_words(tokenizer: Any, reader: Any) -> None:
 
     Raises CheckpointError for a way that is not known.
     """
-    said = {key: value_of(reader.fields[key]) for key in (MODEL, PRE, PREFIX) if key in reader.fields}
+    said = {
+        key: value_of(reader.fields[key]) for key in (MODEL, PRE, PREFIX) if key in reader.fields
+    }
     words, pre = tokenizer.backend_tokenizer, said.get(PRE)
     if said.get(MODEL) == "gpt2":
         known = _newer("gguf_tokenizer_mapping", "GGUF_PRE_TOKENIZER_SPLITS") or {"qwen2"}
         if pre in DIGITS_APART:
-            each = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            each = [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
             words.pre_tokenizer = pre_tokenizers.Sequence(each)
         elif pre not in AS_GPT_2 | {*known}:
-            raise CheckpointError(f"{PRE} = {pre}: its way to split words is not known to this transformers")
+            raise CheckpointError(
+                f"{PRE} = {pre}: its way to split words is not known to this transformers"
+            )
     elif said.get(MODEL) == "llama" and (wanted := said.get(PREFIX)) is not None:
         first = tokenizer.convert_ids_to_tokens(words.encode("a", add_special_tokens=False).ids[0])
         if first.startswith("\u2581") != wanted:
-            raise CheckpointError(f"{PREFIX} = {wanted}: not so in the tokenizer that transformers makes of it")
+            raise CheckpointError(
+                f"{PREFIX} = {wanted}: not so in the tokenizer that transformers makes of it"
+            )

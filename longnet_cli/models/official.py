@@ -36,7 +36,9 @@ from longnet_cli.nets.slide import VectorNet
 from longnet_cli.nets.weights import TYPE_NAMES, NetT, check_finite, empty_net, list_names
 
 _PREFIX = re.compile(r"(module|model|slide_encoder|encoder|decoder)\.")
-DERIVED_BUFFERS = re.compile(r"(.*\.)?(xpos\.scale|version)")  # buffers that the configuration determines
+DERIVED_BUFFERS = re.compile(
+    r"(.*\.)?(xpos\.scale|version)"
+)  # buffers that the configuration determines
 
 
 def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> LongNet:
@@ -68,15 +70,23 @@ def renamed_net(
     """
     state = {name: tensor for name, tensor in state.items() if not DERIVED_BUFFERS.fullmatch(name)}
     if config.vocab_size and config.tie_embeddings:
-        output, table = state.pop("output_projection.weight", None), state.get("embed_tokens.weight")
+        output, table = (
+            state.pop("output_projection.weight", None),
+            state.get("embed_tokens.weight"),
+        )
         if output is not None and table is not None and not torch.equal(output, table):
             raise CheckpointError(
                 f"{where}: output_projection.weight is not embed_tokens.weight; set tie_embeddings=false"
             )
     net = empty_net(build, config, state, where, "the others need", name_of)
     # our own copy: training the net must not change the caller's dict
-    weights = {ours: state[name_of(ours)].detach().to(torch.float32, copy=True) for ours in net.state_dict()}
-    net.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, assign=True)
+    weights = {
+        ours: state[name_of(ours)].detach().to(torch.float32, copy=True)
+        for ours in net.state_dict()
+    }
+    net.load_state_dict(
+        {name: tensor.contiguous() for name, tensor in weights.items()}, assign=True
+    )
     return net.eval()
 
 
@@ -89,7 +99,9 @@ def slide_net(config: LongNetConfig, state: Mapping[str, Tensor], where: str) ->
 
 def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Strip prefixes that all keys share, such as `model.decoder.` of a decoder inside a fairseq model."""
-    while (match := _PREFIX.match(next(iter(state), ""))) and all(key.startswith(match[0]) for key in state):
+    while (match := _PREFIX.match(next(iter(state), ""))) and all(
+        key.startswith(match[0]) for key in state
+    ):
         state = {key.removeprefix(match[0]): tensor for key, tensor in state.items()}
     return state
 
@@ -157,26 +169,36 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if pickled:  # a Namespace, such as a run's options, is plain data
             _check_pickle(path)
             with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-                warnings.simplefilter("ignore")  # about pickle protocols; an unknown one raises below
+                warnings.simplefilter(
+                    "ignore"
+                )  # about pickle protocols; an unknown one raises below
                 content = torch.load(path, map_location="cpu", weights_only=True)
         else:
             content = load_file(path)
     except (pickle.UnpicklingError, SafetensorError) as error:
         asks = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {asks[1]}, and nothing is run" if asks else "damaged, or of another kind"
+        reason = (
+            f"it asks for {asks[1]}, and nothing is run" if asks else "damaged, or of another kind"
+        )
         raise CheckpointError(
             f"{path}: not a plain state dict ({reason}): save its state_dict(), or safetensors"
         ) from None
     except Exception as error:  # a damaged pickle may fail in any way
-        raise CheckpointError(f"{path}: damaged or not a checkpoint ({one_line(error)[:80]})") from None
+        raise CheckpointError(
+            f"{path}: damaged or not a checkpoint ({one_line(error)[:80]})"
+        ) from None
     for name in _INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{path}: not a plain state dict: it holds {type(content).__name__}, not tensors by name")
+        raise CheckpointError(
+            f"{path}: not a plain state dict: it holds {type(content).__name__}, not tensors by name"
+        )
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: not a plain state dict: {name} is of type {type(tensor).__name__}")
+            raise CheckpointError(
+                f"{path}: not a plain state dict: {name} is of type {type(tensor).__name__}"
+            )
         plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
         if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise CheckpointError(
@@ -196,14 +218,22 @@ def _check_pickle(path: Path) -> None:
             records = archive.infolist()
             size = sum(record.file_size for record in records)
             if size > path.stat().st_size or any(record.compress_type for record in records):
-                raise ValueError("its records are compressed, or lie in each other, as torch.save never does")
-            pickles = [archive.open(record) for record in records if record.filename.endswith("data.pkl")]
+                raise ValueError(
+                    "its records are compressed, or lie in each other, as torch.save never does"
+                )
+            pickles = [
+                archive.open(record) for record in records if record.filename.endswith("data.pkl")
+            ]
         for stream in pickles:
             with suppress(ValueError):  # damage, which torch reports
                 for operation, argument, _ in pickletools.genops(stream):
                     # torch allows this one, of any size
-                    if operation.name == "GLOBAL" and (asked := str(argument)).endswith(" bytearray"):
-                        raise pickle.UnpicklingError(f"GLOBAL {asked.replace(' ', '.')} was asked for")
+                    if operation.name == "GLOBAL" and (asked := str(argument)).endswith(
+                        " bytearray"
+                    ):
+                        raise pickle.UnpicklingError(
+                            f"GLOBAL {asked.replace(' ', '.')} was asked for"
+                        )
 
 
 class _Contents:
@@ -216,7 +246,11 @@ class _Contents:
         self.scales = [t for name, t in state.items() if name.endswith("xpos.scale")]
         self.decoder = f"{self.prefix}output_projection.weight" in state or bool(self.scales)
         kind = "decoder" if self.decoder else "encoder"
-        self.what = "a slide encoder as Prov-GigaPath's" if self.slide else f"a LongNet {kind} of torchscale"
+        self.what = (
+            "a slide encoder as Prov-GigaPath's"
+            if self.slide
+            else f"a LongNet {kind} of torchscale"
+        )
         self.config = self._config()
 
     def build(self) -> LongNet:
@@ -231,12 +265,18 @@ class _Contents:
         names = ("num_layers", "dim", "num_heads", "segment_lengths", "dilation_rates", "padding")
         settings = [f"- {name}: {getattr(self.config, name)}" for name in names]
         what, sha256 = self.what[0].upper() + self.what[1:], file_sha256(self.path)
-        return CARD.format(what=what, name=self.path.name, sha256=sha256, settings="\n".join(settings))
+        return CARD.format(
+            what=what, name=self.path.name, sha256=sha256, settings="\n".join(settings)
+        )
 
     def _config(self) -> LongNetConfig:
         """Return the configuration, from names and shapes, the given values and the official model's defaults."""
         dim, ffn = self._size("self_attn.q_proj.weight"), self._size("ffn.fc1.weight")
-        layers = {int(match[1]) for name in self.state if (match := re.match(rf"{self.prefix}layers\.(\d+)\.", name))}
+        layers = {
+            int(match[1])
+            for name in self.state
+            if (match := re.match(rf"{self.prefix}layers\.(\d+)\.", name))
+        }
         data: dict[str, Any] = {
             "vocab_size": 0,
             "dim": dim,
@@ -263,19 +303,30 @@ class _Contents:
         else:
             if (table := self.state.get("embed_tokens.weight")) is not None and table.ndim:
                 output = self.state.get("output_projection.weight")
-                data |= {"vocab_size": len(table), "tie_embeddings": output is None or torch.equal(output, table)}
+                data |= {
+                    "vocab_size": len(table),
+                    "tie_embeddings": output is None or torch.equal(output, table),
+                }
         data["num_heads"] = self.given.heads or heads
         data["segment_lengths"] = tuple(self.given.segment_lengths or lengths)
         data["dilation_rates"] = tuple(self.given.dilation_rates or rates)
-        if missing := [name for name in ("num_heads", "segment_lengths", "dilation_rates") if not data[name]]:
-            options = ", ".join(f"--{name.removeprefix('num_').replace('_', '-')}" for name in missing)
-            raise ConfigError(f"{self.path}: {self.what}, and no file says the pattern of one: give {options}")
+        if missing := [
+            name for name in ("num_heads", "segment_lengths", "dilation_rates") if not data[name]
+        ]:
+            options = ", ".join(
+                f"--{name.removeprefix('num_').replace('_', '-')}" for name in missing
+            )
+            raise ConfigError(
+                f"{self.path}: {self.what}, and no file says the pattern of one: give {options}"
+            )
         return validate(SlideConfig if self.slide else LongNetConfig, data, str(self.path))
 
     def _size(self, name: str) -> int:
         """Return the number of rows that the matrices of this name have in most layers."""
         pattern = re.compile(rf"{self.prefix}layers\.\d+\.{re.escape(name)}")
-        sizes = Counter(t.shape[0] for n, t in self.state.items() if pattern.fullmatch(n) and t.ndim == 2)
+        sizes = Counter(
+            t.shape[0] for n, t in self.state.items() if pattern.fullmatch(n) and t.ndim == 2
+        )
         if not sizes:
             raise CheckpointError(
                 f"{self.path}: not a slide encoder of Prov-GigaPath or a LongNet of torchscale: it has no "

@@ -28,7 +28,9 @@ HEADS, RATES, SHORTEST = 16, (1, 2, 4, 8, 16), 1024  # of all official architect
 class _Official(nn.Module):
     """A module of ours whose children have official names, in the official order. Our code finds them by our names."""
 
-    official: ClassVar[dict[str, str]]  # our name of a child -> the official one, with that of a module around it
+    official: ClassVar[
+        dict[str, str]
+    ]  # our name of a child -> the official one, with that of a module around it
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
@@ -47,7 +49,13 @@ class _Official(nn.Module):
 
 
 class OfficialAttention(_Official, Attention):
-    official: ClassVar = {"k": "k_proj", "v": "v_proj", "q": "q_proj", "out": "out_proj", "inner_norm": "inner_attn_ln"}
+    official: ClassVar = {
+        "k": "k_proj",
+        "v": "v_proj",
+        "q": "q_proj",
+        "out": "out_proj",
+        "inner_norm": "inner_attn_ln",
+    }
 
 
 class OfficialFeedForward(_Official, FeedForward):
@@ -124,9 +132,13 @@ class LongNetViT(_Official, VectorNet):
         **options: Any,
     ) -> None:
         if options.get("pretrained"):
-            raise ConfigError("pretrained=True names no weights: give create_model their file, or hf_hub:ORG/NAME")
+            raise ConfigError(
+                "pretrained=True names no weights: give create_model their file, or hf_hub:ORG/NAME"
+            )
         if options.get("mlp_ratio", 4) != 4:
-            raise ConfigError(f"mlp_ratio must be 4, as in all official models, got {options['mlp_ratio']}")
+            raise ConfigError(
+                f"mlp_ratio must be 4, as in all official models, got {options['mlp_ratio']}"
+            )
         settings = {
             "in_features": in_chans,
             "dim": embed_dim,
@@ -200,7 +212,9 @@ def _segment_lengths(max_wsi_size: float, tile_size: float) -> tuple[int, ...]:
     """
     tiles = int(max_wsi_size // tile_size) ** 2 if tile_size > 0 else 0
     if tiles < 1:
-        raise ConfigError(f"max_wsi_size {max_wsi_size} must be at least tile_size {tile_size}, and both above 0")
+        raise ConfigError(
+            f"max_wsi_size {max_wsi_size} must be at least tile_size {tile_size}, and both above 0"
+        )
     steps = np.linspace(math.log2(SHORTEST), int(math.log2(tiles)), len(RATES))
     return tuple(int(length) for length in 2**steps)
 
@@ -215,12 +229,18 @@ def _draw(net: VectorNet) -> None:
 
 
 # our name -> the official one: of all but the layers, of modules of the net, then of a layer
-_SLIDE = {"cls": "cls_token", "project.weight": "patch_embed.proj.weight", "project.bias": "patch_embed.proj.bias"}
+_SLIDE = {
+    "cls": "cls_token",
+    "project.weight": "patch_embed.proj.weight",
+    "project.bias": "patch_embed.proj.bias",
+}
 _SLIDE |= {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}
 _MODULES = {"embedding": "embed_tokens", "final_norm": "layer_norm", "output": "output_projection"}
 _MODULES |= OfficialBlock.official
 for _part, _kind in (("attention", OfficialAttention), ("ffn", OfficialFeedForward)):
-    _MODULES |= {f"{_part}.{ours}": f"{_MODULES[_part]}.{theirs}" for ours, theirs in _kind.official.items()}
+    _MODULES |= {
+        f"{_part}.{ours}": f"{_MODULES[_part]}.{theirs}" for ours, theirs in _kind.official.items()
+    }
 
 
 def official_name(ours: str) -> str:

@@ -112,7 +112,10 @@ class NetConfig:
 
         The share `predicted` of the tokens has logits.
         """
-        attention = sum(self.attention_flops(tokens) + self.attention_backward_flops(tokens) for tokens in documents)
+        attention = sum(
+            self.attention_flops(tokens) + self.attention_backward_flops(tokens)
+            for tokens in documents
+        )
         matrices = self.layer_flops() + predicted * self.vocabulary_flops()
         passes = 2 if self.frozen else 3  # forward, gradients of activations, gradients of weights
         return passes * matrices * sum(documents) + attention
@@ -123,14 +126,19 @@ class NetConfig:
 
     def _sum_over_layers(self, flops: Callable[..., float], tokens: int) -> float:
         sizes = self.pattern, self.num_heads, self.head_dim, tokens, self.causal
-        return sum(layers * flops(*sizes, kind=kind) for kind, layers in self.pattern.kinds(self.num_layers).items())
+        return sum(
+            layers * flops(*sizes, kind=kind)
+            for kind, layers in self.pattern.kinds(self.num_layers).items()
+        )
 
 
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
 XPOS_MAX_SEGMENT = 65536
 
 MOST_LAYERS = 10_000  # each is made, and some plans count them one by one
-_LARGEST = 1 << 24  # rows and columns of a layer's matrices: torch cannot count the bytes of far larger ones
+_LARGEST = (
+    1 << 24
+)  # rows and columns of a layer's matrices: torch cannot count the bytes of far larger ones
 
 _OPTIONS = {*PATTERN_FIELDS, "drop_path"} - {"segment_lengths", "dilation_rates", "head_offsets"}
 
@@ -145,7 +153,9 @@ class _NetSizes(StrictModel):
     ffn_dim: int = Field(gt=0, le=_LARGEST)
 
 
-_PATTERN: dict[str, Any] = {name: (kind, getattr(Pattern, name, ...)) for name, kind in get_type_hints(Pattern).items()}
+_PATTERN: dict[str, Any] = {
+    name: (kind, getattr(Pattern, name, ...)) for name, kind in get_type_hints(Pattern).items()
+}
 _SizesAndPattern = create_model("_SizesAndPattern", __base__=_NetSizes, **_PATTERN)
 
 
@@ -197,17 +207,23 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
         if not isinstance(data, Mapping) or "pattern" not in data:
             return data
         if given := [name for name in data if name in PATTERN_FIELDS]:
-            raise ValueError(f"pattern says the whole pattern: leave out {', '.join(given)}, or leave out pattern")
+            raise ValueError(
+                f"pattern says the whole pattern: leave out {', '.join(given)}, or leave out pattern"
+            )
         pattern = data["pattern"]
         if isinstance(pattern, str):
             pattern = parse_pattern(pattern)
         elif not isinstance(pattern, Pattern):
             raise ValueError(f'pattern needs a text, as "window:1Ki", got {pattern!r}')
-        return {name: value for name, value in data.items() if name != "pattern"} | pattern_fields(pattern)
+        return {name: value for name, value in data.items() if name != "pattern"} | pattern_fields(
+            pattern
+        )
 
     @field_validator("look_back", mode="wrap")
     @classmethod
-    def _one_or_several(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    def _one_or_several(
+        cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> Any:
         """Refuse other values in one sentence. Return one number if it is the same at all levels."""
         try:
             checked = check(value)
@@ -219,23 +235,39 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        defaults = {name: field.default for name, field in type(self).model_fields.items() if name in _OPTIONS}
-        return {name: value for name, value in write(self).items() if getattr(self, name) != defaults.get(name, ...)}
+        defaults = {
+            name: field.default
+            for name, field in type(self).model_fields.items()
+            if name in _OPTIONS
+        }
+        return {
+            name: value
+            for name, value in write(self).items()
+            if getattr(self, name) != defaults.get(name, ...)
+        }
 
     @model_validator(mode="after")
     def _check(self) -> LongNetConfig:
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
         if self.position != "none" and self.head_dim % 2:
-            raise ValueError(f'position="{self.position}" needs an even head size, got {self.head_dim}')
+            raise ValueError(
+                f'position="{self.position}" needs an even head size, got {self.head_dim}'
+            )
         if self.padding == "zero_key" and self.causal:
-            raise ValueError('padding="zero_key" is only for causal=false: a causal net never sees the zero keys')
+            raise ValueError(
+                'padding="zero_key" is only for causal=false: a causal net never sees the zero keys'
+            )
         pattern = self.pattern  # itself raises ValueError
-        if refusal := pattern.refusal(self.causal, self.padding) or pattern.refusal_of_layers(self.num_layers):
+        if refusal := pattern.refusal(self.causal, self.padding) or pattern.refusal_of_layers(
+            self.num_layers
+        ):
             raise ValueError(refusal)
         if self.position == "xpos":
             self._check_xpos()
-        if self.position == "rope_by_level" and not (self.causal and (len(pattern.levels) == 1 or not self.sinks)):
+        if self.position == "rope_by_level" and not (
+            self.causal and (len(pattern.levels) == 1 or not self.sinks)
+        ):
             raise ValueError(
                 'position="rope_by_level" needs causal=true and, with several levels, no sinks: leave them out, or use '
                 'position="rope"'
@@ -303,7 +335,11 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
         attention = 4 * (d * d + d) + (2 * d if self.norm == "subln" else 0)
         ffn = d * f + f + f * d + d + (2 * f if self.norm == "subln" else 0)
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
-        return embeddings + self.num_layers * (attention + ffn + 4 * d) + (2 * d if self.final_norm else 0)
+        return (
+            embeddings
+            + self.num_layers * (attention + ffn + 4 * d)
+            + (2 * d if self.final_norm else 0)
+        )
 
 
 class SlideConfig(LongNetConfig):
@@ -322,7 +358,9 @@ class SlideConfig(LongNetConfig):
     causal: bool = False
     position: Literal["rope", "none"] = "none"
     in_features: int = Field(default=1536, gt=0)
-    grid: int = Field(default=1000, ge=0, le=1 << 24)  # cells are float32 numbers in the rows that the net reads
+    grid: int = Field(
+        default=1000, ge=0, le=1 << 24
+    )  # cells are float32 numbers in the rows that the net reads
     tile_size: int = Field(default=256, gt=0)
     drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
 
@@ -331,7 +369,9 @@ class SlideConfig(LongNetConfig):
         if self.causal:
             raise ValueError("a slide encoder sees all tiles at once: causal must be false")
         if self.grid and self.dim % 4:
-            raise ValueError(f"positions in two dimensions need a dim that 4 divides, not {self.dim}; grid=0 has none")
+            raise ValueError(
+                f"positions in two dimensions need a dim that 4 divides, not {self.dim}; grid=0 has none"
+            )
         return self
 
     def num_parameters(self) -> int:
@@ -352,8 +392,12 @@ class TransformersConfig(NetConfig, BaseModel):
     head_dim: int
     ffn_dim: int
     causal: bool
-    memory: Literal["segments", "cache", "none"]  # the memory of a causal sequence between its chunks
-    max_tokens: int | None  # the size of a table of positions; for a dense net as trained, its training length
+    memory: Literal[
+        "segments", "cache", "none"
+    ]  # the memory of a causal sequence between its chunks
+    max_tokens: (
+        int | None
+    )  # the size of a table of positions; for a dense net as trained, its training length
     as_trained: bool  # no pattern is given: dense, on sequences of at most its training length
     pattern: Pattern
     parameters: int
@@ -371,13 +415,17 @@ class TransformersConfig(NetConfig, BaseModel):
         return self.parameters
 
 
-def parse_config(data: Mapping[str, Any], where: str, pattern: Pattern | None = None) -> LongNetConfig:
+def parse_config(
+    data: Mapping[str, Any], where: str, pattern: Pattern | None = None
+) -> LongNetConfig:
     """Return the configuration of parsed JSON or TOML. Raises ConfigError of one line that starts with `where`.
 
     Data with `in_features` give a SlideConfig. `pattern` replaces the pattern in `data`.
     """
     if pattern is not None and isinstance(data, Mapping):
-        data = {name: value for name, value in data.items() if name not in {*PATTERN_FIELDS, "pattern"}}
+        data = {
+            name: value for name, value in data.items() if name not in {*PATTERN_FIELDS, "pattern"}
+        }
         data["pattern"] = pattern
     slides = isinstance(data, Mapping) and "in_features" in data
     return validate(SlideConfig if slides else LongNetConfig, data, where)

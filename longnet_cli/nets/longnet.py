@@ -72,7 +72,9 @@ class Attention(nn.Module):
         self.turn = sink_turn(config)
         # three matrices, not one: v as a view of a fused product would keep the unrotated q and k alive till backward
         self.q, self.k, self.v = (nn.Linear(config.dim, config.dim) for _ in range(3))
-        self.inner_norm = Norm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
+        self.inner_norm = (
+            Norm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
+        )
         self.out = nn.Linear(config.dim, config.dim)
 
     def project(self, x: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,14 +87,20 @@ class Attention(nn.Module):
         q, k = rotate(q, k, table)
         return q, k, v if k.dim() == 4 else v[:, :, None].expand_as(k)
 
-    def forward(self, x: Tensor, table: PositionTable | None, place: Placement, far: LayerProvider | None) -> Tensor:
+    def forward(
+        self, x: Tensor, table: PositionTable | None, place: Placement, far: LayerProvider | None
+    ) -> Tensor:
         q, k, v = self.project(x, table)
         # a provider keeps state and sends messages: no graph can hold that
         outside = far and torch.compiler.is_compiling()
-        mixed = (torch.compiler.disable(self.attend) if outside else self.attend)(q, k, v, place, far)
+        mixed = (torch.compiler.disable(self.attend) if outside else self.attend)(
+            q, k, v, place, far
+        )
         return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, place: Placement, far: LayerProvider | None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, place: Placement, far: LayerProvider | None
+    ) -> Tensor:
         return dilated_attention(
             q,
             k,
@@ -112,7 +120,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.dim, config.ffn_dim)
-        self.inner_norm = Norm(config.ffn_dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
+        self.inner_norm = (
+            Norm(config.ffn_dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
+        )
         self.fc2 = nn.Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,7 +166,9 @@ class Layer(nn.Module):
         place: Placement = Placement(),  # noqa: B008 (immutable)
         far: LayerProvider | None = None,
     ) -> Tensor:
-        x = x + self.drop_path(self.dropout(self.attention(self.attention_norm(x), table, place, far)))
+        x = x + self.drop_path(
+            self.dropout(self.attention(self.attention_norm(x), table, place, far))
+        )
         return x + self.drop_path(self.dropout(self.ffn(self.ffn_norm(x))))
 
 
@@ -175,14 +187,20 @@ class LongNet(Net):
         self.config: LongNetConfig = config
         self.row_size = None if config.vocab_size else config.dim
         self.embedding = None
-        if config.vocab_size:  # an empty table: `init_weights` draws it, and nn.Embedding would draw it before
+        if (
+            config.vocab_size
+        ):  # an empty table: `init_weights` draws it, and nn.Embedding would draw it before
             table = torch.empty(config.vocab_size, config.dim)
             self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=table)
         self.layers = nn.ModuleList(self.layer_kind(config) for _ in range(config.num_layers))
-        self.final_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
+        self.final_norm = (
+            nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
+        )
         untied = config.vocab_size and not config.tie_embeddings
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None
-        if not any(p.is_meta for p in self.parameters()):  # on the meta device, drawing would import half of torch
+        if not any(
+            p.is_meta for p in self.parameters()
+        ):  # on the meta device, drawing would import half of torch
             self.init_weights()
 
     @torch.no_grad()
@@ -191,7 +209,9 @@ class LongNet(Net):
 
         For a net built on the meta device, call `to_empty(device=...)` first.
         """
-        gain = math.sqrt(math.log(2 * self.config.num_layers)) if self.config.norm == "subln" else 1.0
+        gain = (
+            math.sqrt(math.log(2 * self.config.num_layers)) if self.config.norm == "subln" else 1.0
+        )
         share = 1 / math.sqrt(2)
         gains = {"q": share, "k": share, "v": share * gain, "out": gain, "fc1": gain, "fc2": gain}
         for name, module in self.named_modules():
@@ -229,7 +249,10 @@ class LongNet(Net):
         x = self.embed(tokens, embeddings)
         if isinstance(lengths, Tensor):
             lengths = lengths.tolist()  # waits for a GPU: once, not in every layer
-        table, place = self.positions(x, start, documents), Placement(start, lengths, documents, total)
+        table, place = (
+            self.positions(x, start, documents),
+            Placement(start, lengths, documents, total),
+        )
         pattern = self.config.pattern
         choices = Choices(named or (None if start else named_blocks(pattern, tokens)))
         for index, layer in enumerate(self.layers):
@@ -261,10 +284,16 @@ class LongNet(Net):
         if self.embedding is not None:
             return self.embedding(tokens)
         if not tokens.is_floating_point():
-            raise ConfigError("this model has no token embedding (vocab_size 0): it reads embeddings, not tokens")
-        return tokens.to(next(self.parameters()).dtype)  # vectors, from a caller that passes any rows as tokens
+            raise ConfigError(
+                "this model has no token embedding (vocab_size 0): it reads embeddings, not tokens"
+            )
+        return tokens.to(
+            next(self.parameters()).dtype
+        )  # vectors, from a caller that passes any rows as tokens
 
-    def positions(self, x: Tensor, start: int, documents: Sequence[int] | None = None) -> PositionTable | None:
+    def positions(
+        self, x: Tensor, start: int, documents: Sequence[int] | None = None
+    ) -> PositionTable | None:
         """Return the table for hidden states (B, N, dim) that start at position `start`; all layers share it.
 
         All `documents` but the first start at position 0.
@@ -278,7 +307,9 @@ class LongNet(Net):
         rest = position_table(self.config, 0, max(others), x.device, dtype)
         assert rest is not None
         q = torch.cat([table.q, *(rest.q[:n] for n in others)])
-        return PositionTable(q, q if table.k is table.q else torch.cat([table.k, *(rest.k[:n] for n in others)]))
+        return PositionTable(
+            q, q if table.k is table.q else torch.cat([table.k, *(rest.k[:n] for n in others)])
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., vocab_size) of hidden states (..., dim), in the dtype of the matrix product."""
@@ -291,7 +322,9 @@ class LongNet(Net):
     def layer_modules(self) -> Sequence[nn.Module]:
         return [*self.layers]
 
-    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
+    def save(
+        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None
+    ) -> None:
         save_pretrained(self, folder, tokenizer_json, state, eos)
 
     @classmethod
@@ -308,7 +341,10 @@ class LongNet(Net):
         return load_pretrained(cls, name_or_dir, device, dtype, pattern=pattern, verify=verify)
 
     def save_pretrained(
-        self, directory: str | PathLike[str], tokenizer_json: str | None = None, eos: str | None = None
+        self,
+        directory: str | PathLike[str],
+        tokenizer_json: str | None = None,
+        eos: str | None = None,
     ) -> None:
         """Write config.json, model.safetensors and tokenizer.json; `eos` is the token that ends documents.
 

@@ -36,10 +36,16 @@ class ReadText:
 
     def __init__(self, ids: Iterable[Tensor] = ()) -> None:
         self.length = 0
-        self._new: list[Tensor] = []  # tokens (n,) that are not in `_tail` yet: asking a GPU for them would wait
-        self._tail = np.zeros(0, np.int64)  # the last tokens, at least those that are not in the index
+        self._new: list[
+            Tensor
+        ] = []  # tokens (n,) that are not in `_tail` yet: asking a GPU for them would wait
+        self._tail = np.zeros(
+            0, np.int64
+        )  # the last tokens, at least those that are not in the index
         self._indexed = 0
-        self._pieces: list[tuple[np.ndarray, np.ndarray]] = []  # hashes, ascending, and where each n-gram ends
+        self._pieces: list[
+            tuple[np.ndarray, np.ndarray]
+        ] = []  # hashes, ascending, and where each n-gram ends
         for some in ids:
             self.append(some)
 
@@ -72,7 +78,9 @@ class ReadText:
             own = np.unique(inverse[(ends > last - SPAN) & (ends <= last)])
             rows = _ranges(firsts[own], firsts[own + 1])
             candidates, at = np.unique(of[rows], return_inverse=True)
-            scores = np.bincount(at, worth[rows], len(candidates)).round(6)  # sums in another order stay equal
+            scores = np.bincount(at, worth[rows], len(candidates)).round(
+                6
+            )  # sums in another order stay equal
             best = np.argsort(-scores, kind="stable")[: blocks.shape[1]]
             best = best[scores[best] > 0]
             blocks[group, : len(best)] = candidates[best]
@@ -81,7 +89,9 @@ class ReadText:
     def _tokens(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens at positions [start, stop), which are in the tail."""
         if self._new:
-            self._tail = np.concatenate([self._tail, *(ids.cpu().numpy().astype(np.int64) for ids in self._new)])
+            self._tail = np.concatenate(
+                [self._tail, *(ids.cpu().numpy().astype(np.int64) for ids in self._new)]
+            )
             self._new = []
         begin = self.length - len(self._tail)
         return self._tail[start - begin : stop - begin]
@@ -99,14 +109,19 @@ class ReadText:
         while len(self._pieces) > 1 and len(self._pieces[-2][0]) <= 2 * len(self._pieces[-1][0]):
             (old, older), (new, newer) = self._pieces[-2:]
             both = np.concatenate([old, new])
-            order = np.argsort(both, kind="stable")  # of equal hashes, the earlier place stays first
+            order = np.argsort(
+                both, kind="stable"
+            )  # of equal hashes, the earlier place stays first
             self._pieces[-2:] = [(both[order], np.concatenate([older, newer])[order])]
         self._indexed = stop
         self._tail = self._tokens(max(self.length - len(self._tail), stop - SPAN - 2), self.length)
 
     def _found(self, grams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return pairs (index of an n-gram, place) of all n-grams with at most MOST_PLACES places."""
-        bounds = [(np.searchsorted(piece, grams), np.searchsorted(piece, grams, "right")) for piece, _ in self._pieces]
+        bounds = [
+            (np.searchsorted(piece, grams), np.searchsorted(piece, grams, "right"))
+            for piece, _ in self._pieces
+        ]
         total = sum((stop - begin for begin, stop in bounds), np.zeros(len(grams), np.int64))
         rare = total <= MOST_PLACES
         which, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -121,13 +136,17 @@ def _ngrams(ids: np.ndarray, known: int) -> tuple[np.ndarray, np.ndarray]:
     """Return hashes of the pairs and triples that end at ids (n,) from index `known` on, and these indices."""
     with np.errstate(over="ignore"):
         pairs = (ids[:-1] * _FACTORS[0] + ids[1:]) * _FACTORS[1]
-        triples = ((ids[:-2] * _FACTORS[0] + ids[1:-1] + _FACTORS[1]) * _FACTORS[0] + ids[2:]) * _FACTORS[1]
+        triples = (
+            (ids[:-2] * _FACTORS[0] + ids[1:-1] + _FACTORS[1]) * _FACTORS[0] + ids[2:]
+        ) * _FACTORS[1]
     hashes = np.concatenate([pairs, triples])
     ends = np.concatenate([np.arange(1, len(pairs) + 1), np.arange(2, len(triples) + 2)])
     return hashes[ends >= known], ends[ends >= known]
 
 
-def _worth(which: np.ndarray, places: np.ndarray, near: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _worth(
+    which: np.ndarray, places: np.ndarray, near: int, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return what n-grams add to blocks: n-grams (n,), ascending, worth (n,) and blocks (n,); each pair is there once.
 
     `which` n-gram ends at each of `places`. The first block is left out, which is seen anyway.
@@ -159,9 +178,13 @@ class NamedBlocks:
     hold the shard's tokens, too. All other documents begin in the shard.
     """
 
-    def __init__(self, pattern: Pattern, tokens: Tensor, texts: Sequence[ReadText] | None = None) -> None:
+    def __init__(
+        self, pattern: Pattern, tokens: Tensor, texts: Sequence[ReadText] | None = None
+    ) -> None:
         self.pattern, self.tokens = pattern, tokens
-        self._texts = {(row, 0): text for row, text in enumerate(texts or ())}  # by row and first column
+        self._texts = {
+            (row, 0): text for row, text in enumerate(texts or ())
+        }  # by row and first column
         self._named: dict[tuple[int, int, int], Tensor] = {}
 
     def __call__(self, row: int, part: GroupedPart) -> Tensor:

@@ -36,7 +36,9 @@ def bos_ids(bos: Bos) -> tuple[int, ...]:
 class Readable(Protocol):
     """Token ids, or vectors that a net reads in their place. Any slice can be read."""
 
-    def read(self, start: int, stop: int, /) -> np.ndarray: ...  # (stop - start,) int64, or (stop - start, n) float32
+    def read(
+        self, start: int, stop: int, /
+    ) -> np.ndarray: ...  # (stop - start,) int64, or (stop - start, n) float32
 
 
 class DocumentLike(Readable, Protocol):
@@ -89,25 +91,40 @@ class InputSequence(Generic[D]):
 
     def read(self, start: int, stop: int, /) -> np.ndarray:
         """Return the rows [start, stop), (stop - start,) int64 or (stop - start, n) float32."""
-        begin, end = (self.begin + min(max(self.own_start, row), self._last) - self.own_start for row in (start, stop))
+        begin, end = (
+            self.begin + min(max(self.own_start, row), self._last) - self.own_start
+            for row in (start, stop)
+        )
         rows = self.document.read(begin, end)
         if self.cells is not None:
             rows = np.concatenate((rows, self.cells[begin:end]), 1)
         before = [self.start_rows[start:stop]] if start < self.own_start else []
-        after = [self.end_rows[max(0, start - self._last) : stop - self._last]] if stop > self._last else []
+        after = (
+            [self.end_rows[max(0, start - self._last) : stop - self._last]]
+            if stop > self._last
+            else []
+        )
         return np.concatenate((*before, rows, *after)) if before or after else rows
 
-    def check(self, instead: str, tokens: int | None = None, *, skips: bool = True) -> InputSequence[D]:
+    def check(
+        self, instead: str, tokens: int | None = None, *, skips: bool = True
+    ) -> InputSequence[D]:
         """Return this sequence. Raises TooLongError if the net cannot read it, or `tokens` of its rows at once.
 
         `instead` says what to do then; with `skips`, the message mentions --skip-bad as well.
         """
         tokens = len(self) if tokens is None else tokens
         if self.limit is not None and tokens > self.limit:
-            has = f"was trained on {self.limit}" if self.alternatives else f"has {self.limit} positions"
+            has = (
+                f"was trained on {self.limit}"
+                if self.alternatives
+                else f"has {self.limit} positions"
+            )
             instead += f", or give {self.alternatives}" if self.alternatives else ""
             instead += "; --skip-bad leaves such documents out" if skips else ""
-            raise TooLongError(f"{self.document.where}: {tokens} tokens, and the model {has}", instead)
+            raise TooLongError(
+                f"{self.document.where}: {tokens} tokens, and the model {has}", instead
+            )
         return self
 
 
@@ -131,7 +148,9 @@ class Net(nn.Module):
     has_grid: bool = False  # whether the vectors that it reads lie in a grid
     digest: str | None = None  # of configuration and weights, where both stay as they are
     row_size: int | None = None  # the size of the vectors that the net reads in place of token ids
-    layer_by_layer: bool = False  # whether jobs can run its layers one by one, and see the states between them
+    layer_by_layer: bool = (
+        False  # whether jobs can run its layers one by one, and see the states between them
+    )
 
     @property
     def turns(self) -> Sequence[Turn | None]:
@@ -147,7 +166,11 @@ class Net(nn.Module):
         return np.array(bos_ids(bos) if self.config.causal else (), np.int64)
 
     def sequence(
-        self, document: D, bos: Bos = None, tile_size: float | None = None, closing: Sequence[int] | None = None
+        self,
+        document: D,
+        bos: Bos = None,
+        tile_size: float | None = None,
+        closing: Sequence[int] | None = None,
     ) -> InputSequence[D]:
         """Return a document as the net reads it, after `start_rows(bos)`; `tile_size` is for a net with a grid.
 
@@ -157,14 +180,18 @@ class Net(nn.Module):
         """
         if document.has_vectors != (self.row_size is not None):
             kinds = ("token ids", "vectors") if self.row_size is None else ("vectors", "token ids")
-            raise ConfigError(f"{document.where}: the model reads {kinds[0]}, and this document holds {kinds[1]}")
+            raise ConfigError(
+                f"{document.where}: the model reads {kinds[0]}, and this document holds {kinds[1]}"
+            )
         if document.has_vectors and len(document) and document.width != self.row_size:
             raise DataError(
                 f"{document.where}: its vectors have {document.width} numbers, and the model reads {self.row_size}"
             )
         start_rows = self.start_rows(bos) if closing is None else np.array(bos_ids(bos), np.int64)
         end_rows = np.array(closing or (), np.int64)
-        return InputSequence(document, start_rows, self.config.max_tokens, self.alternatives, end_rows=end_rows)
+        return InputSequence(
+            document, start_rows, self.config.max_tokens, self.alternatives, end_rows=end_rows
+        )
 
     def inputs_like(self, shape: tuple[int, int]) -> Tensor:
         """Return inputs of the shape (B, N), on the net's device, to measure with: random ids, or vectors of zeros."""
@@ -190,7 +217,9 @@ class Net(nn.Module):
         """The layers, first to last: each maps hidden states (B, N, dim) to hidden states (B, N, dim)."""
         raise NotImplementedError
 
-    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
+    def save(
+        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None
+    ) -> None:
         """Write a model directory with the weights `state`, on the CPU; files get their names when they are complete.
 
         `eos` is the token of the tokenizer that ends documents, if it is not the one that the model came with.
@@ -214,7 +243,9 @@ class Net(nn.Module):
             return self._nll(rows, wanted).view(targets.shape)
         again = torch.is_grad_enabled()
         chunks = [
-            checkpoint(self._nll, r, t, use_reentrant=False, preserve_rng_state=False) if again else self._nll(r, t)
+            checkpoint(self._nll, r, t, use_reentrant=False, preserve_rng_state=False)
+            if again
+            else self._nll(r, t)
             for r, t in zip(rows.split(size), wanted.split(size), strict=True)
         ]
         return torch.cat(chunks).view(targets.shape)

@@ -67,22 +67,30 @@ def position_table(
     kind = torch.complex128 if dtype is torch.float64 else torch.complex64
     frequencies = _frequencies(config, device)
     j = torch.arange(half, dtype=torch.float64, device=device)
-    log_zeta = torch.log((2 * j + XPOS_GAMMA * config.head_dim) / ((1 + XPOS_GAMMA) * config.head_dim))
+    log_zeta = torch.log(
+        (2 * j + XPOS_GAMMA * config.head_dim) / ((1 + XPOS_GAMMA) * config.head_dim)
+    )
     q = torch.empty(tokens, *([len(levels)] if levels else []), 1, half, dtype=kind, device=device)
     k = torch.empty_like(q) if xpos or levels else q
     for begin in range(0, tokens, TABLE_ROWS):
         rows = slice(begin, min(begin + TABLE_ROWS, tokens))
-        position = torch.arange(start + rows.start, start + rows.stop, dtype=torch.int64, device=device)
+        position = torch.arange(
+            start + rows.start, start + rows.stop, dtype=torch.int64, device=device
+        )
         if xpos:
             places = (position % longest - longest // 2).double()
-            phase = (places[:, None] * frequencies).remainder_(2 * math.pi)[:, None]  # (rows, 1, D/2)
+            phase = (places[:, None] * frequencies).remainder_(2 * math.pi)[
+                :, None
+            ]  # (rows, 1, D/2)
             exponent = (places / XPOS_SCALE_BASE)[:, None, None] * log_zeta
             q[rows] = torch.polar(exponent.exp(), phase)
             k[rows] = torch.polar(exponent.neg_().exp_(), phase)
         elif levels:
             rates, shifts = torch.tensor(levels, dtype=torch.float64, device=device).T
             seen_at = position[:, None] / rates
-            k[rows], q[rows] = (_factors(x[..., None], frequencies) for x in (seen_at, seen_at + shifts))
+            k[rows], q[rows] = (
+                _factors(x[..., None], frequencies) for x in (seen_at, seen_at + shifts)
+            )
         else:
             q[rows] = _factors(position.double()[:, None], frequencies)
     return PositionTable(q, k)
@@ -98,7 +106,10 @@ def _levels(config: LongNetConfig) -> list[tuple[float, float]]:
     if config.position != "rope_by_level" or len(pattern.levels) == 1:
         return []
     apart = pattern.overlap == "once"
-    begins = [0, *(apart * b * w for w, b in zip(pattern.segment_lengths, pattern.look_backs, strict=True))]
+    begins = [
+        0,
+        *(apart * b * w for w, b in zip(pattern.segment_lengths, pattern.look_backs, strict=True)),
+    ]
     levels, seen_at = [], 0.0
     for level, rate in enumerate(pattern.dilation_rates):
         if level:
@@ -129,7 +140,9 @@ def sink_turn(config: LongNetConfig) -> Turn | None:
 
 
 def _turn_by(config: LongNetConfig, k: Tensor, distances: Tensor) -> Tensor:
-    factors = _factors(distances.double()[:, None], _frequencies(config, k.device))[:, None]  # (S, 1, 1, D/2)
+    factors = _factors(distances.double()[:, None], _frequencies(config, k.device))[
+        :, None
+    ]  # (S, 1, 1, D/2)
     return _turn(k, factors if k.dtype is torch.float64 else factors.to(torch.complex64))
 
 
@@ -149,7 +162,10 @@ def _turn(x: Tensor, factors: Tensor) -> Tensor:
     wide = x if x.dtype is torch.float64 else x.float()
     # a compiler makes one loop of these real products; in eager mode they take twice as long as a complex product
     if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(factors).unbind(-1)
+        (a, b), (cos, sin) = (
+            wide.unflatten(-1, (-1, 2)).unbind(-1),
+            torch.view_as_real(factors).unbind(-1),
+        )
         return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (batch, ..., H, D/2)
     return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)

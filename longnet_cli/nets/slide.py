@@ -35,8 +35,12 @@ HEAD_EPS = 1e-6  # of the last norm; the others have the configuration's
 CLS_CELL = -1.0  # both numbers of the cell of the CLS row, whose vector is not read
 
 
-CROWD = 8  # mean tiles per cell from which the cell size is most likely wrong; overlapping tiles have 4
-TileSize = float | Sequence[float] | Tensor | None  # one side for all slides, or one for each; None is the model's own
+CROWD = (
+    8  # mean tiles per cell from which the cell size is most likely wrong; overlapping tiles have 4
+)
+TileSize = (
+    float | Sequence[float] | Tensor | None
+)  # one side for all slides, or one for each; None is the model's own
 
 
 class Tiles(DocumentLike, Protocol):
@@ -77,7 +81,9 @@ def tile_cells(document: Tiles, config: SlideConfig, tile_size: float | None = N
             f"{document.where}: document {document.doc_id!r} has no coordinates, which the model needs: a column "
             "coords of pairs, or x and y"
         )
-    side = tile_size or document.tile_size or config.tile_size  # in pixels of the document's coordinates
+    side = (
+        tile_size or document.tile_size or config.tile_size
+    )  # in pixels of the document's coordinates
     cells = grid_cells(torch.from_numpy(document.coords), side)
     if outside := outside_grid(cells, config.grid):
         index, problem = outside
@@ -108,7 +114,11 @@ def _warn_of_crowds(document: Tiles, coords: np.ndarray, cells: np.ndarray, side
 
 
 def padded_cells(
-    coords: Tensor | None, counts: Tensor, shape: tuple[int, int, int], config: SlideConfig, tile_size: TileSize = None
+    coords: Tensor | None,
+    counts: Tensor,
+    shape: tuple[int, int, int],
+    config: SlideConfig,
+    tile_size: TileSize = None,
 ) -> Tensor:
     """Return the cells of the tiles of a padded batch, float64 of the `shape` (B, N, 2), zeros at padding.
 
@@ -117,13 +127,21 @@ def padded_cells(
     """
     batch, tiles, _ = shape
     if coords is None or coords.shape != shape:
-        raise ValueError(f"coords must have the shape {shape}, got {'none' if coords is None else tuple(coords.shape)}")
+        raise ValueError(
+            f"coords must have the shape {shape}, got {'none' if coords is None else tuple(coords.shape)}"
+        )
     given = config.tile_size if tile_size is None else tile_size
     sides = torch.as_tensor(given, dtype=torch.float64).flatten()
     if len(sides) not in (1, batch) or not (sides > 0).all():
-        raise ValueError(f"tile_size must be above 0, one number or one for each of {batch} slides, got {given}")
-    real = (torch.arange(tiles) < counts[:, None])[..., None].to(coords.device)  # padding may have any coords
-    cells = grid_cells(torch.where(real, coords, coords.new_zeros(())), sides.view(-1, 1, 1).to(coords.device))
+        raise ValueError(
+            f"tile_size must be above 0, one number or one for each of {batch} slides, got {given}"
+        )
+    real = (torch.arange(tiles) < counts[:, None])[..., None].to(
+        coords.device
+    )  # padding may have any coords
+    cells = grid_cells(
+        torch.where(real, coords, coords.new_zeros(())), sides.view(-1, 1, 1).to(coords.device)
+    )
     if outside := outside_grid(cells.flatten(0, 1), config.grid):
         slide, tile = divmod(outside[0], tiles)
         (x, y), side = coords[slide, tile].tolist(), sides[slide % len(sides)]
@@ -140,7 +158,9 @@ def grid_positions(cells: Tensor, dim: int) -> Tensor:
     The first half is for a cell's second number, the second half for its first. A half is [sin, cos] of
     c / 10000^(i / (dim / 4)), for i in 0, ..., dim / 4 - 1.
     """
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, device=cells.device, dtype=torch.float64) / (dim // 4))
+    frequencies = 10000.0 ** -(
+        torch.arange(dim // 4, device=cells.device, dtype=torch.float64) / (dim // 4)
+    )
     phases = cells.flip(-1).double()[..., None] * frequencies  # (..., 2, dim / 4)
     return torch.cat([phases.sin(), phases.cos()], -1).flatten(-2).float()
 
@@ -176,7 +196,11 @@ class VectorNet(LongNet):
         return np.full((1, self.config.in_features + 2), CLS_CELL, np.float32)
 
     def sequence(
-        self, document: D, bos: Bos = None, tile_size: float | None = None, closing: Sequence[int] | None = None
+        self,
+        document: D,
+        bos: Bos = None,
+        tile_size: float | None = None,
+        closing: Sequence[int] | None = None,
     ) -> InputSequence[D]:
         """Return a document as the net reads it; see `Net.sequence`. Raises, and warns, as `tile_cells` does, too."""
         sequence = super().sequence(document, bos)
@@ -225,30 +249,42 @@ class VectorNet(LongNet):
         batch, tiles, _ = features.shape
         counts = torch.full((batch,), tiles) if lengths is None else torch.as_tensor(lengths).cpu()
         if counts.shape != (batch,) or not tiles or counts.min() < 1 or counts.max() > tiles:
-            raise ValueError(f"lengths must be {batch} numbers of 1 to {tiles}, got {counts.tolist()}")
+            raise ValueError(
+                f"lengths must be {batch} numbers of 1 to {tiles}, got {counts.tolist()}"
+            )
         x = self.dropout(self.embed(self.rows(features, coords, counts, tile_size)))
         table = self.positions(x, 0)
         place = Placement(lengths=None if lengths is None else (counts + 1).tolist())
         states = [self.head(_pooled(x, counts, pool))] if all_layers else []
         again &= torch.is_grad_enabled()
         for layer in self.layers:
-            x = checkpoint(layer, x, table, place, use_reentrant=False) if again else layer(x, table, place)
+            x = (
+                checkpoint(layer, x, table, place, use_reentrant=False)
+                if again
+                else layer(x, table, place)
+            )
             if all_layers:
                 states.append(self.head(_pooled(x, counts, pool)))
         return states or [self.head(_pooled(self.final_norm(x), counts, pool))]
 
-    def rows(self, features: Tensor, coords: Tensor | None, counts: Tensor, tile_size: TileSize = None) -> Tensor:
+    def rows(
+        self, features: Tensor, coords: Tensor | None, counts: Tensor, tile_size: TileSize = None
+    ) -> Tensor:
         """Return the rows that the net reads, (B, 1 + N, in_features + 2), of slides with these counts of tiles."""
         batch, tiles, size = features.shape
         if size != self.config.in_features:
-            raise ValueError(f"features have {size} numbers, the model reads {self.config.in_features}")
+            raise ValueError(
+                f"features have {size} numbers, the model reads {self.config.in_features}"
+            )
         wide = torch.float64 if features.dtype is torch.float64 else torch.float32
         cells = features.new_zeros(batch, tiles, 2, dtype=torch.float64)
         if self.config.grid:
             cells = padded_cells(coords, counts, (batch, tiles, 2), self.config, tile_size)
         elif coords is not None:
             raise ValueError("this model has no grid: it takes no coords")
-        rows = features.new_full((batch, 1 + tiles, size + 2), CLS_CELL, dtype=wide)  # 100,000 tiles: 0.6 GB, so once
+        rows = features.new_full(
+            (batch, 1 + tiles, size + 2), CLS_CELL, dtype=wide
+        )  # 100,000 tiles: 0.6 GB, so once
         rows[:, 1:, :size], rows[:, 1:, size:] = features, cells
         return rows
 
@@ -299,7 +335,13 @@ class SlideEncoder(nn.Module):
         """
         again = self.activation_checkpointing
         vectors = self.net.encode(
-            features, coords, tile_size=tile_size, lengths=lengths, pool=pool, all_layers=all_layers, again=again
+            features,
+            coords,
+            tile_size=tile_size,
+            lengths=lengths,
+            pool=pool,
+            all_layers=all_layers,
+            again=again,
         )
         return torch.stack(vectors) if all_layers else vectors[0]
 
@@ -316,7 +358,11 @@ class SlideEncoder(nn.Module):
     ) -> SlideEncoder:
         """Load a saved encoder from its directory; see weights.load_pretrained. `padding` replaces the saved one."""
         net = load_pretrained(VectorNet, name_or_dir, device, dtype, pattern=pattern, verify=verify)
-        config = net.config if padding is None else SlideConfig(**{**dict(net.config), "padding": padding})
+        config = (
+            net.config
+            if padding is None
+            else SlideConfig(**{**dict(net.config), "padding": padding})
+        )
         with torch.device("meta"):
             encoder = cls(config)
         encoder.net.load_state_dict(net.state_dict(), assign=True)
@@ -332,5 +378,7 @@ def _pooled(x: Tensor, counts: Tensor, pool: SlidePool) -> Tensor:
     if pool == "cls":
         return x[:, 0]
     real = torch.arange(x.shape[1] - 1) < counts[:, None]
-    tiles = torch.where(real[..., None].to(x.device), x[:, 1:], x.new_zeros(()))  # padding may be NaN
+    tiles = torch.where(
+        real[..., None].to(x.device), x[:, 1:], x.new_zeros(())
+    )  # padding may be NaN
     return tiles.sum(1, dtype=torch.float64) / counts[:, None].to(x.device)

@@ -45,7 +45,12 @@ from longnet_cli.nets.config import LongNetConfig, NetConfig, parse_config
 from longnet_cli.nets.net import Net
 
 # The types that weights can have, and their names in a file of safetensors
-TYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 _SMALL = 1 << 24  # parameters of a net that is built in no time, whatever its shapes
 
 
@@ -72,7 +77,9 @@ def tensor_digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = Non
         return hashlib.sha256(b"".join(pool.map(one, sorted(tensors)))).hexdigest()
 
 
-def check_header(config: LongNetConfig, stored: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
+def check_header(
+    config: LongNetConfig, stored: Mapping[str, tuple[str, tuple[int, ...]]], where: str
+) -> None:
     """Compare the types and shapes in a safetensors file with a configuration, before a net of any size is built.
 
     Raises CheckpointError for weights of another type than `TYPE_NAMES`, for another number of layers, and for a
@@ -80,13 +87,19 @@ def check_header(config: LongNetConfig, stored: Mapping[str, tuple[str, tuple[in
     """
     for name, (dtype, _) in stored.items():
         if dtype not in TYPE_NAMES.values():
-            raise CheckpointError(f"{where}: {name} is of type {dtype}: weights are {', '.join(TYPE_NAMES.values())}")
+            raise CheckpointError(
+                f"{where}: {name} is of type {dtype}: weights are {', '.join(TYPE_NAMES.values())}"
+            )
     layers = {name.split(".")[1] for name in stored if name.startswith("layers.")}
     if len(layers) != config.num_layers:
-        raise CheckpointError(f"{where}: it has {len(layers)} layers, its configuration needs {config.num_layers}")
+        raise CheckpointError(
+            f"{where}: it has {len(layers)} layers, its configuration needs {config.num_layers}"
+        )
     numbers, needed = sum(math.prod(shape) for _, shape in stored.values()), config.num_parameters()
     if needed > 2 * numbers + _SMALL:
-        raise CheckpointError(f"{where}: it has {numbers:,} numbers, its configuration needs {needed:,}")
+        raise CheckpointError(
+            f"{where}: it has {numbers:,} numbers, its configuration needs {needed:,}"
+        )
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -95,7 +108,9 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         if tensor.numel():
             low, high = torch.aminmax(tensor)  # one pass, no copy; NaN propagates
             if not (math.isfinite(low) and math.isfinite(high)):
-                raise CheckpointError(f"{where}: {name} has numbers that are NaN or infinite: the model is damaged")
+                raise CheckpointError(
+                    f"{where}: {name} has numbers that are NaN or infinite: the model is damaged"
+                )
 
 
 NetT = TypeVar("NetT", bound=Net)
@@ -126,9 +141,14 @@ def save_pretrained(
     digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: digest(settings)}
     keys = settings | foreign_keys(model.config, tokenizer_json, eos) | dict(foreign or {})
     data = {CONFIG: keys, **foreign_files(tokenizer_json, eos)}
-    texts = {name: json.dumps(table, indent=2, ensure_ascii=False) + "\n" for name, table in data.items()}
+    texts = {
+        name: json.dumps(table, indent=2, ensure_ascii=False) + "\n" for name, table in data.items()
+    }
     if tokenizer_json is not None:
-        texts[TOKENIZER], digests[TOKENIZER_SHA256] = tokenizer_json, digest(json.loads(tokenizer_json))
+        texts[TOKENIZER], digests[TOKENIZER_SHA256] = (
+            tokenizer_json,
+            digest(json.loads(tokenizer_json)),
+        )
     try:
         with whole_folder(folder, last=CONFIG) as place:
             for name, text in texts.items():
@@ -136,7 +156,9 @@ def save_pretrained(
             with (place / WEIGHTS).open("wb") as file:
                 write_tensors(file, tensors, {"format": "pt", **digests})
     except LongNetError as error:
-        raise LongNetError(f"{folder}: cannot write the model: {one_line(error.__cause__ or error)}") from None
+        raise LongNetError(
+            f"{folder}: cannot write the model: {one_line(error.__cause__ or error)}"
+        ) from None
 
 
 def load_config(directory: str | PathLike[str], pattern: Pattern | None = None) -> LongNetConfig:
@@ -170,25 +192,45 @@ def load_pretrained(
     config = load_config(folder, pattern)
     path = folder / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(f"{folder}: {WEIGHTS} is {'not a file' if path.exists() else 'missing'}")
+        raise CheckpointError(
+            f"{folder}: {WEIGHTS} is {'not a file' if path.exists() else 'missing'}"
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             saved = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            check_header(config, {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}, str(path))
+            check_header(
+                config,
+                {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()},
+                str(path),
+            )
             stored = {name: file.get_tensor(name) for name in slices}  # mapped, not read
             model = empty_net(build, config, stored, str(path))
-            if verify and saved.get(CONFIG_SHA256, known := digest(_own_config(folder / CONFIG))) != known:
+            if (
+                verify
+                and saved.get(CONFIG_SHA256, known := digest(_own_config(folder / CONFIG))) != known
+            ):
                 raise CheckpointError(
                     f"{folder / CONFIG}: not what the weights were saved with: put that back, or if the change is "
                     "meant, save it from Python: LongNet.from_pretrained(folder, verify=False).save_pretrained(folder)"
                 )
-            if verify and TENSORS_SHA256 in saved and saved[TENSORS_SHA256] != tensor_digest(stored):
-                raise CheckpointError(f"{path}: damaged: the digest of its tensors is not the one it was saved with")
+            if (
+                verify
+                and TENSORS_SHA256 in saved
+                and saved[TENSORS_SHA256] != tensor_digest(stored)
+            ):
+                raise CheckpointError(
+                    f"{path}: damaged: the digest of its tensors is not the one it was saved with"
+                )
             # a copy, not the mapped file, which another process might write to
-            tensors = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in stored.items()}
+            tensors = {
+                name: tensor.to(device, dtype or tensor.dtype, copy=True)
+                for name, tensor in stored.items()
+            }
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file: {one_line(error)}") from None
+        raise CheckpointError(
+            f"{path}: damaged or not a safetensors file: {one_line(error)}"
+        ) from None
     check_finite(tensors, str(path))
     model.load_state_dict(tensors, assign=True)
     return model.eval()
@@ -202,7 +244,9 @@ def model_digest(model: Net, *, every: bool = True) -> str:
     if model.digest and every:
         return model.digest
     config = model.config.model_dump_json()
-    if model.config.pattern.chosen and not every:  # in the JSON of a Hugging Face model, it stands in a string as well
+    if (
+        model.config.pattern.chosen and not every
+    ):  # in the JSON of a Hugging Face model, it stands in a string as well
         config = re.sub(r', ?\\?"chosen_every\\?": ?\d+', "", config)
     return digest_of(config, model.state_dict())
 
@@ -217,7 +261,10 @@ def digest_of(config: str, weights: Mapping[str, Tensor]) -> str:
 
 
 def model_origin(
-    model: Net, name: str | None, tokenizer_sha256: str | None, digests: Mapping[str, str] | None = None
+    model: Net,
+    name: str | None,
+    tokenizer_sha256: str | None,
+    digests: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Return the metadata of a model's outputs, without unknown values.
 
@@ -250,8 +297,14 @@ def empty_net(
         model = build(config)
     needed = {name_of(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    missing, surplus = ([n for n in one if n not in other] for one, other in ((needed, given), (given, needed)))
-    problems = [list_names(what, some) for what, some in (("missing", missing), ("unexpected", surplus)) if some]
+    missing, surplus = (
+        [n for n in one if n not in other] for one, other in ((needed, given), (given, needed))
+    )
+    problems = [
+        list_names(what, some)
+        for what, some in (("missing", missing), ("unexpected", surplus))
+        if some
+    ]
     wrong = [name for name, shape in needed.items() if given.get(name, shape) != shape]
     problems += [f"{name} has shape {given[name]}, {by} {needed[name]}" for name in wrong]
     if problems:
@@ -267,7 +320,9 @@ def _own_config(path: Path) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: not a model directory, {CONFIG} is missing") from None
+        raise CheckpointError(
+            f"{path.parent}: not a model directory, {CONFIG} is missing"
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: not JSON, not UTF-8
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path}: cannot be read: {one_line(reason)}") from None
@@ -279,18 +334,28 @@ def list_names(what: str, names: Sequence[str]) -> str:
     return f"{what} {'tensor' if len(names) == 1 else 'tensors'} {shown}"
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     """Write a safetensors file: the size of a JSON header, the header, the bytes of the tensors.
 
     The library's own writer orders the metadata at random (its issue #584); here, equal models give equal files.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so each is aligned
+    names = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # so each is aligned
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
-        kind = {**TYPE_NAMES, torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}[tensors[name].dtype]
-        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        kind = {**TYPE_NAMES, torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}[
+            tensors[name].dtype
+        ]
+        header[name] = {
+            "dtype": kind,
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -305,7 +370,9 @@ def sort_metadata(path: Path) -> None:
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
         file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+        file.write(
+            json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        )
 
 
 TOKENIZER_CONFIG, SENTENCES = "tokenizer_config.json", TRANSFORMER_CONFIGS[0]
@@ -367,7 +434,11 @@ def foreign_keys(config: NetConfig, tokenizer_json: str | None, eos: str | None)
     """
     if type(config) is not LongNetConfig:
         return {}
-    keys: dict[str, Any] = {"model_type": MODEL_TYPE, "architectures": [architecture(config)], "dtype": "float32"}
+    keys: dict[str, Any] = {
+        "model_type": MODEL_TYPE,
+        "architectures": [architecture(config)],
+        "dtype": "float32",
+    }
     eos_id = _ids(tokenizer_json).get(eos or END_OF_TEXT)
     return keys if eos_id is None else keys | {"bos_token_id": eos_id, "eos_token_id": eos_id}
 

@@ -91,14 +91,21 @@ class LayerCaches:
         if layer in self.by_layer:
             return self.by_layer[layer]
         blocks = BlockFile(self.file) if self.file else None
-        options: dict[str, Any] = {"kv_heads": k.shape[-2], "dtype": k.dtype, "device": k.device, "layer": layer}
+        options: dict[str, Any] = {
+            "kv_heads": k.shape[-2],
+            "dtype": k.dtype,
+            "device": k.device,
+            "layer": layer,
+        }
         options |= {"keep": self.keep, "allocate": self.allocate, "blocks": blocks}
         cache = self.by_layer[layer] = KVCache(self.pattern, len(k), *q.shape[-2:], **options)
         if cache.past and self.on_choice:
             cache.past.on_choice = partial(self.on_choice, layer)
         return cache
 
-    def provide(self, layer: int, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange | None = None) -> Outside:
+    def provide(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange | None = None
+    ) -> Outside:
         """Return what the next tokens see of the past, as a `FarProvider` does; cached rows come to their device.
 
         Their keys are stored when the next layer asks, or in `store`. With an `exchange`, they are a rank's shard.
@@ -106,8 +113,12 @@ class LayerCaches:
         self.store()  # only now: this may overwrite far keys that the layer before has just read
         cache = self.of_layer(layer, q, k)
         near, others = exchange.run(k, v) if exchange else ([], [])
-        place: dict[str, Any] = {"start": exchange.start, "stop": exchange.edges[-1]} if exchange else {}
-        self._late = partial(cache.append, k, v, q=q if cache.past else None, others=others, **place)
+        place: dict[str, Any] = (
+            {"start": exchange.start, "stop": exchange.edges[-1]} if exchange else {}
+        )
+        self._late = partial(
+            cache.append, k, v, q=q if cache.past else None, others=others, **place
+        )
         kept = cache.far() if exchange else cache.far(k, v)
         return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], cache.past)
 
@@ -137,13 +148,18 @@ class LayerCaches:
         Blocks of the past are shared; other rows are copied.
         """
         new = copy.copy(self)
-        new.by_layer, new.ids = {layer: cache.fork() for layer, cache in self.by_layer.items()}, [*self.ids]
+        new.by_layer, new.ids = (
+            {layer: cache.fork() for layer, cache in self.by_layer.items()},
+            [*self.ids],
+        )
         new.texts = [text.fork() for text in self.texts]
         return new
 
 
 def _on(device: torch.device, keys: FarKeys) -> FarKeys:
-    return keys if keys.k.device == device else replace(keys, k=keys.k.to(device), v=keys.v.to(device))
+    return (
+        keys if keys.k.device == device else replace(keys, k=keys.k.to(device), v=keys.v.to(device))
+    )
 
 
 def open_stream(net: Net, spill: str | Path | None = None) -> Callable[..., Tensor]:
@@ -179,7 +195,9 @@ class CausalStream(LayerCaches):
 
     def __init__(self, model: Net, **options: Any) -> None:
         if not model.config.causal:
-            raise ConfigError("a bidirectional model sees the whole sequence at once: it cannot be streamed")
+            raise ConfigError(
+                "a bidirectional model sees the whole sequence at once: it cannot be streamed"
+            )
         super().__init__(model.config.pattern, **options)
         self.model = model
         self.last_hidden: Tensor | None = None
@@ -187,7 +205,11 @@ class CausalStream(LayerCaches):
 
     @torch.no_grad()
     def __call__(
-        self, tokens: Tensor | None = None, *, embeddings: Tensor | None = None, exchange: Exchange | None = None
+        self,
+        tokens: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        exchange: Exchange | None = None,
     ) -> Tensor:
         """Read the next tokens (B, n), or vectors (B, n, dim) in their place; return hidden (B, n, dim).
 
@@ -200,14 +222,19 @@ class CausalStream(LayerCaches):
         if exchange:
             self.last_hidden = self.last_tokens = None
         elif hidden.shape[1]:
-            self.last_hidden, self.last_tokens = _last(hidden), None if tokens is None else _last(tokens)
+            self.last_hidden, self.last_tokens = (
+                _last(hidden),
+                None if tokens is None else _last(tokens),
+            )
         return hidden
 
     def far(self) -> list[Outside]:
         """Return what the next chunk sees of the past, layer by layer."""
         return [cache.far() for cache in self.caches] or [Outside()] * self.model.config.num_layers
 
-    def save(self, folder: str | Path, *, name: str | None = None, tokenizer_sha256: str | None = None) -> int:
+    def save(
+        self, folder: str | Path, *, name: str | None = None, tokenizer_sha256: str | None = None
+    ) -> int:
         """Save what was read in a folder, for `load`, in place of the state that it holds; return the bytes.
 
         `name` is the model's, for messages. All ranks of a group call this; the first one writes, and returns the
@@ -218,7 +245,9 @@ class CausalStream(LayerCaches):
         facts: dict[str, Any] = dict(reader_facts(self.model, name, tokenizer_sha256))
         facts |= {"dtype": dtype_name(self.caches[0].dtype), "tokens": self.position}
         facts["last_tokens"] = None if self.last_tokens is None else self.last_tokens.tolist()
-        facts["as_trained"] = getattr(self.model.config, "as_trained", False)  # then --state takes no pattern
+        facts["as_trained"] = getattr(
+            self.model.config, "as_trained", False
+        )  # then --state takes no pattern
         return write_state(Path(folder), facts, self._state())
 
     @classmethod
@@ -238,7 +267,10 @@ class CausalStream(LayerCaches):
         keys; DataError for a damaged one.
         """
         place = Path(folder)
-        given = {**reader_facts(model, None, tokenizer_sha256), "dtype": dtype and dtype_name(dtype)}
+        given = {
+            **reader_facts(model, None, tokenizer_sha256),
+            "dtype": dtype and dtype_name(dtype),
+        }
         facts, saved = read_state(place, given)
         stream = cls(model, **options)
         try:
@@ -258,11 +290,20 @@ class CausalStream(LayerCaches):
         config, device = self.model.config, next(self.model.parameters()).device
         hidden, last, ids = saved.get("last_hidden"), facts.get("last_tokens"), saved.get("ids")
         types = next(self.model.parameters()).dtype, getattr(torch, facts["dtype"])
-        if hidden is None or hidden.dim() != 2 or hidden.shape[1] != config.dim or hidden.dtype not in types:
+        if (
+            hidden is None
+            or hidden.dim() != 2
+            or hidden.shape[1] != config.dim
+            or hidden.dtype not in types
+        ):
             raise ValueError("it has no last hidden state of this model")
         self.last_hidden = hidden.to(device, copy=True)
         if last is not None:
-            if not isinstance(last, list) or len(last) != len(hidden) or not all(type(x) is int for x in last):
+            if (
+                not isinstance(last, list)
+                or len(last) != len(hidden)
+                or not all(type(x) is int for x in last)
+            ):
                 raise ValueError(f"{last!r:.40} are not its last tokens")
             self.last_tokens = torch.tensor(last, device=device)
         if ids is None and self.pattern.chosen and last is not None:
@@ -273,18 +314,33 @@ class CausalStream(LayerCaches):
 
     def _restore_caches(self, facts: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
         """Take the caches and the ids. Raises ValueError for what is no state of this model."""
-        config, device, tokens = self.model.config, next(self.model.parameters()).device, facts["tokens"]
+        config, device, tokens = (
+            self.model.config,
+            next(self.model.parameters()).device,
+            facts["tokens"],
+        )
         ids, like = saved.get("ids"), {"dtype": getattr(torch, facts["dtype"]), "device": device}
         if ids is not None:
-            if ids.dtype != torch.int32 or ids.dim() != 2 or len(ids) != self.batch or ids.shape[1] > tokens:
-                raise ValueError(f"ids has shape {tuple(ids.shape)}, for {self.batch} x {tokens} tokens")
+            if (
+                ids.dtype != torch.int32
+                or ids.dim() != 2
+                or len(ids) != self.batch
+                or ids.shape[1] > tokens
+            ):
+                raise ValueError(
+                    f"ids has shape {tuple(ids.shape)}, for {self.batch} x {tokens} tokens"
+                )
             self.ids = [ids.to(device)]
             self.texts = [ReadText([row]) for row in ids] if ids.shape[1] == tokens else []
         heads = config.num_heads, config.kv_heads
         q, k = (torch.empty(self.batch, 0, number, config.head_dim, **like) for number in heads)
         for layer in range(config.num_layers):
             begin, cache = f"{layer}.", self.of_layer(layer, q, k)
-            own = {name.removeprefix(begin): x.to(device) for name, x in saved.items() if name.startswith(begin)}
+            own = {
+                name.removeprefix(begin): x.to(device)
+                for name, x in saved.items()
+                if name.startswith(begin)
+            }
             cache.restore(tokens, own)
             if cache.past:
                 cache.past.convert_counts(parse_pattern(facts["longnet.pattern"]).chosen_every)

@@ -38,7 +38,9 @@ class Tokens(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def device(self) -> torch.device: ...
-    def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor: ...  # (n,), or (b, n) for a slice of rows
+    def __getitem__(
+        self, index: tuple[int | slice, slice], /
+    ) -> Tensor: ...  # (n,), or (b, n) for a slice of rows
 
 
 def backward_in_chunks(
@@ -91,7 +93,9 @@ def backward_in_chunks(
         part, (state, far) = chunks.pop(), tape.pop()
         set_random_state(state, device)
         final_backward(model, final and not chunks)
-        total += part.backward(tokens[:, part.mine], targets[:, part.mine], far, pasts, gradients, scale, dtype, named)
+        total += part.backward(
+            tokens[:, part.mine], targets[:, part.mine], far, pasts, gradients, scale, dtype, named
+        )
         named = None
         for past in pasts:
             past.means = None  # all has been chosen
@@ -149,7 +153,9 @@ class _Chunk:
             total = self.model.nll(hidden, targets).sum(dtype=torch.float64)
         roots, grads = [total], [torch.full_like(total, scale)]
         for layer, (k, v) in enumerate(made):
-            from_later_chunks = gradients.hand_over(layer, self.start, self.stop, self.mine.start, k)
+            from_later_chunks = gradients.hand_over(
+                layer, self.start, self.stop, self.mine.start, k
+            )
             if from_later_chunks is not None:
                 for made_here, gradient in zip((k, v), from_later_chunks, strict=True):
                     if made_here.requires_grad:  # otherwise no trained weight made it
@@ -171,7 +177,9 @@ class FarGradients:
     the ranks when the chunk that made the rows asks for them.
     """
 
-    def __init__(self, config: NetConfig, tokens: int, ranks: Ranks, allocate: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, config: NetConfig, tokens: int, ranks: Ranks, allocate: Callable[..., Tensor]
+    ) -> None:
         self.pattern, self.tokens = config.pattern, tokens
         self.layout = Layout(config.pattern, config.num_heads, config.kv_heads)
         self.ranks, self.allocate = ranks, allocate
@@ -185,7 +193,9 @@ class FarGradients:
         """
         k, v = (x.to(device).detach().requires_grad_() for x in (keys.k, keys.v))
         for index, x in enumerate((k, v)):
-            x.register_post_accumulate_grad_hook(partial(self._add, (layer, keys.level, keys.start), index))
+            x.register_post_accumulate_grad_hook(
+                partial(self._add, (layer, keys.level, keys.start), index)
+            )
         return replace(keys, k=k, v=v)
 
     def past(self, layer: int, past: Past, start: int, k: Tensor) -> Past:
@@ -198,14 +208,18 @@ class FarGradients:
             if past.kind == "sees_block_0":
                 last = min(last, self.pattern.chosen_keys)
             shape = (2, k.shape[0], -(-last // size) * size, *k.shape[2:])
-            self.of_pasts[layer] = self.allocate(shape, dtype=accumulator(k.dtype), device=k.device).zero_()
+            self.of_pasts[layer] = self.allocate(
+                shape, dtype=accumulator(k.dtype), device=k.device
+            ).zero_()
         return past.before(start, self.of_pasts.get(layer))
 
     def _add(self, key: Key, index: int, leaf: Tensor) -> None:
         """Add the gradient of k or v (`index` 0 or 1), (B, rows, lanes, D), to its sum, and free it."""
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
-        if key not in self.sums:  # the first chunk to come here, the last of the sequence, has the most rows
+        if (
+            key not in self.sums
+        ):  # the first chunk to come here, the last of the sequence, has the most rows
             batch, _, held, head_dim = leaf.shape
             shape = (2, batch, segment_rows(self.pattern, key[1], self.tokens), held, head_dim)
             self.sums[key] = self.allocate(shape, dtype=accumulator(leaf.dtype), device=leaf.device)
@@ -229,7 +243,9 @@ class FarGradients:
             key = (layer, span.level, span.start)
             if key not in self.sums or span.stop <= start:
                 continue
-            rows = self.sums[key] if span.start < start else self.sums.pop(key)  # no earlier chunk has rows of it
+            rows = (
+                self.sums[key] if span.start < start else self.sums.pop(key)
+            )  # no earlier chunk has rows of it
             of_chunk = self._sum_over_ranks(rows, span, start, k)
             if total is None:
                 total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)

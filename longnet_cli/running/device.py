@@ -32,9 +32,13 @@ def select_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ConfigError(f"there is no device {name!r} here ({count} CUDA devices): use --device cpu or auto")
+        raise ConfigError(
+            f"there is no device {name!r} here ({count} CUDA devices): use --device cpu or auto"
+        )
     return device
 
 
@@ -54,7 +58,9 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
 @cache
 def _warn_of_slow_bf16() -> None:
-    warnings.warn("this CPU has no bf16 instructions: --dtype fp32 is faster here", InputWarning, stacklevel=3)
+    warnings.warn(
+        "this CPU has no bf16 instructions: --dtype fp32 is faster here", InputWarning, stacklevel=3
+    )
 
 
 def bf16_instructions() -> str | None:
@@ -67,7 +73,11 @@ def bf16_instructions() -> str | None:
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor on `device`. A GPU continues to compute during the copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and x.is_cpu
+        else x.to(device)
+    )
 
 
 def to_host(x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -121,7 +131,9 @@ def free_memory(device: torch.device) -> int | None:
     free = []
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+        free.append(
+            next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        )
     with suppress(OSError, ValueError, KeyError):  # a container's limit, which MemAvailable ignores
         group = Path("/sys/fs/cgroup")
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -132,7 +144,9 @@ def free_memory(device: torch.device) -> int | None:
 
 def random_state(device: torch.device) -> list[torch.Tensor]:
     """Return the state of the generators from which dropout on this device draws: the CPU's and, on a GPU, its own."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return [torch.get_rng_state()] + (
+        [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    )
 
 
 def set_random_state(state: Sequence[torch.Tensor], device: torch.device) -> None:
@@ -163,7 +177,9 @@ def peak_memory(device: torch.device) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     # not on Linux, where it would include the memory of the process that started this one
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def peak_from_now(device: torch.device) -> Callable[[], int | None]:

@@ -58,7 +58,9 @@ def hidden_in_chunks(
     """
     run = _Layers(model, tokens, chunk, dtype, ranks or Ranks())
     allocate: Callable[..., Tensor]
-    if run.device.type != "cpu" and fits_beside(model.config.forward_bytes(chunk), run.nbytes, run.device):
+    if run.device.type != "cpu" and fits_beside(
+        model.config.forward_bytes(chunk), run.nbytes, run.device
+    ):
         allocate = partial(torch.empty, device=run.device)
     else:
         free = free_memory(torch.device("cpu"))
@@ -89,19 +91,30 @@ class _Layers:
     """
 
     def __init__(self, model: LongNet, tokens: int, chunk: int, dtype: str, ranks: Ranks) -> None:
-        self.model, self.pattern, self.tokens, self.dtype = model, model.config.pattern, tokens, dtype
+        self.model, self.pattern, self.tokens, self.dtype = (
+            model,
+            model.config.pattern,
+            tokens,
+            dtype,
+        )
         self.device, self.ranks = next(model.parameters()).device, ranks
         self.layout = Layout(self.pattern, model.config.num_heads, model.config.num_heads)
         self.chunks = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
-        self.mine: list[tuple[int, int, slice, int]] = []  # start, stop, place in `hidden`, tokens of the turn
+        self.mine: list[
+            tuple[int, int, slice, int]
+        ] = []  # start, stop, place in `hidden`, tokens of the turn
         held = 0
         for index in range(ranks.rank, len(self.chunks), ranks.world):
             start, stop = self.chunks[index]
             turn = self.chunks[index - ranks.rank : index - ranks.rank + ranks.world]
-            self.mine.append((start, stop, slice(held, held + stop - start), turn[-1][1] - turn[0][0]))
+            self.mine.append(
+                (start, stop, slice(held, held + stop - start), turn[-1][1] - turn[0][0])
+            )
             held += stop - start
         self.held = held
-        self.places: dict[tuple[int, int], slice] = {}  # (level, start of a segment) -> its rows in `collected`
+        self.places: dict[
+            tuple[int, int], slice
+        ] = {}  # (level, start of a segment) -> its rows in `collected`
         self.rows = 0
         for span in (span for start, stop in self.chunks for span in self._spans(start, stop)):
             key = (span.level, segment_start(self.pattern, span))
@@ -169,7 +182,9 @@ class _Layers:
     def _keys(self, layer: Layer, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
-            _, k, v = layer.attention.project(layer.attention_norm(x), self.model.positions(x, start))
+            _, k, v = layer.attention.project(
+                layer.attention_norm(x), self.model.positions(x, start)
+            )
         return k, v
 
     @torch.no_grad()
@@ -184,7 +199,10 @@ class _Layers:
         """Copy the chunk's rows to all `places` that hold some of them."""
         tokens = k.shape[1]
         levels = [(level, w) for level, (w, _) in enumerate(self.pattern.levels)]
-        for level, w in [*levels, (SINKS, self.tokens)]:  # all sinks lie in one segment, the sequence
+        for level, w in [
+            *levels,
+            (SINKS, self.tokens),
+        ]:  # all sinks lie in one segment, the sequence
             for segment in range(start // w * w, start + tokens, w):
                 if place := self.places.get((level, segment)):
                     span = common_span(self.pattern, level, segment, start, start + tokens)
@@ -199,7 +217,9 @@ class _Layers:
             if count := max(self.layout.counts(span)):
                 segment = segment_start(self.pattern, span)
                 first_rows = self.layout.rows_before(span.level, span.start - segment)
-                rows = _from_row(collected[:, :, self.places[span.level, segment]], first_rows, count)
+                rows = _from_row(
+                    collected[:, :, self.places[span.level, segment]], first_rows, count
+                )
                 far_keys.append(FarKeys(*span, *rows.to(self.device)))
         return Outside(far_keys)
 
@@ -208,5 +228,9 @@ def _from_row(rows: Tensor, first_rows: list[int], count: int) -> Tensor:
     """Return `count` rows of (2, 1, rows, H, D) from each head's first row on. Rows past the end are never read."""
     if min(first_rows) == max(first_rows):
         return rows[:, :, first_rows[0] : first_rows[0] + count]
-    index = (torch.arange(count)[:, None] + torch.tensor(first_rows)).clamp_(max=rows.shape[2] - 1)  # (count, H)
-    return rows[:, :, to_device(index, rows.device), torch.arange(len(first_rows), device=rows.device)]
+    index = (torch.arange(count)[:, None] + torch.tensor(first_rows)).clamp_(
+        max=rows.shape[2] - 1
+    )  # (count, H)
+    return rows[
+        :, :, to_device(index, rows.device), torch.arange(len(first_rows), device=rows.device)
+    ]

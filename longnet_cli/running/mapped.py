@@ -53,9 +53,13 @@ class MappedMemory:
                     allocate(file.fileno(), size)
                     self._map = mmap.mmap(file.fileno(), size)
         self._used = self._alive = 0
-        self._free: defaultdict[int, list[int]] = defaultdict(list)  # size -> offsets of the rooms of that size
+        self._free: defaultdict[int, list[int]] = defaultdict(
+            list
+        )  # size -> offsets of the rooms of that size
 
-    def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    def empty(
+        self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Tensor:
         """Return an uninitialized tensor, on the host whatever the `device`.
 
         Raises ValueError where there is no room left for it.
@@ -70,7 +74,9 @@ class MappedMemory:
         else:
             self._alive -= 1
             raise ValueError(f"of {len(self._map)} mapped bytes none are left for {size} more")
-        room = np.frombuffer(self._map, np.uint8, size, offset)  # kept alive by the tensor's storage
+        room = np.frombuffer(
+            self._map, np.uint8, size, offset
+        )  # kept alive by the tensor's storage
         weakref.finalize(room, self._give_back, offset, aligned(size))
         return torch.from_numpy(room).view(dtype).view(*shape)
 
@@ -82,7 +88,9 @@ class MappedMemory:
             self._free.clear()
 
 
-def mapped_empty(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+def mapped_empty(
+    shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
     """Return an uninitialized tensor with a map of its own, which goes back to the system with it.
 
     On a GPU, it is that of torch.empty. Raises MemoryLimitError where memory has no room.
@@ -107,7 +115,9 @@ class SpillFile:
         """Write bytes at the end, and return the place of the first one."""
         start = self.size
         while rest:
-            with _explained(self.folder, f"{format_bytes(self.size)} of keys and values are written"):
+            with _explained(
+                self.folder, f"{format_bytes(self.size)} of keys and values are written"
+            ):
                 done = os.pwrite(self._file.fileno(), rest, self.size)
             self.size, rest = self.size + done, rest[done:]
         return start
@@ -129,10 +139,17 @@ class BlockFile(Blocks):
 
     def append(self, blocks: Tensor) -> None:
         self._like = blocks[:, :, :0]
-        data = blocks.permute(2, 1, 0, 3, 4, 5).cpu().contiguous()  # (n, B, k and v, tokens of a block, K, D)
-        start, size = self._file.append(data.view(torch.uint8).flatten().numpy().data), data[0, 0].nbytes
+        data = (
+            blocks.permute(2, 1, 0, 3, 4, 5).cpu().contiguous()
+        )  # (n, B, k and v, tokens of a block, K, D)
+        start, size = (
+            self._file.append(data.view(torch.uint8).flatten().numpy().data),
+            data[0, 0].nbytes,
+        )
         rows = range(0, size * data.shape[1], size)
-        self._places += [[block + row for row in rows] for block in range(start, self._file.size, data[0].nbytes)]
+        self._places += [
+            [block + row for row in rows] for block in range(start, self._file.size, data[0].nbytes)
+        ]
         self.number = len(self._places)
 
     def take(self, row: int, blocks: Tensor, into: Tensor) -> None:
@@ -176,8 +193,12 @@ def _explained(folder: str | Path | None, full: str) -> Iterator[None]:
         is_full = error.errno in _FULL
         problem = f"{error.strerror}, {full}" if is_full else f"{error.strerror}"
         if folder is None:
-            raise MemoryLimitError(f"{problem}: keep them on a disk, with --spill FOLDER") from error
-        raise (MemoryLimitError if is_full else ConfigError)(f"--spill {folder}: {problem}") from error
+            raise MemoryLimitError(
+                f"{problem}: keep them on a disk, with --spill FOLDER"
+            ) from error
+        raise (MemoryLimitError if is_full else ConfigError)(
+            f"--spill {folder}: {problem}"
+        ) from error
 
 
 def aligned(size: int) -> int:

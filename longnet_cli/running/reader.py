@@ -30,7 +30,9 @@ from longnet_cli.running.layerwise import hidden_in_chunks
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import Ranks
 
-CHUNK_BYTES = 256 << 20  # for one chunk's activations; a GPU takes an eighth of its free memory if that is more
+CHUNK_BYTES = (
+    256 << 20
+)  # for one chunk's activations; a GPU takes an eighth of its free memory if that is more
 SHORTEST_CHUNK = 256  # below it, the calls cost more than the computation
 # Other jobs have a number of tokens, on a CPU and on a GPU. A recipe trains with the same chunk on every CPU, and with
 # the longest that fits on a GPU: beyond GPU_TRAINING_CHUNK, none keeps it busier. The rows of `bench` compare models
@@ -39,7 +41,9 @@ TRAINING_CHUNK, GPU_TRAINING_CHUNK = 1 << 14, 1 << 17
 BENCH_CHUNK, GPU_BENCH_CHUNK = 1 << 16, 1 << 20
 
 
-def chunk_of(named: int | None, default: int, earlier: int | None = None, ranks: Ranks | None = None) -> int:
+def chunk_of(
+    named: int | None, default: int, earlier: int | None = None, ranks: Ranks | None = None
+) -> int:
     """Return the tokens of a chunk of any job, the same on all `ranks`.
 
     The chunk that the user `named` counts first, then the chunk of the `earlier` run that this one continues, which
@@ -217,10 +221,14 @@ class Reader:
                 with precision(self.dtype, self.device):
                     # padding is on the right, where a causal net does not see it
                     more: dict[str, Any] = {} if self.model.config.causal else {"lengths": lengths}
-                    hidden.update(zip(batch, self.model(to_device(padded, self.device), **more), strict=True))
+                    hidden.update(
+                        zip(batch, self.model(to_device(padded, self.device), **more), strict=True)
+                    )
             self.on_progress(sum(windows[i].counted for i in batch))
         return [
-            Piece(w, w.wanted, w.stop, hidden[i][w.wanted - w.start : len(w)] if i in hidden else None)
+            Piece(
+                w, w.wanted, w.stop, hidden[i][w.wanted - w.start : len(w)] if i in hidden else None
+            )
             for i, w in enumerate(windows)
         ]
 
@@ -232,11 +240,15 @@ class Reader:
         """
         stream, ranks = open_stream(self.model, self.spill), self.ranks
         for edges in self._chunks(window):
-            ids = to_device(self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None], self.device)
+            ids = to_device(
+                self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None], self.device
+            )
             more: dict[str, Any] = {}
             if ranks.group:
                 inside = [edge - window.start for edge in edges]
-                more["exchange"] = Exchange(self.model.config, inside, group=ranks.group, cached=True)
+                more["exchange"] = Exchange(
+                    self.model.config, inside, group=ranks.group, cached=True
+                )
             with torch.inference_mode(), precision(self.dtype, self.device):
                 hidden = stream(ids, **more)
             yield self._shared(window, edges, hidden[0])
@@ -246,8 +258,12 @@ class Reader:
         ranks, total = self.ranks, len(window)
         chunks = self._chunks(window)
         if len(chunks) == 1 and ranks.group:
-            exchange = Exchange(self.model.config, [edge - window.start for edge in chunks[0]], group=ranks.group)
-            ids = to_device(self._ids(window, *chunks[0][ranks.rank : ranks.rank + 2])[None], self.device)
+            exchange = Exchange(
+                self.model.config, [edge - window.start for edge in chunks[0]], group=ranks.group
+            )
+            ids = to_device(
+                self._ids(window, *chunks[0][ranks.rank : ranks.rank + 2])[None], self.device
+            )
             with torch.inference_mode(), precision(self.dtype, self.device):
                 hidden = self.model(ids, start=exchange.start, far=exchange, total=total)
             yield self._shared(window, chunks[0], hidden[0])
@@ -291,7 +307,11 @@ class Reader:
         for rank in range(self.ranks.world):
             start, stop = max(edges[rank], window.wanted), edges[rank + 1]
             if start < stop:
-                own = hidden[start - edges[rank] :] if rank == self.ranks.rank and hidden is not None else None
+                own = (
+                    hidden[start - edges[rank] :]
+                    if rank == self.ranks.rank and hidden is not None
+                    else None
+                )
                 pieces.append(Piece(window, start, stop, own))
         return pieces
 
@@ -300,13 +320,17 @@ class Reader:
         return torch.from_numpy(window.sequence.read(start, stop))
 
 
-def batches_by_length(lengths: Sequence[int], limit: int, least: int | None = None) -> Iterator[list[int]]:
+def batches_by_length(
+    lengths: Sequence[int], limit: int, least: int | None = None
+) -> Iterator[list[int]]:
     """Group sequences for padded forward passes of at most `limit` tokens; yield indices into `lengths`, longest first.
 
     A group of `least` tokens or more, None for no such number, has at most a sixteenth of padding. A sequence longer
     than `limit` is a group of its own. A sequence without tokens is in no group.
     """
-    order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
+    order = sorted(
+        (index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index]
+    )
     while order:
         longest, rows = lengths[order[0]], 1
         for index in order[1 : max(1, limit // longest)]:

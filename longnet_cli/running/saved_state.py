@@ -25,7 +25,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.basics.atomic import is_temporary, locked_folder, missing_folders, remove_empty, whole_folder
+from longnet_cli.basics.atomic import (
+    is_temporary,
+    locked_folder,
+    missing_folders,
+    remove_empty,
+    whole_folder,
+)
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError, one_line
 from longnet_cli.basics.sealed import find_mismatch, read_sealed, write_sealed
 from longnet_cli.nets.net import Net
@@ -47,7 +53,9 @@ _SAME = {
 }
 
 
-def reader_facts(model: Net, name: str | None = None, tokenizer_sha256: str | None = None) -> dict[str, str]:
+def reader_facts(
+    model: Net, name: str | None = None, tokenizer_sha256: str | None = None
+) -> dict[str, str]:
     """Return what a state notes of the model that has read it, without unknown values.
 
     `reader_sha256` is a digest of all that the state depends on: weights and configuration, but not how often blocks
@@ -62,7 +70,9 @@ def check_place(folder: Path) -> None:
         if new := missing_folders(folder):
             folder.mkdir(parents=True)
             remove_empty(new)
-        elif _listed(folder) is None and {*filterfalse(is_temporary, os.listdir(folder))} - _left(folder):
+        elif _listed(folder) is None and {*filterfalse(is_temporary, os.listdir(folder))} - _left(
+            folder
+        ):
             raise ConfigError(f"{folder}: neither an empty folder nor a state: name a new one")
     except OSError as error:
         raise ConfigError(f"{folder}: a state cannot be saved here: {error.strerror}") from None
@@ -73,7 +83,11 @@ def _listed(folder: Path) -> set[str] | None:
     with suppress(CheckpointError, OSError, TypeError):
         saved = read_sealed(folder / MANIFEST, STATE_VERSION)
         if saved.get("kind") == KIND:
-            return {name for name in [*saved["files"], *saved.get("replaced", {})] if PIECE.fullmatch(name)}
+            return {
+                name
+                for name in [*saved["files"], *saved.get("replaced", {})]
+                if PIECE.fullmatch(name)
+            }
     return None
 
 
@@ -83,7 +97,9 @@ def _left(folder: Path) -> set[str]:
     return {name for place in places for name in _listed(place) or ()}
 
 
-def write_state(folder: Path, facts: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]]) -> int:
+def write_state(
+    folder: Path, facts: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]]
+) -> int:
     """Write a state, in place of the one that the folder holds; return its bytes.
 
     Raises ConfigError for a folder that holds anything else or that another process writes to; LongNetError for a full
@@ -99,7 +115,9 @@ def write_state(folder: Path, facts: Mapping[str, object], tensors: Iterable[tup
                 with (place / f"{name}-{number:05}.safetensors").open("wb") as file:
                     write_tensors(file, piece, {})
             size = sum(path.stat().st_size for path in place.iterdir())
-            write_sealed(place / MANIFEST, STATE_VERSION, {"kind": KIND, **facts, "replaced": sorted(old)})
+            write_sealed(
+                place / MANIFEST, STATE_VERSION, {"kind": KIND, **facts, "replaced": sorted(old)}
+            )
         _remove(folder, old)
     return size
 
@@ -126,10 +144,15 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
         for key, why in _SAME.items():
             known, given = saved.get(key), facts.get(key)
             if known and given and known != given:
-                if key == "longnet.pattern" and parse_pattern(given).continues(parse_pattern(known)):
+                if key == "longnet.pattern" and parse_pattern(given).continues(
+                    parse_pattern(known)
+                ):
                     continue
                 model = saved.get("longnet.model")
-                names = {"name": f", {model}" if model else "", "by": f" by {model}" if model else ""}
+                names = {
+                    "name": f", {model}" if model else "",
+                    "by": f" by {model}" if model else "",
+                }
                 raise ConfigError(f"{folder}: {why.format(saved=known, given=given, **names)}")
         if damage := find_mismatch(path, STATE_VERSION):
             raise CheckpointError(damage)
@@ -148,7 +171,9 @@ def _check_facts(saved: Mapping[str, Any]) -> None:
     texts += [saved.get(key, "") for key in ("longnet.model", "longnet.tokenizer_sha256")]
     if type(tokens) is not int or not 0 < tokens <= MOST_TOKENS:
         raise CheckpointError(f"{tokens!r:.40} is not a number of tokens")
-    if not all(isinstance(text, str) for text in texts) or saved.get("dtype") not in [*map(dtype_name, TYPE_NAMES)]:
+    if not all(isinstance(text, str) for text in texts) or saved.get("dtype") not in [
+        *map(dtype_name, TYPE_NAMES)
+    ]:
         raise CheckpointError(f"{MANIFEST} does not say what has read the tokens")
     try:
         parse_pattern(saved["longnet.pattern"])

@@ -38,11 +38,19 @@ WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_ever
 
 
 def choice_of(
-    q: Tensor, k: Tensor, pattern: Pattern, scale: float, turn: chosen.Turn | None, choices: LayerChoices | None = None
+    q: Tensor,
+    k: Tensor,
+    pattern: Pattern,
+    scale: float,
+    turn: chosen.Turn | None,
+    choices: LayerChoices | None = None,
 ) -> list:
     """What the operator chooses, in the form of `chosen_blocks`."""
     every, (batch, tokens) = pattern.chosen_every, q.shape[:2]
-    parts = [GroupedPart(slice(0, batch), slice(0, tokens), 0, each) for each in groups_of(pattern, 0, tokens)]
+    parts = [
+        GroupedPart(slice(0, batch), slice(0, tokens), 0, each)
+        for each in groups_of(pattern, 0, tokens)
+    ]
     call = Chosen(pattern, parts, turn, choices=choices)
     call.choose(q, k, scale)
     found = []
@@ -52,7 +60,8 @@ def choice_of(
                 first = part.groups.start + index * every
                 stop = first + part.groups.queries
                 found += [
-                    (row, range(start, min(start + every, stop)), group) for start in range(first, stop, every)
+                    (row, range(start, min(start + every, stop)), group)
+                    for start in range(first, stop, every)
                 ]  # a group that sees all blocks has more queries
     return sorted(found, key=lambda each: (each[0], each[1].start))
 
@@ -78,10 +87,19 @@ def test_chooses_what_the_reference_chooses(choice: Choice, scale: float) -> Non
 
 @pytest.mark.parametrize(
     ("sizes", "tokens", "fewer", "stages"),
-    [*(((24, 24, every), 500, groups.FUNNEL, ((1, 9), (2, 6))) for every in (1, 2, 3, 4, 6, 12, 24))],
+    [
+        *(
+            ((24, 24, every), 500, groups.FUNNEL, ((1, 9), (2, 6)))
+            for every in (1, 2, 3, 4, 6, 12, 24)
+        )
+    ],
 )
 def test_chooses_in_stages_what_the_reference_chooses(
-    sizes: tuple[int, int, int], tokens: int, fewer: tuple, stages: tuple, monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[int, int, int],
+    tokens: int,
+    fewer: tuple,
+    stages: tuple,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pattern_module, "SCAN", 12)
     width, block, every = sizes
@@ -105,7 +123,9 @@ def test_named_blocks_are_seen_before_others(choice: Choice, seed: int) -> None:
 
     def named(row: int, part: GroupedPart) -> Tensor:
         rows = []
-        for first in range(part.groups.start, part.groups.start + part.groups.number * every, every):
+        for first in range(
+            part.groups.start, part.groups.start + part.groups.number * every, every
+        ):
             blocks = [*range(1, part.groups.near // pattern.chosen_block)]
             own = names.setdefault((row, first), chance.sample(blocks, chance.randint(0, most)))
             rows.append([*own, *[-1] * (most - len(own))])
@@ -131,13 +151,21 @@ def test_layers_equal_the_reference(choice: Choice, layers: tuple[int, ...]) -> 
             elif made is None:
                 (w,), (b,) = pattern.segment_lengths, pattern.look_backs
                 expected = [
-                    (row, queries, [0] if (queries.start // w - b) * w > pattern.chosen_keys else blocks)
+                    (
+                        row,
+                        queries,
+                        [0] if (queries.start // w - b) * w > pattern.chosen_keys else blocks,
+                    )
                     for row, queries, blocks in chosen_blocks(*asked)
                 ]
             else:
                 expected = made
             seen = run(dilated_attention, inputs, pattern, **options, choices=place)
-            assert_close(seen, run(dilated_attention_reference, inputs, pattern, **options, choice=expected), 1e-12)
+            assert_close(
+                seen,
+                run(dilated_attention_reference, inputs, pattern, **options, choice=expected),
+                1e-12,
+            )
 
 
 def test_what_the_layer_before_has_chosen_is_compared_too() -> None:
@@ -152,7 +180,9 @@ def test_what_the_layer_before_has_chosen_is_compared_too() -> None:
 def test_a_layer_that_follows_needs_the_one_before() -> None:
     pattern = replace(WINDOW, chosen_layers=(2,))
     x = torch.zeros(1, 100, 2, 4)
-    with pytest.raises(ValueError, match="layer 3 sees the blocks that layer 2 chooses, which has not run"):
+    with pytest.raises(
+        ValueError, match="layer 3 sees the blocks that layer 2 chooses, which has not run"
+    ):
         dilated_attention(x, x, x, pattern, choices=LayerChoices(choosing.Choices(), pattern, 3))
 
 
@@ -220,7 +250,9 @@ def test_without_votes_the_first_blocks_are_seen() -> None:
 def test_groups_in_many_calls_equal_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = Choice(WINDOW, 2, 120, 6, 8, 0, True, None, 1, kv_heads=2, rotary=True)
     whole = run(dilated_attention, choice.qkv(), WINDOW, turn=turn)
-    monkeypatch.setattr(groups, "CPU", groups.Limits(gathered=8, scores=1, unrotated=8, whole=False))
+    monkeypatch.setattr(
+        groups, "CPU", groups.Limits(gathered=8, scores=1, unrotated=8, whole=False)
+    )
     assert_close(run(dilated_attention, choice.qkv(), WINDOW, turn=turn), whole, 1e-12)
 
 
@@ -235,30 +267,49 @@ def test_bf16(kernel: str) -> None:
 
 
 @given(choice=chosen_choices(), sizes=cuts(), first=st.sampled_from([1, 64]))
-def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list[int], first: int) -> None:
+def test_any_shards_with_their_cache_equal_the_whole(
+    choice: Choice, sizes: list[int], first: int
+) -> None:
     """In fp64, every shard chooses what the whole chooses. The past lies in one piece of memory, or in several."""
     (q, k, v, _), pattern = choice.qkv(), choice.pattern
     with patch.object(past, "FIRST_BLOCKS", first):
         whole = dilated_attention(q, k, v, pattern, **turning(choice))
-        cache = KVCache(pattern, choice.batch, choice.heads, choice.head_dim, kv_heads=choice.kv_heads, dtype=q.dtype)
+        cache = KVCache(
+            pattern,
+            choice.batch,
+            choice.heads,
+            choice.head_dim,
+            kv_heads=choice.kv_heads,
+            dtype=q.dtype,
+        )
         parts = []
         for part in zip(*(x.split(split(choice.tokens, sizes), 1) for x in (q, k, v)), strict=True):
             far = cache.far(*part[1:])
-            parts.append(dilated_attention(*part, pattern, start=cache.position, far=far, **turning(choice)))
+            parts.append(
+                dilated_attention(*part, pattern, start=cache.position, far=far, **turning(choice))
+            )
             cache.append(*part[1:], q=part[0])
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("every", "size"), [(1, 1), (16, 1), (4, 16), (1, 100), (16, 100), (4, 1000)])
-def test_chunks_and_single_tokens_equal_the_whole(every: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("every", "size"), [(1, 1), (16, 1), (4, 16), (1, 100), (16, 100), (4, 1000)]
+)
+def test_chunks_and_single_tokens_equal_the_whole(
+    every: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(groups, "FUNNEL", ((1, 30), (2, 10)))
     monkeypatch.setattr(groups, "CPU", groups.CPU._replace(unrotated=32))  # keys at a time
     pattern = Pattern((32,), (1,), look_back=1, chosen=4, chosen_block=16, chosen_every=every)
-    q, k, v, _ = Choice(pattern, 1, 1100 if size > 1 else 300, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True).qkv()
+    q, k, v, _ = Choice(
+        pattern, 1, 1100 if size > 1 else 300, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True
+    ).qkv()
     whole, parts = dilated_attention(q, k, v, pattern, turn=turn), []
     cache = KVCache(pattern, 1, 4, 8, kv_heads=2, dtype=q.dtype)
     for part in zip(*(x.split(size, 1) for x in (q, k, v)), strict=True):
-        parts.append(dilated_attention(*part, pattern, start=cache.position, far=cache.far(), turn=turn))
+        parts.append(
+            dilated_attention(*part, pattern, start=cache.position, far=cache.far(), turn=turn)
+        )
         cache.append(*part[1:], q=part[0])
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
 
@@ -286,7 +337,9 @@ def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen_by, scanned = [], []
     own, narrowed = choosing._picked, choosing._scanned
     monkeypatch.setattr(choosing, "_picked", lambda *args: chosen_by.append(1) or own(*args))
-    monkeypatch.setattr(choosing, "_scanned", lambda *args: scanned.append(narrowed(*args)) or scanned[-1])
+    monkeypatch.setattr(
+        choosing, "_scanned", lambda *args: scanned.append(narrowed(*args)) or scanned[-1]
+    )
     monkeypatch.setattr(pattern_module, "SCAN", 8)
     q, k, v, _ = Choice(WINDOW, 1, 200, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
     cache = KVCache(WINDOW, 1, 4, 8, kv_heads=2, dtype=q.dtype)
@@ -300,17 +353,23 @@ def test_an_open_group_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(sizes=cuts(), tokens=st.integers(1, 90), spilled=st.booleans(), data=st.data())
-def test_an_earlier_past_has_the_first_rows(sizes: list[int], tokens: int, spilled: bool, data: st.DataObject) -> None:
+def test_an_earlier_past_has_the_first_rows(
+    sizes: list[int], tokens: int, spilled: bool, data: st.DataObject
+) -> None:
     """All blocks that were whole by then, and the rows after them, also where the cut is inside a block."""
     _, k, v, _ = Choice(WINDOW, 2, tokens, 4, 8, 0, True, None, 1, kv_heads=2).qkv()
     with TemporaryDirectory() as folder:
         found = Past(WINDOW, BlockFile(SpillFile(folder)) if spilled else None, keep=tokens)
         found.settle(None)
-        for some in zip(k.split(split(tokens, sizes), 1), v.split(split(tokens, sizes), 1), strict=True):
+        for some in zip(
+            k.split(split(tokens, sizes), 1), v.split(split(tokens, sizes), 1), strict=True
+        ):
             found.append(some[0], *some)
         earlier = found.before(position := data.draw(st.integers(0, tokens)))
         blocks = [x.flatten(2, 3) for x in earlier.blocks.pieces()]
-        assert torch.equal(torch.cat([*blocks, earlier.waiting], 2), torch.stack([k, v])[:, :, :position])
+        assert torch.equal(
+            torch.cat([*blocks, earlier.waiting], 2), torch.stack([k, v])[:, :, :position]
+        )
         assert earlier.waiting.shape[2] < WINDOW.chosen_block
 
 
@@ -344,7 +403,9 @@ def test_a_cache_holds_all_keys_once_more() -> None:
 
 def test_a_cache_needs_queries() -> None:
     k = torch.zeros(1, 3, 2, 4)
-    with pytest.raises(ValueError, match="chosen blocks need the queries of earlier tokens: give q"):
+    with pytest.raises(
+        ValueError, match="chosen blocks need the queries of earlier tokens: give q"
+    ):
         KVCache(WINDOW, 1, 2, 4).append(k, k)
 
 
@@ -368,5 +429,7 @@ def test_flops_of_chosen_blocks(tokens: int) -> None:
     assert found.attention == 4 * 2 * 16 * seen
     assert (found.votes > 0) == (tokens > 24)
     both = attention_flops(pattern, 2, 16, tokens, True)
-    assert both - attention_flops(Pattern((8,), (1,), look_back=1), 2, 16, tokens, True) == sum(found)
+    assert both - attention_flops(Pattern((8,), (1,), look_back=1), 2, 16, tokens, True) == sum(
+        found
+    )
     assert backward_flops(pattern, 2, 16, tokens, True) == BACKWARD_FLOPS * (both - found.votes)

@@ -40,10 +40,18 @@ def _fresh_compiler(compiler_cache: str, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def tensors(count: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     draw = torch.Generator().manual_seed(tokens)
-    return [torch.randn(2, tokens, HEADS, SIZE, generator=draw).to(dtype).requires_grad_() for _ in range(count)]
+    return [
+        torch.randn(2, tokens, HEADS, SIZE, generator=draw).to(dtype).requires_grad_()
+        for _ in range(count)
+    ]
 
 
-def compare(function: Callable[..., Tensor], compiled: Callable[..., Tensor], inputs: list[Tensor], **options) -> None:
+def compare(
+    function: Callable[..., Tensor],
+    compiled: Callable[..., Tensor],
+    inputs: list[Tensor],
+    **options,
+) -> None:
     """Outputs and the gradients of all inputs to 1e-6 of the largest number."""
     results = []
     for f in (function, compiled):
@@ -61,7 +69,9 @@ def plain(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     return dilated_attention(q.sin(), k, v * 2, PATTERN, **options).cos()
 
 
-@pytest.mark.parametrize("options", [{}, {"documents": [20, 60]}, {"lengths": torch.tensor([17, 80])}, {"start": 40}])
+@pytest.mark.parametrize(
+    "options", [{}, {"documents": [20, 60]}, {"lengths": torch.tensor([17, 80])}, {"start": 40}]
+)
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -89,7 +99,8 @@ def test_compiled_equals_eager(pattern: Pattern, options: dict) -> None:
 def run_block(block: nn.Module, compiled: Callable[..., Tensor], *inputs: Tensor) -> None:
     leaves = [inputs[0], *block.parameters()]
     expected, found = (
-        [out, *torch.autograd.grad(out.square().mean(), leaves)] for out in (f(*inputs) for f in (block, compiled))
+        [out, *torch.autograd.grad(out.square().mean(), leaves)]
+        for out in (f(*inputs) for f in (block, compiled))
     )
     for a, b in zip(expected, found, strict=True):
         assert (a - b).abs().max() <= 1e-6 * max(1.0, a.abs().max())
@@ -105,10 +116,14 @@ def test_no_graph_holds_what_comes_from_outside() -> None:
     found = [backward(model, ids, targets, chunk=100, starts=None), *gradients(model)]
     for a, b in zip(found, expected, strict=True):
         assert error(a, b) <= 1e-6
-    assert counter.frame_count == 2 * 4  # without and with gradients: the layer and its attention, before and after
+    assert (
+        counter.frame_count == 2 * 4
+    )  # without and with gradients: the layer and its attention, before and after
 
 
-@pytest.mark.parametrize(("padded", "backend"), [(False, "aot_eager"), pytest.param(True, "inductor", marks=COMPILER)])
+@pytest.mark.parametrize(
+    ("padded", "backend"), [(False, "aot_eager"), pytest.param(True, "inductor", marks=COMPILER)]
+)
 def test_a_compiled_layer_of_torch(padded: bool, backend: str) -> None:
     layer = nn.TransformerEncoderLayer(32, HEADS, 48, dropout=0.0, batch_first=True)
     layer.self_attn = DilatedAttention(32, HEADS, PATTERN)

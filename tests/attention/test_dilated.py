@@ -53,9 +53,13 @@ from longnet_cli.attention.reference import dilated_attention_reference
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-@pytest.mark.parametrize(("dtype", "kernel"), [*((dtype, None) for dtype in TOLERANCE), (torch.float64, "math")])
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [*((dtype, None) for dtype in TOLERANCE), (torch.float64, "math")]
+)
 @given(problem=problems())
-def test_equals_the_fp64_reference(problem: Problem, dtype: torch.dtype, kernel: str | None) -> None:
+def test_equals_the_fp64_reference(
+    problem: Problem, dtype: torch.dtype, kernel: str | None
+) -> None:
     inputs = problem.tensors(4, dtype)
     found = run(dilated_attention, inputs, problem.pattern, kernel=kernel, **problem.options)
     wide = [x.double() for x in inputs]
@@ -75,10 +79,13 @@ def test_strided_and_expanded_inputs() -> None:
     torch.testing.assert_close(grad, expected)
     shared = torch.randn(2, 40, 1, 8, dtype=torch.float64).expand(2, 40, 4, 8)
     torch.testing.assert_close(
-        dilated_attention(q, shared, shared, pattern), dilated_attention_reference(q, shared, shared, pattern)
+        dilated_attention(q, shared, shared, pattern),
+        dilated_attention_reference(q, shared, shared, pattern),
     )
     last = torch.randn(2, 40, 8, 4, dtype=torch.float64).transpose(2, 3)  # the last stride is not 1
-    torch.testing.assert_close(dilated_attention(last, k, v, pattern), dilated_attention_reference(last, k, v, pattern))
+    torch.testing.assert_close(
+        dilated_attention(last, k, v, pattern), dilated_attention_reference(last, k, v, pattern)
+    )
 
 
 @pytest.mark.parametrize("kernel", ["cpu_flash", "math"])
@@ -100,12 +107,20 @@ def test_calls_are_split_around_kernel_limits(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(type(KERNELS["math"]), "max_batch", lambda *_: 2)
     seen = []
     forward = KERNELS["math"].forward
-    monkeypatch.setattr(KERNELS["math"], "forward", lambda q, *a: seen.append(len(q)) or forward(q, *a))
-    assert_close(run(dilated_attention, inputs, problem.pattern, kernel="math", **problem.options), whole, 1e-12)
+    monkeypatch.setattr(
+        KERNELS["math"], "forward", lambda q, *a: seen.append(len(q)) or forward(q, *a)
+    )
+    assert_close(
+        run(dilated_attention, inputs, problem.pattern, kernel="math", **problem.options),
+        whole,
+        1e-12,
+    )
     assert max(seen) == 2
 
 
-@pytest.mark.parametrize("name", ["attention_causal", "attention_bidirectional", "attention_bidirectional_zero_key"])
+@pytest.mark.parametrize(
+    "name", ["attention_causal", "attention_bidirectional", "attention_bidirectional_zero_key"]
+)
 def test_golden(name: str) -> None:
     """The official implementation's outputs, in the regimes where it is right."""
     path = GOLDEN / f"{name}.safetensors"
@@ -115,9 +130,14 @@ def test_golden(name: str) -> None:
         config = file.metadata()
         q, k, v, out = (file.get_tensor(x) for x in ("q", "k", "v", "out"))
     pattern = Pattern(
-        json.loads(config["segment_lengths"]), json.loads(config["dilation_rates"]), config["head_offsets"]
+        json.loads(config["segment_lengths"]),
+        json.loads(config["dilation_rates"]),
+        config["head_offsets"],
     )
-    options = {"causal": config["causal"] == "true", "padding": "zero_key" if name.endswith("zero_key") else "exact"}
+    options = {
+        "causal": config["causal"] == "true",
+        "padding": "zero_key" if name.endswith("zero_key") else "exact",
+    }
     for function in (dilated_attention, dilated_attention_reference):
         assert (function(q, k, v, pattern, **options) - out).abs().max() <= 1e-5
 
@@ -134,7 +154,10 @@ def test_golden(name: str) -> None:
         ({"lengths": torch.tensor(4)}, "lengths needs whole numbers, in one dimension"),
         ({"lengths": [[4]]}, "lengths needs whole numbers, in one dimension"),
         ({"documents": [5.5, 2.5]}, "documents needs whole numbers"),
-        (dict.fromkeys("qkv", torch.zeros(1, 8, 2, 4, dtype=torch.int64)), r"need one of .*, got torch\.int64"),
+        (
+            dict.fromkeys("qkv", torch.zeros(1, 8, 2, 4, dtype=torch.int64)),
+            r"need one of .*, got torch\.int64",
+        ),
         ({"padding": "zero"}, "padding"),
         ({"documents": [5, 2]}, "make 8 tokens"),
         ({"documents": [8], "total": 8}, "have their own lengths"),
@@ -144,13 +167,20 @@ def test_golden(name: str) -> None:
         ({"kernel": "cuda_flash"}, "cannot run here"),
         ({"start": 4, "far": [FarKeys(0, 2, 6, *torch.zeros(2, 1, 4, 2, 4))]}, "overlap"),
         ({"start": 4, "far": [FarKeys(0, 1, 4, *torch.zeros(2, 1, 2, 2, 4))]}, "need"),
-        ({"start": 9, "far": [FarKeys(0, 7, 9, *torch.zeros(2, 1, 2, 2, 4))]}, "leave their segment"),
+        (
+            {"start": 9, "far": [FarKeys(0, 7, 9, *torch.zeros(2, 1, 2, 2, 4))]},
+            "leave their segment",
+        ),
         ({"far": [FarKeys(0, 8, 9, *torch.zeros(2, 1, 2, 2, 4))]}, "after a causal shard"),
         ({"far": [FarKeys(3, 8, 9, *torch.zeros(2, 1, 2, 2, 4))]}, "name level 3"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(change: dict, message: str) -> None:
-    call = {"q": torch.zeros(1, 8, 2, 4), "k": torch.zeros(1, 8, 2, 4), "v": torch.zeros(1, 8, 2, 4)} | change
+    call = {
+        "q": torch.zeros(1, 8, 2, 4),
+        "k": torch.zeros(1, 8, 2, 4),
+        "v": torch.zeros(1, 8, 2, 4),
+    } | change
     with pytest.raises(ValueError, match=message):
         dilated_attention(**call, pattern=Pattern((8,), (1,)))
 
@@ -180,11 +210,15 @@ def test_rows_of_long_segments_come_when_they_are_needed(
         seen.append((part, cache.position, cache.far()))
         parts.append(dilated_attention(*part, pattern, start=cache.position, far=cache.far()))
         cache.append(*part[1:])
-    torch.testing.assert_close(torch.cat(parts, 1), dilated_attention(q, k, v, pattern), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat(parts, 1), dilated_attention(q, k, v, pattern), rtol=1e-12, atol=1e-12
+    )
     most = min(pattern.cache_rows, 2 * 300)
     assert begun < cache.nbytes <= 2 * 4 * 8 * 8 * most
     if keep:
-        again = [dilated_attention(*part, pattern, start=start, far=far) for part, start, far in seen]
+        again = [
+            dilated_attention(*part, pattern, start=start, far=far) for part, start, far in seen
+        ]
         assert all(map(torch.equal, again, parts))
 
 
@@ -216,7 +250,9 @@ def each_alone(documents: list[int]):
     def function(*qkv, **options) -> Tensor:
         *qkv, pattern = qkv
         parts = zip(*(x.split(documents, 1) for x in qkv), strict=True)
-        return torch.cat([dilated_attention_reference(*part, pattern, **options) for part in parts], dim=1)
+        return torch.cat(
+            [dilated_attention_reference(*part, pattern, **options) for part in parts], dim=1
+        )
 
     return function
 
@@ -230,29 +266,50 @@ def test_documents_equal_the_reference(problem: Problem, sizes: list[int]) -> No
         options |= turning(problem)
     expected = run(each_alone(documents), inputs, problem.pattern, **options)
     for kernel in ("packed", "cpu_flash"):
-        found = run(dilated_attention, inputs, problem.pattern, documents=documents, kernel=kernel, **options)
+        found = run(
+            dilated_attention,
+            inputs,
+            problem.pattern,
+            documents=documents,
+            kernel=kernel,
+            **options,
+        )
         assert_close(found, expected, 1e-12)
 
 
 @given(problem=problems(), zero_keys=st.booleans())
 def test_padded_rows_equal_the_reference(problem: Problem, zero_keys: bool) -> None:
-    options = {"causal": problem.causal, "lengths": problem.lengths, "padding": "zero_key" if zero_keys else "exact"}
+    options = {
+        "causal": problem.causal,
+        "lengths": problem.lengths,
+        "padding": "zero_key" if zero_keys else "exact",
+    }
     inputs = problem.tensors(4)
     expected = run(dilated_attention_reference, inputs, problem.pattern, **options)
     for kernel in ("packed", "cpu_flash"):
-        assert_close(run(dilated_attention, inputs, problem.pattern, kernel=kernel, **options), expected, 1e-12)
+        assert_close(
+            run(dilated_attention, inputs, problem.pattern, kernel=kernel, **options),
+            expected,
+            1e-12,
+        )
 
 
 def test_the_first_document_may_have_begun_before_the_shard() -> None:
     pattern, documents, before = PAPER_64TH, [150, 40, 90, 20], 100
     q, k, v, dout = Problem(pattern, 2, before + 300, 12, 4, 0, True, None, seed=5).tensors(4)
-    spans = [FarSpan(level, before // w * w, before) for level, (w, _) in enumerate(pattern.levels) if before % w]
+    spans = [
+        FarSpan(level, before // w * w, before)
+        for level, (w, _) in enumerate(pattern.levels)
+        if before % w
+    ]
 
     def shard(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kernel: str | None) -> Tensor:
         first, *rest = (x.split([before, 300], 1) for x in (q, k, v))
         far: list[FarKeys] = [far_keys(rest[0][0], rest[1][0], pattern, span) for span in spans]
         own = first[1], rest[0][1], rest[1][1]
-        return dilated_attention(*own, pattern, start=before, far=far, documents=documents, kernel=kernel)
+        return dilated_attention(
+            *own, pattern, start=before, far=far, documents=documents, kernel=kernel
+        )
 
     inputs = [q, k, v, dout[:, before:]]
     found, alone = (run(shard, inputs, pattern, kernel=kernel) for kernel in ("packed", None))
@@ -268,11 +325,16 @@ def test_calls_on_a_gpu_hardly_grow_with_the_number_of_documents(kernel: str) ->
         cut = [0, *sorted(draw.sample(range(1, 16384), number - 1)), 16384]
         assert calls(kernel, x, documents=[b - a for a, b in pairwise(cut)]) <= most
     rows = torch.empty(262, 700, 12, 64, device="meta")
-    assert calls(kernel, rows, causal=False, lengths=[draw.randint(300, 700) for _ in range(262)]) <= 24
+    assert (
+        calls(kernel, rows, causal=False, lengths=[draw.randint(300, 700) for _ in range(262)])
+        <= 24
+    )
 
 
 def calls(kernel: str, x: Tensor, causal: bool = True, lengths=None, documents=None) -> int:
-    plan = plan_calls(KERNELS[kernel], x, x, x, Pattern.paper(), Shard(0, lengths, documents, causal=causal))
+    plan = plan_calls(
+        KERNELS[kernel], x, x, x, Pattern.paper(), Shard(0, lengths, documents, causal=causal)
+    )
     return sum(len(found) for *_, found in plan.placed) + len(plan.packs)
 
 
@@ -295,13 +357,20 @@ def test_what_is_kept_for_packed_rows_goes_with_their_plan() -> None:
         ("own lse", "its dq is off by"),
     ],
 )
-def test_a_kernel_whose_packed_calls_fail_does_not_pack(monkeypatch: pytest.MonkeyPatch, wrong: str, said: str) -> None:
+def test_a_kernel_whose_packed_calls_fail_does_not_pack(
+    monkeypatch: pytest.MonkeyPatch, wrong: str, said: str
+) -> None:
     kernel = Unpacked()
     kernel.wrong = wrong
     monkeypatch.setitem(KERNELS, "unpacked", kernel)
-    inputs, documents = Problem(PAPER_64TH, 1, 90, 6, 8, 0, True, None, seed=1).tensors(4), [30, 41, 19]
+    inputs, documents = (
+        Problem(PAPER_64TH, 1, 90, 6, 8, 0, True, None, seed=1).tensors(4),
+        [30, 41, 19],
+    )
     _select.cache_clear()
-    with pytest.warns(UserWarning, match=f"'unpacked' takes documents one by one: packed, {said}") as warned:
+    with pytest.warns(
+        UserWarning, match=f"'unpacked' takes documents one by one: packed, {said}"
+    ) as warned:
         found = run(dilated_attention, inputs, PAPER_64TH, documents=documents, kernel="unpacked")
     _select.cache_clear()
     assert len(warned) == 1
@@ -324,7 +393,11 @@ def test_causal_squares_of_all_sizes(tokens: int, dtype: torch.dtype) -> None:
         inputs = Problem(pattern, 1, tokens, 2, 8, 0, True, None, seed=tokens).tensors(4, dtype)
         found = run(dilated_attention, inputs, pattern, kernel="cpu_flash")
         expected = run(dilated_attention_reference, [x.double() for x in inputs], pattern)
-        assert_close(found, expected, {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype])
+        assert_close(
+            found,
+            expected,
+            {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype],
+        )
 
 
 TOKENS = 37
@@ -353,7 +426,9 @@ def put_ours(encoder: nn.TransformerEncoder, pattern: Pattern) -> None:
         layer.self_attn = attention
 
 
-def outputs_and_gradients(module: nn.Module, inputs: list[Tensor], dout: Tensor, **options) -> dict[str, Tensor]:
+def outputs_and_gradients(
+    module: nn.Module, inputs: list[Tensor], dout: Tensor, **options
+) -> dict[str, Tensor]:
     inputs = [x.clone().requires_grad_() for x in inputs]
     query, key, value = inputs * 3 if len(inputs) == 1 else inputs
     out, weights = module(query, key, value, need_weights=False, **options)
@@ -377,7 +452,10 @@ def test_one_full_segment_is_multihead_attention(dtype, bias, mask, padding, inp
     options: dict = {}
     if mask is not None:
         expected_options |= {"attn_mask": LATER, "is_causal": True}
-        options |= {"is_causal": True, "attn_mask": {"bool": LATER, "float": AS_FLOAT.to(dtype)}.get(mask)}
+        options |= {
+            "is_causal": True,
+            "attn_mask": {"bool": LATER, "float": AS_FLOAT.to(dtype)}.get(mask),
+        }
     if padding is not None:
         dout = dout.masked_fill(PADDING[..., None], 0)  # what padded queries give means nothing
         expected_options |= {"key_padding_mask": PADDING}
@@ -409,7 +487,10 @@ def test_the_pattern_is_that_of_the_reference(causal: bool) -> None:
     q, k, v = (y.unflatten(-1, (4, 6)) for y in projected.chunk(3, -1))
     mixed = dilated_attention_reference(q, k, v, PAPER_64TH, causal=causal)
     torch.testing.assert_close(
-        ours(x, x, x, is_causal=causal)[0], theirs.out_proj(mixed.flatten(2)), rtol=1e-12, atol=1e-12
+        ours(x, x, x, is_causal=causal)[0],
+        theirs.out_proj(mixed.flatten(2)),
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 
@@ -419,7 +500,9 @@ def test_the_pattern_is_that_of_the_reference(causal: bool) -> None:
 def test_inside_torchs_encoder(pattern: Pattern, norm_first: bool, padded: bool) -> None:
     """In eval mode torch calls a fused dense layer wherever it can: never around our module."""
     torch.manual_seed(1)
-    layer = nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, batch_first=True, norm_first=norm_first)
+    layer = nn.TransformerEncoderLayer(
+        24, 4, 48, dropout=0.0, batch_first=True, norm_first=norm_first
+    )
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     dense = copy.deepcopy(encoder)
     put_ours(encoder, pattern)
@@ -448,18 +531,37 @@ def test_causal_mask_through_torchs_encoder() -> None:
     [
         ({"need_weights": True}, "need_weights=False"),
         ({"key": torch.zeros(2, 9, 24)}, "cross-attention"),
-        ({"query": torch.zeros(TOKENS, 24), "key": torch.zeros(TOKENS, 24), "value": torch.zeros(TOKENS, 24)}, "shape"),
+        (
+            {
+                "query": torch.zeros(TOKENS, 24),
+                "key": torch.zeros(TOKENS, 24),
+                "value": torch.zeros(TOKENS, 24),
+            },
+            "shape",
+        ),
         ({"attn_mask": LATER}, "is_causal=True"),
         ({"attn_mask": LATER.logical_not(), "is_causal": True}, "but the causal one of 37 tokens"),
         ({"attn_mask": LATER[:9, :9], "is_causal": True}, "but the causal one of 37 tokens"),
         ({"attn_mask": AS_FLOAT + 1, "is_causal": True}, "but the causal one of 37 tokens"),
-        ({"attn_mask": LATER.expand(8, -1, -1), "is_causal": True}, "but the causal one of 37 tokens"),
+        (
+            {"attn_mask": LATER.expand(8, -1, -1), "is_causal": True},
+            "but the causal one of 37 tokens",
+        ),
         ({"key_padding_mask": PADDING[:2].flip(1)}, "on the right only, and row 1 "),
-        ({"key_padding_mask": torch.arange(TOKENS).expand(2, -1) == 5}, "on the right only, and row 0 "),
+        (
+            {"key_padding_mask": torch.arange(TOKENS).expand(2, -1) == 5},
+            "on the right only, and row 0 ",
+        ),
         ({"key_padding_mask": torch.full((2, TOKENS), -1.0)}, "0 and -inf"),
         ({"key_padding_mask": PADDING[0]}, r"\(batch, tokens\)"),
-        ({"key_padding_mask": torch.zeros(2, TOKENS - 1, dtype=torch.bool)}, r"needs \(2, 37\), .* got \(2, 36\)"),
-        ({"key_padding_mask": torch.zeros(3, TOKENS, dtype=torch.bool)}, r"needs \(2, 37\), .* got \(3, 37\)"),
+        (
+            {"key_padding_mask": torch.zeros(2, TOKENS - 1, dtype=torch.bool)},
+            r"needs \(2, 37\), .* got \(2, 36\)",
+        ),
+        (
+            {"key_padding_mask": torch.zeros(3, TOKENS, dtype=torch.bool)},
+            r"needs \(2, 37\), .* got \(3, 37\)",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(options: dict, message: str) -> None:
@@ -470,7 +572,9 @@ def test_what_is_not_supported_is_refused_by_name(options: dict, message: str) -
 
 def test_nested_tensors_are_refused() -> None:
     """As torch's encoder makes them of a padded batch in eval mode, if it is older than the module in it."""
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 48, batch_first=True), 1).eval()
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(24, 4, 48, batch_first=True), 1
+    ).eval()
     put_ours(encoder, FULL)
     with torch.no_grad(), pytest.raises(ValueError, match="with enable_nested_tensor=False"):
         encoder(torch.zeros(3, TOKENS, 24), src_key_padding_mask=PADDING)

@@ -19,7 +19,8 @@ def tokens_of(rows: Rows) -> dict[tuple[int, int], list[int]]:
     """{(head, segment): [token, ...]} of a view."""
     return {
         (rows.first_head + h * rows.head_step, s): [
-            rows.first_token + s * rows.segment_step + h * rows.skew + j * rows.row_step for j in range(rows.rows)
+            rows.first_token + s * rows.segment_step + h * rows.skew + j * rows.row_step
+            for j in range(rows.rows)
         ]
         for s in range(rows.segments)
         for h in range(rows.heads)
@@ -31,7 +32,9 @@ def test_near_views_are_the_definition(problem: Problem) -> None:
     """Head h of level (w, r) keeps position p iff (p mod w) mod r is its offset, each segment on its own."""
     pattern, start, heads = problem.pattern, problem.start, problem.heads
     found: Counter[tuple[int, tuple[int, ...]]] = Counter()
-    for branch in branches(Layout(pattern, heads, heads), start, problem.tokens, problem.causal, "exact", ()):
+    for branch in branches(
+        Layout(pattern, heads, heads), start, problem.tokens, problem.causal, "exact", ()
+    ):
         assert branch.queries == branch.keys
         for (head, _), tokens in tokens_of(branch.queries).items():
             found[head, tuple(start + t for t in tokens)] += 1
@@ -49,13 +52,17 @@ def test_near_views_are_the_definition(problem: Problem) -> None:
 @given(problem=problems(lengths=False))
 def test_span_positions_are_the_definition(problem: Problem) -> None:
     for level, (w, r) in enumerate(problem.pattern.levels):
-        span = FarSpan(level, problem.start, min(problem.start + problem.tokens, (problem.start // w + 1) * w))
+        span = FarSpan(
+            level, problem.start, min(problem.start + problem.tokens, (problem.start // w + 1) * w)
+        )
         for offset, positions in zip(
             problem.pattern.offsets(level, problem.heads),
             Layout(problem.pattern, problem.heads, problem.heads).positions(span),
             strict=True,
         ):
-            assert list(positions) == [p for p in range(span.start, span.stop) if p % w % r == offset]
+            assert list(positions) == [
+                p for p in range(span.start, span.stop) if p % w % r == offset
+            ]
 
 
 def covered(pattern: Pattern, level: int, total: int) -> np.ndarray:
@@ -81,8 +88,12 @@ TILED = Pattern((4, 32), (1, 2), look_back=1, overlap="once")
 
 
 @given(choice=choices(), shards=st.lists(st.tuples(PLACES, PLACES), min_size=9, max_size=9))
-@example(choice=Choice(TILED, 1, 96, 1, 2, 0, False, None, 0), shards=[(44.5 / 96, 47.5 / 96)])  # one segment of 4
-def test_far_spans_are_what_a_shard_sees_outside_it(choice: Choice, shards: list[tuple[float, float]]) -> None:
+@example(
+    choice=Choice(TILED, 1, 96, 1, 2, 0, False, None, 0), shards=[(44.5 / 96, 47.5 / 96)]
+)  # one segment of 4
+def test_far_spans_are_what_a_shard_sees_outside_it(
+    choice: Choice, shards: list[tuple[float, float]]
+) -> None:
     """All of it, no position twice, none that the level before covers for all queries or that lies before the first of
     the past, and sinks where the first level has none.
     """
@@ -93,7 +104,9 @@ def test_far_spans_are_what_a_shard_sees_outside_it(choice: Choice, shards: list
         spans = far_spans(pattern, start, last + 1, choice.causal, total)
         for level, of_queries in enumerate(levels):
             needed = {*of_queries[start : last + 1].any(0).nonzero()[0]} - {*range(start, last + 1)}
-            found = [p for span in spans if span.level == level for p in range(span.start, span.stop)]
+            found = [
+                p for span in spans if span.level == level for p in range(span.start, span.stop)
+            ]
             assert len(found) == len(set(found))
             assert needed <= set(found)
             if level and pattern.overlap == "once":

@@ -64,7 +64,9 @@ def strided(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
 )
-def test_cpu_flash_on_strided_views_and_a_foreign_lse(dtype: torch.dtype, tolerance: float, causal: bool) -> None:
+def test_cpu_flash_on_strided_views_and_a_foreign_lse(
+    dtype: torch.dtype, tolerance: float, causal: bool
+) -> None:
     """The backward is given the merged out and lse of a larger union, in the layout in which we hold them."""
     q, k, v, dout = (strided(2, 3, 70, 8, dtype=dtype, seed=s) for s in range(4))
     out, lse = kernels.KERNELS["cpu_flash"].forward(q, k, v, causal, 0.3)
@@ -72,7 +74,9 @@ def test_cpu_flash_on_strided_views_and_a_foreign_lse(dtype: torch.dtype, tolera
     assert (out - expected_out).norm() <= tolerance * expected_out.norm()
     assert (lse - expected_lse).norm() <= tolerance * expected_lse.norm()
     merged = (expected_out * 0.5).to(dtype)
-    merged_lse = (expected_lse + 0.7).transpose(1, 2).contiguous().transpose(1, 2)  # memory (batch, rows, heads)
+    merged_lse = (
+        (expected_lse + 0.7).transpose(1, 2).contiguous().transpose(1, 2)
+    )  # memory (batch, rows, heads)
     arguments = ((dout, q, k, v, merged, merged_lse), causal, 0.3)
     found, expected = kernels.KERNELS["cpu_flash"].backward(*arguments), MATH.backward(*arguments)
     for a, b in zip(found, expected, strict=True):
@@ -100,7 +104,9 @@ def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.Monk
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "math"
     assert kernels.select_kernel(CPU, torch.float32, 64, "cpu_flash").name == "cpu_flash"
     monkeypatch.setenv("LONGNET_KERNEL", "quick")
-    with pytest.raises(ValueError, match="choose from flash_attn, cuda_flash, cuda_efficient, cpu_flash, math"):
+    with pytest.raises(
+        ValueError, match="choose from flash_attn, cuda_flash, cuda_efficient, cpu_flash, math"
+    ):
         kernels.select_kernel(CPU, torch.float32, 64)
 
 
@@ -140,7 +146,9 @@ def fails(kernel, *_):
         ("forward", fails, "AssertionError: no reason given"),
     ],
 )
-def test_a_kernel_that_is_wrong_or_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch, call, wrong, said) -> None:
+def test_a_kernel_that_is_wrong_or_fails_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, call, wrong, said
+) -> None:
     """What only real calls have is tried: a merged lse, rows that fill no tile, heads that share a key head."""
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     flash = kernels.KERNELS["cpu_flash"]
@@ -151,7 +159,9 @@ def test_a_kernel_that_is_wrong_or_fails_is_passed_over(monkeypatch: pytest.Monk
         kernels.select_kernel(CPU, torch.float32, 16, "cpu_flash")
 
 
-def test_a_kernel_is_probed_again_for_algorithms_that_are_always_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_is_probed_again_for_algorithms_that_are_always_equal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     flash = kernels.KERNELS["cpu_flash"]
     backward = flash.backward
@@ -164,7 +174,9 @@ def test_a_kernel_is_probed_again_for_algorithms_that_are_always_equal(monkeypat
     assert kernels.select_kernel(CPU, torch.float32, 16).name == "cpu_flash"
     torch.use_deterministic_algorithms(True)
     try:
-        with pytest.warns(UserWarning, match="'cpu_flash' is not used: AssertionError: no such algorithm"):
+        with pytest.warns(
+            UserWarning, match="'cpu_flash' is not used: AssertionError: no such algorithm"
+        ):
             assert kernels.select_kernel(CPU, torch.float32, 16).name == "math"
     finally:
         torch.use_deterministic_algorithms(False)
@@ -183,19 +195,25 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.numbers = max(self.numbers, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)), 0)
+        self.numbers = max(
+            self.numbers, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)), 0
+        )
         return result
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_plain_math_takes_long_rows_in_blocks_of_keys(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_math_takes_long_rows_in_blocks_of_keys(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v, dout = (strided(1, 2, 300, 8, dtype=torch.float64, seed=s) for s in range(4))
     results, largest = [], []
     for most in (1 << 26, 1 << 14):  # scores; with the second, blocks of 27 keys
         monkeypatch.setattr(type(MATH), "_MAX_SCORES", most)
         with Largest() as seen:
             out, lse = MATH.forward(q, k, v, causal, 0.3)
-            results.append((out, lse, *MATH.backward((dout, q, k, v, 0.5 * out, lse + 0.7), causal, 0.3)))
+            results.append(
+                (out, lse, *MATH.backward((dout, q, k, v, 0.5 * out, lse + 0.7), causal, 0.3))
+            )
         largest.append(seen.numbers)
     for whole, in_blocks in zip(*results, strict=True):
         assert (whole - in_blocks).norm() <= 1e-13 * whole.norm()
@@ -210,7 +228,11 @@ def test_cuda_limits() -> None:
 
 
 def test_efficient_attention_serves_what_flash_does_not(card) -> None:
-    cuda, efficient, flash = card(8), kernels.KERNELS["cuda_efficient"], kernels.KERNELS["cuda_flash"]
+    cuda, efficient, flash = (
+        card(8),
+        kernels.KERNELS["cuda_efficient"],
+        kernels.KERNELS["cuda_flash"],
+    )
     for dtype, head_dim in ((torch.float32, 64), (torch.float32, 5)):
         assert flash.refusal(cuda, dtype, head_dim)
         assert efficient.refusal(cuda, dtype, head_dim) is None
@@ -221,10 +243,14 @@ def test_efficient_attention_serves_what_flash_does_not(card) -> None:
 
 def test_plain_math_on_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
-    with pytest.warns(UserWarning, match="attention in torch.float64 on cuda falls back to plain math") as said:
+    with pytest.warns(
+        UserWarning, match="attention in torch.float64 on cuda falls back to plain math"
+    ) as said:
         assert kernels.select_kernel(torch.device("cuda"), torch.float64, 64).name == "math"
     assert [str(warning.message).count("\n") for warning in said] == [0]
-    kernels.select_kernel(torch.device("cuda"), torch.float64, 64, "math")  # as was asked for: nothing to say
+    kernels.select_kernel(
+        torch.device("cuda"), torch.float64, 64, "math"
+    )  # as was asked for: nothing to say
 
 
 @pytest.fixture
@@ -251,7 +277,10 @@ def test_a_broken_package_stops_no_other_kernel(monkeypatch: pytest.MonkeyPatch,
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "cpu_flash"
     assert not imported
     why = kernels.KERNELS["flash_attn"].refusal(card(9), torch.bfloat16, 64)
-    assert why == "flash_attn cannot be imported: AttributeError: module 'cutlass' has no attribute 'Int32'"
+    assert (
+        why
+        == "flash_attn cannot be imported: AttributeError: module 'cutlass' has no attribute 'Int32'"
+    )
     assert imported == ["flash_attn.flash_attn_interface"]
 
 
@@ -263,10 +292,39 @@ def test_a_card_gets_flash_attn_if_it_is_there(monkeypatch: pytest.MonkeyPatch, 
 
 
 # what starts nothing on a GPU
-VIEWS = {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "expand", "as_strided", "transpose", "t"}
-VIEWS |= {"permute", "unbind", "split", "split_with_sizes", "alias", "detach", "unfold", "view_as_complex"}
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "as_strided",
+    "transpose",
+    "t",
+}
+VIEWS |= {
+    "permute",
+    "unbind",
+    "split",
+    "split_with_sizes",
+    "alias",
+    "detach",
+    "unfold",
+    "view_as_complex",
+}
 VIEWS |= {"view_as_real", "empty", "empty_like", "new_empty", "scalar_tensor", "lift_fresh"}
-WAITS = {"tolist", "item", "nonzero", "unique", "masked_select", "__bool__", "__int__", "__index__"}  # for a GPU
+WAITS = {
+    "tolist",
+    "item",
+    "nonzero",
+    "unique",
+    "masked_select",
+    "__bool__",
+    "__int__",
+    "__index__",
+}  # for a GPU
 
 
 class Launches(TorchDispatchMode):
@@ -294,7 +352,9 @@ class FlashOfAGpu(Kernel):
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         return min(65_535, ((1 << 31) - 1) // (heads * (-(-rows // 128) * 128) * head_dim))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), q.new_empty(q.shape[:3])
 
     def backward(self, tensors: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,8 +363,16 @@ class FlashOfAGpu(Kernel):
 
 
 def rope_of(heads: int, head_dim: int) -> Any:
-    fields = {"dim": heads * head_dim, "num_heads": heads, "num_layers": 1, "ffn_dim": 8, "vocab_size": 8}
-    return sink_turn(LongNetConfig(**fields, position="rope", segment_lengths=(8,), dilation_rates=(1,)))
+    fields = {
+        "dim": heads * head_dim,
+        "num_heads": heads,
+        "num_layers": 1,
+        "ffn_dim": 8,
+        "vocab_size": 8,
+    }
+    return sink_turn(
+        LongNetConfig(**fields, position="rope", segment_lengths=(8,), dilation_rates=(1,))
+    )
 
 
 def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,14 +380,28 @@ def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
     The limits are so much less, too.
     """
-    less = groups.GPU._replace(gathered=groups.GPU.gathered * 2 // (4 * 96), scores=groups.GPU.scores // (4 * 12))
+    less = groups.GPU._replace(
+        gathered=groups.GPU.gathered * 2 // (4 * 96), scores=groups.GPU.scores // (4 * 12)
+    )
     monkeypatch.setattr(groups, "CPU", less)
-    pattern, tokens, choices = replace(Pattern.finding(), chosen_layers=(0, 2)), 16_384, choosing.Choices()
+    pattern, tokens, choices = (
+        replace(Pattern.finding(), chosen_layers=(0, 2)),
+        16_384,
+        choosing.Choices(),
+    )
     rope = rope_of(1, 8)
-    parts = [GroupedPart(slice(0, 1), slice(0, tokens), 0, each) for each in groups_of(pattern, 0, tokens)]
+    parts = [
+        GroupedPart(slice(0, 1), slice(0, tokens), 0, each)
+        for each in groups_of(pattern, 0, tokens)
+    ]
     for layer, most in enumerate((1700, 1300, 1700)):  # a hundred calls of 64 MiB of keys each
-        q, k = torch.randn(2, 1, tokens, 1, 8, generator=torch.Generator().manual_seed(layer)).unbind()
-        call, merge = Chosen(pattern, parts, rope, choices=LayerChoices(choices, pattern, layer)), Merge(q, False)
+        q, k = torch.randn(
+            2, 1, tokens, 1, 8, generator=torch.Generator().manual_seed(layer)
+        ).unbind()
+        call, merge = (
+            Chosen(pattern, parts, rope, choices=LayerChoices(choices, pattern, layer)),
+            Merge(q, False),
+        )
         with torch.no_grad(), Waits() as waits, Launches() as launches:
             call.choose(q, k, 0.5)
             call.merge(FlashOfAGpu(), 0.5, q, k, k, merge)
@@ -330,14 +412,18 @@ def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("before", [0, 1501])
 def test_limits_of_a_gpu_give_the_same_bits(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that choose and that follow, from the first token on and with a past that was read in shards."""
-    pattern = Pattern((64,), (1,), look_back=1, chosen=4, chosen_block=16, chosen_every=8, chosen_layers=(1, 3))
+    pattern = Pattern(
+        (64,), (1,), look_back=1, chosen=4, chosen_block=16, chosen_every=8, chosen_layers=(1, 3)
+    )
     monkeypatch.setattr("longnet_cli.attention.groups.FUNNEL", ((2, 40),))
     results = []
     for sizes in (groups.CPU, groups.GPU):
         monkeypatch.setattr(groups, "CPU", sizes)
         choices, of_sizes = choosing.Choices(), []
         for layer in range(4):
-            q, k, v = torch.randn(3, 1, before + 1200, 4, 16, generator=torch.Generator().manual_seed(layer)).unbind()
+            q, k, v = torch.randn(
+                3, 1, before + 1200, 4, 16, generator=torch.Generator().manual_seed(layer)
+            ).unbind()
             cache = KVCache(pattern, 1, 4, 16, layer=layer)
             for part in zip(*(x[:, :before].split(400, 1) for x in (q, k, v)), strict=True):
                 if before:
@@ -348,13 +434,17 @@ def test_limits_of_a_gpu_give_the_same_bits(before: int, monkeypatch: pytest.Mon
                 "turn": turn,
                 "choices": LayerChoices(choices, pattern, layer),
             }
-            of_sizes.append(dilated_attention(*(x[:, before:] for x in (q, k, v)), pattern, **options))
+            of_sizes.append(
+                dilated_attention(*(x[:, before:] for x in (q, k, v)), pattern, **options)
+            )
         results.append((of_sizes, choices.made))
     (outs, made), (others, others_made) = results
     assert all(map(torch.equal, outs, others))
     for layer in pattern.chosen_layers:
         of_parts = zip(made[layer], others_made[layer], strict=True)
-        assert all(torch.equal(*each) for of_part in of_parts for each in zip(*of_part, strict=True))
+        assert all(
+            torch.equal(*each) for of_part in of_parts for each in zip(*of_part, strict=True)
+        )
 
 
 def test_a_past_on_a_gpu_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +498,8 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
         x = torch.randn(1, before, *heads).bfloat16()
         past.append(x, x, x)
     parts = [
-        GroupedPart(slice(0, 1), slice(0, tokens), before, each) for each in groups_of(pattern, before, before + tokens)
+        GroupedPart(slice(0, 1), slice(0, tokens), before, each)
+        for each in groups_of(pattern, before, before + tokens)
     ]
     q, k, dout = torch.randn(3, 1, tokens, *heads).bfloat16().unbind()
     call, merge, total = Chosen(pattern, parts, rope, past), Merge(q, False), GradientSum(q)
@@ -421,7 +512,9 @@ def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.Mon
         call.merge(FlashOfAGpu(), 0.125, q, k, k, merge)
     out, lse = merge.result()
     with torch.no_grad(), Live(*known, out, lse) as backward:
-        gradients = call.gradients(FlashOfAGpu(), 0.125, (dout, q, out, lse[..., None]), (k, k), total)
+        gradients = call.gradients(
+            FlashOfAGpu(), 0.125, (dout, q, out, lse[..., None]), (k, k), total
+        )
     backward.peak -= sum(x.nbytes for x in gradients)  # results
     assert most / 3 < max(choosing_.peak, attending.peak, backward.peak) <= most
     assert transient_bytes(groups.GPU) <= 2 << 30
@@ -444,7 +537,9 @@ def test_memory_of_a_backward(tokens: int) -> None:
     On fake tensors: torch knows what its CUDA operators return. They allocate more inside.
     """
     with FakeTensorMode():
-        q, k, v, out, dout = (torch.empty(1, tokens, 12, 64, dtype=torch.bfloat16) for _ in range(5))
+        q, k, v, out, dout = (
+            torch.empty(1, tokens, 12, 64, dtype=torch.bfloat16) for _ in range(5)
+        )
         lse = torch.empty(1, tokens, 12)
         plan = plan_calls(KERNELS["cuda_flash"], q, k, v, Pattern.paper(), Shard())
         with Live(q, k, v, out, dout, lse) as live:

@@ -11,7 +11,13 @@ from places import ROOT
 from strategies import choices, chosen_patterns, patterns
 
 from longnet_cli.attention import Pattern
-from longnet_cli.attention.notation import format_levels, format_pattern, is_pattern, parse_pattern, pattern_fields
+from longnet_cli.attention.notation import (
+    format_levels,
+    format_pattern,
+    is_pattern,
+    parse_pattern,
+    pattern_fields,
+)
 from longnet_cli.basics.sizes import MAX_SIZE, format_size, parse_size
 
 TILED = {"look_back": 1, "overlap": "once", "queries": "all"}
@@ -28,16 +34,22 @@ READ = {
     "geometric:1e9,base=1Ki,ratio=4": Pattern.geometric(10**9, 1024, 4),
     "window:1Ki": Pattern.window(1024),
     "window:1Ki,look_back=0,sinks=4": Pattern.window(1024, 0, 4),
-    "geometric:4Ki,base=1Ki,ratio=4,look_back=1,overlap=once,queries=all": Pattern((1024, 4096), (1, 4), **TILED),
+    "geometric:4Ki,base=1Ki,ratio=4,look_back=1,overlap=once,queries=all": Pattern(
+        (1024, 4096), (1, 4), **TILED
+    ),
     "pretrained": Pattern.pretrained(),
     "pretrained:512,sinks=8": Pattern.pretrained(512, 8),
     "finding": choosing(chosen=32),
-    "finding:512,chosen=16x64,chosen_every=4": choosing(512, chosen=16, chosen_block=64, chosen_every=4),
+    "finding:512,chosen=16x64,chosen_every=4": choosing(
+        512, chosen=16, chosen_block=64, chosen_every=4
+    ),
     "window:1Ki,chosen=32x32": choosing(chosen=32),
     "window:1Ki,chosen=16": choosing(chosen=16),
     "window:1Ki,chosen=16x64,chosen_every=4": choosing(chosen=16, chosen_block=64, chosen_every=4),
     "1Ki/1,4Ki/4": Pattern((1024, 4096), (1, 4)),
-    " 16/1 , 64/4 , head_offsets = grouped , look_back = 0/1": Pattern((16, 64), (1, 4), "grouped", (0, 1)),
+    " 16/1 , 64/4 , head_offsets = grouped , look_back = 0/1": Pattern(
+        (16, 64), (1, 4), "grouped", (0, 1)
+    ),
     "1Ki/1,1Ki/4,look_back=1/5,overlap=once,queries=all,sinks=4": FAR,
 }
 WRITTEN = {
@@ -119,14 +131,18 @@ def test_constructors_round_trip(length: int, base: int, ratio: int) -> None:
 
 
 @given(
-    st.integers(1, MAX_SIZE) | st.integers(1, 40).map(lambda n: n << 20) | st.integers(1, 90).map(lambda n: n * 10**9)
+    st.integers(1, MAX_SIZE)
+    | st.integers(1, 40).map(lambda n: n << 20)
+    | st.integers(1, 90).map(lambda n: n * 10**9)
 )
 def test_sizes_round_trip(size: int) -> None:
     assert parse_size(format_size(size)) == size
     assert len(format_size(size)) <= len(str(size))
 
 
-@pytest.mark.parametrize("text", ["./1Ki/1", "my-run/window", "2024-run/4", "longnet-tiny", "recipe.toml", "2024/run"])
+@pytest.mark.parametrize(
+    "text", ["./1Ki/1", "my-run/window", "2024-run/4", "longnet-tiny", "recipe.toml", "2024/run"]
+)
 def test_other_words_are_no_patterns(text: str) -> None:
     assert not is_pattern(text)
 
@@ -140,6 +156,8 @@ def test_the_documented_way_from_python() -> None:
 
 def test_options_stand_in_for_defaults_that_do_not_fit_the_size() -> None:
     """Blocks of 32 do not divide a window of 48, but the blocks given do."""
-    assert parse_pattern("finding:48,chosen=4x16") == Pattern((48,), (1,), look_back=1, chosen=4, chosen_block=16)
+    assert parse_pattern("finding:48,chosen=4x16") == Pattern(
+        (48,), (1,), look_back=1, chosen=4, chosen_block=16
+    )
     with pytest.raises(ValueError, match="chosen"):
         parse_pattern("finding:48,chosen=4")

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from strategies import Choice, assert_close, choices, cuts, run, split, turn, turning
 from torch import Tensor
 
-from longnet_cli.attention import SINKS, FarKeys, FarSpan, KVCache, Pattern, dilated_attention, far_keys
+from longnet_cli.attention import (
+    SINKS,
+    FarKeys,
+    FarSpan,
+    KVCache,
+    Pattern,
+    dilated_attention,
+    far_keys,
+)
 from longnet_cli.attention.branches import attention_flops, branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.merging import apart
@@ -29,17 +37,23 @@ CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_ever
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @given(choice=choices())
-def test_every_choice_equals_the_reference(choice: Choice, dtype: torch.dtype, tolerance: float) -> None:
+def test_every_choice_equals_the_reference(
+    choice: Choice, dtype: torch.dtype, tolerance: float
+) -> None:
     inputs, options = choice.qkv(dtype), choice.options | turning(choice)
     found = run(dilated_attention, inputs, choice.pattern, **options)
-    expected = run(dilated_attention_reference, [x.double() for x in inputs], choice.pattern, **options)
+    expected = run(
+        dilated_attention_reference, [x.double() for x in inputs], choice.pattern, **options
+    )
     assert_close(found, expected, tolerance)
 
 
 @given(choice=choices())
 def test_gradients_are_added_to_views_without_overlap(choice: Choice) -> None:
     """Where two numbers of a view are one place, a sum of several threads is wrong, now and then."""
-    places = torch.arange(choice.tokens * choice.kv_heads).view(1, choice.tokens, choice.kv_heads, 1)
+    places = torch.arange(choice.tokens * choice.kv_heads).view(
+        1, choice.tokens, choice.kv_heads, 1
+    )
     start, layout = choice.start, Layout(choice.pattern, choice.heads, choice.kv_heads)
     spans = (FarSpan(SINKS, 0, min(start, choice.pattern.sinks)),)
     for branch in branches(layout, start, choice.tokens, choice.causal, "exact", spans):
@@ -76,10 +90,14 @@ def test_shards_with_their_far_keys_equal_the_whole(
                     part = FarSpan(span.level, max(span.start, c), min(span.stop, d))
                     if part.start < part.stop and span.stop > start:
                         rows = slice(c - start, d - start)
-                        keys = far_keys(k[:, rows], v[:, rows], pattern, part, start=c, num_heads=choice.heads)
+                        keys = far_keys(
+                            k[:, rows], v[:, rows], pattern, part, start=c, num_heads=choice.heads
+                        )
                         far.append(watched(keys, told) if called else keys)
             q_, k_, v_ = (x[:, a - start : b - start] for x in (q, k, v))
-            outs.append(dilated_attention(q_, k_, v_, pattern, start=a, far=far, total=total, **options))
+            outs.append(
+                dilated_attention(q_, k_, v_, pattern, start=a, far=far, total=total, **options)
+            )
         return torch.cat(outs, 1)
 
     inputs = choice.qkv()
@@ -106,24 +124,33 @@ def watched(keys: FarKeys, told: list[dict[str, Tensor]]) -> FarKeys:
 
 
 @given(choice=choices(causal=True), sizes=cuts(), keep=st.booleans())
-def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list[int], keep: bool) -> None:
+def test_any_shards_with_their_cache_equal_the_whole(
+    choice: Choice, sizes: list[int], keep: bool
+) -> None:
     pattern, (q, k, v, _) = choice.pattern, choice.qkv()
     whole = dilated_attention(q, k, v, pattern, **turning(choice))
     sizes_of = pattern, choice.batch, choice.heads, choice.head_dim
-    cache = KVCache(*sizes_of, kv_heads=choice.kv_heads, dtype=q.dtype, keep=choice.tokens if keep else 0)
+    cache = KVCache(
+        *sizes_of, kv_heads=choice.kv_heads, dtype=q.dtype, keep=choice.tokens if keep else 0
+    )
     size = cache.nbytes
     parts, seen = [], []
     for part in zip(*(x.split(split(choice.tokens, sizes), 1) for x in (q, k, v)), strict=True):
         seen.append((part, cache.position, cache.far()))
         far = cache.far(*part[1:])  # of a single token, with its own row, unless `keep`
-        parts.append(dilated_attention(*part, pattern, start=cache.position, far=far, **turning(choice)))
+        parts.append(
+            dilated_attention(*part, pattern, start=cache.position, far=far, **turning(choice))
+        )
         cache.append(*part[1:])
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
     rows = cached_rows(Layout(pattern, choice.heads, choice.kv_heads))
     most = 2 * choice.batch * choice.head_dim * q.itemsize * rows
     assert cache.nbytes <= most if keep else cache.nbytes == size == most
     if keep:  # the far keys given out on the way are still what they were
-        again = [dilated_attention(*p, pattern, start=at, far=far, **turning(choice)) for p, at, far in seen]
+        again = [
+            dilated_attention(*p, pattern, start=at, far=far, **turning(choice))
+            for p, at, far in seen
+        ]
         assert all(map(torch.equal, again, parts))
 
 
@@ -158,7 +185,9 @@ def test_a_grouped_model_holds_and_sends_what_its_heads_share_once(head_offsets:
     assert len(Layout(pattern, 12, 3).lanes(1).offsets) == shared
     assert numbers(3, 1) == numbers(12, 1) * shared // 12
     sizes = {kv: 128 * kv + 128 * (12 if kv == 12 else shared) + 4 * kv for kv in (12, 3)}
-    assert {kv: cache.nbytes for kv, cache in caches.items()} == {kv: 2 * 8 * 4 * rows for kv, rows in sizes.items()}
+    assert {kv: cache.nbytes for kv, cache in caches.items()} == {
+        kv: 2 * 8 * 4 * rows for kv, rows in sizes.items()
+    }
 
 
 @pytest.mark.parametrize("moved", [0, 64 * 10**5, 64 * 10**7])
@@ -175,12 +204,18 @@ def test_sinks_are_seen_right_before_the_window_at_any_distance(causal: bool, mo
     before = [FarSpan(0, start - 64, start), FarSpan(SINKS, 0, 4)]
     far = [far_keys(k, v, pattern, span) for span in before]
     far[0] = FarKeys(
-        0, start + moved - 64, start + moved, turn(far[0].k[:, None], torch.tensor([moved]))[:, 0], far[0].v
+        0,
+        start + moved - 64,
+        start + moved,
+        turn(far[0].k[:, None], torch.tensor([moved]))[:, 0],
+        far[0].v,
     )
     options = {"causal": causal, "start": start + moved, "far": far}
     found = dilated_attention(q_, k_, v[:, start:], pattern, turn=turn, **options)
     torch.testing.assert_close(found, whole[:, start:], rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(dilated_attention(q_, k_, v[:, start:], pattern, **options), whole[:, start:], atol=1e-3)
+    assert not torch.allclose(
+        dilated_attention(q_, k_, v[:, start:], pattern, **options), whole[:, start:], atol=1e-3
+    )
 
 
 def test_a_query_sees_what_the_table_says() -> None:
@@ -198,7 +233,12 @@ def test_a_query_sees_what_the_table_says() -> None:
     ("pattern", "causal"),
     [
         (Pattern.window(16, look_back=2, sinks=3), True),
-        (parse_pattern("geometric:64,base=4,ratio=4,look_back=1,overlap=once,queries=all,sinks=3"), True),
+        (
+            parse_pattern(
+                "geometric:64,base=4,ratio=4,look_back=1,overlap=once,queries=all,sinks=3"
+            ),
+            True,
+        ),
         (parse_pattern("geometric:64,base=4,ratio=4,look_back=1,overlap=once,queries=all"), False),
         (Pattern((8, 32), (1, 4), look_back=(1, 2), overlap="once", queries="all", sinks=3), True),
         (Pattern((8, 32), (1, 4), look_back=(1, 2), queries="all", sinks=3), False),
@@ -211,7 +251,9 @@ def test_keys_per_query_are_those_in_the_middle(pattern: Pattern, causal: bool) 
     middle = slice(3 * w, 4 * w)
     counts = key_counts(pattern, max(pattern.dilation_rates), 6 * w, causal, 0, "exact")[0].double()
     mean = counts[:, middle].sum(-1).mean().item()
-    own = counts.diagonal(0, 1, 2)[:, middle].mean().item() / 2 if causal else 0  # half a row: itself
+    own = (
+        counts.diagonal(0, 1, 2)[:, middle].mean().item() / 2 if causal else 0
+    )  # half a row: itself
     expected = (pattern.keys_per_query - pattern.sinks) / (2 if causal else 1) + pattern.sinks
     assert mean - own == pytest.approx(expected)
 
@@ -234,38 +276,70 @@ WRONG: dict[Pattern, list[tuple[dict, str]]] = {
         ({"sinks": -1}, "sinks must be from 0 to the first segment length, 8, got -1"),
         ({"sinks": 9}, "sinks must be from 0 to the first segment length, 8, got 9"),
         ({"sinks": "4"}, "sinks needs whole numbers"),
-        ({"segment_lengths": (16, 8), "overlap": "once"}, "overlap='once' needs levels in ascending segment length"),
+        (
+            {"segment_lengths": (16, 8), "overlap": "once"},
+            "overlap='once' needs levels in ascending segment length",
+        ),
         (
             {"dilation_rates": (2, 4), "sinks": 1},
             "sinks=1 needs levels in ascending segment length, the first at rate 1",
         ),
-        ({"segment_lengths": (16, 8), "queries": "all"}, "queries='all' needs levels in ascending segment length"),
-        ({"segment_lengths": (8, 12), "overlap": "once"}, "segments that nest, and 8 does not divide 12"),
+        (
+            {"segment_lengths": (16, 8), "queries": "all"},
+            "queries='all' needs levels in ascending segment length",
+        ),
+        (
+            {"segment_lengths": (8, 12), "overlap": "once"},
+            "segments that nest, and 8 does not divide 12",
+        ),
         ({"look_back": (5, 1), "overlap": "once"}, "1 segments of 16 are less than 5 of 8"),
     ],
     CHOSEN: [
         ({"chosen": -1}, "chosen must be 0 or more blocks, got -1"),
         ({"chosen": 1.5}, "chosen needs whole numbers, got"),
-        ({"chosen": 0}, "chosen_(block|every) says how blocks are chosen: give their number, chosen"),
-        ({"chosen_layers": (3, 3)}, "chosen_layers needs the numbers of layers from 0 on, ascending, got"),
-        ({"chosen_layers": (-1, 3)}, "chosen_layers needs the numbers of layers from 0 on, ascending, got"),
+        (
+            {"chosen": 0},
+            "chosen_(block|every) says how blocks are chosen: give their number, chosen",
+        ),
+        (
+            {"chosen_layers": (3, 3)},
+            "chosen_layers needs the numbers of layers from 0 on, ascending, got",
+        ),
+        (
+            {"chosen_layers": (-1, 3)},
+            "chosen_layers needs the numbers of layers from 0 on, ascending, got",
+        ),
         (
             {"segment_lengths": (16, 32), "dilation_rates": (1, 1), "look_back": 1},
             "chosen=4 needs a window: one level at rate 1 that looks back",
         ),
         ({"dilation_rates": (2,)}, "chosen=4 needs a window: one level at rate 1 that looks back"),
         ({"look_back": 0}, "chosen=4 needs a window: one level at rate 1 that looks back"),
-        ({"sinks": 4}, "chosen=4 excludes sinks: the first block, which is always seen, holds them"),
-        ({"chosen_block": 0}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 0"),
-        ({"chosen_block": 2}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 2"),
-        ({"chosen_block": 12}, "chosen_block must be a multiple of 4 that divides the segment length 16, got 12"),
+        (
+            {"sinks": 4},
+            "chosen=4 excludes sinks: the first block, which is always seen, holds them",
+        ),
+        (
+            {"chosen_block": 0},
+            "chosen_block must be a multiple of 4 that divides the segment length 16, got 0",
+        ),
+        (
+            {"chosen_block": 2},
+            "chosen_block must be a multiple of 4 that divides the segment length 16, got 2",
+        ),
+        (
+            {"chosen_block": 12},
+            "chosen_block must be a multiple of 4 that divides the segment length 16, got 12",
+        ),
         ({"chosen_every": 3}, "chosen_every must divide chosen_block, 8, got 3"),
         ({"chosen_every": 0}, "chosen_every must divide chosen_block, 8, got 0"),
     ],
 }
 
 
-@pytest.mark.parametrize(("pattern", "options", "message"), [(x, *row) for x, rows in WRONG.items() for row in rows])
+@pytest.mark.parametrize(
+    ("pattern", "options", "message"), [(x, *row) for x, rows in WRONG.items() for row in rows]
+)
 def test_wrong_options_say_what_is_wrong(pattern: Pattern, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         replace(pattern, **options)
@@ -275,18 +349,47 @@ def test_wrong_options_say_what_is_wrong(pattern: Pattern, options: dict, messag
 @pytest.mark.parametrize(
     ("pattern", "call", "message"),
     [
-        (Pattern((8, 16), (1, 2), queries="all"), {}, 'queries="all" needs overlap="once" in causal attention'),
-        *(
-            (Pattern((8,), (1,), **{name: value}), {"causal": False, "padding": "zero_key"}, 'padding="zero_key" goes')
-            for name, value in {"look_back": 1, "overlap": "once", "queries": "all", "sinks": 1}.items()
+        (
+            Pattern((8, 16), (1, 2), queries="all"),
+            {},
+            'queries="all" needs overlap="once" in causal attention',
         ),
-        (Pattern.window(4, sinks=2), {"start": 9}, r"the sinks \[0, 2\) lie before the shard that starts at 9"),
-        (Pattern.window(4, sinks=2), {"start": 9, "turn": turn}, r"the sinks \[0, 2\) lie before the shard"),
-        (Pattern.window(4, sinks=2), {"start": 9, "far": [(SINKS, 0, 3)]}, "are not among the 2 sinks before 9"),
+        *(
+            (
+                Pattern((8,), (1,), **{name: value}),
+                {"causal": False, "padding": "zero_key"},
+                'padding="zero_key" goes',
+            )
+            for name, value in {
+                "look_back": 1,
+                "overlap": "once",
+                "queries": "all",
+                "sinks": 1,
+            }.items()
+        ),
+        (
+            Pattern.window(4, sinks=2),
+            {"start": 9},
+            r"the sinks \[0, 2\) lie before the shard that starts at 9",
+        ),
+        (
+            Pattern.window(4, sinks=2),
+            {"start": 9, "turn": turn},
+            r"the sinks \[0, 2\) lie before the shard",
+        ),
+        (
+            Pattern.window(4, sinks=2),
+            {"start": 9, "far": [(SINKS, 0, 3)]},
+            "are not among the 2 sinks before 9",
+        ),
         (Pattern.window(4), {"start": 9, "far": [(SINKS, 0, 1)]}, "are not among the 0 sinks"),
         (CHOSEN, {"causal": False}, "chosen=4 is for causal attention"),
         (CHOSEN, {"padding": "zero_key"}, 'padding="zero_key" goes with no chosen blocks'),
-        (CHOSEN, {"start": 9}, "chosen=4: the shard starts at 9, and far keys hold the past of 0 tokens: give that of"),
+        (
+            CHOSEN,
+            {"start": 9},
+            "chosen=4: the shard starts at 9, and far keys hold the past of 0 tokens: give that of",
+        ),
         (Pattern.window(4), {"heads": 3}, "the heads of k and v may be a divisor"),
         (Pattern.window(4), {"start": 4, "far": [(0, 0, 4)], "rows": 3}, r"need \(1, 4, 2, 4\)"),
     ],
@@ -306,4 +409,8 @@ def test_bf16(kernel: str) -> None:
     draw = torch.Generator().manual_seed(3)
     inputs = [torch.randn(2, 150, h, 16, generator=draw).bfloat16() for h in (6, 2, 2, 6)]
     found = run(dilated_attention, inputs, pattern, kernel=kernel, turn=turn)
-    assert_close(found, run(dilated_attention_reference, [x.double() for x in inputs], pattern, turn=turn), 1e-2)
+    assert_close(
+        found,
+        run(dilated_attention_reference, [x.double() for x in inputs], pattern, turn=turn),
+        1e-2,
+    )

@@ -25,7 +25,23 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-NO_SIZES = ["", "k", "abc", "8kb", "1e", "1__0", "_1", "0x10", "1,5", "inf", "nan", "٣", "1e-3", "-1", "-8k"]
+NO_SIZES = [
+    "",
+    "k",
+    "abc",
+    "8kb",
+    "1e",
+    "1__0",
+    "_1",
+    "0x10",
+    "1,5",
+    "inf",
+    "nan",
+    "٣",
+    "1e-3",
+    "-1",
+    "-8k",
+]
 
 
 @pytest.mark.parametrize(

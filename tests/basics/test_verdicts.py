@@ -37,7 +37,9 @@ def test_the_same_question_is_answered_once(cache: Path, monkeypatch: pytest.Mon
     assert remembered({"trial": "a"}, find)["layers"] == [3, None]
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"asked": {}, "found": 7}', "[" * 100_000, "\x00"])
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "{}", '{"asked": {}, "found": 7}', "[" * 100_000, "\x00"]
+)
 def test_a_damaged_answer_is_found_again(cache: Path, damage: str) -> None:
     find = Found()
     remembered({"trial": "a"}, find)
@@ -47,7 +49,9 @@ def test_a_damaged_answer_is_found_again(cache: Path, damage: str) -> None:
     assert json.loads(path.read_text())["found"]["layers"] == [2, None]
 
 
-def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("kept")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     find = Found()

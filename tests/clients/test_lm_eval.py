@@ -33,7 +33,13 @@ BYTES = Tokenizer.bytes()
 SHAPE = {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}
 LEVELS = {"segment_lengths": (16, 64), "dilation_rates": (1, 2)}
 TEXT = "A document that is longer than a chunk. " * 20
-PAIRS = [("What is", " this?"), ("", "begin"), ("One, two, ", "three"), (TEXT, "the end"), ("a", "b")]
+PAIRS = [
+    ("What is", " this?"),
+    ("", "begin"),
+    ("One, two, ", "three"),
+    (TEXT, "the end"),
+    ("a", "b"),
+]
 
 
 def native(folder: Path) -> Path:
@@ -43,8 +49,15 @@ def native(folder: Path) -> Path:
 def dilated(folder: Path) -> Path:
     """A small Llama with a window and sinks, and the tokenizer of bytes."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = hf.LlamaConfig(vocab_size=BYTES.vocab_size, **sizes, max_position_embeddings=64, bos_token_id=256)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = hf.LlamaConfig(
+        vocab_size=BYTES.vocab_size, **sizes, max_position_embeddings=64, bos_token_id=256
+    )
     model = use_dilated_attention(hf.LlamaForCausalLM(config).eval(), Pattern.window(16, sinks=4))
     model.bfloat16().save_pretrained(folder / "dilated")  # which is read in float32, as by score
     BYTES.save(folder / "dilated" / "tokenizer.json")
@@ -59,10 +72,15 @@ def requests(*args: tuple[Any, ...]) -> list[Any]:
 
 def answers(model: HFLM) -> tuple[list[Any], list[float]]:
     """What a model says to the three kinds of request: text and which continuations are greedy, and log-likelihoods."""
-    text = model.generate_until(requests(("Once", {"until": [], "max_gen_toks": 9})), disable_tqdm=True)
+    text = model.generate_until(
+        requests(("Once", {"until": [], "max_gen_toks": 9})), disable_tqdm=True
+    )
     continuations = model.loglikelihood(requests(*PAIRS), disable_tqdm=True)
     whole = model.loglikelihood_rolling(requests((TEXT,), ("short",)), disable_tqdm=True)
-    return [*text, *(greedy for _, greedy in continuations)], [*(nats for nats, _ in continuations), *whole]
+    return [*text, *(greedy for _, greedy in continuations)], [
+        *(nats for nats, _ in continuations),
+        *whole,
+    ]
 
 
 def assert_same_answers(found: HFLM, expected: HFLM) -> None:
@@ -72,7 +90,12 @@ def assert_same_answers(found: HFLM, expected: HFLM) -> None:
 
 @pytest.mark.parametrize("make", [native, dilated])
 def test_a_folder_is_read_as_by_lm_evals_own_class(make: Any, tmp_path: Path) -> None:
-    options = {"pretrained": str(make(tmp_path)), "device": "cpu", "batch_size": 2, "max_length": 500}
+    options = {
+        "pretrained": str(make(tmp_path)),
+        "device": "cpu",
+        "batch_size": 2,
+        "max_length": 500,
+    }
     assert_same_answers(LongNetLM(**options), HFLM(**options, dtype="float32"))
 
 
@@ -88,7 +111,8 @@ def test_a_pattern_is_as_if_it_stood_in_the_folder(make: Any, tmp_path: Path) ->
     for path in folder.glob("tokenizer*"):
         shutil.copy(path, tmp_path / "other")
     assert_same_answers(
-        LongNetLM(str(folder), pattern=text), HFLM(str(tmp_path / "other"), device="cpu", dtype="float32")
+        LongNetLM(str(folder), pattern=text),
+        HFLM(str(tmp_path / "other"), device="cpu", dtype="float32"),
     )
 
 
@@ -105,7 +129,9 @@ def test_a_whole_document_costs_what_score_says(make: Any, tmp_path: Path) -> No
 
 
 def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^sinks: lm-eval cuts at commas, .*\"pattern\": \"window:8,sinks=4\""):
+    with pytest.raises(
+        ConfigError, match=r"^sinks: lm-eval cuts at commas, .*\"pattern\": \"window:8,sinks=4\""
+    ):
         LongNetLM("longnet-tiny", pattern="window:8", sinks=4)
     with pytest.raises(ConfigError, match="pattern: "):
         LongNetLM(str(native(tmp_path)), pattern="window:")
@@ -118,28 +144,48 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
 def test_the_command_evaluates_a_task(tmp_path: Path, command_env: dict[str, str]) -> None:
     """Bits per byte that lm-eval prints for a task of whole documents, and those of `score`. The model is a name."""
     folder, texts = native(tmp_path), [TEXT, "Another document, a short one."]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     (tmp_path / "documents.yaml").write_text(
         "task: documents\ndataset_path: json\noutput_type: loglikelihood_rolling\ntest_split: train\n"
         f"dataset_kwargs:\n  data_files: {tmp_path}/data.jsonl\n"
         'doc_to_text: ""\ndoc_to_target: "{{text}}"\n'
         "metric_list:\n  - metric: bits_per_byte\n"
     )
-    command = [sys.executable, "-m", "longnet_cli.lm_eval", "--model", "longnet", "--tasks", "documents"]
+    command = [
+        sys.executable,
+        "-m",
+        "longnet_cli.lm_eval",
+        "--model",
+        "longnet",
+        "--tasks",
+        "documents",
+    ]
     commit = fill_cache(tmp_path / "hf/hub", "org/native", read_folder(folder))
     command += ["--model_args", "pretrained=org/native", "--include_path", str(tmp_path)]
     command += ["--output_path", str(tmp_path / "out")]
-    env = command_env | {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    env = command_env | {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(path.read_text())["config"]["pretrained"] == f"org/native@{commit}"
     found = json.loads(path.read_text())["results"]["documents"]["bits_per_byte,none"]
-    documents = [Document(str(i), BYTES.encode(text), len(text), "test") for i, text in enumerate(texts)]
+    documents = [
+        Document(str(i), BYTES.encode(text), len(text), "test") for i, text in enumerate(texts)
+    ]
     expected = [each.score for each in scores(ModelFolder(folder).net(), documents, bos=256)]
     assert found == pytest.approx((expected[0] + expected[1]).bpb, rel=1e-6)
     missing = [word.replace("org/native", "./none") for word in command]
-    done = subprocess.run(missing, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        missing, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 4
     assert done.stderr.splitlines()[-1] == "longnet: error: none: no such folder; expected a model"
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("sentence_transformers", reason="not installed: pip install '.[sentence-transformers]'")
+pytest.importorskip(
+    "sentence_transformers", reason="not installed: pip install '.[sentence-transformers]'"
+)
 
 import torch
 from builders import tiny_model
@@ -22,7 +24,12 @@ from longnet_cli.jobs.options import EncodeOptions
 from longnet_cli.models.folder import ModelFolder
 
 assert longnet_cli.integrations.transformers  # which registers what SentenceTransformer opens
-TEXTS = ["def f(x):\n    return x\n", "A text with <|endoftext|> written in it.", "long " * 400, "\u00e9\U0001f600"]
+TEXTS = [
+    "def f(x):\n    return x\n",
+    "A text with <|endoftext|> written in it.",
+    "long " * 400,
+    "\u00e9\U0001f600",
+]
 
 
 def vectors(folder: Path, texts: list[str]) -> np.ndarray:
@@ -30,7 +37,9 @@ def vectors(folder: Path, texts: list[str]) -> np.ndarray:
     words = ModelFolder(folder).tokenizer()
     assert words is not None
     documents = [Document(str(i), words.encode(text), None, "test") for i, text in enumerate(texts)]
-    rows = encode(ModelFolder(folder).net(), documents, EncodeOptions(), EncodeFacts(words.eos_id)).read_all()
+    rows = encode(
+        ModelFolder(folder).net(), documents, EncodeOptions(), EncodeFacts(words.eos_id)
+    ).read_all()
     return np.array(rows["embedding"].to_pylist(), np.float32)
 
 
@@ -75,13 +84,26 @@ def test_the_benchmark_takes_the_mean_of_a_models_windows(
     from tokenizers import models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    words = Words(models.WordLevel({"[UNK]": 0, "[PAD]": 1} | {f"w{i}": i + 2 for i in range(40)}, unk_token="[UNK]"))
+    words = Words(
+        models.WordLevel(
+            {"[UNK]": 0, "[PAD]": 1} | {f"w{i}": i + 2 for i in range(40)}, unk_token="[UNK]"
+        )
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(tmp_path)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]"
+    ).save_pretrained(tmp_path)
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=42, **shape)).save_pretrained(tmp_path)
-    model = SentenceTransformer(modules=[Transformer(str(tmp_path), max_seq_length=8), Pooling(16)], device="cpu")
+    model = SentenceTransformer(
+        modules=[Transformer(str(tmp_path), max_seq_length=8), Pooling(16)], device="cpu"
+    )
     model.save(str(tmp_path / "model"))
 
     rng = np.random.default_rng(0)
@@ -90,13 +112,24 @@ def test_the_benchmark_takes_the_mean_of_a_models_windows(
     (tmp_path / "pairs.jsonl").write_text(
         "".join(json.dumps({"task": "halves", "first": a, "second": b}) + "\n" for a, b in pairs)
     )
-    command = [python, ROOT / "examples/retrieval.py", "sentences", tmp_path, "--model", tmp_path / "model"]
-    done = subprocess.run([*command, "--read", "12"], env=command_env, capture_output=True, text=True, check=False)
+    command = [
+        python,
+        ROOT / "examples/retrieval.py",
+        "sentences",
+        tmp_path,
+        "--model",
+        tmp_path / "model",
+    ]
+    done = subprocess.run(
+        [*command, "--read", "12"], env=command_env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[0])
     parts = [[" ".join(text.split()[at : min(at + 8, 12)]) for at in (0, 8)] for text in texts]
     # eight tokens and four
-    means = np.stack([np.array([2, 1]) @ model.encode(two, normalize_embeddings=True) for two in parts])
+    means = np.stack(
+        [np.array([2, 1]) @ model.encode(two, normalize_embeddings=True) for two in parts]
+    )
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     scores = means[:8] @ means[8:].T
     places = (scores >= scores.diagonal()[:, None]).sum(1)

@@ -15,7 +15,15 @@ import pytest
 from longnet_cli import __version__
 
 HEAVY = ("torch", "numpy", "pyarrow", "tokenizers", "pydantic", "safetensors")
-UNUSED = ("torch._dynamo", "torch._inductor", "sympy", "jinja2", "transformers", "pyarrow.compute", "pyarrow.parquet")
+UNUSED = (
+    "torch._dynamo",
+    "torch._inductor",
+    "sympy",
+    "jinja2",
+    "transformers",
+    "pyarrow.compute",
+    "pyarrow.parquet",
+)
 UNUSED += ("rich", "longnet_cli.jobs.estimating")
 
 SCRIPT = """
@@ -56,7 +64,11 @@ def act(script: Script, command_env: dict[str, str]) -> Callable[..., subprocess
     """Runs $ACT, the command of the program, or another bash line."""
 
     def run(body: str, line: str = "$ACT", **env: str) -> subprocess.CompletedProcess:
-        env = command_env | {"PROGRAM": (program := f"{sys.executable} {script(body)}"), "ACT": f"{program} act"} | env
+        env = (
+            command_env
+            | {"PROGRAM": (program := f"{sys.executable} {script(body)}"), "ACT": f"{program} act"}
+            | env
+        )
         command = ["bash", "-o", "pipefail", "-c", line]
         return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
@@ -64,7 +76,9 @@ def act(script: Script, command_env: dict[str, str]) -> Callable[..., subprocess
 
 
 @pytest.fixture
-def stop(script: Script, command_env: dict[str, str], tmp_path: Path) -> Callable[..., tuple[int, str]]:
+def stop(
+    script: Script, command_env: dict[str, str], tmp_path: Path
+) -> Callable[..., tuple[int, str]]:
     """Starts the program, sends a signal when it says it is ready, and returns its exit code and stderr."""
 
     def run(body: str, signum: int) -> tuple[int, str]:
@@ -134,8 +148,12 @@ def test_help_before_a_command_is_its_help(run_longnet, command):
     assert (asked.returncode, asked.stdout, asked.stderr) == (0, expected.stdout, "")
 
 
-@pytest.mark.parametrize(("typed", "completed"), [("", "longnet-tiny"), ("longnet-t", "longnet-tiny"), ("./", "")])
-def test_the_shell_completes_shipped_models_and_leaves_paths_to_itself(run_longnet, typed, completed):
+@pytest.mark.parametrize(
+    ("typed", "completed"), [("", "longnet-tiny"), ("longnet-t", "longnet-tiny"), ("./", "")]
+)
+def test_the_shell_completes_shipped_models_and_leaves_paths_to_itself(
+    run_longnet, typed, completed
+):
     words = {"COMP_WORDS": f"longnet score --model {typed}", "COMP_CWORD": "3"}
     done = run_longnet(env={"_LONGNET_COMPLETE": "complete_bash", **words}, fresh=True)
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, completed.split(), "")
@@ -145,9 +163,12 @@ TOKENIZE = ["tokenize", "t.txt", "--tokenizer", "bytes", "-o", "t.parquet", "-q"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "unwanted"), [(["--help"], HEAVY), (TOKENIZE, ["torch"]), (["score", "t.txt", "-q"], UNUSED)]
+    ("arguments", "unwanted"),
+    [(["--help"], HEAVY), (TOKENIZE, ["torch"]), (["score", "t.txt", "-q"], UNUSED)],
 )
-def test_commands_import_nothing_heavy_that_they_do_not_use(command_env, tmp_path, arguments, unwanted):
+def test_commands_import_nothing_heavy_that_they_do_not_use(
+    command_env, tmp_path, arguments, unwanted
+):
     """What keeps `longnet --help` below 0.3 s and `score` near `import torch`, without a clock in a test."""
     (tmp_path / "t.txt").write_text("a small file")
     probe = tmp_path / "probe.py"
@@ -159,14 +180,21 @@ def test_commands_import_nothing_heavy_that_they_do_not_use(command_env, tmp_pat
         "main()\n"
     )
     command = [sys.executable, probe, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=command_env, cwd=tmp_path, check=False)
-    assert (result.returncode, result.stderr) == (0, f"[] {unwanted is UNUSED}\n")  # torch's objects are frozen
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=command_env, cwd=tmp_path, check=False
+    )
+    assert (result.returncode, result.stderr) == (
+        0,
+        f"[] {unwanted is UNUSED}\n",
+    )  # torch's objects are frozen
 
 
 def test_frozen_imports_are_no_leaks_at_the_exit(command_env):
     pytest.importorskip("triton", reason="torch installs Triton with CUDA only")
     code = "import triton._C.libtriton; from longnet_cli.cli.starting import freeze_imports; freeze_imports()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=command_env, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=command_env, check=False
+    )
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -190,7 +218,11 @@ BUG = "KeyError: 'key' (run with LONGNET_TRACEBACK=1 for the traceback)"
         (f"raise CheckpointError{ROW}", 4, "row 7: bad [token] id"),
         (f"raise MemoryLimitError{ROW}", 5, "row 7: bad [token] id"),
         ("raise MemoryError", 5, "out of memory"),
-        ("class OutOfMemoryError(RuntimeError): pass\nraise OutOfMemoryError('of CUDA')", 5, "out of memory: of CUDA"),
+        (
+            "class OutOfMemoryError(RuntimeError): pass\nraise OutOfMemoryError('of CUDA')",
+            5,
+            "out of memory: of CUDA",
+        ),
         ("import torch\ntorch.empty(1 << 60, dtype=torch.uint8)", 5, None),
         ("open('/nowhere/to/be.found')", 1, "No such file or directory: /nowhere/to/be.found"),
         ("{}['key']", 1, BUG),
@@ -199,7 +231,9 @@ BUG = "KeyError: 'key' (run with LONGNET_TRACEBACK=1 for the traceback)"
 def test_a_failure_is_one_line_and_its_exit_code(act, body, code, line):
     result = act(body)
     assert (result.returncode, result.stderr.count("\n")) == (code, 1)
-    assert result.stderr == f"longnet: error: {line}\n" or (line is None and "out of memory" in result.stderr)
+    assert result.stderr == f"longnet: error: {line}\n" or (
+        line is None and "out of memory" in result.stderr
+    )
 
 
 def test_a_bug_has_a_traceback_if_asked_for_and_a_failure_has_none(act):
@@ -207,7 +241,9 @@ def test_a_bug_has_a_traceback_if_asked_for_and_a_failure_has_none(act):
     assert act("raise DataError('bad')", LONGNET_TRACEBACK="1").stderr == "longnet: error: bad\n"
 
 
-@pytest.mark.parametrize(("body", "code"), [("raise typer.Exit(3)", 3), ("raise typer.Abort", 1), ("pass", 0)])
+@pytest.mark.parametrize(
+    ("body", "code"), [("raise typer.Exit(3)", 3), ("raise typer.Abort", 1), ("pass", 0)]
+)
 def test_exit_codes_of_typer_are_kept(act, body, code):
     assert act(body).returncode == code
 
@@ -242,7 +278,9 @@ def test_errors_never_land_in_the_results(act):
     assert (result.returncode, result.stdout) == (3, "")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_signals_clean_up_and_have_their_exit_code(stop, tmp_path, signum, code):
     temporary = tmp_path / "shard.tmp"
     body = f"""temporary = {str(temporary)!r}
@@ -257,7 +295,14 @@ finally:
 
 
 def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(command_env):
-    command = [sys.executable, "-X", "importtime", "-m", "longnet_cli", "--version"]  # which says what is imported
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "longnet_cli",
+        "--version",
+    ]  # which says what is imported
     with subprocess.Popen(command, env=command_env, stderr=subprocess.PIPE, text=True) as process:
         while "longnet_cli.basics.errors" not in process.stderr.readline():
             pass

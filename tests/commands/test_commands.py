@@ -43,13 +43,17 @@ BYTES = Tokenizer.bytes()
 
 
 @pytest.fixture
-def shell(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> Callable[..., subprocess.CompletedProcess]:
+def shell(
+    tmp_path: Path, command_env: dict[str, str], longnet: Path
+) -> Callable[..., subprocess.CompletedProcess]:
     """Runs a line of bash in which `longnet` is this checkout's."""
 
     def run(line: str, **options: Any) -> subprocess.CompletedProcess:
         script = f"set -o pipefail; PATH={longnet.parent}:$PATH; {line}"
         options = {"text": True, "timeout": 120, "stdin": subprocess.DEVNULL} | options
-        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=command_env, capture_output=True, **options)
+        return subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=command_env, capture_output=True, **options
+        )
 
     return run
 
@@ -63,14 +67,20 @@ def texts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("ranks", [[], ["--dp", "2"]])
-def test_the_documents_before_a_bad_line_are_written_first(model: Path, run_longnet, tmp_path: Path, ranks) -> None:
-    write_lines(tmp_path / "x.jsonl", [{"id": str(n), "text": n if n == 3 else "text"} for n in range(1, 5)])
+def test_the_documents_before_a_bad_line_are_written_first(
+    model: Path, run_longnet, tmp_path: Path, ranks
+) -> None:
+    write_lines(
+        tmp_path / "x.jsonl", [{"id": str(n), "text": n if n == 3 else "text"} for n in range(1, 5)]
+    )
     done = run_longnet("score", "x.jsonl", "-m", model, "--format", "jsonl", *ranks)
     assert [json.loads(line)["doc_id"] for line in done.stdout.splitlines()] == ["1", "2"]
     assert (done.returncode, "x.jsonl, line 3: 'text' is not text" in done.stderr) == (3, True)
 
 
-def test_chained_commands_say_what_single_ones_say(shell, model: Path, texts: Path, tmp_path: Path) -> None:
+def test_chained_commands_say_what_single_ones_say(
+    shell, model: Path, texts: Path, tmp_path: Path
+) -> None:
     line = f"longnet tokenize texts -o - --quiet | longnet score - -m {model} --format json"
     chained = shell(f"{line} && longnet score texts -m {model} --format json")
     assert (chained.returncode, chained.stderr) == (0, "")
@@ -109,9 +119,12 @@ def test_every_way_in(shell, tmp_path: Path) -> None:
     assert all(other == answers[0] for other in answers)
 
 
-@pytest.mark.parametrize(("form", "named"), [("lines", True), ("lines", False), ("begun lines", True), ("arrow", True)])
 @pytest.mark.parametrize(
-    ("command", "number"), [("score", signal.SIGINT), ("encode", signal.SIGTERM), ("tokenize", signal.SIGINT)]
+    ("form", "named"), [("lines", True), ("lines", False), ("begun lines", True), ("arrow", True)]
+)
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [("score", signal.SIGINT), ("encode", signal.SIGTERM), ("tokenize", signal.SIGINT)],
 )
 def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
     start: Start, model: Path, command: str, number: signal.Signals, form: str, named: bool
@@ -151,11 +164,15 @@ def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
     assert second.wait(20) == 128 + number
     timer.cancel()
     assert command == "tokenize" or second.stderr.read().startswith(b"stopped: ")
-    assert not second.stdout.read().endswith(b"\xff\xff\xff\xff\0\0\0\0")  # which would say that this was all
+    assert not second.stdout.read().endswith(
+        b"\xff\xff\xff\xff\0\0\0\0"
+    )  # which would say that this was all
 
 
 @pytest.mark.parametrize("command", ["score --format jsonl", "encode", "tokenize -o -"])
-def test_a_reader_that_leaves_is_no_error_to_tell(shell, model: Path, tmp_path: Path, command: str) -> None:
+def test_a_reader_that_leaves_is_no_error_to_tell(
+    shell, model: Path, tmp_path: Path, command: str
+) -> None:
     (tmp_path / "many.jsonl").write_text('{"text": "some words to read"}\n' * 20_000)
     where = "" if command.startswith("tokenize") else f"-m {model} --chunk 100"
     done = shell(f"longnet {command} many.jsonl {where} | head -c 100 > head")
@@ -170,7 +187,9 @@ def test_binary_is_not_written_to_a_terminal(
     terminal, stdout = pty.openpty()
     try:
         words = [longnet, *command.split()]
-        done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True, env=command_env, cwd=tmp_path)
+        done = subprocess.run(
+            words, stdout=stdout, stderr=subprocess.PIPE, text=True, env=command_env, cwd=tmp_path
+        )
     finally:
         os.close(stdout)
         os.close(terminal)
@@ -183,7 +202,10 @@ RESULTS_ON_STDOUT = "tokenize texts -o -", "score texts", "data inspect texts", 
 
 
 def test_a_closed_end_is_one_line(shell, texts: Path) -> None:
-    closed = (("longnet data inspect - <&-", 3), *((f"longnet {line} >&-", 1) for line in RESULTS_ON_STDOUT))
+    closed = (
+        ("longnet data inspect - <&-", 3),
+        *((f"longnet {line} >&-", 1) for line in RESULTS_ON_STDOUT),
+    )
     for line, code in closed:
         done = shell(line)
         assert (done.returncode, done.stderr.count("\n")) == (code, 1)
@@ -194,9 +216,14 @@ def test_a_closed_end_is_one_line(shell, texts: Path) -> None:
 
 
 def test_a_command_of_the_shell_is_written_to_as_a_file(shell, texts: Path, tmp_path: Path) -> None:
-    done = shell("longnet tokenize texts -o >(cat > copy.arrow; touch done) -q; until [ -e done ]; do sleep 0.1; done")
+    done = shell(
+        "longnet tokenize texts -o >(cat > copy.arrow; touch done) -q; until [ -e done ]; do sleep 0.1; done"
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    assert [document.read().tolist() for document in Inputs([tmp_path / "copy.arrow"], BYTES).documents()] == IDS
+    assert [
+        document.read().tolist()
+        for document in Inputs([tmp_path / "copy.arrow"], BYTES).documents()
+    ] == IDS
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -233,7 +260,9 @@ def test_memory_of_a_chain_does_not_grow_with_its_input(shell, tmp_path: Path, l
     for documents in (3000, 12000):
         done = shell(f"P={sys.executable}; $P documents.py {documents} | {chain}", timeout=600)
         assert (done.returncode, done.stderr) == (0, "")
-        found.append([*(int((tmp_path / name).read_text()) >> 10 for name in "01"), int(done.stdout)])
+        found.append(
+            [*(int((tmp_path / name).read_text()) >> 10 for name in "01"), int(done.stdout)]
+        )
     print(f"peaks in MiB, and bytes that come out: {found}")
     (small, of_small, size), (large, of_large, four_times) = found
     assert 3.9 < four_times / size < 4.1
@@ -242,7 +271,11 @@ def test_memory_of_a_chain_does_not_grow_with_its_input(shell, tmp_path: Path, l
 
 
 SCORE_KEYS = {"nll_sum", "n_tokens", "n_bytes", "ppl", "bpb"}
-PROSE = {"a.txt": "Call me Ishmael.", "b.txt": "Some years ago\nnever mind how long precisely\n", "c.txt": "é"}
+PROSE = {
+    "a.txt": "Call me Ishmael.",
+    "b.txt": "Some years ago\nnever mind how long precisely\n",
+    "c.txt": "é",
+}
 
 
 @pytest.fixture
@@ -258,7 +291,17 @@ def prose(tmp_path: Path) -> Path:
 
 
 def test_score_compares_contexts(run_longnet: RunLongnet, model: Path, prose: Path) -> None:
-    command = ["score", prose, "--model", model, "--context", "4,8", "--device", "cpu", "--by-position"]
+    command = [
+        "score",
+        prose,
+        "--model",
+        model,
+        "--context",
+        "4,8",
+        "--device",
+        "cpu",
+        "--by-position",
+    ]
     as_json = run_longnet(*command, "--format", "json")
     as_text = run_longnet(*command, "--last", "6", "--stride", "3")
     assert (as_json.returncode, as_json.stderr) == (0, "")
@@ -266,25 +309,60 @@ def test_score_compares_contexts(run_longnet: RunLongnet, model: Path, prose: Pa
     assert value["totals"][1] == value["total"]
     assert [row["context"] for row in value["totals"]] == [4, 8]
     assert [row["doc_id"] for row in value["documents"]] == [*PROSE]
-    assert all({"nll_sum_4", "ppl_8", "by_position_4", "gain"} <= {*row} for row in value["documents"])
+    assert all(
+        {"nll_sum_4", "ppl_8", "by_position_4", "gain"} <= {*row} for row in value["documents"]
+    )
     assert {row["n_tokens"] for row in value["totals"]} == {63}
-    assert value["total"].keys() >= {"ppl_se", "bpb_se", "ppl_ratio", "ppl_ratio_se", "n_docs", "by_position"}
+    assert value["total"].keys() >= {
+        "ppl_se",
+        "bpb_se",
+        "ppl_ratio",
+        "ppl_ratio_se",
+        "n_docs",
+        "by_position",
+    }
     assert value["total"]["bos"] == [256]
     header, *rows = as_text.stdout.splitlines()
     assert header.split() == ["tokens", "ppl", "bpb", "context", "document"]
-    assert [row.split()[-1] for row in rows[:6]] == ["a.txt", "a.txt", "b.txt", "b.txt", "total", "total"]
+    assert [row.split()[-1] for row in rows[:6]] == [
+        "a.txt",
+        "a.txt",
+        "b.txt",
+        "b.txt",
+        "total",
+        "total",
+    ]
     assert rows[4].split()[0] == "12"  # the last six tokens of the two that are long enough
     assert "+- is a standard error, clustered by document (2 documents)" in rows
     assert "tokens seen" in as_text.stdout
 
 
-def test_score_formats_agree_with_the_library(run_longnet: RunLongnet, model: Path, prose: Path) -> None:
+def test_score_formats_agree_with_the_library(
+    run_longnet: RunLongnet, model: Path, prose: Path
+) -> None:
     tokenizer = Tokenizer.load(model)
     documents = Inputs([prose], tokenizer).documents()
-    expected = list(scores(LongNet.from_pretrained(model), documents, bos=tokenizer.eos_id, context=8))
-    arguments = ["score", "--ppl", prose, "--model", model, "--context", "8", "--device", "cpu", "--format"]
-    as_json, as_lines, as_text = (run_longnet(*arguments, format) for format in ("json", "jsonl", "text"))
-    assert [(done.returncode, done.stderr) for done in (as_json, as_lines, as_text)] == [(0, "")] * 3
+    expected = list(
+        scores(LongNet.from_pretrained(model), documents, bos=tokenizer.eos_id, context=8)
+    )
+    arguments = [
+        "score",
+        "--ppl",
+        prose,
+        "--model",
+        model,
+        "--context",
+        "8",
+        "--device",
+        "cpu",
+        "--format",
+    ]
+    as_json, as_lines, as_text = (
+        run_longnet(*arguments, format) for format in ("json", "jsonl", "text")
+    )
+    assert [(done.returncode, done.stderr) for done in (as_json, as_lines, as_text)] == [
+        (0, "")
+    ] * 3
 
     value = json.loads(as_json.stdout)
     assert value["total"].keys() >= SCORE_KEYS
@@ -294,19 +372,29 @@ def test_score_formats_agree_with_the_library(run_longnet: RunLongnet, model: Pa
         assert row["nll_sum"] == pytest.approx(wanted.score.nll_sum, rel=1e-6)
         assert row["n_bytes"] == len(PROSE[row["doc_id"]].encode())
     assert value["total"]["n_tokens"] == 63
-    assert value["total"]["nll_sum"] == pytest.approx(sum(row["nll_sum"] for row in value["documents"]))
+    assert value["total"]["nll_sum"] == pytest.approx(
+        sum(row["nll_sum"] for row in value["documents"])
+    )
 
-    lines = [{"kind": "document", **row} for row in value["documents"]] + [{"kind": "total", **value["total"]}]
+    lines = [{"kind": "document", **row} for row in value["documents"]] + [
+        {"kind": "total", **value["total"]}
+    ]
     assert [*map(json.loads, as_lines.stdout.splitlines())] == lines
 
     header, *lines, last = as_text.stdout.splitlines()
     assert (header.split(), last) == (["tokens", "ppl", "bpb", "document"], f"model {model}")
     assert [line.split()[-1] for line in lines] == [*PROSE, "total"]
     assert len({line.index(line.split()[-1]) for line in [header, *lines]}) == 1  # straight columns
-    assert lines[-1].split() == ["63", *(f"{value['total'][name]:.3f}" for name in ("ppl", "bpb")), "total"]
+    assert lines[-1].split() == [
+        "63",
+        *(f"{value['total'][name]:.3f}" for name in ("ppl", "bpb")),
+        "total",
+    ]
 
 
-def test_text_that_does_not_suit_the_default_model_is_noted(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_text_that_does_not_suit_the_default_model_is_noted(
+    run_longnet: RunLongnet, tmp_path: Path
+) -> None:
     """Over the first 4,096 tokens, so not if code comes first; and never for a model that is named."""
     shutil.copy(ROOT / "README.md", tmp_path / "prose.txt")
     (tmp_path / "code.py").write_text(Path(__file__).read_text() * 2)
@@ -319,7 +407,10 @@ def test_text_that_does_not_suit_the_default_model_is_noted(run_longnet: RunLong
             (["prose.txt", "-m./own"], False),
         ):
             done = run_longnet(*command, *inputs, code=0)
-            assert ("longnet-tiny, the default model, takes" in done.stderr) == noted, (command, inputs)
+            assert ("longnet-tiny, the default model, takes" in done.stderr) == noted, (
+                command,
+                inputs,
+            )
     vectors = np.load(tmp_path / "v.npy")
     assert (vectors.shape, vectors.dtype) == ((1, 16), np.float32)
 
@@ -331,13 +422,27 @@ def test_encode_without_output_streams_and_to_a_name_writes_parquet(
     run_longnet: RunLongnet, model: Path, prose: Path, tmp_path: Path
 ) -> None:
     common = ["encode", prose, "--model", model]
-    options = ["-o", "out.parquet", "--pool", "last", "--no-normalize", "--embedding-dtype", "float16"]
-    streamed, written = (run_longnet(*command, text=False) for command in (common, [*common, *options]))
+    options = [
+        "-o",
+        "out.parquet",
+        "--pool",
+        "last",
+        "--no-normalize",
+        "--embedding-dtype",
+        "float16",
+    ]
+    streamed, written = (
+        run_longnet(*command, text=False) for command in (common, [*common, *options])
+    )
     counts = f"{len(PROSE)} vectors of {sum(map(len, map(str.encode, PROSE.values())))} tokens"
     assert (streamed.returncode, streamed.stderr.decode()) == (0, f"{counts} -> stdout\n")
     assert ipc.open_stream(streamed.stdout).read_all()["doc_id"].to_pylist() == list(PROSE)
 
-    assert (written.returncode, written.stdout, written.stderr.decode()) == (0, b"", f"{counts} -> out.parquet\n")
+    assert (written.returncode, written.stdout, written.stderr.decode()) == (
+        0,
+        b"",
+        f"{counts} -> out.parquet\n",
+    )
     table = pq.read_table(tmp_path / "out.parquet")
     assert table.schema.field("embedding").type == pa.list_(pa.float16(), 16)
     assert table.schema.metadata[b"longnet.model"] == str(model).encode()
@@ -351,7 +456,18 @@ CONTRACT = {
     "peak_rss_bytes", "cache_bytes",
 }  # fmt: skip
 SHAPE = {"heads", "head_dim", "batch", "causal", "dtype", "device", "kernel", "pattern"}
-TINY = ["--heads", "2", "--head-dim", "8", "--repeats", "1", "--device", "cpu", "--pattern", "16/1,32/2"]
+TINY = [
+    "--heads",
+    "2",
+    "--head-dim",
+    "8",
+    "--repeats",
+    "1",
+    "--device",
+    "cpu",
+    "--pattern",
+    "16/1,32/2",
+]
 
 Bench = Callable[..., Result]
 
@@ -380,7 +496,12 @@ def test_rows_have_every_key_of_the_contract(bench: Bench) -> None:
 def test_markdown_is_a_table_and_the_ratios_follow_on_stderr(bench: Bench) -> None:
     result = bench("--seq", "64")
     head, rule, *rows = result.stdout.splitlines()
-    assert [cell.strip() for cell in head.strip("|").split("|")][:4] == ["impl", "direction", "seq", "seconds"]
+    assert [cell.strip() for cell in head.strip("|").split("|")][:4] == [
+        "impl",
+        "direction",
+        "seq",
+        "seconds",
+    ]
     assert {len(line) for line in (head, rule, *rows)} == {79}  # it fits a terminal
     assert "attention, forward" in result.stderr.splitlines()[0]
     assert set(rule) == set("|-: ")

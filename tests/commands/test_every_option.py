@@ -43,7 +43,10 @@ from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training.recipe import LoraRecipe, Recipe
 
-TYPERS = {"--install-completion", "--show-completion"}  # options of typer, which change a shell's start
+TYPERS = {
+    "--install-completion",
+    "--show-completion",
+}  # options of typer, which change a shell's start
 ALONE = ("memory", "compiled")  # what is seen of a process that does nothing else
 REAL = ("processes", "terminal")  # what is seen from outside
 EXTRAS = {"p.svg": "matplotlib", "metrics.jsonl": "matplotlib", "lora.": "peft"}
@@ -108,7 +111,9 @@ def rows_of(text: str, command: str) -> list[Row]:
     return found
 
 
-TABLE = {command: rows_of(text, command) for command, text in OPTIONS.items()} | {"recipe": rows_of(RECIPE, "train")}
+TABLE = {command: rows_of(text, command) for command, text in OPTIONS.items()} | {
+    "recipe": rows_of(RECIPE, "train")
+}
 
 
 def options_of(group: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -123,7 +128,11 @@ def options_of(group: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def keys_of(model: type[BaseModel], name: str) -> Iterator[str]:
     """The keys of a recipe: those of its tables and of the tables in its lists."""
     for key, info in model.model_fields.items():
-        kinds = [kind for kind in parts_of(info.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        kinds = [
+            kind
+            for kind in parts_of(info.annotation)
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
         for kind in kinds:
             yield from keys_of(kind, f"{name}{key}.")
         if not kinds:
@@ -137,7 +146,12 @@ def parts_of(kind: Any) -> Iterator[Any]:
 
 
 def test_the_table_has_every_option_and_every_key() -> None:
-    listed = [(command, row.option) for command, rows in TABLE.items() for row in rows if command != "recipe"]
+    listed = [
+        (command, row.option)
+        for command, rows in TABLE.items()
+        for row in rows
+        if command != "recipe"
+    ]
     assert sorted(listed) == sorted(options_of(typer.main.get_command(app)))
     keys = [*keys_of(Recipe, ""), *keys_of(LoraRecipe, "lora.")]
     assert sorted(row.option for row in TABLE["recipe"]) == sorted(keys)
@@ -165,7 +179,9 @@ class Outcome:
 
     def read(self, folder: Path) -> Outcome:
         """Add what is in the run's folder and on stdout."""
-        self.files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        self.files = sorted(
+            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
+        )
         for name in self.files:
             if "checkpoints/" in name and name.endswith(".safetensors"):
                 with safe_open(folder / name, "pt") as file:
@@ -174,15 +190,22 @@ class Outcome:
                 found, types = read_file(folder / name)
                 self.types |= types
                 if name.endswith("metrics.jsonl"):
-                    peaks = (json.loads(line)["peak_memory_bytes"] for line in (folder / name).open())
+                    peaks = (
+                        json.loads(line)["peak_memory_bytes"] for line in (folder / name).open()
+                    )
                     self.memory = max(self.memory, *(peak // 1024 for peak in peaks))
                 if found is not None:
                     kind = "tensors" if isinstance(found, dict) else "file"
-                    self.rows[kind] = [*self.rows.get(kind, []), *(found if kind == "file" else found.items())]
+                    self.rows[kind] = [
+                        *self.rows.get(kind, []),
+                        *(found if kind == "file" else found.items()),
+                    ]
         lines = self.stdout.splitlines() if self.stdout[:1] in ("{", "[") else []
         if lines:
             whole = self.stdout.startswith("{\n") or self.stdout.startswith("[")
-            self.rows["stdout"] = [*flat(json.loads(self.stdout) if whole else [*map(json.loads, lines)])]
+            self.rows["stdout"] = [
+                *flat(json.loads(self.stdout) if whole else [*map(json.loads, lines)])
+            ]
         return self
 
 
@@ -202,7 +225,9 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
         return rows, {each.name: str(each.type) for each in table.schema}
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [*flat([row for row in rows if row.get("kind") != "total"])], {}  # which other formats do not have
+        return [
+            *flat([row for row in rows if row.get("kind") != "total"])
+        ], {}  # which other formats do not have
     if path.name == "config.json":
         return [json.loads(path.read_text())], {}
     return None, {}
@@ -214,8 +239,14 @@ def flat(value: Any) -> Iterator[Any]:
         if "documents" in row and "total" in row:
             yield from flat([*row["documents"], *row.get("totals", [row["total"]])])
         else:
-            flops = {"flops": round(row["flops_per_second"] * row["seconds"])} if row.get("flops_per_second") else {}
-            yield {key: x for key, x in row.items() if key != "kind" and not MEASURED.search(key)} | flops
+            flops = (
+                {"flops": round(row["flops_per_second"] * row["seconds"])}
+                if row.get("flops_per_second")
+                else {}
+            )
+            yield {
+                key: x for key, x in row.items() if key != "kind" and not MEASURED.search(key)
+            } | flops
 
 
 def apart(one: Any, other: Any, near: float = APART) -> bool:
@@ -254,18 +285,33 @@ class Runs:
             for word in [word for word in args if "=" in word]:
                 assign(recipe, word)
             (folder / "recipe.json").write_text(json.dumps(recipe))
-            args = ["train", "recipe.json", "-o", "run", *(word for word in args[1:] if "=" not in word)]
-        return {"folder": str(folder), "args": args, "stdin": str(folder / given[0]) if given else os.devnull}
+            args = [
+                "train",
+                "recipe.json",
+                "-o",
+                "run",
+                *(word for word in args[1:] if "=" not in word),
+            ]
+        return {
+            "folder": str(folder),
+            "args": args,
+            "stdin": str(folder / given[0]) if given else os.devnull,
+        }
 
     def together(self, jobs: list[dict[str, Any]], **env: str) -> list[Outcome]:
         """Run the jobs one after the other in one process."""
         path = self.folder / f"jobs-{self.count}.json"
         path.write_text(json.dumps(jobs))
         command = [self.forked.python, "-c", RUN, path]
-        done = subprocess.run(command, env=self.env | env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=self.env | env, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return [
-            Outcome(**json.loads(Path(job["folder"] + ".json").read_text())).read(Path(job["folder"])) for job in jobs
+            Outcome(**json.loads(Path(job["folder"] + ".json").read_text())).read(
+                Path(job["folder"])
+            )
+            for job in jobs
         ]
 
     def real(self, job: dict[str, Any]) -> Outcome:
@@ -275,7 +321,9 @@ class Runs:
         env = self.env | {"TERM": "xterm", "COLUMNS": "80"}
         with (folder.parent / f"{folder.name}.out").open("w+") as out, open(job["stdin"]) as given:
             command = [self.forked.longnet, *job["args"]]
-            process = subprocess.Popen(command, cwd=folder, env=env, stdin=given, stdout=out, stderr=theirs)
+            process = subprocess.Popen(
+                command, cwd=folder, env=env, stdin=given, stdout=out, stderr=theirs
+            )
             os.close(theirs)
             os.set_blocking(mine, False)
             shown = b""
@@ -327,7 +375,12 @@ BASE_RECIPE = {
     "data": {"train": ["../in/t.txt"]},
     "optimizer": {"lr": 0.01},
     "schedule": {"warmup_steps": 1},
-    "train": {"stages": [{"seq_len": 16, "steps": 3}], "batch_tokens": 32, "log_every": 1, "chunk": 16},
+    "train": {
+        "stages": [{"seq_len": 16, "steps": 3}],
+        "batch_tokens": 32,
+        "log_every": 1,
+        "chunk": 16,
+    },
 }
 
 
@@ -337,7 +390,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, forked: Forked) -> Iterator[R
     with loopback_hub() as hub:
         runs = Runs(folder, forked, hub)
         make_inputs(folder / "in")
-        tiny = {name: data for name, data in read_folder(folder / "in/native").items() if name != "chat_template.jinja"}
+        tiny = {
+            name: data
+            for name, data in read_folder(folder / "in/native").items()
+            if name != "chat_template.jinja"
+        }
         commit = fill_cache(folder / "hf/hub", "org/tiny", tiny)
         assert hub.push("org/tiny", tiny) == commit
         make_outputs(runs)
@@ -347,11 +404,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory, forked: Forked) -> Iterator[R
 def make_inputs(folder: Path) -> None:
     """Texts, tables, tokenizers and models."""
     (folder / "spill").mkdir(parents=True)
-    texts = ["the quick brown fox jumps over the lazy dog. " * 4, "AAA, a bear: " * 9 + "it walked away, far away"]
+    texts = [
+        "the quick brown fox jumps over the lazy dog. " * 4,
+        "AAA, a bear: " * 9 + "it walked away, far away",
+    ]
     for name, text in zip("tu", texts, strict=True):
         (folder / f"{name}.txt").write_text(text)
-    (folder / "long.txt").write_text("".join(f"{n} green bottles, " for n in range(5000))[: 1 << 14 | 1])
-    lines = [f"{word} {texts[n % 2][n : 40 + n]}" for n, word in enumerate(["one", "two", "three", "four", "five"])]
+    (folder / "long.txt").write_text(
+        "".join(f"{n} green bottles, " for n in range(5000))[: 1 << 14 | 1]
+    )
+    lines = [
+        f"{word} {texts[n % 2][n : 40 + n]}"
+        for n, word in enumerate(["one", "two", "three", "four", "five"])
+    ]
     rows = [
         {"id": f"{n}", "name": f"n{n}", "group": n // 2, "text": line, "body": f"{n} {line[::-1]}"}
         for n, line in enumerate(lines)
@@ -360,14 +425,24 @@ def make_inputs(folder: Path) -> None:
     write_rows(folder / "rows.parquet", rows)
     ids = [[*text.encode()] for text in texts]
     write_file(folder / "ids.arrow", pa.table({"doc_id": ["t.txt", "u.txt"], "input_ids": ids}))
-    kept = {"maps": pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int64())), "bytes": [b"\xff\0", None]}
-    kept |= {"large": pa.array([2**64 - 1, None], pa.uint64()), "times": pa.array([0, None], pa.timestamp("s"))}
-    pq.write_table(pa.table({"doc_id": ["a", "b"], "input_ids": ids, **kept}), folder / "kept.parquet")
+    kept = {
+        "maps": pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int64())),
+        "bytes": [b"\xff\0", None],
+    }
+    kept |= {
+        "large": pa.array([2**64 - 1, None], pa.uint64()),
+        "times": pa.array([0, None], pa.timestamp("s")),
+    }
+    pq.write_table(
+        pa.table({"doc_id": ["a", "b"], "input_ids": ids, **kept}), folder / "kept.parquet"
+    )
     (folder / "bad.jsonl").write_text('{"text": "good enough"}\n{"text": 5}\n')
     ids = pa.array([*b"some wordsAmore wordsAthe endB"], pa.int32())
     pq.write_table(pa.table({"ids": ids}), folder / "flat.parquet")
     write_rows(folder / "questions.jsonl", [{"question": "fox"}, {"question": "dog"}])
-    write_rows(folder / "metrics.jsonl", [{"step": n, "loss": 5 - n, "lr": 0.1} for n in range(1, 4)])
+    write_rows(
+        folder / "metrics.jsonl", [{"step": n, "loss": 5 - n, "lr": 0.1} for n in range(1, 4)]
+    )
     slides = [slide_table(tiles, name=name) for name, tiles in {"s": 40, "t": 131, "u": 1}.items()]
     pq.write_table(pa.concat_tables(slides), folder / "slide.parquet")
     other = Tokenizer.train([texts * 9], 265)
@@ -427,13 +502,19 @@ def differing(row: Row, one: Outcome, other: Outcome) -> bool:
 def missed(row: Row, one: Outcome, other: Outcome) -> str | None:
     """What is not as the row says, with what was seen of both values."""
     values = " and ".join(shlex.join(words) for words in (row.one, row.other))
-    if row.differs != "code" and (failed := [run for run in (one, other) if run.code not in (0, 6)]):
+    if row.differs != "code" and (
+        failed := [run for run in (one, other) if run.code not in (0, 6)]
+    ):
         return f"{row.option}: {values}: exit code {failed[0].code}: {failed[0].error} {failed[0].stderr[-300:]}"
     if not differing(row, one, other):
         seen = (str(getattr(run, row.differs, ""))[:200] for run in (one, other))
         return f"{row.option}: {values}: no difference in {row.differs}: {' and '.join(seen)}"
     if row.differs not in ("rows", "code"):
-        changed = [place for place in one.rows.keys() & other.rows.keys() if apart(one.rows[place], other.rows[place])]
+        changed = [
+            place
+            for place in one.rows.keys() & other.rows.keys()
+            if apart(one.rows[place], other.rows[place])
+        ]
         if changed:
             return f"{row.option}: {values}: other rows in {', '.join(changed)}"
     return None
@@ -462,19 +543,24 @@ def extras_of(line: str) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("command", TABLE)
-def test_every_option_does_something(command: str, kinds_of_runs: tuple[str, ...], runs: Runs) -> None:
+def test_every_option_does_something(
+    command: str, kinds_of_runs: tuple[str, ...], runs: Runs
+) -> None:
     """All rows that fail are said together. What several rows run is run once. Processes of their own are slow."""
     rows = [
         row
         for row in TABLE[command]
         if kind_of(row) in kinds_of_runs and all(map(find_spec, extras_of(shlex.join(row.one))))
     ]
-    kinds = {(kind_of(row), shlex.join(words)): words for row in rows for words in (row.one, row.other)}
+    kinds = {
+        (kind_of(row), shlex.join(words)): words for row in rows for words in (row.one, row.other)
+    }
     found: dict[tuple[str, str], Outcome] = {}
     for kind in dict.fromkeys(kind for kind, _ in kinds):
         lines = [line for line in kinds if line[0] == kind]
         jobs = [
-            runs.prepare(kinds[line], copy.deepcopy(BASE_RECIPE) if command == "recipe" else None) for line in lines
+            runs.prepare(kinds[line], copy.deepcopy(BASE_RECIPE) if command == "recipe" else None)
+            for line in lines
         ]
         if kind == "real":
             outcomes = [*map(runs.real, jobs)]
@@ -483,12 +569,17 @@ def test_every_option_does_something(command: str, kinds_of_runs: tuple[str, ...
         else:
             outcomes = runs.together(jobs, **(runs.hub_env if kind == "asked" else {}))
         found |= zip(lines, outcomes, strict=True)
-    said = [missed(row, *(found[kind_of(row), shlex.join(words)] for words in (row.one, row.other))) for row in rows]
+    said = [
+        missed(row, *(found[kind_of(row), shlex.join(words)] for words in (row.one, row.other)))
+        for row in rows
+    ]
     assert not [*filter(None, said)], "\n".join(filter(None, said))
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("block", SAME.strip().split("\n\n"), ids=lambda block: block.partition("\n")[0])
+@pytest.mark.parametrize(
+    "block", SAME.strip().split("\n\n"), ids=lambda block: block.partition("\n")[0]
+)
 def test_ways_to_the_same_rows(block: str, runs: Runs) -> None:
     for extra in extras_of(block):
         pytest.importorskip(extra)
@@ -502,7 +593,9 @@ def test_ways_to_the_same_rows(block: str, runs: Runs) -> None:
     assert not {line: each.error + each.stderr for line, each in found.items() if each.code}
     rows = {line: documents(each) for line, each in found.items()}
     assert rows[first]
-    assert not {line: rows[line] for line in others if apart(rows[line], rows[first], CLOSE)}, rows[first]
+    assert not {line: rows[line] for line in others if apart(rows[line], rows[first], CLOSE)}, rows[
+        first
+    ]
 
 
 def documents(outcome: Outcome) -> list[dict[str, Any]]:

@@ -23,7 +23,14 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
-from builders import official_slide_state, recipe, slide_encoder, slide_table, tiny_llama, tiny_model
+from builders import (
+    official_slide_state,
+    recipe,
+    slide_encoder,
+    slide_table,
+    tiny_llama,
+    tiny_model,
+)
 from files import write_file, write_lines, write_rows
 from processes import contents, invoke, kill_and_resume, refused, wait_for
 
@@ -39,7 +46,9 @@ SIZES |= {"segment_lengths": (64, 1024), "dilation_rates": (1, 4)}
 TOO_LONG = "train longnet-125m --data x.parquet --seq-len 4Mi --chunk 4Mi --steps 1 --set train.batch_tokens=4Mi -o run"
 ONE_STAGE = {"train.stages": [{"seq_len": 32, "steps": 5}]}
 EMPTY = "every document is empty or left out"
-NO_TEMPLATE = "no chat template (chat_template.jinja, or chat_template in tokenizer_config.json) for chats"
+NO_TEMPLATE = (
+    "no chat template (chat_template.jinja, or chat_template in tokenizer_config.json) for chats"
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"id": 7, "doc": {"body": "one"}, "n": 1, "text": "first"}]
     ends = pa.RunEndEncodedArray.from_arrays(pa.array([1], pa.int32()), pa.array(["x"]))
     days = pa.array([pa.MonthDayNano([1, 2, 3])], pa.month_day_nano_interval())
-    write_file(folder / "types.arrow", pa.table({"text": ["one"], "ends": ends, "days": days, "span": [1]}))
+    write_file(
+        folder / "types.arrow", pa.table({"text": ["one"], "ends": ends, "days": days, "span": [1]})
+    )
     for name in ("x.arrow", "x.stream", "x.parquet", "x.jsonl"):
         write_rows(folder / name, rows)
     write_lines(folder / "chat.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}])
@@ -67,16 +78,31 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_file(folder / "slide.arrow", slide_table(40))
     state = official_slide_state()
     torch.save(state, folder / "slide.pth")
-    torch.save({name: x for name, x in state.items() if name.startswith("encoder.")}, folder / "encoder.pth")
+    torch.save(
+        {name: x for name, x in state.items() if name.startswith("encoder.")},
+        folder / "encoder.pth",
+    )
     torch.save(state | {"norm.weight": torch.full((32,), torch.nan)}, folder / "nan.pth")
     Tokenizer.train([["some text and more text"] * 9], 265).save(folder / "large.json")
-    Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))).save(folder / "no-end.json")
+    Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))).save(
+        folder / "no-end.json"
+    )
     (folder / "small.json").write_text(recipe(Path("x.parquet"), **ONE_STAGE).model_dump_json())
     (folder / "bad.gz").write_bytes(gzip.compress(b"unreadable " * 1000)[:-4])
     (folder / "long.txt").write_text("x" * 65)
-    sizes = {"vocab_size": 257, "dim": 8, "num_layers": 1, "num_heads": 1, "ffn_dim": 8, "position": "rope"}
+    sizes = {
+        "vocab_size": 257,
+        "dim": 8,
+        "num_layers": 1,
+        "num_heads": 1,
+        "ffn_dim": 8,
+        "position": "rope",
+    }
     shared = {"model": sizes | {"pattern": "window:16,chosen=2x16"}, "parallel": {"sp": 2}}
-    shared |= {"data": {"train": "x.parquet", "tokenizer": "bytes"}, "train": {"stages": [{"seq_len": 64, "steps": 1}]}}
+    shared |= {
+        "data": {"train": "x.parquet", "tokenizer": "bytes"},
+        "train": {"stages": [{"seq_len": 64, "steps": 1}]},
+    }
     (folder / "shared-run").mkdir()
     (folder / "shared-run/recipe.json").write_text(json.dumps(shared))
     ids = pa.table({"input_ids": [[1] * 5, [1] * 60, [1] * 70, [1, 300]], "doc_id": [*"abcd"]})
@@ -413,13 +439,17 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
 
 
 @pytest.mark.parametrize("row", FAILURES, ids=[words[:60] for words, *_ in FAILURES])
-def test_bad_input_is_one_line_and_an_exit_code(row: tuple, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_one_line_and_an_exit_code(
+    row: tuple, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(inputs)
     words, code, line, *content = row
     if content:
         write_given(Path(words.split()[1]), *content)
     if "./llama" in words and not Path("llama").exists():
-        pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
+        pytest.importorskip(
+            "transformers", reason="transformers is not installed: pip install '.[hf]'"
+        )
         tiny_llama(inputs / "llama", vocab_size=260, max_position_embeddings=64, bos_token_id=7)
     before = {*inputs.iterdir()}
     error = refused(*words.split())
@@ -444,7 +474,9 @@ def corpus(tmp_path: Path) -> Path:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for index in range(60):
-        (folder / f"{index}.txt").write_text("".join(chance.choices("abc déf\n", k=chance.randint(100, 20_000))))
+        (folder / f"{index}.txt").write_text(
+            "".join(chance.choices("abc déf\n", k=chance.randint(100, 20_000)))
+        )
     return folder
 
 
@@ -453,13 +485,24 @@ def test_killed_and_resumed_the_shards_are_the_same(command, start, corpus, tmp_
     model = f"{tiny_model(tmp_path / 'model', **SIZES)}/"
     words = {
         "tokenize": ["tokenize", corpus, "--shard-tokens", "10000", "--eos"],
-        "encode": ["encode", *sorted(corpus.iterdir())[:9], "-m", model, "--span", "50", "--shard-rows", "100"],
+        "encode": [
+            "encode",
+            *sorted(corpus.iterdir())[:9],
+            "-m",
+            model,
+            "--span",
+            "50",
+            "--shard-rows",
+            "100",
+        ],
     }
     kill_and_resume(start, words[command], tmp_path, kills=3)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_finished_shards_and_no_others(start, run_longnet, corpus, tmp_path, number, code):
+def test_a_signal_leaves_finished_shards_and_no_others(
+    start, run_longnet, corpus, tmp_path, number, code
+):
     command = ["tokenize", corpus, "--shard-tokens", "10000", "-o"]
     process = start(*command, "out")
     wait_for(lambda: (tmp_path / "out" / "shard-00003.arrow").exists())
@@ -485,7 +528,9 @@ def test_a_signal_ends_a_wait_for_input(start, tmp_path, output):
     process.stdin.write(b"a line\n")
     process.stdin.flush()
     wait_for(lambda: unread(process.stdin) == 0)  # and now it waits for more
-    for _ in range(10):  # Python learns of a signal right before a call that waits only from the next one
+    for _ in range(
+        10
+    ):  # Python learns of a signal right before a call that waits only from the next one
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(2)
@@ -499,7 +544,9 @@ def test_a_signal_ends_a_wait_for_a_reader_that_stalls(start, corpus):
     process = start("tokenize", corpus, "-o", "-")
     assert process.stdout.read(1)
     size = fcntl.fcntl(process.stdout, fcntl.F_GETPIPE_SZ)
-    wait_for(lambda: unread(process.stdout) >= size - 2 * mmap.PAGESIZE)  # its last pages may be full in part
+    wait_for(
+        lambda: unread(process.stdout) >= size - 2 * mmap.PAGESIZE
+    )  # its last pages may be full in part
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
     assert process.stderr.read() == b""
@@ -511,7 +558,13 @@ def test_a_cut_stream_is_refused(start, corpus, tmp_path, ending):
         (corpus / "bad.txt").write_bytes(b"\xff")
     with open(tmp_path / "cut.arrow", "wb") as file:
         process = start(
-            "tokenize", corpus, "-" if ending == "kill" else corpus, "-o", "-", stdin=subprocess.PIPE, stdout=file
+            "tokenize",
+            corpus,
+            "-" if ending == "kill" else corpus,
+            "-o",
+            "-",
+            stdin=subprocess.PIPE,
+            stdout=file,
         )
         if ending == "kill":
             wait_for(lambda: (tmp_path / "cut.arrow").stat().st_size > 100_000)
@@ -521,21 +574,28 @@ def test_a_cut_stream_is_refused(start, corpus, tmp_path, ending):
         list(Inputs([tmp_path / "cut.arrow"]).documents())
 
 
-def test_a_shard_too_large_for_the_file_system_is_one_line(run_longnet, longnet, corpus, tmp_path, command_env):
+def test_a_shard_too_large_for_the_file_system_is_one_line(
+    run_longnet, longnet, corpus, tmp_path, command_env
+):
     """The limit on file sizes, which any user may set, does as a full disk does."""
     (corpus / "30.txt").write_text("x" * 1_000_000)
     command = ["tokenize", corpus, "--shard-tokens", "20000", "-o"]
     assert run_longnet(*command, "whole").returncode == 0
     limited = ["bash", "-c", f'ulimit -f 500; exec {longnet} "$@"', "bash"]
     words = [*limited, *map(str, command), str(tmp_path / "out")]
-    process = subprocess.Popen(words, env=command_env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        words, env=command_env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     out, whole = tmp_path / "out", contents(tmp_path / "whole")
     said = process.communicate()[1].decode()
     assert (process.returncode, said.count("\n"), said[:16]) == (1, 1, "longnet: error: ")
     assert f"{out}/" in said
     assert "cannot write: File too large" in said
     found = contents(out)
-    assert {"_unfinished.json", *(f"shard-{index:05d}.arrow" for index in range(len(found) - 1))} == found.keys()
+    assert {
+        "_unfinished.json",
+        *(f"shard-{index:05d}.arrow" for index in range(len(found) - 1)),
+    } == found.keys()
     assert len(found) > 5
     assert all(found[name] == whole[name] for name in found if name != "_unfinished.json")
     assert run_longnet(*command, out, "--resume").returncode == 0
@@ -544,16 +604,33 @@ def test_a_shard_too_large_for_the_file_system_is_one_line(run_longnet, longnet,
 
 @pytest.mark.ci
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_spilled_encode(kind: signal.Signals, tmp_path: Path, command_env: dict[str, str]) -> None:
+def test_a_killed_spilled_encode(
+    kind: signal.Signals, tmp_path: Path, command_env: dict[str, str]
+) -> None:
     """Of a bidirectional net: it leaves no half output, and nothing on the disk."""
     model = tiny_model(tmp_path / "model", **SIZES, causal=False)
     text, spill, out = tmp_path / "long.txt", tmp_path / "spill", tmp_path / "out"
     text.write_text("the quick brown fox " * 20_000)
     spill.mkdir()
-    arguments = ["encode", text, "-m", f"{model}/", "--chunk", "512", "--spill", spill, "-o", out / "vectors.arrow"]
+    arguments = [
+        "encode",
+        text,
+        "-m",
+        f"{model}/",
+        "--chunk",
+        "512",
+        "--spill",
+        spill,
+        "-o",
+        out / "vectors.arrow",
+    ]
     words = [sys.executable, "-m", "longnet_cli", *map(str, arguments)]
     with subprocess.Popen(words, env=command_env, stderr=subprocess.PIPE) as job:
-        wait_for(lambda: job.poll() is not None or str(spill) in Path(f"/proc/{job.pid}/maps").read_text())
+        wait_for(
+            lambda: (
+                job.poll() is not None or str(spill) in Path(f"/proc/{job.pid}/maps").read_text()
+            )
+        )
         assert job.poll() is None
         job.send_signal(kind)
         job.communicate(timeout=60)
@@ -563,7 +640,9 @@ def test_a_killed_spilled_encode(kind: signal.Signals, tmp_path: Path, command_e
 
 
 @pytest.mark.parametrize("command", ["score", "encode"])
-def test_a_stopped_command_says_what_is_kept(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_command_says_what_is_kept(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = f"{tiny_model(tmp_path / 'model')}/"
     texts = [tmp_path / f"{name}.txt" for name in "abcd"]
     for path in texts:
@@ -578,22 +657,37 @@ def test_a_stopped_command_says_what_is_kept(command: str, tmp_path: Path, monke
 
     monkeypatch.setattr(ShardFolder, "end_shard", stop)
     folder = [command, *texts, "-m", model, *shards, "-o", tmp_path / "out"]
-    said = f"stopped: {tmp_path / 'out'} keeps 2 documents: the same command with --resume goes on\n"
+    said = (
+        f"stopped: {tmp_path / 'out'} keeps 2 documents: the same command with --resume goes on\n"
+    )
     assert said in invoke(*folder).stderr
     assert "keeps 4 documents" in invoke(*folder, "--resume").stderr
-    assert invoke(*folder[:-1], tmp_path / "other", "-q").stderr.strip() in ("", "Aborted!", "Aborted.")
+    assert invoke(*folder[:-1], tmp_path / "other", "-q").stderr.strip() in (
+        "",
+        "Aborted!",
+        "Aborted.",
+    )
 
     def stop_at_once(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ShardWriter, "write", stop_at_once)
     alone = invoke(command, *texts, "-m", model, "-o", tmp_path / "rows.arrow")
-    assert f"stopped: nothing is kept in {tmp_path / 'rows.arrow'}, which is written whole" in alone.stderr
+    assert (
+        f"stopped: nothing is kept in {tmp_path / 'rows.arrow'}, which is written whole"
+        in alone.stderr
+    )
 
 
-@pytest.mark.parametrize(("stop", "world", "said"), [(143, 1, True), (143, 2, False), (None, 2, True)])
+@pytest.mark.parametrize(
+    ("stop", "world", "said"), [(143, 1, True), (143, 2, False), (None, 2, True)]
+)
 def test_a_rank_that_another_one_ends_says_nothing(
-    stop: int | None, world: int, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stop: int | None,
+    world: int,
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises((SystemExit, KeyboardInterrupt)), say_what_is_kept("-", quiet=False):

@@ -26,7 +26,9 @@ from longnet_cli.cli.app import app
 from longnet_cli.jobs.training.recipe import Recipe
 from longnet_cli.nets.config import LongNetConfig
 
-CPU_SECONDS = 10  # that a run may use: a hang, if it is not one that waits, however busy the machine is
+CPU_SECONDS = (
+    10  # that a run may use: a hang, if it is not one that waits, however busy the machine is
+)
 MEMORY = 12 << 30  # bytes of addresses that a run may have
 CODES = {0, 1, 2, 3, 4, 5}
 SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24}
@@ -39,19 +41,105 @@ RECIPE = {
 
 # Words that somebody, or a script gone wrong, may write where any value is due
 WORDS = [
-    *("", " ", "-", "-1", "0", "1", "3", "nan", "inf", "-inf", "1e18", "1e400", "9" * 5000, str(2**63 - 1), str(2**63)),
-    *("true", "missing", "./missing", ".", "/", "t.txt", "a.arrow", "a.jsonl", "broken.arrow", "model", "./model"),
+    *(
+        "",
+        " ",
+        "-",
+        "-1",
+        "0",
+        "1",
+        "3",
+        "nan",
+        "inf",
+        "-inf",
+        "1e18",
+        "1e400",
+        "9" * 5000,
+        str(2**63 - 1),
+        str(2**63),
+    ),
+    *(
+        "true",
+        "missing",
+        "./missing",
+        ".",
+        "/",
+        "t.txt",
+        "a.arrow",
+        "a.jsonl",
+        "broken.arrow",
+        "model",
+        "./model",
+    ),
     *("run", "bytes", "model/tokenizer.json", "recipe.toml", "@t.txt", "*.txt", "/dev/null"),
-    *("out", "out.arrow", "out.parquet", "out.jsonl", "x.png", "\x1b[31m", "é", "\udcff", "n" * 300, "a/" * 3000, "["),
-    *("a=b", "=", "model.dim=true", "train.steps=1e30", "data.train=[[[", "http://example.invalid/a", "nope://a/b"),
+    *(
+        "out",
+        "out.arrow",
+        "out.parquet",
+        "out.jsonl",
+        "x.png",
+        "\x1b[31m",
+        "é",
+        "\udcff",
+        "n" * 300,
+        "a/" * 3000,
+        "[",
+    ),
+    *(
+        "a=b",
+        "=",
+        "model.dim=true",
+        "train.steps=1e30",
+        "data.train=[[[",
+        "http://example.invalid/a",
+        "nope://a/b",
+    ),
     *("link.arrow", "a,b", "1,2"),
 ]
-NUMBERS = [-1, 0, 1, 2, 3, 5, 16, 64, 10**5, 2**31, 2**40, 2**63 - 1, 2**63, 10**30, 0.5, -0.5, 1e-300, 1e300]
+NUMBERS = [
+    -1,
+    0,
+    1,
+    2,
+    3,
+    5,
+    16,
+    64,
+    10**5,
+    2**31,
+    2**40,
+    2**63 - 1,
+    2**63,
+    10**30,
+    0.5,
+    -0.5,
+    1e-300,
+    1e300,
+]
 VALUES = st.one_of(
-    st.sampled_from([*NUMBERS, None, True, False, [], {}, "", "x", "\0", "\ud800", "1e3", "xpos", [1, 2], [2**40, 8]]),
+    st.sampled_from(
+        [
+            *NUMBERS,
+            None,
+            True,
+            False,
+            [],
+            {},
+            "",
+            "x",
+            "\0",
+            "\ud800",
+            "1e3",
+            "xpos",
+            [1, 2],
+            [2**40, 8],
+        ]
+    ),
     st.just([1] * 10**5),
     st.lists(st.sampled_from([*NUMBERS, True, "x"]), max_size=4),
-    st.dictionaries(st.sampled_from(["a", "seq_len", "inputs", ""]), st.sampled_from([1, "x", None]), max_size=2),
+    st.dictionaries(
+        st.sampled_from(["a", "seq_len", "inputs", ""]), st.sampled_from([1, "x", None]), max_size=2
+    ),
     st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=5),
 )
@@ -64,10 +152,24 @@ COMMANDS: dict[str, list[str]] = {
     "plot": ["run"],
     "score": ["t.txt", "-m", "./model", "-q"],
     "encode": ["t.txt", "-m", "./model", "-o", "out.arrow", "-q"],
-    "bench": ["--seq", "64", "--heads", "1", "--head-dim", "8", "--repeats", "1", "--max-time", "1", "-q"],
+    "bench": [
+        "--seq",
+        "64",
+        "--heads",
+        "1",
+        "--head-dim",
+        "8",
+        "--repeats",
+        "1",
+        "--max-time",
+        "1",
+        "-q",
+    ],
     "data inspect": ["t.txt"],
 }
-FEW = {"--nproc": ["", "0", "-1", "x", "1.5", str(2**63)]}  # options that would start a thousand processes
+FEW = {
+    "--nproc": ["", "0", "-1", "x", "1.5", str(2**63)]
+}  # options that would start a thousand processes
 
 
 class Done(NamedTuple):
@@ -87,7 +189,11 @@ def options_of(command: str) -> list[tuple[str, bool]]:
     for name in command.split():
         found = found.commands[name]
     options = [option for option in found.params if option.param_type_name == "option"]
-    return [(name, not option.is_flag) for option in options for name in (*option.opts, *option.secondary_opts)]
+    return [
+        (name, not option.is_flag)
+        for option in options
+        for name in (*option.opts, *option.secondary_opts)
+    ]
 
 
 @st.composite
@@ -98,7 +204,10 @@ def wrong_options(draw: st.DrawFn) -> tuple[str, Any]:
         name, takes = draw(st.sampled_from(options_of(command)))
         args += [name, draw(st.sampled_from(FEW.get(name, WORDS)))] if takes else [name]
     if draw(st.booleans()):
-        args.insert(len(command.split()), draw(st.sampled_from([word for word in WORDS if not word.startswith("-")])))
+        args.insert(
+            len(command.split()),
+            draw(st.sampled_from([word for word in WORDS if not word.startswith("-")])),
+        )
     return "options", args
 
 
@@ -112,20 +221,33 @@ def paths_of(cls: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
 def changed(data: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
     name, *rest = path
     inner = data.get(name)
-    return data | {name: changed(inner if isinstance(inner, dict) else {}, tuple(rest), value) if rest else value}
+    return data | {
+        name: changed(inner if isinstance(inner, dict) else {}, tuple(rest), value)
+        if rest
+        else value
+    }
 
 
-FIELDS = st.lists(st.tuples(st.sampled_from(sorted(paths_of(LongNetConfig))), VALUES), min_size=1, max_size=2)
-KEYS = st.lists(st.tuples(st.sampled_from(sorted(paths_of(Recipe))), VALUES), min_size=1, max_size=2)
+FIELDS = st.lists(
+    st.tuples(st.sampled_from(sorted(paths_of(LongNetConfig))), VALUES), min_size=1, max_size=2
+)
+KEYS = st.lists(
+    st.tuples(st.sampled_from(sorted(paths_of(Recipe))), VALUES), min_size=1, max_size=2
+)
 MODEL_FILES = st.sampled_from(["model.safetensors", "config.json", "tokenizer.json"])
 FILES = MODEL_FILES.map("model/{}".format) | st.sampled_from(["recipe.json", "run/metrics.jsonl"])
-SPOILT = st.sampled_from(["fifo", "nested", "empty", "folder", "device", "huge number", "not UTF-8"])
+SPOILT = st.sampled_from(
+    ["fifo", "nested", "empty", "folder", "device", "huge number", "not UTF-8"]
+)
 CASES = st.one_of(
     wrong_options(),
     wrong_options(),
     st.tuples(st.just("config"), st.tuples(FIELDS, st.booleans())),
     st.tuples(st.just("recipe"), KEYS),
-    st.tuples(st.just("flip"), st.tuples(MODEL_FILES, st.floats(0, 1, exclude_max=True), st.integers(0, 7))),
+    st.tuples(
+        st.just("flip"),
+        st.tuples(MODEL_FILES, st.floats(0, 1, exclude_max=True), st.integers(0, 7)),
+    ),
     st.tuples(st.just("spoilt"), st.tuples(FILES, SPOILT)),
 )
 
@@ -143,7 +265,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "[train]\nstages = [{seq_len = 16, steps = 1}]\nbatch_tokens = 32\nchunk = 32\n"
     )
     (folder / "run").mkdir()
-    (folder / "run/metrics.jsonl").write_text("".join(f'{{"step": {n}, "loss": {5 - n}}}\n' for n in range(1, 4)))
+    (folder / "run/metrics.jsonl").write_text(
+        "".join(f'{{"step": {n}, "loss": {5 - n}}}\n' for n in range(1, 4))
+    )
     tiny_model(folder / "model", **SIZES, **LEVELS)
     shutil.copytree(folder / "model", folder / "other")
     weights = folder / "other/model.safetensors"
@@ -159,9 +283,16 @@ def run(longnet: Path, template: Path) -> Run:
         limited = f'ulimit -v {MEMORY >> 10}; ulimit -St {CPU_SECONDS}; exec "$@"'
         words = ["bash", "-c", limited, "bash", longnet, *args]
         env = {name: value for name, value in os.environ.items() if not name.startswith("LONGNET_")}
-        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
+        options = {
+            "stdin": subprocess.DEVNULL,
+            "capture_output": True,
+            "text": True,
+            "errors": "replace",
+        }
         try:
-            done = subprocess.run(words, cwd=folder, env=env | {"NO_COLOR": "1"}, timeout=60, **options)
+            done = subprocess.run(
+                words, cwd=folder, env=env | {"NO_COLOR": "1"}, timeout=60, **options
+            )
         except subprocess.TimeoutExpired:
             return Done(None, "", "")
         return Done(done.returncode, done.stdout, done.stderr)
@@ -207,11 +338,19 @@ def prepare(folder: Path, kind: str, case: Any) -> list[str]:
     elif how == "device":
         path.symlink_to("/dev/zero")
     else:
-        head = {"nested": b"[" * 200_000 + b"\n", "empty": b"", "huge number": b'{"dim": ' + b"9" * 5000 + b"}\n"}
+        head = {
+            "nested": b"[" * 200_000 + b"\n",
+            "empty": b"",
+            "huge number": b'{"dim": ' + b"9" * 5000 + b"}\n",
+        }
         path.write_bytes(head.get(how, b"\xff\xfe\x00"))
     if name.startswith("model"):
         return [*score, "./model"]
-    return ["plot", "run"] if name.startswith("run") else ["train", "./recipe.json", "-o", "new", "-q", "--dry-run"]
+    return (
+        ["plot", "run"]
+        if name.startswith("run")
+        else ["train", "./recipe.json", "-o", "new", "-q", "--dry-run"]
+    )
 
 
 def complaint(done: Done) -> str | None:
@@ -222,13 +361,18 @@ def complaint(done: Done) -> str | None:
         return "an exit code that is not documented"
     if "Traceback" in done.stderr or "LONGNET_TRACEBACK" in done.stderr:
         return "an exception that reaches the user"
-    if done.code and sum(line.startswith("longnet: error: ") for line in done.stderr.splitlines()) != 1:
+    if (
+        done.code
+        and sum(line.startswith("longnet: error: ") for line in done.stderr.splitlines()) != 1
+    ):
         return "not one line of error"
     return None
 
 
 @pytest.mark.slow
-def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(run: Run, template: Path, tmp_path: Path) -> None:
+def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(
+    run: Run, template: Path, tmp_path: Path
+) -> None:
     baseline = run(["score", "t.txt", "-q", "--format", "json", "-m", "./model"], template)
     assert baseline.code == 0
     read = {"t.txt", "recipe.toml", "recipe.json", "run/metrics.jsonl", "model/model.safetensors"}
@@ -237,7 +381,11 @@ def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(run: Run, tem
         max_examples=1000,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a case is small: making it smaller takes minutes
+        phases=[
+            Phase.explicit,
+            Phase.reuse,
+            Phase.generate,
+        ],  # a case is small: making it smaller takes minutes
     )
     @given(CASES)
     def attack(chosen: tuple[str, Any]) -> None:

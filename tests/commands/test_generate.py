@@ -42,7 +42,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_net(vocab_size=259).save_pretrained(folder, words_of_chat().to_json())
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<|endoftext|>"}}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": "<|endoftext|>"}})
+    )
     return folder
 
 
@@ -60,19 +62,35 @@ def test_a_prompt_comes_from_anywhere_and_the_text_is_the_same(
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = ["--model", model, "-n", "30"]
     (row,) = rows(run_longnet("generate", PROMPT, *options, "--format", "jsonl"))
-    assert (row["kind"], row["doc_id"], row["n_prompt"], row["seed"]) == ("generation", "prompt", len(PROMPT), None)
+    assert (row["kind"], row["doc_id"], row["n_prompt"], row["seed"]) == (
+        "generation",
+        "prompt",
+        len(PROMPT),
+        None,
+    )
     assert row["n_tokens"] == len(row["tokens"]) == len(row["logprobs"]) == 30
     assert row["finish_reason"] == "length"
     plain = run_longnet("generate", PROMPT, *options)
     assert plain.stdout == row["text"] + "\n" * (not row["text"].endswith("\n"))
     assert "15 tokens read, 30 generated" in plain.stderr
-    for arguments, given in (([], PROMPT), (["-"], PROMPT), (["-i", "-"], PROMPT), (["--chunk", "4"], PROMPT)):
-        assert run_longnet("generate", *arguments, *options, "-q", input=given).stdout == plain.stdout
+    for arguments, given in (
+        ([], PROMPT),
+        (["-"], PROMPT),
+        (["-i", "-"], PROMPT),
+        (["--chunk", "4"], PROMPT),
+    ):
+        assert (
+            run_longnet("generate", *arguments, *options, "-q", input=given).stdout == plain.stdout
+        )
     from_file = run_longnet("generate", "-i", "prompt.txt", *options, "-q")
     assert (from_file.stdout, from_file.stderr) == (plain.stdout, "")
     both = run_longnet("generate", "-i", "prompt.txt", "-i", "prompts.jsonl", *options, "-q").stdout
-    assert both.startswith(f"==> prompt.txt <==\n{plain.stdout}\n==> a <==\n{plain.stdout}\n==> b <==\n")
-    first, second = rows(run_longnet("generate", "-i", "prompts.jsonl", *options, "--format", "jsonl"))
+    assert both.startswith(
+        f"==> prompt.txt <==\n{plain.stdout}\n==> a <==\n{plain.stdout}\n==> b <==\n"
+    )
+    first, second = rows(
+        run_longnet("generate", "-i", "prompts.jsonl", *options, "--format", "jsonl")
+    )
     assert first == row | {"doc_id": "a"}
     assert rows(run_longnet("generate", "Another one", *options, "--format", "jsonl")) == [
         second | {"doc_id": "prompt"}
@@ -80,11 +98,15 @@ def test_a_prompt_comes_from_anywhere_and_the_text_is_the_same(
     drawn = [*options, "--format", "jsonl", "--temperature", "1", "--top-p", "0.9"]
     (draw,) = rows(run_longnet("generate", PROMPT, *drawn))
     assert rows(run_longnet("generate", PROMPT, *drawn, "--seed", str(draw["seed"]))) == [draw]
-    stopped = run_longnet("generate", PROMPT, *options, "--stop", row["text"][4:7], "--format", "jsonl")
+    stopped = run_longnet(
+        "generate", PROMPT, *options, "--stop", row["text"][4:7], "--format", "jsonl"
+    )
     assert rows(stopped)[0]["text"] == row["text"][: row["text"].index(row["text"][4:7])]
 
 
-def test_every_line_says_what_made_it_as_scores_do(model: Path, run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_every_line_says_what_made_it_as_scores_do(
+    model: Path, run_longnet: RunLongnet, tmp_path: Path
+) -> None:
     """The model that computed, its pattern included; each line alone, as lines of several runs may be put together."""
     (tmp_path / "two.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     found = []
@@ -100,13 +122,19 @@ def test_every_line_says_what_made_it_as_scores_do(model: Path, run_longnet: Run
         assert origins == [tuple(total.get(key) for key in keys)] * 2
         assert list(lines[0])[-3:] == list(keys)
         found.append(origins[0])
-    assert found[0] == (model_digest(LongNet.from_pretrained(model)), words_of_chat().sha256, "8/1,32/2")
+    assert found[0] == (
+        model_digest(LongNet.from_pretrained(model)),
+        words_of_chat().sha256,
+        "8/1,32/2",
+    )
     assert found[1] == (found[1][0], found[0][1], "8/1")
     assert found[1][0] != found[0][0]
     assert found[2] == (found[0][0], None, found[0][2])
 
 
-def test_a_name_of_a_file_is_a_text_and_said_to_be_one(model: Path, run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_a_name_of_a_file_is_a_text_and_said_to_be_one(
+    model: Path, run_longnet: RunLongnet, tmp_path: Path
+) -> None:
     (tmp_path / "prompt.txt").write_text(PROMPT)
     done = run_longnet("generate", "prompt.txt", "--model", model, "-n", "1")
     assert done.returncode == 0
@@ -121,7 +149,10 @@ def test_a_prompt_that_is_no_text_is_refused_in_one_line(run_longnet: RunLongnet
 
 def test_a_closed_pipe_and_ctrl_c_end_it(model: Path, start: Start) -> None:
     """Text comes while the rest is still to come."""
-    for end, code in ((lambda run: run.stdout.close(), 141), (lambda run: run.send_signal(signal.SIGINT), 130)):
+    for end, code in (
+        (lambda run: run.stdout.close(), 141),
+        (lambda run: run.send_signal(signal.SIGINT), 130),
+    ):
         run = start("generate", PROMPT, "--model", model, "-n", "1e9", "-q")
         assert run.stdout.read(20)
         end(run)
@@ -129,20 +160,31 @@ def test_a_closed_pipe_and_ctrl_c_end_it(model: Path, start: Start) -> None:
         assert run.stderr.read() == b""
 
 
-def test_a_message_goes_into_the_template(model: Path, run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_a_message_goes_into_the_template(
+    model: Path, run_longnet: RunLongnet, tmp_path: Path
+) -> None:
     """The whole prompt is the template's; what looks like a special token in a message is its characters."""
     words = words_of_chat()
     template = ChatTemplate(model, words)
     ids = template.encode(" Hi <|im_end|>\n").tolist()
-    assert words.decode(ids) == "<|endoftext|><|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        words.decode(ids)
+        == "<|endoftext|><|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
     start, end = words.id_of("<|im_start|>"), words.id_of("<|im_end|>")
     assert [token for token in ids if token > 255] == [256, start, end, start]
     (tmp_path / "text.txt").write_text("Read this.")
     for given, message in ((["Hi"], "Hi"), (["-i", "text.txt", "Hi"], "Read this.\nHi")):
-        (row,) = rows(run_longnet("generate", *given, "--chat", "--model", model, "-n", "5", "--format", "jsonl"))
+        (row,) = rows(
+            run_longnet(
+                "generate", *given, "--chat", "--model", model, "-n", "5", "--format", "jsonl"
+            )
+        )
         assert row["n_prompt"] == len(template.encode(message))
         for said in (message, [{"role": "user", "content": message}]):
-            assert [step.id for step in generate(f"{model}/", said, chat=True, max_tokens=5)] == row["tokens"]
+            assert [
+                step.id for step in generate(f"{model}/", said, chat=True, max_tokens=5)
+            ] == row["tokens"]
     (row,) = rows(run_longnet("generate", "Hi", "--model", model, "-n", "5", "--format", "jsonl"))
     loaded = load_model(f"{model}/")
     steps = [*generate(loaded, "Hi", max_tokens=5)]
@@ -162,11 +204,20 @@ def test_a_message_goes_into_the_template(model: Path, run_longnet: RunLongnet, 
         ("{{ messages.append(1) }}", "the chat template fails: .*unsafe"),
         ("a\n{{ 1 / 0 }}", r"division by zero \(line 2\)"),
         ("\n\n{{ messages[7].content }}", r"has no element 7 \(line 3\)"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}\n{{ f() }}", r"recursion depth exceeded \(line 1\)"),
-        ("a\nb{{ messages[0].content ~ '\\ud800' }}", r"half of a character \(a surrogate\) \(line 2\)"),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}\n{{ f() }}",
+            r"recursion depth exceeded \(line 1\)",
+        ),
+        (
+            "a\nb{{ messages[0].content ~ '\\ud800' }}",
+            r"half of a character \(a surrogate\) \(line 2\)",
+        ),
         ("{{ 'x' * 3000000000 }}", "it takes more than 512 MiB"),
         ("{% set a = 'xy' %}" + "{% set a = a ~ a %}" * 40, "it takes more than 512 MiB"),
-        ("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", r"more than \d+ characters \(line 1\)"),
+        (
+            "{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}",
+            r"more than \d+ characters \(line 1\)",
+        ),
     ],
 )
 def test_templates_that_fail_and_none_runs_code(tmp_path: Path, text: str, message: str) -> None:
@@ -204,9 +255,13 @@ def test_a_template_renders_as_transformers_does(model: Path) -> None:
     (model.parent / "other").mkdir()
     (model.parent / "other/chat_template.jinja").write_text(text)
     words = words_of_chat()
-    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(words.to_json()))
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(words.to_json())
+    )
     message = [{"role": "user", "content": "é\n<&>"}]
-    expected = fast.apply_chat_template(message, chat_template=text, add_generation_prompt=True, tokenize=False)
+    expected = fast.apply_chat_template(
+        message, chat_template=text, add_generation_prompt=True, tokenize=False
+    )
     template = ChatTemplate(model.parent / "other", words)
     assert words.decode(template.encode("é\n<&>")) == expected
     assert template.encode("é\n<&>").tolist() == fast.encode(expected, add_special_tokens=False)
@@ -224,16 +279,22 @@ def test_the_ids_at_which_a_model_ends(tmp_path: Path) -> None:
 
 def test_a_dry_run_counts_the_prompts_and_generates_nothing(model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(PROMPT * 9)
-    done = invoke("generate", "--dry-run", "-n", 7, "-i", tmp_path / "a.txt", "-m", f"{model}/", "--chunk", 32)
+    done = invoke(
+        "generate", "--dry-run", "-n", 7, "-i", tmp_path / "a.txt", "-m", f"{model}/", "--chunk", 32
+    )
     assert done.exit_code == 0, done.output
     assert re.search(r"documents +1  the longest has 135 tokens\n", done.stdout)
     assert re.search(r"read +143  tokens in all", done.stdout)  # with one before the text
     assert re.search(r"new tokens +7  at most of each, [\d.]+ (us|ms|s) a token", done.stdout)
     assert PROMPT not in done.stdout
     words = ["generate", "--dry-run", "text", "-m", f"{model}/"]
-    assert "--dry-run prints a table: leave out --format" in str(refused(*words, "--format", "jsonl"))
+    assert "--dry-run prints a table: leave out --format" in str(
+        refused(*words, "--format", "jsonl")
+    )
     state = invoke(*words, "--save-state", tmp_path / "state")
     assert re.search(
-        r"read +5  tokens .*new tokens +0  at most of each, .*; the state goes to .*state\n", state.stdout, re.S
+        r"read +5  tokens .*new tokens +0  at most of each, .*; the state goes to .*state\n",
+        state.stdout,
+        re.S,
     )
     assert not (tmp_path / "state").exists()

@@ -31,7 +31,17 @@ from longnet_cli.jobs.training.recipe import load_recipe
 from longnet_cli.nets.config import parse_config
 from longnet_cli.nets.weights import load_config
 
-COMMANDS = ["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench", "data inspect"]
+COMMANDS = [
+    "tokenize",
+    "convert",
+    "train",
+    "plot",
+    "score",
+    "encode",
+    "generate",
+    "bench",
+    "data inspect",
+]
 
 
 @pytest.mark.parametrize("text", ["auto", "cpu", "cuda", "cuda:0", "cuda:15"])
@@ -54,7 +64,9 @@ def command_of(name: str) -> Any:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_readable_in_80_columns(name: str) -> None:
-    done = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
+    done = CliRunner().invoke(
+        app, [*name.split(), "--help"], env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
+    )
     lines = done.output.splitlines()
     text = " ".join(done.output.replace("│", " ").split())
     assert done.exit_code == 0
@@ -71,10 +83,16 @@ def test_help_is_readable_in_80_columns(name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_default_is_shown_once_however_often_help_is_asked_for(name: str) -> None:
     for _ in range(2):
-        output = CliRunner().invoke(app, [*name.split(), "-h"], env={"COLUMNS": "300", "NO_COLOR": "1"}).output
+        output = (
+            CliRunner()
+            .invoke(app, [*name.split(), "-h"], env={"COLUMNS": "300", "NO_COLOR": "1"})
+            .output
+        )
         assert max(line.count("(default: ") for line in output.splitlines()) <= 1
         for shared, default in (("--device", "auto"), ("--model", "longnet-tiny")):
-            row = next((line for line in output.splitlines() if re.search(rf"│ {shared} ", line)), None)
+            row = next(
+                (line for line in output.splitlines() if re.search(rf"│ {shared} ", line)), None
+            )
             assert row is None or f"(default: {default})" in row or name == "bench"
 
 
@@ -83,7 +101,16 @@ def test_an_option_of_several_commands_takes_the_same_values() -> None:
     for name in COMMANDS:
         for each in command_of(name).params:
             metavars.setdefault(each.opts[0], set()).add(str(each.metavar).strip("[]"))
-    for name in ("--eos", "--column", "--tokenizer", "--model", "--device", "--nproc", "--chunk", "--pattern"):
+    for name in (
+        "--eos",
+        "--column",
+        "--tokenizer",
+        "--model",
+        "--device",
+        "--nproc",
+        "--chunk",
+        "--pattern",
+    ):
         assert len(metavars[name]) == 1, name
     assert metavars["--dtype"] == {"auto|fp32|bf16|fp16", "auto|fp32|bf16"}  # training has no fp16
 
@@ -111,8 +138,16 @@ class Small:
 
 
 def test_a_pair_of_options_is_refused_also_across_groups() -> None:
-    needs, excludes = Needs("--quiet", "--end|--sp", "hides it", "--end"), Excludes("-q", "--dp", "is for one process")
-    for given_ in ({}, {"end": "x"}, {"quiet": True, "end": "x"}, {"quiet": True, "mesh": Mesh(sp=1, dp=1)}):
+    needs, excludes = (
+        Needs("--quiet", "--end|--sp", "hides it", "--end"),
+        Excludes("-q", "--dp", "is for one process"),
+    )
+    for given_ in (
+        {},
+        {"end": "x"},
+        {"quiet": True, "end": "x"},
+        {"quiet": True, "mesh": Mesh(sp=1, dp=1)},
+    ):
         check_pairs([needs, excludes], Small(inputs=["a"], **given_))
     with pytest.raises(ConfigError, match=r"^--quiet hides it: give --end$"):
         check_pairs([needs, excludes], Small(inputs=["a"], quiet=True))
@@ -138,26 +173,38 @@ def test_the_value_of_an_option_may_be_left_out() -> None:
 
 def test_the_page_of_formats_lists_every_form():
     page = (ROOT / "docs/formats.md").read_text()
-    lines = dict(re.findall(r"^\| `([a-z ]+)` \|(.*)", page.partition("\n| `-o` |")[0], re.MULTILINE))
+    lines = dict(
+        re.findall(r"^\| `([a-z ]+)` \|(.*)", page.partition("\n| `-o` |")[0], re.MULTILINE)
+    )
     group: Any = typer.main.get_command(app)
     commands = {**group.commands, "data inspect": group.commands["data"].commands["inspect"]}
     del commands["data"]
     for name, command in commands.items():
         kinds = next((option.metavar for option in command.params if "--format" in option.opts), "")
-        assert re.findall(r"`([a-z]+)`", lines.pop(name).partition(" | ")[0]) == kinds.split("|") * bool(kinds)
+        assert re.findall(r"`([a-z]+)`", lines.pop(name).partition(" | ")[0]) == kinds.split(
+            "|"
+        ) * bool(kinds)
     assert not lines
-    assert [suffix for suffix in (*OUTPUT_SUFFIXES, *PICTURES) if f"`NAME{suffix}`" not in page] == []
+    assert [
+        suffix for suffix in (*OUTPUT_SUFFIXES, *PICTURES) if f"`NAME{suffix}`" not in page
+    ] == []
 
 
 ALONE = [
-    (["score", "--context", "64,8Ki", "--token-logprobs", "x.arrow"], "log-probabilities of tokens need one context"),
+    (
+        ["score", "--context", "64,8Ki", "--token-logprobs", "x.arrow"],
+        "log-probabilities of tokens need one context",
+    ),
     (
         ["score", "--context", "64,8Ki", "--token-logprobs", "x.arrow", "--dry-run"],
         "log-probabilities of tokens need one",
     ),
     (["score", "--stride", "5"], "a stride of 5 tokens needs a context"),
     (["encode", "-o", "x.arrow", "--pool", "middle"], "there is no pooling 'middle'"),
-    (["encode", "-o", "x.arrow", "--span", "5", "--all-layers"], "all layers are given for whole documents"),
+    (
+        ["encode", "-o", "x.arrow", "--span", "5", "--all-layers"],
+        "all layers are given for whole documents",
+    ),
     (["generate", "--temperature", "-1"], "temperature must be 0 or more"),
     (
         ["generate", "--state", "state", "--pattern", "window:2Ki"],
@@ -172,7 +219,10 @@ ALONE = [
 
 def test_what_options_alone_decide_is_refused_before_torch_is_loaded(tmp_path, command_env):
     (tmp_path / "text.txt").write_text("text")
-    for name, pattern in (("state", "window:1Ki"), ("choosing", "window:1Ki,chosen=32x32,layers=1")):
+    for name, pattern in (
+        ("state", "window:1Ki"),
+        ("choosing", "window:1Ki,chosen=32x32,layers=1"),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(json.dumps({"longnet.pattern": pattern}))
     script = """
@@ -186,13 +236,22 @@ for words in json.loads(sys.argv[1]):
         print(stop.code, "torch" in sys.modules)
 """
     command = [sys.executable, "-c", script, json.dumps([words for words, _ in ALONE])]
-    done = subprocess.run(command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False
+    )
     assert done.stdout.splitlines() == ["2 False"] * len(ALONE)
     for line, (_, said) in zip(done.stderr.splitlines(), ALONE, strict=True):
         assert line.startswith(f"longnet: error: {said}")
 
 
-SHAPE = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 32, "position": "rope"}
+SHAPE = {
+    "vocab_size": 257,
+    "dim": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "ffn_dim": 32,
+    "position": "rope",
+}
 STAGES = {"train.stages": [{"seq_len": 64, "steps": 1}]}
 
 
@@ -203,7 +262,9 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_folder_of_vectors_is_resumed_with_its_pattern(model: Path, text: Path, tmp_path: Path) -> None:
+def test_a_folder_of_vectors_is_resumed_with_its_pattern(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
     command = ["encode", text, "--model", model, "-o", tmp_path / "vectors"]
     assert invoke(*command, "--pattern", "16/1").exit_code == 0
     assert read_manifest(tmp_path / "vectors").settings["pattern"] == "16/1"
@@ -216,7 +277,9 @@ def test_recipes_say_patterns_too() -> None:
     found = load_recipe(None, {**recipe, "model.pattern": "geometric:64,base=16"})
     assert found.model.pattern == Pattern((16, 32, 64), (1, 2, 4))
     assert parse_config(found.model.model_dump(), "saved") == found.model
-    with pytest.raises(ConfigError, match="model: pattern says the whole pattern: leave out segment_lengths"):
+    with pytest.raises(
+        ConfigError, match="model: pattern says the whole pattern: leave out segment_lengths"
+    ):
         load_recipe(None, {**recipe, "model.pattern": "16/1", "model.segment_lengths": [8]})
     with pytest.raises(ConfigError, match=r"did you mean 'paper'\?"):
         load_recipe(None, {**recipe, "model.pattern": "papr"})
@@ -229,6 +292,8 @@ def test_inputs_take_the_place_of_the_recipes_mix() -> None:
 
 
 def test_a_configuration_with_another_pattern(model: Path) -> None:
-    assert load_config(model, Pattern((4,), (2,), "grouped")).pattern == Pattern((4,), (2,), "grouped")
+    assert load_config(model, Pattern((4,), (2,), "grouped")).pattern == Pattern(
+        (4,), (2,), "grouped"
+    )
     with pytest.raises(ConfigError, match='pattern needs a text, as "window:1Ki", got 7'):
         parse_config({**SHAPE, "pattern": 7}, "x")

@@ -74,7 +74,9 @@ def test_commands_need_nothing_that_only_linux_has(tmp_path: Path) -> None:
         values.append(value["total"]["nll_sum"])
         end += len(done.stdout[end:]) - len(done.stdout[end:].lstrip())
     for value, command in zip(values, COMMANDS, strict=False):
-        here = json.loads(invoke(*command[:1], tmp_path / command[1], *command[2:]).stdout)["total"]["nll_sum"]
+        here = json.loads(invoke(*command[:1], tmp_path / command[1], *command[2:]).stdout)[
+            "total"
+        ]["nll_sum"]
         assert value == pytest.approx(here, rel=1e-6)
     assert len(values) == 2
     assert (tmp_path / "vectors.arrow").is_file()
@@ -96,4 +98,7 @@ def test_reading_into_rooms_without_preadv(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_mps_is_refused_by_name() -> None:
-    assert "'mps' is not a device: it has no float64" in invoke("score", "x.txt", "--device", "mps").stderr
+    assert (
+        "'mps' is not a device: it has no float64"
+        in invoke("score", "x.txt", "--device", "mps").stderr
+    )

@@ -23,7 +23,9 @@ INFINITE = [float("nan"), float("inf"), float("-inf")]
 
 def test_markdown_is_aligned_in_human_units_and_written_row_by_row(capsys):
     """And a wide row is not cut in a pipe."""
-    table = MarkdownTable(COLUMNS, {"seq": format_count, "seconds": format_duration}, {"op": "what"})
+    table = MarkdownTable(
+        COLUMNS, {"seq": format_count, "seconds": format_duration}, {"op": "what"}
+    )
     lines = []
     for row in ROWS:
         table.write(row)
@@ -42,7 +44,10 @@ def test_markdown_is_aligned_in_human_units_and_written_row_by_row(capsys):
 @pytest.mark.parametrize("value", INFINITE)
 def test_what_json_cannot_write_is_null_at_any_depth(capsys, value):
     emit_jsonl({"ppl": value, "documents": [{"ppl": value}, (value, 1.5)]})
-    assert json.loads(capsys.readouterr().out) == {"ppl": None, "documents": [{"ppl": None}, [None, 1.5]]}
+    assert json.loads(capsys.readouterr().out) == {
+        "ppl": None,
+        "documents": [{"ppl": None}, [None, 1.5]],
+    }
 
 
 def test_any_document_name_is_ascii_and_one_line(capsys):
@@ -55,11 +60,38 @@ def test_any_document_name_is_ascii_and_one_line(capsys):
 
 
 NUMBERS: dict[Callable[[float], str], dict[float, str]] = {
-    format_count: {0: "0", 7: "7", 0.5: "0.50", 999: "999", 1000: "1.00k", 12_345: "12.3k", 123_456: "123k"}
+    format_count: {
+        0: "0",
+        7: "7",
+        0.5: "0.50",
+        999: "999",
+        1000: "1.00k",
+        12_345: "12.3k",
+        123_456: "123k",
+    }
     | {999_999: "1.00M", 1234567: "1.23M", 10**9: "1.00G", -1500: "-1.50k"},
-    format_bytes: {0: "0 B", 1023: "1023 B", 1024: "1.00 KiB", 3 * 2**30: "3.00 GiB", 1.5 * 2**40: "1.50 TiB"},
-    format_duration: {0: "0 s", 3e-8: "30 ns", 1.23e-6: "1.23 us", 0.00123: "1.23 ms", 0.5: "500 ms"}
-    | {12.34: "12.3 s", 59.94: "59.9 s", 59.96: "1m00s", 75: "1m15s", 3599.6: "1h00m", 3700: "1h01m"}
+    format_bytes: {
+        0: "0 B",
+        1023: "1023 B",
+        1024: "1.00 KiB",
+        3 * 2**30: "3.00 GiB",
+        1.5 * 2**40: "1.50 TiB",
+    },
+    format_duration: {
+        0: "0 s",
+        3e-8: "30 ns",
+        1.23e-6: "1.23 us",
+        0.00123: "1.23 ms",
+        0.5: "500 ms",
+    }
+    | {
+        12.34: "12.3 s",
+        59.94: "59.9 s",
+        59.96: "1m00s",
+        75: "1m15s",
+        3599.6: "1h00m",
+        3700: "1h01m",
+    }
     | {200_000: "2d07h"},
 }
 
@@ -96,7 +128,9 @@ def test_names_in_files_do_not_reach_the_terminal_raw(tmp_path, run_longnet):
     evil = "\x1b]0;x\x07"
     (tmp_path / f"{evil}.jsonl").write_text(json.dumps({"doc_id": evil, "text": "abc"}) + "\n")
     table = pa.table({"doc_id": [evil], "input_ids": [[1, 2, 3]], f"{evil}c": [1]})
-    with ipc.new_file(tmp_path / "x.arrow", table.replace_schema_metadata({f"longnet.{evil}": evil}).schema) as writer:
+    with ipc.new_file(
+        tmp_path / "x.arrow", table.replace_schema_metadata({f"longnet.{evil}": evil}).schema
+    ) as writer:
         writer.write_table(table)
     for words in (
         ["data", "inspect", f"{evil}.jsonl", "x.arrow", f"no{evil}"],

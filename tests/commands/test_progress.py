@@ -35,7 +35,11 @@ def run_on_terminal(env, stdout=subprocess.PIPE, program=PROGRAM):
     """Exit code, stdout and what the terminal on stderr was sent; with stdout="terminal" both go to it."""
     terminal, end = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=end if stdout == "terminal" else stdout, stderr=end, env=env, text=True
+        [sys.executable, "-c", program],
+        stdout=end if stdout == "terminal" else stdout,
+        stderr=end,
+        env=env,
+        text=True,
     )
     os.close(end)
     shown = b""
@@ -62,13 +66,17 @@ def test_a_terminal_gets_a_bar_with_rate_and_fields(command_env):
 
 
 def test_no_color(command_env):
-    _, _, shown = run_on_terminal(command_env | {"TERM": "xterm", "COLUMNS": "120", "NO_COLOR": "1"})
+    _, _, shown = run_on_terminal(
+        command_env | {"TERM": "xterm", "COLUMNS": "120", "NO_COLOR": "1"}
+    )
     assert "scoring [x]" in shown
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", shown)
 
 
 def test_rows_on_the_same_terminal_stand_on_lines_of_their_own(command_env):
-    _, _, shown = run_on_terminal(command_env | {"TERM": "xterm", "COLUMNS": "120", "NO_COLOR": "1"}, stdout="terminal")
+    _, _, shown = run_on_terminal(
+        command_env | {"TERM": "xterm", "COLUMNS": "120", "NO_COLOR": "1"}, stdout="terminal"
+    )
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
     assert re.findall(r"[\r\n](row \d)[\r\n]", plain) == [f"row {step}" for step in range(4)]
 
@@ -118,14 +126,28 @@ def test_what_an_earlier_run_did_counts_as_done_but_not_in_the_rate(capsys, cloc
 
 def test_a_narrow_terminal_keeps_the_first_word_and_the_bar(command_env):
     """As much of the fields as fits 80 columns is shown, from the first on."""
-    fields = 'loss="2.3100", step="1,200", lr="3.00e-04", grad="0.50", memory="1.20 GiB", ppl="10.07"'
-    program = PROGRAM.replace('loss=f"{2 - step / 10:.2f}"', fields).replace("total=1000", "total=10_000_000")
-    program = program.replace("scoring [x]", "training").replace("advance(250,", "advance(1_234_567,")
-    _, _, shown = run_on_terminal(command_env | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}, program=program)
-    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", shown).split("\n") if "tok/s" in line]
+    fields = (
+        'loss="2.3100", step="1,200", lr="3.00e-04", grad="0.50", memory="1.20 GiB", ppl="10.07"'
+    )
+    program = PROGRAM.replace('loss=f"{2 - step / 10:.2f}"', fields).replace(
+        "total=1000", "total=10_000_000"
+    )
+    program = program.replace("scoring [x]", "training").replace(
+        "advance(250,", "advance(1_234_567,"
+    )
+    _, _, shown = run_on_terminal(
+        command_env | {"TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}, program=program
+    )
+    lines = [
+        line.strip()
+        for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", shown).split("\n")
+        if "tok/s" in line
+    ]
     assert lines
     for line in lines:
-        assert re.match(r"training .*[\u2501\u2578\u257a-]{2,}.* \d+ %, .* left, loss 2\.3100", line), line
+        assert re.match(
+            r"training .*[\u2501\u2578\u257a-]{2,}.* \d+ %, .* left, loss 2\.3100", line
+        ), line
         assert len(line) <= 80
         assert "ppl" not in line
 
@@ -146,7 +168,10 @@ def documents_of(kind: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "gzip", "arrow", "parquet"])
 def test_the_bytes_of_files_tell_how_many_tokens_will_come(kind, tmp_path):
-    expected, documents = ExpectedTokens(), Inputs([documents_of(kind, tmp_path)], Tokenizer.bytes()).documents()
+    expected, documents = (
+        ExpectedTokens(),
+        Inputs([documents_of(kind, tmp_path)], Tokenizer.bytes()).documents(),
+    )
     assert expected.total() is None
     guesses, tokens = [], 0
     for document in documents:
@@ -163,7 +188,13 @@ def test_tokenize_counts_each_byte_once(tmp_path, monkeypatch):
     monkeypatch.setattr("longnet_cli.jobs.tokenizing.TEXT_CHARS", 10)
     bar = nullcontext(lambda size, **_: counted.append(size))
     monkeypatch.setattr("longnet_cli.cli.tokenize.progress", lambda *_, **__: bar)
-    invoke("tokenize", write_rows(tmp_path / "x.jsonl", [{"text": "some words"}] * 9), "-o", tmp_path / "out", code=0)
+    invoke(
+        "tokenize",
+        write_rows(tmp_path / "x.jsonl", [{"text": "some words"}] * 9),
+        "-o",
+        tmp_path / "out",
+        code=0,
+    )
     assert (len(counted) > 1, sum(counted)) == (True, 90)
 
 

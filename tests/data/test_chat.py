@@ -40,19 +40,30 @@ def words(tmp_path: Path) -> Tokenizer:
     return Tokenizer.load(tmp_path / "words")
 
 
-REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+REFUSING = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+)
 
 
 def write(path: Path, chats: list[list[dict]]) -> Path:
-    return write_rows(path, [{"id": index, "messages": chat, "n": index} for index, chat in enumerate(chats)])
+    return write_rows(
+        path, [{"id": index, "messages": chat, "n": index} for index, chat in enumerate(chats)]
+    )
 
 
-def test_a_template_without_system_has_it_in_the_first_message(words: Tokenizer, tmp_path: Path) -> None:
+def test_a_template_without_system_has_it_in_the_first_message(
+    words: Tokenizer, tmp_path: Path
+) -> None:
     (tmp_path / "words/chat_template.jinja").write_text(REFUSING)
     template = ChatTemplate(tmp_path / "words", words)
-    said, more = {"role": "user", "content": "Hi"}, [{"role": "assistant", "content": "Hello"}, *CHATS[0][:1]]
+    said, more = (
+        {"role": "user", "content": "Hi"},
+        [{"role": "assistant", "content": "Hello"}, *CHATS[0][:1]],
+    )
     with_system = {**said, "content": "Be brief.\n\nHi"}
-    assert [*template.encode([said, *more], "Be brief.")] == [*template.encode([with_system, *more])]
+    assert [*template.encode([said, *more], "Be brief.")] == [
+        *template.encode([with_system, *more])
+    ]
     with pytest.raises(RefusedError, match="no system"):
         template.encode([*CHATS[1], said])
 
@@ -68,7 +79,9 @@ def test_a_template_without_system_has_it_in_the_first_message(words: Tokenizer,
         "indent=4, separators=(', ', ' = ')",
     ],
 )
-def test_tojson_has_the_options_of_transformers(words: Tokenizer, tmp_path: Path, options: str) -> None:
+def test_tojson_has_the_options_of_transformers(
+    words: Tokenizer, tmp_path: Path, options: str
+) -> None:
     hf = pytest.importorskip("transformers")
     fast = hf.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "words/tokenizer.json"))
     template = "{{ messages | tojson(" + options + ") }} {{ messages[0].content | tojson }}"
@@ -79,19 +92,34 @@ def test_tojson_has_the_options_of_transformers(words: Tokenizer, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.stream"])
-def test_a_chat_is_what_transformers_makes_of_it(words: Tokenizer, tmp_path: Path, name: str) -> None:
+def test_a_chat_is_what_transformers_makes_of_it(
+    words: Tokenizer, tmp_path: Path, name: str
+) -> None:
     hf = pytest.importorskip("transformers")
-    fast = hf.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "words/tokenizer.json"), bos_token="<|endoftext|>")
+    fast = hf.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "words/tokenizer.json"), bos_token="<|endoftext|>"
+    )
     path = write(tmp_path / name, CHATS)
     found = list(Inputs([path], words, keep=("n",)).documents())
     for document, chat in zip(found, CHATS, strict=True):
         text = fast.apply_chat_template(chat, chat_template=TEMPLATE, tokenize=False)
-        assert "<|endoftext|>" + words.decode(document.read()) == text  # the start is the reader's, as of any document
+        assert (
+            "<|endoftext|>" + words.decode(document.read()) == text
+        )  # the start is the reader's, as of any document
     start, end = words.id_of("<|im_start|>"), words.id_of("<|im_end|>")
-    assert [token for token in found[0].read().tolist() if token > 255] == [start, end] * 2  # one is a message's words
-    assert [(document.doc_id, document.kept["n"].as_py()) for document in found] == [("0", 0), ("1", 1)]
+    assert [token for token in found[0].read().tolist() if token > 255] == [
+        start,
+        end,
+    ] * 2  # one is a message's words
+    assert [(document.doc_id, document.kept["n"].as_py()) for document in found] == [
+        ("0", 0),
+        ("1", 1),
+    ]
     assert found[1].n_bytes == len("system\nwörld\n".encode())
-    assert list(Inputs([path], words, column="messages").documents())[1].read().tolist() == found[1].read().tolist()
+    assert (
+        list(Inputs([path], words, column="messages").documents())[1].read().tolist()
+        == found[1].read().tolist()
+    )
 
 
 FORGED = {  # special tokens beside those of the template, what changes texts, and a message
@@ -100,11 +128,19 @@ FORGED = {  # special tokens beside those of the template, what changes texts, a
     "a character": (["\u2603"], None, "a \u2603 b"),
     "full width": ([], normalizers.NFKC(), "\uff1c|im_end|\uff1e"),
     "capitals": (["[sep]"], normalizers.Lowercase(), "[SEP]"),
-    "accents": (["[SEP]"], normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "[SE\u0301P]"),
+    "accents": (
+        ["[SEP]"],
+        normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+        "[SE\u0301P]",
+    ),
     "replaced": ([], normalizers.Replace("@", "|im_end|"), "<@>"),
     "taken out": (["[SEP]"], normalizers.BertNormalizer(), "[\x00sep] 0 \ue000"),
     "stripped": (["[SEP]"], normalizers.Strip(), "[SEP]"),
-    "cut": ([], None, "12345678901234567890<|im_end|>"),  # by the template, within what hides the token
+    "cut": (
+        [],
+        None,
+        "12345678901234567890<|im_end|>",
+    ),  # by the template, within what hides the token
     "names": ([], None, "\ue000\U000f0000 \ue001\U000f0001<|im_end|>"),
 }
 
@@ -136,7 +172,9 @@ def test_chats_that_need_other_marks_soon_share_one(words: Tokenizer, tmp_path: 
 
 
 def test_a_special_token_in_the_vocabulary_is_no_word_of_a_message(tmp_path: Path) -> None:
-    inner = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "[SEP]": 1, "a": 2}, unk_token="[UNK]"))
+    inner = tokenizers.Tokenizer(
+        models.WordLevel({"[UNK]": 0, "[SEP]": 1, "a": 2}, unk_token="[UNK]")
+    )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens(["[UNK]", "[SEP]"])
     inner.save(str(tmp_path / "tokenizer.json"))
@@ -148,19 +186,29 @@ def test_a_special_token_in_the_vocabulary_is_no_word_of_a_message(tmp_path: Pat
 
 
 def test_what_is_no_chat_is_named(words: Tokenizer, tmp_path: Path) -> None:
-    lines = [{"messages": CHATS[0]}, {"messages": [{"content": "x"}]}, {"messages": [{"role": "user", "content": [1]}]}]
+    lines = [
+        {"messages": CHATS[0]},
+        {"messages": [{"content": "x"}]},
+        {"messages": [{"role": "user", "content": [1]}]},
+    ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = list(Inputs([tmp_path / "x.jsonl"], words, skip_bad=True).documents())
     assert [str(each.error).partition(", ")[2] for each in found if isinstance(each, Unread)] == [
         "line 2: 'messages' holds what is no message, with a role and a content",
         "line 3: 'messages' holds a message whose 'content' is no text",
     ]
-    with pytest.raises(ConfigError, match="'messages' holds chats, which need the chat template of a tokenizer"):
+    with pytest.raises(
+        ConfigError, match="'messages' holds chats, which need the chat template of a tokenizer"
+    ):
         list(Inputs([write(tmp_path / "y.parquet", CHATS)], Tokenizer.bytes()).documents())
-    (tmp_path / "words/chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    (tmp_path / "words/chat_template.jinja").write_text(
+        "{{ raise_exception('roles must alternate') }}"
+    )
     with pytest.raises(DataError, match=r"y\.parquet, row 0: .*roles must alternate"):
         list(Inputs([tmp_path / "y.parquet"], words).documents())
-    refused: list[Document] = list(Inputs([tmp_path / "y.parquet"], words, skip_bad=True).documents())
+    refused: list[Document] = list(
+        Inputs([tmp_path / "y.parquet"], words, skip_bad=True).documents()
+    )
     assert [isinstance(each, Unread) for each in refused] == [True, True]
     (tmp_path / "words/chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="no chat template"):
@@ -169,13 +217,19 @@ def test_what_is_no_chat_is_named(words: Tokenizer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.stream"])
 @pytest.mark.parametrize("column", [None, "messages"])
-def test_tokenize_writes_the_ids_that_are_read(words: Tokenizer, tmp_path: Path, name: str, column: str | None) -> None:
+def test_tokenize_writes_the_ids_that_are_read(
+    words: Tokenizer, tmp_path: Path, name: str, column: str | None
+) -> None:
     many = [*CHATS, [{"role": "user", "content": "wörld <|im_start|> " * 50}], *CHATS * 20]
     texts = tmp_path / "a.txt"
     texts.write_text("text <|im_end|>")
     inputs: list[Path] = [write(tmp_path / name, many), *([texts] if column is None else [])]
     result = tokenize(
-        Inputs(inputs, column=column), tmp_path / "out", tokenizer=tmp_path / "words", eos=True, shard_tokens=999
+        Inputs(inputs, column=column),
+        tmp_path / "out",
+        tokenizer=tmp_path / "words",
+        eos=True,
+        shard_tokens=999,
     )
     found = list(Inputs([tmp_path / "out"]).documents())
     wanted = list(Inputs(inputs, words, column=column).documents())
@@ -183,15 +237,28 @@ def test_tokenize_writes_the_ids_that_are_read(words: Tokenizer, tmp_path: Path,
     for document, same in zip(found, wanted, strict=True):
         assert document.read().tolist() == [*same.read().tolist(), words.id_of("<|im_end|>")]
     assert len(result.shards) > 2
-    chats = ["".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat) for chat in many]
+    chats = [
+        "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in chat)
+        for chat in many
+    ]
     text_bytes = 0 if column else len(texts.read_bytes())
     assert result.bytes == sum(len(f"<|endoftext|>{chat}".encode()) for chat in chats) + text_bytes
 
 
-def test_tokenize_resumes_among_chats_that_the_template_refuses(words: Tokenizer, tmp_path: Path, run_longnet) -> None:
+def test_tokenize_resumes_among_chats_that_the_template_refuses(
+    words: Tokenizer, tmp_path: Path, run_longnet
+) -> None:
     (tmp_path / "words/chat_template.jinja").write_text(REFUSING)
     write(tmp_path / "x.jsonl", CHATS * 3)
-    command = ["tokenize", "x.jsonl", "--tokenizer", tmp_path / "words", "--shard-tokens", "30", "-o"]
+    command = [
+        "tokenize",
+        "x.jsonl",
+        "--tokenizer",
+        tmp_path / "words",
+        "--shard-tokens",
+        "30",
+        "-o",
+    ]
     assert run_longnet(*command, "out").returncode == 3
     (tmp_path / "words/chat_template.jinja").write_text(TEMPLATE)
     changed = run_longnet(*command, "out", "--resume")

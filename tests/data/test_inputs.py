@@ -74,7 +74,15 @@ def test_only_the_thread_that_asks_reads_a_file(tmp_path, name, monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        *("file", "file lz4", "stream", "parquet list", "text column", "flat column", "split documents"),
+        *(
+            "file",
+            "file lz4",
+            "stream",
+            "parquet list",
+            "text column",
+            "flat column",
+            "split documents",
+        ),
         *("json lines of ids", "json lines of text"),
     ],
 )
@@ -90,7 +98,9 @@ def test_stdin_text_and_a_redirected_file(tmp_path):
         "print(document.doc_id, document.read().tolist(), type(document.parts[0].ids).__name__)"
     )
     with open(FORMATS["file"](tmp_path)) as file:
-        done = subprocess.run([sys.executable, "-c", script], stdin=file, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdin=file, capture_output=True, text=True, check=True
+        )
     assert done.stdout == f"stdin:0 {IDS[0]} StoredIds\n"
 
 
@@ -111,7 +121,9 @@ def test_text_files_are_read_byte_for_byte(tmp_path):
 
 @pytest.mark.parametrize("write", [write_file, write_stream])
 def test_token_columns_are_views_of_the_file(tmp_path, write):
-    path = write(tmp_path / "x.arrow", pa.table({"ids": [np.arange(1 << 20, dtype=np.int32)] * 4}), rows=1)
+    path = write(
+        tmp_path / "x.arrow", pa.table({"ids": [np.arange(1 << 20, dtype=np.int32)] * 4}), rows=1
+    )
     before = pa.total_allocated_bytes()
     documents = read(path, tokenizer=None)
     assert pa.total_allocated_bytes() - before < 1 << 16
@@ -151,7 +163,9 @@ def test_a_disk_without_room_for_a_document_is_one_line(tmp_path, monkeypatch):
             read(FORMATS["split documents in parquet"](tmp_path))
 
 
-@pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.int32()), pa.list_(pa.int32(), 2)])
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.int32()), pa.large_list(pa.int32()), pa.list_(pa.int32(), 2)]
+)
 def test_slices_of_columns_keep_to_their_rows(kind):
     rows = [[1, 2], [3, 4], [5, 6], [7, 900]]
     batch = pa.record_batch({"ids": pa.array(rows, kind)}).slice(1, 2)
@@ -178,7 +192,9 @@ def test_an_end_marker_of_the_old_format_is_an_end(tmp_path):
 
 
 def test_a_batch_that_ends_in_zeros_is_no_marker(tmp_path):
-    path = write_stream(tmp_path / "x.arrow", pa.table({"ids": pa.array([[0] * 16], pa.list_(pa.int32()))}))
+    path = write_stream(
+        tmp_path / "x.arrow", pa.table({"ids": pa.array([[0] * 16], pa.list_(pa.int32()))})
+    )
     data = path.read_bytes()[:-8]
     assert data.endswith(bytes(8))
     path.write_bytes(data)
@@ -186,7 +202,9 @@ def test_a_batch_that_ends_in_zeros_is_no_marker(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.large_string()])
+@pytest.mark.parametrize(
+    "kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.large_string()]
+)
 def test_doc_ids_of_every_kind_of_text_join_rows(tmp_path, kind):
     doc_ids = pa.array(["a", "a", "b"], kind)  # pyarrow 17 casts no text to a view
     path = write_file(tmp_path / "x.arrow", pa.table({"text": ["x", "y", "z"], "doc_id": doc_ids}))
@@ -198,7 +216,13 @@ def test_doc_ids_of_every_kind_of_text_join_rows(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("doc_ids", "parts", "row"),
-    [("aab", [0, 1, 0], None), ("aa", [0, 2], 1), ("aa", [1, 0], 0), ("ab", [0, 1], 1), ("aa", [0, 0], 1)],
+    [
+        ("aab", [0, 1, 0], None),
+        ("aa", [0, 2], 1),
+        ("aa", [1, 0], 0),
+        ("ab", [0, 1], 1),
+        ("aa", [0, 0], 1),
+    ],
 )
 def test_parts_must_be_consecutive(tmp_path, doc_ids, parts, row):
     table = pa.table({"doc_id": list(doc_ids), "part": parts, "ids": [[1]] * len(parts)})
@@ -224,9 +248,13 @@ def test_inputs_of_different_types_are_an_error_that_names_both(tmp_path):
     one = write_file(tmp_path / "one.arrow", token_table(pa.list_(pa.int32())))
     two = write_stream(tmp_path / "two.arrow", token_table(pa.large_list(pa.int64())))
     same = write_parquet(tmp_path / "same.parquet", token_table(pa.large_list(pa.int32())))
-    lines = write_lines(tmp_path / "x.jsonl", [{"ids": ids} for ids in IDS])  # JSON has one type of number
+    lines = write_lines(
+        tmp_path / "x.jsonl", [{"ids": ids} for ids in IDS]
+    )  # JSON has one type of number
     assert tokens(read(one, same, lines)) == IDS * 3
-    with pytest.raises(DataError, match=r"two\.arrow: its tokens are int64 and those of .*one\.arrow are int32"):
+    with pytest.raises(
+        DataError, match=r"two\.arrow: its tokens are int64 and those of .*one\.arrow are int32"
+    ):
         read(one, two)
 
 
@@ -240,11 +268,14 @@ def test_the_eos_id_can_be_given(tmp_path):
     assert tokens(read(path, tokenizer=None)) == [[1, 2, 256], [2, 4]]
     for eos_id in (257, 70_000):
         with pytest.raises(
-            ConfigError, match=rf"x\.arrow: the end-of-text id {eos_id} .* does not fit a vocabulary of 257"
+            ConfigError,
+            match=rf"x\.arrow: the end-of-text id {eos_id} .* does not fit a vocabulary of 257",
         ):
             read(path, tokenizer=None, eos_id=eos_id)
     bare = write_file(tmp_path / "bare.arrow", flat.replace_schema_metadata(None))
-    assert tokens(read(bare, tokenizer=None, eos_id=70_000)) == [[1, 2, 256, 3, 2, 4]]  # past what uint16 can hold
+    assert tokens(read(bare, tokenizer=None, eos_id=70_000)) == [
+        [1, 2, 256, 3, 2, 4]
+    ]  # past what uint16 can hold
     with pytest.raises(ConfigError, match="does not fit a vocabulary of 257"):
         read(bare, eos_id=257)
 
@@ -255,20 +286,26 @@ def test_metadata_gives_the_vocabulary_when_nothing_else_does(tmp_path):
         ("2x", "not a number"),
         ("9" * 5000, r"'9{37}\.\.\.', not a number"),
     ):
-        table = token_table(pa.list_(pa.int32())).replace_schema_metadata({"longnet.vocab_size": size})
+        table = token_table(pa.list_(pa.int32())).replace_schema_metadata(
+            {"longnet.vocab_size": size}
+        )
         with pytest.raises(DataError, match=problem):
             tokens(read(write_file(tmp_path / "x.arrow", table), tokenizer=None))
 
 
 def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     def shard(name: str, sha: str) -> Path:
-        table = token_table(pa.list_(pa.int32())).replace_schema_metadata({"longnet.tokenizer_sha256": sha})
+        table = token_table(pa.list_(pa.int32())).replace_schema_metadata(
+            {"longnet.tokenizer_sha256": sha}
+        )
         return write_file(tmp_path / name, table)
 
     assert tokens(read(shard("own.arrow", BYTES.sha256))) == IDS
     other = shard("other.arrow", "0123456789abcdef" * 4)
     assert tokens(read(other, tokenizer=None)) == IDS
-    with pytest.raises(ConfigError, match=rf"other\.arrow.*by tokenizer 0123456789ab, .* {BYTES.sha256[:12]}: give"):
+    with pytest.raises(
+        ConfigError, match=rf"other\.arrow.*by tokenizer 0123456789ab, .* {BYTES.sha256[:12]}: give"
+    ):
         read(other)
 
 
@@ -292,7 +329,9 @@ def texts(path: Path) -> list[str]:
     return ["".join(text.parts) for text in Inputs([path]).texts()]
 
 
-def test_text_json_lines_and_arrow_are_read_by_their_first_bytes(suffix: str, tmp_path: Path) -> None:
+def test_text_json_lines_and_arrow_are_read_by_their_first_bytes(
+    suffix: str, tmp_path: Path
+) -> None:
     pack = PACKERS[suffix]
     lines = [TEXT, "two", "three"]
     json_lines = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode()
@@ -305,7 +344,9 @@ def test_text_json_lines_and_arrow_are_read_by_their_first_bytes(suffix: str, tm
         for data in (json_lines, (tmp_path / "stream").read_bytes()):
             (tmp_path / name).write_bytes(pack(data))
             assert texts(tmp_path / name) == lines
-    (tmp_path / "twice").write_bytes(pack(TEXT.encode()[:100]) + pack(TEXT.encode()[100:]))  # as `cat a.gz b.gz`
+    (tmp_path / "twice").write_bytes(
+        pack(TEXT.encode()[:100]) + pack(TEXT.encode()[100:])
+    )  # as `cat a.gz b.gz`
     assert texts(tmp_path / "twice") == [TEXT]
     (tmp_path / "mark").write_bytes(pack(b"\xef\xbb\xbfx"))
     assert texts(tmp_path / "mark") == ["x"]
@@ -315,15 +356,25 @@ def test_a_folder_of_compressed_files_is_read(suffix: str, tmp_path: Path) -> No
     pack = PACKERS[suffix]
     for name in (f"a.txt{suffix}", f"b.txt{suffix}", f"code.tar{suffix}"):
         (tmp_path / name).write_bytes(pack(b"text"))
-    with pytest.warns(InputWarning, match=rf": 1 file is not read beside the 2 .*: code.tar{suffix}$"):
-        assert [source.name for source in Inputs([tmp_path]).sources] == [f"a.txt{suffix}", f"b.txt{suffix}"]
+    with pytest.warns(
+        InputWarning, match=rf": 1 file is not read beside the 2 .*: code.tar{suffix}$"
+    ):
+        assert [source.name for source in Inputs([tmp_path]).sources] == [
+            f"a.txt{suffix}",
+            f"b.txt{suffix}",
+        ]
     (tmp_path / f"c.jsonl{suffix}").write_bytes(pack(b'{"text": "x"}\n'))
-    with pytest.warns(InputWarning, match=rf": 3 files are not read beside c.jsonl{suffix}: a.txt{suffix} and 1 "):
+    with pytest.warns(
+        InputWarning, match=rf": 3 files are not read beside c.jsonl{suffix}: a.txt{suffix} and 1 "
+    ):
         assert [source.name for source in Inputs([tmp_path]).sources] == [f"c.jsonl{suffix}"]
     for name in "ab":
         (tmp_path / f"{name}.txt{suffix}").unlink()
     (tmp_path / f"c.jsonl{suffix}").write_bytes(pack(b"hello"))
-    with pytest.warns(InputWarning), pytest.raises(DataError, match=r"line 1: not JSON Lines of documents"):
+    with (
+        pytest.warns(InputWarning),
+        pytest.raises(DataError, match=r"line 1: not JSON Lines of documents"),
+    ):
         texts(tmp_path)
 
 
@@ -332,16 +383,24 @@ def test_rows_before_damage_are_read(
     suffix: str, tmp_path: Path, keep: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for those of the last 4 KiB; zstd and bzip2 lose a larger block. They are as many, however fast they come."""
-    lines = [json.dumps({"id": row, "text": random.Random(row).randbytes(200).hex()}) + "\n" for row in range(5000)]
+    lines = [
+        json.dumps({"id": row, "text": random.Random(row).randbytes(200).hex()}) + "\n"
+        for row in range(5000)
+    ]
     data = PACKERS[suffix]("".join(lines).encode())
     (tmp_path / "x.jsonl").write_bytes(data[: len(data) * 9 // 10])
     *found, last = Inputs([tmp_path / "x.jsonl"], skip_bad=True, keep=keep).texts()
     assert "data is damaged or truncated" in str(last.error)
-    assert [f'"text": "{text.text}"}}\n' for text in found] == [line.partition(", ")[2] for line in lines[: len(found)]]
+    assert [f'"text": "{text.text}"}}\n' for text in found] == [
+        line.partition(", ")[2] for line in lines[: len(found)]
+    ]
     lost = {".zst": 128 << 10, ".bz2": 900 << 10}.get(suffix, 4 << 10) + (8 << 10)
     assert len(found) > 5000 * 0.9 - lost / len(lines[0])
     monkeypatch.setattr("longnet_cli.data.jsonlines.PATIENCE", -1)
-    assert len(list(Inputs([tmp_path / "x.jsonl"], skip_bad=True, keep=keep).texts())) == len(found) + 1
+    assert (
+        len(list(Inputs([tmp_path / "x.jsonl"], skip_bad=True, keep=keep).texts()))
+        == len(found) + 1
+    )
 
 
 def test_damage_is_one_line(suffix: str, tmp_path: Path) -> None:
@@ -351,7 +410,9 @@ def test_damage_is_one_line(suffix: str, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"x: the \w+ data is damaged or truncated") as caught:
             list(Inputs([path], BYTES).documents())
         assert "\n" not in str(caught.value)
-    path.write_bytes(PACKERS[suffix](packed))  # only one skin is taken off: there are files that unpack to themselves
+    path.write_bytes(
+        PACKERS[suffix](packed)
+    )  # only one skin is taken off: there are files that unpack to themselves
     with pytest.raises(DataError, match="neither Arrow, Parquet nor UTF-8 text"):
         list(Inputs([path], BYTES).documents())
 
@@ -390,9 +451,16 @@ def test_a_long_text_goes_through_in_parts(tmp_path: Path, monkeypatch: pytest.M
     (document,) = Inputs([path], BYTES).documents()
     assert bytes(document.read().tolist()) == TEXT.encode()
     assert document.n_bytes == len(TEXT.encode())
-    for bad, where in ((b"0123456789\xff", 10), (b"0123456789abc\0", 13), (b"abcdef\xc3x", 6), (b"abcdef\xc3", 6)):
+    for bad, where in (
+        (b"0123456789\xff", 10),
+        (b"0123456789abc\0", 13),
+        (b"abcdef\xc3x", 6),
+        (b"abcdef\xc3", 6),
+    ):
         path.write_bytes(bad)
-        with pytest.raises(DataError, match=rf"x\.txt: neither .*: the byte at offset {where} is 0x"):
+        with pytest.raises(
+            DataError, match=rf"x\.txt: neither .*: the byte at offset {where} is 0x"
+        ):
             list(Inputs([path], BYTES).documents())
 
 

@@ -46,7 +46,9 @@ def test_text_that_only_begins_like_json_lines_stays_text(tmp_path, text):
 
 
 def test_json_lines_by_another_key_and_with_a_byte_order_mark(tmp_path):
-    (tmp_path / "x").write_text('\ufeff{"body": "a", "text": "b"}\n{"text": "c", "body": "d"}\n\n', "utf-8")
+    (tmp_path / "x").write_text(
+        '\ufeff{"body": "a", "text": "b"}\n{"text": "c", "body": "d"}\n\n', "utf-8"
+    )
     assert [text.text for text in Inputs([tmp_path / "x"]).texts()] == ["b", "c"]
     assert [text.text for text in Inputs([tmp_path / "x"], column="body").texts()] == ["a", "d"]
 
@@ -55,7 +57,10 @@ def test_json_lines_are_read_as_they_come(tmp_path, monkeypatch):
     monkeypatch.setattr("longnet_cli.data.jsonlines.BATCH_BYTES", 1)
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
     documents = iter(Inputs([tmp_path / "x.jsonl"], BYTES).documents())
-    assert [next(documents).read().tolist() for _ in "ab"] == [[97], [98]]  # what stands before it comes first
+    assert [next(documents).read().tolist() for _ in "ab"] == [
+        [97],
+        [98],
+    ]  # what stands before it comes first
     with pytest.raises(DataError, match="line 3: not JSON: Expecting value at character 8"):
         next(documents)
 
@@ -99,15 +104,26 @@ PARTS = [("a", "aa"), ("a", None), ("a", "bb"), ("b", "cc"), ("b", "dd"), ("a", 
 def test_a_bad_part_leaves_out_its_whole_document_and_no_other(tmp_path, numbered, kind):
     numbers = {"part": [0, 1, 2, 0, 1, 0]} if numbered else {}
     texts = [text and [*text.encode()] if kind == "ids" else text for _, text in PARTS]
-    table = pa.table({"id": [name for name, _ in PARTS], "input_ids" if kind == "ids" else "text": texts, **numbers})
+    table = pa.table(
+        {
+            "id": [name for name, _ in PARTS],
+            "input_ids" if kind == "ids" else "text": texts,
+            **numbers,
+        }
+    )
     path = tmp_path / ("x.jsonl" if kind == "line" else "x.parquet")
     if kind == "line":  # of which not even the name can be read
-        path.write_text("".join(f"{json.dumps(row) if row['text'] else '{bad'}\n" for row in table.to_pylist()))
+        path.write_text(
+            "".join(f"{json.dumps(row) if row['text'] else '{bad'}\n" for row in table.to_pylist())
+        )
     else:
         pq.write_table(table, path)
     first, *rest = Inputs([path], BYTES, skip_bad=True).documents()
     assert re.search(r"x\.\w+, (row 1: the value is null|line 2: not JSON)", str(first.error))
-    assert [(document.doc_id, bytes(document.read().tolist())) for document in rest] == [("b", b"ccdd"), ("a", b"ee")]
+    assert [(document.doc_id, bytes(document.read().tolist())) for document in rest] == [
+        ("b", b"ccdd"),
+        ("a", b"ee"),
+    ]
     with pytest.raises(DataError):
         list(Inputs([path], BYTES).documents())
 
@@ -117,10 +133,15 @@ def test_a_document_that_lacks_a_part_is_left_out_alone(tmp_path):
     lines = [json.dumps({"id": name, "part": part, "text": "x"}) for name, part in rows]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     first, second = Inputs([tmp_path / "x.jsonl"], BYTES, skip_bad=True).documents()
-    assert ("line 2: part 2 of document 'a' stands where" in str(first.error), second.doc_id) == (True, "b")
+    assert ("line 2: part 2 of document 'a' stands where" in str(first.error), second.doc_id) == (
+        True,
+        "b",
+    )
 
 
-@pytest.mark.parametrize(("names", "kind"), [([1, 2], "int64"), (["1", "2"], "string"), ([1, "2"], "string")])
+@pytest.mark.parametrize(
+    ("names", "kind"), [([1, 2], "int64"), (["1", "2"], "string"), ([1, "2"], "string")]
+)
 def test_kept_names_are_integers_where_all_are(tmp_path, names, kind):
     path = write_lines(tmp_path / "x.jsonl", [{"id": name, "text": "a"} for name in names])
     found = list(Inputs([path], keep=("id",)).texts())
@@ -129,7 +150,12 @@ def test_kept_names_are_integers_where_all_are(tmp_path, names, kind):
 
 
 def test_a_number_and_a_text_are_two_names(tmp_path):
-    lines = ['{"id": 1, "text": "a"}', '{"id": "1", "text": "b"}', '{"id": "1", "text": "c"}', '{"id": 1, "text": "d"}']
+    lines = [
+        '{"id": 1, "text": "a"}',
+        '{"id": "1", "text": "b"}',
+        '{"id": "1", "text": "c"}',
+        '{"id": 1, "text": "d"}',
+    ]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     found = [(text.doc_id, text.text) for text in Inputs([tmp_path / "x.jsonl"]).texts()]
     assert found == [("1", "a"), ("1", "bc"), ("1", "d")]
@@ -146,7 +172,9 @@ def test_a_bad_first_line_of_a_pipe_waits_only_for_a_good_one():
     os.write(writer, b'{bad\n{"text": "a"}\n')
     end = threading.Timer(20, os.close, [writer])
     end.start()
-    assert type(next(iter(Inputs([f"/dev/fd/{reader}"], skip_bad=True).texts()))).__name__ == "Unread"
+    assert (
+        type(next(iter(Inputs([f"/dev/fd/{reader}"], skip_bad=True).texts()))).__name__ == "Unread"
+    )
     assert end.is_alive()
     end.cancel()
     os.close(writer)

@@ -43,7 +43,13 @@ from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.converting import convert
 
-IDS = [[1, 2, 3, 4, 5, 6, 7], [250, 251, 252], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70], [9, 8], [100, 101, 102]]
+IDS = [
+    [1, 2, 3, 4, 5, 6, 7],
+    [250, 251, 252],
+    [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 70],
+    [9, 8],
+    [100, 101, 102],
+]
 TABLE = {"doc_id": ["alpha", "beta", "gamma", "delta", "epsilon"], "input_ids": IDS}
 ERROR, SAME, DATA = "error", "same", "data"
 
@@ -64,11 +70,19 @@ def table(columns: dict[str, list], kind: pa.DataType) -> pa.Table:
 
 
 def ipc_file(rows: pa.Table, **options: Any) -> bytes:
-    return write_file(pa.BufferOutputStream(), rows, options=ipc.IpcWriteOptions(**options)).getvalue().to_pybytes()
+    return (
+        write_file(pa.BufferOutputStream(), rows, options=ipc.IpcWriteOptions(**options))
+        .getvalue()
+        .to_pybytes()
+    )
 
 
 def ipc_stream(rows: pa.Table, **options: Any) -> bytes:
-    return write_stream(pa.BufferOutputStream(), rows, options=ipc.IpcWriteOptions(**options)).getvalue().to_pybytes()
+    return (
+        write_stream(pa.BufferOutputStream(), rows, options=ipc.IpcWriteOptions(**options))
+        .getvalue()
+        .to_pybytes()
+    )
 
 
 def parquet(rows: pa.Table, **options: Any) -> bytes:
@@ -78,7 +92,10 @@ def parquet(rows: pa.Table, **options: Any) -> bytes:
 
 
 def json_lines(rows: pa.Table, key: str = "input_ids") -> bytes:
-    return b"".join(json.dumps({"id": row["doc_id"], key: row[key]}).encode() + b"\n" for row in rows.to_pylist())
+    return b"".join(
+        json.dumps({"id": row["doc_id"], key: row[key]}).encode() + b"\n"
+        for row in rows.to_pylist()
+    )
 
 
 INT32, UINT16, LARGE = pa.list_(pa.int32()), pa.list_(pa.uint16()), pa.large_list(pa.int64())
@@ -88,7 +105,9 @@ ORIGINALS: dict[str, Callable[[dict[str, list]], bytes]] = {
     "file lz4": lambda columns: ipc_file(table(columns, UINT16), compression="lz4"),
     "stream int32": lambda columns: ipc_stream(table(columns, INT32)),
     "stream uint16": lambda columns: ipc_stream(table(columns, UINT16)),
-    "parquet with checksums": lambda columns: parquet(table(columns, INT32), write_page_checksum=True),
+    "parquet with checksums": lambda columns: parquet(
+        table(columns, INT32), write_page_checksum=True
+    ),
     "parquet": lambda columns: parquet(table(columns, LARGE), compression="none"),
     "json lines": lambda columns: json_lines(table(columns, INT32)),
 }
@@ -118,7 +137,8 @@ def flips(name: str, data: bytes, chosen: random.Random, count: int) -> Iterator
     values = values_in(data)
     assert values or not name.startswith(("file int32", "file large", "stream"))
     flipped = [
-        (place, chosen.choice((1, 2, 4, 8, 16, 32, 64, 128, 255))) for place in chosen.sample(range(len(data)), count)
+        (place, chosen.choice((1, 2, 4, 8, 16, 32, 64, 128, 255)))
+        for place in chosen.sample(range(len(data)), count)
     ]
     if name in ("file int32", "stream int32"):
         flipped += [(place, mask) for place in range(len(data)) for mask in (1, 8)]
@@ -131,16 +151,30 @@ def flips(name: str, data: bytes, chosen: random.Random, count: int) -> Iterator
 def cuts(name: str, data: bytes, chosen: random.Random, count: int) -> Iterator[Mutation]:
     """Truncated where batches begin and end, and anywhere."""
     ends = {match.start() for match in re.finditer(rb"\xff\xff\xff\xff", data)}
-    ends |= {match.start() for match in re.finditer(rb"\n", data)} if name == "json lines" else set()
-    for place in sorted(ends | set(chosen.sample(range(len(data)), count)) | {0, 1, 7, 8, len(data) - 1}):
-        whole = name == "json lines" and (place == len(data) - 1 or data[:place].endswith((b"\n", b"}")))
-        if not whole:  # a text format of whole lines does not say how many: a cut between two cannot be seen
+    ends |= (
+        {match.start() for match in re.finditer(rb"\n", data)} if name == "json lines" else set()
+    )
+    for place in sorted(
+        ends | set(chosen.sample(range(len(data)), count)) | {0, 1, 7, 8, len(data) - 1}
+    ):
+        whole = name == "json lines" and (
+            place == len(data) - 1 or data[:place].endswith((b"\n", b"}"))
+        )
+        if (
+            not whole
+        ):  # a text format of whole lines does not say how many: a cut between two cannot be seen
             yield Mutation(f"cut at {place}", data[:place], ERROR)
 
 
 def replaced(name: str, data: bytes) -> Iterator[Mutation]:
     """A wrong beginning, and something more at the end."""
-    for magic in (b"ARROW2\0\0", b"PK\3\4\0\0\0\0", b"\0" * 8, b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"PAR1\0\0\0\0"):
+    for magic in (
+        b"ARROW2\0\0",
+        b"PK\3\4\0\0\0\0",
+        b"\0" * 8,
+        b"\xff\xff\xff\xff\xff\xff\xff\x7f",
+        b"PAR1\0\0\0\0",
+    ):
         if not data.startswith(magic[:4]) or not name.startswith("parquet"):
             yield Mutation(f"begins with {magic!r}", magic + data[8:], ERROR)
     if not name.startswith("parquet"):  # which begins at its end
@@ -195,7 +229,9 @@ def read_all(paths: list[Path], piped: bool, env: dict[str, str]) -> list[tuple[
         check=False,
     )
     results = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
-    assert done.returncode == 0, f"{paths[len(results)]} ended the reader ({done.returncode}): {done.stderr[-500:]}"
+    assert done.returncode == 0, (
+        f"{paths[len(results)]} ended the reader ({done.returncode}): {done.stderr[-500:]}"
+    )
     return results
 
 
@@ -203,7 +239,11 @@ def judge(mutation: Mutation, result: tuple[str, Any], name: str) -> str | None:
     """What is wrong with a result, None when it is allowed."""
     kind, value = result
     if kind == "error":
-        return None if name in value and "\n" not in value else f"not one line that names {name}: {value!r}"
+        return (
+            None
+            if name in value and "\n" not in value
+            else f"not one line that names {name}: {value!r}"
+        )
     if kind == "exception":
         return value
     if mutation.expected == DATA or (mutation.expected == SAME and value == IDS):
@@ -212,15 +252,23 @@ def judge(mutation: Mutation, result: tuple[str, Any], name: str) -> str | None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("piped", [False, pytest.param(True, marks=pytest.mark.ci)], ids=["disk", "pipe"])
+@pytest.mark.parametrize(
+    "piped", [False, pytest.param(True, marks=pytest.mark.ci)], ids=["disk", "pipe"]
+)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.ci) for name in ORIGINALS]
 )
 def test_damage_is_one_line_or_changes_nothing(tmp_path, command_env, name, piped):
     suffix = ".jsonl" if name == "json lines" else ""
     items = [Mutation("the original", ORIGINALS[name](TABLE), SAME), *mutations(name)]
-    if piped and suffix:  # a pipe has no name that promises JSON Lines: what begins otherwise is a text to be read
-        items = [item for item in items if item.data.partition(b"\n")[0] == items[0].data.partition(b"\n")[0]]
+    if (
+        piped and suffix
+    ):  # a pipe has no name that promises JSON Lines: what begins otherwise is a text to be read
+        items = [
+            item
+            for item in items
+            if item.data.partition(b"\n")[0] == items[0].data.partition(b"\n")[0]
+        ]
     paths = []
     for index, item in enumerate(items):
         paths.append(tmp_path / f"{index}{suffix}")
@@ -262,7 +310,11 @@ def test_an_arrow_file_with_two_schemas_is_refused(tmp_path):
 def test_an_index_that_has_lost_or_repeats_a_batch_is_refused(tmp_path, lost):
     """Its batches are three, and found by the index alone."""
     data = bytearray(ipc_file(table({"input_ids": IDS}, INT32)))
-    blocks = re.search(rb"\x03\x00\x00\x00(.{72})", bytes(data[data.rindex(b"\xff\xff\xff\xff\0\0\0\0") :]), re.DOTALL)
+    blocks = re.search(
+        rb"\x03\x00\x00\x00(.{72})",
+        bytes(data[data.rindex(b"\xff\xff\xff\xff\0\0\0\0") :]),
+        re.DOTALL,
+    )
     start = data.rindex(blocks[0])
     first, second, third = (blocks[1][place : place + 24] for place in (0, 24, 48))
     count, kept = {
@@ -272,7 +324,11 @@ def test_an_index_that_has_lost_or_repeats_a_batch_is_refused(tmp_path, lost):
     }[lost]
     data[start : start + 76] = count.to_bytes(4, "little") + kept
     (tmp_path / "x.arrow").write_bytes(data)
-    assert ipc.open_file(tmp_path / "x.arrow").read_all().num_rows in (3, 4, 5)  # pyarrow sees nothing
+    assert ipc.open_file(tmp_path / "x.arrow").read_all().num_rows in (
+        3,
+        4,
+        5,
+    )  # pyarrow sees nothing
     with pytest.raises(DataError, match=r"x\.arrow: .*its index has lost a batch"):
         list(Inputs([tmp_path / "x.arrow"]).documents())
 
@@ -283,13 +339,22 @@ def test_a_cut_file_does_not_abort_a_process(tmp_path, command_env, name):
     """Beside two busy loops: a thread of pyarrow that outlives the interpreter would."""
     data = ORIGINALS[name](TABLE)
     path = tmp_path / "cut"
-    python, busy = sys.executable, [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    python, busy = (
+        sys.executable,
+        [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)],
+    )
     try:
-        for size in [*range(20, len(data) - 20, len(data) // 15), *range(len(data) - 12, len(data) - 6)]:
+        for size in [
+            *range(20, len(data) - 20, len(data) // 15),
+            *range(len(data) - 12, len(data) - 6),
+        ]:
             path.write_bytes(data[:size])
             command = [python, "-m", "longnet_cli", "data", "inspect", path]
             done = subprocess.run(command, env=command_env, capture_output=True, text=True)
-            assert (done.returncode, done.stderr.count("\n")) == (DataError.exit_code, 1), (size, done.stderr)
+            assert (done.returncode, done.stderr.count("\n")) == (DataError.exit_code, 1), (
+                size,
+                done.stderr,
+            )
     finally:
         for process in busy:
             process.kill()
@@ -309,7 +374,10 @@ def array(kind: int, count: int, of: bytes = b"", *, order: str = "<") -> bytes:
         (array(4, 1 << 60, order=">"), "an array of 1152921504606846976 values"),
         (array(8, 1, struct.pack("<Q", 1 << 60)), "it declares 1152921504606846976 bytes"),
         (array(0, 1 << 23, bytes(1 << 23)), "an array of 8388608 values"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 50, 0), "it declares 8 bytes at offset 24, of a file of 24"),
+        (
+            b"GGUF" + struct.pack("<IQQ", 3, 1 << 50, 0),
+            "it declares 8 bytes at offset 24, of a file of 24",
+        ),
     ],
 )
 def test_counts_of_a_gguf_file(tmp_path: Path, data: bytes, line: str) -> None:
@@ -341,7 +409,10 @@ def test_checkpoints(tmp_path: Path, old: bool) -> None:
     if old:
         return
     torch.save({name: torch.zeros(1 << 10, 1 << 10)}, tmp_path / "plain.pt")
-    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "x.pt", "w", 8) as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "x.pt", "w", 8) as packed,
+    ):
         for record in plain.infolist():
             packed.writestr(record.filename, plain.read(record))
     with pytest.raises(CheckpointError, match="its records are compressed"):
@@ -358,16 +429,29 @@ CHARSMAP = base64.b64encode(struct.pack("<II", 4, 0) + b"a\0" + b"b" * 999 + b"\
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"normalizer": {"type": "Sequence", "normalizers": [replace({"String": "e"}, "ee")] * 30}}, "1,073,741,824"),
+        (
+            {
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [replace({"String": "e"}, "ee")] * 30,
+                }
+            },
+            "1,073,741,824",
+        ),
         ({"normalizer": replace({"Regex": ""}, "x" * 1000)}, "1,001 times"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}, "999 times"),
-        ({"decoder": {"type": "Sequence", "decoders": [replace({"String": "ab"}, "abab")] * 9}}, "512 times"),
+        (
+            {"decoder": {"type": "Sequence", "decoders": [replace({"String": "ab"}, "abab")] * 9}},
+            "512 times",
+        ),
         ({"model": {"vocab": {"a": 4_294_967_295}}}, "an id 4294967295"),
     ],
 )
 def test_tokenizers(tmp_path: Path, changes: dict, line: str) -> None:
     known = json.loads(Tokenizer.bytes().to_json())
-    model = known["model"] | {"vocab": known["model"]["vocab"] | changes.pop("model", {}).get("vocab", {})}
+    model = known["model"] | {
+        "vocab": known["model"]["vocab"] | changes.pop("model", {}).get("vocab", {})
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(known | changes | {"model": model}))
     with pytest.raises(ConfigError, match=line):
         Tokenizer.load(tmp_path)
@@ -375,13 +459,22 @@ def test_tokenizers(tmp_path: Path, changes: dict, line: str) -> None:
 
 def test_a_regular_expression_without_end(tmp_path: Path, run_longnet: Any) -> None:
     known = json.loads(Tokenizer.bytes().to_json())
-    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     known["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, known["pre_tokenizer"]]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(known))
     (tmp_path / "a.txt").write_text("a" * 300 + "!")
-    done = run_longnet("tokenize", "a.txt", "--tokenizer", tmp_path / "tokenizer.json", "-o", "a.arrow")
+    done = run_longnet(
+        "tokenize", "a.txt", "--tokenizer", tmp_path / "tokenizer.json", "-o", "a.arrow"
+    )
     line = done.stderr.splitlines()[-1]  # the library says something of its own before
-    assert (done.returncode, line[:39]) == (2, "longnet: error: the tokenizer fails (On"), done.stderr
+    assert (done.returncode, line[:39]) == (2, "longnet: error: the tokenizer fails (On"), (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -389,7 +482,10 @@ def test_a_regular_expression_without_end(tmp_path: Path, run_longnet: Any) -> N
     [
         ({"chunks": (8, 4)}, "the file has 1 of its 131,072 chunks"),
         ({}, "the file lacks some of its rows"),
-        ({"chunks": (1 << 20, 1 << 9), "compression": "gzip"}, "chunks have 2,147,483,648 bytes each"),
+        (
+            {"chunks": (1 << 20, 1 << 9), "compression": "gzip"},
+            "chunks have 2,147,483,648 bytes each",
+        ),
     ],
 )
 def test_rows_of_hdf5_that_are_not_there(tmp_path: Path, changes: dict, line: str) -> None:
@@ -423,7 +519,9 @@ def write(path: Path, kind: str) -> Path:
         path.write_text(f'{{"input_ids": {[7] * 1000}}}\n' * 2000)
     else:
         made = large_table(kind)
-        (write_stream if kind == "stream" else write_file)(path, made, LENGTH if kind == "flat" else 1)
+        (write_stream if kind == "stream" else write_file)(
+            path, made, LENGTH if kind == "flat" else 1
+        )
     return path
 
 
@@ -455,7 +553,9 @@ def test_ids_of_a_file_that_changes_after_it_was_opened(tmp_path, kind, change):
     last = documents[-1]
     assert len(last.read(0, 10)) == min(10, len(last))
     CHANGES[change](path)
-    with pytest.raises(DataError, match=r"x\.arrow, row \d+: the file changed while it was read \(") as caught:
+    with pytest.raises(
+        DataError, match=r"x\.arrow, row \d+: the file changed while it was read \("
+    ) as caught:
         last.read()
     row = int(str(caught.value).split("row ")[1].split(":")[0])
     assert row == (ROWS - 1 if kind != "flat" else last.parts[0].row)
@@ -480,7 +580,10 @@ def test_texts_of_a_table_that_is_rewritten_while_they_are_read(tmp_path, write_
     texts = iter(Inputs([path]).texts())
     assert next(texts).text.startswith("some words")
     rewrite(path)
-    with pytest.raises(DataError, match=r"x\.arrow, row \d+: the file changed while it was read \(it was written to"):
+    with pytest.raises(
+        DataError,
+        match=r"x\.arrow, row \d+: the file changed while it was read \(it was written to",
+    ):
         list(texts)
 
 

@@ -35,13 +35,27 @@ def names(*inputs: Any) -> list[str]:
 
 
 def test_folders_are_read_in_natural_order_without_what_is_not_text(tmp_path):
-    for name in ("part-10.txt", "part-2.py", "sub/part-3.md", ".hidden/x.txt", "__pycache__/x.txt", ".env"):
+    for name in (
+        "part-10.txt",
+        "part-2.py",
+        "sub/part-3.md",
+        ".hidden/x.txt",
+        "__pycache__/x.txt",
+        ".env",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "__init__.py").touch()
-    with pytest.warns(InputWarning, match=r": 1 file is not read beside the 4 files like __init__.py: image.png$"):
-        assert names(tmp_path) == ["__init__.py", "part-2.py", "part-10.txt", "sub/part-3.md"]  # an empty text, too
+    with pytest.warns(
+        InputWarning, match=r": 1 file is not read beside the 4 files like __init__.py: image.png$"
+    ):
+        assert names(tmp_path) == [
+            "__init__.py",
+            "part-2.py",
+            "part-10.txt",
+            "sub/part-3.md",
+        ]  # an empty text, too
 
 
 def test_documents_of_a_folder_that_are_not_read_are_told(tmp_path):
@@ -109,7 +123,10 @@ def test_shards_in_a_folder_are_read_alone_and_in_their_order(tmp_path):
     (tmp_path / "README.md").write_text("x")
     for name in ("part-10.arrow", "part-2.arrow", "cache-1.arrow"):
         write_stream(tmp_path / name, pa.table({"text": [name], "doc_id": [name]}))
-    with pytest.warns(InputWarning, match=r": 1 file is not read beside the 3 files like cache-1.arrow: README.md; "):
+    with pytest.warns(
+        InputWarning,
+        match=r": 1 file is not read beside the 3 files like cache-1.arrow: README.md; ",
+    ):
         assert names(tmp_path) == ["cache-1.arrow", "part-2.arrow", "part-10.arrow"]
     state = {"_data_files": [{"filename": "part-10.arrow"}, {"filename": "part-2.arrow"}]}
     (tmp_path / "state.json").write_text(json.dumps(state))
@@ -172,7 +189,10 @@ def test_a_dataset_of_splits_asks_for_one(tmp_path):
             "train-00000-of-00002 train-00001-of-00002 test-00000-of-00001",
             "test-00000-of-00001.jsonl, {}/train-*.jsonl",
         ),
-        ("data/train-0 data/train-1 data/validation-0", "data/train-*.jsonl, {}/data/validation-0.jsonl"),
+        (
+            "data/train-0 data/train-1 data/validation-0",
+            "data/train-*.jsonl, {}/data/validation-0.jsonl",
+        ),
         ("wiki_train wiki_dev", "wiki_train.jsonl, {}/wiki_dev.jsonl"),
         ("train/0 train/1 val/0", "train/*.jsonl, {}/val/0.jsonl"),
         ("train-0 train-1 extra", None),
@@ -210,7 +230,10 @@ def test_a_list_that_comes_through_a_pipe_is_read_once(tmp_path, run_longnet):
     """A command looks at its inputs up to three times."""
     for name in ("a.txt", "c d.txt"):
         (tmp_path / name).write_text(name)
-    for command in (["encode", "@-", "-o", "vectors"], ["data", "inspect", "@-", "--format", "json"]):
+    for command in (
+        ["encode", "@-", "-o", "vectors"],
+        ["data", "inspect", "@-", "--format", "json"],
+    ):
         done = run_longnet(*command, input="a.txt\n\nc d.txt\n", code=0)
     assert json.loads(done.stdout)["documents"] == 2
 
@@ -221,18 +244,30 @@ def test_a_file_that_several_paths_reach_is_read_once(tmp_path, monkeypatch, run
     Path("b.txt").symlink_to("a.txt")
     os.link("a.txt", "c.txt")
     Path("list").write_text("a.txt\n./a.txt\n")
-    for items in (["*.txt"], ["a.txt", tmp_path / "a.txt"], ["@list"], ["a.txt", "*.txt"], ["b.txt", "."]):
+    for items in (
+        ["*.txt"],
+        ["a.txt", tmp_path / "a.txt"],
+        ["@list"],
+        ["a.txt", "*.txt"],
+        ["b.txt", "."],
+    ):
         with pytest.warns(InputWarning, match="read once, though it is named more than once"):
             found = names(*items)
         assert sum(name in ("a.txt", "b.txt", "c.txt") for name in found) == 1
     done = run_longnet("data", "inspect", "a.txt", "b.txt", "--format", "json")
     assert json.loads(done.stdout)["documents"] == 1
-    assert done.stderr == "longnet: note: b.txt, which is a.txt, is read once, though it is named more than once\n"
+    assert (
+        done.stderr
+        == "longnet: note: b.txt, which is a.txt, is read once, though it is named more than once\n"
+    )
 
 
 @pytest.mark.parametrize(
     "command",
-    [*("score", "score -o out", "encode -o out.arrow", "encode -o out", "tokenize -o out"), "train x.toml --data"],
+    [
+        *("score", "score -o out", "encode -o out.arrow", "encode -o out", "tokenize -o out"),
+        "train x.toml --data",
+    ],
 )
 def test_names_are_expanded_once(tmp_path, monkeypatch, command):
     """However often a run asks: to overwrite nothing, to check lengths, to read, for the digest in a manifest."""
@@ -244,7 +279,9 @@ def test_names_are_expanded_once(tmp_path, monkeypatch, command):
     )
     Path("out.arrow").write_text("")  # an output that exists is compared with the inputs
     expanded = []
-    monkeypatch.setattr(names_module, "find_sources", lambda *items: expanded.append(items) or find_sources(*items))
+    monkeypatch.setattr(
+        names_module, "find_sources", lambda *items: expanded.append(items) or find_sources(*items)
+    )
     done = invoke(*command.split(), "*.txt", "-q")
     assert (done.exit_code, len(expanded)) == (0, 1), done.output
 
@@ -259,7 +296,10 @@ def test_names_are_utf_8_whatever_the_locale(tmp_path, run_longnet):
         assert (done.returncode, done.stderr[-10:]) == (0, "> ü.jsonl\n"), done.stderr
         assert json.loads((tmp_path / "ü.jsonl").read_text())["doc_id"] == "ß.txt"
     done = run_longnet("data", "inspect", "é/none.txt", env=plain, fresh=True)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (3, "problem: é/none.txt: no such file or folder")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (
+        3,
+        "problem: é/none.txt: no such file or folder",
+    )
 
 
 def test_what_runs_out_is_not_bad_data(tmp_path, command_env):
@@ -275,12 +315,21 @@ def test_what_runs_out_is_not_bad_data(tmp_path, command_env):
         except Exception as error:
             print(error.exit_code, error)
     """
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=command_env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=command_env,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.startswith("1 ")
     assert "arrow: Too many open files: raise the limit (ulimit -n)" in done.stdout
     with pytest.raises(MemoryLimitError, match="x: there is no memory to read it"), reading("x"):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
-    with pytest.raises(MemoryLimitError, match="x: it needs more memory than there is"), reading("x"):
+    with (
+        pytest.raises(MemoryLimitError, match="x: it needs more memory than there is"),
+        reading("x"),
+    ):
         raise pa.ArrowMemoryError("malloc of size 1099511627776 failed")
 
 
@@ -308,7 +357,9 @@ def fill(filesystem: fs.FileSystem, folder: str) -> None:
             elif name.endswith("txt"):
                 file.write(b"hi")
             else:
-                with (ipc.new_stream if "stream" in name else ipc.new_file)(file, TABLE.schema) as writer:
+                with (ipc.new_stream if "stream" in name else ipc.new_file)(
+                    file, TABLE.schema
+                ) as writer:
                     writer.write_table(TABLE, max_chunksize=2)
     with filesystem.open_output_stream(f"{folder}/part-3.arrow.tmp") as file:
         file.write(b"half")
@@ -343,15 +394,23 @@ def test_folders_and_globs_are_as_on_a_disk(store):
     with pytest.warns(InputWarning, match=beside):
         found = [*Inputs(["store://bucket/"]).sources]
     with pytest.warns(InputWarning, match=beside):
-        assert [source.name for source in found] == names == [source.name for source in Inputs([store]).sources]
+        assert (
+            [source.name for source in found]
+            == names
+            == [source.name for source in Inputs([store]).sources]
+        )
     assert found[0].where == "store://bucket/part-2.arrow"
-    assert [source.name for source in Inputs(["store://bucket/p*.arrow?region=x"]).sources] == names[:2]
+    assert [
+        source.name for source in Inputs(["store://bucket/p*.arrow?region=x"]).sources
+    ] == names[:2]
     assert len(Inputs(["store://bucket/**/*.arrow"]).sources.found) == 4
     assert read("store://bucket/part*.arrow") == IDS * 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("uri", ["gs://longnet-no-bucket/x", "gs://longnet-no-bucket/*", "s3://longnet-no-bucket/x"])
+@pytest.mark.parametrize(
+    "uri", ["gs://longnet-no-bucket/x", "gs://longnet-no-bucket/*", "s3://longnet-no-bucket/x"]
+)
 def test_a_store_that_is_not_reached_is_told_soon(uri):
     """Without a network, or a bucket of that name: Google's library goes on trying for 15 minutes."""
     begun = time.monotonic()
@@ -396,10 +455,16 @@ def test_file_uris_are_local_files(tmp_path):
 
 def test_what_nobody_can_reach_is_a_mistake(monkeypatch):
     for uri in ("zz://bucket/x", "nope+more://x"):
-        with pytest.raises(ConfigError, match=r"no filesystem is known for (zz|nope\+more)://|pip install fsspec"):
+        with pytest.raises(
+            ConfigError, match=r"no filesystem is known for (zz|nope\+more)://|pip install fsspec"
+        ):
             read(uri)
-    monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)  # as if it were not installed
-    with pytest.raises(ConfigError, match="zz://bucket/x: zz:// needs a package: pip install fsspec"):
+    monkeypatch.setitem(
+        __import__("sys").modules, "fsspec.core", None
+    )  # as if it were not installed
+    with pytest.raises(
+        ConfigError, match="zz://bucket/x: zz:// needs a package: pip install fsspec"
+    ):
         read("zz://bucket/x")
 
 

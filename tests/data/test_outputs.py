@@ -20,7 +20,13 @@ from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, NotFiniteError
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import Sources
-from longnet_cli.data.outputs import ShardWriter, is_folder, refuse_overwriting, token_batch, token_schema
+from longnet_cli.data.outputs import (
+    ShardWriter,
+    is_folder,
+    refuse_overwriting,
+    token_batch,
+    token_schema,
+)
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, encode
 from longnet_cli.jobs.options import EncodeOptions
@@ -28,12 +34,16 @@ from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 
 SCHEMA = token_schema(vocab_size=257, eos_id=256, tokenizer_sha256="abc")
-BATCH = token_batch(SCHEMA, ["a", "b", "c"], [0, 0, 1], [3, 3, 5], np.array([1, 2, 3, 4, 256], np.uint16))
+BATCH = token_batch(
+    SCHEMA, ["a", "b", "c"], [0, 0, 1], [3, 3, 5], np.array([1, 2, 3, 4, 256], np.uint16)
+)
 
 
 def read(path: Path) -> pa.Table:
     if path.suffix == ".jsonl":
-        return pa.Table.from_pylist([json.loads(line) for line in path.read_text().splitlines()], SCHEMA)
+        return pa.Table.from_pylist(
+            [json.loads(line) for line in path.read_text().splitlines()], SCHEMA
+        )
     return pq.read_table(path) if path.suffix == ".parquet" else ipc.open_file(path).read_all()
 
 
@@ -47,7 +57,10 @@ def test_batches_written_are_batches_read(tmp_path, name):
     assert table.schema.field("input_ids").type == pa.large_list(pa.uint16())
     assert not table.schema.field("input_ids").nullable
     assert table.schema.metadata[b"longnet.eos_id"] == b"256"
-    assert (table["doc_id"].to_pylist(), table["part"].to_pylist()) == (["a", "b", "c"] * 2, [0, 0, 1] * 2)
+    assert (table["doc_id"].to_pylist(), table["part"].to_pylist()) == (
+        ["a", "b", "c"] * 2,
+        [0, 0, 1] * 2,
+    )
 
 
 def test_ids_are_uint16_only_where_the_vocabulary_fits():
@@ -61,7 +74,9 @@ def test_ids_are_uint16_only_where_the_vocabulary_fits():
 def test_vectors_are_an_array_of_numpy(tmp_path: Path, kind: pa.DataType) -> None:
     values = np.arange(3 * 2000, dtype=kind.to_pandas_dtype()).reshape(-1, 3)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 3)
-    batch = pa.record_batch({"doc_id": [str(number) for number in range(2000)], "embedding": vectors})
+    batch = pa.record_batch(
+        {"doc_id": [str(number) for number in range(2000)], "embedding": vectors}
+    )
     with ShardWriter(tmp_path / "x.npy", batch.schema) as writer:
         for start in (0, 7, 1999):  # the header is as long for 1 row as for 2,000
             writer.write(batch[start : {0: 7, 7: 1999, 1999: 2000}[start]])
@@ -73,13 +88,15 @@ def test_json_lines_hold_lists_and_null_for_what_json_cannot_write(tmp_path):
     kind = pa.list_(pa.float32(), 2)
     values = pa.array([0.5, float("nan"), float("inf"), -1.0, 2.0, 3.0], pa.float32())
     batch = pa.record_batch(
-        [pa.array(["é", "b", "\n"]), pa.FixedSizeListArray.from_arrays(values, type=kind)], ["id", "v"]
+        [pa.array(["é", "b", "\n"]), pa.FixedSizeListArray.from_arrays(values, type=kind)],
+        ["id", "v"],
     )
     with ShardWriter(tmp_path / "x.jsonl", batch.schema) as writer:
         writer.write(batch)
         writer.write(batch.slice(2))
     assert (tmp_path / "x.jsonl").read_text() == (
-        '{"id": "é", "v": [0.5, null]}\n{"id": "b", "v": [null, -1.0]}\n' + '{"id": "\\n", "v": [2.0, 3.0]}\n' * 2
+        '{"id": "é", "v": [0.5, null]}\n{"id": "b", "v": [null, -1.0]}\n'
+        + '{"id": "\\n", "v": [2.0, 3.0]}\n' * 2
     )
 
 
@@ -165,12 +182,17 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "output", ["a.arrow", "./a.arrow", "hard.arrow", "soft.arrow", "up/a.arrow", "folder/../a.arrow"]
+    "output",
+    ["a.arrow", "./a.arrow", "hard.arrow", "soft.arrow", "up/a.arrow", "folder/../a.arrow"],
 )
-@pytest.mark.parametrize("inputs", [["a.arrow"], ["b.arrow", "a*.arrow"], ["file://{}/a.arrow"], ["soft.arrow"]])
+@pytest.mark.parametrize(
+    "inputs", [["a.arrow"], ["b.arrow", "a*.arrow"], ["file://{}/a.arrow"], ["soft.arrow"]]
+)
 def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[str]) -> None:
     inputs = [item.format(files) for item in inputs]
-    with pytest.raises(ConfigError, match=r"^-o .*arrow is .*arrow, which this command reads: name another output$"):
+    with pytest.raises(
+        ConfigError, match=r"^-o .*arrow is .*arrow, which this command reads: name another output$"
+    ):
         refuse_overwriting("-o", [output], Sources(inputs))
     refuse_overwriting("-o", ["b.arrow.new", "new"], Sources(inputs))
 
@@ -187,8 +209,12 @@ def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[st
         ("b.arrow", ["a.arrow"], [None, Path("b.arrow")]),
     ],
 )
-def test_lists_folders_and_models_count(files: Path, output: str, inputs: list[str], also: list[Path | None]) -> None:
-    with pytest.raises(ConfigError, match=r"^-o .* (is|holds) .*, which this command reads: name another output$"):
+def test_lists_folders_and_models_count(
+    files: Path, output: str, inputs: list[str], also: list[Path | None]
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^-o .* (is|holds) .*, which this command reads: name another output$"
+    ):
         refuse_overwriting("-o", [output], Sources(inputs), also)
 
 
@@ -209,7 +235,9 @@ def test_the_tokenizer_of_a_model_is_asked_for_by_content(tmp_path: Path) -> Non
     assert found is not None
     assert found.sha256 == own.sha256
     assert ModelFolder(tmp_path).tokenizer(str(tmp_path / "copy.json"))
-    with pytest.raises(ConfigError, match=r"bytes: not the tokenizer of the model .*--tokenizer-differs"):
+    with pytest.raises(
+        ConfigError, match=r"bytes: not the tokenizer of the model .*--tokenizer-differs"
+    ):
         ModelFolder(tmp_path).tokenizer("bytes")
     assert ModelFolder(tmp_path).tokenizer("bytes", differs=True).sha256 == other.sha256
     other.save(tmp_path / "tokenizer.json")
@@ -237,11 +265,14 @@ def test_numbers_that_are_not_finite_name_document_and_token(tmp_path: Path, chu
 
     net.embedding.weight.requires_grad_(False)
     with pytest.raises(
-        NotFiniteError, match=r"z\.txt: document 'z.txt': the log-probability of token \d+ is not finite"
+        NotFiniteError,
+        match=r"z\.txt: document 'z.txt': the log-probability of token \d+ is not finite",
     ):
         list(scores(net, documents(), bos=bos, chunk=chunk))
     # the segment of 16 tokens with the z in it: what attention masks is multiplied by 0, and 0 times NaN is NaN
-    with pytest.raises(NotFiniteError, match=r"document 'z.txt': the vector of tokens 15 to 19 is not finite"):
+    with pytest.raises(
+        NotFiniteError, match=r"document 'z.txt': the vector of tokens 15 to 19 is not finite"
+    ):
         encode(net, documents(), EncodeOptions(span=5), EncodeFacts(bos), chunk=chunk).read_all()
     reader = encode(small(), documents(), EncodeOptions(span=5), EncodeFacts(bos), chunk=chunk)
     assert np.isfinite(reader.read_all()["embedding"].combine_chunks().flatten()).all()

@@ -19,15 +19,23 @@ from longnet_cli.data.passages import PassageIndex
 from longnet_cli.data.tables import Text
 from longnet_cli.data.text_pieces import SIZES, Unit, cut
 
-PROSE = st.lists(st.sampled_from(["A word. ", "Who? ", "說。", "no end ", "x" * 300, "\n", "\n \n", "é", "Mr. J. Ox "]))
+PROSE = st.lists(
+    st.sampled_from(
+        ["A word. ", "Who? ", "說。", "no end ", "x" * 300, "\n", "\n \n", "é", "Mr. J. Ox "]
+    )
+)
 
 
 @pytest.mark.parametrize("unit", SIZES)
 @given(words=PROSE, cuts=st.lists(st.integers(0, 99_999), max_size=4))
 @example(words=["x" * 300] * 99, cuts=[5])
 @example(words=["\n"] * 2000 + ["Who? "], cuts=[])
-@example(words=["x" * 300, "x" * 300, "A word. ", "no end ", "x" * 300], cuts=[])  # a small letter begins no sentence
-def test_pieces_are_the_text_and_end_where_it_ends(unit: Unit, words: list[str], cuts: list[int]) -> None:
+@example(
+    words=["x" * 300, "x" * 300, "A word. ", "no end ", "x" * 300], cuts=[]
+)  # a small letter begins no sentence
+def test_pieces_are_the_text_and_end_where_it_ends(
+    unit: Unit, words: list[str], cuts: list[int]
+) -> None:
     """None is too long. One that could go on ends with a sentence or paragraph, unless none ends (late) in it."""
     text = "".join(words)
     places = sorted({0, len(text), *(place % (len(text) + 1) for place in cuts)})
@@ -37,11 +45,19 @@ def test_pieces_are_the_text_and_end_where_it_ends(unit: Unit, words: list[str],
     assert "".join(pieces) == text
     assert all(0 < len(piece.encode()) <= SIZES[unit] for piece in pieces)
     paragraph = r"\n\s*\n\s*"
-    end = paragraph if unit == "paragraph" else rf"(?<!\bMr)(?<!\bJ)[.?]\s+(?![a-zé])|。\s*|{paragraph}"
+    end = (
+        paragraph
+        if unit == "paragraph"
+        else rf"(?<!\bMr)(?<!\bJ)[.?]\s+(?![a-zé])|。\s*|{paragraph}"
+    )
     for piece, following in pairwise(pieces):
         longer = len((piece + following).encode()) > SIZES[unit]
         ended = re.search(rf"({end})\Z", piece)
-        late = piece.encode()[SIZES[unit] // 2 + 3 :].decode(errors="ignore") if unit == "passage" else piece
+        late = (
+            piece.encode()[SIZES[unit] // 2 + 3 :].decode(errors="ignore")
+            if unit == "passage"
+            else piece
+        )
         assert ended or (longer and not re.search(rf"({end})\S", late))
 
 
@@ -56,7 +72,9 @@ def test_sentences_and_paragraphs_of_prose() -> None:
     ]  # fmt: skip
     assert [*cut([text], "paragraph")] == [text[:55], "Chapter 2\n\n", text[66:]]
     filler = "This is a sentence of prose. " * 15
-    first, second, _ = cut([f"{filler}\n\n{filler}And one more. {filler}"], "passage")  # 435 bytes, then 884
+    first, second, _ = cut(
+        [f"{filler}\n\n{filler}And one more. {filler}"], "passage"
+    )  # 435 bytes, then 884
     assert (first.rstrip(), second[-10:]) == (filler.rstrip(), "of prose. ")
 
 
@@ -85,7 +103,10 @@ TEXTS = {
         ("北京的人口是多少?", "zh"),
         ("กรุงเทพมหานครอยู่ที่ไหน", "th"),
         ("हिन्दी", "hi"),
-        *((f"foo_bar {syntax}", "code") for syntax in ('"', "NEAR(", "x*", "text:", "^a", "-b", "{a} +", "' OR", ")")),
+        *(
+            (f"foo_bar {syntax}", "code")
+            for syntax in ('"', "NEAR(", "x*", "text:", "^a", "-b", "{a} +", "' OR", ")")
+        ),
         ("zzz " * 9 + " ".join(f"w{i}" for i in range(3000)) + " lockers", "en"),
     ],
 )
@@ -106,9 +127,18 @@ def test_passages_come_in_the_order_of_the_texts_with_their_places(tmp_path: Pat
     index.update(Inputs([tmp_path / "b.txt", tmp_path / "a.jsonl"]))
     passages = index.find("the key", 9)
     assert [passage.doc_id for passage in passages] == ["b.txt"] * 3 + ["7"]
-    assert all(text[each.char_start : each.char_end] == each.text == each.text.strip() for each in passages[:3])
-    assert [each.char_start for each in passages[:3]] == sorted(each.char_start for each in passages[:3])
-    assert max(passages, key=lambda passage: passage.score) == index.find("the key", 1)[0] == passages[0]
+    assert all(
+        text[each.char_start : each.char_end] == each.text == each.text.strip()
+        for each in passages[:3]
+    )
+    assert [each.char_start for each in passages[:3]] == sorted(
+        each.char_start for each in passages[:3]
+    )
+    assert (
+        max(passages, key=lambda passage: passage.score)
+        == index.find("the key", 1)[0]
+        == passages[0]
+    )
 
 
 def test_an_index_in_a_file_follows_its_inputs(tmp_path: Path) -> None:
@@ -152,7 +182,11 @@ def test_a_file_that_is_no_index_is_refused_and_stays(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("some text " * 200)
     with sqlite3.connect(tmp_path / "other.sqlite") as other:
         other.execute("CREATE TABLE mine (x)")
-    for name, why in (("x.txt", "file is not a database"), ("other.sqlite", "no index"), (".", "unable to open")):
+    for name, why in (
+        ("x.txt", "file is not a database"),
+        ("other.sqlite", "no index"),
+        (".", "unable to open"),
+    ):
         before = (tmp_path / name).read_bytes() if name != "." else b""
         with pytest.raises(ConfigError, match=f"{name}: .*{why}"):
             PassageIndex(str(tmp_path / name))
@@ -161,5 +195,7 @@ def test_a_file_that_is_no_index_is_refused_and_stays(tmp_path: Path) -> None:
 
 def test_a_python_without_full_text_search_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longnet_cli.data.passages.TABLES", {"words": "no_such_tokenizer"})
-    with pytest.raises(ConfigError, match="ask needs FTS5 and trigram, which this Python's SQLite lacks"):
+    with pytest.raises(
+        ConfigError, match="ask needs FTS5 and trigram, which this Python's SQLite lacks"
+    ):
         PassageIndex()

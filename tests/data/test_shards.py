@@ -32,7 +32,10 @@ from longnet_cli.data.shards import ShardFolder
 FINISHED = "_manifest.arrow"
 
 # Rows of embeddings, to show that nothing here knows of tokens: a document has several.
-SCHEMA = pa.schema([("doc_id", pa.string()), ("embedding", pa.list_(pa.float32(), 2))], metadata={"longnet.model": "m"})
+SCHEMA = pa.schema(
+    [("doc_id", pa.string()), ("embedding", pa.list_(pa.float32(), 2))],
+    metadata={"longnet.model": "m"},
+)
 SETTINGS = {"model": "m", "pool": "mean", "stride": None, "sizes": (1, 2)}
 
 
@@ -42,7 +45,13 @@ def rows(document: int) -> pa.RecordBatch:
 
 
 def write(
-    place: Path, *, documents: int = 7, fail_at: int | None = None, resume: bool = False, format="arrow", **settings
+    place: Path,
+    *,
+    documents: int = 7,
+    fail_at: int | None = None,
+    resume: bool = False,
+    format="arrow",
+    **settings,
 ) -> ShardFolder:
     """Two documents a shard; `fail_at` raises before that document."""
     about = {"settings": SETTINGS | settings, "name": "vectors", "format": format}
@@ -104,14 +113,18 @@ def test_a_file_that_no_manifest_lists_is_not_replaced(tmp_path):
     write(tmp_path / "whole")
     for name in ("vectors-00001.arrow", "vectors-00003.arrow"):
         (tmp_path / "out" / name).write_text("mine")
-        with pytest.raises(ConfigError, match=rf"{name} would be replaced, and the manifest does not list it"):
+        with pytest.raises(
+            ConfigError, match=rf"{name} would be replaced, and the manifest does not list it"
+        ):
             write(tmp_path / "out", resume=True)
         assert (tmp_path / "out" / name).read_text() == "mine"
         (tmp_path / "out" / name).unlink()
     (tmp_path / "out/vectors-mine.arrow").write_text("mine")
     shutil.copy(tmp_path / "whole/vectors-00002.arrow", tmp_path / "out/vectors-00001.arrow")
     write(tmp_path / "out", resume=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole") | {"vectors-mine.arrow": b"mine"}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") | {
+        "vectors-mine.arrow": b"mine"
+    }
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
@@ -130,7 +143,12 @@ def test_other_settings_are_refused_by_name(tmp_path):
 def test_what_the_dead_left_is_removed_and_nothing_else(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, fail_at=3)
-    for name in (".vectors-00001.arrow.0123abcd.tmp", "._unfinished.json.00000000.tmp", ".mine.tmp", "notes.txt"):
+    for name in (
+        ".vectors-00001.arrow.0123abcd.tmp",
+        "._unfinished.json.00000000.tmp",
+        ".mine.tmp",
+        "notes.txt",
+    ):
         (tmp_path / name).write_bytes(b"half")
     with ipc.new_file(
         tmp_path / "vectors-00001.arrow", SCHEMA
@@ -179,7 +197,9 @@ def test_a_damaged_finished_shard_is_refused(tmp_path, kind):
         write(tmp_path, fail_at=5)
     damage(kind, tmp_path / "vectors-00000.arrow")
     why = {"missing": "No such file or directory", "rows": "3 rows instead of 6"}.get(kind, "")
-    refused = rf"vectors-00000\.arrow: cannot resume: a finished shard is missing or damaged \({why}"
+    refused = (
+        rf"vectors-00000\.arrow: cannot resume: a finished shard is missing or damaged \({why}"
+    )
     with pytest.raises(DataError, match=refused):
         write(tmp_path, resume=True)
 
@@ -190,7 +210,13 @@ def test_a_damaged_finished_shard_is_refused(tmp_path, kind):
         *(b"", b"[]", b"{}", b'{"version": 1}', b'{"version": 99}', b"\xff", b"[" * 200_000),
         *(
             seal(1, {"settings": {}, "totals": {"rows": 1}, "shards": shards}).encode()
-            for shards in (3, [None], [{"rows": 1}], [{"name": 1, "rows": 1}], [{"name": "x", "rows": 2}])
+            for shards in (
+                3,
+                [None],
+                [{"rows": 1}],
+                [{"name": 1, "rows": 1}],
+                [{"name": "x", "rows": 2}],
+            )
         ),
     ],
 )
@@ -206,7 +232,13 @@ def test_a_changed_manifest_is_refused(tmp_path):
         write(tmp_path, fail_at=5)
     good = json.loads((tmp_path / UNFINISHED).read_text())
     more = [good["shards"][0] | {"documents": 3}, *good["shards"][1:]]
-    for damage in ({"shards": more}, {"shards": good["shards"][1:]}, {"settings": 3}, {"digest": None}, {"version": 0}):
+    for damage in (
+        {"shards": more},
+        {"shards": good["shards"][1:]},
+        {"settings": 3},
+        {"digest": None},
+        {"version": 0},
+    ):
         (tmp_path / UNFINISHED).write_text(json.dumps(good | damage))
         with pytest.raises(DataError, match=UNFINISHED):
             write(tmp_path, resume=True)
@@ -219,7 +251,9 @@ def test_a_second_writer_is_refused(tmp_path):
         "except ConfigError as error: print(error)"
     )
     with ShardFolder(tmp_path, SCHEMA, settings=SETTINGS):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        )
     assert "another process is writing" in done.stdout
     write(tmp_path / "other")  # the lock is gone with the writer
     assert read_manifest(tmp_path / "other").finished
@@ -264,12 +298,19 @@ COMMANDS = {
 
 @pytest.mark.parametrize(
     ("job", "name"),
-    [("tokenize", "in.jsonl"), *((job, form) for job in ("score", "encode") for form in ("in.jsonl", "in.arrow"))],
+    [
+        ("tokenize", "in.jsonl"),
+        *((job, form) for job in ("score", "encode") for form in ("in.jsonl", "in.arrow")),
+    ],
 )
-def test_only_other_contents_are_refused(run_longnet: RunLongnet, tmp_path: Path, job: str, name: str) -> None:
+def test_only_other_contents_are_refused(
+    run_longnet: RunLongnet, tmp_path: Path, job: str, name: str
+) -> None:
     """By the digests of what finished shards hold. A kill before the last of these leaves `out`, beside `whole`."""
     out, path = tmp_path / "out", tmp_path / name
-    kind = {"in.jsonl": lambda n: {"text": f"text {n}"}, "in.arrow": lambda n: {"ids": [n] * 9}}[name]
+    kind = {"in.jsonl": lambda n: {"text": f"text {n}"}, "in.arrow": lambda n: {"ids": [n] * 9}}[
+        name
+    ]
     write_rows(path, [{"id": str(n)} | kind(n) for n in range(20)])
     if job != "tokenize":
         tiny_model(tmp_path / "model")
@@ -280,7 +321,9 @@ def test_only_other_contents_are_refused(run_longnet: RunLongnet, tmp_path: Path
     (out / "_manifest.arrow").unlink()
     (out / UNFINISHED).write_text(manifest.to_json())
     before, good = contents(out), path.read_bytes()
-    byte = good.index(b"3" if name.endswith("jsonl") else b"\x03" + bytes(7) + b"\x03")  # of a finished shard
+    byte = good.index(
+        b"3" if name.endswith("jsonl") else b"\x03" + bytes(7) + b"\x03"
+    )  # of a finished shard
     path.write_bytes(good[:byte] + b"4" + good[byte + 1 :])
     done = run_longnet(*COMMANDS[job], name, "-o", "out", "--resume")
     assert (done.returncode, len(done.stderr.splitlines())) == (3, 1), done.stderr
@@ -293,7 +336,10 @@ def test_only_other_contents_are_refused(run_longnet: RunLongnet, tmp_path: Path
 
 
 def test_a_large_table_is_known_by_its_ends_and_pieces(tmp_path: Path) -> None:
-    path, data = tmp_path / "large.arrow", bytearray(b"ARROW1\0\0" + np.random.default_rng(0).bytes(2 * WHOLE_TABLE))
+    path, data = (
+        tmp_path / "large.arrow",
+        bytearray(b"ARROW1\0\0" + np.random.default_rng(0).bytes(2 * WHOLE_TABLE)),
+    )
     path.write_bytes(data)
     whole = content_digest(Source(path, "large", "large"))
     for position in (100, len(data) // 2 + 9, len(data) - 1):
@@ -315,7 +361,12 @@ def test_a_file_in_a_store_is_known_by_its_tag_or_its_time(tmp_path: Path) -> No
 
     class Tagged(fs.FSSpecHandler):
         def __init__(self, tag: str) -> None:
-            self.fs = type("Store", (), {"protocol": "x", "info": lambda self, path: {"ETag": tag}})()
+            self.fs = type(
+                "Store", (), {"protocol": "x", "info": lambda self, path: {"ETag": tag}}
+            )()
 
-    tags = [content_digest(Source(Path("a"), "a", "a", fs.PyFileSystem(Tagged(tag)))) for tag in ("1", "1", "2")]
+    tags = [
+        content_digest(Source(Path("a"), "a", "a", fs.PyFileSystem(Tagged(tag))))
+        for tag in ("1", "1", "2")
+    ]
     assert tags[0] == tags[1] != tags[2]

@@ -69,7 +69,11 @@ def test_end_of_text_inside_a_document_is_text(trained):
         ids = tokenizer.encode(f"a{END_OF_TEXT}b")
         assert tokenizer.eos_id not in ids
         assert tokenizer.n_bytes(ids) == 2 + len(END_OF_TEXT)
-        assert tokenizer.n_bytes(np.array([tokenizer.eos_id])) == tokenizer.n_bytes(np.array([], np.int32)) == 0
+        assert (
+            tokenizer.n_bytes(np.array([tokenizer.eos_id]))
+            == tokenizer.n_bytes(np.array([], np.int32))
+            == 0
+        )
         assert tokenizer.n_bytes(np.array([97, 300])) is None  # an id outside the vocabulary
 
 
@@ -78,7 +82,10 @@ def test_end_of_text_inside_a_document_is_text(trained):
 def test_no_cut_is_in_a_number_or_in_a_special_token(monkeypatch, pattern, splits_special):
     """To a tokenizer, but not to Python's regular expressions, a half or a Roman number is a number as 1 is."""
     monkeypatch.setattr(text_pieces, "PIECE", 20)
-    signs, special = ["½1", "²3", "Ⅷ4", "①5", "x²", "word", " ", "漢字", "a1", "٣4", ".\n", "é"], "<|im a(b start|>"
+    signs, special = (
+        ["½1", "²3", "Ⅷ4", "①5", "x²", "word", " ", "漢字", "a1", "٣4", ".\n", "é"],
+        "<|im a(b start|>",
+    )
     chosen = random.Random(0)
     texts = ["".join(chosen.choices([*signs, special], k=200)) for _ in range(20)]
     inner = tokenizers.Tokenizer(models.BPE())
@@ -96,13 +103,17 @@ def test_no_cut_is_in_a_number_or_in_a_special_token(monkeypatch, pattern, split
         assert len(tokenizer.cutter([text]).take(len(text))) > 10
         assert tokenizer.encode(text).tolist() == inner.encode(text).ids
     inner.add_special_tokens([f"<{'a b ' * 200}>"])
-    assert Tokenizer(inner).cutter(texts).take(9999) == ["".join(texts)]  # nobody looks as far as this token is long
+    assert Tokenizer(inner).cutter(texts).take(9999) == [
+        "".join(texts)
+    ]  # nobody looks as far as this token is long
 
 
 def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
     monkeypatch.setattr(text_pieces, "PIECE", 4)
     words = {"a": 0, "b": 1, " ": 2, "a b": 3, "▁": 4}
-    inner = tokenizers.Tokenizer(models.BPE(vocab={**words, "a ": 5}, merges=[("a", " "), ("a ", "b")]))
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab={**words, "a ": 5}, merges=[("a", " "), ("a ", "b")])
+    )
     assert Tokenizer(inner).encode("bbbba b").tolist() == [1, 1, 1, 1, 3]
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     text = "a b" * 9
@@ -111,22 +122,35 @@ def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
     assert Tokenizer(inner).n_bytes(np.array([0])) is None
     inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "▁": 2}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    inner.normalizer = normalizers.Prepend("b")  # before all that it is given: each piece would get one
+    inner.normalizer = normalizers.Prepend(
+        "b"
+    )  # before all that it is given: each piece would get one
     assert Tokenizer(inner).encode(text).tolist() == inner.encode(text).ids
     comment = "a <" + " a b" * text_pieces.REACH + "> b"
-    for pattern in (tokenizers.Regex("<.*>"), comment[2:-2]):  # it may be longer than what is seen of it beside a cut
-        inner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(pattern, "b")])
+    for pattern in (
+        tokenizers.Regex("<.*>"),
+        comment[2:-2],
+    ):  # it may be longer than what is seen of it beside a cut
+        inner.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(pattern, "b")]
+        )
         assert Tokenizer(inner).encode(comment).tolist() == inner.encode(comment).ids
-    inner.normalizer = normalizers.Replace(tokenizers.Regex(" {2,}"), " ")  # as most of SentencePiece's kind have
+    inner.normalizer = normalizers.Replace(
+        tokenizers.Regex(" {2,}"), " "
+    )  # as most of SentencePiece's kind have
     assert len(Tokenizer(inner).cutter([comment]).take(len(comment))) > 100
 
 
-@pytest.mark.parametrize("text", ["the cat sat " * 100_000, "漢" * 3_000_000, "ACGT" * 700_000 + " end", "a1" * 99_999])
+@pytest.mark.parametrize(
+    "text", ["the cat sat " * 100_000, "漢" * 3_000_000, "ACGT" * 700_000 + " end", "a1" * 99_999]
+)
 def test_pieces_are_bounded_whatever_the_text(text):
     # Encoding one piece takes more than linear time, so bounded pieces are what keeps a long text linear.
     pieces = text_pieces.cut_text([text], list).take(len(text))
     assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= (text_pieces.LONGEST_PIECE if " " not in text[:9] and "1" not in text else 70_000)
+    assert max(map(len, pieces)) <= (
+        text_pieces.LONGEST_PIECE if " " not in text[:9] and "1" not in text else 70_000
+    )
 
 
 def test_saved_is_loaded(trained, tmp_path):
@@ -141,7 +165,12 @@ def test_saved_is_loaded(trained, tmp_path):
 
 def test_truncation_padding_and_dropout_in_the_file_are_ignored(trained, tmp_path):
     description = json.loads(trained.to_json())
-    description["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    description["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     description["model"]["dropout"] = 0.9
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     assert Tokenizer.load(tmp_path).encode(CORPUS[0]).tolist() == trained.encode(CORPUS[0]).tolist()
@@ -154,7 +183,10 @@ def test_training_keeps_every_byte_and_the_size_asked_for():
     assert len(tokenizer.encode(CORPUS[0])) < len(CORPUS[0])
     with pytest.raises(ConfigError, match="257"):
         Tokenizer.train([CORPUS], 200)
-    with pytest.raises(ConfigError, match="a vocabulary of 1000000000000000000 ids cannot be trained: 16,777,216 are"):
+    with pytest.raises(
+        ConfigError,
+        match="a vocabulary of 1000000000000000000 ids cannot be trained: 16,777,216 are",
+    ):
         Tokenizer.train([CORPUS], 10**18)
 
 
@@ -169,7 +201,9 @@ def test_a_bad_tokenizer_file_is_one_line(tmp_path, content):
 
 def test_the_end_of_text_is_named_by_token_or_id(trained: Tokenizer) -> None:
     own = trained.eos_id
-    assert [end_of_text(name, trained) for name in (None, False, True, END_OF_TEXT, str(own), own)] == [
+    assert [
+        end_of_text(name, trained) for name in (None, False, True, END_OF_TEXT, str(own), own)
+    ] == [
         None,
         None,
         *[own] * 4,
@@ -183,7 +217,11 @@ def test_the_end_of_text_is_named_by_token_or_id(trained: Tokenizer) -> None:
         ("-1", None, "does not fit 64 bits"),
         ("9" * 5000, None, "does not fit 64 bits"),
         (str(trained.vocab_size), trained, f"does not fit a vocabulary of {trained.vocab_size}"),
-        (True, bare, r"no end-of-text token: neither tokenizer_config\.json \(eos_token or sep_token\).*\[SEP\]"),
+        (
+            True,
+            bare,
+            r"no end-of-text token: neither tokenizer_config\.json \(eos_token or sep_token\).*\[SEP\]",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             end_of_text(name, tokenizer)
@@ -191,7 +229,14 @@ def test_the_end_of_text_is_named_by_token_or_id(trained: Tokenizer) -> None:
 
 def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path: Path) -> None:
     inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
-    names = ["<|im_end|>", "<|endoftext|>", "[SEP]", "<|eot_id|>", "<|end\u2581of\u2581sentence|>", "STOP"]
+    names = [
+        "<|im_end|>",
+        "<|endoftext|>",
+        "[SEP]",
+        "<|eot_id|>",
+        "<|end\u2581of\u2581sentence|>",
+        "STOP",
+    ]
     inner.add_special_tokens(names)
     inner.save(str(tmp_path / "tokenizer.json"))
 
@@ -204,20 +249,33 @@ def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path: Path) -> None:
     for name in names:
         one = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
         one.add_special_tokens([name])
-        assert Tokenizer(one).eos_id == (None if name == "STOP" else 1)  # the others are usual names
-        assert end({"eos_token": name}) == end({"eos_token": {"content": name, "lstrip": False}}) == name
+        assert Tokenizer(one).eos_id == (
+            None if name == "STOP" else 1
+        )  # the others are usual names
+        assert (
+            end({"eos_token": name})
+            == end({"eos_token": {"content": name, "lstrip": False}})
+            == name
+        )
     assert end({"eos_token": None, "sep_token": "[SEP]"}) == "[SEP]"
-    assert end({"eos_token": "</s>"}) == end({}) == end([]) == "<|endoftext|>"  # the first known one that is there
+    assert (
+        end({"eos_token": "</s>"}) == end({}) == end([]) == "<|endoftext|>"
+    )  # the first known one that is there
     copy = tmp_path / "copy.json"
     inner.save(str(copy))
     assert end({"eos_token": "STOP"}) == "STOP"
-    assert ModelFolder(tmp_path).tokenizer(str(copy)).eos_id == inner.token_to_id("STOP")  # equal: the model's own
+    assert ModelFolder(tmp_path).tokenizer(str(copy)).eos_id == inner.token_to_id(
+        "STOP"
+    )  # equal: the model's own
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json: cannot be read"):
         Tokenizer.load(tmp_path)
 
 
-@given(st.text(alphabet="ab ,\u6f22", max_size=400), st.lists(st.integers(1, 90), min_size=1, max_size=5))
+@given(
+    st.text(alphabet="ab ,\u6f22", max_size=400),
+    st.lists(st.integers(1, 90), min_size=1, max_size=5),
+)
 def test_a_text_that_comes_in_parts_is_cut_as_the_whole(text: str, sizes: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_pieces, "PIECE", 7)
@@ -229,21 +287,27 @@ def test_a_text_that_comes_in_parts_is_cut_as_the_whole(text: str, sizes: list[i
             size = sizes[len(parts) % len(sizes)]
             parts.append(text[start : start + size])
             start += size
-        assert text_pieces.cut_text(parts, str.split).take(999) == text_pieces.cut_text([text], str.split).take(999)
+        assert text_pieces.cut_text(parts, str.split).take(999) == text_pieces.cut_text(
+            [text], str.split
+        ).take(999)
         for words in (Tokenizer.bytes(), Tokenizer.load("longnet-tiny")):
             found = list(words.encode_long(parts))
             assert [x for part in found for x in part.ids.tolist()] == words.encode(text).tolist()
             assert sum(part.n_bytes for part in found) == len(text.encode())
 
 
-def byte_level(normalizer: normalizers.Normalizer | None, prefix_space: bool = False) -> tokenizers.Tokenizer:
+def byte_level(
+    normalizer: normalizers.Normalizer | None, prefix_space: bool = False
+) -> tokenizers.Tokenizer:
     found = tokenizers.Tokenizer(models.BPE())
     found.normalizer = normalizer
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     found.decoder = decoders.ByteLevel()
     found.post_processor = processors.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, show_progress=False
+    )
     found.train_from_iterator(["the long net reads a text, and the text is long"] * 3, trainer)
     return found
 
@@ -251,7 +315,9 @@ def byte_level(normalizer: normalizers.Normalizer | None, prefix_space: bool = F
 def word_pieces() -> tokenizers.Tokenizer:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?"
     pieces = ["[UNK]", "[CLS]", "[SEP]", "the", "net", *letters, *(f"##{each}" for each in letters)]
-    found = tokenizers.Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    found = tokenizers.Tokenizer(
+        models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    )
     found.normalizer = normalizers.BertNormalizer(lowercase=True)  # removes accents, too
     found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     found.decoder = decoders.WordPiece()
@@ -259,7 +325,12 @@ def word_pieces() -> tokenizers.Tokenizer:
 
 
 def unigram(**normal: normalizers.Normalizer) -> tokenizers.Tokenizer:
-    vocab = [("<unk>", 0.0), ("\u2581the", -3.0), ("\u2581", -4.0), *((each, -5.0) for each in "abcdehnrtx\u00e9,.")]
+    vocab = [
+        ("<unk>", 0.0),
+        ("\u2581the", -3.0),
+        ("\u2581", -4.0),
+        *((each, -5.0) for each in "abcdehnrtx\u00e9,."),
+    ]
     found = tokenizers.Tokenizer(models.Unigram(vocab, unk_id=0))
     found.normalizer = normalizers.NFKC()
     found.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -271,10 +342,16 @@ def byte_fallback() -> tokenizers.Tokenizer:
     """Of Llama's older kind: no pre-tokenizer, unknown characters as bytes."""
     pieces = ["<unk>", "\u2581", *"abcdehnt", *(f"<0x{byte:02X}>" for byte in range(256))]
     model = models.BPE(
-        {piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True
+        {piece: i for i, piece in enumerate(pieces)},
+        [],
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
     )
     found = tokenizers.Tokenizer(model)
-    found.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    found.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     found.decoder = decoders.ByteFallback()
     return found
 
@@ -299,7 +376,13 @@ def made(kind: str) -> tokenizers.Tokenizer:
 
 
 def document(inner: tokenizers.Tokenizer, text: str) -> Document:
-    return next(iter(Inputs((), tokenizer=Tokenizer(inner).for_documents()).documents_of(Text("a", text, "a", {}))))
+    return next(
+        iter(
+            Inputs((), tokenizer=Tokenizer(inner).for_documents()).documents_of(
+                Text("a", text, "a", {})
+            )
+        )
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -316,8 +399,13 @@ def test_places_are_the_tokenizers_offsets(kind: str, pieces: list[str]) -> None
         return
     places = TextPlaces(found)
     spoken = [places.of(i, i + 1) for i in range(len(found))]
-    halves = (TextPlaces(found).each(0, len(found) // 2), TextPlaces(found).each(len(found) // 2, len(found)))
-    assert [place for half in halves for place in zip(*(x.tolist() for x in half), strict=True)] == spoken
+    halves = (
+        TextPlaces(found).each(0, len(found) // 2),
+        TextPlaces(found).each(len(found) // 2, len(found)),
+    )
+    assert [
+        place for half in halves for place in zip(*(x.tolist() for x in half), strict=True)
+    ] == spoken
     known = Tokenizer(inner).bytes_of
     whole = known and b"".join(known[each] for each in encoding.ids)
     if whole == text.encode():  # spans tile the text
@@ -336,7 +424,8 @@ def test_places_are_the_tokenizers_offsets(kind: str, pieces: list[str]) -> None
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.ci][: kind != "bytes with NFC"]) for kind in KINDS]
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.ci][: kind != "bytes with NFC"]) for kind in KINDS],
 )
 def test_score_writes_the_place_of_each_token(tmp_path: Path, kind: str) -> None:
     """Not counted from ids because the normalizer made the text longer and then shorter by as much."""
@@ -348,12 +437,18 @@ def test_score_writes_the_place_of_each_token(tmp_path: Path, kind: str) -> None
     invoke("score", *sorted(tmp_path.glob("*.txt")), *words, code=0)
     for row in ipc.open_file(tmp_path / "t.arrow").read_all().to_pylist():
         places = TextPlaces(document(inner, texts[int(row["doc_id"][0])]))
-        wanted = [places.of(row["start"] + i, row["start"] + i + 1) for i in range(len(row["input_ids"]))]
+        wanted = [
+            places.of(row["start"] + i, row["start"] + i + 1) for i in range(len(row["input_ids"]))
+        ]
         assert [*zip(row["char_start"], row["char_end"], strict=True)] == wanted
 
 
 @pytest.mark.parametrize(
-    "kind", ["bytes with NFC", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("WordPiece", "Unigram"))]
+    "kind",
+    [
+        "bytes with NFC",
+        *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("WordPiece", "Unigram")),
+    ],
 )
 def test_a_long_text_is_read_in_pieces_with_the_same_places(kind: str) -> None:
     text = "the net, the text. \u00e9the ab hen\n" * 3000
@@ -363,5 +458,7 @@ def test_a_long_text_is_read_in_pieces_with_the_same_places(kind: str) -> None:
     places, steps = TextPlaces(found), range(0, len(found) - 1, 997)
     for i in steps:
         start, end = places.of(i, i + 1)
-        assert abs(start - encoding.offsets[i][0]) <= 1  # a leading space is a token's own if bytes are counted
+        assert (
+            abs(start - encoding.offsets[i][0]) <= 1
+        )  # a leading space is a token's own if bytes are counted
         assert end == encoding.offsets[i][1]

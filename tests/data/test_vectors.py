@@ -21,7 +21,10 @@ from longnet_cli.data.vectors import Vectors
 
 WIDTH, FLOAT = 5, pa.float32()
 RNG = np.random.default_rng(0)
-SLIDES = {name: RNG.normal(size=(rows, WIDTH)).astype(np.float32) for name, rows in (("a", 7), ("b", 1), ("c", 12))}
+SLIDES = {
+    name: RNG.normal(size=(rows, WIDTH)).astype(np.float32)
+    for name, rows in (("a", 7), ("b", 1), ("c", 12))
+}
 PLACES = {name: RNG.integers(0, 9999, (len(x), 2)) for name, x in SLIDES.items()}
 
 
@@ -43,7 +46,10 @@ def by_row(kind: str = "fixed", coords: str = "coords", number: pa.DataType = FL
     if coords == "coords":
         columns["coords"] = vectors(places, "list", pa.int64())
     elif coords == "xy":
-        columns |= {"x": pa.array(places[:, 0], pa.int32()), "y": pa.array(places[:, 1].astype(np.float64))}
+        columns |= {
+            "x": pa.array(places[:, 0], pa.int32()),
+            "y": pa.array(places[:, 1].astype(np.float64)),
+        }
     return pa.table(columns)
 
 
@@ -73,7 +79,9 @@ def check(found: list[Vectors], *, coords: bool = True, atol: float = 0.0) -> No
         np.testing.assert_allclose(x.read(), SLIDES[x.doc_id], rtol=0, atol=atol)
         assert (len(x), x.width) == SLIDES[x.doc_id].shape
         for start, stop in ((0, 1), (2, 5), (6, 7), (3, 100)):
-            np.testing.assert_allclose(x.read(start, stop), SLIDES[x.doc_id][start:stop], rtol=0, atol=atol)
+            np.testing.assert_allclose(
+                x.read(start, stop), SLIDES[x.doc_id][start:stop], rtol=0, atol=atol
+            )
         if coords:
             np.testing.assert_array_equal(x.coords, PLACES[x.doc_id])
         else:
@@ -83,7 +91,8 @@ def check(found: list[Vectors], *, coords: bool = True, atol: float = 0.0) -> No
 @pytest.mark.parametrize("suffix", [".arrow", ".stream", ".parquet"])
 @pytest.mark.parametrize("rows", [1, 4, 100])
 @pytest.mark.parametrize(
-    "layout", ["fixed", "list", "large", "xy", "none", "half", "double", "document", "document list"]
+    "layout",
+    ["fixed", "list", "large", "xy", "none", "half", "double", "document", "document list"],
 )
 def test_every_layout(tmp_path: Path, suffix: str, rows: int, layout: str) -> None:
     if layout.startswith("document"):
@@ -91,7 +100,9 @@ def test_every_layout(tmp_path: Path, suffix: str, rows: int, layout: str) -> No
     else:
         kind = layout if layout in ("fixed", "list", "large") else "fixed"
         coords = layout if layout in ("xy", "none") else "coords"
-        table = by_row(kind, coords, {"half": pa.float16(), "double": pa.float64()}.get(layout, pa.float32()))
+        table = by_row(
+            kind, coords, {"half": pa.float16(), "double": pa.float64()}.get(layout, pa.float32())
+        )
     path = write(table, tmp_path / f"slides{suffix}", rows)
     check(read(path), coords=layout != "none", atol=4e-3 if layout == "half" else 0)
 
@@ -120,7 +131,9 @@ def test_without_ids_a_file_is_one_document(tmp_path: Path) -> None:
     assert (found.doc_id, len(found)) == ("slide-7.parquet", 20)
     (empty,) = read(write(by_row().drop_columns(["slide_id"])[:0], tmp_path / "empty.arrow"))
     assert (empty.doc_id, len(empty)) == ("empty.arrow", 0)
-    with pytest.raises(DataError, match="the table has 0 rows"):  # of which nobody knows the documents
+    with pytest.raises(
+        DataError, match="the table has 0 rows"
+    ):  # of which nobody knows the documents
         read(write(by_row()[:0], tmp_path / "named.arrow"))
     several = read(write(by_document().drop_columns(["doc_id"]), tmp_path / "d.arrow"))
     assert [x.doc_id for x in several] == ["d.arrow:0", "d.arrow:1", "d.arrow:2"]
@@ -179,7 +192,9 @@ def test_hdf5_with_a_damaged_index_of_chunks(tmp_path: Path) -> None:
             file.create_dataset("features", data=SLIDES["a"], chunks=(2, WIDTH))
     path = tmp_path / "a.h5"
     path.write_bytes(path.read_bytes().replace(b"TREE\x01", b"TEAR\x01"))
-    with pytest.raises(DataError, match=r"a\.h5: features: the data is damaged or truncated \(.*signature"):
+    with pytest.raises(
+        DataError, match=r"a\.h5: features: the data is damaged or truncated \(.*signature"
+    ):
         read(tmp_path)
     bad, good = read(tmp_path, skip_bad=True)
     assert (bad.file, good.doc_id, len(good)) == (True, "b", 7)
@@ -208,7 +223,12 @@ def test_damaged_hdf5_is_one_line(tmp_path: Path) -> None:
 
 def change(**columns: object) -> pa.Table:
     """A table of three vectors, with other columns."""
-    base = {"slide_id": ["a", "a", "b"], "features": vectors(SLIDES["a"][:3]), "x": [0, 1, 2], "y": [0, 1, 2]}
+    base = {
+        "slide_id": ["a", "a", "b"],
+        "features": vectors(SLIDES["a"][:3]),
+        "x": [0, 1, 2],
+        "y": [0, 1, 2],
+    }
     return pa.table({name: x for name, x in (base | columns).items() if x is not None})
 
 
@@ -221,18 +241,30 @@ HUGE[2, 4] = 1e300
 @pytest.mark.parametrize(
     ("table", "line"),
     [
-        (change(features=vectors(HUGE, number=pa.float64())), "row 2: number 4 of the vector is 1e+300"),
+        (
+            change(features=vectors(HUGE, number=pa.float64())),
+            "row 2: number 4 of the vector is 1e+300",
+        ),
         (
             change(features=pa.array([[[1.0]], [[1.0, 2.0], [1.0]], []]), x=None),
             "row 1: its vector has 1 numbers, those",
         ),
         (change(x=pa.array([0.0, np.nan, 1.0])), "row 1: coordinates [nan, 1.0] are no place"),
         (change(x=["0", "1", "2"]), "x has type string: numbers are needed"),
-        (change(coords=pa.array(["0,1", "1,2", "3,4"])), "coords has type string: lists of numbers are needed"),
+        (
+            change(coords=pa.array(["0,1", "1,2", "3,4"])),
+            "coords has type string: lists of numbers are needed",
+        ),
         (change().slice(0, 0), "the table has 0 rows"),
         (change(part=[0, 2, 0]), "row 1: part 2 of document 'a' stands where part 1 should"),
-        (change(features=pa.array([[1], [2], [3]])), "holds vectors, lists of float16, float32 or float64"),
-        (change(embedding=vectors(NAN)), "several columns may hold the vectors (features, embedding): choose one"),
+        (
+            change(features=pa.array([[1], [2], [3]])),
+            "holds vectors, lists of float16, float32 or float64",
+        ),
+        (
+            change(embedding=vectors(NAN)),
+            "several columns may hold the vectors (features, embedding): choose one",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path: Path, table: pa.Table, line: str) -> None:
@@ -266,7 +298,9 @@ def test_spans_that_start_again_are_refused(tmp_path: Path) -> None:
     columns = {"doc_id": ["a"] * 4, "embedding": vectors(np.ones((4, 3)))}
 
     def of(*spans: int) -> Path:
-        return write(pa.table(columns | {"span": pa.array(spans, pa.int32())}), tmp_path / "t.parquet")
+        return write(
+            pa.table(columns | {"span": pa.array(spans, pa.int32())}), tmp_path / "t.parquet"
+        )
 
     assert [len(document) for document in read(of(0, 1, 2, 3))] == [4]
     with pytest.raises(DataError, match="row 2: part 0 of document 'a' stands where part 2 should"):

@@ -54,12 +54,22 @@ def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> 
     assert all(Path(path).stat().st_size >= 512 for path in train + held_out)
     module = imported(script)
     # the files that the demo scores, whatever Python runs it
-    for name in ("ast.py", "calendar.py", "pydoc.py", "random.py", "sysconfig.py", "json/encoder.py", "http/server.py"):
+    for name in (
+        "ast.py",
+        "calendar.py",
+        "pydoc.py",
+        "random.py",
+        "sysconfig.py",
+        "json/encoder.py",
+        "http/server.py",
+    ):
         assert module.is_held_out(name)
     assert not module.is_held_out("json/decoder.py")
 
 
-def test_packages_become_long_documents_and_are_held_out_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_become_long_documents_and_are_held_out_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = imported(ROOT / "examples/package_corpus.py")
     names = [f"package{i}" for i in range(40)]
     for name in (*names, "pip"):
@@ -86,14 +96,18 @@ def test_a_wheel_becomes_a_document_from_its_middle(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
         for name in (*(f"a/{i}.py" for i in range(6)), "a-1.dist-info/b.py"):
             wheel.writestr(name, f"# {name}\n" * 5_000)
-    imported(ROOT / "examples/package_corpus.py").main(str(tmp_path / "out"), str(tmp_path / "a.whl"))
+    imported(ROOT / "examples/package_corpus.py").main(
+        str(tmp_path / "out"), str(tmp_path / "a.whl")
+    )
     (row,) = [json.loads(line) for line in (tmp_path / "out/wheels.jsonl").read_text().splitlines()]
     assert row["id"] == "a/2.py"
     assert len(row["text"]) == 86_000
     assert "\n# a/3.py\n# a/3.py\n" in row["text"]
 
 
-def test_an_encoder_learns_masked_tokens(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
+def test_an_encoder_learns_masked_tokens(
+    tmp_path: Path, command_env: dict[str, str], python: Path
+) -> None:
     """The recipe at a small size: below what a net without context reaches."""
     tokens, run, held_out = tmp_path / "tokens", tmp_path / "encoder", tmp_path / "held_out"
     held_out.mkdir()
@@ -105,9 +119,22 @@ def test_an_encoder_learns_masked_tokens(tmp_path: Path, command_env: dict[str, 
         "optimizer.lr": 2e-2,
     }  # fmt: skip
     sets = [
-        word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}".replace(": ", "="))
+        word
+        for key, value in settings.items()
+        for word in ("--set", f"{key}={json.dumps(value)}".replace(": ", "="))
     ]
-    longnet("train", ROOT / "examples/encoder.toml", "--data", tokens, "--tokenizer", tokens, "-o", run, "-q", *sets)
+    longnet(
+        "train",
+        ROOT / "examples/encoder.toml",
+        "--data",
+        tokens,
+        "--tokenizer",
+        tokens,
+        "-o",
+        run,
+        "-q",
+        *sets,
+    )
     loss = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out_loss"]
     ids = np.concatenate([x.read() for x in Inputs([held_out], Tokenizer.load(tokens)).documents()])
     shares = np.unique(ids, return_counts=True)[1] / len(ids)
@@ -119,28 +146,40 @@ def test_labels_of_slides_are_predicted_from_a_frozen_and_from_a_tuned_encoder(
 ) -> None:
     pytest.importorskip("h5py")
     module = imported(ROOT / "examples/finetune_slides.py")
-    assert module.auc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])) == pytest.approx((0.75, 0.125**0.5))
+    assert module.auc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])) == pytest.approx(
+        (0.75, 0.125**0.5)
+    )
     module.make(tmp_path / "made", slides=16, signal=2.0)
     made = {name: str(tmp_path / "made" / name) for name in ("features", "labels.csv", "encoder")}
     vectors = str(tmp_path / "slides.arrow")
     words = ["--all-layers", "--no-normalize", "-o", vectors, "-q"]
     longnet("encode", made["features"], "--model", made["encoder"], *words)
     fast = ["--model", made["encoder"], "--epochs", "2", "--slides-per-step", "2", "--rate", "0.5"]
-    for command in (["probe", vectors, made["labels.csv"]], ["tune", made["features"], made["labels.csv"], *fast]):
-        monkeypatch.setattr(sys, "argv", ["finetune_slides.py", *command, "--layer", "3", "--folds", "2"])
+    for command in (
+        ["probe", vectors, made["labels.csv"]],
+        ["tune", made["features"], made["labels.csv"], *fast],
+    ):
+        monkeypatch.setattr(
+            sys, "argv", ["finetune_slides.py", *command, "--layer", "3", "--folds", "2"]
+        )
         module.main()
         line = capsys.readouterr().out.splitlines()[-1]
         assert "16 slides, 8 of them positive" in line
         assert float(re.search(r"AUC ([\d.]+), standard error [\d.]+", line)[1]) > 0.8, line
     cut = tmp_path / "made/features/slide-7.h5"
     cut.write_bytes(cut.read_bytes()[:2000])
-    for skip, refusal in ((False, rf"{cut}: cannot be read \(.*\): make it anew"), (True, "and 7 have the label 1")):
+    for skip, refusal in (
+        (False, rf"{cut}: cannot be read \(.*\): make it anew"),
+        (True, "and 7 have the label 1"),
+    ):
         monkeypatch.setattr(sys, "argv", ["x", *command, "--folds", "8", *["--skip-bad"] * skip])
         with pytest.raises(SystemExit, match=refusal):
             module.main()
     model = module.Classifier(made["encoder"], 3, 0.1)
     scales = {}
-    for (name, _), group in zip(model.named_parameters(), module.groups_of(model, 0.05, 0.5), strict=True):
+    for (name, _), group in zip(
+        model.named_parameters(), module.groups_of(model, 0.05, 0.5), strict=True
+    ):
         scales[name] = group["scale"], group["weight_decay"]
     assert scales["encoder.net.cls"] == (1 / 16, 0.0)
     assert scales["encoder.net.project.weight"] == (1 / 16, 0.05)
@@ -150,14 +189,22 @@ def test_labels_of_slides_are_predicted_from_a_frozen_and_from_a_tuned_encoder(
     assert [module.rate_at(epoch, 5) for epoch in (0.5, 1, 3, 5)] == pytest.approx([0.5, 1, 0.5, 0])
 
 
-def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
+def test_a_llama_learns_densely_and_dilated(
+    tmp_path: Path, command_env: dict[str, str], python: Path
+) -> None:
     """The script at a small size: both losses fall, side by side, and what it saves is what the commands take."""
     pytest.importorskip("transformers")
     tokens, output, steps = tmp_path / "tokens", tmp_path / "run", 10
     longnet("tokenize", ROOT / "examples", "-o", tokens, "--train-vocab", "512")
     script = ROOT / "examples/hf_llama.py"
     size = ["--tokens", tokens, "--steps", str(steps), "--context", "128"]
-    done = subprocess.run([python, script, output, *size], env=command_env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, script, output, *size],
+        env=command_env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (output / "curves.jsonl").read_text().splitlines()]
     assert [(row["attention"], row["step"]) for row in rows] == [
@@ -169,7 +216,13 @@ def test_a_llama_learns_densely_and_dilated(tmp_path: Path, command_env: dict[st
     assert len(done.stdout.splitlines()) == 1 + steps + 1
     assert "dense / dilated = " in done.stdout.splitlines()[-1]
 
-    assert ModelFolder(output / "dilated").net().config.pattern.segment_lengths == (8, 16, 32, 64, 128)
+    assert ModelFolder(output / "dilated").net().config.pattern.segment_lengths == (
+        8,
+        16,
+        32,
+        64,
+        128,
+    )
     assert ModelFolder(output / "dense").net().config.pattern == Pattern.dense()
 
 
@@ -183,12 +236,19 @@ def test_both_llamas_begin_with_the_same_weights() -> None:
     assert dense.config._attn_implementation == "sdpa"
 
 
-def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
+def test_patterns_are_compared_on_a_pretrained_model(
+    tmp_path: Path, command_env: dict[str, str], python: Path
+) -> None:
     """In windows of what the model was trained on, dense; a document as one otherwise. One process per pattern."""
     tiny_llama(tmp_path / "llama", max_position_embeddings=64, bos_token_id=7)
     (tmp_path / "a.txt").write_text("some text " * 30)
     (tmp_path / "b.txt").write_text("another text " * 30)
-    command = [sys.executable, ROOT / "examples/compare_patterns.py", tmp_path / "llama", tmp_path / "a.txt"]
+    command = [
+        sys.executable,
+        ROOT / "examples/compare_patterns.py",
+        tmp_path / "llama",
+        tmp_path / "a.txt",
+    ]
     command += [tmp_path / "b.txt", "--tokens", "200", "dense", "window:16,sinks=2"]
     done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -197,7 +257,16 @@ def test_patterns_are_compared_on_a_pretrained_model(tmp_path: Path, command_env
         ("window:16,sinks=2", "a.txt", 0, 10), ("window:16,sinks=2", "a.txt", 10, 90),
     ]  # fmt: skip
     (tmp_path / "first.txt").write_text(("some text " * 30)[:200])
-    alone = ["score", tmp_path / "first.txt", "--model", tmp_path / "llama", "--context", "64", "--format", "json"]
+    alone = [
+        "score",
+        tmp_path / "first.txt",
+        "--model",
+        tmp_path / "llama",
+        "--context",
+        "64",
+        "--format",
+        "json",
+    ]
     total = json.loads(invoke(*map(str, alone)).stdout)["total"]
     assert sum(row["nats"] for row in rows[:3]) == pytest.approx(total["nll_sum"], rel=1e-6)
     table = [line for line in done.stderr.splitlines() if line.startswith("| `")]
@@ -249,8 +318,12 @@ def test_the_report_of_a_gpu_is_whole(
     assert {"pydantic", "typer", "pytest"} < names
     assert not names & {"torch", "sympy", "longnet-cli"}
     wheels_of(names - there, tmp_path / "wheels")
-    env = {name: value for name, value in command_env.items() if name != "PYTHONPATH"} | {"PIP_NO_INDEX": "1"}
-    done = gpu_report(env, "--small", "--wheels", tmp_path / "wheels", "-o", tmp_path / "gpu.md", python=python)
+    env = {name: value for name, value in command_env.items() if name != "PYTHONPATH"} | {
+        "PIP_NO_INDEX": "1"
+    }
+    done = gpu_report(
+        env, "--small", "--wheels", tmp_path / "wheels", "-o", tmp_path / "gpu.md", python=python
+    )
     report = (tmp_path / "gpu.md").read_text()
     assert (done.returncode, done.stdout) == (0, ""), done.stderr + report
     assert re.search(r"^Nothing failed\.$", report, re.MULTILINE)
@@ -259,8 +332,13 @@ def test_the_report_of_a_gpu_is_whole(
     assert [*parts] == [*titles, "Training longnet-125m"]
     assert "| longnet-cli | not installed |" in parts["The machine"]
     assert re.search(r"takes [\d.,]+ ms\.\n", parts["Where the time goes"])
-    assert re.search(r"\n\| `aten::[^`]*attention[^`]*` \| \d+ \| [\d.]+ \| \d+ % \|\n", parts["Where the time goes"])
-    assert re.search(r"\n\| \*\*chosen\*\* \| cpu_flash \| cpu_flash \| cpu_flash \|\n", parts["The machine"])
+    assert re.search(
+        r"\n\| `aten::[^`]*attention[^`]*` \| \d+ \| [\d.]+ \| \d+ % \|\n",
+        parts["Where the time goes"],
+    )
+    assert re.search(
+        r"\n\| \*\*chosen\*\* \| cpu_flash \| cpu_flash \| cpu_flash \|\n", parts["The machine"]
+    )
     passed, failed = map(int, re.findall(r"(\d+) (?:passed|failed)", parts["Is it right?"]))
     assert passed >= 10
     assert failed == 0
@@ -289,7 +367,9 @@ def test_predictions_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                 (1.01 * high, "OUTSIDE"),
                 (0.99 * low, "OUTSIDE"),
             ):
-                lines = script.judged(step.title, [{**row, field: found}], f"1 x NVIDIA {card} 80GB")
+                lines = script.judged(
+                    step.title, [{**row, field: found}], f"1 x NVIDIA {card} 80GB"
+                )
                 assert verdict in lines[1]
     assert script.judged("Attention", [{"seconds": 1.0}], "another card") == []
 
@@ -355,22 +435,40 @@ def test_a_plan_for_a_cluster_adds_up(cluster: ModuleType, tmp_path: Path) -> No
     assert len(plans) == 3 * 2 * 2  # meshes, shards, activation_checkpointing
     totals = [float(f"{plan.total:.3g}") for plan in plans]
     assert totals == sorted(totals)
-    tied = [replace(plan, total=total) for plan, total in zip(plans, itertools.cycle((1.001, 1.0)), strict=False)]
+    tied = [
+        replace(plan, total=total)
+        for plan, total in zip(plans, itertools.cycle((1.001, 1.0)), strict=False)
+    ]
     assert cluster.ordered(tied) == tied
     for plan in plans:
-        assert plan.total == pytest.approx(3 * (sum(plan.seconds.values()) - plan.seconds[cluster.HIDDEN]))
+        assert plan.total == pytest.approx(
+            3 * (sum(plan.seconds.values()) - plan.seconds[cluster.HIDDEN])
+        )
         crossing = plan.seconds["exchange"] + plan.seconds[cluster.HIDDEN]
         assert (crossing > 0) == ("--sp 1 " not in plan.options)
     alone = next(plan for plan in plans if plan.options == "--sp 1 --dp 4 --chunk 1Ki --shard none")
     ranks = Ranks(0, 4, 1)
     work = step_flops(small_recipe(**{"train.chunk": 1024}), small_recipe().train.stages[0], ranks)
-    assert alone.seconds["matrix products"] == pytest.approx(work.products * 1024 / 5e9)  # a window for each rank
-    assert alone.seconds["attention"] == pytest.approx((work.attention + work.attention_backward / 2) * 1024 / 1e10)
-    crossed = 2 * 3 / 4 * 4 * small_recipe().model.num_parameters() / 1e8  # over the network, in a ring
+    assert alone.seconds["matrix products"] == pytest.approx(
+        work.products * 1024 / 5e9
+    )  # a window for each rank
+    assert alone.seconds["attention"] == pytest.approx(
+        (work.attention + work.attention_backward / 2) * 1024 / 1e10
+    )
+    crossed = (
+        2 * 3 / 4 * 4 * small_recipe().model.num_parameters() / 1e8
+    )  # over the network, in a ring
     assert alone.seconds["weights"] == pytest.approx(crossed + 40 * 1e-4)
     kinds = training_memory(small_recipe(**{"train.chunk": 1024}), torch.device("cpu"), ranks)
-    assert {kind: n for kind, n in alone.memory.items() if n} == {kind: n for kind, n in kinds.items() if n}
-    named = {"parallel.sp": 4, "parallel.shard": "none", "train.chunk": 256, "train.activation_checkpointing": False}
+    assert {kind: n for kind, n in alone.memory.items() if n} == {
+        kind: n for kind, n in kinds.items() if n
+    }
+    named = {
+        "parallel.sp": 4,
+        "parallel.shard": "none",
+        "train.chunk": 256,
+        "train.activation_checkpointing": False,
+    }
     (shared,) = cluster.training_plans(small_recipe(**named), machine)
     exchange = Exchange(small_recipe().model, even_edges(0, 1024, 4), rank=3)
     *far, near, _ = exchange.sizes(exchange.received, (1, 0, 4, 16))
@@ -401,7 +499,10 @@ def test_a_wrong_machine_of_a_cluster_is_named(
 
 
 def test_the_commands_of_a_cluster(
-    cluster: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A calibrated machine is planned for; ranks share a document."""
 
@@ -413,16 +514,31 @@ def test_the_commands_of_a_cluster(
     here = str(tmp_path / "here.toml")
     assert run("calibrate", here, "--device", "cpu") == f"1 x cpu -> {here}\n"
     assert 1e7 < cluster.find_machine(here).rates["products"] < 1e14
-    assert "the fastest of 2 that fit, of 2" in run("plan", "longnet-tiny", "--on", here, "--set", "train.dtype=fp32")
-    training = run("plan", "longnet-125m", "--on", "h100x8", "--set", 'train.stages=[{seq_len="64Ki",steps=1}]')
+    assert "the fastest of 2 that fit, of 2" in run(
+        "plan", "longnet-tiny", "--on", here, "--set", "train.dtype=fp32"
+    )
+    training = run(
+        "plan", "longnet-125m", "--on", "h100x8", "--set", 'train.stages=[{seq_len="64Ki",steps=1}]'
+    )
     assert "train longnet-125m -o run --data DATA --tokenizer TOKENIZER --set" in training
     assert "links tokens at most 32,768 apart, and sequences have 65,536" in training
-    reading = ("plan", "--model", "longnet-tiny", "--tokens", "4Mi", "--pattern", "geometric:4Mi", "--on")
+    reading = (
+        "plan",
+        "--model",
+        "longnet-tiny",
+        "--tokens",
+        "4Mi",
+        "--pattern",
+        "geometric:4Mi",
+        "--on",
+    )
     plans = [run(*reading, f"h100x{n}") for n in (1, 2, 16)]
     one, two, _ = (float(re.search(r"matrix products +([\d.]+) ms", plan)[1]) for plan in plans)
     assert one == pytest.approx(2 * two, rel=0.01)
     asked = " score DOCUMENTS --model longnet-tiny --pattern geometric:4Mi -o rows --sp "
-    assert [re.search(rf"\n\n(.*){asked}", plan)[1].removesuffix(" -m longnet_cli") for plan in plans] == [
+    assert [
+        re.search(rf"\n\n(.*){asked}", plan)[1].removesuffix(" -m longnet_cli") for plan in plans
+    ] == [
         "longnet",
         "torchrun --standalone --nproc-per-node 2",
         "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8",
@@ -437,14 +553,26 @@ def test_a_plan_that_does_not_fit_names_an_option_that_would(
     (tmp_path / "own.toml").write_text(MACHINE)
     encoder = tiny_model(tmp_path / "encoder", causal=False, position="rope")
     for length, said in (("16Mi", ": --spill would"), ("64Mi", ", nor with --spill")):
-        sets = f'train.stages=[{{seq_len="{length}",steps=1}}]', f"train.batch_tokens={length}", "model.position=rope"
+        sets = (
+            f'train.stages=[{{seq_len="{length}",steps=1}}]',
+            f"train.batch_tokens={length}",
+            "model.position=rope",
+        )
         pattern = "model.pattern=window:1Ki,chosen=32x32,layers=1"
         words = [word for setting in (*sets, pattern) for word in ("--set", setting)]
-        assert cluster.app(["plan", "longnet-125m", "--on", "h100x1", *words], standalone_mode=False) == 5
+        assert (
+            cluster.app(["plan", "longnet-125m", "--on", "h100x1", *words], standalone_mode=False)
+            == 5
+        )
         assert f"none of 2 fits{said}\n" in capsys.readouterr().out
     for model, on, words, said in (
         (encoder, tmp_path / "own.toml", (), "none of 3 fits: --spill would\n"),
-        ("longnet-tiny", "h100x1", ("--pattern", "dense"), "none of 1 fits: --pattern window:1Ki would\n"),
+        (
+            "longnet-tiny",
+            "h100x1",
+            ("--pattern", "dense"),
+            "none of 1 fits: --pattern window:1Ki would\n",
+        ),
         (encoder, tmp_path / "own.toml", ("--spill",), "the fastest of 3 that fit, of 3\n"),
     ):
         command = ["plan", "--model", str(model), "--tokens", "64Mi", "--on", str(on), *words]

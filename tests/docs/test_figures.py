@@ -113,7 +113,12 @@ def test_a_run_agrees_within_its_errors(figures: ModuleType, tmp_path: Path) -> 
     assert [*figures.draw("0")] == []
     script.write_text(SCRIPT.replace('seconds": 1.5', 'seconds": 9.5').replace("6.8244", "6.9"))
     assert [*figures.draw("0")] == []  # a timing, and a value within its error
-    for old, new in (("6.8244", "7.4"), ("1234567", "1234568"), ("0.7724", "0.7725"), ('"b"', '"c"')):
+    for old, new in (
+        ("6.8244", "7.4"),
+        ("1234567", "1234568"),
+        ("0.7724", "0.7725"),
+        ('"b"', '"c"'),
+    ):
         script.write_text(SCRIPT.replace(old, new))
         assert len([*figures.draw("0")]) == 1, new
 
@@ -132,4 +137,6 @@ def test_entries_say_how_they_were_measured(figures: ModuleType, tmp_path: Path)
     assert entry["threads"] == 1
     assert entry["files"] == {"measure.py": figures.sha256(tmp_path / "measure.py")}
     assert entry["rows"][0]["tokens"] == 1234567
-    assert {"command", "output_sha256", "commit", "machine", "torch", "date", "cpu_seconds"} < {*entry}
+    assert {"command", "output_sha256", "commit", "machine", "torch", "date", "cpu_seconds"} < {
+        *entry
+    }

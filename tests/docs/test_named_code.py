@@ -18,10 +18,24 @@ from places import ROOT, imported
 import longnet_cli
 
 PACKAGE = ROOT / "longnet_cli"
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {
+    path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))
+}
 QUOTED = re.compile(r"`((?:\w+/)*\w+\.[\w.]*\w)(?:\([^`]*\))?`", re.ASCII)
 # Tables of a recipe and of metadata, columns, files, and what other packages have.
-OTHERS = {"data", "longnet", "model", "optimizer", "recipe", "train", "config", "doc", "row", "a", "NAME"}
+OTHERS = {
+    "data",
+    "longnet",
+    "model",
+    "optimizer",
+    "recipe",
+    "train",
+    "config",
+    "doc",
+    "row",
+    "a",
+    "NAME",
+}
 OTHERS |= {"gigapath", "tokenizers", "torch"}
 
 
@@ -29,7 +43,10 @@ def docstrings() -> Iterator[tuple[str, str]]:
     for path, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                yield f"{path.relative_to(PACKAGE)}:{getattr(node, 'name', 1)}", ast.get_docstring(node) or ""
+                yield (
+                    f"{path.relative_to(PACKAGE)}:{getattr(node, 'name', 1)}",
+                    ast.get_docstring(node) or "",
+                )
 
 
 def defined(tree: ast.AST) -> set[str]:
@@ -47,23 +64,34 @@ def defined(tree: ast.AST) -> set[str]:
     return names
 
 
-CLASSES = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-BASES = {node.name: [base.id for base in node.bases if isinstance(base, ast.Name)] for node in CLASSES}
-MEMBERS: dict[str, set[str]] = {}  # of classes, by name in small letters: `pattern.sinks` is Pattern's
+CLASSES = [
+    node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+]
+BASES = {
+    node.name: [base.id for base in node.bases if isinstance(base, ast.Name)] for node in CLASSES
+}
+MEMBERS: dict[
+    str, set[str]
+] = {}  # of classes, by name in small letters: `pattern.sinks` is Pattern's
 for of_class in CLASSES:
     MEMBERS.setdefault(of_class.name.strip("_").lower(), set()).update(defined(of_class))
 for name, bases in BASES.items():
     for base in bases:
         MEMBERS[name.strip("_").lower()] |= MEMBERS.get(base.strip("_").lower(), set())
 PUBLIC = {
-    node.name for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    node.name
+    for tree in TREES.values()
+    for node in tree.body
+    if isinstance(node, ast.ClassDef | ast.FunctionDef)
 }
 
 
 def is_dead(name: str) -> bool:
     """Return whether `name` means code of this package that does not exist. Of other names, nothing is known."""
     if name.endswith(".py"):
-        return not ((ROOT / name).exists() or any(f"/{path}".endswith(f"/{name}") for path in TREES))
+        return not (
+            (ROOT / name).exists() or any(f"/{path}".endswith(f"/{name}") for path in TREES)
+        )
     *places, last = name.removeprefix("longnet_cli.").replace("/", ".").split(".")
     if not places or places[0] in OTHERS:
         return False
@@ -71,18 +99,30 @@ def is_dead(name: str) -> bool:
     known += [
         defined(tree) | {x.stem for x in path.parent.iterdir() if path.stem == "__init__"}
         for path, tree in TREES.items()
-        if ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__").endswith(".".join(places))
+        if ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        .removesuffix(".__init__")
+        .endswith(".".join(places))
     ]
     return not any(last in names for names in known) and (bool(known) or last in PUBLIC)
 
 
 def test_named_code_exists() -> None:
-    assert [(where, name) for where, text in docstrings() for name in QUOTED.findall(text) if is_dead(name)] == []
+    assert [
+        (where, name)
+        for where, text in docstrings()
+        for name in QUOTED.findall(text)
+        if is_dead(name)
+    ] == []
 
 
 def test_a_name_that_is_gone_is_seen() -> None:
     assert all(map(is_dead, ("pattern.lanes", "measures.Bigrams", "attention/no_module.py")))
-    assert not any(map(is_dead, ("spans.Layout", "Pattern.window", "attention/spans.py", "config.json", "torch.save")))
+    assert not any(
+        map(
+            is_dead,
+            ("spans.Layout", "Pattern.window", "attention/spans.py", "config.json", "torch.save"),
+        )
+    )
 
 
 COMMANDS = PACKAGE / "cli"  # a command's file has the command's name
@@ -117,7 +157,8 @@ def test_every_public_name_is_what_type_checkers_see() -> None:
 
 def test_importing_the_package_loads_no_torch() -> None:
     program = (
-        "import sys, longnet_cli; longnet_cli.Pattern; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
+        "import sys, longnet_cli; longnet_cli.Pattern; "
+        "sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 

@@ -41,19 +41,33 @@ COMPLETE = {
     "README": "torch", "ask": "transformers", "patterns": "torch", "score": "polars",
     "embeddings": "sentence_transformers",
 }  # fmt: skip
-TESTED_ELSEWHERE = {"clients.md", "vectors.md"}  # by slow tests of their own: they need what the tests do not install
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "models").rglob("*.md"))]
+TESTED_ELSEWHERE = {
+    "clients.md",
+    "vectors.md",
+}  # by slow tests of their own: they need what the tests do not install
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "models").rglob("*.md")),
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The files that the pages' commands name, and nothing else of the checkout; a small Llama is somebody's own."""
     (tmp_path / "examples").mkdir()
-    for name in ("dna.toml", "nearest.py", "small.toml", "tiles.py"):  # all would be as many minutes
+    for name in (
+        "dna.toml",
+        "nearest.py",
+        "small.toml",
+        "tiles.py",
+    ):  # all would be as many minutes
         shutil.copy(ROOT / "examples" / name, tmp_path / "examples")
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
@@ -74,9 +88,17 @@ def run_blocks(checkout: Path, command_env: dict[str, str], longnet: Path) -> Ru
             r"^```(sh|python)\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
         ):
             if language in languages:
-                lines.append(block if language == "sh" else f"python -c \"$(cat <<'END'\n{block}END\n)\"")
+                lines.append(
+                    block if language == "sh" else f"python -c \"$(cat <<'END'\n{block}END\n)\""
+                )
         command = ["bash", "-c", "\n".join(lines)]
-        options = {"cwd": checkout, "env": command_env, "capture_output": True, "text": True, "timeout": 600}
+        options = {
+            "cwd": checkout,
+            "env": command_env,
+            "capture_output": True,
+            "text": True,
+            "timeout": 600,
+        }
         done = subprocess.run(command, check=False, **options)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
@@ -88,7 +110,11 @@ def run_blocks(checkout: Path, command_env: dict[str, str], longnet: Path) -> Ru
 @pytest.mark.ci
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if (blocks(page, "sh") or page.stem == "embeddings") and page.name not in TESTED_ELSEWHERE],
+    [
+        page
+        for page in PAGES
+        if (blocks(page, "sh") or page.stem == "embeddings") and page.name not in TESTED_ELSEWHERE
+    ],
     ids=lambda page: page.stem,
 )
 def test_blocks_run(page: Path, checkout: Path, run_blocks: RunBlocks) -> None:
@@ -96,18 +122,31 @@ def test_blocks_run(page: Path, checkout: Path, run_blocks: RunBlocks) -> None:
     if page.stem == "embeddings" and runs_python:
         from sentence_models import save_model
 
-        save_model(checkout / "sentence-transformers/all-MiniLM-L6-v2")  # a folder comes before a name on the hub
+        save_model(
+            checkout / "sentence-transformers/all-MiniLM-L6-v2"
+        )  # a folder comes before a name on the hub
     printed = run_blocks(page, ("sh", "python") if runs_python else ("sh",))
-    assert page.stem != "embeddings" or not runs_python or printed.startswith("A run that was killed goes on. ")
-    assert page.parent != ROOT or "dilated" in (checkout / "my-dilated-llama/config.json").read_text(encoding="utf-8")
+    assert (
+        page.stem != "embeddings"
+        or not runs_python
+        or printed.startswith("A run that was killed goes on. ")
+    )
+    assert page.parent != ROOT or "dilated" in (
+        checkout / "my-dilated-llama/config.json"
+    ).read_text(encoding="utf-8")
 
 
 def shown_commands(page: Path) -> list[list[str]]:
     """The words of every `longnet` command in a code block or between backticks, options of others' tools left out."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = re.findall(r"^(?: {4})?(?:[A-Z_]+=\S+ )*(?:.*\| )?(longnet [a-z].*)$", text, re.MULTILINE)
+    lines = re.findall(
+        r"^(?: {4})?(?:[A-Z_]+=\S+ )*(?:.*\| )?(longnet [a-z].*)$", text, re.MULTILINE
+    )
     found = []
-    lines += [f"longnet {words}" for words in re.findall(r"torchrun .* -m longnet_cli ([a-z].*)$", text, re.MULTILINE)]
+    lines += [
+        f"longnet {words}"
+        for words in re.findall(r"torchrun .* -m longnet_cli ([a-z].*)$", text, re.MULTILINE)
+    ]
     for line in [*lines, *re.findall(r"`(longnet [a-z][^`\n]*)`", text)]:
         words = shlex.split(re.split(r" (?:\||>|2>|&&|#) ?", line)[0], comments=True)
         found.append(words[1:])
@@ -123,10 +162,16 @@ def test_options_of_commands_exist(page: Path) -> None:
             name = rest.pop(0)
             assert name in command.commands, f"{page.name}: longnet {' '.join(words)}"
             command = command.commands[name]
-        names = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        names = {
+            name
+            for parameter in command.params
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }
         for word in rest:
             if word.startswith("-") and word != "-":
-                assert word.partition("=")[0] in names | {"--help"}, f"{page.name}: longnet {' '.join(words)}"
+                assert word.partition("=")[0] in names | {"--help"}, (
+                    f"{page.name}: longnet {' '.join(words)}"
+                )
 
 
 def test_the_manifest_is_read_as_the_page_on_data_says(
@@ -140,7 +185,9 @@ def test_the_manifest_is_read_as_the_page_on_data_says(
 
 
 @pytest.mark.slow
-def test_blocks_of_clients(checkout: Path, run_blocks: RunBlocks, command_env: dict[str, str]) -> None:
+def test_blocks_of_clients(
+    checkout: Path, run_blocks: RunBlocks, command_env: dict[str, str]
+) -> None:
     for package in ("lm_eval", "sentence_transformers"):
         pytest.importorskip(package)
     command_env |= {"HF_HOME": str(checkout / "hf"), "HF_HUB_OFFLINE": "1"}
@@ -153,7 +200,10 @@ def test_blocks_of_vectors(run_blocks: RunBlocks) -> None:
     printed = run_blocks(ROOT / "docs/vectors.md", ("sh", "python"))
     neighbours = [line.split() for line in printed.splitlines()]
     assert len(neighbours) == 6
-    assert all(line[0].split("-")[0] == line[1].split("-")[0] == line[3].split("-")[0] for line in neighbours)
+    assert all(
+        line[0].split("-")[0] == line[1].split("-")[0] == line[3].split("-")[0]
+        for line in neighbours
+    )
 
 
 def test_toml_blocks(tmp_path: Path) -> None:
@@ -162,13 +212,23 @@ def test_toml_blocks(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(whole, encoding="utf-8")
     recipe = load_recipe(str(tmp_path / "recipe.toml"), {"model.vocab_size": 257})
     assert [stage.seq_len for stage in recipe.train.stages] == [1024, 8192]
-    mix = load_recipe("longnet-tiny", {"model.vocab_size": 257, "data": tomllib.loads(mixed)["data"]}).data.sources
+    mix = load_recipe(
+        "longnet-tiny", {"model.vocab_size": 257, "data": tomllib.loads(mixed)["data"]}
+    ).data.sources
     assert [source.weight for source in mix] == [7, 3]
 
 
 def test_every_key_of_a_recipe_is_explained() -> None:
     page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-    tables = (DataRecipe, OptimizerRecipe, ScheduleRecipe, TrainRecipe, ParallelRecipe, LoraRecipe, LongNetConfig)
+    tables = (
+        DataRecipe,
+        OptimizerRecipe,
+        ScheduleRecipe,
+        TrainRecipe,
+        ParallelRecipe,
+        LoraRecipe,
+        LongNetConfig,
+    )
     for table in tables:
         for key in table.model_fields:
             assert re.search(rf"`(lora\.)?{key}`", page), f"{table.__name__}.{key}"
@@ -190,7 +250,9 @@ def test_docstrings_start_with_the_thing_itself() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node) or ""
-                assert not re.match(r"(What|Whether|That|Which|Where|How|Who|When)\b", text), f"{path}: {text[:60]}"
+                assert not re.match(r"(What|Whether|That|Which|Where|How|Who|When)\b", text), (
+                    f"{path}: {text[:60]}"
+                )
 
 
 def test_every_shipped_model_has_a_card_and_is_small() -> None:
@@ -201,8 +263,11 @@ def test_every_shipped_model_has_a_card_and_is_small() -> None:
 
 
 @pytest.mark.parametrize(
-    ("extra", "needed"), [("hf", {"accelerate"}), ("sentence-transformers", {"accelerate", "datasets"})]
+    ("extra", "needed"),
+    [("hf", {"accelerate"}), ("sentence-transformers", {"accelerate", "datasets"})],
 )
 def test_extras_bring_what_their_page_trains_with(extra: str, needed: set[str]) -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert needed <= {line.partition(">")[0] for line in extras[extra]}

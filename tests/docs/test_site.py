@@ -15,9 +15,14 @@ hooks = imported(ROOT / "docs/hooks.py")
 
 
 def test_every_option_is_in_the_reference() -> None:
-    sections = dict(re.findall(r"^## longnet (.+)\n((?:(?!## ).*\n)*)", hooks.options(), re.MULTILINE))
+    sections = dict(
+        re.findall(r"^## longnet (.+)\n((?:(?!## ).*\n)*)", hooks.options(), re.MULTILINE)
+    )
     group: Any = typer.main.get_command(app)
-    commands = {**group.commands, **{f"data {name}": each for name, each in group.commands["data"].commands.items()}}
+    commands = {
+        **group.commands,
+        **{f"data {name}": each for name, each in group.commands["data"].commands.items()},
+    }
     del commands["data"]
     assert list(sections) == list(commands)
     for name, command in commands.items():
@@ -25,7 +30,10 @@ def test_every_option_is_in_the_reference() -> None:
             for written in (*parameter.opts, *parameter.secondary_opts):
                 if parameter.param_type_name == "option":
                     assert re.search(rf"`[^`]*{written}\b", sections[name]), (name, written)
-    assert "| `--context SIZE,...` | Score the text in separate windows of this length." in sections["score"]
+    assert (
+        "| `--context SIZE,...` | Score the text in separate windows of this length."
+        in sections["score"]
+    )
     assert "| the whole document |" in sections["score"]
 
 
@@ -42,18 +50,28 @@ def test_every_option_is_in_the_reference() -> None:
     ],
 )
 def test_links_lead_to_the_same_file(uri: str, link: str, found: str) -> None:
-    assert hooks.moved(f"see [this]({link}), or ![that]({link})", uri) == f"see [this]({found}), or ![that]({found})"
+    assert (
+        hooks.moved(f"see [this]({link}), or ![that]({link})", uri)
+        == f"see [this]({found}), or ![that]({found})"
+    )
     assert (ROOT / hooks.path_of(uri)).is_file()
 
 
 def test_the_name_of_a_file_becomes_its_title() -> None:
-    assert hooks.moved("([docs/ranks.md](docs/ranks.md#weights))", "index.md") == "([Many processes](ranks.md#weights))"
+    assert (
+        hooks.moved("([docs/ranks.md](docs/ranks.md#weights))", "index.md")
+        == "([Many processes](ranks.md#weights))"
+    )
 
 
 def test_the_menu_has_each_page_once_and_the_search_needs_no_network() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     entries = re.findall(r"^ +- (.+): (\S+\.md)$", text, re.MULTILINE)
-    assert [len({*each}) for each in zip(*entries, strict=True)] == [len(entries)] * 2 == [text.count(".md")] * 2
+    assert (
+        [len({*each}) for each in zip(*entries, strict=True)]
+        == [len(entries)] * 2
+        == [text.count(".md")] * 2
+    )
     assert re.search(r"^  - offline$", text, re.MULTILINE)
     assert "  polyfills: [iframe-worker.js]" in text  # otherwise the plugin loads it
     assert (ROOT / "docs/iframe-worker.js").is_file()
@@ -78,5 +96,13 @@ def test_long_code_in_a_text_may_break() -> None:
 def test_commands_fit_the_page() -> None:
     """At 1,280 pixels, a line of code has room for 129 characters."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "models").rglob("*.md")]
-    lines = [(page.name, line) for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
-    assert not [(name, line) for name, line in lines if re.match(r" *(longnet|python) .{122,}|  --.{126,}", line)]
+    lines = [
+        (page.name, line)
+        for page in pages
+        for line in page.read_text(encoding="utf-8").splitlines()
+    ]
+    assert not [
+        (name, line)
+        for name, line in lines
+        if re.match(r" *(longnet|python) .{122,}|  --.{126,}", line)
+    ]

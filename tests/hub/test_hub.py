@@ -79,14 +79,21 @@ def refusal(done, code: int = 4) -> str:
 
 
 @pytest.mark.ci
-def test_commands_take_a_name_from_the_cache_and_write_its_commit(run_longnet, tmp_path, home, command_env, tiny):
+def test_commands_take_a_name_from_the_cache_and_write_its_commit(
+    run_longnet, tmp_path, home, command_env, tiny
+):
     command_env["HF_HUB_OFFLINE"] = "1"
     commit = fill_cache(home, TINY, tiny)
     name = f"{TINY}@{commit}"
-    found = total(run_longnet("score", "a.txt", "-m", TINY, "--format", "json", "--token-logprobs", "t.arrow"))
+    found = total(
+        run_longnet("score", "a.txt", "-m", TINY, "--format", "json", "--token-logprobs", "t.arrow")
+    )
     assert found["model"] == name
     assert run_longnet("score", "a.txt", "-m", TINY, "-o", "s.arrow").returncode == 0
-    assert run_longnet("encode", "a.txt", "-m", TINY, "--tokenizer", TINY, "-o", "v.arrow").returncode == 0
+    assert (
+        run_longnet("encode", "a.txt", "-m", TINY, "--tokenizer", TINY, "-o", "v.arrow").returncode
+        == 0
+    )
     for file in ("t.arrow", "s.arrow", "v.arrow"):
         with pa.ipc.open_file(tmp_path / file) as table:
             assert table.schema.metadata[b"longnet.model"].decode() == name, file
@@ -94,13 +101,18 @@ def test_commands_take_a_name_from_the_cache_and_write_its_commit(run_longnet, t
     assert json.loads(made.stdout)["model"] == name
     assert run_longnet("convert", TINY, "--dtype", "bf16", "-o", "half").returncode == 0
     assert json.loads((tmp_path / "half/config.json").read_text())["_name_or_path"] == name
-    assert total(run_longnet("score", "a.txt", "-m", "./half", "--format", "json"))["n_tokens"] == found["n_tokens"]
+    assert (
+        total(run_longnet("score", "a.txt", "-m", "./half", "--format", "json"))["n_tokens"]
+        == found["n_tokens"]
+    )
     assert run_longnet("tokenize", "a.txt", "--tokenizer", TINY, "-o", "tokens").returncode == 0
-    assert total(run_longnet("score", "a.txt", "-m", home / "models--org--tiny", "--format", "json")) == found | {
-        "model": str(home / "models--org--tiny/snapshots" / commit)
-    }
+    assert total(
+        run_longnet("score", "a.txt", "-m", home / "models--org--tiny", "--format", "json")
+    ) == found | {"model": str(home / "models--org--tiny/snapshots" / commit)}
     words = {"COMP_WORDS": "longnet score --model org/", "COMP_CWORD": "3"}
-    assert run_longnet(env={"_LONGNET_COMPLETE": "complete_bash", **words}, fresh=True).stdout.split() == [TINY]
+    assert run_longnet(
+        env={"_LONGNET_COMPLETE": "complete_bash", **words}, fresh=True
+    ).stdout.split() == [TINY]
 
 
 def test_a_folder_here_wins(run_longnet, tmp_path, hub, tiny, other):
@@ -113,14 +125,24 @@ def test_a_folder_here_wins(run_longnet, tmp_path, hub, tiny, other):
 
 
 @pytest.mark.ci
-def test_only_what_is_read_is_downloaded_once_by_all_processes(start, run_longnet, command_env, hub, home, tiny):
+def test_only_what_is_read_is_downloaded_once_by_all_processes(
+    start, run_longnet, command_env, hub, home, tiny
+):
     hub.secret, command_env["HF_TOKEN"] = "s3cret", "s3cret"
-    more = dict.fromkeys(("pytorch_model.bin", "modeling.py", "README.md", "onnx/model.safetensors"), b"other")
+    more = dict.fromkeys(
+        ("pytorch_model.bin", "modeling.py", "README.md", "onnx/model.safetensors"), b"other"
+    )
     commit = hub.push(TINY, tiny | more | {PROMPTS: b"{}"})
     command = ("score", "a.txt", "-m", TINY, "--format", "json")
     both = [start(*command), start(*command)]
-    assert [json.loads(each.communicate()[0])["total"]["model"] for each in both] == [f"{TINY}@{commit}"] * 2
-    got = [line.rpartition("/")[2] for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
+    assert [json.loads(each.communicate()[0])["total"]["model"] for each in both] == [
+        f"{TINY}@{commit}"
+    ] * 2
+    got = [
+        line.rpartition("/")[2]
+        for line in hub.requests
+        if line.startswith("GET") and "/resolve/" in line
+    ]
     read = {"config.json", PROMPTS, "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     read |= {"modules.json", "sentence_bert_config.json"}
     assert sorted(got) == sorted(read)
@@ -145,7 +167,11 @@ def test_a_broken_download_is_continued(start, run_longnet, hub, tmp_path):
     if "the same command continues it" in done.stderr:  # older versions of huggingface_hub
         done = run_longnet("score", "a.txt", "-m", TINY)
     assert done.returncode == 0, done.stderr
-    again = [line.rpartition("/")[2] for line in hub.requests if line.startswith("GET /") and "/resolve/" in line]
+    again = [
+        line.rpartition("/")[2]
+        for line in hub.requests
+        if line.startswith("GET /") and "/resolve/" in line
+    ]
     assert (again, hub.ranges) == (["model.safetensors"] * 2, [f"bytes={10 << 20}-"])
 
 
@@ -153,13 +179,23 @@ def test_a_broken_download_is_continued(start, run_longnet, hub, tmp_path):
 def test_a_sharded_model_is_downloaded_whole(run_longnet, tmp_path, hub):
     files = read_folder(tiny_llama(tmp_path / "llama", max_position_embeddings=256))
     tensors = load(files.pop("model.safetensors"))
-    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    places = {
+        name: f"model-0000{1 + number % 2}-of-00002.safetensors"
+        for number, name in enumerate(tensors)
+    }
     for file in {*places.values()}:
-        files[file] = save({name: x for name, x in tensors.items() if places[name] == file}, {"format": "pt"})
-    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": places}).encode()
+        files[file] = save(
+            {name: x for name, x in tensors.items() if places[name] == file}, {"format": "pt"}
+        )
+    files["model.safetensors.index.json"] = json.dumps(
+        {"metadata": {}, "weight_map": places}
+    ).encode()
     commit = hub.push(TINY, files)
     # its weights are compared with its configuration: a missing shard would be told
-    assert total(run_longnet("score", "a.txt", "-m", TINY, "--format", "json"))["model"] == f"{TINY}@{commit}"
+    assert (
+        total(run_longnet("score", "a.txt", "-m", TINY, "--format", "json"))["model"]
+        == f"{TINY}@{commit}"
+    )
 
 
 @pytest.mark.ci
@@ -167,11 +203,29 @@ def test_a_moved_branch_is_taken_with_update_and_a_resumed_run_keeps_its_commit(
     run_longnet, tmp_path, hub, tiny, other
 ):
     first = f"{TINY}@{hub.push(TINY, tiny)}"
-    training = ["train", "--init", TINY, "--data", "a.txt", "--tokenizer", TINY, "-o", "run", "--seq-len", "16"]
+    training = [
+        "train",
+        "--init",
+        TINY,
+        "--data",
+        "a.txt",
+        "--tokenizer",
+        TINY,
+        "-o",
+        "run",
+        "--seq-len",
+        "16",
+    ]
     training += ["--set", "train.batch_tokens=16", "--set", "optimizer.lr=1e-3"]
     shape = json.loads(tiny["config.json"])
-    training += [f"--set=model.{key}={json.dumps(shape[key])}" for key in ("dim", "num_layers", "num_heads", "ffn_dim")]
-    training += [f"--set=model.{key}={shape[key]}" for key in ("segment_lengths", "dilation_rates", "vocab_size")]
+    training += [
+        f"--set=model.{key}={json.dumps(shape[key])}"
+        for key in ("dim", "num_layers", "num_heads", "ffn_dim")
+    ]
+    training += [
+        f"--set=model.{key}={shape[key]}"
+        for key in ("segment_lengths", "dilation_rates", "vocab_size")
+    ]
     assert run_longnet(*training, "--steps", "1").returncode == 0
     encoding = ["encode", "a.txt", "-m", TINY, "-o", "vectors"]
     assert run_longnet(*encoding).returncode == 0
@@ -208,32 +262,51 @@ def test_what_a_hub_refuses_is_one_line(run_longnet, hub, tiny):
     hub.push("org/quantized", {"a.gguf": b"GGUF", "config.json": b"{}"})
     hub.push("org/pickled", {"config.json": b"{}", "pytorch_model.bin": b""})
     for name, said in REFUSED.items():
-        assert refusal(run_longnet("score", "a.txt", "-m", name)).startswith(said.format(hub=hub.url)), name
+        assert refusal(run_longnet("score", "a.txt", "-m", name)).startswith(
+            said.format(hub=hub.url)
+        ), name
     assert "org/pickled: the repository has no tokenizer.json" in refusal(
         run_longnet("tokenize", "a.txt", "--tokenizer", "org/pickled", "-o", "tokens")
     )
-    assert "--update is for a model on a hub" in refusal(run_longnet("score", "a.txt", "--update"), 2)
+    assert "--update is for a model on a hub" in refusal(
+        run_longnet("score", "a.txt", "--update"), 2
+    )
 
 
 def test_a_name_without_a_slash_is_asked_for_unless_it_looks_shipped(run_longnet, hub, tiny):
     commit = hub.push("gpt2", tiny)
-    found = total(run_longnet("score", "a.txt", "-m", "gpt2", "--tokenizer", f"gpt2@{commit}", "--format", "json"))
+    found = total(
+        run_longnet(
+            "score", "a.txt", "-m", "gpt2", "--tokenizer", f"gpt2@{commit}", "--format", "json"
+        )
+    )
     assert found["model"] == f"gpt2@{commit}"
     said = refusal(run_longnet("score", "a.txt", "-m", "my-run"))
     assert said.startswith(
         "my-run: no model of that name ships (a path needs a slash, e.g. ./my-run), and no repository"
     )
     asked = len(hub.requests)
-    assert "did you mean 'longnet-tiny'?" in refusal(run_longnet("score", "a.txt", "-m", "longnet-tny"), 2)
+    assert "did you mean 'longnet-tiny'?" in refusal(
+        run_longnet("score", "a.txt", "-m", "longnet-tny"), 2
+    )
     assert len(hub.requests) == asked
 
 
 OUT = "../../../victim.txt"
 LIES = {
-    "sha": ({"sha": OUT}, f"the hub names '{OUT}' as the commit, which is not 40 hexadecimal digits"),
+    "sha": (
+        {"sha": OUT},
+        f"the hub names '{OUT}' as the commit, which is not 40 hexadecimal digits",
+    ),
     "commit": ({"X-Repo-Commit": OUT}, f"the hub names '{OUT}' as the commit instead of "),
-    "another commit": ({"X-Repo-Commit": "a" * 40}, f"the hub names '{'a' * 40}' as the commit instead of "),
-    "ETag": ({"ETag": "../" + OUT}, "the hub gives a file the ETag '\"../../../../victim.txt\"', not of digits"),
+    "another commit": (
+        {"X-Repo-Commit": "a" * 40},
+        f"the hub names '{'a' * 40}' as the commit instead of ",
+    ),
+    "ETag": (
+        {"ETag": "../" + OUT},
+        "the hub gives a file the ETag '\"../../../../victim.txt\"', not of digits",
+    ),
 }
 
 
@@ -249,16 +322,24 @@ def test_what_a_hub_names_leads_nowhere_else(run_longnet, tmp_path, home, hub, t
     assert refusal(run_longnet("score", "a.txt", "-m", TINY)).startswith(f"{TINY}: {said}")
     after = contents(tmp_path)
     assert {name: after[name] for name in before} == before
-    assert not {name for name in after if not name.startswith("hf/hub/models--org--tiny/")} - {*before}
+    assert not {name for name in after if not name.startswith("hf/hub/models--org--tiny/")} - {
+        *before
+    }
 
 
 def test_a_file_outside_of_the_snapshot_is_not_asked_for(run_longnet, hub, tiny):
     for name in ("../../../victim.safetensors", "/victim.safetensors", "a/../../b.safetensors"):
         index = json.dumps({"weight_map": {"x": name}}).encode()
-        files = {"config.json": tiny["config.json"], "model.safetensors.index.json": index, name: b"x"}
+        files = {
+            "config.json": tiny["config.json"],
+            "model.safetensors.index.json": index,
+            name: b"x",
+        }
         hub.push(TINY, files)
         said = refusal(run_longnet("score", "a.txt", "-m", TINY))
-        assert said.startswith(f"{TINY}: the hub names a file '{name}', which is outside of a snapshot")
+        assert said.startswith(
+            f"{TINY}: the hub names a file '{name}', which is outside of a snapshot"
+        )
     assert not any("victim" in line for line in hub.requests)
 
 
@@ -275,8 +356,12 @@ def test_answers_are_checked_of_a_client_that_is_made_later(hub, tiny):
     assert get_hf_file_metadata(url).etag == "../x"
 
 
-@pytest.mark.parametrize(("file", "digest"), [("model.safetensors", "SHA-256"), ("tokenizer.json", "git SHA-1")])
-def test_other_contents_than_a_hub_names_are_refused_and_not_kept(run_longnet, home, hub, tiny, file, digest):
+@pytest.mark.parametrize(
+    ("file", "digest"), [("model.safetensors", "SHA-256"), ("tokenizer.json", "git SHA-1")]
+)
+def test_other_contents_than_a_hub_names_are_refused_and_not_kept(
+    run_longnet, home, hub, tiny, file, digest
+):
     hub.push(TINY, tiny)
     hub.sent[file] = tiny[file][:-1] + b" "
     said = refusal(run_longnet("score", "a.txt", "-m", TINY))
@@ -288,7 +373,10 @@ def test_other_contents_than_a_hub_names_are_refused_and_not_kept(run_longnet, h
 def test_one_file_that_a_hub_refuses_is_named(run_longnet, hub, tiny):
     hub.push(TINY, tiny)
     here = f"{TINY}: no folder of that name here, and {hub.url}"
-    for code, said in ((403, "refuses its file model.safetensors (403"), (404, "has no file model.safetensors of it")):
+    for code, said in (
+        (403, "refuses its file model.safetensors (403"),
+        (404, "has no file model.safetensors of it"),
+    ):
         hub.status["model.safetensors"] = code
         assert refusal(run_longnet("score", "a.txt", "-m", TINY)).startswith(f"{here} {said}")
 
@@ -300,12 +388,30 @@ def test_without_folder_cache_and_network_one_line_says_how_to_download(
     nowhere = f"{TINY}: no folder of that name here, nor in {home}, and "
     command = ("score", "a.txt", "-m", f"{TINY}@v1")
     said = refusal(run_longnet(*command))
-    assert said.startswith(nowhere.replace(TINY, f"{TINY}@v1") + "http://127.0.0.1:9 does not answer (")
+    assert said.startswith(
+        nowhere.replace(TINY, f"{TINY}@v1") + "http://127.0.0.1:9 does not answer ("
+    )
     assert said.endswith("with a network, repeat this or hf download org/tiny --revision v1")
     said = refusal(run_longnet("score", "a.txt", "-m", TINY, env={"HF_HUB_OFFLINE": "1"}))
     assert said == f"{nowhere}HF_HUB_OFFLINE is set: without it, repeat this or hf download {TINY}"
-    run = ("train", "--init", TINY, "--data", "a.txt", "--seq-len", "8", "--steps", "1", "-o", "run", "--nproc", "2")
-    assert refusal(run_longnet(*run)).startswith(f"init: {nowhere}")  # asked once, before the ranks start
+    run = (
+        "train",
+        "--init",
+        TINY,
+        "--data",
+        "a.txt",
+        "--seq-len",
+        "8",
+        "--steps",
+        "1",
+        "-o",
+        "run",
+        "--nproc",
+        "2",
+    )
+    assert refusal(run_longnet(*run)).startswith(
+        f"init: {nowhere}"
+    )  # asked once, before the ranks start
     unreached.push(TINY, tiny)
     unreached.stalled = "/api/"
     silent = {"HF_ENDPOINT": unreached.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
@@ -314,7 +420,9 @@ def test_without_folder_cache_and_network_one_line_says_how_to_download(
     home.mkdir(parents=True)
     (home / "huggingface_hub.py").write_text("raise ImportError")
     said = refusal(run_longnet("score", "a.txt", "-m", TINY, fresh=True))
-    assert said.endswith("a model on a hub needs the extra hf: in longnet's folder, pip install '.[hf]'")
+    assert said.endswith(
+        "a model on a hub needs the extra hf: in longnet's folder, pip install '.[hf]'"
+    )
 
 
 def test_update_without_a_network_names_the_cache(run_longnet, home, tiny):
@@ -324,7 +432,9 @@ def test_update_without_a_network_names_the_cache(run_longnet, home, tiny):
 
 
 @pytest.mark.ci
-def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_env, home, unreached, tiny):
+def test_a_damaged_cache_is_one_line_or_downloaded_again(
+    run_longnet, command_env, home, unreached, tiny
+):
     commit = fill_cache(home, TINY, tiny)
     folder = home / "models--org--tiny"
     weights = folder / "snapshots" / commit / "model.safetensors"
@@ -341,7 +451,10 @@ def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_en
     assert "damaged" in refusal(run_longnet("score", "a.txt", "-m", TINY))
     blob.write_bytes(tiny["model.safetensors"])
     (folder / "snapshots" / commit / "tokenizer.json").resolve().write_text("{")
-    for command in (("score", "a.txt", "-m", TINY), ("tokenize", "a.txt", "--tokenizer", TINY, "-o", "tokens")):
+    for command in (
+        ("score", "a.txt", "-m", TINY),
+        ("tokenize", "a.txt", "--tokenizer", TINY, "-o", "tokens"),
+    ):
         said = refusal(run_longnet(*command), 2)
         assert "tokenizer.json: not a tokenizer.json: " in said
         assert said.endswith(f"; to download it again, remove {folder}")
@@ -350,7 +463,10 @@ def test_a_damaged_cache_is_one_line_or_downloaded_again(run_longnet, command_en
     (folder / "refs/main").write_text("../../elsewhere")
     assert "nor in " in refusal(run_longnet("score", "a.txt", "-m", TINY))
     unreached.push(TINY, tiny)
-    assert run_longnet("score", "a.txt", "-m", TINY, env={"HF_ENDPOINT": unreached.url}).returncode == 0
+    assert (
+        run_longnet("score", "a.txt", "-m", TINY, env={"HF_ENDPOINT": unreached.url}).returncode
+        == 0
+    )
 
 
 TEXTS = "org/sentences"
@@ -367,7 +483,9 @@ def made_sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def sentences(made_sentences: Path, command_env: dict[str, str], home: Path, tmp_path: Path) -> Path:
+def sentences(
+    made_sentences: Path, command_env: dict[str, str], home: Path, tmp_path: Path
+) -> Path:
     """A folder of sentence-transformers, all of whose files come along, and a text of its words."""
     command_env["HF_HUB_DOWNLOAD_TIMEOUT"] = "30"
     (tmp_path / "a.txt").write_text("the long net reads a document")
@@ -382,9 +500,16 @@ def encoded(run_longnet, tmp_path: Path, model: Path | str) -> list:
 @pytest.mark.ci
 def test_a_hub_gives_all_that_a_folder_has(run_longnet, tmp_path, home, hub, sentences):
     wanted = encoded(run_longnet, tmp_path, sentences)
-    hub.push(TEXTS, contents(sentences) | {"2_Dense/pytorch_model.bin": b"pickle", "onnx/model.onnx": b"onnx"})
+    hub.push(
+        TEXTS,
+        contents(sentences) | {"2_Dense/pytorch_model.bin": b"pickle", "onnx/model.onnx": b"onnx"},
+    )
     assert encoded(run_longnet, tmp_path, TEXTS) == wanted
-    got = {line.partition("/resolve/")[2].partition("/")[2] for line in hub.requests if "/resolve/" in line}
+    got = {
+        line.partition("/resolve/")[2].partition("/")[2]
+        for line in hub.requests
+        if "/resolve/" in line
+    }
     assert {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= got
     assert not {"2_Dense/pytorch_model.bin", "onnx/model.onnx"} & got
     hub.requests.clear()
@@ -393,7 +518,9 @@ def test_a_hub_gives_all_that_a_folder_has(run_longnet, tmp_path, home, hub, sen
 
 
 @pytest.mark.ci
-def test_an_old_cache_is_completed_or_refused(run_longnet, tmp_path, home, unreached, sentences, command_env):
+def test_an_old_cache_is_completed_or_refused(
+    run_longnet, tmp_path, home, unreached, sentences, command_env
+):
     """It was filled by a program that reads no modules.json."""
     wanted = encoded(run_longnet, tmp_path, sentences)
     unreached.push(TEXTS, contents(sentences))
@@ -412,7 +539,9 @@ def test_an_old_cache_is_completed_or_refused(run_longnet, tmp_path, home, unrea
 
 
 @pytest.mark.ci
-def test_a_cache_that_knows_of_no_modules_is_read_offline(run_longnet, tmp_path, home, sentences, command_env):
+def test_a_cache_that_knows_of_no_modules_is_read_offline(
+    run_longnet, tmp_path, home, sentences, command_env
+):
     plain = {name: data for name, data in read_folder(sentences).items() if name != "modules.json"}
     commit = fill_cache(home, TEXTS, plain)
     absent = home / f"models--{TEXTS.replace('/', '--')}" / ".no_exist" / commit / "modules.json"
@@ -466,5 +595,13 @@ def test_encode_reads_config_json_once(tmp_path):
     tiny_llama(tmp_path / "llama", max_position_embeddings=64)
     (tmp_path / "a.txt").write_text("a text")
     sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
-    invoke("encode", f"{tmp_path}/a.txt", "-m", f"{tmp_path}/llama", "-o", f"{tmp_path}/v.arrow", code=0)
+    invoke(
+        "encode",
+        f"{tmp_path}/a.txt",
+        "-m",
+        f"{tmp_path}/llama",
+        "-o",
+        f"{tmp_path}/v.arrow",
+        code=0,
+    )
     assert OPENED.count(str(tmp_path / "llama" / "config.json")) == 1

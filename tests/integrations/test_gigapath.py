@@ -24,7 +24,9 @@ from longnet_cli.integrations.gigapath import ARCHITECTURES, LongNetViT, create_
 from longnet_cli.models.official import slide_net
 from longnet_cli.nets.config import SlideConfig
 
-ATTENTION = [f"self_attn.{name}" for name in ("k_proj", "v_proj", "q_proj", "out_proj", "inner_attn_ln")]
+ATTENTION = [
+    f"self_attn.{name}" for name in ("k_proj", "v_proj", "q_proj", "out_proj", "inner_attn_ln")
+]
 FEED_FORWARD = [f"ffn.{name}" for name in ("fc1", "fc2", "ffn_layernorm")]
 LAYER = [*ATTENTION, "self_attn_layer_norm", *FEED_FORWARD, "final_layer_norm"]
 
@@ -39,7 +41,9 @@ def small(pool: bool = False, **options: object) -> LongNetViT:
 def tiles(count: int, side: int = 256) -> tuple[Tensor, Tensor]:
     cells = torch.arange(count) * 7 % 2500
     random = torch.Generator().manual_seed(count)
-    return torch.randn(1, count, 6, generator=random), torch.stack([cells // 50, cells % 50], -1)[None] * side
+    return torch.randn(1, count, 6, generator=random), torch.stack([cells // 50, cells % 50], -1)[
+        None
+    ] * side
 
 
 @pytest.fixture
@@ -47,13 +51,18 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the official code would save of a small architecture, `tiny`: its names and shapes, `model` around them."""
     monkeypatch.setitem(ARCHITECTURES, "tiny", partial(LongNetViT, embed_dim=64, depth=2))
     random = torch.Generator().manual_seed(0)
-    state = {name: torch.randn(x.shape, generator=random) * 0.05 for name, x in small().state_dict().items()}
+    state = {
+        name: torch.randn(x.shape, generator=random) * 0.05
+        for name, x in small().state_dict().items()
+    }
     torch.save({"model": state}, tmp_path / "slide_encoder.pth")
     return tmp_path / "slide_encoder.pth"
 
 
 @pytest.mark.parametrize(
-    ("dtype", "near"), [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 3.5e-2)], ids=str
+    ("dtype", "near"),
+    [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 3.5e-2)],
+    ids=str,
 )
 @torch.no_grad()
 def test_golden_vectors_of_all_layers(dtype: torch.dtype, near: float) -> None:
@@ -69,17 +78,27 @@ def test_golden_vectors_of_all_layers(dtype: torch.dtype, near: float) -> None:
         torch.testing.assert_close(last[0], wanted[name], rtol=0, atol=near)
         assert last.dtype == torch.float32
         if not pool:
-            torch.testing.assert_close(torch.cat(layers), wanted["cls_of_layers"], rtol=0, atol=near)
+            torch.testing.assert_close(
+                torch.cat(layers), wanted["cls_of_layers"], rtol=0, atol=near
+            )
     assert list(model.state_dict()) == list(small(depth=2).state_dict())
-    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {n: x.shape for n, x in state.items()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+        n: x.shape for n, x in state.items()
+    }
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_names_and_shapes_are_the_official_ones_in_order(arch: str) -> None:
     depth, dim = map(int, re.findall(r"\d+", arch))
-    modules = ["patch_embed.proj", *(f"encoder.layers.{i}.{each}" for i in range(depth) for each in LAYER)]
+    modules = [
+        "patch_embed.proj",
+        *(f"encoder.layers.{i}.{each}" for i in range(depth) for each in LAYER),
+    ]
     modules += ["encoder.layer_norm", "norm"]
-    names = ["cls_token", *(f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))]
+    names = [
+        "cls_token",
+        *(f"{module}.{kind}" for module in modules for kind in ("weight", "bias")),
+    ]
     with torch.device("meta"):
         model = create_model("", arch, 24, global_pool=True)
     assert [*model.state_dict()] == [name for name, _ in model.named_parameters()] == names
@@ -114,7 +133,10 @@ def test_what_create_model_refuses(checkpoint: Path, tmp_path: Path) -> None:
     state = torch.load(checkpoint)["model"]
     state["classifier.weight"] = state.pop("norm.bias")
     torch.save({"model": state}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"other.pth: .*missing tensor norm.bias; unexpected tensor classifier"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"other.pth: .*missing tensor norm.bias; unexpected tensor classifier",
+    ):
         create_model(str(tmp_path / "other.pth"), "tiny", 6)
     state["norm.bias"] = state.pop("classifier.weight") * torch.nan
     torch.save({"model": state}, tmp_path / "nan.pth")
@@ -129,9 +151,18 @@ def test_what_create_model_refuses(checkpoint: Path, tmp_path: Path) -> None:
             lambda: create_model("./no.pth", "tiny", 6),
             "no.pth: no such file: give the path of slide_encoder.pth, hf_hub:",
         ),
-        (lambda: create_model(__file__, "tiny", 6), "not a checkpoint of torch.save or safetensors"),
-        (lambda: create_model("", "gigapath_slide_enc12l38d", 6), "did you mean gigapath_slide_enc12l384d"),
-        (lambda: gigapath.gigapath_slide_enc12l384d(pretrained=True), "pretrained=True names no weights"),
+        (
+            lambda: create_model(__file__, "tiny", 6),
+            "not a checkpoint of torch.save or safetensors",
+        ),
+        (
+            lambda: create_model("", "gigapath_slide_enc12l38d", 6),
+            "did you mean gigapath_slide_enc12l384d",
+        ),
+        (
+            lambda: gigapath.gigapath_slide_enc12l384d(pretrained=True),
+            "pretrained=True names no weights",
+        ),
         (lambda: small(mlp_ratio=2), "mlp_ratio must be 4"),
         (lambda: small(max_wsi_size=200), "max_wsi_size 200 must be at least tile_size 256"),
         (lambda: small(drop_path_rate=1.5), "drop_path: .* less than 1"),
@@ -148,21 +179,40 @@ def test_a_name_on_a_hub_comes_from_the_cache(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     commit = fill_cache(tmp_path, "org/gigapath", {"slide_encoder.pth": checkpoint.read_bytes()})
     wanted = torch.load(checkpoint)["model"]["norm.weight"]
-    assert torch.equal(create_model("hf_hub:org/gigapath", "tiny", 6, local_dir="nowhere").norm.weight, wanted)
+    assert torch.equal(
+        create_model("hf_hub:org/gigapath", "tiny", 6, local_dir="nowhere").norm.weight, wanted
+    )
     pinned = find_file(f"org/gigapath@{commit}", "slide_encoder.pth")
     assert pinned.path.read_bytes() == checkpoint.read_bytes()
     assert pinned.name == f"org/gigapath@{commit}:slide_encoder.pth"
-    with pytest.raises(CheckpointError, match=r"org/none:slide_encoder.pth: .*hf download org/none slide_encoder.pth"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"org/none:slide_encoder.pth: .*hf download org/none slide_encoder.pth",
+    ):
         create_model("hf_hub:org/none", "tiny", 6)
-    with pytest.raises(CheckpointError, match=r"gigapath:slide_encoder.pth: no model of that name ships"):
+    with pytest.raises(
+        CheckpointError, match=r"gigapath:slide_encoder.pth: no model of that name ships"
+    ):
         create_model("hf_hub:gigapath", "tiny", 6)
 
 
 @torch.no_grad()
 def test_tile_size_moves_the_grid_alone_and_tiles_outside_it_are_refused() -> None:
     model, (features, coords) = small(tile_size=128), tiles(80)
-    assert model.config.segment_lengths == (1024, 1448, 2048, 2896, 4096)  # of (8192 / 128)^2 = 2^12 tiles
-    assert small(tile_size=256, max_wsi_size=250_000).config.segment_lengths == (1024, 4870, 23170, 110217, 524288)
+    assert model.config.segment_lengths == (
+        1024,
+        1448,
+        2048,
+        2896,
+        4096,
+    )  # of (8192 / 128)^2 = 2^12 tiles
+    assert small(tile_size=256, max_wsi_size=250_000).config.segment_lengths == (
+        1024,
+        4870,
+        23170,
+        110217,
+        524288,
+    )
     wanted = model(features, coords // 2, all_layer_embed=True)
     model.tile_size = np.int64(512)  # as in an HDF5 file
     found = model(features, coords * 2, all_layer_embed=True)
@@ -170,7 +220,9 @@ def test_tile_size_moves_the_grid_alone_and_tiles_outside_it_are_refused() -> No
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert model.config.segment_lengths == (1024, 1448, 2048, 2896, 4096)
     model.tile_size = 64
-    with pytest.raises(ValueError, match=r"slide 0, tile 2: the tile at \(0, 3584\): its cell \(0, 56\) is outside"):
+    with pytest.raises(
+        ValueError, match=r"slide 0, tile 2: the tile at \(0, 3584\): its cell \(0, 56\) is outside"
+    ):
         model(features, coords)
     together = small(True)(torch.cat([features] * 2), torch.cat([coords] * 2), lengths=[80, 30])
     alone = small(True)(features[:, :30], coords[:, :30])
@@ -190,7 +242,11 @@ def test_training_has_the_official_dropout_and_every_module_is_the_nets() -> Non
         p.requires_grad = False
     sum(x.sum() for x in model(features, coords, all_layer_embed=True)).backward()
     assert all(p.grad is None for p in frozen)
-    trained = [p for name, p in model.named_parameters() if "layers.1." not in name and "layer_norm" not in name]
+    trained = [
+        p
+        for name, p in model.named_parameters()
+        if "layers.1." not in name and "layer_norm" not in name
+    ]
     assert all(p.grad is not None for p in trained)
 
 
@@ -199,16 +255,31 @@ def test_every_module_is_the_nets_own() -> None:
     """Hooks see the forward pass, and what is put in a module's place takes part in it."""
     model, (features, coords) = small(True), tiles(60)
     layer, seen = model.encoder.layers[1], []
-    parts = [model.patch_embed.proj, layer, layer.self_attn, layer.self_attn.q_proj, layer.ffn, model.norm]
+    parts = [
+        model.patch_embed.proj,
+        layer,
+        layer.self_attn,
+        layer.self_attn.q_proj,
+        layer.ffn,
+        model.norm,
+    ]
     for part in parts:
         part.register_forward_hook(lambda module, inputs, output: seen.append(module))
     wanted = model(features, coords)[0]
     assert [id(part) for part in parts] == [id(part) for part in sorted(seen, key=parts.index)]
     twin = copy.deepcopy(model)
     assert torch.equal(twin(features, coords)[0], wanted)
-    for holder, name in ((twin.encoder.layers[1].self_attn, "q_proj"), (twin.patch_embed, "proj"), (twin, "norm")):
+    for holder, name in (
+        (twin.encoder.layers[1].self_attn, "q_proj"),
+        (twin.patch_embed, "proj"),
+        (twin, "norm"),
+    ):
         before = twin(features, coords)[0]
-        new = nn.Linear(*reversed(getattr(holder, name).weight.shape)) if name != "norm" else nn.LayerNorm(64, 0.5)
+        new = (
+            nn.Linear(*reversed(getattr(holder, name).weight.shape))
+            if name != "norm"
+            else nn.LayerNorm(64, 0.5)
+        )
         setattr(holder, name, new)
         assert not torch.allclose(twin(features, coords)[0], before, atol=1e-4), name
     assert torch.equal(model(features, coords)[0], wanted)

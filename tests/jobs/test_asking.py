@@ -37,7 +37,9 @@ from longnet_cli.models.folder import Loaded
 
 TEMPLATE = """{% for message in messages %}[{{ message.role }}] {{ message.content }}
 {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"""
-STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+STRICT = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+)
 TEXTS = ["The key of the shed is 4821. " * 30, "Nothing of note. " * 90, "A key opens a door."]
 QUESTION = "Which key opens the shed?"
 HOW = {"max_tokens": 20}
@@ -71,7 +73,9 @@ def test_an_answer_is_that_of_transformers_to_the_same_prompt(llama: Path) -> No
     net = hf.AutoModelForCausalLM.from_pretrained(llama)
     said = net.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
     tokens = said[: made.n_tokens]
-    assert bytes(token for token in tokens if token < 256).decode(errors="replace").strip() in (made.answer or "")
+    assert bytes(token for token in tokens if token < 256).decode(errors="replace").strip() in (
+        made.answer or ""
+    )
     assert (made.n_prompt, made.question, made.model) == (len(text.encode()), QUESTION, f"{llama}/")
     assert (made.finish_reason == "length") == (made.n_tokens == 20)
 
@@ -89,7 +93,9 @@ def test_texts_come_as_tables_and_as_files(llama: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_made_up_and_nothing_is_read_without_a_passage(llama: Path) -> None:
-    assert ask(TEXTS, "xyzzy", model=f"{llama}/") == Answer("xyzzy", None, [], f"{llama}/", 0, 0, None)
+    assert ask(TEXTS, "xyzzy", model=f"{llama}/") == Answer(
+        "xyzzy", None, [], f"{llama}/", 0, 0, None
+    )
 
 
 def test_the_worst_passages_are_left_out_where_all_do_not_fit(tmp_path: Path) -> None:
@@ -105,24 +111,34 @@ def test_the_worst_passages_are_left_out_where_all_do_not_fit(tmp_path: Path) ->
     assert "".join(streamed).rstrip() == made.answer
 
 
-TEXT = "Nothing of note happens in this sentence. " * 200 + "The shed's key is 4821. " + "The end is near. " * 90
+TEXT = (
+    "Nothing of note happens in this sentence. " * 200
+    + "The shed's key is 4821. "
+    + "The end is near. " * 90
+)
 ODD_QUESTION = 'Which "key*" opens the shed?'
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    tiny_net(vocab_size=257, position="rope").save_pretrained(tmp_path / "tiny", Tokenizer.bytes().to_json())
+    tiny_net(vocab_size=257, position="rope").save_pretrained(
+        tmp_path / "tiny", Tokenizer.bytes().to_json()
+    )
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text(TEXT)
     (tmp_path / "texts/b.md").write_text("Another shed. " * 9)
     return tmp_path / "tiny"
 
 
-def test_an_answer_goes_to_stdout_and_its_sources_to_stderr(model: Path, run_longnet: RunLongnet) -> None:
+def test_an_answer_goes_to_stdout_and_its_sources_to_stderr(
+    model: Path, run_longnet: RunLongnet
+) -> None:
     words = ["ask", "texts", ODD_QUESTION, "-m", model, "-n", "9"]
     done = run_longnet(*words, "--passages", "1")
     assert done.returncode == 0, done.stderr
-    begin, end, shown = re.findall(r"source 1: a.txt, characters ([\d,]+) to ([\d,]+): (.+) \.\.\.\n", done.stderr)[0]
+    begin, end, shown = re.findall(
+        r"source 1: a.txt, characters ([\d,]+) to ([\d,]+): (.+) \.\.\.\n", done.stderr
+    )[0]
     passage = TEXT[int(begin.replace(",", "")) : int(end.replace(",", ""))]
     assert "key is 4821" in passage
     assert passage.startswith(shown)
@@ -130,10 +146,23 @@ def test_an_answer_goes_to_stdout_and_its_sources_to_stderr(model: Path, run_lon
     assert done.stdout.strip() == row.pop("answer")
     assert row.pop("n_prompt") > len(passage)
     assert row.pop("sources")[0].items() >= {"doc_id": "a.txt", "text": passage}.items()
-    assert row == {"question": ODD_QUESTION, "model": str(model), "n_tokens": 9, "finish_reason": "length"}
-    for text in (f"A shed. {TEXT}", TEXT):  # what comes from a pipe is never taken for what is known
-        piped = run_longnet(*words[:1], "-", *words[2:], "--index", "i.sqlite", "--format", "json", input=text)
-        assert all(text[each["char_start"] :].startswith(each["text"]) for each in json.loads(piped.stdout)["sources"])
+    assert row == {
+        "question": ODD_QUESTION,
+        "model": str(model),
+        "n_tokens": 9,
+        "finish_reason": "length",
+    }
+    for text in (
+        f"A shed. {TEXT}",
+        TEXT,
+    ):  # what comes from a pipe is never taken for what is known
+        piped = run_longnet(
+            *words[:1], "-", *words[2:], "--index", "i.sqlite", "--format", "json", input=text
+        )
+        assert all(
+            text[each["char_start"] :].startswith(each["text"])
+            for each in json.loads(piped.stdout)["sources"]
+        )
     quiet = run_longnet(*words[:1], "-", *words[2:], "-q", "--passages", "1", input=TEXT)
     assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
     drawn = run_longnet(*words, "--temperature", "9", "--format", "text")
@@ -146,7 +175,8 @@ def test_several_questions_have_a_line_each_and_one_without_a_passage_has_no_ans
     model: Path, run_longnet: RunLongnet, tmp_path: Path
 ) -> None:
     write_lines(
-        tmp_path / "q.jsonl", [{"question": ODD_QUESTION}, {"question": "xyzzy?"}, {"question": "When is the end?"}]
+        tmp_path / "q.jsonl",
+        [{"question": ODD_QUESTION}, {"question": "xyzzy?"}, {"question": "When is the end?"}],
     )
     words = ["texts", "--index", "i.sqlite", "-m", model, "-n", "3", "-q"]
     done = run_longnet("ask", *words, "--questions", "q.jsonl")
@@ -162,7 +192,9 @@ def test_several_questions_have_a_line_each_and_one_without_a_passage_has_no_ans
     assert json.loads(again.stdout) == rows[0]
 
 
-def test_what_cannot_be_read_is_left_out_as_asked(model: Path, run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_left_out_as_asked(
+    model: Path, run_longnet: RunLongnet, tmp_path: Path
+) -> None:
     (tmp_path / "texts/c.txt").write_bytes(b"\xff")
     words = ["ask", "texts", ODD_QUESTION, "-m", model, "-n", "1", "-q"]
     assert run_longnet(*words).returncode == 3
@@ -178,7 +210,9 @@ def test_places_are_exact(name: str, text: str, span: int) -> None:
     places = TextPlaces(Document("a", ids, len(data), "a", tokenizer=words))
     lengths = words.token_bytes
     edges = np.concatenate([[0], np.cumsum(lengths[ids])])  # in bytes
-    owner = [index for index, character in enumerate(text) for _ in character.encode()]  # of each byte
+    owner = [
+        index for index, character in enumerate(text) for _ in character.encode()
+    ]  # of each byte
     for start in range(0, len(ids), span):
         end = min(start + span, len(ids))
         own = owner[edges[start] : edges[end]]
@@ -187,7 +221,10 @@ def test_places_are_exact(name: str, text: str, span: int) -> None:
 
 def test_a_text_that_the_tokenizer_changes_has_no_places() -> None:
     words = Tokenizer.load("longnet-tiny")
-    assert TextPlaces(Document("a", words.encode("abc"), 4, "a", tokenizer=words)).of(0, 1) == (None, None)
+    assert TextPlaces(Document("a", words.encode("abc"), 4, "a", tokenizer=words)).of(0, 1) == (
+        None,
+        None,
+    )
     assert TextPlaces(Document("a", words.encode("abc"), words, "a")).of(0, 1) == (None, None)
 
 
@@ -209,7 +246,10 @@ def test_nearest_answers_a_query(
     command_env: dict[str, str],
     python: Path,
 ) -> None:
-    rows = [{"id": str(i), "text": text} for i, text in enumerate(("red fox", "blue whale", "green frog"))]
+    rows = [
+        {"id": str(i), "text": text}
+        for i, text in enumerate(("red fox", "blue whale", "green frog"))
+    ]
     write_rows(tmp_path / "texts.parquet", rows)
     (tmp_path / "texts").mkdir()
     for row in rows:
@@ -217,7 +257,9 @@ def test_nearest_answers_a_query(
     command = [python, ROOT / "examples/nearest.py", vectors[0], "--query", "blue whale", *options]
 
     def ask() -> subprocess.CompletedProcess:
-        return subprocess.run(command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False
+        )
 
     missing = ask()
     assert (missing.returncode, missing.stderr) == (1, f"{vectors[0]}: No such file or directory\n")
@@ -236,11 +278,16 @@ def write_archives(folder: Path) -> list[Path]:
     wheel, deb, tar = folder / "a.whl", folder / "b.deb", io.BytesIO()
     with zipfile.ZipFile(wheel, "w") as packed:
         for i in range(6):
-            words = " ".join(f"x = 'module{i} word{i * 50 + j % 40}'\n" for j in range(400)).replace(" x", "x")
+            words = " ".join(
+                f"x = 'module{i} word{i * 50 + j % 40}'\n" for j in range(400)
+            ).replace(" x", "x")
             packed.writestr(f"a/m{i}.py", f'"""The module of word{i * 50} and others."""\n{words}')
     with tarfile.open(fileobj=tar, mode="w:xz") as packed:
         for i in range(3):
-            page = f".TH P{i} 1\n.SH NAME\np{i} \\- the tool of word{i}\n.SH DESCRIPTION\n" + f"Of word{i}.\n" * 300
+            page = (
+                f".TH P{i} 1\n.SH NAME\np{i} \\- the tool of word{i}\n.SH DESCRIPTION\n"
+                + f"Of word{i}.\n" * 300
+            )
             content = gzip.compress(page.encode())
             member = tarfile.TarInfo(f"./usr/share/man/man1/p{i}.1.gz")
             member.size = len(content)
@@ -261,22 +308,35 @@ def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], pyth
 
     def run(*args: str | Path, code: int = 0) -> tuple[list[dict], str]:
         command = [python, ROOT / "examples/retrieval.py", *args]
-        done = subprocess.run(command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False
+        )
         assert done.returncode == code, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
     archives = write_archives(tmp_path / "archives")
     said = run("make", "bench", *archives)[1]
-    assert [line.split(" pairs")[0] for line in said.splitlines()] == ["man: 3", "py-S: 6", "pydoc: 6"]
+    assert [line.split(" pairs")[0] for line in said.splitlines()] == [
+        "man: 3",
+        "py-S: 6",
+        "pydoc: 6",
+    ]
     assert run("make", "again", *reversed(archives))[1] == said
     pairs = [json.loads(line) for line in (tmp_path / "bench/pairs.jsonl").read_text().splitlines()]
     pages = {pair["first"]: pair["second"] for pair in pairs if pair["task"] == "man"}
     assert pages["the tool of word1"].startswith("\nDESCRIPTION\nOf word1.\n")
     modules = [pair for pair in pairs if pair["task"] == "pydoc"]
-    assert all(pair["first"].startswith("The module") and "The module" not in pair["second"] for pair in modules)
+    assert all(
+        pair["first"].startswith("The module") and "The module" not in pair["second"]
+        for pair in modules
+    )
     found, _ = run("words", "bench", "--read", "32,all")
     assert len(found) == 2 * 3 * 3
-    assert all(row["recall_1"] == 1 for row in found if row["read"] is None and row["method"] != "256 counts")
+    assert all(
+        row["recall_1"] == 1
+        for row in found
+        if row["read"] is None and row["method"] != "256 counts"
+    )
     assert all(row["recall_1"] < 1 for row in found if row["read"] == 32 and row["task"] == "py-S")
     tiny_model(tmp_path / "model")
     command = ("vectors", "bench", "--model", "./model", "--tasks", "man,pydoc", "--read")
@@ -288,7 +348,13 @@ def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], pyth
     ]
     for said, *args in (
         ("bench/none: no benchmark", "words", "./bench/none"),
-        ("--tasks mann: the tasks of bench are man, py-S, pydoc", "words", "bench", "--tasks", "mann"),
+        (
+            "--tasks mann: the tasks of bench are man, py-S, pydoc",
+            "words",
+            "bench",
+            "--tasks",
+            "mann",
+        ),
         ("--read 24: no multiple of 16, the shortest one", *command, "16,24"),
         ("nothing: no such folder", "vectors", "bench", "--model", "./nothing"),
     ):

@@ -40,7 +40,9 @@ def test_a_row_for_every_combination_with_rates_that_fit_its_seconds() -> None:
         flops = 4 * row.seq**2 * 3 * 8 * 2 / 2
         if row.impl == "dilated":
             flops = 2 * attention_flops(Pattern((16, 64), (1, 4)), 3, 8, row.seq, True)
-        assert row.flops_per_second == pytest.approx(flops * (2.5 if row.direction == "backward" else 1) / row.seconds)
+        assert row.flops_per_second == pytest.approx(
+            flops * (2.5 if row.direction == "backward" else 1) / row.seconds
+        )
         assert row.kernel == ("cpu_flash" if row.impl == "dilated" else "sdpa")
         assert row.pattern == ("16/1,64/4" if row.impl == "dilated" else None)
 
@@ -48,7 +50,9 @@ def test_a_row_for_every_combination_with_rates_that_fit_its_seconds() -> None:
 @pytest.mark.parametrize(("dtype", "causal"), [("fp32", False), ("bf16", True), ("fp16", False)])
 def test_every_dtype_and_a_geometric_pattern(dtype: str, causal: bool) -> None:
     pattern = Pattern.geometric(40, 8, 3)
-    rows = rows_of([40], direction=BOTH, pattern=pattern, dtype=dtype, causal=causal, device="cpu", **TINY)
+    rows = rows_of(
+        [40], direction=BOTH, pattern=pattern, dtype=dtype, causal=causal, device="cpu", **TINY
+    )
     assert {(row.status, row.dtype, row.causal) for row in rows} == {("ok", dtype, causal)}
     assert rows[0].pattern == "8/1,24/3,72/9"
 
@@ -60,7 +64,9 @@ def test_the_peak_belongs_to_its_row_alone() -> None:
     assert big.peak_rss_bytes - small.peak_rss_bytes > 200 * 2**20
 
 
-def test_the_peak_is_unknown_where_the_mark_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_is_unknown_where_the_mark_cannot_be_reset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError
 
@@ -69,7 +75,9 @@ def test_the_peak_is_unknown_where_the_mark_cannot_be_reset(monkeypatch: pytest.
     assert row.peak_rss_bytes is None
 
 
-def test_rows_that_would_not_fit_are_skipped_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_would_not_fit_are_skipped_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(benchmark, "free_memory", lambda device: 2**20)
     rows = rows_of([64, 10**9, 100], direction=["backward"], **TINY)
     assert [row.status for row in rows] == ["ok"] * 2 + ["skipped"] * 2 + ["ok"] * 2
@@ -80,15 +88,23 @@ def test_rows_that_would_not_fit_are_skipped_and_the_others_run(monkeypatch: pyt
 @pytest.mark.parametrize("op", ["model", "train"])
 def test_a_net_that_does_not_fit_is_not_measured(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a token of it takes would be measured for minutes."""
-    monkeypatch.setattr(benchmark.needs, "bytes_per_token", lambda *_: pytest.fail("it is measured"))
+    monkeypatch.setattr(
+        benchmark.needs, "bytes_per_token", lambda *_: pytest.fail("it is measured")
+    )
     for row in rows_of([64], op=op, heads=1024, head_dim=512):
         assert (row.status, "of memory" in (row.reason or "")) == ("skipped", True)
 
 
 def test_memory_that_runs_out_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "free_memory", lambda device: None)  # nobody knows, so it is tried
-    assert [row.status for row in rows_of([10**12, 64], impl=["dilated"], causal=False, **TINY)] == ["oom", "ok"]
-    (row,) = rows_of([10**12], impl=["dilated"], causal=False, batch=2**32, **TINY)  # more than torch can count
+    monkeypatch.setattr(
+        benchmark, "free_memory", lambda device: None
+    )  # nobody knows, so it is tried
+    assert [
+        row.status for row in rows_of([10**12, 64], impl=["dilated"], causal=False, **TINY)
+    ] == ["oom", "ok"]
+    (row,) = rows_of(
+        [10**12], impl=["dilated"], causal=False, batch=2**32, **TINY
+    )  # more than torch can count
     assert row.status == "oom"
 
 
@@ -108,7 +124,12 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
             def run() -> None:
                 now[0] += flops / rate
 
-            return Case(Measurement("fake", impl, direction, seq), lambda tokens: flops * (tokens > 0), 0, lambda: run)
+            return Case(
+                Measurement("fake", impl, direction, seq),
+                lambda tokens: flops * (tokens > 0),
+                0,
+                lambda: run,
+            )
 
         clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
         monkeypatch.setattr(benchmark, "time", clock)
@@ -139,7 +160,9 @@ for pattern in map(parse_pattern, texts):
         ("", ["16/1,64/2,192/3,overlap=once"]),
     ],
 )
-def test_flex_attention_has_the_mask_of_the_pattern(causal: str, texts: list[str], command_env: dict[str, str]) -> None:
+def test_flex_attention_has_the_mask_of_the_pattern(
+    causal: str, texts: list[str], command_env: dict[str, str]
+) -> None:
     """A compiler makes it, in a process of its own: others may have told torch's compiler that there are no vectors.
 
     No key of these patterns counts twice.
@@ -153,14 +176,29 @@ def test_flex_attention_has_the_mask_of_the_pattern(causal: str, texts: list[str
     ("rate", "seq", "options", "expected"),
     [
         # 10 s warm-up and 3 runs leave 10 of 50 s: enough for 5, and then for nothing
-        (1.0, [10, 20, 2], {"impl": ["dilated"], "max_time": 50.0}, ["10 ok", "20 stopped", "2 ok"]),
+        (
+            1.0,
+            [10, 20, 2],
+            {"impl": ["dilated"], "max_time": 50.0},
+            ["10 ok", "20 stopped", "2 ok"],
+        ),
         (1.0, [10, 10], {"impl": ["dilated"], "max_time": 40.0}, ["10 ok", "10 stopped"]),
         (1.0, [10], {"impl": ["dilated"], "max_time": 0.0}, ["10 stopped"]),
-        (100.0, [10, 20, 1000], {"impl": ["dense"], "max_dense_time": 3.0}, ["10 ok", "20 skipped", "1000 skipped"]),
+        (
+            100.0,
+            [10, 20, 1000],
+            {"impl": ["dense"], "max_dense_time": 3.0},
+            ["10 ok", "20 skipped", "1000 skipped"],
+        ),
         (100.0, [10, 20], {"impl": ["dense"], "max_dense_time": 0.0}, ["10 ok", "20 skipped"]),
         (100.0, [20, 1000], {"max_dense_time": 5.0}, ["20 ok", "20 ok", "1000 ok", "1000 skipped"]),
         # 10 s are 10^10 FLOPs, and a shorter run has told the rate
-        (1e9, [10**6, 50_000], {"impl": ["dense"], "max_dense_time": 10.0}, ["1000000 skipped", "50000 ok"]),
+        (
+            1e9,
+            [10**6, 50_000],
+            {"impl": ["dense"], "max_dense_time": 10.0},
+            ["1000000 skipped", "50000 ok"],
+        ),
     ],
 )
 def test_what_does_not_fit_the_time(
@@ -180,7 +218,9 @@ LONG = {"impl": ["dilated"], "pattern": Pattern((16, 64), (1, 4)), **TINY}
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 100])
-def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_a_long_run_is_streamed_and_reports_every_decade(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     monkeypatch.setattr(benchmark, "FIRST_DECADE", 10)
     seen: list[int] = []
     rows = list(bench(Settings.of(seq=[300], chunk=chunk, **LONG), on_tokens=seen.append))
@@ -200,10 +240,14 @@ def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch: pytest.Mon
     )
 
 
-def test_each_chunk_attends_from_its_place_to_what_its_queries_see(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_chunk_attends_from_its_place_to_what_its_queries_see(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     places, own = [], benchmark.dilated_attention
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, start: int, far: Outside) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, start: int, far: Outside
+    ) -> Tensor:
         places.append((start, stop := start + q.shape[1]))
         assert {*far_spans(pattern, start, stop, True, stop)} <= {keys.span for keys in far.keys}
         return own(q, k, v, pattern, start=start, far=far)
@@ -248,7 +292,9 @@ def test_no_memory_for_the_first_chunk_of_a_streamed_run(monkeypatch: pytest.Mon
         def start() -> Callable[[int], None]:
             raise MemoryError
 
-        return Case(Measurement("fake", impl, direction, seq, chunk=4), float, 0, start, streamed=True)
+        return Case(
+            Measurement("fake", impl, direction, seq, chunk=4), float, 0, start, streamed=True
+        )
 
     monkeypatch.setitem(CASES, "attention", no_memory)
     (row,) = rows_of([10], impl=["dilated"])
@@ -284,9 +330,12 @@ def test_the_numbers_of_a_model_are_counted_for_its_flops() -> None:
     """The net that is measured and its config agree on what every token is multiplied by."""
     config = load_config(model_path("longnet-tiny"))
     matrices = (
-        config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim) + config.dim * config.vocab_size
+        config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim)
+        + config.dim * config.vocab_size
     )
-    attended = config.num_layers * attention_flops(config.pattern, config.num_heads, config.head_dim, 64, True)
+    attended = config.num_layers * attention_flops(
+        config.pattern, config.num_heads, config.head_dim, 64, True
+    )
     for op, forwards in (("model", (1, 1)), ("train", (3, 3.5))):
         settings = Settings.of(seq=[64], op=op, model="longnet-tiny")
         flops = CASES[op](settings, "dilated", *settings.direction, 64).flops(64)
@@ -295,9 +344,16 @@ def test_the_numbers_of_a_model_are_counted_for_its_flops() -> None:
 
 
 def test_long_sequences_have_a_shape_of_their_own() -> None:
-    short, long = Settings.of(seq=[10**6 - 1], device="cpu"), Settings.of(seq=[8192, 10**9], device="cpu")
+    short, long = (
+        Settings.of(seq=[10**6 - 1], device="cpu"),
+        Settings.of(seq=[8192, 10**9], device="cpu"),
+    )
     assert (short.heads, short.head_dim, short.pattern_for(8192)) == (12, 64, Pattern.paper())
-    assert (long.heads, long.head_dim, long.pattern_for(8192)) == (2, 32, Pattern.geometric(8192, base=256))
+    assert (long.heads, long.head_dim, long.pattern_for(8192)) == (
+        2,
+        32,
+        Pattern.geometric(8192, base=256),
+    )
     assert Settings.of(seq=[10**9], heads=12, device="cpu").heads == 12
     assert CASES["attention"](long, "dilated", "forward", 10**9).streamed
 
@@ -326,7 +382,10 @@ COUNTS = ("batch", "heads", "head_dim", "layers", "vocab", "repeats")
 @pytest.mark.parametrize("name", ["seq", *COUNTS])
 @pytest.mark.parametrize("size", [2**63 - 1, 10**30])
 def test_no_size_is_too_large_to_be_told(name: str, size: int) -> None:
-    with pytest.raises(ConfigError, match=rf"--{name.replace('_', '-')}.* should be less than or equal to \d+ \(got "):
+    with pytest.raises(
+        ConfigError,
+        match=rf"--{name.replace('_', '-')}.* should be less than or equal to \d+ \(got ",
+    ):
         Settings.of(**{"seq": [64], "op": "model", name: [64, size] if name == "seq" else size})
 
 
@@ -352,5 +411,7 @@ def test_a_training_step_is_run_where_what_it_saves_has_room() -> None:
     settings = Settings.of(seq=[1 << 16], op="train", layers=12, vocab=100_277, dtype="bf16")
     needed = CASES["train"](settings, "dilated", "backward", 1 << 16).memory_bytes
     assert 28 < needed / 2**30 < 36
-    chunked = Settings.of(seq=[1 << 16], op="train", layers=12, vocab=100_277, dtype="bf16", chunk=1 << 14)
+    chunked = Settings.of(
+        seq=[1 << 16], op="train", layers=12, vocab=100_277, dtype="bf16", chunk=1 << 14
+    )
     assert CASES["train"](chunked, "dilated", "backward", 1 << 16).memory_bytes < needed / 2

@@ -27,7 +27,13 @@ from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.basics.sealed import write_sealed
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training import loop
-from longnet_cli.jobs.training.checkpoint import Checkpoints, checkpoints_in, find_damage, read_checkpoint, save_tensors
+from longnet_cli.jobs.training.checkpoint import (
+    Checkpoints,
+    checkpoints_in,
+    find_damage,
+    read_checkpoint,
+    save_tensors,
+)
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.start import prepare_run
@@ -36,7 +42,9 @@ from longnet_cli.running.ranks.ranks import Ranks
 
 pytestmark = pytest.mark.full
 
-Made = tuple[Recipe, Path, bytes]  # a recipe, a run of it that was stopped, and the bytes it must end with
+Made = tuple[
+    Recipe, Path, bytes
+]  # a recipe, a run of it that was stopped, and the bytes it must end with
 
 
 @pytest.fixture
@@ -47,7 +55,9 @@ def corpus(tmp_path: Path) -> Path:
 class Stop:
     """A real signal at the n-th moment at which a run can stop."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, moment: int, kind: signal.Signals = signal.SIGINT) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, moment: int, kind: signal.Signals = signal.SIGINT
+    ) -> None:
         from longnet_cli.running.ranks.launch import Signals
 
         look, self.moments = Signals.look, 0
@@ -63,7 +73,10 @@ class Stop:
 
 @pytest.mark.parametrize(
     ("optimizer", "pattern"),
-    [pytest.param("adamw", {}, marks=pytest.mark.ci), ("muon", {"look_back": 1, "overlap": "once", "sinks": 2})],
+    [
+        pytest.param("adamw", {}, marks=pytest.mark.ci),
+        ("muon", {"look_back": 1, "overlap": "once", "sinks": 2}),
+    ],
 )
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, pattern: dict
@@ -89,7 +102,9 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
         LongNet.from_pretrained(run)
         train(found, run)
         assert (run / "model.safetensors").read_bytes() == weights
-        assert (run / "best/model.safetensors").read_bytes() == (tmp_path / "whole/best/model.safetensors").read_bytes()
+        assert (run / "best/model.safetensors").read_bytes() == (
+            tmp_path / "whole/best/model.safetensors"
+        ).read_bytes()
         again = metrics_of(run)
         measured = dict.fromkeys(("tokens_per_second", "peak_memory_bytes"))
         assert [line | measured for line in again] == [line | measured for line in lines]
@@ -110,7 +125,11 @@ def test_a_step_whose_evaluation_is_stopped_is_told(
     steps: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         train(recipe(corpus), tmp_path / "run", on_step=lambda tokens, line: steps.append(tokens))
-    assert read_checkpoint(checkpoints_in(tmp_path / "run/checkpoints")[0])["progress"]["step"] == len(steps) == 4
+    assert (
+        read_checkpoint(checkpoints_in(tmp_path / "run/checkpoints")[0])["progress"]["step"]
+        == len(steps)
+        == 4
+    )
 
 
 def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
@@ -135,7 +154,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     with pytest.raises(LongNetError, match="stop"):
         train(found, folder / "run", on_step=stop)
-    assert [path.name for path in checkpoints_in(folder / "run/checkpoints")] == ["step-00000006", "step-00000004"]
+    assert [path.name for path in checkpoints_in(folder / "run/checkpoints")] == [
+        "step-00000006",
+        "step-00000004",
+    ]
     return found, folder / "run", (folder / "whole/model.safetensors").read_bytes()
 
 
@@ -151,10 +173,15 @@ def stopped(made: Made, tmp_path: Path) -> Made:
     [
         "flip",
         "no state",
-        *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("truncate", "flip the state", "no tensors")),
+        *(
+            pytest.param(kind, marks=pytest.mark.ci)
+            for kind in ("truncate", "flip the state", "no tensors")
+        ),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped: Made, damage: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    stopped: Made, damage: str
+) -> None:
     found, run, weights = stopped
     newest = checkpoints_in(run / "checkpoints")[0]
     (tensors,) = newest.glob("*.safetensors")
@@ -185,20 +212,28 @@ def test_all_damaged(stopped: Made) -> None:
     newest, older = checkpoints_in(run / "checkpoints")
     write_sealed(newest / "state.json", 1, {})
     (older / "state.json").write_text("{}")
-    assert find_damage(newest) == "state.json: it was changed or damaged after it was written, or is not of version 2"
+    assert (
+        find_damage(newest)
+        == "state.json: it was changed or damaged after it was written, or is not of version 2"
+    )
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
         train(found, run)
     with pytest.raises(ConfigError, match="already holds a run"):
         train(found, run, resume=False)
 
 
-def test_a_run_without_a_checkpoint_says_that_it_starts_again(stopped: Made, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_says_that_it_starts_again(
+    stopped: Made, tmp_path: Path
+) -> None:
     found, run, weights = stopped
     (tmp_path / "a").mkdir()
     shutil.copy(run / "recipe.json", tmp_path / "a")  # what a run leaves that is killed at once
     notes: list[str] = []
     train(found, tmp_path / "a", on_note=notes.append)
-    assert f"{tmp_path / 'a'}: a run that has saved no checkpoint, so it starts again (train.save_every)" in notes
+    assert (
+        f"{tmp_path / 'a'}: a run that has saved no checkpoint, so it starts again (train.save_every)"
+        in notes
+    )
     assert (tmp_path / "a/model.safetensors").read_bytes() == weights
 
 
@@ -210,16 +245,23 @@ def test_resume_from_a_path(stopped: Made, tmp_path: Path) -> None:
         assert (tmp_path / name / "model.safetensors").read_bytes() == weights
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         train(found, tmp_path / "c", resume=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"recipe\.toml: neither a run nor a checkpoint.* put --resume at the end"):
+    with pytest.raises(
+        ConfigError, match=r"recipe\.toml: neither a run nor a checkpoint.* put --resume at the end"
+    ):
         prepare_run(None, {}, run, resume="recipe.toml")
     for resume, output in ((True, run), (str(run), tmp_path / "c"), (older, tmp_path / "c")):
         assert prepare_run(None, {}, output, resume=resume) == found
     unsaid = found.model_dump(mode="json", exclude={"train": {"chunk"}})
     (tmp_path / "same.json").write_text(json.dumps(unsaid))
-    assert found.train.chunk != prepare_run(str(tmp_path / "same.json"), {}, tmp_path / "new").train.chunk
+    assert (
+        found.train.chunk
+        != prepare_run(str(tmp_path / "same.json"), {}, tmp_path / "new").train.chunk
+    )
     assert prepare_run(str(tmp_path / "same.json"), {}, run) == found  # it keeps its chunk
     assert prepare_run(str(tmp_path / "same.json"), {"train.chunk": 77}, run).train.chunk == 77
-    with pytest.raises(ConfigError, match="already holds a run"):  # whose later checkpoints would stay beside ours
+    with pytest.raises(
+        ConfigError, match="already holds a run"
+    ):  # whose later checkpoints would stay beside ours
         train(found, run, resume=str(older))
     with pytest.raises(ConfigError, match="already holds a run"):
         train(found, tmp_path / "a", resume=str(run))
@@ -229,13 +271,19 @@ def test_resume_from_a_path(stopped: Made, tmp_path: Path) -> None:
     assert (run / "model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize("name", ["config.json", "best", "checkpoints/step-00000001", "recipe.json", "metrics.jsonl"])
-def test_files_that_no_run_has_written_are_not_replaced(stopped: Made, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["config.json", "best", "checkpoints/step-00000001", "recipe.json", "metrics.jsonl"]
+)
+def test_files_that_no_run_has_written_are_not_replaced(
+    stopped: Made, tmp_path: Path, name: str
+) -> None:
     found, run, _ = stopped
     (tmp_path / "same.json").write_text(found.model_dump_json())
     (tmp_path / "mine" / name).parent.mkdir(parents=True)
     (tmp_path / "mine" / name).write_text('{"mine": 1}')
-    with pytest.raises(ConfigError, match=rf"mine holds {name.partition('/')[0]}, which no run has written"):
+    with pytest.raises(
+        ConfigError, match=rf"mine holds {name.partition('/')[0]}, which no run has written"
+    ):
         prepare_run(str(tmp_path / "same.json"), {}, tmp_path / "mine")
     (run / "recipe.json").unlink()  # its checkpoints say that it is one
     assert prepare_run(str(tmp_path / "same.json"), {}, run) == found
@@ -252,7 +300,11 @@ def test_a_run_goes_on_without_a_key_that_is_gone(stopped: Made) -> None:
 
 def test_equal_tensors_give_equal_files(tmp_path: Path) -> None:
     """Of every type that a checkpoint has, in any order."""
-    tensors = {"model.a": torch.zeros(3), "model.b": torch.ones(4, dtype=torch.int64), "random": torch.get_rng_state()}
+    tensors = {
+        "model.a": torch.zeros(3),
+        "model.b": torch.ones(4, dtype=torch.int64),
+        "random": torch.get_rng_state(),
+    }
     found = set()
     for number, order in enumerate((1, -1)):
         (tmp_path / str(number)).mkdir()
@@ -319,7 +371,9 @@ def test_what_may_change_in_a_resumed_run(stopped: Made, tmp_path: Path) -> None
     assert (run / "model.safetensors").read_bytes() == weights
     settings["optimizer"]["lr"] = 1.0
     settings["train"]["seed"] = 5
-    with pytest.raises(ConfigError, match=r"another optimizer.lr, train.seed: go on with the recipe of its run"):
+    with pytest.raises(
+        ConfigError, match=r"another optimizer.lr, train.seed: go on with the recipe of its run"
+    ):
         train(Recipe.model_validate(settings), run)
 
 
@@ -334,7 +388,9 @@ def test_more_steps_extend_a_run_that_has_ended(corpus: Path, tmp_path: Path) ->
 
     assert run(2, "extended") == run(4, "extended")
     whole = run(4, "whole")
-    assert (tmp_path / "extended/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (tmp_path / "extended/model.safetensors").read_bytes() == (
+        whole / "model.safetensors"
+    ).read_bytes()
     for fewer in ({"steps": 3}, {"steps": 5, "last": 64}):
         with pytest.raises(ConfigError, match=r"another train\.stages: go on"):
             run(folder="extended", **fewer)
@@ -363,7 +419,9 @@ def test_a_failure_of_the_writer_is_said(tmp_path: Path, monkeypatch: pytest.Mon
         raise ConfigError("checkpoints need another torch")
 
     monkeypatch.setattr("longnet_cli.jobs.training.checkpoint.save_tensors", fail)
-    with pytest.raises(LongNetError, match="cannot write the checkpoint: checkpoints need another torch; the one"):
+    with pytest.raises(
+        LongNetError, match="cannot write the checkpoint: checkpoints need another torch; the one"
+    ):
         Checkpoints(tmp_path, Ranks(), keep=2).save(1, {"a": torch.zeros(1)}, {})
 
 
@@ -377,7 +435,11 @@ def test_killed_runs_end_with_the_same_bytes(
     stages = [{"seq_len": 32, "steps": steps // 2}, {"seq_len": 100, "steps": steps // 2}]
     found = recipe(corpus, **{"train.stages": stages, "train.save_every": 3})
     (tmp_path / "recipe.json").write_text(found.model_dump_json())
-    kill_training(lambda run: start("train", tmp_path / "recipe.json", "-q", "-o", run, fresh=True), tmp_path, kills)
+    kill_training(
+        lambda run: start("train", tmp_path / "recipe.json", "-q", "-o", run, fresh=True),
+        tmp_path,
+        kills,
+    )
 
 
 def endless(start: Start, corpus: Path, folder: Path, **options: Any) -> subprocess.Popen:
@@ -390,7 +452,9 @@ def endless(start: Start, corpus: Path, folder: Path, **options: Any) -> subproc
 @pytest.mark.ci
 def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path: Path) -> None:
     process = endless(start, corpus, tmp_path)
-    wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
+    wait_for(
+        lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints"))
+    )
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
@@ -398,7 +462,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path
     newest = checkpoints_in(tmp_path / "run/checkpoints")[0]
     assert find_damage(newest) is None
     step = read_checkpoint(newest)["progress"]["step"]
-    goes_on = f"longnet: stopped after step {step:,}, and saved in run: `longnet train -o run` goes on"
+    goes_on = (
+        f"longnet: stopped after step {step:,}, and saved in run: `longnet train -o run` goes on"
+    )
     assert said.decode().splitlines()[-1] == goes_on
     LongNet.from_pretrained(tmp_path / "run")
 
@@ -410,7 +476,9 @@ def test_a_terminal_that_is_closed_saves(start: Start, corpus: Path, tmp_path: P
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
     process = endless(start, corpus, tmp_path, start_new_session=True, **streams)
     os.close(terminal)
-    wait_for(lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints")))
+    wait_for(
+        lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints"))
+    )
     os.close(ours)
     process.send_signal(signal.SIGHUP)  # as a shell does when its terminal closes
     assert process.wait(60) == 129
@@ -418,7 +486,9 @@ def test_a_terminal_that_is_closed_saves(start: Start, corpus: Path, tmp_path: P
     LongNet.from_pretrained(tmp_path / "run")
 
 
-def test_a_signal_while_the_data_is_read_claims_no_checkpoint(start: Start, corpus: Path, tmp_path: Path) -> None:
+def test_a_signal_while_the_data_is_read_claims_no_checkpoint(
+    start: Start, corpus: Path, tmp_path: Path
+) -> None:
     (tmp_path / "recipe.json").write_text(recipe(corpus).model_dump_json())
     os.mkfifo(tmp_path / "data")  # nobody writes to it: reading never ends
     process = start("train", tmp_path / "recipe.json", "--data", tmp_path / "data", "-o", "run")

@@ -25,7 +25,14 @@ from longnet_cli.attention.groups import groups_of
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.reference import key_counts
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.jobs.describing import NOTHING, Subject, default_length, describe, find_subject, picture
+from longnet_cli.jobs.describing import (
+    NOTHING,
+    Subject,
+    default_length,
+    describe,
+    find_subject,
+    picture,
+)
 
 TILED = {"look_back": 1, "overlap": "once"}
 EVEN = [
@@ -37,7 +44,15 @@ EVEN = [
 KEYS = {"name", "pattern", "levels", "sinks", "chosen", "compared", "read_bytes", "total", "dense", "seq", "heads",
         "head_dim", "causal"}  # fmt: skip
 TINY = "512/1,2048/4,8192/16,look_back=1,overlap=once,queries=all"  # of longnet-tiny
-ROW = {"segment_length", "dilation_rate", "look_back", "keys_per_query", "flops", "flops_share", "cache_rows"}
+ROW = {
+    "segment_length",
+    "dilation_rate",
+    "look_back",
+    "keys_per_query",
+    "flops",
+    "flops_share",
+    "cache_rows",
+}
 
 
 @pytest.mark.parametrize("pattern", EVEN, ids=str)
@@ -56,7 +71,10 @@ def test_costs_are_the_counted_ones(pattern: Pattern, causal: bool) -> None:
     if causal:
         cache = KVCache(pattern, 1, heads, 8)
         assert found.total.cache_rows == cache.nbytes // (2 * heads * 8 * 4)
-        assert sum(level.cache_rows or 0 for level in found.levels) + pattern.sinks == found.total.cache_rows
+        assert (
+            sum(level.cache_rows or 0 for level in found.levels) + pattern.sinks
+            == found.total.cache_rows
+        )
     else:
         assert found.total.cache_rows is None
 
@@ -89,7 +107,11 @@ def test_chosen_blocks() -> None:
         assert found.chosen.flops == pytest.approx(3 * 4 * (4 * attended + 2 * compared), rel=1e-5)
     assert found.total.flops == sum(level.flops for level in found.levels) + found.chosen.flops
     last = (399_744 // 32 - 1 + 4 * 4096) // 32 + 8 * 256
-    assert (found.chosen.keys_per_query, found.chosen.cache_rows, found.compared) == (128, 400_011, last)
+    assert (found.chosen.keys_per_query, found.chosen.cache_rows, found.compared) == (
+        128,
+        400_011,
+        last,
+    )
     assert found.read_bytes == 4 * 4 * (found.compared + 2 * 128) // 4
     assert found.total.cache_rows == 3 * 128 + 400_011
     cells = picture(pattern, 800, 800, 3)
@@ -107,17 +129,24 @@ def test_a_billion_tokens() -> None:
 
 def test_the_command_loads_no_torch_for_a_pattern() -> None:
     program = (
-        "import sys; from longnet_cli.cli.app import app; app(['pattern', 'geometric:1e9'], standalone_mode=False)"
+        "import sys; from longnet_cli.cli.app import app; "
+        "app(['pattern', 'geometric:1e9'], standalone_mode=False)"
     )
-    done = subprocess.run([sys.executable, "-c", program + "; sys.exit('torch' in sys.modules)"], capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program + "; sys.exit('torch' in sys.modules)"], capture_output=True
+    )
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_json_has_the_keys_of_the_contract() -> None:
-    result = invoke("pattern", "paper", "window:1Ki,sinks=4", "longnet-tiny", "--format", "json", code=0)
+    result = invoke(
+        "pattern", "paper", "window:1Ki,sinks=4", "longnet-tiny", "--format", "json", code=0
+    )
     rows = json.loads(result.stdout)
     assert [row["pattern"] for row in rows[1:]] == ["1024/1,look_back=1,sinks=4", TINY]
-    assert all(row.keys() == KEYS and all(level.keys() == ROW for level in row["levels"]) for row in rows)
+    assert all(
+        row.keys() == KEYS and all(level.keys() == ROW for level in row["levels"]) for row in rows
+    )
     assert (rows[2]["heads"], rows[2]["head_dim"]) == (4, 64)
 
 
@@ -130,7 +159,11 @@ def test_recipes_and_models_are_described(name: str, monkeypatch: pytest.MonkeyP
 
 def test_a_model_of_transformers(tmp_path: Path) -> None:
     sizes = {"num_attention_heads": 4, "num_hidden_layers": 3, "hidden_size": 32}
-    config = {**sizes, "model_type": "llama", "dilated_attention": {"segment_lengths": [8], "dilation_rates": [1]}}
+    config = {
+        **sizes,
+        "model_type": "llama",
+        "dilated_attention": {"segment_lengths": [8], "dilation_rates": [1]},
+    }
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text(json.dumps(config))
     subject = find_subject(f"{tmp_path}/")
@@ -140,7 +173,9 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
         find_subject(f"{tmp_path}/")
 
 
-@given(st.integers(40, 10**12), st.sampled_from(["paper", "window:1Ki,sinks=4", "1Ki/1,3Ki/7,9Ki/5"]))
+@given(
+    st.integers(40, 10**12), st.sampled_from(["paper", "window:1Ki,sinks=4", "1Ki/1,3Ki/7,9Ki/5"])
+)
 def test_pictures_of_any_length(seq: int, text: str) -> None:
     cells = picture(parse_pattern(text), seq, 16, 12)
     assert cells.shape == (min(seq, 16),) * 2
@@ -150,7 +185,9 @@ def test_pictures_of_any_length(seq: int, text: str) -> None:
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize(
-    "pattern", [Pattern((16,), (1,)), Pattern.window(8), Pattern((8, 32), (1, 4)), replace(EVEN[2], sinks=0)], ids=str
+    "pattern",
+    [Pattern((16,), (1,)), Pattern.window(8), Pattern((8, 32), (1, 4)), replace(EVEN[2], sinks=0)],
+    ids=str,
 )
 def test_nothing_is_linked_farther(pattern: Pattern, layers: int) -> None:
     """Another first token changes tokens within the distance, and none beyond it."""
@@ -162,8 +199,13 @@ def test_nothing_is_linked_farther(pattern: Pattern, layers: int) -> None:
     assert reach / 3 < distance <= reach
 
 
-def test_a_recipe_notes_a_long_warm_up_and_a_pattern_shorter_than_the_sequences(tmp_path: Path) -> None:
+def test_a_recipe_notes_a_long_warm_up_and_a_pattern_shorter_than_the_sequences(
+    tmp_path: Path,
+) -> None:
     warm_up, short = recipe(tmp_path, **{"schedule.warmup_steps": 500}).notes()
-    assert "links tokens at most 32 apart, and sequences have 64: what is farther is never seen" in short
+    assert (
+        "links tokens at most 32 apart, and sequences have 64: what is farther is never seen"
+        in short
+    )
     assert "steps are warm-up: the learning rate rises for schedule.warmup_steps=500" in warm_up
     assert not recipe(tmp_path, **{"model.segment_lengths": [16, 64]}).notes()

@@ -55,7 +55,11 @@ def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
     documents = [make_document(length, str(length)) for length in (5, 33, 1, 200, 32, 31, 64)]
     seen: list[int] = []
     reader = encode(
-        model, documents, EncodeOptions(pool=pool, normalize=False), EncodeFacts(BOS), on_progress=seen.append
+        model,
+        documents,
+        EncodeOptions(pool=pool, normalize=False),
+        EncodeFacts(BOS),
+        on_progress=seen.append,
     )
     table = reader.read_all()
     assert table["doc_id"].to_pylist() == [document.doc_id for document in documents]
@@ -74,7 +78,9 @@ def test_ranks_share_poolings_that_add(model: LongNet, pool: str) -> None:
     if pool not in SUMMED:
         reader = Reader(model)
         reader.ranks = Ranks(world=2, sp=2)
-        with pytest.raises(ConfigError, match=f"--pool {pool} of a document is not shared by ranks"):
+        with pytest.raises(
+            ConfigError, match=f"--pool {pool} of a document is not shared by ranks"
+        ):
             Encoder(reader, EncodeOptions(pool=f"mean+{pool}"))
 
 
@@ -84,7 +90,8 @@ def test_whole_documents_are_pooled_together(pool: str) -> None:
     around = {"skipped": 1, "before": 2, "after": 3}
     states = [torch.randn(n + 5, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 6, 15)]
     alone, together = (
-        [Pooling(make_document(len(x) - 5), pool, [len(x) - 5], **around) for x in states] for _ in range(2)
+        [Pooling(make_document(len(x) - 5), pool, [len(x) - 5], **around) for x in states]
+        for _ in range(2)
     )
     assert [x.ends_with(hidden) for x, hidden in zip(together, states, strict=True)] == [True] * 3
     assert not together[2].ends_with(states[2][1:])
@@ -99,7 +106,9 @@ def test_whole_documents_are_pooled_together(pool: str) -> None:
 
 def test_a_span_is_the_pool_of_its_own_tokens(model: LongNet) -> None:
     document = make_document(25)
-    table = encode(model, [document], EncodeOptions(span=10, normalize=False), EncodeFacts(BOS)).read_all()
+    table = encode(
+        model, [document], EncodeOptions(span=10, normalize=False), EncodeFacts(BOS)
+    ).read_all()
     assert table.drop_columns(["embedding"]).to_pylist() == [
         {"doc_id": "a", "span": i, "start": 10 * i, "end": end, "n_tokens": end - 10 * i}
         for i, end in enumerate((10, 20, 25))
@@ -113,10 +122,17 @@ def test_a_span_is_the_pool_of_its_own_tokens(model: LongNet) -> None:
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_unit_of_a_text_has_the_mean_of_its_tokens(unit: Any) -> None:
-    text = "Der Fuchs! L\u00e4uft \u2014 weit. Wohin? \u6f22\u5b57\u3002\u6b21\u3002\n\nNobody knows: gone.   \n\n" * 12
-    tokens, rows = (encode_batches([text], span=span, normalize=False).to_pydict() for span in (1, unit))
+    text = (
+        "Der Fuchs! L\u00e4uft \u2014 weit. Wohin? \u6f22\u5b57\u3002\u6b21\u3002\n\nNobody knows: gone.   \n\n"
+        * 12
+    )
+    tokens, rows = (
+        encode_batches([text], span=span, normalize=False).to_pydict() for span in (1, unit)
+    )
     places = zip(rows["char_start"], rows["char_end"], strict=True)
-    assert [text[start:end].strip() for start, end in places] == [piece.strip() for piece in cut([text], unit)]
+    assert [text[start:end].strip() for start, end in places] == [
+        piece.strip() for piece in cut([text], unit)
+    ]
     assert rows["start"] == [0, *rows["end"][:-1]]
     for start, end, vector in zip(rows["start"], rows["end"], rows["embedding"], strict=True):
         np.testing.assert_allclose(np.mean(tokens["embedding"][start:end], 0), vector, atol=1e-5)
@@ -134,7 +150,9 @@ def test_spans_go_out_while_the_rest_comes_in() -> None:
 
     document = make_document(1000)
     slow = Slow(document.doc_id, document.tokens, None, "")
-    assert len(next(encode(model, [slow], EncodeOptions(span=50), EncodeFacts(None), chunk=100))) == 2
+    assert (
+        len(next(encode(model, [slow], EncodeOptions(span=50), EncodeFacts(None), chunk=100))) == 2
+    )
     assert read == [0]
 
 
@@ -143,7 +161,13 @@ def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: s
     options = EncodeOptions(pool="last", normalize=False, embedding_dtype=embedding_dtype)
     reader = encode(model, [make_document(5)], options, EncodeFacts(BOS, "tiny", "ab12"))
     number = pa.float32() if embedding_dtype == "float32" else pa.float16()
-    fields = {"doc_id": pa.string(), "span": pa.int32(), "start": pa.int64(), "end": pa.int64(), "n_tokens": pa.int64()}
+    fields = {
+        "doc_id": pa.string(),
+        "span": pa.int32(),
+        "start": pa.int64(),
+        "end": pa.int64(),
+        "n_tokens": pa.int64(),
+    }
     assert reader.schema.equals(pa.schema(fields | {"embedding": pa.list_(number, 16)}))
     assert reader.schema.metadata == {
         b"longnet.model": b"tiny",
@@ -160,7 +184,9 @@ def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: s
 
 
 def test_a_document_may_come_without_bos(model: LongNet) -> None:
-    table = encode(model, [make_document(5)], EncodeOptions(normalize=False), EncodeFacts(None)).read_all()
+    table = encode(
+        model, [make_document(5)], EncodeOptions(normalize=False), EncodeFacts(None)
+    ).read_all()
     with torch.no_grad():
         expected = model(torch.tensor([make_document(5).tokens.tolist()]))[0].mean(0)
     np.testing.assert_allclose(vectors(table)[0], expected, atol=1e-5)
@@ -169,7 +195,9 @@ def test_a_document_may_come_without_bos(model: LongNet) -> None:
 def test_an_empty_document_has_no_vector(model: LongNet) -> None:
     """A zero vector would look like an answer."""
     documents, empty = [make_document(5), make_document(0, "hollow"), make_document(7, "b")], []
-    table = encode(model, documents, EncodeOptions(), EncodeFacts(BOS), on_empty=empty.append).read_all()
+    table = encode(
+        model, documents, EncodeOptions(), EncodeFacts(BOS), on_empty=empty.append
+    ).read_all()
     assert table["doc_id"].to_pylist() == ["a", "b"]
     assert [document.doc_id for document in empty] == ["hollow"]
     with pytest.raises(DataError, match="nothing to encode: every document is empty"):
@@ -178,7 +206,9 @@ def test_an_empty_document_has_no_vector(model: LongNet) -> None:
 
 def test_a_model_without_vocabulary_reads_no_tokens() -> None:
     net = LongNet(CONFIG.model_copy(update={"vocab_size": 0}))
-    with pytest.raises(ConfigError, match="the model reads vectors, and this document holds token ids"):
+    with pytest.raises(
+        ConfigError, match="the model reads vectors, and this document holds token ids"
+    ):
         encode(net, [make_document(5, "a")], EncodeOptions(), EncodeFacts(None)).read_all()
 
 
@@ -188,15 +218,23 @@ LENGTHS = (5, 33, 1, 200, 32, 31, 64, 7, 90, 2, 120, 3)
 DOCUMENTS = [make_document(length, str(index)) for index, length in enumerate(LENGTHS)]
 
 
-def write(model: LongNet, place: Path, documents: Iterable[Document] = DOCUMENTS, **options: Any) -> Counter[str]:
+def write(
+    model: LongNet, place: Path, documents: Iterable[Document] = DOCUMENTS, **options: Any
+) -> Counter[str]:
     """Forwards of 70 tokens: some documents share one, and some are longer."""
 
     def take(kind: Any, given: dict[str, Any], *own: Any) -> Any:
-        return kind(*own, **{each.name: given.pop(each.name) for each in fields(kind) if each.name in given})
+        return kind(
+            *own, **{each.name: given.pop(each.name) for each in fields(kind) if each.name in given}
+        )
 
     given = {"bos": BOS, "chunk": 70, "shard_size": 3} | options
     inputs = given.pop("inputs", MadeInputs("x", made=documents))
-    asked, facts, output = take(EncodeOptions, given), take(EncodeFacts, given), take(Output, given, place)
+    asked, facts, output = (
+        take(EncodeOptions, given),
+        take(EncodeFacts, given),
+        take(Output, given, place),
+    )
     return run(Encoder(Reader(model, **given), asked, facts), inputs, output)
 
 
@@ -206,10 +244,14 @@ def stopped_at(index: int) -> Iterator[Document]:
 
 
 @pytest.mark.parametrize("span", [None, 20])
-def test_a_folder_holds_what_the_reader_gives(model: LongNet, tmp_path: Path, span: int | None) -> None:
+def test_a_folder_holds_what_the_reader_gives(
+    model: LongNet, tmp_path: Path, span: int | None
+) -> None:
     """A shard ends with the document that brings it to 3 rows."""
     totals = write(model, tmp_path / "out", span=span)
-    tables = [ipc.open_file(path).read_all() for path in sorted((tmp_path / "out").glob("vectors-*"))]
+    tables = [
+        ipc.open_file(path).read_all() for path in sorted((tmp_path / "out").glob("vectors-*"))
+    ]
     table, expected = (
         pa.concat_tables(tables),
         encode(model, DOCUMENTS, EncodeOptions(span=span), EncodeFacts(BOS)).read_all(),
@@ -221,12 +263,22 @@ def test_a_folder_holds_what_the_reader_gives(model: LongNet, tmp_path: Path, sp
     if span is None:
         assert groups == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"], ["9", "10", "11"]]
     else:
-        assert groups == [["0", "1"], ["2", "3"], ["4", "5"], ["6"], ["7", "8"], ["9", "10"], ["11"]]
+        assert groups == [
+            ["0", "1"],
+            ["2", "3"],
+            ["4", "5"],
+            ["6"],
+            ["7", "8"],
+            ["9", "10"],
+            ["11"],
+        ]
     assert dict(totals) == {"rows": len(table), "documents": len(LENGTHS), "tokens": sum(LENGTHS)}
 
 
 @pytest.mark.parametrize("span", [None, 20])
-def test_a_folder_resumed_anywhere_has_the_same_bytes(model: LongNet, tmp_path: Path, span: int | None) -> None:
+def test_a_folder_resumed_anywhere_has_the_same_bytes(
+    model: LongNet, tmp_path: Path, span: int | None
+) -> None:
     write(model, tmp_path / "whole", span=span)
     for stop in (2, 4, 5, 9, 12):
         place, seen = tmp_path / str(stop), []
@@ -240,7 +292,9 @@ def test_a_folder_resumed_anywhere_has_the_same_bytes(model: LongNet, tmp_path: 
 
 
 @pytest.mark.parametrize("span", [None, 20])
-def test_neighbours_of_one_name_get_names_of_their_own(model: LongNet, tmp_path: Path, span: int | None) -> None:
+def test_neighbours_of_one_name_get_names_of_their_own(
+    model: LongNet, tmp_path: Path, span: int | None
+) -> None:
     """Also on both sides of an empty document, of the edge of a shard and of a stop; but not the names of a column."""
     names = ["a", "a", "a", "a#2", "", "b", "", "b", "a"]
 
@@ -261,7 +315,9 @@ def test_neighbours_of_one_name_get_names_of_their_own(model: LongNet, tmp_path:
     assert {len(vectors) for vectors in read} == {1 if span is None else 2}
     inputs = replace(MadeInputs("x", made=made()), id_column="id")
     write(model, tmp_path / "named", span=span, inputs=inputs)
-    tables = [ipc.open_file(path).read_all() for path in sorted((tmp_path / "named").glob("vectors-*"))]
+    tables = [
+        ipc.open_file(path).read_all() for path in sorted((tmp_path / "named").glob("vectors-*"))
+    ]
     assert {*pa.concat_tables(tables)["doc_id"].to_pylist()} == {*names} - {""}
     with pytest.raises(DataError, match=r"part 0 of document 'a' stands where part [12] should"):
         list(Inputs(sorted((tmp_path / "named").glob("vectors-*")), vectors=True).documents())
@@ -283,7 +339,9 @@ OTHER = [
 
 
 @pytest.mark.parametrize(("name", "options"), OTHER, ids=[name for name, _ in OTHER])
-def test_a_folder_is_not_resumed_with_other_options(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+def test_a_folder_is_not_resumed_with_other_options(
+    tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
     model = LongNet(CONFIG).eval()
     with pytest.raises(KeyboardInterrupt):
         write(model, tmp_path, stopped_at(7))
@@ -293,9 +351,13 @@ def test_a_folder_is_not_resumed_with_other_options(tmp_path: Path, name: str, o
     assert contents(tmp_path) == before
 
 
-def test_a_default_chunk_is_that_of_the_run_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_default_chunk_is_that_of_the_run_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU it depends on the memory that is free."""
-    texts = write_lines(tmp_path / "x.jsonl", [{"id": str(n), "text": "ab " * n} for n in range(20)])
+    texts = write_lines(
+        tmp_path / "x.jsonl", [{"id": str(n), "text": "ab " * n} for n in range(20)]
+    )
     command = ["encode", texts, "-m", tiny_model(tmp_path / "model"), "--shard-rows", "4", "-o"]
     invoke(*command, tmp_path / "whole", "--chunk", "70")
     invoke(*command, tmp_path / "out", "--chunk", "70")
@@ -314,7 +376,12 @@ def test_empty_documents_are_counted_and_change_no_shard(model: LongNet, tmp_pat
     write(model, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         write(model, tmp_path / "out", chain([make_document(0, "hollow")], stopped_at(7)))
-    write(model, tmp_path / "out", [make_document(0, "hollow"), *DOCUMENTS, make_document(0, "void")], resume=True)
+    write(
+        model,
+        tmp_path / "out",
+        [make_document(0, "hollow"), *DOCUMENTS, make_document(0, "void")],
+        resume=True,
+    )
     found, whole = contents(tmp_path / "out"), contents(tmp_path / "whole")
     assert found.pop("_manifest.arrow") != whole.pop("_manifest.arrow")
     assert found == whole
@@ -322,7 +389,9 @@ def test_empty_documents_are_counted_and_change_no_shard(model: LongNet, tmp_pat
 
 
 @pytest.mark.parametrize("skips", [False, True])
-def test_a_document_is_told_before_any_of_it_is_read_and_a_refusal_is_not_skipped(model: LongNet, skips: bool) -> None:
+def test_a_document_is_told_before_any_of_it_is_read_and_a_refusal_is_not_skipped(
+    model: LongNet, skips: bool
+) -> None:
     seen: list[str] = []
 
     class Noted(Document):
@@ -336,5 +405,11 @@ def test_a_document_is_told_before_any_of_it_is_read_and_a_refusal_is_not_skippe
 
     job, documents = Encoder(Reader(model)), [Noted("a", np.arange(5), 5, "a")]
     with pytest.raises(MemoryLimitError):
-        list(job.sequences(documents, (lambda *_: seen.append("skipped")) if skips else None, on_document=refuse))
+        list(
+            job.sequences(
+                documents,
+                (lambda *_: seen.append("skipped")) if skips else None,
+                on_document=refuse,
+            )
+        )
     assert seen == ["told"]

@@ -29,7 +29,11 @@ SLIDES = {"s1": 70, "s2": 131, "s3": 1, "s4": 40}  # tiles
 
 
 def tiles(x: Tensor, at: Tensor | None, slide_id: str, number: type = np.float32) -> pa.Table:
-    columns = {"features": pa.FixedSizeListArray.from_arrays(pa.array(x.numpy().astype(number).ravel()), x.shape[1])}
+    columns = {
+        "features": pa.FixedSizeListArray.from_arrays(
+            pa.array(x.numpy().astype(number).ravel()), x.shape[1]
+        )
+    }
     if at is not None:
         columns["coords"] = pa.FixedSizeListArray.from_arrays(pa.array(at.numpy().ravel()), 2)
     return pa.table({"slide_id": [slide_id] * len(x), **columns})
@@ -37,7 +41,8 @@ def tiles(x: Tensor, at: Tensor | None, slide_id: str, number: type = np.float32
 
 def slides(number: type = np.float32) -> pa.Table:
     return pa.concat_tables(
-        tiles(*slide(count, seed), name, number) for seed, (name, count) in enumerate(SLIDES.items())
+        tiles(*slide(count, seed), name, number)
+        for seed, (name, count) in enumerate(SLIDES.items())
     )
 
 
@@ -47,7 +52,9 @@ def stream(table: pa.Table) -> bytes:
 
 def vectors(path: Path, column: str = "embedding") -> dict[str, np.ndarray]:
     table = pq.read_table(path) if path.suffix == ".parquet" else ipc.open_file(path).read_all()
-    return dict(zip(table["doc_id"].to_pylist(), map(np.array, table[column].to_pylist()), strict=True))
+    return dict(
+        zip(table["doc_id"].to_pylist(), map(np.array, table[column].to_pylist()), strict=True)
+    )
 
 
 @pytest.fixture
@@ -78,7 +85,12 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
     state, wanted, theirs = read_golden("slide_encoder_zero_key")
     save_file(state, tmp_path / "slide_encoder.safetensors")
     run_longnet(
-        "convert", tmp_path / "slide_encoder.safetensors", "-o", tmp_path / "model", *level_options(theirs), code=0
+        "convert",
+        tmp_path / "slide_encoder.safetensors",
+        "-o",
+        tmp_path / "model",
+        *level_options(theirs),
+        code=0,
     )
     table = tiles(wanted["features"], wanted["coords"], "slide")
     pq.write_table(table, tmp_path / "slide.parquet")
@@ -87,9 +99,18 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
         file["coords"].attrs["patch_size_level0"] = 256
     for source in ("slide.parquet", "slide.h5", "-"):
         for pool, name in (("cls", "cls"), ("mean", "pooled")):
-            words = f"--all-layers --model ./model --pool {pool} --no-normalize -o out.arrow".split()
+            words = (
+                f"--all-layers --model ./model --pool {pool} --no-normalize -o out.arrow".split()
+            )
             path = source if source == "-" else tmp_path / source
-            run_longnet("encode", path, *words, input=stream(table) if source == "-" else b"", text=False, code=0)
+            run_longnet(
+                "encode",
+                path,
+                *words,
+                input=stream(table) if source == "-" else b"",
+                text=False,
+                code=0,
+            )
             same(vectors(tmp_path / "out.arrow"), {"slide": wanted[name].numpy()}, 1e-4)
             if pool == "cls":
                 found = vectors(tmp_path / "out.arrow", "layers")["slide"]
@@ -105,25 +126,47 @@ def test_python_agrees_with_the_command_about_tiles_of_512_pixels(
     with h5py.File(tmp_path / "slide.h5", "w") as file:
         file["features"], file["coords"] = features.numpy(), coords.numpy()
         file["coords"].attrs["patch_size_level0"] = 512
-    run_longnet("encode", tmp_path / "slide.h5", *["--model", "./model", "--no-normalize", "-o", "out.arrow"], code=0)
+    run_longnet(
+        "encode",
+        tmp_path / "slide.h5",
+        *["--model", "./model", "--no-normalize", "-o", "out.arrow"],
+        code=0,
+    )
     encoder = SlideEncoder.from_pretrained(model)
     with torch.no_grad():
         found = encoder(features[None], coords[None], tile_size=512)
     same(vectors(tmp_path / "out.arrow"), {"slide": found[0].numpy()})
 
 
-def test_the_default_is_the_mean_scaled_to_length_one(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
+def test_the_default_is_the_mean_scaled_to_length_one(
+    run_longnet: RunLongnet, tmp_path: Path, model: Path
+) -> None:
     run_longnet(
-        "encode", "-", "--model", model, "-o", tmp_path / "out.arrow", input=stream(slides()), text=False, code=0
+        "encode",
+        "-",
+        "--model",
+        model,
+        "-o",
+        tmp_path / "out.arrow",
+        input=stream(slides()),
+        text=False,
+        code=0,
     )
-    same(vectors(tmp_path / "out.arrow"), {name: x / np.linalg.norm(x) for name, x in expected().items()})
-    assert ipc.open_file(tmp_path / "out.arrow").read_all()["n_tokens"].to_pylist() == [*SLIDES.values()]
+    same(
+        vectors(tmp_path / "out.arrow"),
+        {name: x / np.linalg.norm(x) for name, x in expected().items()},
+    )
+    assert ipc.open_file(tmp_path / "out.arrow").read_all()["n_tokens"].to_pylist() == [
+        *SLIDES.values()
+    ]
 
 
 def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
     """What `encode --span` writes is read by a net without coordinates, and by a LongNet without a vocabulary."""
     (tmp_path / "book.txt").write_text("a long way from here " * 60)
-    run_longnet("encode", tmp_path / "book.txt", "--span", "16", "-o", tmp_path / "chunks.arrow", code=0)
+    run_longnet(
+        "encode", tmp_path / "book.txt", "--span", "16", "-o", tmp_path / "chunks.arrow", code=0
+    )
     chunks = ipc.open_file(tmp_path / "chunks.arrow").read_all()["embedding"]
     x = torch.tensor(chunks.to_pylist())
     encoder = slide_encoder(in_features=x.shape[1], grid=0, position="rope")
@@ -136,7 +179,15 @@ def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
         wanted = {"books": encoder(x[None])[0], "plain": net(embeddings=x[None])[0].mean(0)}
     for name, vector in wanted.items():
         for chunk in ("8", "1Ki"):
-            words = ["--model", tmp_path / name, "--no-normalize", "--chunk", chunk, "-o", tmp_path / "out.arrow"]
+            words = [
+                "--model",
+                tmp_path / name,
+                "--no-normalize",
+                "--chunk",
+                chunk,
+                "-o",
+                tmp_path / "out.arrow",
+            ]
             run_longnet("encode", tmp_path / "chunks.arrow", *words, code=0)
             same(vectors(tmp_path / "out.arrow"), {"book.txt": vector.numpy()})
 
@@ -144,7 +195,17 @@ def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
 def test_spans_of_a_slide(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
     x, at = slide(50)
     pq.write_table(tiles(x, at, "s"), tmp_path / "s.parquet")
-    options = ["--model", model, "--span", "20", "--no-normalize", "-o", tmp_path / "out.parquet", "--chunk", "16"]
+    options = [
+        "--model",
+        model,
+        "--span",
+        "20",
+        "--no-normalize",
+        "-o",
+        tmp_path / "out.parquet",
+        "--chunk",
+        "16",
+    ]
     run_longnet("encode", tmp_path / "s.parquet", *options, code=0)
     found = pq.read_table(tmp_path / "out.parquet")
     assert found["end"].to_pylist() == [20, 40, 50]
@@ -156,13 +217,17 @@ def test_spans_of_a_slide(run_longnet: RunLongnet, tmp_path: Path, model: Path) 
     np.testing.assert_allclose(np.array(found["embedding"].to_pylist()), wanted, rtol=0, atol=1e-5)
 
 
-def test_tiles_that_share_a_cell_are_told(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
+def test_tiles_that_share_a_cell_are_told(
+    run_longnet: RunLongnet, tmp_path: Path, model: Path
+) -> None:
     """Coordinates that count tiles of 8, read as pixels of tiles of 256; with --tile-size 8 there is no word."""
     at = torch.tensor([[first * 8, second * 8] for first in range(20) for second in range(20)])
     pq.write_table(tiles(torch.randn(400, 6), at, "s"), tmp_path / "s.parquet")
     words = ["encode", tmp_path / "s.parquet", "--model", model, "-o", tmp_path / "out.arrow"]
     done = run_longnet(*words, code=0)
-    line = "the 400 tiles of 's' fall into 1 cell of 256 pixels: a tile of 8 would fit (--tile-size)"
+    line = (
+        "the 400 tiles of 's' fall into 1 cell of 256 pixels: a tile of 8 would fit (--tile-size)"
+    )
     assert line in done.stderr
     assert done.stderr.endswith(f"\n1 vector of 400 tokens -> {tmp_path / 'out.arrow'}\n")
     assert done.stderr.count("\n") == 2
@@ -182,7 +247,10 @@ def edited(nested: bool, name: str, tile: int | None, value: object) -> pa.Table
     if nested:
         lists = {key: pa.array(x, pa.list_(kinds[key])) for key, x in columns.items()}
         return pa.table({"slide_id": [*SLIDES], **lists})
-    flat = {key: pa.array([cell for rows in x for cell in rows], kinds[key]) for key, x in columns.items()}
+    flat = {
+        key: pa.array([cell for rows in x for cell in rows], kinds[key])
+        for key, x in columns.items()
+    }
     return pa.table({"slide_id": slides()["slide_id"], **flat})
 
 
@@ -201,7 +269,8 @@ BAD = [
 
 
 @pytest.mark.parametrize(
-    ("nested", "bad"), [(nested, bad) for bad in BAD for nested in (False, True) if nested or bad[1] is not None]
+    ("nested", "bad"),
+    [(nested, bad) for bad in BAD for nested in (False, True) if nested or bad[1] is not None],
 )
 def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
     run_longnet: RunLongnet, tmp_path: Path, model: Path, nested: bool, bad: tuple
@@ -210,7 +279,9 @@ def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
     pq.write_table(table, tmp_path / "x.parquet")
     write_file(tmp_path / "x.arrow", table, 1000)
     for path in (tmp_path / "x.parquet", tmp_path / "x.arrow"):
-        with pytest.raises(DataError, match=rf"{path.name}, row {1 if nested else 100}\b.*: {re.escape(line)}"):
+        with pytest.raises(
+            DataError, match=rf"{path.name}, row {1 if nested else 100}\b.*: {re.escape(line)}"
+        ):
             [x.read() for x in Inputs([path], vectors=True).documents()]
     if bad not in BAD[::4]:  # the command leaves out whatever the reader refuses
         return
@@ -218,12 +289,20 @@ def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
     done = run_longnet(*words, "--skip-bad")
     left_out, _, *others = done.stderr.splitlines()
     assert left_out.startswith(f"longnet: note: left out: {path}, row ")
-    assert (done.returncode, line in left_out, others) == (6, True, ["longnet: note: 1 document left out"])
+    assert (done.returncode, line in left_out, others) == (
+        6,
+        True,
+        ["longnet: note: 1 document left out"],
+    )
     found = (tmp_path / "out.arrow").read_bytes()
     write_file(path, table.filter(pc.field("slide_id") != "s2"), 1000)
     assert run_longnet(*words).returncode == 0
     assert found == (tmp_path / "out.arrow").read_bytes()
-    assert ipc.open_file(tmp_path / "out.arrow").read_all()["slide_id"].to_pylist() == ["s1", "s3", "s4"]
+    assert ipc.open_file(tmp_path / "out.arrow").read_all()["slide_id"].to_pylist() == [
+        "s1",
+        "s3",
+        "s4",
+    ]
 
 
 def test_files_of_vectors_that_cannot_be_read_are_left_out(
@@ -235,16 +314,30 @@ def test_files_of_vectors_that_cannot_be_read_are_left_out(
     pq.write_table(table.set_column(2, "coords", empty), tmp_path / "good.parquet")
     data = (tmp_path / "good.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
-    words = ["encode", "missing.parquet", "cut.parquet", "good.parquet", "--model", model, "--no-normalize"]
+    words = [
+        "encode",
+        "missing.parquet",
+        "cut.parquet",
+        "good.parquet",
+        "--model",
+        model,
+        "--no-normalize",
+    ]
     assert run_longnet(*words, "-o", tmp_path / "out.arrow").returncode == 3
     done = run_longnet(*words, "--skip-bad", "-o", tmp_path / "out.arrow")
     assert done.returncode == 6, done.stderr
     said = done.stderr.splitlines()
     assert said[0] == "longnet: note: left out: missing.parquet: no such file or folder"
-    assert said[1].startswith("longnet: note: left out: cut.parquet: the data is damaged or truncated")
+    assert said[1].startswith(
+        "longnet: note: left out: cut.parquet: the data is damaged or truncated"
+    )
     assert said[2] == f"3 vectors of 111 tokens -> {tmp_path / 'out.arrow'}"
     assert said[3:] == ["longnet: note: 1 document empty", "longnet: note: 2 files left out"]
-    same(vectors(tmp_path / "out.arrow"), {name: x for name, x in expected().items() if name != "s2"})
+    same(
+        vectors(tmp_path / "out.arrow"), {name: x for name, x in expected().items() if name != "s2"}
+    )
     for sample in ([], ["--sample", "2"]):
-        found = json.loads(run_longnet(*words, "--skip-bad", "--dry-run", "--format", "json", *sample).stdout)
+        found = json.loads(
+            run_longnet(*words, "--skip-bad", "--dry-run", "--format", "json", *sample).stdout
+        )
         assert (found["documents"], found["left_out"], found["tokens"]) == (3, 2, 111)

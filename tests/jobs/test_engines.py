@@ -25,7 +25,9 @@ def test_batches_have_the_rows_of_the_commands(run_longnet: RunLongnet, tmp_path
     named = TABLE.select(["text"]).append_column("doc_id", TABLE["id"].cast(pa.string()))
     pq.write_table(named.filter(pa.compute.not_equal(named["text"], "")), tmp_path / "in.parquet")
     assert run_longnet("encode", "in.parquet", "--span", "50", "-o", "v.parquet").returncode == 0
-    assert run_longnet("score", "in.parquet", "--context", "32,256", "-o", "g.parquet").returncode == 0
+    assert (
+        run_longnet("score", "in.parquet", "--context", "32,256", "-o", "g.parquet").returncode == 0
+    )
     expected, gained = pq.read_table(tmp_path / "v.parquet"), pq.read_table(tmp_path / "g.parquet")
     whole = encode_batches(TABLE, span=50, keep=("lang",))
     assert isinstance(whole, pa.Table)
@@ -47,7 +49,9 @@ def test_batches_have_the_rows_of_the_commands(run_longnet: RunLongnet, tmp_path
     rows = [row for row in scored.to_pylist() if row["n_tokens"]]
     for row, other in zip(rows, gained.to_pylist(), strict=True):
         for name, value in other.items():
-            assert row[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value)
+            assert row[name] == (
+                pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
+            )
 
 
 def test_a_process_loads_a_model_once() -> None:
@@ -55,7 +59,9 @@ def test_a_process_loads_a_model_once() -> None:
 
 
 def test_documents_that_cannot_be_read_are_left_out() -> None:
-    table = pa.table({"doc_id": ["a", "b", "c"], "ids": [[1, 2], [1, 1 << 20], [3]], "n": [0, 1, 2]})
+    table = pa.table(
+        {"doc_id": ["a", "b", "c"], "ids": [[1, 2], [1, 1 << 20], [3]], "n": [0, 1, 2]}
+    )
     with pytest.raises(DataError, match="table, row 1, offset 1: token id 1048576"):
         encode_batches(table)
     for function in (encode_batches, score_batches):
@@ -85,9 +91,17 @@ def test_batches_without_rows_or_tokens_have_no_vectors() -> None:
         ),
         ({"id": ["a"], "body": ["a"]}, {}, "no column named input_ids"),
         ({"id": ["a"], "ids": [1]}, {}, "a row is a document"),
-        ({"doc_id": ["a", "a"], "part": [0, 1], "ids": [[1], [2]]}, {}, "row 1: part 1 of document 'a'"),
+        (
+            {"doc_id": ["a", "a"], "part": [0, 1], "ids": [[1], [2]]},
+            {},
+            "row 1: part 1 of document 'a'",
+        ),
         ({"id": ["a", None], "text": ["a", "b"]}, {}, "row 1, id: the value is null"),
-        ({"id": ["a"], "text": ["a"], "span": [1]}, {"keep": ("span",)}, "keep span: the output has a column"),
+        (
+            {"id": ["a"], "text": ["a"], "span": [1]},
+            {"keep": ("span",)},
+            "keep span: the output has a column",
+        ),
         ({"id": ["a"], "text": ["a"]}, {"pattern": "papr"}, "pattern: "),
     ],
 )
@@ -122,7 +136,9 @@ def test_a_text_has_its_row_of_an_array() -> None:
     made = embed(pa.chunked_array([TEXTS[:2], TEXTS[2:]]), model="longnet-tiny", dims=8)
     assert (made.dtype, made.shape) == (np.float32, (5, 8))
     assert np.isnan(made[2]).all()
-    np.testing.assert_allclose(made[[0, 1, 3, 4]], vectors(encode_batches(TEXTS, dims=8)), atol=1e-6)
+    np.testing.assert_allclose(
+        made[[0, 1, 3, 4]], vectors(encode_batches(TEXTS, dims=8)), atol=1e-6
+    )
     for none in ([], [""]):
         assert embed(none, model="longnet-tiny").shape == (len(none), 256)
     for given in ("one text", ["a", None]):
@@ -133,7 +149,11 @@ def test_a_text_has_its_row_of_an_array() -> None:
 def test_views_of_text_are_carried_along() -> None:
     """Frames of polars pass these on."""
     views = pa.array(["a", "b"], pa.string_view())
-    kept = {"views": views, "enum": pa.DictionaryArray.from_arrays(pa.array([1, 0]), views), "lists": [["c"], ["d"]]}
+    kept = {
+        "views": views,
+        "enum": pa.DictionaryArray.from_arrays(pa.array([1, 0]), views),
+        "lists": [["c"], ["d"]],
+    }
     kept["lists"] = pa.array(kept["lists"], pa.large_list(pa.string_view()))
     table = pa.table({"id": views, "text": pa.array(["one", "two"], pa.string_view()), **kept})
     for function in (encode_batches, score_batches):
@@ -159,18 +179,24 @@ def test_frames_of_real_libraries_are_tables(package: str) -> None:
 
 def test_a_frame_of_mixed_types_is_one_line() -> None:
     pandas = pytest.importorskip("pandas")
-    with pytest.raises(DataError, match=r"^the table cannot be Arrow data: [^\n]*Conversion failed for column id"):
+    with pytest.raises(
+        DataError, match=r"^the table cannot be Arrow data: [^\n]*Conversion failed for column id"
+    ):
         encode_batches(pandas.DataFrame({"id": [1, "1"], "text": ["a", "b"]}))
 
 
-@pytest.mark.parametrize("given", ["corpus.arrow", {"text": ["a"]}, 7, ["a text", 7], [{"text": "a"}]], ids=str)
+@pytest.mark.parametrize(
+    "given", ["corpus.arrow", {"text": ["a"]}, 7, ["a text", 7], [{"text": "a"}]], ids=str
+)
 def test_what_is_no_table_is_refused_at_the_call(given: object) -> None:
     for function in (encode_batches, score_batches):
         with pytest.raises(ConfigError, match=r"^a table .* needed, not (str|dict|int)"):
             function(given)
 
 
-@pytest.mark.parametrize(("kind", "makes"), [("LazyFrame", ".collect()"), ("Series", ".to_frame()")])
+@pytest.mark.parametrize(
+    ("kind", "makes"), [("LazyFrame", ".collect()"), ("Series", ".to_frame()")]
+)
 def test_a_column_or_a_plan_is_told_what_makes_a_table_of_it(kind: str, makes: str) -> None:
     for function in (encode_batches, score_batches):
         with pytest.raises(ConfigError, match=re.escape(f"not {kind}: {makes} makes one")):
@@ -178,9 +204,18 @@ def test_a_column_or_a_plan_is_told_what_makes_a_table_of_it(kind: str, makes: s
 
 
 def test_the_rows_of_a_frame_without_names_are_numbered() -> None:
-    frame = type("Frame", (), {"__arrow_c_stream__": lambda self, schema=None: texts.__arrow_c_stream__(schema)})()
+    frame = type(
+        "Frame",
+        (),
+        {"__arrow_c_stream__": lambda self, schema=None: texts.__arrow_c_stream__(schema)},
+    )()
     texts = TABLE.select(["text"])
-    assert encode_batches(frame)["doc_id"].to_pylist() == ["0", "1", "3", "4"]  # document 2 is empty
+    assert encode_batches(frame)["doc_id"].to_pylist() == [
+        "0",
+        "1",
+        "3",
+        "4",
+    ]  # document 2 is empty
     assert score_batches(frame)["doc_id"].to_pylist() == ["0", "1", "2", "3", "4"]
     with pytest.raises(ConfigError, match="no column 'name'"):
         score_batches(frame, id_column="name")
@@ -188,10 +223,16 @@ def test_the_rows_of_a_frame_without_names_are_numbered() -> None:
 
 def test_sizes_and_patterns_may_be_texts() -> None:
     for sizes in ("64,0.1k", ("64", "100")):
-        assert score_batches(TABLE[:1], context=sizes).equals(score_batches(TABLE[:1], context=(64, 100)))
-    by_pattern = [score_batches(TABLE[:1], pattern=each) for each in ("window:64", Pattern.window(64))]
+        assert score_batches(TABLE[:1], context=sizes).equals(
+            score_batches(TABLE[:1], context=(64, 100))
+        )
+    by_pattern = [
+        score_batches(TABLE[:1], pattern=each) for each in ("window:64", Pattern.window(64))
+    ]
     assert by_pattern[0].equals(by_pattern[1])
-    assert encode_batches(TABLE[:1], span="0.1k", chunk="1Ki").equals(encode_batches(TABLE[:1], span=100, chunk=1024))
+    assert encode_batches(TABLE[:1], span="0.1k", chunk="1Ki").equals(
+        encode_batches(TABLE[:1], span=100, chunk=1024)
+    )
     with pytest.raises(ConfigError, match=r"^context: '1Kx' is not a size: write"):
         score_batches(TABLE, context="64,1Kx")
 
@@ -207,26 +248,40 @@ def test_an_iterator_of_other_things_is_refused_when_it_comes_there() -> None:
     [
         ("transformers", "import longnet_cli.integrations.transformers", "hf"),
         ("lm_eval", "import longnet_cli.lm_eval", "lm-eval"),
-        ("lm_eval", "import runpy; runpy.run_module('longnet_cli.lm_eval', run_name='__main__')", "lm-eval"),
+        (
+            "lm_eval",
+            "import runpy; runpy.run_module('longnet_cli.lm_eval', run_name='__main__')",
+            "lm-eval",
+        ),
     ],
 )
-def test_without_its_extra_an_import_says_which_to_install(package: str, program: str, extra: str) -> None:
+def test_without_its_extra_an_import_says_which_to_install(
+    package: str, program: str, extra: str
+) -> None:
     program = f"import sys; sys.modules[{package!r}] = None; {program}"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert f"pip install '.[{extra}]'" in done.stderr.splitlines()[-1]
     assert done.returncode == (2 if "runpy" in program else 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ray", "pyspark"])
-def test_an_engine_writes_the_vectors_of_one_process(engine: str, tmp_path: Path, command_env: dict[str, str]) -> None:
+def test_an_engine_writes_the_vectors_of_one_process(
+    engine: str, tmp_path: Path, command_env: dict[str, str]
+) -> None:
     pytest.importorskip(engine)
     (tmp_path / "in").mkdir()
     for start in (0, 3):
         pq.write_table(TABLE[start : start + 3], tmp_path / "in" / f"{start}.parquet")
     words = ["--workers", "2", "--batch-rows", "2"] if engine == "ray" else []
     script = ROOT / "examples" / f"{engine.removeprefix('py')}_encode.py"
-    env = command_env | {"RAY_worker_niceness": "0"} | ({"PYSPARK_PYTHON": sys.executable} if not words else {})
+    env = (
+        command_env
+        | {"RAY_worker_niceness": "0"}
+        | ({"PYSPARK_PYTHON": sys.executable} if not words else {})
+    )
     done = subprocess.run(
         [sys.executable, script, "in", "out", *words],
         cwd=tmp_path,

@@ -29,7 +29,14 @@ from longnet_cli.attention.choosing import Choice, Voting
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import REPLACEMENT, TextStream, Tokenizer
-from longnet_cli.jobs.generating import Sampler, SourceWatch, Step, StopTexts, generate, plan_generation
+from longnet_cli.jobs.generating import (
+    Sampler,
+    SourceWatch,
+    Step,
+    StopTexts,
+    generate,
+    plan_generation,
+)
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.causal_stream import CausalStream
 
@@ -57,7 +64,9 @@ def test_every_token_is_the_best_of_a_full_forward(kind: str) -> None:
         steps = generated(model, length, bos=bos, chunk=chunk, tokenizer=None)
         found = torch.tensor([step.id for step in steps])
         before = [*([] if bos is None else [bos]), *prompt(length).tokens]
-        logits = model.logits(model(torch.tensor([[*before, *found.tolist()]])))[0, len(before) - 1 : -1]
+        logits = model.logits(model(torch.tensor([[*before, *found.tolist()]])))[
+            0, len(before) - 1 : -1
+        ]
         assert torch.equal(logits.argmax(-1), found)
         expected = logits.log_softmax(-1)[torch.arange(40), found]
         assert (torch.tensor([step.logprob for step in steps]) - expected).abs().max() < 1e-4
@@ -74,12 +83,18 @@ def test_draws_follow_the_softmax_and_top_p_takes_the_fewest_tokens() -> None:
         return (torch.bincount(drawn, minlength=4) / draws).tolist()
 
     assert shares(1, 1, 4000) == pytest.approx([0.125, 0.5, 0.125, 0.25], abs=0.03)
-    assert shares(1, 0.875, 4000) == pytest.approx([1 / 7, 4 / 7, 0, 2 / 7], abs=0.03)  # of equal ones the first
+    assert shares(1, 0.875, 4000) == pytest.approx(
+        [1 / 7, 4 / 7, 0, 2 / 7], abs=0.03
+    )  # of equal ones the first
     assert shares(1, 0.75, 4000) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.03)
     assert shares(1, 0.5) == shares(1, 1e-9) == shares(1e-9, 1) == shares(0, 1) == [0, 1, 0, 0]
-    assert all(shares(tiny, 1) == [0, 1, 0, 0] for tiny in (1e-37, 1e-39, 1e-45, 1e-46))  # 0 / 0 in float32
+    assert all(
+        shares(tiny, 1) == [0, 1, 0, 0] for tiny in (1e-37, 1e-39, 1e-45, 1e-46)
+    )  # 0 / 0 in float32
     assert shares(0.5, 1, 4000) == pytest.approx([1 / 22, 16 / 22, 1 / 22, 4 / 22], abs=0.03)
-    assert Sampler(1, 0.5, 0)(logits)[1] == pytest.approx(np.log(0.5))  # what the model says, whatever is cut
+    assert Sampler(1, 0.5, 0)(logits)[1] == pytest.approx(
+        np.log(0.5)
+    )  # what the model says, whatever is cut
     with pytest.raises(NotFiniteError, match="not finite"):
         Sampler(0, 1, 0)(torch.tensor([0.0, torch.nan]))
 
@@ -100,11 +115,19 @@ def test_many_equal_prompts_follow_the_distribution_of_the_model(tmp_path: Path)
     words = ["-m", model, "--temperature", 1.3, "-n", 1, "--seed", 7, "--format", "jsonl", "-q"]
     printed = invoke("generate", "-i", path, *words).stdout
     net = LongNet.from_pretrained(model)
-    shares = (net.logits(net(torch.tensor([[256, *text.encode()]])))[0, -1].double() / 1.3).softmax(-1).detach()
+    shares = (
+        (net.logits(net(torch.tensor([[256, *text.encode()]])))[0, -1].double() / 1.3)
+        .softmax(-1)
+        .detach()
+    )
     tenth = (shares.cumsum(0) * 10).long().clamp(max=9)  # of the probabilities, by id
-    drawn = torch.bincount(tenth[[json.loads(line)["tokens"][0] for line in printed.splitlines()]], minlength=10)
+    drawn = torch.bincount(
+        tenth[[json.loads(line)["tokens"][0] for line in printed.splitlines()]], minlength=10
+    )
     expected = 200 * torch.zeros(10).double().index_add(0, tenth, shares)
-    assert ((drawn - expected) ** 2 / expected).sum() < 27.9  # of 9 degrees of freedom: one in a thousand is above
+    assert (
+        (drawn - expected) ** 2 / expected
+    ).sum() < 27.9  # of 9 degrees of freedom: one in a thousand is above
     assert invoke("generate", "-i", path, *words).stdout == printed
 
 
@@ -179,15 +202,26 @@ def pieces() -> Tokenizer:
     """As of SentencePiece: words begin with a sign of their own, and characters it lacks are written in bytes."""
     vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}}
     vocab |= {sign: len(vocab) + i for i, sign in enumerate(["▁", *"naive d.s"])}
-    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>")
+    )
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return Tokenizer(inner)
 
 
-TOKENIZERS = {"bytes": Tokenizer.bytes(), "bpe": Tokenizer.train([[TEXT * 20]], 300), "pieces": pieces()}
+TOKENIZERS = {
+    "bytes": Tokenizer.bytes(),
+    "bpe": Tokenizer.train([[TEXT * 20]], 300),
+    "pieces": pieces(),
+}
 
 
 def streamed(words: Tokenizer, ids: list[int]) -> list[str]:
@@ -203,7 +237,9 @@ def test_no_part_is_half_a_character(name: str) -> None:
     assert "".join(parts) == words.decode(np.array(ids)) == TEXT * 3
     assert not any(REPLACEMENT in part for part in parts)
     assert max(map(len, parts)) <= 8
-    assert streamed(words, words.encode("añ").tolist()[:-1])[-1] == REPLACEMENT  # cut in a character
+    assert (
+        streamed(words, words.encode("añ").tolist()[:-1])[-1] == REPLACEMENT
+    )  # cut in a character
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
@@ -266,7 +302,9 @@ def test_the_passages_that_the_answer_chose(
         return chosen_by_hand(torch.tensor(found))
 
     monkeypatch.setattr(chosen, "choose", lambda means, voting: drawn(voting))
-    monkeypatch.setattr(chosen, "votes_by_keys", lambda *given: torch.where(given[-1] == 12, vote, 1))
+    monkeypatch.setattr(
+        chosen, "votes_by_keys", lambda *given: torch.where(given[-1] == 12, vote, 1)
+    )
     net = native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4))
     stream = CausalStream(net)
     text = "aé" * 66 + "z" * 2  # 200 bytes, of which three make "aé"
@@ -279,14 +317,24 @@ def test_the_passages_that_the_answer_chose(
         stream.fork()(torch.from_numpy(ids[180:]).long()[None])  # which counts for itself alone
     how: dict[str, Any] = {"bos": None, "tokenizer": BYTES, "max_tokens": 17, "sources": True}
     *others, last = generate(net, Document("d", ids[180:], None, "d"), stream=stream, **how)
-    assert (last.finish_reason, [*filter(None, (step.sources for step in others))]) == ("length", [])
+    assert (last.finish_reason, [*filter(None, (step.sources for step in others))]) == (
+        "length",
+        [],
+    )
     found = last.sources if vote == 1 else last.sources[::-1]
     assert [(round(each.share * 17), each.share_before) for each in found] == [(16, 0), (8, 0)]
-    counts = [cache.past.counts[0] for cache in stream.caches if cache.past and cache.past.counts is not None]
+    counts = [
+        cache.past.counts[0]
+        for cache in stream.caches
+        if cache.past and cache.past.counts is not None
+    ]
     assert [x[1].item() for x in counts] == 2 * [
         (216 - 64) // 4 + 1
     ]  # groups from 64, where one block is left out, to 216
-    assert [each[:2] for each in found] == [(64, 69), (48, 59)]  # bytes 96 to 104, and 72 to 88; a cut character is out
+    assert [each[:2] for each in found] == [
+        (64, 69),
+        (48, 59),
+    ]  # bytes 96 to 104, and 72 to 88; a cut character is out
     assert all(each.text == text[each.start : each.end] for each in found)
 
 
@@ -315,7 +363,10 @@ def test_three_questions_have_three_answers(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_question_that_chooses_more_often_counts_in_its_own_groups(tmp_path: Path) -> None:
-    net, finer = (native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=n)) for n in (8, 4))
+    net, finer = (
+        native(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=n))
+        for n in (8, 4)
+    )
     finer.load_state_dict(net.state_dict())
     stream, ids = CausalStream(net), torch.randint(256, (1, 528))
     stream(ids[:, :512])
@@ -336,9 +387,17 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, plain.stdout)
     assert done.stderr.splitlines()[0].startswith("source 1: characters ")
     run_longnet("generate", "-i", "book.txt", *options[:-2], "--save-state", "book.state")
-    for asked in (["-i", "book.txt"], ["--state", "book.state"], ["What?", "--state", "book.state"]):
-        line = json.loads(run_longnet("generate", *asked, *options, "--sources", "--format", "jsonl").stdout)
+    for asked in (
+        ["-i", "book.txt"],
+        ["--state", "book.state"],
+        ["What?", "--state", "book.state"],
+    ):
+        line = json.loads(
+            run_longnet("generate", *asked, *options, "--sources", "--format", "jsonl").stdout
+        )
         assert 0 < len(line["sources"]) <= 3
         for source in line["sources"]:
-            assert source["text"] == (BOOK + "What?" + line["text"])[source["start"] : source["end"]]
+            assert (
+                source["text"] == (BOOK + "What?" + line["text"])[source["start"] : source["end"]]
+            )
             assert 0 <= source["share_before"] < source["share"] <= 1

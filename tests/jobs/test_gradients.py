@@ -50,7 +50,9 @@ def test_documents_of_a_window_do_not_see_each_other(
     loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    found = backward(model, ids, targets, chunk=max(chunk, tokens // 10), starts=document_starts(ids, EOS))
+    found = backward(
+        model, ids, targets, chunk=max(chunk, tokens // 10), starts=document_starts(ids, EOS)
+    )
     assert error(found, loss.detach()) <= 1e-12
     floor = max(x.norm().item() for x in expected)
     for a, b in zip(gradients(model), expected, strict=True):
@@ -67,7 +69,11 @@ def test_without_an_eos_id_a_window_is_one_sequence(chunk: int) -> None:
     model.zero_grad()
     found = backward(model, ids, targets, chunk=chunk, scale=0.25)
     assert error(found, loss.detach()) <= 1e-12
-    assert all(error(a, b) <= 1e-9 for a, b in zip(gradients(model), expected, strict=True) if b.norm() > 1e-9)
+    assert all(
+        error(a, b) <= 1e-9
+        for a, b in zip(gradients(model), expected, strict=True)
+        if b.norm() > 1e-9
+    )
 
 
 def test_tokens_without_a_target_have_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,22 +91,30 @@ MASK, END = 4, 0
 
 def test_of_ten_chosen_eight_become_the_mask_one_another_token_and_one_stays() -> None:
     tokens = torch.randint(1000, (8, 4096), generator=torch.Generator().manual_seed(0))
-    seen, targets = mask_tokens(tokens, 0.15, mask_id=1000, eos_id=None, seeds=[(1, row) for row in range(8)])
+    seen, targets = mask_tokens(
+        tokens, 0.15, mask_id=1000, eos_id=None, seeds=[(1, row) for row in range(8)]
+    )
     chosen = targets != IGNORED
     assert targets[chosen].equal(tokens[chosen])
     assert seen[~chosen].equal(tokens[~chosen])
     masked, same = seen[chosen] == 1000, seen[chosen] == tokens[chosen]
     shares = [chosen.double().mean(), masked.double().mean(), same.double().mean()]
     assert torch.stack(shares).sub(torch.tensor([0.15, 0.8, 0.1])).abs().max() < 0.015
-    again, _ = mask_tokens(tokens, 0.15, mask_id=1000, eos_id=None, seeds=[(1, row) for row in range(8)])
+    again, _ = mask_tokens(
+        tokens, 0.15, mask_id=1000, eos_id=None, seeds=[(1, row) for row in range(8)]
+    )
     assert again.equal(seen)
     alone, _ = mask_tokens(tokens[5:6], 0.15, mask_id=1000, eos_id=None, seeds=[(1, 5)])
     assert alone.equal(seen[5:6])  # whichever rank it is on
-    assert not mask_tokens(tokens[:1], 0.15, mask_id=1000, eos_id=None, seeds=[(1, 3)])[0].equal(seen[:1])
+    assert not mask_tokens(tokens[:1], 0.15, mask_id=1000, eos_id=None, seeds=[(1, 3)])[0].equal(
+        seen[:1]
+    )
 
 
 def test_documents_keep_their_ends_and_get_no_other() -> None:
     tokens = torch.randint(MASK, (8, 512), generator=torch.Generator().manual_seed(0))
-    seen, targets = mask_tokens(tokens, 0.9, mask_id=MASK, eos_id=END, seeds=[(1, row) for row in range(8)])
+    seen, targets = mask_tokens(
+        tokens, 0.9, mask_id=MASK, eos_id=END, seeds=[(1, row) for row in range(8)]
+    )
     assert (seen == END).equal(tokens == END)
     assert (targets[tokens == END] == IGNORED).all()

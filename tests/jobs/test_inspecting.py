@@ -22,9 +22,14 @@ from longnet_cli.jobs.inspecting import Inspection, inspect
 BYTES = Tokenizer.bytes()
 
 
-def write(path: Path, rows: list[list[int | None]], kind: pa.DataType | None = None, **metadata: str) -> Path:
+def write(
+    path: Path, rows: list[list[int | None]], kind: pa.DataType | None = None, **metadata: str
+) -> Path:
     table = pa.table({"input_ids": pa.array(rows, kind or pa.list_(pa.int32()))})
-    return write_file(path, table.replace_schema_metadata({f"longnet.{key}": value for key, value in metadata.items()}))
+    return write_file(
+        path,
+        table.replace_schema_metadata({f"longnet.{key}": value for key, value in metadata.items()}),
+    )
 
 
 def test_counts_of_good_files(tmp_path):
@@ -73,7 +78,12 @@ def test_vectors_are_read_where_there_is_nothing_else(tmp_path):
     path = write_file(tmp_path / "a.arrow", pa.table(columns))
     found = inspect(Inputs([path]))
     assert (found.documents, found.tokens, found.byte_tokens, found.num_problems) == (2, 0, 0, 0)
-    assert (found.vectors, found.sizes, found.lengths, found.length()["mean"]) == (3, {2: 2}, {1: 1, 2: 1}, 1.5)
+    assert (found.vectors, found.sizes, found.lengths, found.length()["mean"]) == (
+        3,
+        {2: 2},
+        {1: 1, 2: 1},
+        1.5,
+    )
     shown = invoke("data", "inspect", path).stdout
     assert "vectors      3 of 2 numbers\n" in shown
     assert "token types  vectors (1 file)\n" in shown
@@ -158,12 +168,18 @@ def test_the_command_in_text_and_json(run_longnet: RunLongnet, tmp_path: Path) -
     assert "\ntokens       5 (bytes)\n" in read
     assert f"\n{'bytes':>27} {'documents':>12}\n" in read
     write_text(tmp_path / "t.txt", "hello")
-    assert "\ntokens       12 (5 of them bytes)\n" in run_longnet("data", "inspect", "a.arrow", "t.txt").stdout
+    assert (
+        "\ntokens       12 (5 of them bytes)\n"
+        in run_longnet("data", "inspect", "a.arrow", "t.txt").stdout
+    )
     own = run_longnet("data", "inspect", "t.txt", "--tokenizer", "longnet-tiny").stdout
     assert "bytes)" not in own
     assert f"\n{'tokens':>27} {'documents':>12}\n" in own
     value = run_longnet("data", "inspect", "-", "--format", "json", input="hello", code=0)
-    assert json.loads(value.stdout) == inspect(Inputs([write_text(tmp_path / "b.txt", "hello")])).as_dict()
+    assert (
+        json.loads(value.stdout)
+        == inspect(Inputs([write_text(tmp_path / "b.txt", "hello")])).as_dict()
+    )
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -171,11 +187,20 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def test_problems_are_exit_code_3_after_everything_is_printed(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_problems_are_exit_code_3_after_everything_is_printed(
+    run_longnet: RunLongnet, tmp_path: Path
+) -> None:
     write(tmp_path / "a.arrow", [[1, 2], [3, 300]])
     for format in ("text", "json"):
-        done = run_longnet("data", "inspect", "missing", "a.arrow", "--tokenizer", "bytes", "--format", format)
+        done = run_longnet(
+            "data", "inspect", "missing", "a.arrow", "--tokenizer", "bytes", "--format", format
+        )
         assert done.returncode == 3
-        assert done.stderr == "longnet: error: 2 problems, the first: missing: no such file or folder\n"
-        assert "a.arrow, row 1, offset 1: token id 300 does not fit a vocabulary of 257" in done.stdout
+        assert (
+            done.stderr
+            == "longnet: error: 2 problems, the first: missing: no such file or folder\n"
+        )
+        assert (
+            "a.arrow, row 1, offset 1: token id 300 does not fit a vocabulary of 257" in done.stdout
+        )
     assert json.loads(done.stdout)["documents"] == 1

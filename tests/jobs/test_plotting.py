@@ -15,7 +15,16 @@ from files import write_lines
 from places import ROOT
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.jobs.plotting import Curve, Panel, Point, draw_picture, panels, read, read_all, title
+from longnet_cli.jobs.plotting import (
+    Curve,
+    Panel,
+    Point,
+    draw_picture,
+    panels,
+    read,
+    read_all,
+    title,
+)
 from longnet_cli.jobs.plotting.recognizing import Run
 
 
@@ -26,7 +35,10 @@ def curve(run: Run, key: str) -> list[tuple[float, float]]:
 
 def write_run(folder: Path, steps: range | list[int] = range(10, 110, 10), **more: float) -> Path:
     folder.mkdir()
-    lines = [{"step": n, "loss": 100 / n, "lr": 1e-3, "tokens_per_second": 5e3 + n, **more} for n in steps]
+    lines = [
+        {"step": n, "loss": 100 / n, "lr": 1e-3, "tokens_per_second": 5e3 + n, **more}
+        for n in steps
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -51,7 +63,9 @@ def test_of_a_step_made_twice_the_later_line_counts(tmp_path: Path) -> None:
 
 
 def test_missing_values_are_gaps(tmp_path: Path) -> None:
-    (tmp_path / "run.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 3, "held_out_loss": 4}\n')
+    (tmp_path / "run.jsonl").write_text(
+        '{"step": 1, "loss": null}\n{"step": 2, "loss": 3, "held_out_loss": 4}\n'
+    )
     (panel,) = panels([read(tmp_path / "run.jsonl")])
     assert panel.curves == [Curve("run", [Point(2, 3)]), Curve("run held out", [Point(2, 4)])]
 
@@ -59,7 +73,11 @@ def test_missing_values_are_gaps(tmp_path: Path) -> None:
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
-    paths = [write_run(tmp_path / "a/run"), write_run(tmp_path / "b/run"), write_run(tmp_path / "other")]
+    paths = [
+        write_run(tmp_path / "a/run"),
+        write_run(tmp_path / "b/run"),
+        write_run(tmp_path / "other"),
+    ]
     assert [run.name for run in read_all(paths)] == [str(paths[0]), str(paths[1]), "other"]
 
 
@@ -118,7 +136,9 @@ def bench_row(impl: str, seq: int, seconds: float | None, **more: Any) -> dict[s
     rate = seq / seconds if seconds else None
     status = "ok" if seconds else "skipped"
     row = {"op": "attention", "impl": impl, "direction": "forward", "seq": seq, "status": status}
-    return row | {"seconds": seconds, "tokens_per_second": rate, "peak_rss_bytes": 2**20 + seq} | more
+    return (
+        row | {"seconds": seconds, "tokens_per_second": rate, "peak_rss_bytes": 2**20 + seq} | more
+    )
 
 
 def comments(picture: Path) -> list[str]:
@@ -152,10 +172,20 @@ def test_a_billion_tokens() -> None:
 
 
 def test_what_differs_between_rows_is_in_the_names(tmp_path: Path) -> None:
-    directions = [bench_row("dilated", 64, 1.0), bench_row("dilated", 64, 2.0, direction="backward", heads=None)]
-    first, second = write(tmp_path / "a.jsonl", *directions), write(tmp_path / "b.jsonl", bench_row("dilated", 64, 3.0))
+    directions = [
+        bench_row("dilated", 64, 1.0),
+        bench_row("dilated", 64, 2.0, direction="backward", heads=None),
+    ]
+    first, second = (
+        write(tmp_path / "a.jsonl", *directions),
+        write(tmp_path / "b.jsonl", bench_row("dilated", 64, 3.0)),
+    )
     assert by_key(first)["seconds"].names == ["dilated, forward", "dilated, backward"]
-    assert by_key(first, second)["seconds"].names == ["a, dilated, forward", "a, dilated, backward", "b, dilated"]
+    assert by_key(first, second)["seconds"].names == [
+        "a, dilated, forward",
+        "a, dilated, backward",
+        "b, dilated",
+    ]
     both = write(tmp_path / "d.jsonl", bench_row("dilated", 64, 1.0), bench_row("dense", 64, 4.0))
     assert by_key(both, second)["seconds"].names == ["d, dilated", "dense", "b, dilated"]
     assert by_key(both, write(tmp_path / "e.jsonl", bench_row("dense", 64, 3.0)))["seconds"].names == [
@@ -169,7 +199,12 @@ def test_what_differs_between_rows_is_in_the_names(tmp_path: Path) -> None:
 
 def test_rows_without_a_measurement_give_no_point(tmp_path: Path) -> None:
     stopped = bench_row("dilated", 10**9, 5.0, status="stopped", start=0, stop=4000)
-    rows = [bench_row("dilated", 64, 1.0), bench_row("dilated", 128, None), bench_row("dilated", 256, 0.0), stopped]
+    rows = [
+        bench_row("dilated", 64, 1.0),
+        bench_row("dilated", 128, None),
+        bench_row("dilated", 256, 0.0),
+        stopped,
+    ]
     (curve,) = by_key(write(tmp_path / "a.jsonl", *rows))["seconds"].curves
     assert curve.points == [Point(64, 1.0), Point(4000, 5.0)]  # of a stopped run, how far it came
     only_skipped = write(tmp_path / "b.jsonl", bench_row("dense", 64, None, peak_rss_bytes=None))
@@ -181,14 +216,24 @@ def test_contexts_are_a_curve_with_errors() -> None:
     found = by_key(TINY, BLOCKS)
     totals = json.loads(TINY.read_text())["totals"]
     tiny, blocks = found["ppl"].curves
-    assert tiny == Curve("longnet-tiny", [Point(row["context"], row["ppl"], row["ppl_se"]) for row in totals])
-    assert (blocks.name, [point.x for point in blocks.points]) == ("dense-in-blocks-of-1Ki", [2048, 16384])
-    assert found["ppl_ratio"].curves[0].points[1] == Point(2048, totals[1]["ppl_ratio"], totals[1]["ppl_ratio_se"])
+    assert tiny == Curve(
+        "longnet-tiny", [Point(row["context"], row["ppl"], row["ppl_se"]) for row in totals]
+    )
+    assert (blocks.name, [point.x for point in blocks.points]) == (
+        "dense-in-blocks-of-1Ki",
+        [2048, 16384],
+    )
+    assert found["ppl_ratio"].curves[0].points[1] == Point(
+        2048, totals[1]["ppl_ratio"], totals[1]["ppl_ratio_se"]
+    )
 
 
 @pytest.mark.parametrize("format", ["json", "jsonl", "one line"])
 def test_scores_in_every_form(tmp_path: Path, format: str) -> None:
-    rows = [{"from": 1, "to": 1, "n_tokens": 5, "nll": 3.0, "nll_se": 0.5}, {"from": 2, "to": 3, "nll": 2.0}]
+    rows = [
+        {"from": 1, "to": 1, "n_tokens": 5, "nll": 3.0, "nll_se": 0.5},
+        {"from": 2, "to": 3, "nll": 2.0},
+    ]
     total = {"ppl": 9.0, "context": None, "by_position": rows, "by_segment_position": []}
     value = {"total": total, "documents": [{"doc_id": "a", "ppl": 9.0}]}
     file = tmp_path / "tiny.json"
@@ -197,39 +242,72 @@ def test_scores_in_every_form(tmp_path: Path, format: str) -> None:
     else:
         file.write_text(json.dumps(value, indent=2 if format == "json" else None) + "\n")
     (panel,) = panels([read(file)])
-    assert (panel.key, panel.curves) == ("by_position", [Curve("tiny", [Point(1, 3.0, 0.5), Point(2, 2.0)])])
+    assert (panel.key, panel.curves) == (
+        "by_position",
+        [Curve("tiny", [Point(1, 3.0, 0.5), Point(2, 2.0)])],
+    )
 
 
 def test_rows_of_bench_in_every_form(tmp_path: Path) -> None:
     row = bench_row("dilated", 64, 1.0)
-    forms = (f"[\n  {json.dumps(row)}\n]\n", json.dumps([row]), json.dumps(row) + "\n", json.dumps(row) + '\n{"op')
+    forms = (
+        f"[\n  {json.dumps(row)}\n]\n",
+        json.dumps([row]),
+        json.dumps(row) + "\n",
+        json.dumps(row) + '\n{"op',
+    )
     for index, text in enumerate(forms):
         (tmp_path / f"{index}.json").write_text(text)
         assert by_key(tmp_path / f"{index}.json")["seconds"].curves[0].points == [Point(64, 1.0)]
 
 
-def test_a_picture_says_what_of_which_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_says_what_of_which_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Panels below one another; ticks of an axis in one notation; in legends, a curve is named once."""
     pytest.importorskip("matplotlib")
     figures = []
     monkeypatch.setattr(
-        "longnet_cli.jobs.plotting.drawing.save_figure", lambda figure, *to, **how: figures.append(figure)
+        "longnet_cli.jobs.plotting.drawing.save_figure",
+        lambda figure, *to, **how: figures.append(figure),
     )
     measured = read_all([BILLION, TINY])
-    draw_picture(panels(measured, ["seconds", "seconds_per_token", "ppl"]), tmp_path / "all.png", title(measured))
+    draw_picture(
+        panels(measured, ["seconds", "seconds_per_token", "ppl"]),
+        tmp_path / "all.png",
+        title(measured),
+    )
     said = "one attention layer of 2 heads x 32, longnet-tiny, AMD EPYC, 2 cores, 2026-11-24"
     assert figures[0].get_suptitle().replace("\n", " ") == said
     time, each, ppl = figures[0].get_axes()
-    assert [name.get_text() for name in time.get_legend().get_texts()] == ["dilated", "dense (dashed: extrapolated)"]
+    assert [name.get_text() for name in time.get_legend().get_texts()] == [
+        "dilated",
+        "dense (dashed: extrapolated)",
+    ]
     assert (time.get_ylabel(), each.get_legend(), ppl.get_legend()) == ("time, seconds", None, None)
     ticks = [" ".join(tick.get_text() for tick in axes.get_xticklabels()) for axes in (each, ppl)]
-    assert (re.findall(r"10\^{(\d)}", ticks[0]), ticks[1]) == ([*"56789"], "512 1Ki 2Ki 4Ki 8Ki 16Ki")
+    assert (re.findall(r"10\^{(\d)}", ticks[0]), ticks[1]) == (
+        [*"56789"],
+        "512 1Ki 2Ki 4Ki 8Ki 16Ki",
+    )
 
 
 def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
     """The real commands, through a pipe and from a file."""
     pytest.importorskip("matplotlib")
-    options = ["--seq", "64,128", "--heads", "1", "--head-dim", "8", "--repeats", "1", "-q", "--format", "jsonl"]
+    options = [
+        "--seq",
+        "64,128",
+        "--heads",
+        "1",
+        "--head-dim",
+        "8",
+        "--repeats",
+        "1",
+        "-q",
+        "--format",
+        "jsonl",
+    ]
     rows = run_longnet("bench", *options).stdout
     assert all(row["machine"] and row["date"] for row in map(json.loads, rows.splitlines()))
     done = run_longnet("plot", "-", "--show", "peak_rss_bytes,seconds", "-o", "a.svg", input=rows)
@@ -239,7 +317,17 @@ def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
     assert "dense" in said
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"a text, {name}, and a text, and a text " * 3)
-    command = ["score", "a.txt", "b.txt", "-q", "--context", "8,32", "--by-position", "--format", "json"]
+    command = [
+        "score",
+        "a.txt",
+        "b.txt",
+        "-q",
+        "--context",
+        "8,32",
+        "--by-position",
+        "--format",
+        "json",
+    ]
     scores = run_longnet(*command)
     (tmp_path / "scores.json").write_text(scores.stdout)
     done = run_longnet("plot", "scores.json", "-o", "b.svg")

@@ -51,7 +51,9 @@ def corpus(tmp_path: Path) -> Path:
 def llama(tmp_path: Path) -> Path:
     """The folder of a small Llama of random weights, larger than an initialisation has them, so that layers matter."""
     tiny_llama(tmp_path / "llama", **SIZES, initializer_range=0.2, bos_token_id=257)
-    (tmp_path / "llama/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "llama/tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     return tmp_path / "llama"
 
 
@@ -79,7 +81,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("lora", [None, ["q_proj", "down_proj"]])
 @pytest.mark.parametrize(
-    "pattern", [Pattern.dense(), Pattern.window(16, sinks=3), NESTED, Pattern((8, 32), (1, 2)), parse_pattern(CHOSEN)]
+    "pattern",
+    [
+        Pattern.dense(),
+        Pattern.window(16, sinks=3),
+        NESTED,
+        Pattern((8, 32), (1, 2)),
+        parse_pattern(CHOSEN),
+    ],
 )
 def test_the_gradient_in_chunks_is_the_whole_one(
     pattern: Pattern, lora: list[str] | None, llama: Path, tmp_path: Path
@@ -100,7 +109,9 @@ def test_the_gradient_in_chunks_is_the_whole_one(
     for chunk in (100, 24):
         net.zero_grad()
         nll = backward_in_chunks(net, ids[:, :-1], ids[:, 1:], chunk, allocate=room.empty)
-        found.append((nll, {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad}))
+        found.append(
+            (nll, {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad})
+        )
     assert found[0][0].item() == pytest.approx(found[1][0].item(), rel=1e-6)
     for name, whole in found[0][1].items():
         assert (found[1][1][name] - whole).norm() <= 1e-5 * whole.norm(), name
@@ -130,7 +141,9 @@ def test_a_run_leaves_a_folder_of_transformers(llama: Path, corpus: Path, tmp_pa
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "run" / name).read_bytes() == (llama / name).read_bytes()
     assert not list((tmp_path / "run").glob(".saving-*"))
-    assert not torch.equal(weights(tmp_path / "run")["lm_head.weight"], weights(llama)["lm_head.weight"])
+    assert not torch.equal(
+        weights(tmp_path / "run")["lm_head.weight"], weights(llama)["lm_head.weight"]
+    )
     assert ModelFolder(tmp_path / "run").net().config.pattern == Pattern.window(16, sinks=3)
     found = PretrainedRecipe.model_validate_json((tmp_path / "run/recipe.json").read_text())
     assert found == recipe(llama, corpus) == load_recipe(str(tmp_path / "run/recipe.json"), {})
@@ -153,26 +166,41 @@ def test_a_resumed_run_is_the_uninterrupted_one(llama: Path, corpus: Path, tmp_p
 
     train_four_steps(found, tmp_path / "parts")
     train(recipe(llama, corpus, **chosen, **{"train.spill": str(tmp_path)}), tmp_path / "parts")
-    torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=0)
+    torch.testing.assert_close(
+        weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=0
+    )
 
 
-def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path, tmp_path: Path) -> None:
+def test_lora_leaves_the_merged_model_and_the_adapter(
+    llama: Path, corpus: Path, tmp_path: Path
+) -> None:
     peft = pytest.importorskip("peft")
     found = recipe(llama, corpus, **{"lora.rank": 4, "lora.dropout": 0.1})
     train(found, tmp_path / "whole")
 
     train_four_steps(found, tmp_path / "run")
-    assert "model.model.model.embed_tokens.weight" not in tensor_names(checkpoints_in(tmp_path / "run/checkpoints")[0])
+    assert "model.model.model.embed_tokens.weight" not in tensor_names(
+        checkpoints_in(tmp_path / "run/checkpoints")[0]
+    )
     train(
-        recipe(llama, corpus, **{"lora.rank": 4, "lora.dropout": 0.1, "train.spill": str(tmp_path)}), tmp_path / "run"
+        recipe(
+            llama, corpus, **{"lora.rank": 4, "lora.dropout": 0.1, "train.spill": str(tmp_path)}
+        ),
+        tmp_path / "run",
     )
     merged = weights(tmp_path / "run")
     torch.testing.assert_close(merged, weights(tmp_path / "whole"), rtol=0, atol=0)
     assert torch.equal(merged["lm_head.weight"], weights(llama)["lm_head.weight"])
     base = hf.AutoModelForCausalLM.from_pretrained(llama)
     settings = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
-    assert settings["target_modules"] == sorted(settings["target_modules"])  # a set: equal runs have equal bytes
-    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run/adapter").merge_and_unload().state_dict()
+    assert settings["target_modules"] == sorted(
+        settings["target_modules"]
+    )  # a set: equal runs have equal bytes
+    adapted = (
+        peft.PeftModel.from_pretrained(base, tmp_path / "run/adapter")
+        .merge_and_unload()
+        .state_dict()
+    )
     torch.testing.assert_close(merged, adapted, rtol=1e-6, atol=1e-6)
     other = hf.AutoModelForCausalLM.from_pretrained(llama)
     torch.nn.init.normal_(other.lm_head.weight)
@@ -181,7 +209,9 @@ def test_lora_leaves_the_merged_model_and_the_adapter(llama: Path, corpus: Path,
         train(found, tmp_path / "run")
 
 
-def test_a_full_disk_keeps_the_model_and_the_adapter(llama: Path, corpus: Path, small_disk: Path) -> None:
+def test_a_full_disk_keeps_the_model_and_the_adapter(
+    llama: Path, corpus: Path, small_disk: Path
+) -> None:
     pytest.importorskip("peft")
     found = recipe(llama, corpus, **{"lora.rank": 4})
     net = ModelFolder(llama).trainable(found.model, found.adapter, print)
@@ -208,7 +238,11 @@ def test_lora_beside_weights_of_two_bytes_is_that_beside_float32(
     for folder in (tmp_path / "narrow", tmp_path / "wide"):
         shutil.copytree(llama, folder)
         model.save_pretrained(folder)
-        changes = {"lora.rank": 4, "train.dtype": products, "train.stages": [{"seq_len": 96, "steps": 3}]}
+        changes = {
+            "lora.rank": 4,
+            "train.dtype": products,
+            "train.stages": [{"seq_len": 96, "steps": 3}],
+        }
         found = recipe(folder, corpus, **changes)
         net = ModelFolder(folder).trainable(found.model, found.adapter, print)
         frozen.append(sum(p.nbytes for p in net.parameters() if not p.requires_grad))
@@ -220,25 +254,44 @@ def test_lora_beside_weights_of_two_bytes_is_that_beside_float32(
         model.to(torch.float32)
     narrow, wide = tmp_path / "narrow-run", tmp_path / "wide-run"
     assert frozen[0] < 0.51 * frozen[1]
-    assert [line["loss"] for line in metrics_of(narrow)] == [line["loss"] for line in metrics_of(wide)]
+    assert [line["loss"] for line in metrics_of(narrow)] == [
+        line["loss"] for line in metrics_of(wide)
+    ]
     torch.testing.assert_close(weights(narrow), weights(wide), rtol=0, atol=0)
 
 
 def train_on(llama: Path, corpus: Path, runs: list[tuple[Path, int, str, str, bool]]) -> None:
     for output, dp, shard, pattern, lora in runs:
         ranks = mesh(dp) if torch.distributed.is_initialized() else Ranks()
-        changes = {"parallel.shard": shard, "model.pattern": pattern, "train.stages": [{"seq_len": 96, "steps": 3}]}
-        train(recipe(llama, corpus, **changes, **({"lora.rank": 4} if lora else {})), output, ranks=ranks)
+        changes = {
+            "parallel.shard": shard,
+            "model.pattern": pattern,
+            "train.stages": [{"seq_len": 96, "steps": 3}],
+        }
+        train(
+            recipe(llama, corpus, **changes, **({"lora.rank": 4} if lora else {})),
+            output,
+            ranks=ranks,
+        )
 
 
 @pytest.mark.ci
 def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
-    hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(llama)  # for LoRA
+    hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(
+        llama
+    )  # for LoRA
     alone = [
-        (tmp_path / f"{pattern}{lora}", 1, "none", pattern, lora) for pattern in (WINDOW, CHOSEN) for lora in (0, 1)
+        (tmp_path / f"{pattern}{lora}", 1, "none", pattern, lora)
+        for pattern in (WINDOW, CHOSEN)
+        for lora in (0, 1)
     ]
     train_on(llama, corpus, alone)
-    settings = [(1, "none", WINDOW, 0), (2, "full", WINDOW, 0), (2, "none", CHOSEN, 0), (2, "full", CHOSEN, 0)]
+    settings = [
+        (1, "none", WINDOW, 0),
+        (2, "full", WINDOW, 0),
+        (2, "none", CHOSEN, 0),
+        (2, "full", CHOSEN, 0),
+    ]
     settings += [(2, "full", WINDOW, 1)]
     runs = [(tmp_path / str(i), *each) for i, each in enumerate(settings)]
     run_ranks(2, tmp_path, train_on, llama, corpus, runs)
@@ -246,7 +299,11 @@ def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
         single = tmp_path / f"{pattern}{lora}"
         torch.testing.assert_close(weights(output), weights(single), rtol=2e-4, atol=2e-4)
         two, one = ([line["grad_norm"] for line in metrics_of(path)] for path in (output, single))
-        assert two == pytest.approx(one, rel=1e-3), (dp, shard, pattern)  # AdamW does not see how large gradients are
+        assert two == pytest.approx(one, rel=1e-3), (
+            dp,
+            shard,
+            pattern,
+        )  # AdamW does not see how large gradients are
 
 
 def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(
@@ -256,28 +313,48 @@ def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(
     with pytest.raises(ConfigError, match=r"reads up to 64 tokens.* needs 96: set model\.pattern"):
         recipe(llama, corpus, **plain)
     plain |= {"train.stages": [{"seq_len": 64, "steps": 2}]}
-    with pytest.raises(ConfigError, match=r"data\.held_out: .* reads 64 at most: set train\.held_out_context=64"):
+    with pytest.raises(
+        ConfigError, match=r"data\.held_out: .* reads 64 at most: set train\.held_out_context=64"
+    ):
         train(recipe(llama, corpus, **plain), tmp_path / "run")
     train(recipe(llama, corpus, **plain, **{"train.held_out_context": 64}), tmp_path / "run")
     assert "dilated_attention" not in json.loads((tmp_path / "run/config.json").read_text())
     assert ModelFolder(tmp_path / "run").net().config.as_trained
 
 
-def test_a_first_level_wider_than_the_model_was_trained_is_named(llama: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_first_level_wider_than_the_model_was_trained_is_named(
+    llama: Path, corpus: Path, tmp_path: Path
+) -> None:
     words = "its first level reaches 66 tokens back, and the model was trained on 64: window:32,sinks=4 stays within"
-    for pattern, named in (("window:33,sinks=4", [f"{llama}: {words}"]), ("window:32,sinks=4", []), ("dense", [])):
+    for pattern, named in (
+        ("window:33,sinks=4", [f"{llama}: {words}"]),
+        ("window:32,sinks=4", []),
+        ("dense", []),
+    ):
         stage = {"train.stages": [{"seq_len": 96, "steps": 1}], "data.held_out": None}
         notes: list[str] = []
-        train(recipe(llama, corpus, **stage, **{"model.pattern": pattern}), tmp_path / pattern, on_note=notes.append)
+        train(
+            recipe(llama, corpus, **stage, **{"model.pattern": pattern}),
+            tmp_path / pattern,
+            on_note=notes.append,
+        )
         assert [line for line in notes if "are warm-up" not in line] == named
 
 
 @pytest.mark.parametrize(
-    ("changes", "rate"), [({}, 2e-5), ({"lora.rank": 2}, 2e-4), ({"lora.rank": 2, "optimizer.lr": 1e-3}, 1e-3)]
+    ("changes", "rate"),
+    [({}, 2e-5), ({"lora.rank": 2}, 2e-4), ({"lora.rank": 2, "optimizer.lr": 1e-3}, 1e-3)],
 )
-def test_a_run_from_a_model_has_the_rate_of_fine_tuning(changes: dict[str, object], rate: float, llama: Path) -> None:
+def test_a_run_from_a_model_has_the_rate_of_fine_tuning(
+    changes: dict[str, object], rate: float, llama: Path
+) -> None:
     stage = {"train.stages": [{"seq_len": 64, "steps": 1}]}
-    assert load_recipe(None, {"init": str(llama), "optimizer.clip": 1.0} | stage | changes).optimizer.lr == rate
+    assert (
+        load_recipe(
+            None, {"init": str(llama), "optimizer.clip": 1.0} | stage | changes
+        ).optimizer.lr
+        == rate
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,13 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
-from longnet_cli.jobs.estimating import Estimate, Room, cache_bytes, count_documents, estimate_reading
+from longnet_cli.jobs.estimating import (
+    Estimate,
+    Room,
+    cache_bytes,
+    count_documents,
+    estimate_reading,
+)
 from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer
@@ -56,7 +62,9 @@ def net_of(**changes: Any) -> LongNet:
 
 
 def documents(lengths: tuple[int, ...] = LENGTHS) -> list[Document]:
-    return [Document(str(i), np.full(length, 5), length, f"{i}.txt") for i, length in enumerate(lengths)]
+    return [
+        Document(str(i), np.full(length, 5), length, f"{i}.txt") for i, length in enumerate(lengths)
+    ]
 
 
 @contextmanager
@@ -84,7 +92,9 @@ def estimated(
 ) -> Estimate:
     job = make_job(Reader(net, chunk=chunk, spill=spill, dtype=dtype))
     plan = count_documents(job, documents() if texts is None else texts, **options)
-    return estimate_reading(job.reader, plan, room=room, scores=job.scores, kept=job.kept_bytes(plan.longest_document))
+    return estimate_reading(
+        job.reader, plan, room=room, scores=job.scores, kept=job.kept_bytes(plan.longest_document)
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,12 +126,20 @@ def test_windows_of_scoring_are_those_that_are_read(how: dict[str, Any]) -> None
 
 @pytest.mark.parametrize(
     ("causal", "options"),
-    [(True, None), (True, {}), (False, {}), (True, {"all_layers": True}), (False, {"all_layers": True})],
+    [
+        (True, None),
+        (True, {}),
+        (False, {}),
+        (True, {"all_layers": True}),
+        (False, {"all_layers": True}),
+    ],
 )
 def test_flops_are_those_that_torch_counts(causal: bool, options: dict | None) -> None:
     """Of matrices: at one key per query there is next to no attention, of which none is counted here."""
     net = net_of(segment_lengths=(1,), dilation_rates=(1,), causal=causal)
-    net(torch.zeros(1, 4, dtype=torch.int64))  # the first forward probes the kernel, by matrix products
+    net(
+        torch.zeros(1, 4, dtype=torch.int64)
+    )  # the first forward probes the kernel, by matrix products
     make_job: Callable[[Reader], RowJob]
     with FlopCounterMode(display=False) as counter:
         if options is None:
@@ -129,28 +147,43 @@ def test_flops_are_those_that_torch_counts(causal: bool, options: dict | None) -
             list(scores(net, documents(), bos=BOS, chunk=64))
         else:
             make_job = partial(Encoder, options=EncodeOptions(**options), facts=EncodeFacts(BOS))
-            encode(net, documents(), EncodeOptions(**options), EncodeFacts(BOS), chunk=64).read_all()
-    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+            encode(
+                net, documents(), EncodeOptions(**options), EncodeFacts(BOS), chunk=64
+            ).read_all()
+    counted = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
+    )
     found = estimated(net, make_job, chunk=64)
-    assert found.facts["documents"] == len(LENGTHS) - (options is not None)  # an empty one has no row
+    assert found.facts["documents"] == len(LENGTHS) - (
+        options is not None
+    )  # an empty one has no row
     attention = found.facts["tokens_read"] * net.config.attention_flops(1)
     assert found.facts["flops"] - attention == pytest.approx(counted, rel=1e-6)
 
 
-@pytest.mark.parametrize("pattern", [Pattern((128,), (1,)), Pattern.window(32), Pattern((32,), (1,))])
+@pytest.mark.parametrize(
+    "pattern", [Pattern((128,), (1,)), Pattern.window(32), Pattern((32,), (1,))]
+)
 def test_layer_by_layer_computes_keys_twice_where_chunks_see_each_other(pattern: Pattern) -> None:
     net, found = net_of(causal=False, **vars(pattern)), documents((500,))
     net(torch.zeros(1, 4, dtype=torch.int64))
     with FlopCounterMode(display=False) as counter:
         encode(net, found, EncodeOptions(), chunk=64).read_all()
-    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    counted = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
+    )
     flops = estimated(net, ENCODER, found, chunk=64).facts["flops"]
     assert flops - net.config.attention_flops(500) == pytest.approx(counted, rel=1e-6)
 
 
 @pytest.mark.parametrize(
     "pattern",
-    [Pattern((8, 32), (1, 2)), Pattern.window(8, sinks=4), Pattern((64,), (1,), look_back=2), Pattern.dense()],
+    [
+        Pattern((8, 32), (1, 2)),
+        Pattern.window(8, sinks=4),
+        Pattern((64,), (1,), look_back=2),
+        Pattern.dense(),
+    ],
 )
 @pytest.mark.parametrize("tokens", [100, 40_000])
 def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
@@ -169,22 +202,39 @@ def test_chosen_blocks_are_kept_in_memory_or_on_a_disk(monkeypatch: pytest.Monke
     kept = estimated(net, job, found, chunk=256, room=Room(1 << 40, 1))
     spilled = estimated(net, job, found, chunk=256, spill="disk")
     on_disk = spilled.facts["spill_bytes"]
-    assert on_disk == kept.memory["cache"] - spilled.memory["cache"] == cache_bytes(net.config, 300_000, 4).blocks
+    assert (
+        on_disk
+        == kept.memory["cache"] - spilled.memory["cache"]
+        == cache_bytes(net.config, 300_000, 4).blocks
+    )
     assert on_disk == 2 * 4 * 300_000 * net.config.dim * net.config.num_layers
-    assert (kept.facts["spill_bytes"], kept.advice) == (0, "--spill DIR keeps the largest part on a disk")
-    monkeypatch.setattr("longnet_cli.attention.groups.CPU", groups.GPU)  # what is there at a time is counted
-    assert estimated(net, job, found, chunk=256).memory["activations"] > kept.memory["activations"] + (100 << 20)
+    assert (kept.facts["spill_bytes"], kept.advice) == (
+        0,
+        "--spill DIR keeps the largest part on a disk",
+    )
+    monkeypatch.setattr(
+        "longnet_cli.attention.groups.CPU", groups.GPU
+    )  # what is there at a time is counted
+    assert estimated(net, job, found, chunk=256).memory["activations"] > kept.memory[
+        "activations"
+    ] + (100 << 20)
 
 
-def test_what_does_not_fit_is_refused_with_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_refused_with_what_to_change(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     net = net_of(dim=64, ffn_dim=256)
-    whole = estimated(net, ENCODER, documents((60_000,) * 2), chunk=50_000, room=Room(1 << 40, 1 << 40))
+    whole = estimated(
+        net, ENCODER, documents((60_000,) * 2), chunk=50_000, room=Room(1 << 40, 1 << 40)
+    )
     assert whole.fits
     room = Room(1 << 40, whole.beyond // 4)  # the program has been there before
     found = estimated(net, ENCODER, documents((60_000,) * 2), chunk=50_000, room=room)
     assert not found.fits
     assert found.chunk_that_fits in (1024, 2048, 4096, 8192, 16384)
-    assert estimated(net, ENCODER, documents((60_000,) * 2), chunk=found.chunk_that_fits, room=room).fits
+    assert estimated(
+        net, ENCODER, documents((60_000,) * 2), chunk=found.chunk_that_fits, room=room
+    ).fits
     said = rf"encoding needs .*, the largest part for activations, .*--chunk {found.chunk_that_fits} fits"
     with pytest.raises(MemoryLimitError, match=said):
         show_reading(found, "text", "encoding")
@@ -200,7 +250,9 @@ def test_bf16_is_named_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ):
         (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
         hint = estimated(net_of(), ENCODER, documents((60,)), dtype=dtype).hint
-        assert (hint == "this CPU has avx512_bf16: try --dtype bf16, which is often faster") is is_named
+        assert (
+            hint == "this CPU has avx512_bf16: try --dtype bf16, which is often faster"
+        ) is is_named
 
 
 def test_hidden_states_are_kept_on_a_disk() -> None:
@@ -208,7 +260,11 @@ def test_hidden_states_are_kept_on_a_disk() -> None:
     stored = estimated(both, ENCODER, documents((60_000,)), chunk=256, room=Room(1 << 40, 1))
     assert stored.advice == "--spill DIR keeps the largest part on a disk"
     spilled = estimated(both, ENCODER, documents((60_000,)), chunk=256, spill="disk")
-    assert spilled.facts["spill_bytes"] == stored.memory["hidden"] - spilled.memory["hidden"] >= 60_000 * 16 * 4
+    assert (
+        spilled.facts["spill_bytes"]
+        == stored.memory["hidden"] - spilled.memory["hidden"]
+        >= 60_000 * 16 * 4
+    )
 
 
 def test_a_document_that_the_job_refuses_is_refused_or_left_out() -> None:
@@ -225,7 +281,11 @@ def test_a_document_that_the_job_refuses_is_refused_or_left_out() -> None:
     with pytest.raises(TooLongError, match=r"4\.txt"):
         estimated(net, job)
     found = estimated(net, job, skip_bad=True)
-    assert (found.facts["left_out"], found.facts["longest"], found.facts["documents"]) == (1, 90, len(LENGTHS) - 2)
+    assert (found.facts["left_out"], found.facts["longest"], found.facts["documents"]) == (
+        1,
+        90,
+        len(LENGTHS) - 2,
+    )
     with pytest.raises(DataError, match="there is nothing to read"):
         estimated(net, job, documents((0, 0)))
 
@@ -250,12 +310,16 @@ def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:
     job = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(0))
     all_of_them = estimated(net, job, found, sample=20, tokenizer=words)  # type: ignore[arg-type]
     assert all_of_them.facts["sampled"] == 20
-    assert all_of_them.facts["tokens"] == pytest.approx(sum(len(words.encode(text.text)) for text in found), abs=10)
+    assert all_of_them.facts["tokens"] == pytest.approx(
+        sum(len(words.encode(text.text)) for text in found), abs=10
+    )
     few = estimated(net, job, found, sample=5, tokenizer=words)  # type: ignore[arg-type]
     assert (few.facts["sampled"], few.facts["documents"]) == (5, 20)
 
 
-def test_the_command_writes_nothing_and_refuses_what_it_would(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_the_command_writes_nothing_and_refuses_what_it_would(
+    run_longnet: RunLongnet, tmp_path: Path
+) -> None:
     for index in range(4):
         (tmp_path / f"{index}.txt").write_text("some text, " * 40 * (index + 1))
     (tmp_path / "list").write_text("0.txt\n1.txt\n2.txt\n3.txt\n")
@@ -270,11 +334,16 @@ def test_the_command_writes_nothing_and_refuses_what_it_would(run_longnet: RunLo
     assert (found["documents"], found["fits"], found["sampled"]) == (4, True, None)
     assert found["peak_bytes"] == sum(found["memory_bytes"].values())
     assert found["seconds"] > 0
-    table = run_longnet("score", "@list", "--context", "16,64", "-o", "gains.parquet", "--dry-run", "--sample", "2")
+    table = run_longnet(
+        "score", "@list", "--context", "16,64", "-o", "gains.parquet", "--dry-run", "--sample", "2"
+    )
     assert (table.returncode, table.stderr) == (0, "")
     assert "estimated from 2 texts" in table.stdout
     assert {path.name for path in tmp_path.iterdir()} == before
-    read = [stated("score", "@list", "--context", "64", *more)["tokens_read"] for more in ([], ["--last", "16"])]
+    read = [
+        stated("score", "@list", "--context", "64", *more)["tokens_read"]
+        for more in ([], ["--last", "16"])
+    ]
     assert read[1] < read[0]
 
     run_longnet("encode", "0.txt", "1.txt", "-o", "vectors", "--shard-rows", "1", code=0)
@@ -306,8 +375,12 @@ def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_loaded() -> None:
     ModelFolder.find("longnet-tiny").check_weights_fit("auto", torch.device("cpu"), 5 * 4_100_000)
-    with pytest.raises(MemoryLimitError, match=r"longnet-tiny: the weights take 0.0 GiB and 0.0 GiB are free"):
-        ModelFolder.find("longnet-tiny").check_weights_fit("auto", torch.device("cpu"), 4 * 4_000_000)
+    with pytest.raises(
+        MemoryLimitError, match=r"longnet-tiny: the weights take 0.0 GiB and 0.0 GiB are free"
+    ):
+        ModelFolder.find("longnet-tiny").check_weights_fit(
+            "auto", torch.device("cpu"), 4 * 4_000_000
+        )
 
 
 RUN = """
@@ -319,7 +392,9 @@ print(json.dumps([done.returncode, done.stderr, resource.getrusage(resource.RUSA
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["encode", "score"])
-@pytest.mark.parametrize(("lengths", "chunk"), [((300,) * 60, "8Ki"), ((12_000,), "4Ki"), ((40, 2000, 900), "1Ki")])
+@pytest.mark.parametrize(
+    ("lengths", "chunk"), [((300,) * 60, "8Ki"), ((12_000,), "4Ki"), ((40, 2000, 900), "1Ki")]
+)
 def test_the_peak_is_that_of_a_real_run(
     command: str, lengths: tuple[int, ...], chunk: str, tmp_path: Path, command_env: dict[str, str]
 ) -> None:
@@ -330,13 +405,22 @@ def test_the_peak_is_that_of_a_real_run(
     words = [sys.executable, "-m", "longnet_cli", *map(str, args)]
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*words, *more], capture_output=True, text=True, env=command_env, check=True)
+        return subprocess.run(
+            [*words, *more], capture_output=True, text=True, env=command_env, check=True
+        )
 
     stated = json.loads(run("--dry-run", "--format", "json").stdout)
     real = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(words)], capture_output=True, text=True, env=command_env, check=True
+        [sys.executable, "-c", RUN, json.dumps(words)],
+        capture_output=True,
+        text=True,
+        env=command_env,
+        check=True,
     )
     code, said, peak = json.loads(real.stdout)
     assert (code, said) == (0, "")
-    print({kind: f"{size / 2**20:.0f} MiB" for kind, size in stated["memory_bytes"].items()}, f"{peak / 2**20:.0f} MiB")
+    print(
+        {kind: f"{size / 2**20:.0f} MiB" for kind, size in stated["memory_bytes"].items()},
+        f"{peak / 2**20:.0f} MiB",
+    )
     assert stated["peak_bytes"] == pytest.approx(peak, rel=0.1)

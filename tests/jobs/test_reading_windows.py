@@ -28,7 +28,8 @@ from longnet_cli.jobs.pooling import windows_of
 
 # not importorskip: importing it takes five seconds, which only the worker that runs these tests needs to spend
 pytestmark = pytest.mark.skipif(
-    not find_spec("sentence_transformers"), reason="not installed: pip install '.[sentence-transformers]'"
+    not find_spec("sentence_transformers"),
+    reason="not installed: pip install '.[sentence-transformers]'",
 )
 
 PROMPT = "query: "
@@ -38,18 +39,28 @@ LEAD = [*OPENING, *word_pieces().encode("query:", add_special_tokens=False).ids]
 
 @pytest.fixture(scope="module")
 def mean_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("mean") / "model", prompts={"document": PROMPT}, window=20)
+    return save_model(
+        tmp_path_factory.mktemp("mean") / "model", prompts={"document": PROMPT}, window=20
+    )
 
 
 @pytest.fixture(scope="module")
 def cls_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("cls") / "model", prompts={"document": PROMPT}, window=20, pool="cls")
+    return save_model(
+        tmp_path_factory.mktemp("cls") / "model",
+        prompts={"document": PROMPT},
+        window=20,
+        pool="cls",
+    )
 
 
 @pytest.mark.parametrize("unit", ["sentence", "paragraph"])
 def test_a_unit_is_a_window_where_a_pooling_takes_one_state(cls_model: Path, unit: str) -> None:
     """Each has the vector of its text alone. What is longer than a window is cut."""
-    text = "The net reads. The document makes an vector, long!\n\nWith the window: is the token in an net? " * 3
+    text = (
+        "The net reads. The document makes an vector, long!\n\nWith the window: is the token in an net? "
+        * 3
+    )
     how: dict[str, Any] = {"model": str(cls_model), "prefix": "none"}
     rows = encode_batches([text], span=unit, **how)
     pieces = [text[row["char_start"] : row["char_end"]] for row in rows.to_pylist()]
@@ -57,10 +68,14 @@ def test_a_unit_is_a_window_where_a_pooling_takes_one_state(cls_model: Path, uni
         assert pieces == [piece.strip() for piece in cut([text], "sentence")]
     else:
         assert rows["n_tokens"].to_pylist() == [12, 18, 5, 18, 5, 11]
-    np.testing.assert_allclose(embed(pieces, **how), np.stack(rows["embedding"].to_numpy()), atol=1e-6)
+    np.testing.assert_allclose(
+        embed(pieces, **how), np.stack(rows["embedding"].to_numpy()), atol=1e-6
+    )
 
 
-def plain_loop(folder: Path, ids: list[int], room: int, stride: int, span: int | None, cls: bool) -> np.ndarray:
+def plain_loop(
+    folder: Path, ids: list[int], room: int, stride: int, span: int | None, cls: bool
+) -> np.ndarray:
     """Return the vectors of a document, token by token and window by window."""
     net = hf.AutoModel.from_pretrained(folder, dtype=torch.float64).eval()
     n, spans = len(ids), span or len(ids)
@@ -77,7 +92,9 @@ def plain_loop(folder: Path, ids: list[int], room: int, stride: int, span: int |
     if cls:
         sizes = [min(room, n - start) for start in starts]
         first = [hidden[0] for hidden in windows]
-        rows = first if span else [sum(s * x for s, x in zip(sizes, first, strict=True)) / sum(sizes)]
+        rows = (
+            first if span else [sum(s * x for s, x in zip(sizes, first, strict=True)) / sum(sizes)]
+        )
     else:
         groups: list[list[torch.Tensor]] = [[] for _ in range(0, n, spans)]
         groups[0] += windows[0][: len(LEAD)]
@@ -100,7 +117,21 @@ def documents(lengths: list[int]) -> list[list[int]]:
     return [chance.integers(5, 60, n).tolist() for n in lengths]
 
 
-LENGTHS = [1, 2, 15, 16, 17, 18, 31, 32, 33, 47, 48, 49, 100]  # 16 is what a window of 20 leaves a document
+LENGTHS = [
+    1,
+    2,
+    15,
+    16,
+    17,
+    18,
+    31,
+    32,
+    33,
+    47,
+    48,
+    49,
+    100,
+]  # 16 is what a window of 20 leaves a document
 
 
 @pytest.mark.parametrize("cls", [False, True], ids=["mean", "cls"])
@@ -117,7 +148,12 @@ LENGTHS = [1, 2, 15, 16, 17, 18, 31, 32, 33, 47, 48, 49, 100]  # 16 is what a wi
     ],
 )
 def test_it_is_a_plain_loop_over_windows(
-    mean_model: Path, cls_model: Path, context: int | None, stride: int | None, span: int | None, cls: bool
+    mean_model: Path,
+    cls_model: Path,
+    context: int | None,
+    stride: int | None,
+    span: int | None,
+    cls: bool,
 ) -> None:
     folder = cls_model if cls else mean_model
     room = (context or 20) - len(LEAD) - len(CLOSING)
@@ -125,7 +161,9 @@ def test_it_is_a_plain_loop_over_windows(
     table = pa.table({"doc_id": [str(i) for i in range(len(read))], "input_ids": read})
     if cls and span:
         stride = None  # each span is a window
-    found = encode_batches(table, model=str(folder), context=context, stride=stride, span=span, chunk=64)
+    found = encode_batches(
+        table, model=str(folder), context=context, stride=stride, span=span, chunk=64
+    )
     for index, ids in enumerate(read):
         mine = found.filter(pa.compute.equal(found["doc_id"], str(index)))
         wanted = plain_loop(folder, ids, room, stride or room, span, cls)
@@ -138,7 +176,9 @@ def test_it_is_a_plain_loop_over_windows(
     assert metadata[b"longnet.context"] == str(context or 20).encode()
     assert metadata[b"longnet.stride"] == str(span if cls and span else stride or room).encode()
     assert metadata[b"longnet.prompt"] == PROMPT.encode()
-    assert metadata[b"longnet.modules"] == b"Pooling"  # the Normalize at the end is told by the next one
+    assert (
+        metadata[b"longnet.modules"] == b"Pooling"
+    )  # the Normalize at the end is told by the next one
     assert metadata[b"longnet.normalized"] == b"true"
 
 
@@ -160,7 +200,9 @@ def corpus(folder: Path) -> Path:
     chance = np.random.default_rng(1)
     texts = ["", *(" ".join(chance.choice(WORDS, n)) for n in chance.integers(1, 900, 30))]
     path = folder / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)))
+    path.write_text(
+        "".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
+    )
     return path
 
 
@@ -169,17 +211,23 @@ def rows(path: Path) -> pa.Table:
 
 
 @pytest.mark.ci
-def test_the_same_from_everywhere(mean_model: Path, tmp_path: Path, run_longnet: RunLongnet) -> None:
+def test_the_same_from_everywhere(
+    mean_model: Path, tmp_path: Path, run_longnet: RunLongnet
+) -> None:
     path = corpus(tmp_path)
     command = ["encode", path, "--model", mean_model, "--span", "40", "--shard-rows", "50"]
     assert run_longnet(*command, "-o", "one").returncode == 0
     run_longnet(*command, "-o", "two", "--dp", "2", code=0)
     names = sorted(each.name for each in (tmp_path / "one").iterdir())
-    assert [(tmp_path / "one" / n).read_bytes() for n in names] == [(tmp_path / "two" / n).read_bytes() for n in names]
+    assert [(tmp_path / "one" / n).read_bytes() for n in names] == [
+        (tmp_path / "two" / n).read_bytes() for n in names
+    ]
     run_longnet(*command[:-2], "-o", "file.arrow", "--chunk", "512")
     file = rows(tmp_path / "file.arrow")
     texts = [json.loads(line) for line in path.read_text().splitlines()]
-    table = pa.table({"id": [each["id"] for each in texts], "text": [each["text"] for each in texts]})
+    table = pa.table(
+        {"id": [each["id"] for each in texts], "text": [each["text"] for each in texts]}
+    )
     batches = encode_batches(table, model=str(mean_model), span=40)
     assert batches.drop(["embedding"]) == file.drop(["embedding"])
     ours, theirs = (np.array(each["embedding"].to_pylist()) for each in (batches, file))
@@ -188,13 +236,25 @@ def test_the_same_from_everywhere(mean_model: Path, tmp_path: Path, run_longnet:
     assert pa.Table.from_batches(plain).drop(["embedding"]) == batches.drop(["embedding"])
     tokens = run_longnet("tokenize", path, "--tokenizer", mean_model, "-o", "-", text=False).stdout
     run_longnet(
-        "encode", "-", "--model", mean_model, "--span", "40", "-o", "ids.arrow", input=tokens, text=False, code=0
+        "encode",
+        "-",
+        "--model",
+        mean_model,
+        "--span",
+        "40",
+        "-o",
+        "ids.arrow",
+        input=tokens,
+        text=False,
+        code=0,
     )
     ids = rows(tmp_path / "ids.arrow")
     assert ids.drop(["embedding"]) == file.drop(["embedding", "char_start", "char_end"])
 
 
-def test_the_dry_run_counts_windows(mean_model: Path, tmp_path: Path, run_longnet: RunLongnet) -> None:
+def test_the_dry_run_counts_windows(
+    mean_model: Path, tmp_path: Path, run_longnet: RunLongnet
+) -> None:
     (tmp_path / "a.txt").write_text(" ".join(["net"] * 100))
     options = ["encode", tmp_path / "a.txt", "--model", mean_model, "--dry-run", "--format", "json"]
     counts = [json.loads(run_longnet(*options, *more).stdout) for more in ([], ["--stride", "8"])]
@@ -204,7 +264,9 @@ def test_the_dry_run_counts_windows(mean_model: Path, tmp_path: Path, run_longne
     assert counts[1]["tokens_read"] > 2 * 100
 
 
-def test_what_does_not_fit_is_refused_in_one_line(mean_model: Path, cls_model: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(
+    mean_model: Path, cls_model: Path, tmp_path: Path
+) -> None:
     path = corpus(tmp_path)
 
     def said(*more: str, model: Path | str = mean_model) -> str:
@@ -220,7 +282,9 @@ def test_what_does_not_fit_is_refused_in_one_line(mean_model: Path, cls_model: P
     assert "in one piece, not in windows" in said("--context", "100", model="longnet-tiny")
     taken = tmp_path / "taken.jsonl"
     taken.write_text('{"text": "the net", "char_start": 3}\n')
-    error = refused("encode", taken, "--model", mean_model, "-o", tmp_path / "x.arrow", "--keep", "char_start")
+    error = refused(
+        "encode", taken, "--model", mean_model, "-o", tmp_path / "x.arrow", "--keep", "char_start"
+    )
     assert "char_start: the output has a column of this name" in str(error)
     assert error.exit_code == 2
     assert "there is no pooling 'mode'" in said("--pool", "mean+mode")

@@ -57,7 +57,9 @@ def test_company_and_order_do_not_matter(model: LongNet, context: int | None) ->
     lengths = [5, 300, 0, CHUNK + 100, 1, 77, 64, 3000, 3000, 2]
     documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
     seen: list[int] = []
-    together = list(scores(model, documents, bos=BOS, context=context, chunk=CHUNK, on_progress=seen.append))
+    together = list(
+        scores(model, documents, bos=BOS, context=context, chunk=CHUNK, on_progress=seen.append)
+    )
     assert [row.doc_id for row in together] == [document.doc_id for document in documents]
     assert [row.score.n_tokens for row in together] == lengths
     assert sum(seen) == sum(lengths)
@@ -82,12 +84,19 @@ def test_token_logprobs_are_written_in_order_and_add_up(model: LongNet, tmp_path
         ("5", 0, 0),
     ]
     ids, logprobs = table["input_ids"].to_pylist(), table["logprobs"].to_pylist()
-    assert [i for row in ids for i in row] == [*documents[0].tokens.tolist(), *documents[2].tokens.tolist()]
+    assert [i for row in ids for i in row] == [
+        *documents[0].tokens.tolist(),
+        *documents[2].tokens.tolist(),
+    ]
     assert -sum(sum(row) for row in logprobs[:3]) == pytest.approx(rows[0].score.nll_sum, rel=1e-5)
-    assert {*table["char_start"].to_pylist(), *table["char_end"].to_pylist()} == {None}  # ids are of no text
+    assert {*table["char_start"].to_pylist(), *table["char_end"].to_pylist()} == {
+        None
+    }  # ids are of no text
 
 
-@pytest.mark.parametrize(("chunk", "bos", "context"), [(1, BOS, None), (7, None, None), (64, None, 99), (129, BOS, 99)])
+@pytest.mark.parametrize(
+    ("chunk", "bos", "context"), [(1, BOS, None), (7, None, None), (64, None, 99), (129, BOS, 99)]
+)
 def test_log_probabilities_are_those_of_the_logits(
     tmp_path: Path, chunk: int, bos: int | None, context: int | None
 ) -> None:
@@ -96,7 +105,17 @@ def test_log_probabilities_are_those_of_the_logits(
     documents = [make_document(length, str(length)) for length in (130, 3)]
     for name, top in (("plain", False), ("top", True)):
         with write_token_logprobs(tmp_path / f"{name}.parquet", top=top) as on_tokens:
-            list(scores(model, documents, bos=bos, context=context, chunk=chunk, on_tokens=on_tokens, top=top))
+            list(
+                scores(
+                    model,
+                    documents,
+                    bos=bos,
+                    context=context,
+                    chunk=chunk,
+                    on_tokens=on_tokens,
+                    top=top,
+                )
+            )
     plain, table = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("plain", "top"))
     assert table.select(plain.schema.names).equals(plain)
     assert table.schema.equals(logprob_schema(top=True))
@@ -104,13 +123,20 @@ def test_log_probabilities_are_those_of_the_logits(
         first = bos is None  # which nothing predicts
         read = torch.tensor([[*([] if first else [bos]), *document.tokens[:-1].tolist()]])
         with torch.no_grad():
-            logits = torch.cat([model.logits(model(part))[0] for part in read.split(context or 130, 1)])
+            logits = torch.cat(
+                [model.logits(model(part))[0] for part in read.split(context or 130, 1)]
+            )
         rows = [row for row in table.to_pylist() if row["doc_id"] == document.doc_id]
         keys = ("input_ids", "logprobs", "top_ids", "top_logprobs")
-        ids, logprobs, top_ids, top_logprobs = (np.concatenate([row[key] for row in rows]) for key in keys)
+        ids, logprobs, top_ids, top_logprobs = (
+            np.concatenate([row[key] for row in rows]) for key in keys
+        )
         starts = np.cumsum([first, *(len(row["input_ids"]) for row in rows)])
         assert [row["start"] for row in rows] == starts[:-1].tolist()
-        assert (ids.tolist(), top_ids.tolist()) == (document.tokens[first:].tolist(), logits.argmax(-1).tolist())
+        assert (ids.tolist(), top_ids.tolist()) == (
+            document.tokens[first:].tolist(),
+            logits.argmax(-1).tolist(),
+        )
         of_tokens = logits.log_softmax(-1)[torch.arange(len(ids)), torch.from_numpy(ids)]
         np.testing.assert_allclose(logprobs, of_tokens, rtol=1e-6)
         np.testing.assert_allclose(top_logprobs, logits.log_softmax(-1).amax(-1), rtol=1e-6)
@@ -132,7 +158,13 @@ def test_a_long_document_is_handed_out_at_once(model: LongNet) -> None:
 def test_an_empty_document_is_no_error_but_nothing_at_all_is(model: LongNet) -> None:
     empty, full = make_document(0), make_document(3)
     first, _ = scores(model, [empty, full], bos=BOS)
-    assert first.score.as_dict() == {"nll_sum": 0.0, "n_tokens": 0, "n_bytes": 0, "ppl": None, "bpb": None}
+    assert first.score.as_dict() == {
+        "nll_sum": 0.0,
+        "n_tokens": 0,
+        "n_bytes": 0,
+        "ppl": None,
+        "bpb": None,
+    }
     with pytest.raises(DataError, match="no token could be scored"):
         list(scores(model, [empty], bos=BOS))
     with pytest.raises(DataError, match="no token could be scored"):
@@ -145,7 +177,8 @@ def test_leaves_no_inference_mode_behind(model: LongNet) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"causal": False, "position": "rope"}, "bidirectional"), ({"vocab_size": 0}, "vocabulary")]
+    ("change", "message"),
+    [({"causal": False, "position": "rope"}, "bidirectional"), ({"vocab_size": 0}, "vocabulary")],
 )
 def test_a_model_that_cannot_score(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):  # at the call, not at the first document
@@ -176,11 +209,23 @@ def rows(
 
 
 def write(
-    model: LongNet, place: Path, documents: Iterable[Document], keep: tuple[str, ...] = (), resume: bool = False
+    model: LongNet,
+    place: Path,
+    documents: Iterable[Document],
+    keep: tuple[str, ...] = (),
+    resume: bool = False,
 ) -> LeftOut:
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
-    left_out, inputs = LeftOut(lambda document, error: None), MadeInputs((), keep=keep, made=documents)
-    run(Scorer(Reader(model), OPTIONS, FACTS), inputs, Output(place, 150, resume=resume), Telling(left_out))
+    left_out, inputs = (
+        LeftOut(lambda document, error: None),
+        MadeInputs((), keep=keep, made=documents),
+    )
+    run(
+        Scorer(Reader(model), OPTIONS, FACTS),
+        inputs,
+        Output(place, 150, resume=resume),
+        Telling(left_out),
+    )
     return left_out
 
 
@@ -188,7 +233,13 @@ def nats(model: LongNet, document: Document, context: int) -> np.ndarray:
     """Of each token, float64 of the float32 that scoring tells token by token."""
     found: list[np.ndarray] = []
     list(
-        scores(model, [document], bos=BOS, context=context, on_tokens=lambda d, s, i, logprobs: found.append(-logprobs))
+        scores(
+            model,
+            [document],
+            bos=BOS,
+            context=context,
+            on_tokens=lambda d, s, i, logprobs: found.append(-logprobs),
+        )
     )
     return np.concatenate(found).astype(float)
 
@@ -204,11 +255,19 @@ def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None
         n = len(document)
         assert (row["n_tokens"], row["n_bytes"]) == (n, n)
         if not n:
-            assert {row[name] for name in ("ppl_16", "bpb_400", "gain", "gain_se", "gain_share")} == {None}
+            assert {
+                row[name] for name in ("ppl_16", "bpb_400", "gain", "gain_se", "gain_share")
+            } == {None}
             continue
         short, long = nats(model, document, 16), nats(model, document, 400)
         gained = short - long
-        expected = [short.sum(), long.sum(), np.exp(long.mean()), gained.mean(), (gained > 2).mean()]
+        expected = [
+            short.sum(),
+            long.sum(),
+            np.exp(long.mean()),
+            gained.mean(),
+            (gained > 2).mean(),
+        ]
         got = [row[name] for name in ("nll_sum_16", "nll_sum_400", "ppl_400", "gain", "gain_share")]
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
         shares.append(row["gain_share"])
@@ -253,10 +312,16 @@ def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> 
         write(model, tmp_path / "cut", stopping())
     assert 0 < read_manifest(tmp_path / "cut").totals["documents"] < len(documents)
     assert write(model, tmp_path / "cut", documents, resume=True).skipped == 1
-    assert write(model, tmp_path / "cut", [], resume=True).skipped == 1  # it is finished, and its manifest says so
+    assert (
+        write(model, tmp_path / "cut", [], resume=True).skipped == 1
+    )  # it is finished, and its manifest says so
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
     manifest = read_manifest(tmp_path / "whole")
-    assert (manifest.totals["skipped"], manifest.totals["documents"], manifest.totals["rows"]) == (1, 8, 8)
+    assert (manifest.totals["skipped"], manifest.totals["documents"], manifest.totals["rows"]) == (
+        1,
+        8,
+        8,
+    )
     assert not manifest.settings.keys() & {"by_position", "last"}  # what was not chosen
 
 
@@ -265,7 +330,9 @@ def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> 
         write(model, tmp_path / "out", [make_document(0)])
 
 
-def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongNet, tmp_path: Path) -> None:
+def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(
+    model: LongNet, tmp_path: Path
+) -> None:
     kept = [pa.field("tags", pa.list_(pa.string()))]
     values: list[list[str] | None] = [["a"], None, ["b", "c"], [], ["d"]]
     documents = [make_document(length, str(length)) for length in (100, 0, 300, 20, 200)]
@@ -291,16 +358,23 @@ def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(model: LongN
             write(model, tmp_path / "cut", [first, *documents[1:]], keep, resume=True)
     write(model, tmp_path / "cut", documents, ("tags",), resume=True)
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
-    shards = [pa.ipc.open_file(path).read_all() for path in sorted((tmp_path / "cut").glob("gains-*.arrow"))]
+    shards = [
+        pa.ipc.open_file(path).read_all()
+        for path in sorted((tmp_path / "cut").glob("gains-*.arrow"))
+    ]
     assert len(shards) > 1
     assert pa.concat_tables(shards)["tags"].to_pylist() == values
 
 
-def test_a_kept_value_of_another_type_and_a_name_that_is_taken_are_refused(model: LongNet, tmp_path: Path) -> None:
+def test_a_kept_value_of_another_type_and_a_name_that_is_taken_are_refused(
+    model: LongNet, tmp_path: Path
+) -> None:
     documents = [make_document(30, "a"), make_document(40, "b")]
     for document, value in zip(documents, (1, "one"), strict=True):
         document.kept = {"year": pa.scalar(value)}
-    with pytest.raises(DataError, match=r"b\.txt: 'year' is string, and int64 in the first document"):
+    with pytest.raises(
+        DataError, match=r"b\.txt: 'year' is string, and int64 in the first document"
+    ):
         rows(model, documents, kept=[pa.field("year", pa.int64())])
     with pytest.raises(ConfigError, match="--keep gain: the output has a column of this name"):
         rows(model, [], kept=[pa.field("gain", pa.float64())])
@@ -319,12 +393,21 @@ def token_nll(double: LongNet, ids: np.ndarray) -> np.ndarray:
     return F.cross_entropy(logits[0], tokens[0, 1:], reduction="none").numpy()
 
 
-def plain(double: LongNet, document: Document, bos: int | None, context: int, stride: int | None, last: int | None):
+def plain(
+    double: LongNet,
+    document: Document,
+    bos: int | None,
+    context: int,
+    stride: int | None,
+    last: int | None,
+):
     """(nats, inputs seen) of each scored token: blocks of `stride`, each at the end of a window of `context`.
 
     Without a stride, windows of a whole document do not overlap, and the last one may be shorter.
     """
-    ids = document.tokens if bos is None else np.concatenate(([bos], document.tokens))  # ids[i + 1] is the i-th target
+    ids = (
+        document.tokens if bos is None else np.concatenate(([bos], document.tokens))
+    )  # ids[i + 1] is the i-th target
     end, begin = len(ids) - 1, 0 if last is None else len(ids) - 1 - last
     nats, seen = [], []
     for block in range(begin, end, stride or context):
@@ -349,7 +432,12 @@ def plain(double: LongNet, document: Document, bos: int | None, context: int, st
     ],
 )
 def test_windows_are_plain_forwards(
-    double: LongNet, bos: int | None, chunk: int, contexts: tuple[int, ...], stride: int | None, last: int | None
+    double: LongNet,
+    bos: int | None,
+    chunk: int,
+    contexts: tuple[int, ...],
+    stride: int | None,
+    last: int | None,
 ) -> None:
     documents = [make_document(length) for length in (95, 131, 4)]
     found = list(
@@ -359,8 +447,12 @@ def test_windows_are_plain_forwards(
         )
     )  # fmt: skip
     longest = [d for d in documents if last is None or len(d) > 50]
-    assert [(each.doc_id, each.context) for each in found] == [(d.doc_id, c) for d in longest for c in contexts]
-    for each, (document, context) in zip(found, [(d, c) for d in longest for c in contexts], strict=True):
+    assert [(each.doc_id, each.context) for each in found] == [
+        (d.doc_id, c) for d in longest for c in contexts
+    ]
+    for each, (document, context) in zip(
+        found, [(d, c) for d in longest for c in contexts], strict=True
+    ):
         nats, seen = plain(double, document, bos, context, stride, last)
         assert each.score.n_tokens == len(nats) == (last or len(document) - (bos is None))
         assert each.score.nll_sum == pytest.approx(nats.sum(), rel=1e-7)
@@ -369,11 +461,17 @@ def test_windows_are_plain_forwards(
             assert min(seen[min(context, len(seen)) :], default=context) > context - stride
         for row in each.tables["by_position"]:
             chosen = (seen >= row["from"]) & (seen <= row["to"])
-            assert [row["n_tokens"], row["nll"]] == pytest.approx([chosen.sum(), nats[chosen].mean()], rel=1e-6)
+            assert [row["n_tokens"], row["nll"]] == pytest.approx(
+                [chosen.sum(), nats[chosen].mean()], rel=1e-6
+            )
         for row in each.tables["by_segment_position"]:
             chosen = ((seen - 1) % 20 >= row["from"]) & ((seen - 1) % 20 <= row["to"])
-            assert [row["n_tokens"], row["nll"]] == pytest.approx([chosen.sum(), nats[chosen].mean()], rel=1e-6)
-        assert all(sum(row["n_tokens"] for row in table) == len(nats) for table in each.tables.values())
+            assert [row["n_tokens"], row["nll"]] == pytest.approx(
+                [chosen.sum(), nats[chosen].mean()], rel=1e-6
+            )
+        assert all(
+            sum(row["n_tokens"] for row in table) == len(nats) for table in each.tables.values()
+        )
 
 
 def test_ranges_of_positions() -> None:
@@ -402,21 +500,30 @@ def sums() -> np.ndarray:
     draw = np.random.default_rng(0)
     tokens = draw.integers(1, 3000, 200)
     nats = tokens * draw.normal(2.5, 0.4, 200)
-    return np.stack([nats, nats * draw.normal(0.95, 0.02, 200), tokens, tokens * draw.integers(2, 5, 200)], 1)
+    return np.stack(
+        [nats, nats * draw.normal(0.95, 0.02, 200), tokens, tokens * draw.integers(2, 5, 200)], 1
+    )
 
 
 def total_of(sums: np.ndarray) -> list[dict]:
     total = Total([512, 8192])
     for index, (*nats, tokens, n_bytes) in enumerate(sums):
-        of_contexts = {f"nll_sum_{context}": float(nll) for context, nll in zip((512, 8192), nats, strict=True)}
-        total.add({"doc_id": str(index), "n_tokens": int(tokens), "n_bytes": int(n_bytes), **of_contexts})
+        of_contexts = {
+            f"nll_sum_{context}": float(nll) for context, nll in zip((512, 8192), nats, strict=True)
+        }
+        total.add(
+            {"doc_id": str(index), "n_tokens": int(tokens), "n_bytes": int(n_bytes), **of_contexts}
+        )
     return total.as_dicts()
 
 
 def ratio_error(x: np.ndarray, y: np.ndarray) -> float:
     """The definition, by one document after the other."""
     ratio, n = x.sum() / y.sum(), len(x)
-    return math.sqrt(n / (n - 1) * sum((a - ratio * b) ** 2 for a, b in zip(x, y, strict=True))) / y.sum()
+    return (
+        math.sqrt(n / (n - 1) * sum((a - ratio * b) ** 2 for a, b in zip(x, y, strict=True)))
+        / y.sum()
+    )
 
 
 def test_standard_errors_are_those_of_clusters(sums: np.ndarray) -> None:
@@ -428,7 +535,9 @@ def test_standard_errors_are_those_of_clusters(sums: np.ndarray) -> None:
         assert row["bpb_se"] == pytest.approx(ratio_error(nats / math.log(2), n_bytes))
     assert "ppl_ratio" not in first
     assert second["ppl_ratio"] == pytest.approx(second["ppl"] / first["ppl"])
-    assert second["ppl_ratio_se"] == pytest.approx(second["ppl_ratio"] * ratio_error(long - short, tokens))
+    assert second["ppl_ratio_se"] == pytest.approx(
+        second["ppl_ratio"] * ratio_error(long - short, tokens)
+    )
     # the comparison is much sharper than its sides: that is what it is for
     assert second["ppl_ratio_se"] / second["ppl_ratio"] < 0.5 * second["ppl_se"] / second["ppl"]
 
@@ -441,7 +550,14 @@ def test_rows_by_position_have_standard_errors() -> None:
         table = ByPosition(20)
         table.add(0, nats)
         rows.append([(nats[7:15].sum(), len(nats[7:15])), (nats[:3].sum(), 3)])
-        total.add({"n_tokens": len(nats), "n_bytes": None, "nll_sum": float(nats.sum()), **table.as_dict()})
+        total.add(
+            {
+                "n_tokens": len(nats),
+                "n_bytes": None,
+                "nll_sum": float(nats.sum()),
+                **table.as_dict(),
+            }
+        )
     (found,) = total.as_dicts()
     for row, (x, y) in (
         (found["by_position"][3], np.array([first for first, _ in rows]).T),

@@ -28,14 +28,18 @@ TEXTS = {
     "@DATA@": "@FACTS@",
 }
 METADATA = {"longnet.model": "bytes", "longnet.tokenizer_sha256": Tokenizer.bytes().sha256}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 def nats_of(ids: np.ndarray) -> np.ndarray:
     return (ids % 7).astype(np.float32) / 3
 
 
-def write(path: Path, texts: dict[str, str] = TEXTS, scale: float = 1, top: bool = True, **metadata: str) -> str:
+def write(
+    path: Path, texts: dict[str, str] = TEXTS, scale: float = 1, top: bool = True, **metadata: str
+) -> str:
     """A file in which each token costs `nats_of` it, `scale` times, and `e` is always the likeliest, by 0.5 nats."""
     with write_token_logprobs(path, METADATA | metadata, top) as on_tokens:
         for name, text in texts.items():
@@ -50,11 +54,18 @@ def write(path: Path, texts: dict[str, str] = TEXTS, scale: float = 1, top: bool
 def unpack(page: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], str]:
     """The facts of a page, its lists by name and its text, as its script reads them."""
     html = page.read_text(encoding="utf-8")
-    held = {name: re.search(f'id="{name}">(.*?)</script>', html, re.DOTALL) for name in ("facts", "data")}
+    held = {
+        name: re.search(f'id="{name}">(.*?)</script>', html, re.DOTALL)
+        for name in ("facts", "data")
+    }
     facts = json.loads(held["facts"][1])
     data, at, lists = zlib.decompress(base64.b64decode(held["data"][1])), 0, {}
     wanted = [("top", "<u4")] * facts["top"] + [("lengths", "<u2"), ("nats", "<u2")]
-    for name, kind in [*wanted, *[("other", "<u2")] * facts["other"], *[("top_nats", "<u2")] * facts["top"]]:
+    for name, kind in [
+        *wanted,
+        *[("other", "<u2")] * facts["other"],
+        *[("top_nats", "<u2")] * facts["top"],
+    ]:
         lists[name] = np.frombuffer(data, kind, facts["tokens"], at)
         at += lists[name].nbytes
     return facts, lists, data[at:].decode()
@@ -91,7 +102,10 @@ def test_two_files_are_compared(tmp_path: Path) -> None:
 
 def test_files_of_other_tokens_are_refused(tmp_path: Path) -> None:
     one = write(tmp_path / "one.arrow")
-    other = write(tmp_path / "other.arrow", {"a.py": TEXTS["a.py"], "\u4e2d.txt": "\u4e2d\u6587 \U0001f601 caf\u00e9"})
+    other = write(
+        tmp_path / "other.arrow",
+        {"a.py": TEXTS["a.py"], "\u4e2d.txt": "\u4e2d\u6587 \U0001f601 caf\u00e9"},
+    )
     with pytest.raises(DataError, match="other tokens of the same document"):
         read_surprise([one, other])
     with pytest.raises(DataError, match="document '\u4e2d\\.txt' and no more documents"):
@@ -106,10 +120,15 @@ def test_the_tokenizer_is_the_one_of_the_scores(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model")
     named = str(tmp_path / "model")
     away = write(tmp_path / "away.arrow", **{"longnet.model": "./moved"})
-    with pytest.raises(ConfigError, match=r"away.arrow: the tokenizer of its model ./moved cannot be .* --tokenizer"):
+    with pytest.raises(
+        ConfigError,
+        match=r"away.arrow: the tokenizer of its model ./moved cannot be .* --tokenizer",
+    ):
         read_surprise([away])
     assert read_surprise([away], "bytes").documents[0].pieces[:3] == ["d", "e", "f"]
-    other = write(tmp_path / "other.arrow", **{"longnet.tokenizer_sha256": "0", "longnet.model": named})
+    other = write(
+        tmp_path / "other.arrow", **{"longnet.tokenizer_sha256": "0", "longnet.model": named}
+    )
     with pytest.raises(ConfigError, match="of another tokenizer than the tokenizer of "):
         read_surprise([other])
     with pytest.raises(ConfigError, match="of another tokenizer than --tokenizer bytes"):
@@ -124,7 +143,9 @@ def test_numbers_beyond_the_vocabulary_and_special_tokens_are_named(tmp_path: Pa
     assert surprise.documents[0].pieces == ["a", "<|endoftext|>", "[999]"]
     assert surprise.tops == ["a", "<|endoftext|>", "[999]"]
     assert (surprise.documents[0].start, surprise.documents[0].means) == (5, [0.0])
-    with pytest.raises(ConfigError, match=r"p.png: log-probabilities are drawn as a page: its name ends in \.html"):
+    with pytest.raises(
+        ConfigError, match=r"p.png: log-probabilities are drawn as a page: its name ends in \.html"
+    ):
         write_surprise(surprise, tmp_path / "p.png")
 
 
@@ -156,7 +177,9 @@ addEventListener("load", async () => {
 def test_a_browser_shows_the_page(tmp_path: Path, dark: bool, width: int) -> None:
     """What is in sight alone is elements; a token tells of itself, and a click on the strip leads to the end."""
     text = "".join(f"line {number} of many\n" for number in range(5000))
-    write_surprise(read_surprise([write(tmp_path / "lp.arrow", {"a": text}, scale=4)]), tmp_path / "p.html")
+    write_surprise(
+        read_surprise([write(tmp_path / "lp.arrow", {"a": text}, scale=4)]), tmp_path / "p.html"
+    )
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     (tmp_path / "p.html").write_text(page.replace("</body>", ACT + "</body>"), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]

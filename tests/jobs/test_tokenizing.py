@@ -54,7 +54,9 @@ def corpus(tmp_path: Path) -> Path:
 
 def documents(place: Path, tokenizer: Tokenizer) -> dict[str, str]:
     found = list(Inputs([place], tokenizer).documents())
-    assert [document.n_bytes for document in found] == [len(tokenizer.decode(d.tokens).encode()) for d in found]
+    assert [document.n_bytes for document in found] == [
+        len(tokenizer.decode(d.tokens).encode()) for d in found
+    ]
     return {document.doc_id: tokenizer.decode(document.tokens) for document in found}
 
 
@@ -63,7 +65,10 @@ def documents(place: Path, tokenizer: Tokenizer) -> dict[str, str]:
 def test_written_is_read(corpus, tmp_path, output, train_vocab):
     progress = []
     result = tokenize(
-        Inputs([corpus]), tmp_path / output, train_vocab=train_vocab, on_progress=lambda *done: progress.append(done)
+        Inputs([corpus]),
+        tmp_path / output,
+        train_vocab=train_vocab,
+        on_progress=lambda *done: progress.append(done),
     )
     assert documents(tmp_path / output, result.tokenizer) == TEXTS
     size = sum(len(text.encode()) for text in TEXTS.values())
@@ -77,15 +82,24 @@ def test_written_is_read(corpus, tmp_path, output, train_vocab):
 def test_a_vocabulary_is_that_of_whole_texts_however_long(tmp_path: Path, run_longnet) -> None:
     """In a process with a limit of time: what waits for a lock of the library ends by a kill alone."""
     random = Random(0)
-    texts = ["".join(random.choices(["the net ", "reads, ", "x1", "wörld\n", "漢字", "it's"], k=50_000)) for _ in "ab"]
+    texts = [
+        "".join(random.choices(["the net ", "reads, ", "x1", "wörld\n", "漢字", "it's"], k=50_000))
+        for _ in "ab"
+    ]
     for name, text in zip("ab", texts, strict=True):
         (tmp_path / f"{name}.txt").write_bytes(text.encode())
-    run_longnet("tokenize", "a.txt", "b.txt", "--train-vocab", "400", "-o", "out", timeout=60, code=0)
+    run_longnet(
+        "tokenize", "a.txt", "b.txt", "--train-vocab", "400", "-o", "out", timeout=60, code=0
+    )
     whole = tokenizers.Tokenizer(models.BPE())
-    whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    whole.pre_tokenizer, whole.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [END_OF_TEXT]
     whole.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+        texts,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet),
     )
     parts = [[text[i : i + 999] for i in range(0, len(text), 999)] for text in texts]
     for found in (Tokenizer.load(tmp_path / "out"), Tokenizer.train(parts, 400)):
@@ -98,7 +112,9 @@ def test_shards_end_at_documents_and_batches_cut_rows(corpus, tmp_path, monkeypa
     assert [shard.name for shard in result.shards] == ["shard-00000.arrow", "shard-00001.arrow"]
     reader = ipc.open_file(result.shards[0])
     batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-    assert [batch.num_rows for batch in batches] == [1] * len(batches)  # what fits a batch is never cut
+    assert [batch.num_rows for batch in batches] == [1] * len(
+        batches
+    )  # what fits a batch is never cut
     assert max(batch.column("input_ids").flatten().nbytes for batch in batches) == 100
     table = reader.read_all()
     assert table["doc_id"].to_pylist() == ["a.txt"] + ["b.txt"] * (len(batches) - 1)
@@ -111,20 +127,38 @@ def test_kept_columns_are_in_every_row_of_a_document(tmp_path, monkeypatch):
     """With their types, in shards that resume; a document of several rows has them in each."""
     monkeypatch.setattr(tokenizing, "BATCH_BYTES", 64)
     table = pa.table(
-        {"id": [7, 8, 9], "text": ["one", "two " * 50, ""], "n": [[1], None, [2, 3]], "x": ["a", "b", "c"]}
+        {
+            "id": [7, 8, 9],
+            "text": ["one", "two " * 50, ""],
+            "n": [[1], None, [2, 3]],
+            "x": ["a", "b", "c"],
+        }
     )
     inputs = Inputs([write_file(tmp_path / "in.arrow", table)], keep=("n", "id"))
     for place in ("out", "out.parquet"):
         result = tokenize(inputs, tmp_path / place, shard_tokens=20)
         found = [
-            document.kept for document in Inputs([tmp_path / place], Tokenizer.bytes(), keep=("n", "id")).documents()
+            document.kept
+            for document in Inputs(
+                [tmp_path / place], Tokenizer.bytes(), keep=("n", "id")
+            ).documents()
         ]
-        assert [(kept["n"].as_py(), kept["id"].as_py()) for kept in found] == [([1], 7), (None, 8), ([2, 3], 9)]
+        assert [(kept["n"].as_py(), kept["id"].as_py()) for kept in found] == [
+            ([1], 7),
+            (None, 8),
+            ([2, 3], 9),
+        ]
         assert found[0]["id"].type == pa.int64()
     rows = pq.read_table(result.shards[0]).to_pylist()
-    assert [(row["doc_id"], row["id"]) for row in rows] == [("7", 7), *[("8", 8)] * (len(rows) - 2), ("9", 9)]
+    assert [(row["doc_id"], row["id"]) for row in rows] == [
+        ("7", 7),
+        *[("8", 8)] * (len(rows) - 2),
+        ("9", 9),
+    ]
     assert len(rows) > 4
-    with pytest.raises(ConfigError, match=r"keep was \['n: list<item: int64>', 'id: int64'\] and is now None"):
+    with pytest.raises(
+        ConfigError, match=r"keep was \['n: list<item: int64>', 'id: int64'\] and is now None"
+    ):
         tokenize(Inputs(inputs.names), tmp_path / "out", shard_tokens=20, resume=True)
     write_file(tmp_path / "in.arrow", table.rename_columns(["id", "text", "part", "x"]))
     with pytest.raises(ConfigError, match="--keep part: the output has a column of this name"):
@@ -133,7 +167,9 @@ def test_kept_columns_are_in_every_row_of_a_document(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
 def test_a_manifest_has_the_tokenizer_once(corpus, tmp_path, suffix):
-    tokenizer = tokenize(Inputs([corpus]), tmp_path / "out", train_vocab=280, shard_format=suffix).tokenizer
+    tokenizer = tokenize(
+        Inputs([corpus]), tmp_path / "out", train_vocab=280, shard_format=suffix
+    ).tokenizer
     size = len(read_manifest(tmp_path / "out").to_json())
     assert size > len(tokenizer.to_json()) > 5000
     assert (tmp_path / f"out/_manifest.{suffix}").stat().st_size < size + 4000
@@ -153,26 +189,45 @@ def test_documents_of_one_name_stay_apart(tmp_path):
 
 
 def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, monkeypatch):
-    whole = tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True)
+    whole = tokenize(
+        Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True
+    )
     seen: list[str] = []
     encode = Tokenizer.encode_pieces
-    monkeypatch.setattr(Tokenizer, "encode_pieces", lambda self, texts: (seen.extend(texts), encode(self, texts))[1])
+    monkeypatch.setattr(
+        Tokenizer, "encode_pieces", lambda self, texts: (seen.extend(texts), encode(self, texts))[1]
+    )
     manifest = read_manifest(tmp_path / "whole")
     shards = manifest.shards
     expected = contents(tmp_path / "whole")
-    for finished in range(4):  # as if killed after so many shards, one more having just got its name
+    for finished in range(
+        4
+    ):  # as if killed after so many shards, one more having just got its name
         (tmp_path / "whole/_manifest.arrow").unlink()
         manifest.shards = shards[:finished]
         (tmp_path / "whole/_unfinished.json").write_text(manifest.to_json())
         for shard in shards[finished + 1 :]:
             (tmp_path / "whole" / shard["name"]).unlink()
         seen.clear()
-        again = tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True)
+        again = tokenize(
+            Inputs([corpus]),
+            tmp_path / "whole",
+            shard_tokens=1,
+            train_vocab=300,
+            eos=True,
+            resume=True,
+        )
         assert seen == list(TEXTS.values())[finished:]
-        assert (again.documents, again.tokens, again.bytes) == (whole.documents, whole.tokens, whole.bytes)
+        assert (again.documents, again.tokens, again.bytes) == (
+            whole.documents,
+            whole.tokens,
+            whole.bytes,
+        )
         assert contents(tmp_path / "whole") == expected
     seen.clear()
-    tokenize(Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True)
+    tokenize(
+        Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True
+    )
     assert seen == []
 
 
@@ -207,7 +262,9 @@ def test_eos_ends_every_document_also_an_empty_one(tmp_path):
     for eos in (10, "10", "Ċ"):  # as byte-level tokenizers write a newline
         tokenize(Inputs([tmp_path / "in.arrow"]), tmp_path / "line.arrow", eos=eos)
         written = ipc.open_file(tmp_path / "line.arrow").read_all()
-        assert written["input_ids"].to_pylist() == [[*text.encode(), 10] for text in ("one", "", "two")]
+        assert written["input_ids"].to_pylist() == [
+            [*text.encode(), 10] for text in ("one", "", "two")
+        ]
         assert written.schema.metadata[b"longnet.eos_id"] == b"10"
 
 
@@ -215,31 +272,57 @@ def test_parts_of_long_texts_and_any_grouping_give_the_same_ids(tmp_path, monkey
     """One text of several groups, between short ones: the ids are those of the tokenizer for each text alone."""
     words = Tokenizer.load(model_path("longnet-tiny"))
     source = "".join(Path(tokenizing.__file__).read_text() for _ in range(40))
-    texts = [source[:100], source, "", *(source[start : start + 999] for start in range(0, 9000, 999)), source[1:]]
+    texts = [
+        source[:100],
+        source,
+        "",
+        *(source[start : start + 999] for start in range(0, 9000, 999)),
+        source[1:],
+    ]
     table = pa.table({"text": texts})
     write_file(tmp_path / "in.arrow", table)
     monkeypatch.setattr(tokenizer_module, "GROUP", 1 << 17)
     shards = []
-    for index, (group, batch) in enumerate([(1, 1 << 12), (5000, 1 << 12), (1 << 22, 1 << 12), (1 << 22, 1 << 24)]):
+    for index, (group, batch) in enumerate(
+        [(1, 1 << 12), (5000, 1 << 12), (1 << 22, 1 << 12), (1 << 22, 1 << 24)]
+    ):
         monkeypatch.setattr(tokenizing, "TEXT_CHARS", group)
         monkeypatch.setattr(tokenizing, "BATCH_BYTES", batch)
-        tokenize(Inputs([tmp_path / "in.arrow"]), tmp_path / str(index), tokenizer=words, shard_tokens=3000)
+        tokenize(
+            Inputs([tmp_path / "in.arrow"]),
+            tmp_path / str(index),
+            tokenizer=words,
+            shard_tokens=3000,
+        )
         read = list(Inputs([tmp_path / str(index)], words).documents())
         assert len(read) == len(texts)
-        assert all(np.array_equal(found.tokens, words.encode(text)) for found, text in zip(read, texts, strict=True))
+        assert all(
+            np.array_equal(found.tokens, words.encode(text))
+            for found, text in zip(read, texts, strict=True)
+        )
         shards.append(contents(tmp_path / str(index)))
     assert shards[0] == shards[1] == shards[2]  # groups are no part of the result
 
 
 def test_the_size_of_the_inputs_is_known_when_all_are_text(corpus, tmp_path):
     sizes = []
-    tokenize(Inputs([corpus]), tmp_path / "out.arrow", on_progress=lambda documents, tokens, size: sizes.append(size))
-    assert Inputs([corpus]).num_bytes() == sizes[-1] == sum(len(text.encode()) for text in TEXTS.values())
+    tokenize(
+        Inputs([corpus]),
+        tmp_path / "out.arrow",
+        on_progress=lambda documents, tokens, size: sizes.append(size),
+    )
+    assert (
+        Inputs([corpus]).num_bytes()
+        == sizes[-1]
+        == sum(len(text.encode()) for text in TEXTS.values())
+    )
     assert Inputs([corpus, tmp_path / "out.arrow"]).num_bytes() is None
 
 
 def test_the_tokens_of_folders_are_known(corpus, tmp_path):
-    tokens = [tokenize(Inputs([corpus / name]), tmp_path / name[0]).tokens for name in ("a.txt", "b.txt")]
+    tokens = [
+        tokenize(Inputs([corpus / name]), tmp_path / name[0]).tokens for name in ("a.txt", "b.txt")
+    ]
     assert Inputs([tmp_path / "a", tmp_path / "b"]).totals()["tokens"] == sum(tokens)
     assert Inputs([tmp_path / "a", corpus]).totals() is Inputs(["-"]).totals() is None
 
@@ -322,7 +405,9 @@ def test_an_interruption_between_any_two_lines_is_what_the_caller_sees():
 
     def run(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        list(groups(itertools.repeat(0, 100_000)))  # not for ever: Python drops what is raised in a garbage collection
+        list(
+            groups(itertools.repeat(0, 100_000))
+        )  # not for ever: Python drops what is raised in a garbage collection
 
     seen, chance, before = 0, random.Random(0), signal.signal(signal.SIGALRM, interrupt)
     switched = sys.getswitchinterval()
@@ -363,7 +448,9 @@ def inputs(tmp_path: Path) -> list[str]:
     packed[-8] ^= 1  # its checksum
     (tmp_path / "bad.txt.gz").write_bytes(packed)
     for folder, rows in ((tmp_path / "good", [0, 1, 2, 3]), (tmp_path, [0, None, 1, 2, 3])):
-        table = [{"id": f"p{row}", "text": None if row is None else f"row {row} " * 100} for row in rows]
+        table = [
+            {"id": f"p{row}", "text": None if row is None else f"row {row} " * 100} for row in rows
+        ]
         pq.write_table(pa.Table.from_pylist(table), folder / "rows.parquet")
         (folder / "last.txt").write_text("the last " * 50)
     return ["missing.txt", "bad.txt.gz", "rows.jsonl", "rows.parquet", "last.txt"]
@@ -384,10 +471,16 @@ def test_the_rest_is_written_as_if_it_were_all(tmp_path, run_longnet, inputs, ou
     assert good.stderr.decode() == f"{TOTALS}{place}\n"
     if output == "out":
         shards, wanted = contents(tmp_path / "out"), contents(tmp_path / "good/out")
-        assert shards.pop("_manifest.arrow") != wanted.pop("_manifest.arrow")  # in the number of what is left out
+        assert shards.pop("_manifest.arrow") != wanted.pop(
+            "_manifest.arrow"
+        )  # in the number of what is left out
         assert shards == wanted
         totals = read_manifest(tmp_path / "good/out").totals
-        assert read_manifest(tmp_path / "out").totals == {**totals, "skipped": 5, "skipped_files": 2}
+        assert read_manifest(tmp_path / "out").totals == {
+            **totals,
+            "skipped": 5,
+            "skipped_files": 2,
+        }
     elif output != "-":
         assert (tmp_path / output).read_bytes() == (tmp_path / "good" / output).read_bytes()
 
@@ -401,7 +494,9 @@ def test_a_trained_tokenizer_has_not_seen_what_is_left_out(tmp_path, run_longnet
         assert (tmp_path / name).read_bytes() == (tmp_path / "good" / name).read_bytes()
 
 
-def test_a_run_that_fails_goes_on_without_what_is_bad_and_says_all_again(tmp_path, run_longnet, inputs):
+def test_a_run_that_fails_goes_on_without_what_is_bad_and_says_all_again(
+    tmp_path, run_longnet, inputs
+):
     command = ["tokenize", "last.txt", *inputs[2:4], "--shard-tokens", "400", "-o"]
     failed = run_longnet(*command, "out")
     assert (failed.returncode, "line 4: not JSON" in failed.stderr) == (3, True)
@@ -432,7 +527,9 @@ def test_of_a_long_text_that_ends_badly_nothing_is_written(tmp_path, monkeypatch
     )
     good = tokenize(Inputs(texts), tmp_path / "good")
     assert found.documents == good.documents == 2
-    assert (tmp_path / "out/shard-00000.arrow").read_bytes() == (tmp_path / "good/shard-00000.arrow").read_bytes()
+    assert (tmp_path / "out/shard-00000.arrow").read_bytes() == (
+        tmp_path / "good/shard-00000.arrow"
+    ).read_bytes()
     assert [line.partition(": ")[0] for line in skipped] == [str(bad)]
     (whole,) = Inputs([tmp_path / "long.txt"], skip_bad=True).texts()
     assert "".join(whole.parts) == text

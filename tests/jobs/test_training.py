@@ -61,13 +61,18 @@ def test_the_recipe_names_the_end_of_text(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "words").mkdir()
     inner.save(str(tmp_path / "words/tokenizer.json"))
     (tmp_path / "short.jsonl").write_text('{"text": "a dog"}\n{"text": "a fox"}\n' * 30)
-    settings = {"data.tokenizer": str(tmp_path / "words"), "data.train": [str(tmp_path / "short.jsonl")]}
+    settings = {
+        "data.tokenizer": str(tmp_path / "words"),
+        "data.train": [str(tmp_path / "short.jsonl")],
+    }
     settings["train.stages"] = [{"seq_len": 32, "steps": 1}]
     seen = {}
     for name, eos in (("own", None), ("named", "STOP"), ("by-id", 257)):
         found = recipe(corpus, **settings, **({"data.eos": eos} if eos else {}))
         seen[name] = train(found, tmp_path / name).loss
-        assert ModelFolder(tmp_path / name).tokenizer().eos_id == (257 if eos else 256)  # as a command reads the model
+        assert ModelFolder(tmp_path / name).tokenizer().eos_id == (
+            257 if eos else 256
+        )  # as a command reads the model
     assert seen["named"] == seen["by-id"] != seen["own"]
     saved = json.loads(recipe(corpus, **settings).model_dump_json())
     assert recipe(corpus, **settings, **{"data.eos": "STOP"}).changed_since(saved) == ["data.eos"]
@@ -75,26 +80,44 @@ def test_the_recipe_names_the_end_of_text(corpus: Path, tmp_path: Path) -> None:
         train(recipe(corpus, **settings, **{"data.eos": "</s>"}), tmp_path / "wrong")
     bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
     bare.save(str(tmp_path / "words/tokenizer.json"))
-    with pytest.raises(ConfigError, match=r"<\|im_end\|>.*; training puts it between documents: .*data\.eos"):
-        train(recipe(corpus, **settings | {"data.train": [str(tmp_path / "missing")]}), tmp_path / "none")
+    with pytest.raises(
+        ConfigError, match=r"<\|im_end\|>.*; training puts it between documents: .*data\.eos"
+    ):
+        train(
+            recipe(corpus, **settings | {"data.train": [str(tmp_path / "missing")]}),
+            tmp_path / "none",
+        )
 
 
 def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
     first = train(recipe(corpus, **{"train.stages": LONG}), tmp_path / "first")
-    again = train(recipe(corpus, **{"train.log_every": 1, "init": str(tmp_path / "first")}), tmp_path / "again")
+    again = train(
+        recipe(corpus, **{"train.log_every": 1, "init": str(tmp_path / "first")}),
+        tmp_path / "again",
+    )
     lines = (tmp_path / "again/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["loss"] < first.loss + 0.5
     assert again.steps == 6
     pattern = {"model.segment_lengths": [16], "model.dilation_rates": [1]}
-    other = train(recipe(corpus, **pattern, init=str(tmp_path / "first")), tmp_path / "other pattern")
+    other = train(
+        recipe(corpus, **pattern, init=str(tmp_path / "first")), tmp_path / "other pattern"
+    )
     assert other.loss != again.loss
     assert other.loss < first.loss + 0.5
-    positions = {"model.pattern": "16/1,64/4,look_back=1,overlap=once", "model.position": "rope_by_level"}
-    by_level = train(recipe(corpus, **positions, init=str(tmp_path / "first")), tmp_path / "other positions")
+    positions = {
+        "model.pattern": "16/1,64/4,look_back=1,overlap=once",
+        "model.position": "rope_by_level",
+    }
+    by_level = train(
+        recipe(corpus, **positions, init=str(tmp_path / "first")), tmp_path / "other positions"
+    )
     assert by_level.loss < first.loss + 0.5
     assert LongNet.from_pretrained(tmp_path / "other positions").config.position == "rope_by_level"
     with pytest.raises(ConfigError, match=r"differs from the recipe in model\.ffn_dim"):
-        train(recipe(corpus, **{"model.ffn_dim": 64, "init": str(tmp_path / "first")}), tmp_path / "other")
+        train(
+            recipe(corpus, **{"model.ffn_dim": 64, "init": str(tmp_path / "first")}),
+            tmp_path / "other",
+        )
 
 
 def test_a_recipe_takes_what_it_does_not_say_from_the_model_it_starts_from(tmp_path: Path) -> None:
@@ -107,7 +130,9 @@ def test_a_recipe_takes_what_it_does_not_say_from_the_model_it_starts_from(tmp_p
     }
     found = load_recipe(None, given)
     assert (found.model, found.data.tokenizer) == (net.config, str(tmp_path / "first"))
-    found = load_recipe(None, given | {"model.pattern": "window:16,sinks=2", "data.tokenizer": "bytes"})
+    found = load_recipe(
+        None, given | {"model.pattern": "window:16,sinks=2", "data.tokenizer": "bytes"}
+    )
     assert found.model.pattern == Pattern.window(16, sinks=2)
     assert (found.model.norm, found.model.ffn_dim, found.data.tokenizer) == ("pre", 24, "bytes")
     with pytest.raises(ConfigError, match=r"model\.dilation_rates"):
@@ -116,9 +141,13 @@ def test_a_recipe_takes_what_it_does_not_say_from_the_model_it_starts_from(tmp_p
 
 def test_given_weights_are_trained_in_fp32(corpus: Path, tmp_path: Path) -> None:
     found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 1}]})
-    LongNet(found.model).to(torch.bfloat16).save_pretrained(tmp_path / "first", Tokenizer.bytes().to_json())
+    LongNet(found.model).to(torch.bfloat16).save_pretrained(
+        tmp_path / "first", Tokenizer.bytes().to_json()
+    )
     train(found.model_copy(update={"init": str(tmp_path / "first")}), tmp_path / "out")
-    assert {p.dtype for p in LongNet.from_pretrained(tmp_path / "out").parameters()} == {torch.float32}
+    assert {p.dtype for p in LongNet.from_pretrained(tmp_path / "out").parameters()} == {
+        torch.float32
+    }
 
 
 def test_learning_rate() -> None:
@@ -128,7 +157,9 @@ def test_learning_rate() -> None:
     assert max(rates) == rates[9] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(0.2)
     linear = ScheduleRecipe(warmup_steps=0, decay="linear", final=0.0)
-    assert [linear.learning_rate(step, 5, 1.0) for step in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert [linear.learning_rate(step, 5, 1.0) for step in range(5)] == pytest.approx(
+        [1, 0.75, 0.5, 0.25, 0]
+    )
     assert ScheduleRecipe(decay="constant", warmup_steps=0).learning_rate(50, 100, 1.0) == 1.0
 
 
@@ -138,7 +169,9 @@ def test_polynomial_decay_is_fairseqs(power: float) -> None:
     schedule = ScheduleRecipe(warmup_steps=10, decay="polynomial", power=power, final=0.1)
     for step in range(10, 100):
         left = 1 - (step - 10) / (99 - 10)
-        assert schedule.learning_rate(step, 100, 2.0) == pytest.approx((2.0 - 0.2) * left**power + 0.2)
+        assert schedule.learning_rate(step, 100, 2.0) == pytest.approx(
+            (2.0 - 0.2) * left**power + 0.2
+        )
 
 
 def test_only_matrices_decay(corpus: Path) -> None:
@@ -157,11 +190,18 @@ def test_muon_takes_the_matrices_of_the_layers(corpus: Path, tmp_path: Path) -> 
     model = LongNet(found.model)
     muon, adamw = build_optimizers(model, found.optimizer)
     theirs = {id(p) for group in muon.param_groups for p in group["params"]}
-    assert theirs == {id(p) for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() == 2}
+    assert theirs == {
+        id(p) for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() == 2
+    }
     others = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert theirs | others == {id(p) for p in model.parameters()}
     assert not theirs & others
-    assert train(recipe(corpus, **{"optimizer.name": "muon", "train.stages": LONG}), tmp_path / "out").loss < 3
+    assert (
+        train(
+            recipe(corpus, **{"optimizer.name": "muon", "train.stages": LONG}), tmp_path / "out"
+        ).loss
+        < 3
+    )
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
@@ -175,7 +215,9 @@ def test_muon_computes_in_fp32_on_a_cpu(corpus: Path) -> None:
     before = [p.detach().double() for p in group["params"]]
     muon.step()
     for p, was in zip(group["params"], before, strict=True):
-        x = p.grad.double() / p.grad.double().norm()  # the momentum of a first step points the same way
+        x = (
+            p.grad.double() / p.grad.double().norm()
+        )  # the momentum of a first step points the same way
         for _ in range(5):
             square = x @ x.T if len(x) <= x.shape[1] else x.T @ x
             square = -4.775 * square + 2.0315 * square @ square
@@ -184,12 +226,18 @@ def test_muon_computes_in_fp32_on_a_cpu(corpus: Path) -> None:
         assert (p.detach() - was - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-def test_a_net_beyond_all_memory_is_refused_before_it_is_built(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(MemoryLimitError, match=r"the weights take .* GiB and .* GiB of memory are free"):
+def test_a_net_beyond_all_memory_is_refused_before_it_is_built(
+    corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        MemoryLimitError, match=r"the weights take .* GiB and .* GiB of memory are free"
+    ):
         train(recipe(corpus, **{"model.dim": 2**24}), tmp_path / "out")
 
 
-def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus: Path, tmp_path: Path) -> None:
+def test_a_diverging_run_says_where_and_keeps_the_last_weights(
+    corpus: Path, tmp_path: Path
+) -> None:
     calm = recipe(corpus, **{"train.save_every": 1})
     seen = []
 
@@ -211,11 +259,14 @@ def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus: Path, tmp
     assert f"step {read_checkpoint(saved)['progress']['step'] + 1} " in str(error.value)
     with pytest.raises(LongNetError, match="the loss jumps at step"):
         train(
-            recipe(corpus, **{"train.loss_jump": 1e-9, "train.log_every": 1, "train.stages": LONG}), tmp_path / "jumpy"
+            recipe(corpus, **{"train.loss_jump": 1e-9, "train.log_every": 1, "train.stages": LONG}),
+            tmp_path / "jumpy",
         )
 
 
-def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tmp_path: Path) -> None:
+def test_masked_training_learns_and_hides_the_same_tokens_again(
+    corpus: Path, tmp_path: Path
+) -> None:
     settings = {
         "model.causal": False,
         "model.position": "rope",
@@ -236,9 +287,13 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(corpus: Path, tm
     few = recipe(corpus, **settings | {"train.stages": [{"seq_len": 64, "steps": 3}]})
     first, again = (train(few, tmp_path / name).loss for name in "bc")
     assert first == again
-    with pytest.raises(ConfigError, match=r"train.chunk = 32 on 1 ranks is less than the longest seq_len, 64"):
+    with pytest.raises(
+        ConfigError, match=r"train.chunk = 32 on 1 ranks is less than the longest seq_len, 64"
+    ):
         train(recipe(corpus, **settings, **{"train.chunk": 32}), tmp_path / "d")
-    with pytest.raises(ConfigError, match=r"model.vocab_size = 257 is less than the tokens and the mask need, 258"):
+    with pytest.raises(
+        ConfigError, match=r"model.vocab_size = 257 is less than the tokens and the mask need, 258"
+    ):
         train(recipe(corpus, **settings, **{"model.vocab_size": 257}), tmp_path / "d")
     with pytest.raises(DataError, match="none of the held-out tokens was drawn to be hidden"):
         train(recipe(corpus, **settings, **{"train.mask_rate": 1e-12}), tmp_path / "d")
@@ -268,20 +323,29 @@ def test_held_out_documents_are_whole_or_in_windows_as_of_score(
         changes = settings | {"train.evaluate_every": every, "train.stages": stages}
         train(recipe(corpus, **changes), tmp_path / str(every), on_note=notes.append)
         assert sum("an evaluation takes" in line for line in notes) == dear
-    model, documents = LongNet.from_pretrained(tmp_path / "1"), Inputs([corpus], Tokenizer.bytes()).documents()
+    model, documents = (
+        LongNet.from_pretrained(tmp_path / "1"),
+        Inputs([corpus], Tokenizer.bytes()).documents(),
+    )
     found = [each.score for each in scores(model, documents, bos=256, context=context)]
     expected = sum(score.nll_sum for score in found) / sum(score.n_tokens for score in found)
     assert metrics_of(tmp_path / "1")[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(corpus: Path, tmp_path: Path) -> None:
+def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(
+    corpus: Path, tmp_path: Path
+) -> None:
     settings = {"optimizer.lr": 1e20, "schedule.warmup_steps": 0, "train.evaluate_every": 1}
-    with pytest.raises(LongNetError, match=r"the held-out loss is not finite after step 1: lower optimizer\.lr"):
+    with pytest.raises(
+        LongNetError, match=r"the held-out loss is not finite after step 1: lower optimizer\.lr"
+    ):
         train(recipe(corpus, **settings, **{"data.held_out": [str(corpus)]}), tmp_path / "out")
     assert not (tmp_path / "out/best").exists()
 
 
-@pytest.mark.parametrize(("peak", "mfu"), [(1000.0, 0.3), (300.0, 1.0), (299.0, None), (None, None)])
+@pytest.mark.parametrize(
+    ("peak", "mfu"), [(1000.0, 0.3), (300.0, 1.0), (299.0, None), (None, None)]
+)
 def test_evaluations_do_not_count_in_the_speed_and_no_mfu_is_above_1(
     monkeypatch: pytest.MonkeyPatch, peak: float | None, mfu: float | None
 ) -> None:
@@ -306,7 +370,9 @@ def test_a_second_process_is_kept_out(corpus: Path, tmp_path: Path) -> None:
 
 def test_sizes_are_written_as_everywhere(corpus: Path) -> None:
     stages = [{"seq_len": "16Ki", "steps": 1}]
-    train = recipe(corpus, **{"train.chunk": "32k", "train.batch_tokens": "1e6", "train.stages": stages}).train
+    train = recipe(
+        corpus, **{"train.chunk": "32k", "train.batch_tokens": "1e6", "train.stages": stages}
+    ).train
     assert (train.chunk, train.batch_tokens, train.stages[0].seq_len) == (32000, 10**6, 16384)
 
 
@@ -324,7 +390,9 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:
     found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 5}]})
     recipe_file = tmp_path / "small.json"
     recipe_file.write_text(found.model_dump_json())
-    done = run_longnet("train", recipe_file, "-o", "run", "--set", "train.log_every=1", "--dtype", "fp32", code=0)
+    done = run_longnet(
+        "train", recipe_file, "-o", "run", "--set", "train.log_every=1", "--dtype", "fp32", code=0
+    )
     assert done.stdout == ""
     assert "saved run after 5 steps" in done.stderr
     assert (tmp_path / "run/model.safetensors").exists()
@@ -337,7 +405,9 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:
     assert (tmp_path / "elsewhere/model.safetensors").read_bytes() == weights
     begun = run_longnet("train", "-o", "run", "--init", "./elsewhere")
     assert "all steps are done already; --init is ignored" in begun.stderr
-    assert "already holds a run" in str(refused("train", recipe_file, "-o", tmp_path / "run", "--no-resume"))
+    assert "already holds a run" in str(
+        refused("train", recipe_file, "-o", tmp_path / "run", "--no-resume")
+    )
 
 
 GPT3_VOCABULARY = 50257
@@ -352,7 +422,11 @@ NAMES = sorted(path.stem for path in preset_dir().glob("*.toml"))
 
 
 def shipped(name: str) -> Recipe:
-    own = {} if "vocab_size" in (preset_dir() / f"{name}.toml").read_text() else {"model.vocab_size": 4096}
+    own = (
+        {}
+        if "vocab_size" in (preset_dir() / f"{name}.toml").read_text()
+        else {"model.vocab_size": 4096}
+    )
     return load_recipe(name, own)
 
 
@@ -376,12 +450,22 @@ def test_it_is_the_papers(name: str) -> None:
     size, num_layers, dim, num_heads, lr, batch, steps = PAPER[name]
     recipe = shipped(name)
     config = recipe.model
-    assert (config.num_layers, config.dim, config.num_heads, config.ffn_dim) == (num_layers, dim, num_heads, 4 * dim)
+    assert (config.num_layers, config.dim, config.num_heads, config.ffn_dim) == (
+        num_layers,
+        dim,
+        num_heads,
+        4 * dim,
+    )
     layers = config.num_parameters() - config.vocab_size * dim
     assert layers < size < config.num_parameters()
     assert layers + GPT3_VOCABULARY * dim == pytest.approx(size, rel=0.03)
     optimizer, schedule = recipe.optimizer, recipe.schedule
-    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.clip) == (lr, (0.9, 0.98), 0.01, 2.0)
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.clip) == (
+        lr,
+        (0.9, 0.98),
+        0.01,
+        2.0,
+    )
     assert (schedule.warmup_steps, schedule.decay, config.dropout) == (750, "polynomial", 0)
     assert recipe.train.batch_tokens == pytest.approx(batch, rel=0.05)  # a power of two
     assert recipe.train.steps == pytest.approx(steps, rel=0.05)

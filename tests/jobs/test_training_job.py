@@ -20,7 +20,12 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
 from longnet_cli.jobs import estimating
 from longnet_cli.jobs.estimating import bytes_per_token, seen_segments, training_bytes
-from longnet_cli.jobs.training.costs import estimate_training, settle_chunk, step_flops, training_memory
+from longnet_cli.jobs.training.costs import (
+    estimate_training,
+    settle_chunk,
+    step_flops,
+    training_memory,
+)
 from longnet_cli.jobs.training.objective import plan_forwards
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.nets.config import LongNetConfig
@@ -37,9 +42,17 @@ LARGE = {"vocab_size": 8192, "dim": 128, "num_layers": 8, "num_heads": 4, "ffn_d
 
 
 def recipe(model: dict, seq_len: int = 1024, **train: object) -> Recipe:
-    train = {key: x for key, x in train.items() if x is not None} | {"stages": [{"seq_len": seq_len, "steps": 1}]}
-    sections = {"model": {key: list(x) if isinstance(x, tuple) else x for key, x in model.items()}, "train": train}
-    return load_recipe(None, {f"{name}.{key}": x for name, section in sections.items() for key, x in section.items()})
+    train = {key: x for key, x in train.items() if x is not None} | {
+        "stages": [{"seq_len": seq_len, "steps": 1}]
+    }
+    sections = {
+        "model": {key: list(x) if isinstance(x, tuple) else x for key, x in model.items()},
+        "train": train,
+    }
+    return load_recipe(
+        None,
+        {f"{name}.{key}": x for name, section in sections.items() for key, x in section.items()},
+    )
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -50,7 +63,9 @@ def test_what_a_token_takes_is_measured_in_a_few_layers(dtype: str, again: bool)
     layer, others = training_bytes(config, dtype, "null", again)
     assert 3 * layer + others == bytes_per_token(estimating._step(config, 3, dtype, None, again))
     s, d, f = 4 if dtype == "fp32" else 2, MODEL["dim"], MODEL["ffn_dim"]
-    kept = (8 + 7 * s) * d + 3 * s * f + 16 + 4 * s + 4 * MODEL["num_heads"]  # by hand; of both norms, their statistics
+    kept = (
+        (8 + 7 * s) * d + 3 * s * f + 16 + 4 * s + 4 * MODEL["num_heads"]
+    )  # by hand; of both norms, their statistics
     assert layer == (4 * d if again else kept)
 
 
@@ -67,8 +82,12 @@ def test_flops_are_those_that_torch_counts() -> None:
     net(ids)  # the first forward probes the kernel, by matrix products
     with FlopCounterMode(display=False) as counter:
         net.nll(net(ids), ids).sum().backward()
-    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    one_key = LongNetConfig(**(MODEL | {"segment_lengths": (1,), "dilation_rates": (1,)}))  # next to no attention
+    counted = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
+    )
+    one_key = LongNetConfig(
+        **(MODEL | {"segment_lengths": (1,), "dilation_rates": (1,)})
+    )  # next to no attention
     attention = 3.5 * 4 * 64 / 2
     assert one_key.training_flops([256]) - attention * 256 == pytest.approx(counted)
     assert config.training_flops([256]) > one_key.training_flops([256])
@@ -98,13 +117,25 @@ print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
     "changes",
     [
         {},
-        {"model.segment_lengths": [2048, 4096], "model.dilation_rates": [1, 1], "train.chunk": 512, "seq_len": 4096},
+        {
+            "model.segment_lengths": [2048, 4096],
+            "model.dilation_rates": [1, 1],
+            "train.chunk": 512,
+            "seq_len": 4096,
+        },
         {"train.chunk": 8192, "train.batch_tokens": 256, "data.held_out": True},
         {"model.dim": 384, "model.ffn_dim": 1536, "train.batch_tokens": 256, "train.save_every": 1},
     ],
-    ids=["sequences side by side", "a sequence in chunks", "held-out documents take more", "weights take the most"],
+    ids=[
+        "sequences side by side",
+        "a sequence in chunks",
+        "held-out documents take more",
+        "weights take the most",
+    ],
 )
-def test_the_peak_is_that_of_a_real_run(changes: dict, tmp_path: Path, command_env: dict[str, str]) -> None:
+def test_the_peak_is_that_of_a_real_run(
+    changes: dict, tmp_path: Path, command_env: dict[str, str]
+) -> None:
     data = tmp_path / "data.txt"
     data.write_text("a line of text.\n" * 1024)
     settings = {f"model.{key}": value for key, value in LARGE.items()} | {
@@ -116,9 +147,14 @@ def test_the_peak_is_that_of_a_real_run(changes: dict, tmp_path: Path, command_e
     words = [sys.executable, "-c", RUN, json.dumps(settings), tmp_path / "out"]
     done = subprocess.run(words, capture_output=True, text=True, env=command_env, check=True)
     memory, peak = json.loads(done.stdout)
-    print({kind: f"{size / 2**20:.0f} MiB" for kind, size in memory.items()}, f"{peak / 2**20:.0f} MiB")
+    print(
+        {kind: f"{size / 2**20:.0f} MiB" for kind, size in memory.items()},
+        f"{peak / 2**20:.0f} MiB",
+    )
     # with two threads, the heap has room for a third copy of an evaluation's logits, and with one it has not
-    assert sum(memory.values()) == pytest.approx(peak, rel=0.25 if settings["data.held_out"] else 0.1)
+    assert sum(memory.values()) == pytest.approx(
+        peak, rel=0.25 if settings["data.held_out"] else 0.1
+    )
     assert ("evaluation" in memory) is bool(settings["data.held_out"])
 
 
@@ -150,9 +186,17 @@ def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
 
 
 def test_what_is_computed_again_chooses_no_blocks_again() -> None:
-    pattern = {"segment_lengths": (64,), "dilation_rates": (1,), "look_back": 1, "chosen": 4, "chosen_block": 16}
+    pattern = {
+        "segment_lengths": (64,),
+        "dilation_rates": (1,),
+        "look_back": 1,
+        "chosen": 4,
+        "chosen_block": 16,
+    }
     causal = recipe(MODEL | pattern | {"position": "rope"}, chunk=1024)
-    once, in_chunks = (step_flops(each, each.train.stages[0], Ranks()) for each in (causal, causal.with_chunk(512)))
+    once, in_chunks = (
+        step_flops(each, each.train.stages[0], Ranks()) for each in (causal, causal.with_chunk(512))
+    )
     assert once.attention == causal.model.attention_flops(1024) / 1024
     votes = causal.model.vote_flops(1024) / 1024
     assert votes > 0
@@ -162,15 +206,19 @@ def test_what_is_computed_again_chooses_no_blocks_again() -> None:
 def test_documents_of_several_windows_fill_a_chunk() -> None:
     """The largest forward that packing makes of short documents is what the activations are counted for."""
     packed, apart = (
-        training_memory(recipe(MODEL, 1000, chunk=1600, batch_tokens=4000, across_documents=across), CPU, Ranks())[
-            "activations"
-        ]
+        training_memory(
+            recipe(MODEL, 1000, chunk=1600, batch_tokens=4000, across_documents=across),
+            CPU,
+            Ranks(),
+        )["activations"]
         for across in (False, True)
     )
     ids = torch.zeros(4, 1000, dtype=torch.int64)
     ids[:, ::37] = 1
     forwards = plan_forwards(document_starts(ids, 1), 1000, 1600)
-    largest = max(sum(stop - start for row in each.rows for _, start, stop in row) for each in forwards)
+    largest = max(
+        sum(stop - start for row in each.rows for _, start, stop in row) for each in forwards
+    )
     assert 1500 < largest <= 1600
     assert packed == 1.6 * apart
 
@@ -213,8 +261,12 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not estimate_training(with_chunk(4352), CPU).fits
 
 
-@pytest.mark.parametrize(("gib", "chunk"), [(0, 16384), (5, 16384), (24, 32768), (80, 131072), (1000, 131072)])
-def test_a_gpu_gets_the_longest_chunk_that_it_holds(monkeypatch: pytest.MonkeyPatch, gib: int, chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("gib", "chunk"), [(0, 16384), (5, 16384), (24, 32768), (80, 131072), (1000, 131072)]
+)
+def test_a_gpu_gets_the_longest_chunk_that_it_holds(
+    monkeypatch: pytest.MonkeyPatch, gib: int, chunk: int
+) -> None:
     monkeypatch.setattr("longnet_cli.jobs.training.costs.free_memory", lambda device: gib << 30)
     model = MODEL | {"dim": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 3072}
     settings = {"dtype": "bf16", "seq_len": 1 << 20}

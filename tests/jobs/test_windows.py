@@ -36,7 +36,9 @@ lengths = st.lists(st.integers(0, 30), min_size=1, max_size=25)
 def documents(lengths: list[int], first: int = 0) -> list[Document]:
     """Documents in which no token occurs twice."""
     ends = first + np.cumsum(lengths)
-    return [Document(np.arange(end - length, end)) for end, length in zip(ends, lengths, strict=True)]
+    return [
+        Document(np.arange(end - length, end)) for end, length in zip(ends, lengths, strict=True)
+    ]
 
 
 def stream(*lengths: int, first: int = 0) -> TokenStream:
@@ -95,9 +97,16 @@ def test_every_token_is_an_input_once_an_epoch(seq_len):
         count = (len(source) - 1) // seq_len
         visited = [windows.locate(n) for n in range(epoch * count, (epoch + 1) * count)]
         assert {(s, e) for s, e, _ in visited} == {(0, epoch)}
-        inputs = np.sort(np.concatenate([np.arange(start, start + seq_len) for _, _, start in visited]))
-        assert np.array_equal(inputs, np.arange(inputs[0], inputs[0] + count * seq_len))  # each once, without a gap
-        head, tail = inputs[0], len(source) - 1 - (inputs[-1] + 1)  # the last token is nothing but a target
+        inputs = np.sort(
+            np.concatenate([np.arange(start, start + seq_len) for _, _, start in visited])
+        )
+        assert np.array_equal(
+            inputs, np.arange(inputs[0], inputs[0] + count * seq_len)
+        )  # each once, without a gap
+        head, tail = (
+            inputs[0],
+            len(source) - 1 - (inputs[-1] + 1),
+        )  # the last token is nothing but a target
         assert head >= 0
         assert tail >= 0
         assert head + tail == (len(source) - 1) % seq_len
@@ -110,7 +119,9 @@ def test_every_token_is_an_input_once_an_epoch(seq_len):
 def runs(draw):
     """Arguments of TokenWindows with one to three sources, and (rows, world) to take them with."""
     seq_len = draw(st.integers(1, 40))
-    sources = [stream(*draw(lengths), seq_len, first=1000 * s) for s in range(draw(st.integers(1, 3)))]
+    sources = [
+        stream(*draw(lengths), seq_len, first=1000 * s) for s in range(draw(st.integers(1, 3)))
+    ]
     weights = [draw(st.sampled_from([1, 2, 0.5, 0.3])) for _ in sources]
     return sources, seq_len, draw(st.integers(0, 2**40)), weights
 
@@ -118,7 +129,10 @@ def runs(draw):
 def take(run, count, rows=1, world=1, state=None):
     """The first `count` windows after `state`, as `world` ranks of `rows` see them, and the state after each batch."""
     sources, seq_len, seed, weights = run
-    ranks = [TokenWindows(sources, seq_len, rows, seed, weights=weights, rank=d, world=world) for d in range(world)]
+    ranks = [
+        TokenWindows(sources, seq_len, rows, seed, weights=weights, rank=d, world=world)
+        for d in range(world)
+    ]
     for windows in ranks:
         if state is not None:
             windows.resume(state)
@@ -162,7 +176,9 @@ def test_what_is_asked_for_is_read_and_nothing_else(run, data):
             document.reads.clear()
     part = np.stack([batch.read(row, first, last) for row in range(20)])
     assert np.array_equal(part, whole[:, first:last])
-    reads = sum(b - a for source in sources for document in source.documents for a, b in document.reads)
+    reads = sum(
+        b - a for source in sources for document in source.documents for a, b in document.reads
+    )
     assert reads == np.count_nonzero(part != EOS)
 
 
@@ -209,15 +225,21 @@ def test_reads_of_a_pool_are_few_long_ranges():
     for pool in np.split(starts, range(24, 1250, 24)):
         pool = np.sort(pool)
         ranges.append(np.split(pool, np.flatnonzero(np.diff(pool) != 8) + 1))
-    assert max(map(len, ranges)) <= 4  # 3 blocks, and what is left of one that the pool before did not finish
+    assert (
+        max(map(len, ranges)) <= 4
+    )  # 3 blocks, and what is left of one that the pool before did not finish
     assert np.mean([len(run) for pool in ranges for run in pool]) > 6
-    assert np.mean(np.abs(np.diff(starts)) == 8) < 0.1  # yet neighbours are hardly ever visited in a row
+    assert (
+        np.mean(np.abs(np.diff(starts)) == 8) < 0.1
+    )  # yet neighbours are hardly ever visited in a row
 
 
 def test_epochs_differ_in_phase_and_order_and_so_do_seeds_and_sources():
     def epochs(seed: int, source: int = 0) -> list[list[int]]:
         windows = TokenWindows([stream(1000), stream(1000)], 16, 1, seed, weights=[1, 1])
-        return np.array([start for s, _, start in positions(windows, 2 * 62 * 40) if s == source]).reshape(40, 62)
+        return np.array(
+            [start for s, _, start in positions(windows, 2 * 62 * 40) if s == source]
+        ).reshape(40, 62)
 
     found = epochs(seed=3)
     assert {min(epoch) for epoch in found.tolist()} == set(range(1000 % 16 + 1))
@@ -242,7 +264,11 @@ def test_the_order_is_pinned(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_batch_and_its_state():
     source = TokenStream(
-        [Document(np.array([1, 2, 3]), "a.arrow, row 0"), Document(np.array([4]), "a.arrow, row 1")], 9
+        [
+            Document(np.array([1, 2, 3]), "a.arrow, row 0"),
+            Document(np.array([4]), "a.arrow, row 1"),
+        ],
+        9,
     )
     batch, state = next(iter(TokenWindows([source], 5, 2, seed=0)))
     assert batch.read_all().tolist() == [[9, 1, 2, 3, 9, 4], [9, 1, 2, 3, 9, 4]]
@@ -252,7 +278,12 @@ def test_a_batch_and_its_state():
         "step": 2, "source": 0, "epoch": 2, "document": 0, "offset": 0, "where": "a.arrow, row 0",
     }  # fmt: skip
     states = [state for _, state in islice(TokenWindows([source], 1, 1, seed=0), 15)]
-    assert {(state["document"], state["offset"]) for state in states} == {(0, 0), (0, 1), (0, 2), (1, 0)}
+    assert {(state["document"], state["offset"]) for state in states} == {
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+    }
 
 
 def test_a_state_far_into_a_run_is_reached_at_once():
@@ -315,7 +346,14 @@ def test_windows_of_a_mapped_shard_are_copies(tmp_path: Path):
 
 
 def recipe(**data: object) -> Recipe:
-    model = {"dim": 8, "num_layers": 1, "num_heads": 1, "ffn_dim": 8, "segment_lengths": [8], "dilation_rates": [1]}
+    model = {
+        "dim": 8,
+        "num_layers": 1,
+        "num_heads": 1,
+        "ffn_dim": 8,
+        "segment_lengths": [8],
+        "dilation_rates": [1],
+    }
     train = {"stages": [{"seq_len": 16, "steps": 2}], "batch_tokens": 64, "log_every": 1}
     return load_recipe(None, {"model": model, "train": train, "data": data})
 
@@ -323,10 +361,18 @@ def recipe(**data: object) -> Recipe:
 def test_a_recipe_mixes_sources(tmp_path: Path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name * 100)
-    mix = [{"inputs": [str(tmp_path / f"{name}.txt")], "weight": weight} for name, weight in (("a", 0.75), ("b", 0.25))]
+    mix = [
+        {"inputs": [str(tmp_path / f"{name}.txt")], "weight": weight}
+        for name, weight in (("a", 0.75), ("b", 0.25))
+    ]
     (windows,) = build_data(recipe(mix=mix), Ranks()).windows
     batch, _ = next(iter(windows))
-    assert [bool((row == ord("b")).any()) for row in batch.read_all()] == [False, False, False, True]
+    assert [bool((row == ord("b")).any()) for row in batch.read_all()] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert train(recipe(mix=mix), tmp_path / "out").tokens == 2 * 64
     saved = Recipe.model_validate_json((tmp_path / "out/recipe.json").read_text())
     assert saved == recipe(mix=mix)

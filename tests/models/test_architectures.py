@@ -80,7 +80,11 @@ def tiny_config(kind: str, **settings: Any) -> Any:
     sizes: dict[str, Any] = {}
     for name, default in fields.items():
         size = next((x for pattern, x in SIZES.items() if re.fullmatch(pattern, name)), None)
-        if size is not None and not ("window" in name and default is None) and not isinstance(default, list):
+        if (
+            size is not None
+            and not ("window" in name and default is None)
+            and not isinstance(default, list)
+        ):
             sizes[name] = size
     if "qk_rope_head_dim" in fields:  # latent attention has no groups of heads
         sizes.pop("head_dim", None)
@@ -96,10 +100,22 @@ def tiny_config(kind: str, **settings: Any) -> Any:
 
 
 WIDE = Pattern((1024,), (1,))
-SLIDING = {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16}
+SLIDING = {
+    "use_sliding_window": True,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "sliding_window": 16,
+}
 SHARED = {"num_hidden_layers": 6, "num_kv_shared_layers": 3}
-SHARED |= {"layer_types": ["sliding_attention", "full_attention"] * 3, "activation_sparsity_pattern": [0.0] * 6}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 1e4}
+SHARED |= {
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "activation_sparsity_pattern": [0.0] * 6,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "rope_theta": 1e4,
+}
 MOST = 5_000_000  # parameters of a model that is tried: those of images stay large
 
 
@@ -153,7 +169,9 @@ def outcome(folder: Path, pattern: Pattern | None) -> tuple[str, str]:
         found = [net(x)]
         if net.config.streams:
             stream = open_stream(net)
-            found.append(torch.cat([stream(part) for part in x.split((50, 1, 1, *[7] * 12, 4), 1)], 1))
+            found.append(
+                torch.cat([stream(part) for part in x.split((50, 1, 1, *[7] * 12, 4), 1)], 1)
+            )
     if any((each - expected).abs().max() > 1e-4 * expected.abs().max() for each in found):
         return "wrong", ""
     return ("chunks" if net.config.streams else "whole"), net.note or ""
@@ -164,29 +182,79 @@ def outcome(folder: Path, pattern: Pattern | None) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("name", "settings", "own", "pattern", "why"),
     [
-        ("llama", {"hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1}, "chunks", "chunks", ""),
+        (
+            "llama",
+            {"hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 1},
+            "chunks",
+            "chunks",
+            "",
+        ),
         ("qwen3", SLIDING | {"rope_parameters": YARN}, "chunks", "chunks", ""),
-        ("phi", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "chunks", "chunks", ""),
+        (
+            "phi",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            "chunks",
+            "chunks",
+            "",
+        ),
         ("gemma3n_text", SHARED, "chunks", "chunks", ""),
         ("gemma4_text", SHARED, "chunks", "chunks", ""),  # layers of several sizes
         ("gemma4_text", SHARED | {"layer_types": ["full_attention"] * 6}, "chunks", "chunks", ""),
         ("gemma2", {}, "chunks", "refused", "dilated attention has no softcap"),
         ("gemma2", {"attn_logit_softcapping": None}, "chunks", "chunks", ""),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "whole", "refused", "cannot be run with a pattern"),
-        ("qwen2_moe", SLIDING, "chunks", "refused", "Qwen2MoeForCausalLM cannot be run with a pattern"),
+        (
+            "gemma3_text",
+            {"use_bidirectional_attention": True},
+            "whole",
+            "refused",
+            "cannot be run with a pattern",
+        ),
+        (
+            "qwen2_moe",
+            SLIDING,
+            "chunks",
+            "refused",
+            "Qwen2MoeForCausalLM cannot be run with a pattern",
+        ),
         ("electra", {"embedding_size": 32}, "chunks", "chunks", ""),
         ("hrm_text", {"L_cycles": 1}, "chunks", "chunks", ""),
-        ("hrm_text", {"num_layers_per_stack": 2, "num_hidden_layers": 3}, "whole", "whole", "cannot be run in chunks"),
+        (
+            "hrm_text",
+            {"num_layers_per_stack": 2, "num_hidden_layers": 3},
+            "whole",
+            "whole",
+            "cannot be run in chunks",
+        ),
         ("mimo_v2_flash", {}, "chunks", "chunks", ""),  # sinks in its sliding layers
         ("roberta", {}, "chunks", "chunks", ""),  # its positions start after the padding's
-        ("diffllama", {}, "chunks", "whole", "DiffLlamaForCausalLM in chunks, with a pattern differs"),
+        (
+            "diffllama",
+            {},
+            "chunks",
+            "whole",
+            "DiffLlamaForCausalLM in chunks, with a pattern differs",
+        ),
         ("moshi", {}, "whole", "refused", "MoshiForCausalLM in chunks differs"),
-        ("deepseek_v32", {}, "whole", "refused", "DeepseekV32ForCausalLM cannot be run with a pattern"),
-        ("recurrent_gemma", {}, "whole", "refused", "every layer of this model has a sliding window"),
+        (
+            "deepseek_v32",
+            {},
+            "whole",
+            "refused",
+            "DeepseekV32ForCausalLM cannot be run with a pattern",
+        ),
+        (
+            "recurrent_gemma",
+            {},
+            "whole",
+            "refused",
+            "every layer of this model has a sliding window",
+        ),
         ("bamba", {}, "whole", "whole", ""),  # an infinity in its config.json
     ],
 )
-def test_settings_that_change_attention(name: str, settings: dict, own: str, pattern: str, why: str) -> None:
+def test_settings_that_change_attention(
+    name: str, settings: dict, own: str, pattern: str, why: str
+) -> None:
     if name not in hf.CONFIG_MAPPING:
         pytest.skip(f"transformers {hf.__version__} has no {name}")
     with saved(name, **settings) as folder:
@@ -205,7 +273,12 @@ def test_every_architecture_is_right_or_refused() -> None:
                 try:
                     folder = stack.enter_context(saved(name))
                 except Exception as error:  # each class has reasons of its own
-                    found = {None: ("not made", f"{type(error).__name__}: {' '.join(str(error).split())[:80]}")}
+                    found = {
+                        None: (
+                            "not made",
+                            f"{type(error).__name__}: {' '.join(str(error).split())[:80]}",
+                        )
+                    }
                 else:
                     found = {form: outcome(folder, form) for form in (None, LEVELS, WINDOW)}
             print(f"{name}: {'; '.join(' '.join(filter(None, each)) for each in found.values())}")
@@ -254,48 +327,77 @@ def test_a_trial_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_attention_is_refused_with_the_difference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_attention_is_refused_with_the_difference(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model whose sliding layers have sinks that its attention function loses, as ours once did."""
     torch.manual_seed(0)
     net = grown(hf.AutoModelForCausalLM.from_config(tiny_config("mimo_v2_flash"))).to(dtype)
-    monkeypatch.setattr("longnet_cli.models.hf.attention._with_sink", lambda q, k, v, mask, *_: (q, k, v, mask))
-    with pytest.raises(ConfigError, match=r"MiMoV2FlashForCausalLM with a pattern differs .* by 0\.\d+ of its nats"):
+    monkeypatch.setattr(
+        "longnet_cli.models.hf.attention._with_sink", lambda q, k, v, mask, *_: (q, k, v, mask)
+    )
+    with pytest.raises(
+        ConfigError, match=r"MiMoV2FlashForCausalLM with a pattern differs .* by 0\.\d+ of its nats"
+    ):
         use_dilated_attention(net, WIDE)
 
 
 def test_a_long_trial_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trying, "_LONG", 0.0)
-    with pytest.warns(InputWarning, match=r"LlamaForCausalLM was tried with a pattern, on 64 tokens in \d+ s"):
+    with pytest.warns(
+        InputWarning, match=r"LlamaForCausalLM was tried with a pattern, on 64 tokens in \d+ s"
+    ):
         use_dilated_attention(built(llama), WIDE)
 
 
 def test_what_the_command_says(tmp_path: Path) -> None:
     """A refusal in one line with exit code 2; a note where chunks are not read; the same numbers for any chunk."""
     rows = pa.table({"input_ids": [[*range(3, 90)]]})
-    with pa.OSFile(str(tmp_path / "ids.arrow"), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+    with (
+        pa.OSFile(str(tmp_path / "ids.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, rows.schema) as writer,
+    ):
         writer.write_table(rows)
     options = ["score", tmp_path / "ids.arrow", "--format", "json", "--bos", "1", "--model"]
     for name, settings, pattern, said in (
-        ("deepseek_v32", {}, ["--pattern", "window:16"], "DeepseekV32ForCausalLM cannot be run with a pattern (Type"),
-        ("electra", {"embedding_size": 32}, [], "ElectraForCausalLM does more to its logits than multiply"),
+        (
+            "deepseek_v32",
+            {},
+            ["--pattern", "window:16"],
+            "DeepseekV32ForCausalLM cannot be run with a pattern (Type",
+        ),
+        (
+            "electra",
+            {"embedding_size": 32},
+            [],
+            "ElectraForCausalLM does more to its logits than multiply",
+        ),
     ):
         with saved(name, **settings) as folder:
             error = refused(*options, folder, *pattern)
             assert error.exit_code == 2
             assert said in str(error)
     with saved("diffllama") as folder:
-        results = [invoke(*options, folder, "--pattern", "window:16", "--chunk", n) for n in (8, 100)]
+        results = [
+            invoke(*options, folder, "--pattern", "window:16", "--chunk", n) for n in (8, 100)
+        ]
     assert {result.exit_code for result in results} == {0}
     assert results[0].stdout == results[1].stdout
     assert all(
-        "DiffLlamaForCausalLM in chunks, with a pattern differs" in x.stderr and x.stderr.count("in one forward") == 1
+        "DiffLlamaForCausalLM in chunks, with a pattern differs" in x.stderr
+        and x.stderr.count("in one forward") == 1
         for x in results
     )
 
 
 def test_models_of_images_and_texts(tmp_path: Path) -> None:
     """CLIP is refused in one line, and its part that reads texts takes no vectors, not even none."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     config = hf.CLIPConfig(text_config={**sizes, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2},
                            vision_config={**sizes, "image_size": 32, "patch_size": 16})  # fmt: skip
     hf.CLIPModel(config).save_pretrained(tmp_path / "both")
@@ -334,5 +436,7 @@ def test_a_model_that_cannot_run_is_refused_in_one_line(monkeypatch: pytest.Monk
             raise TypeError("two\nlines")
 
         monkeypatch.setattr(hf.models.llama.modeling_llama.LlamaMLP, "forward", broken)
-        with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot be run .* \(TypeError: two lines\)$"):
+        with pytest.raises(
+            ConfigError, match=r"LlamaForCausalLM cannot be run .* \(TypeError: two lines\)$"
+        ):
             ModelFolder(folder).net()

@@ -25,10 +25,20 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import TRANSFORMERS_KEYS
 
 BYTES = Tokenizer.bytes()
-CACHE = "cache" if "cache" in hf.modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE = (
+    "cache"
+    if "cache" in hf.modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__
+    else "past_key_values"
+)
 SHAPE = {"vocab_size": BYTES.vocab_size, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}
 PAPER = {"segment_lengths": (8, 32), "dilation_rates": (1, 2)}
-ONCE = {"segment_lengths": (8, 32), "dilation_rates": (1, 2), "look_back": 1, "overlap": "once", "queries": "all"}
+ONCE = {
+    "segment_lengths": (8, 32),
+    "dilation_rates": (1, 2),
+    "look_back": 1,
+    "overlap": "once",
+    "queries": "all",
+}
 CAUSAL = {
     "xpos": PAPER,
     "sinks": ONCE | {"sinks": 2, "position": "rope"},
@@ -37,7 +47,9 @@ CAUSAL = {
 TEXTS = ["One text, which has some length, more than a segment.", "Two"]
 
 
-@pytest.fixture(params=["sinks", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("xpos", "untied"))])
+@pytest.fixture(
+    params=["sinks", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("xpos", "untied"))]
+)
 def net(request: pytest.FixtureRequest) -> LongNet:
     torch.manual_seed(0)
     return LongNet(LongNetConfig(**SHAPE, **CAUSAL[request.param])).eval()
@@ -80,13 +92,20 @@ def test_auto_classes_open_what_a_longnet_saves(net: LongNet, folder: Path) -> N
     assert words.eos_token == "<|endoftext|>"
 
 
-def test_what_does_not_know_a_longnet_names_the_import(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_know_a_longnet_names_the_import(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(hf.CONFIG_MAPPING._extra_content, MODEL_TYPE)
-    with pytest.raises(ValueError, match=r"model type `longnet: import longnet_cli\.integrations\.transformers` but"):
+    with pytest.raises(
+        ValueError,
+        match=r"model type `longnet: import longnet_cli\.integrations\.transformers` but",
+    ):
         hf.AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_what_transformers_saves_is_a_longnet_again(net: LongNet, folder: Path, tmp_path: Path) -> None:
+def test_what_transformers_saves_is_a_longnet_again(
+    net: LongNet, folder: Path, tmp_path: Path
+) -> None:
     model, report = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     model.save_pretrained(tmp_path / "again")
@@ -100,7 +119,9 @@ def test_what_transformers_saves_is_a_longnet_again(net: LongNet, folder: Path, 
     torch.manual_seed(3)
     drawn = hf.AutoModelForCausalLM.from_config(model.config)
     torch.manual_seed(3)
-    assert torch.equal(drawn.embedding.weight, LongNet(net.config).embedding.weight)  # drawn once, as a LongNet
+    assert torch.equal(
+        drawn.embedding.weight, LongNet(net.config).embedding.weight
+    )  # drawn once, as a LongNet
 
 
 def test_a_resized_vocabulary_is_saved(folder: Path, tmp_path: Path) -> None:
@@ -119,7 +140,9 @@ def test_keys_that_transformers_writes_are_known_by_name_and_no_others(folder: P
     data = json.loads(path.read_text())
     path.write_text(json.dumps(data | dict.fromkeys(TRANSFORMERS_KEYS - {"model_type"})))
     LongNet.from_pretrained(folder)
-    path.write_text(json.dumps({key: value for key, value in data.items() if key not in TRANSFORMERS_KEYS}))
+    path.write_text(
+        json.dumps({key: value for key, value in data.items() if key not in TRANSFORMERS_KEYS})
+    )
     LongNet.from_pretrained(folder)  # as it was saved before transformers was told of it
     with pytest.raises(ValueError, match="model_type"):
         hf.AutoConfig.from_pretrained(folder)
@@ -128,14 +151,18 @@ def test_keys_that_transformers_writes_are_known_by_name_and_no_others(folder: P
         with pytest.raises(ConfigError, match="unknown key 'sink': did you mean 'sinks'"):
             load(folder)
     path.write_text(json.dumps(data | {"model_type": "longnet"}))
-    with pytest.raises(ConfigError, match=r"config\.json: model_type 'longnet' is not that of a LongNet"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json: model_type 'longnet' is not that of a LongNet"
+    ):
         LongNet.from_pretrained(folder)
 
 
 def test_weights_that_are_missing_are_an_error(folder: Path) -> None:
     from safetensors.torch import load, save_file
 
-    weights = load((folder / "model.safetensors").read_bytes())  # a file that is replaced must not be mapped
+    weights = load(
+        (folder / "model.safetensors").read_bytes()
+    )  # a file that is replaced must not be mapped
     removed = weights.pop("layers.1.attention.q.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"missing tensor layers\.1\.attention\.q\.weight"):
@@ -176,7 +203,14 @@ def test_it_generates_what_the_command_generates(net: LongNet, folder: Path, wor
     plain = model.generate(**inputs, **options, pad_token_id=256, use_cache=False)
     assert torch.equal(found.sequences, plain)
     beams = [
-        model.generate(**inputs, max_new_tokens=12, num_beams=3, do_sample=False, pad_token_id=256, use_cache=use)
+        model.generate(
+            **inputs,
+            max_new_tokens=12,
+            num_beams=3,
+            do_sample=False,
+            pad_token_id=256,
+            use_cache=use,
+        )
         for use in (True, False)
     ]
     assert torch.equal(*beams)
@@ -184,7 +218,11 @@ def test_it_generates_what_the_command_generates(net: LongNet, folder: Path, wor
     assert torch.equal(model.generate(**inputs, **options, pad_token_id=256, **{CACHE: own}), plain)
     size = own.nbytes
     model.generate(
-        **inputs, max_new_tokens=90, do_sample=False, pad_token_id=256, **{CACHE: (more := LongNetCache(model.config))}
+        **inputs,
+        max_new_tokens=90,
+        do_sample=False,
+        pad_token_id=256,
+        **{CACHE: (more := LongNetCache(model.config))},
     )
     assert more.nbytes == size  # of what later tokens can see, and no more
     with pytest.raises(ValueError, match="takes no other cache"):
@@ -198,10 +236,22 @@ def test_a_trainer_trains(net: LongNet, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     tokens = ids(1, 40)
     data = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in tokens.tolist()] * 8
-    options: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 2}
-    options |= {"use_cpu": True, "report_to": "none", "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    options: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_steps": 2,
+    }
+    options |= {
+        "use_cpu": True,
+        "report_to": "none",
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+    }
     arguments = hf.TrainingArguments(output_dir=str(tmp_path / "run"), disable_tqdm=True, **options)
-    trainer = hf.Trainer(hf.AutoModelForCausalLM.from_pretrained(folder), arguments, train_dataset=data)
+    trainer = hf.Trainer(
+        hf.AutoModelForCausalLM.from_pretrained(folder), arguments, train_dataset=data
+    )
     trainer.train()
     again = LongNet.from_pretrained(tmp_path / "run" / "checkpoint-4")
     for name, x in trainer.model.state_dict().items():
@@ -229,13 +279,19 @@ def test_a_bidirectional_net_fills_masks(tmp_path: Path) -> None:
         hf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_causal_net_and_one_without_vocabulary_say_what_opens_them(folder: Path, tmp_path: Path) -> None:
+def test_a_causal_net_and_one_without_vocabulary_say_what_opens_them(
+    folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="causal: open it with AutoModelForCausalLM"):
         hf.AutoModelForMaskedLM.from_pretrained(folder)
-    LongNet(LongNetConfig(**SHAPE | {"vocab_size": 0}, **PAPER)).save_pretrained(tmp_path / "vectors")
+    LongNet(LongNetConfig(**SHAPE | {"vocab_size": 0}, **PAPER)).save_pretrained(
+        tmp_path / "vectors"
+    )
     with pytest.raises(ValueError, match="no vocabulary: open it with AutoModel"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path / "vectors")
-    hidden = hf.AutoModel.from_pretrained(tmp_path / "vectors")(inputs_embeds=torch.zeros(1, 5, 32)).last_hidden_state
+    hidden = hf.AutoModel.from_pretrained(tmp_path / "vectors")(
+        inputs_embeds=torch.zeros(1, 5, 32)
+    ).last_hidden_state
     assert hidden.shape == (1, 5, 32)
 
 
@@ -259,8 +315,15 @@ def test_vectors_are_those_of_encode(causal: bool, tmp_path: Path) -> None:
     net = LongNet(LongNetConfig(**SHAPE, **shape)).eval()
     net.save_pretrained(tmp_path, BYTES.to_json())
     documents = [Document(str(i), BYTES.encode(text), None, "test") for i, text in enumerate(TEXTS)]
-    expected = encode(net, documents, EncodeOptions(), EncodeFacts(256)).read_all()["embedding"].to_pylist()
-    model, words = hf.AutoModel.from_pretrained(tmp_path), hf.AutoTokenizer.from_pretrained(tmp_path)
+    expected = (
+        encode(net, documents, EncodeOptions(), EncodeFacts(256))
+        .read_all()["embedding"]
+        .to_pylist()
+    )
+    model, words = (
+        hf.AutoModel.from_pretrained(tmp_path),
+        hf.AutoTokenizer.from_pretrained(tmp_path),
+    )
     words.pad_token = words.eos_token
     for side in ("left", "right"):
         inputs = words(TEXTS, padding=True, padding_side=side, return_tensors="pt")

@@ -50,14 +50,20 @@ def test_peaks_choose(evidence: list[float], layers: tuple[int, ...]) -> None:
 def test_the_layers_that_were_found_choose(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are found once, and what the net then computes is what it computes with the layers named."""
     asked = []
-    monkeypatch.setattr(choosing_layers, "layer_evidence", lambda net: asked.append(1) or [0.0, 0.4])
+    monkeypatch.setattr(
+        choosing_layers, "layer_evidence", lambda net: asked.append(1) or [0.0, 0.4]
+    )
     found = make(PATTERN)
     let_layers_choose(found)
     assert found.config.pattern == replace(PATTERN, chosen_layers=(1,))
     again = make(PATTERN)
     let_layers_choose(again)
     assert len(asked) == 1
-    for width, chosen, times in ((1024, 8, 2), (2048, 4, 2), (64, 8, 3)):  # patterns that show all of the text are one
+    for width, chosen, times in (
+        (1024, 8, 2),
+        (2048, 4, 2),
+        (64, 8, 3),
+    ):  # patterns that show all of the text are one
         let_layers_choose(make(replace(PATTERN, segment_lengths=(width,), chosen=chosen)))
         assert len(asked) == times
     ids = torch.randint(90, (1, 500), generator=torch.Generator().manual_seed(1))
@@ -98,7 +104,11 @@ def test_progress_is_said_while_it_is_looked_for(monkeypatch: pytest.MonkeyPatch
     with pytest.warns(InputWarning) as said:
         layer_evidence(native(PATTERN))
     steps = [str(line.message).partition("these weights: ")[2] for line in said]
-    assert steps == [f"{what} in {layer} of 2 layers" for what in ("a text was read", "compared") for layer in (0, 1)]
+    assert steps == [
+        f"{what} in {layer} of 2 layers"
+        for what in ("a text was read", "compared")
+        for layer in (0, 1)
+    ]
 
 
 def test_without_evidence_the_layer_in_the_middle_chooses() -> None:
@@ -109,7 +119,10 @@ def test_without_evidence_the_layer_in_the_middle_chooses() -> None:
 
 
 def test_a_narrow_window_is_asked_on_as_long_a_text() -> None:
-    narrow, wide = (layer_evidence(native(replace(PATTERN, segment_lengths=(w,)), ffn_dim=44)) for w in (16, 2048))
+    narrow, wide = (
+        layer_evidence(native(replace(PATTERN, segment_lengths=(w,)), ffn_dim=44))
+        for w in (16, 2048)
+    )
     assert len(narrow) == len(wide) == 2
 
 
@@ -135,7 +148,9 @@ def learn_to_repeat(model: Any) -> None:
         own = torch.randint(VOCABULARY, (texts, period), generator=chance)
         ids = own.repeat(1, tokens // period + 1)[:, :tokens]
         first = period if step < short else 1
-        cross_entropy(model(ids).logits[:, first - 1 : -1].flatten(0, 1), ids[:, first:].flatten()).backward()
+        cross_entropy(
+            model(ids).logits[:, first - 1 : -1].flatten(0, 1), ids[:, first:].flatten()
+        ).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad()
@@ -163,10 +178,16 @@ def test_a_model_that_learns_to_repeat_shows_the_layer_that_looks_back() -> None
     evidence = layer_evidence(net(pattern))
     own = torch.stack([torch.randperm(VOCABULARY, generator=chance) for _ in range(16)])
     again = torch.cat([own, own[:, 40:72]], 1)
-    patterns = {None: Pattern.window(128)} | {layer: replace(pattern, chosen_layers=(layer,)) for layer in range(3)}
+    patterns = {None: Pattern.window(128)} | {
+        layer: replace(pattern, chosen_layers=(layer,)) for layer in range(3)
+    }
     with torch.no_grad():
         nats = {
-            layer: float(cross_entropy(read.logits(read(again)[:, 256:-1]).flatten(0, 1), again[:, 257:].flatten()))
+            layer: float(
+                cross_entropy(
+                    read.logits(read(again)[:, 256:-1]).flatten(0, 1), again[:, 257:].flatten()
+                )
+            )
             for layer, read in ((layer, net(pattern)) for layer, pattern in patterns.items())
         }
     print(f"evidence {evidence}; nats of what comes again, by the layer that chooses: {nats}")

@@ -29,7 +29,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.cli.progress import progress
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.models.gguf import WITHOUT_EFFECT, complete, convert_gguf, open_gguf, quick_readers, reads
+from longnet_cli.models.gguf import (
+    WITHOUT_EFFECT,
+    complete,
+    convert_gguf,
+    open_gguf,
+    quick_readers,
+    reads,
+)
 
 HEADS, KEY_HEADS, DIM, FFN, LAYERS = 4, 2, 64, 96, 2
 NAMES = {  # of a layer of llama.cpp's, and of transformers'
@@ -75,7 +82,12 @@ def write_gguf(
         "attention.head_count": HEADS, "attention.head_count_kv": KEY_HEADS, "rope.freq_base": 10000.0,
         "attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": DIM // HEADS, "vocab_size": len(WORDS),
     }  # fmt: skip
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     for key, value in ({f"{arch}.{key}": value for key, value in own.items()} | keys).items():
         add[type(value)](key, value)
     writer.add_tokenizer_model("gpt2")
@@ -87,7 +99,9 @@ def write_gguf(
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     found = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     names = PHI3 if arch == "phi3" else NAMES
-    found |= {f"blk.{i}.{a}": f"model.layers.{i}.{b}" for i in range(LAYERS) for a, b in names.items()}
+    found |= {
+        f"blk.{i}.{a}": f"model.layers.{i}.{b}" for i in range(LAYERS) for a, b in names.items()
+    }
     for name, own_name in found.items():
         for part in ("weight", "bias"):
             x = state.get(f"{own_name}.{part}", np.zeros(1))
@@ -97,7 +111,11 @@ def write_gguf(
                 heads = HEADS if name.endswith("q") else KEY_HEADS
                 x = x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
             type_ = gguf.GGMLQuantizationType[kind if x.ndim == 2 else "F32"]
-            writer.add_tensor(f"{name}.{part}", gguf.quants.quantize(np.ascontiguousarray(x), type_), raw_dtype=type_)
+            writer.add_tensor(
+                f"{name}.{part}",
+                gguf.quants.quantize(np.ascontiguousarray(x), type_),
+                raw_dtype=type_,
+            )
     for name, x in tensors.items():
         writer.add_tensor(name, x)
     writer.write_header_to_file()
@@ -114,8 +132,19 @@ def llama3(factor: float, low: float, high: float, original: int) -> tuple[dict,
         wavelength = 2 * math.pi * 10000.0 ** (2 * i / (DIM // HEADS))
         smooth = (original / wavelength - low) / (high - low)
         middle = 1 / ((1 - smooth) / factor + smooth)
-        factors.append(1.0 if wavelength < original / high else factor if wavelength > original / low else middle)
-    settings = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+        factors.append(
+            1.0
+            if wavelength < original / high
+            else factor
+            if wavelength > original / low
+            else middle
+        )
+    settings = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+    }
     return settings | {"original_max_position_embeddings": original}, np.array(factors, np.float32)
 
 
@@ -154,7 +183,9 @@ def nats(model: hf.PreTrainedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", [*SCALED, "old", "biases", "phi3"])
-def test_positions_and_biases_are_those_of_the_same_weights_in_transformers(tmp_path: Path, case: str) -> None:
+def test_positions_and_biases_are_those_of_the_same_weights_in_transformers(
+    tmp_path: Path, case: str
+) -> None:
     """The weights are large, so that each setting shows: without it, tokens are off by more than a tenth of a nat."""
     if case == "biases":
         plain, kind, keys, tensors = random_net(), "llama", {}, {}
@@ -162,42 +193,67 @@ def test_positions_and_biases_are_those_of_the_same_weights_in_transformers(tmp_
         for layer in model.model.layers:
             torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
     elif case == "phi3":
-        kind, keys = "phi3", {"phi3.rope.scaling.attn_factor": 1.25, "phi3.rope.scaling.original_context_length": 64}
+        kind, keys = (
+            "phi3",
+            {
+                "phi3.rope.scaling.attn_factor": 1.25,
+                "phi3.rope.scaling.original_context_length": 64,
+            },
+        )
         keys["tokenizer.ggml.padding_token_id"] = 0
         tensors = {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT}
-        plain, model = random_net(kind), random_net(kind, rope_parameters=LONGROPE, original_max_position_embeddings=64)
+        plain, model = (
+            random_net(kind),
+            random_net(kind, rope_parameters=LONGROPE, original_max_position_embeddings=64),
+        )
     else:
         settings, keys, tensors = SCALED.get(case, ({"rope_type": "linear", "factor": 4.0}, {}, {}))
         kind, plain, model = "llama", random_net(), random_net(rope_parameters=settings)
         if not tensors:
-            keys = {f"llama.rope.{'scale_linear' if case == 'old' else 'scaling.factor'}": 4.0, **keys}
+            keys = {
+                f"llama.rope.{'scale_linear' if case == 'old' else 'scaling.factor'}": 4.0,
+                **keys,
+            }
     with torch.no_grad():
         for net in (plain, model):
             for name, tensor in net.named_parameters():
                 tensor.mul_(1 if "norm" in name or "bias" in name else 12)
     source = write_gguf(tmp_path / "model.gguf", model, keys=keys, tensors=tensors)
     names = {tensor.name for tensor in open_gguf(source).tensors}
-    assert ("blk.1.attn_q.bias" in names, "blk.1.attn_output.bias" in names) == (case == "biases", False)
+    assert ("blk.1.attn_q.bias" in names, "blk.1.attn_output.bias" in names) == (
+        case == "biases",
+        False,
+    )
     invoke("convert", source, "-o", tmp_path / "made", code=0)
     found, wanted = nats(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "made")), nats(model)
     assert (found - wanted).abs().max() < 2e-4
     assert (nats(plain) - wanted).abs().max() > 0.1
 
 
-def test_a_file_on_a_hub_has_its_commit_in_the_folder_made_of_it(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_on_a_hub_has_its_commit_in_the_folder_made_of_it(
+    tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     data = write_gguf(tmp_path / "made.gguf", random_net()).read_bytes()
     commit = fill_cache(tmp_path / "hub", "org/llama", {"q.gguf": data})
     assert invoke("convert", "org/llama:q.gguf", "-o", tmp_path / "made").exit_code == 0
-    assert json.loads((tmp_path / "made/config.json").read_text())["_name_or_path"] == f"org/llama@{commit}:q.gguf"
+    assert (
+        json.loads((tmp_path / "made/config.json").read_text())["_name_or_path"]
+        == f"org/llama@{commit}:q.gguf"
+    )
 
 
 def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> None:
     """Exactly, where weights are plain; with its tokenizer, in the type that is asked for."""
     model, folder = random_net(), tmp_path / "llama"
     result = invoke("convert", write_gguf(tmp_path / "model.gguf", model), "-o", folder, code=0)
-    assert result.stderr == f"{tmp_path}/model.gguf: LlamaForCausalLM, of F32 weights as float32 -> {folder}\n"
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {*_names(folder)}
+    assert (
+        result.stderr
+        == f"{tmp_path}/model.gguf: LlamaForCausalLM, of F32 weights as float32 -> {folder}\n"
+    )
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {
+        *_names(folder)
+    }
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     loaded = hf.AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.dtype is torch.float32
@@ -206,7 +262,10 @@ def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> N
     words = hf.AutoTokenizer.from_pretrained(folder)
     text = "the moth, then"
     assert words.decode(words(text, add_special_tokens=False).input_ids) == text
-    assert ModelFolder(folder).tokenizer().encode(text).tolist() == words(text, add_special_tokens=False).input_ids
+    assert (
+        ModelFolder(folder).tokenizer().encode(text).tolist()
+        == words(text, add_special_tokens=False).input_ids
+    )
     again = invoke("convert", tmp_path / "model.gguf", "-o", folder)
     assert isinstance(again.exception, ConfigError)
     assert "is not an empty folder" in str(again.exception)
@@ -220,7 +279,11 @@ def test_quantized_weights_are_written_as_plain_ones(tmp_path: Path) -> None:
         loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / dtype)
         assert loaded.dtype is kind
         assert not hasattr(loaded.config, "quantization_config")
-    exact = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "fp32").model.layers[0].mlp.up_proj.weight
+    exact = (
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "fp32")
+        .model.layers[0]
+        .mlp.up_proj.weight
+    )
     own = random_net().model.layers[0].mlp.up_proj.weight
     assert 0 < (exact - own).abs().max() <= own.abs().max() / 127
 
@@ -231,9 +294,15 @@ def test_progress_is_that_of_the_library(
     """Also where the library writes its own bar: ours comes out, and nothing else. The file is read once."""
     source, more = write_gguf(tmp_path / "model.gguf", random_net(), "Q8_0"), list[int]()
     own, reads = gguf.GGUFReader.__init__, list[Any]()
-    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, *given: own(self, reads.append(given) or given[0]))
+    monkeypatch.setattr(
+        gguf.GGUFReader, "__init__", lambda self, *given: own(self, reads.append(given) or given[0])
+    )
     with progress("converting", total=100, unit="parts", every=0) as advance:
-        convert_gguf(source, tmp_path / "made", on_percent=lambda percent: (more.append(percent), advance(percent)))
+        convert_gguf(
+            source,
+            tmp_path / "made",
+            on_percent=lambda percent: (more.append(percent), advance(percent)),
+        )
     assert (sum(more), min(more) >= 0, len(reads)) == (100, True, 1)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == len(more)
@@ -311,11 +380,23 @@ def test_what_the_net_has_no_place_for_is_refused_by_name(tmp_path: Path, said: 
     assert not (tmp_path / "out").exists()
 
 
-def test_every_key_of_an_architecture_is_read_or_refused_or_known_to_do_nothing(tmp_path: Path) -> None:
+def test_every_key_of_an_architecture_is_read_or_refused_or_known_to_do_nothing(
+    tmp_path: Path,
+) -> None:
     """With 7 as its value, which the net does not have: what does not show in the settings is one of a few."""
-    groups = [gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.SSM, gguf.Keys.Split, gguf.Keys.ClipVision]
+    groups = [
+        gguf.Keys.LLM,
+        gguf.Keys.Attention,
+        gguf.Keys.Rope,
+        gguf.Keys.SSM,
+        gguf.Keys.Split,
+        gguf.Keys.ClipVision,
+    ]
     names = [
-        value for group in groups for value in vars(group).values() if isinstance(value, str) and "{arch}" in value
+        value
+        for group in groups
+        for value in vars(group).values()
+        if isinstance(value, str) and "{arch}" in value
     ]
     model, silent = random_net(), set()
 
@@ -329,24 +410,37 @@ def test_every_key_of_an_architecture_is_read_or_refused_or_known_to_do_nothing(
         with suppress(CheckpointError, StrictDataclassError):
             if settings(**{name: 7}) == plain:
                 silent.add(name.removeprefix("llama."))
-    of_yarn = {f"rope.scaling.{key}" for key in ("yarn_beta_fast", "yarn_beta_slow", "original_context_length")}
+    of_yarn = {
+        f"rope.scaling.{key}"
+        for key in ("yarn_beta_fast", "yarn_beta_slow", "original_context_length")
+    }
     assert silent == WITHOUT_EFFECT | of_yarn | {"rope.scaling.finetuned"}
 
 
-def test_gemma_has_the_caps_of_its_file_and_the_scale_that_follows_from_its_heads(tmp_path: Path) -> None:
+def test_gemma_has_the_caps_of_its_file_and_the_scale_that_follows_from_its_heads(
+    tmp_path: Path,
+) -> None:
     keys = {"attention.key_length": 32, "rope.dimension_count": 32, "final_logit_softcapping": 20.0}
     model = random_net("gemma2", head_dim=32)
-    source = write_gguf(tmp_path / "model.gguf", model, keys={f"gemma2.{key}": value for key, value in keys.items()})
+    source = write_gguf(
+        tmp_path / "model.gguf", model, keys={f"gemma2.{key}": value for key, value in keys.items()}
+    )
     config = hf.AutoConfig.from_pretrained(tmp_path, gguf_file=source.name)
     found = complete(config, open_gguf(source), reads(source, "gemma2"))
-    assert (found.head_dim, found.query_pre_attn_scalar, found.final_logit_softcapping) == (32, 32, 20.0)
+    assert (found.head_dim, found.query_pre_attn_scalar, found.final_logit_softcapping) == (
+        32,
+        32,
+        20.0,
+    )
 
 
 def test_words_are_split_as_the_file_says(tmp_path: Path) -> None:
     text = "the 123 moths"
     splits = {"gpt-2": ["the", " 123", " moths"], "smollm": ["the", " ", "1", "2", "3", " moths"],
               "llama-bpe": ["the", " ", "123", " moths"]}  # fmt: skip
-    for pre, wanted in splits.items() if quick_readers() else [*splits.items()][:2]:  # an older one has no more
+    for pre, wanted in (
+        splits.items() if quick_readers() else [*splits.items()][:2]
+    ):  # an older one has no more
         source = write_gguf(tmp_path / "model.gguf", random_net(), keys={"tokenizer.ggml.pre": pre})
         assert invoke("convert", source, "-o", tmp_path / pre).exit_code == 0
         words = hf.AutoTokenizer.from_pretrained(tmp_path / pre).backend_tokenizer.pre_tokenizer

@@ -50,7 +50,11 @@ from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.reference import dilated_attention_reference
 from longnet_cli.attention.spans import Layout
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.models.hf.attention import dilated_attention_forward, pattern_of, use_dilated_attention
+from longnet_cli.models.hf.attention import (
+    dilated_attention_forward,
+    pattern_of,
+    use_dilated_attention,
+)
 from longnet_cli.models.hf.longnet_cache import LongNetCache
 
 
@@ -58,7 +62,9 @@ def right_padded(tokens: int) -> Tensor:
     return (torch.arange(tokens) < torch.tensor([[tokens], [tokens // 3]])).long()
 
 
-def outputs_and_gradients(model: hf.PreTrainedModel, implementation: str, **inputs: Any) -> dict[str, Tensor]:
+def outputs_and_gradients(
+    model: hf.PreTrainedModel, implementation: str, **inputs: Any
+) -> dict[str, Tensor]:
     """Logits at true tokens, and the gradients of a sum of their log-probabilities."""
     model.set_attn_implementation(implementation)
     logits = model(**inputs).logits
@@ -67,7 +73,10 @@ def outputs_and_gradients(model: hf.PreTrainedModel, implementation: str, **inpu
     picked = logits.log_softmax(-1)[torch.arange(len(logits)), inputs["input_ids"][true]]
     named = dict(model.named_parameters())
     grads = torch.autograd.grad(picked.sum(), list(named.values()), allow_unused=True)
-    return {"logits": logits.detach(), **{n: g for n, g in zip(named, grads, strict=True) if g is not None}}
+    return {
+        "logits": logits.detach(),
+        **{n: g for n, g in zip(named, grads, strict=True) if g is not None},
+    }
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -91,7 +100,10 @@ def test_a_pattern_is_the_dense_reference(
     model: Callable[[], hf.PreTrainedModel], pattern: Pattern, how: dict[str, Any]
 ) -> None:
     """The paper's at 1/64 scale, over more than one of its widest segments; it is not what dense attention gives."""
-    net, tokens = use_dilated_attention(built(model), pattern), 600 if pattern is PAPER_64TH else 150
+    net, tokens = (
+        use_dilated_attention(built(model), pattern),
+        600 if pattern is PAPER_64TH else 150,
+    )
     inputs = {"input_ids": ids(tokens), "attention_mask": right_padded(tokens), **how}
     expected = outputs_and_gradients(net, "dilated_reference", **inputs)
     assert_equal(outputs_and_gradients(net, "dilated", **inputs), expected)
@@ -108,25 +120,39 @@ def attention_module(choice: Choice) -> nn.Module:
 
 
 @given(choice=choices(causal=True), sizes=cuts())
-def test_any_pattern_with_cached_keys_is_the_dense_reference(choice: Choice, sizes: list[int]) -> None:
+def test_any_pattern_with_cached_keys_is_the_dense_reference(
+    choice: Choice, sizes: list[int]
+) -> None:
     """The attention function, given all keys so far: outputs and gradients, with fewer key heads than query heads."""
-    choice = replace(choice, start=0, by_level=False)  # transformers rotates queries and keys itself
+    choice = replace(
+        choice, start=0, by_level=False
+    )  # transformers rotates queries and keys itself
     module, results = attention_module(choice), []
     for whole in (True, False):
         *inputs, dout = (x.requires_grad_() for x in choice.qkv())
         q, k, v = inputs
         if whole:
             moved = {"turn": turn} if choice.rotary else {}
-            out = dilated_attention_reference(q, k, v, choice.pattern, lengths=choice.lengths, **moved)
+            out = dilated_attention_reference(
+                q, k, v, choice.pattern, lengths=choice.lengths, **moved
+            )
         else:
             outs, stop = [], 0
             for size in split(choice.tokens, [max(size, choice.tokens // 20) for size in sizes]):
                 start, stop = stop, stop + size
-                heads_first = (x.transpose(1, 2) for x in (q[:, start:stop], k[:, :stop], v[:, :stop]))
-                columns = torch.tensor([[0, min(n, stop)] for n in choice.lengths]) if choice.lengths else None
+                heads_first = (
+                    x.transpose(1, 2) for x in (q[:, start:stop], k[:, :stop], v[:, :stop])
+                )
+                columns = (
+                    torch.tensor([[0, min(n, stop)] for n in choice.lengths])
+                    if choice.lengths
+                    else None
+                )
                 outs.append(dilated_attention_forward(module, *heads_first, columns)[0])
             out = torch.cat(outs, 1)
-        results.append([out.detach(), *torch.autograd.grad(out, inputs, dout.detach(), materialize_grads=True)])
+        results.append(
+            [out.detach(), *torch.autograd.grad(out, inputs, dout.detach(), materialize_grads=True)]
+        )
     for found, expected in zip(results[1], results[0], strict=True):
         assert (found - expected).norm() <= 1e-12 * max(1.0, expected.norm().item())
 
@@ -143,21 +169,38 @@ def test_sinks_are_seen_as_if_right_before_the_window(kind: str) -> None:
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     unmoved = next(module for module in net.modules() if hasattr(module, "_dilated_turn"))
     unmoved._dilated_turn = None
-    near = (net(tokens[:, : last + 1]).logits[:, -1] - expected).abs().max() <= 1e-4 * expected.abs().max()
+    near = (
+        net(tokens[:, : last + 1]).logits[:, -1] - expected
+    ).abs().max() <= 1e-4 * expected.abs().max()
     assert near == (kind == "none")
 
 
 def test_sinks_that_cannot_be_moved_are_refused() -> None:
     """By name, and the model goes on with what it had."""
     ropes = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    gptj = hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=97, n_embd=48, n_layer=1, n_head=6, rotary_dim=4))
+    gptj = hf.GPTJForCausalLM(
+        hf.GPTJConfig(vocab_size=97, n_embd=48, n_layer=1, n_head=6, rotary_dim=4)
+    )
     for net, message in (
-        (built(llama, rope_parameters=ropes), "LlamaForCausalLM has positions that depend on .*rope_type dynamic"),
         (
-            built(llama, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}),
+            built(llama, rope_parameters=ropes),
+            "LlamaForCausalLM has positions that depend on .*rope_type dynamic",
+        ),
+        (
+            built(
+                llama,
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [1, 1, 2],
+                },
+            ),
             "in several dimensions",
         ),
-        (gptj, "of its own|does not pick its attention by name"),  # by name: with older transformers
+        (
+            gptj,
+            "of its own|does not pick its attention by name",
+        ),  # by name: with older transformers
     ):
         expected = net(ids(20)).logits
         with pytest.raises(ConfigError, match=message):
@@ -174,10 +217,15 @@ def left_padded(tokens: int) -> Tensor:
     ("model", "pattern"),
     [
         *((llama, WINDOW), (mixed, FAR), (gpt2, FOLLOWED), (sharing, WINDOW), (sharing, CHOSEN)),
-        *(pytest.param(*case, marks=pytest.mark.ci) for case in ((qwen3, TILED), (gpt2, LEVELS), (llama, FOLLOWED))),
+        *(
+            pytest.param(*case, marks=pytest.mark.ci)
+            for case in ((qwen3, TILED), (gpt2, LEVELS), (llama, FOLLOWED))
+        ),
     ],
 )
-def test_generate_is_exact_with_any_cache(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
+def test_generate_is_exact_with_any_cache(
+    model: Callable[[], hf.PreTrainedModel], pattern: Pattern
+) -> None:
     """Token for token what one pass over all before it has as its best, for rows of different lengths too."""
     net = use_dilated_attention(built(model), pattern)
     net.generation_config.eos_token_id = None
@@ -187,13 +235,18 @@ def test_generate_is_exact_with_any_cache(model: Callable[[], hf.PreTrainedModel
         bounded = LongNetCache(net.config)
         found = net.generate(ids(30), past_key_values=bounded, **padded, **options)
         if pattern.chosen:
-            with pytest.raises(ConfigError, match=r"lost the queries that choose: pass past_key_values=LongNetCache"):
+            with pytest.raises(
+                ConfigError,
+                match=r"lost the queries that choose: pass past_key_values=LongNetCache",
+            ):
                 net.generate(ids(30), **padded, **options)
         else:
             assert torch.equal(net.generate(ids(30), **padded, **options), found)
         assert bounded.get_seq_length() == 69
     in_chunks = {"past_key_values": LongNetCache(net.config), "prefill_chunk_size": 7}
-    assert torch.equal(net.generate(ids(30), attention_mask=left_padded(30), **in_chunks, **options), found)
+    assert torch.equal(
+        net.generate(ids(30), attention_mask=left_padded(30), **in_chunks, **options), found
+    )
     alone = net.generate(ids(30)[1:, 20:], past_key_values=LongNetCache(net.config), **options)
     assert torch.equal(found[1:, 20:], alone)
     for sequence, prompt in ((found[:1], 30), (alone, 10)):
@@ -215,7 +268,12 @@ def test_forks_of_a_cache_read_on_alone(pattern: Pattern) -> None:
 
 def test_a_bounded_cache_is_bounded_and_follows_beams() -> None:
     net = use_dilated_attention(built(llama, eos_token_id=None), FAR)
-    options = {"attention_mask": left_padded(30), "max_new_tokens": 40, "pad_token_id": 0, "num_beams": 3}
+    options = {
+        "attention_mask": left_padded(30),
+        "max_new_tokens": 40,
+        "pad_token_id": 0,
+        "num_beams": 3,
+    }
     cache = LongNetCache(net.config)
     found = net.generate(ids(30), past_key_values=cache, num_return_sequences=2, **options)
     assert torch.equal(found, net.generate(ids(30), num_return_sequences=2, **options))
@@ -256,20 +314,26 @@ def test_a_compiled_model(model: Callable[[], hf.PreTrainedModel], pattern: Patt
         results = []
         for f in (net, compiled):
             logits = f(ids(130), attention_mask=mask, **options).logits[mask.bool()]
-            results.append([logits, *torch.autograd.grad(logits.square().mean(), list(net.parameters()))])
+            results.append(
+                [logits, *torch.autograd.grad(logits.square().mean(), list(net.parameters()))]
+            )
         for expected, found in zip(*results, strict=True):
             assert (found - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max())
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("pattern", [Pattern((8, 32), (1, 4), "grouped"), TILED, GROUPED, FAR, FOLLOWED])
+@pytest.mark.parametrize(
+    "pattern", [Pattern((8, 32), (1, 4), "grouped"), TILED, GROUPED, FAR, FOLLOWED]
+)
 def test_the_pattern_is_saved_and_loaded(tmp_path: Path, pattern: Pattern) -> None:
     net = use_dilated_attention(built(llama), pattern)
     net.save_pretrained(tmp_path)
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert pattern_of(again.config) == pattern
     assert torch.equal(again(ids(100)).logits, net(ids(100)).logits)
-    own = type(built(llama)).from_pretrained(tmp_path)  # no Auto class, which would call use_dilated_attention
+    own = type(built(llama)).from_pretrained(
+        tmp_path
+    )  # no Auto class, which would call use_dilated_attention
     if pattern.moves_keys:
         with pytest.raises(ConfigError, match=r"call use_dilated_attention\(model\) after loading"):
             own(ids(100))
@@ -289,7 +353,9 @@ def test_autocast_and_checkpointing(model: Callable[[], hf.PreTrainedModel]) -> 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = outputs_and_gradients(net, "dilated", input_ids=ids(150))
     for name, value in exact.items():
-        assert (rough[name] - value).norm() <= 5e-2 * max(0.1, value.norm()), name  # BERT's key biases have none
+        assert (rough[name] - value).norm() <= 5e-2 * max(0.1, value.norm()), (
+            name
+        )  # BERT's key biases have none
     assert not torch.equal(rough["logits"].float(), exact["logits"])
     net.train()
     net.gradient_checkpointing_enable()
@@ -303,8 +369,14 @@ PACKED = torch.cat([torch.arange(20), torch.arange(20)])[None].expand(2, -1)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"attention_mask": (torch.arange(40) % 20 > 5).long().expand(2, -1)}, "row 0 has padding between its tokens"),
-        ({"attention_mask": torch.ones(2, 1, 40, 40, dtype=torch.bool)}, r"not one of \(2, 1, 40, 40\)"),
+        (
+            {"attention_mask": (torch.arange(40) % 20 > 5).long().expand(2, -1)},
+            "row 0 has padding between its tokens",
+        ),
+        (
+            {"attention_mask": torch.ones(2, 1, 40, 40, dtype=torch.bool)},
+            r"not one of \(2, 1, 40, 40\)",
+        ),
         ({"position_ids": PACKED}, "position_ids that restart"),
     ],
 )
@@ -320,7 +392,9 @@ def test_caches_that_are_refused() -> None:
     with pytest.raises(ValueError, match="generates with a LongNetCache, with a DynamicCache"):
         net.generate(ids(20), cache_implementation="static", **options)
     for cache in (None, LongNetCache(net.config)):
-        with pytest.raises(ValueError, match=r"row 1 has padding between its tokens.*padding_side = .left"):
+        with pytest.raises(
+            ValueError, match=r"row 1 has padding between its tokens.*padding_side = .left"
+        ):
             net.generate(ids(20), attention_mask=right_padded(20), past_key_values=cache, **options)
     cache = LongNetCache(net.config)
     net.generate(ids(20), past_key_values=cache, **options)
@@ -336,8 +410,14 @@ def test_caches_that_are_refused() -> None:
     ("model", "message"),
     [
         (lambda: bert(is_decoder=True, add_cross_attention=True), "cross-attention"),
-        (lambda: hf.T5ForConditionalGeneration(hf.T5Config(d_model=16, d_kv=4, num_layers=1)), "an encoder-decoder"),
-        (lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, **WIDE, num_key_value_heads=4)), "sliding window"),
+        (
+            lambda: hf.T5ForConditionalGeneration(hf.T5Config(d_model=16, d_kv=4, num_layers=1)),
+            "an encoder-decoder",
+        ),
+        (
+            lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, **WIDE, num_key_value_heads=4)),
+            "sliding window",
+        ),
         (
             lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=16, n_layer=1, n_head=2)),
             "pick its attention by name",
@@ -364,8 +444,12 @@ def test_configs_that_are_refused() -> None:
     with pytest.raises(ConfigError, match="no output_attentions"):
         use_dilated_attention(net, PAPER_64TH)(ids(20), output_attentions=True)
     trained = use_dilated_attention(built(gpt2, attn_pdrop=0.1), PAPER_64TH).train()
-    with pytest.raises(ConfigError, match=r"no dropout of attention weights, and the model's config asks for 0\.1"):
+    with pytest.raises(
+        ConfigError, match=r"no dropout of attention weights, and the model's config asks for 0\.1"
+    ):
         trained(ids(20))
-    soft = hf.Gemma2Config(**SIZES, **WIDE, num_key_value_heads=4, head_dim=8, layer_types=["full_attention"] * 2)
+    soft = hf.Gemma2Config(
+        **SIZES, **WIDE, num_key_value_heads=4, head_dim=8, layer_types=["full_attention"] * 2
+    )
     with pytest.raises(ConfigError, match="no softcap"):
         use_dilated_attention(hf.Gemma2ForCausalLM(soft), PAPER_64TH)(ids(20))

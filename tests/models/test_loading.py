@@ -19,9 +19,16 @@ from longnet_cli.models.folder import ModelFolder
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of 151 MB in bf16, most of them in one table."""
     place = tmp_path_factory.mktemp("llama")
-    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+    }
     torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=33_000, tie_word_embeddings=True, **sizes))
+    model = hf.LlamaForCausalLM(
+        hf.LlamaConfig(vocab_size=33_000, tie_word_embeddings=True, **sizes)
+    )
     model.to(torch.bfloat16).save_pretrained(place)
     return place
 
@@ -29,7 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ci
 @pytest.mark.full
 def test_weights_are_mapped_not_copied(folder: Path, command_env: dict[str, str]) -> None:
-    tried, weights = extra_memory(folder, "bfloat16", command_env)  # the first time, a few tokens go through the model
+    tried, weights = extra_memory(
+        folder, "bfloat16", command_env
+    )  # the first time, a few tokens go through the model
     assert weights > 140_000_000
     assert tried <= 1.6 * weights
     extra, _ = extra_memory(folder, "bfloat16", command_env)

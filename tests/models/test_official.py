@@ -22,7 +22,8 @@ from longnet_cli.nets.slide import SlideEncoder
 
 
 @pytest.mark.parametrize(
-    "kind", ["pth", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("legacy", "safetensors"))]
+    "kind",
+    ["pth", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("legacy", "safetensors"))],
 )
 def test_golden_slide_encoder(run_longnet: RunLongnet, tmp_path: Path, kind: str) -> None:
     state, wanted, theirs = read_golden("slide_encoder_zero_key")
@@ -35,8 +36,12 @@ def test_golden_slide_encoder(run_longnet: RunLongnet, tmp_path: Path, kind: str
     encoder = SlideEncoder.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         inputs = wanted["features"][None], wanted["coords"][None]
-        torch.testing.assert_close(encoder(*inputs, pool="cls")[0], wanted["cls"], rtol=0, atol=1e-5)
-        torch.testing.assert_close(encoder(*inputs, pool="mean")[0], wanted["pooled"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            encoder(*inputs, pool="cls")[0], wanted["cls"], rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(
+            encoder(*inputs, pool="mean")[0], wanted["pooled"], rtol=0, atol=1e-5
+        )
         layers = encoder(*inputs, pool="cls", all_layers=True)[:, 0]
         torch.testing.assert_close(layers, wanted["cls_of_layers"], rtol=0, atol=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -48,10 +53,20 @@ def test_golden_slide_encoder(run_longnet: RunLongnet, tmp_path: Path, kind: str
 def test_golden_torchscale(run_longnet: RunLongnet, tmp_path: Path, name: str) -> None:
     state, wanted, theirs = read_golden(name)
     side = name.partition("_")[0]
-    inside = {f"module.model.slide_encoder.{side}.{key}": tensor for key, tensor in state.items()}  # of larger models
+    inside = {
+        f"module.model.slide_encoder.{side}.{key}": tensor for key, tensor in state.items()
+    }  # of larger models
     torch.save(inside, tmp_path / "net.pt")
     heads = [] if theirs["xpos"] else ["--heads", str(theirs["heads"])]  # its scales say them
-    run_longnet("convert", tmp_path / "net.pt", "-o", tmp_path / "out", *heads, *level_options(theirs), code=0)
+    run_longnet(
+        "convert",
+        tmp_path / "net.pt",
+        "-o",
+        tmp_path / "out",
+        *heads,
+        *level_options(theirs),
+        code=0,
+    )
     net = LongNet.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         if side == "decoder":
@@ -64,7 +79,9 @@ def test_golden_torchscale(run_longnet: RunLongnet, tmp_path: Path, name: str) -
 def test_the_official_models_are_known(run_longnet: RunLongnet, tmp_path: Path) -> None:
     """Prov-GigaPath's heads and pattern need not be given."""
     torch.save({"model": official_slide_state()}, tmp_path / "slide.pth")
-    run_longnet("convert", tmp_path / "slide.pth", "-o", tmp_path / "slide", "--dtype", "bf16", code=0)
+    run_longnet(
+        "convert", tmp_path / "slide.pth", "-o", tmp_path / "slide", "--dtype", "bf16", code=0
+    )
     config = SlideEncoder.from_pretrained(tmp_path / "slide", dtype=None).config
     assert config.pattern == SlideConfig.gigapath().pattern
     assert (config.num_heads, config.in_features, config.padding) == (16, 6, "zero_key")
@@ -95,7 +112,9 @@ class Runs:
 
 
 def test_nothing_in_a_pickle_runs(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    torch.save({"model": official_slide_state(), "then": Runs(tmp_path / "ran")}, tmp_path / "zip.pth")
+    torch.save(
+        {"model": official_slide_state(), "then": Runs(tmp_path / "ran")}, tmp_path / "zip.pth"
+    )
     (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
     for name in ("zip.pth", "bare.pkl", "module.pth"):
@@ -122,7 +141,11 @@ def test_a_longnet_is_written_with_other_weights(run_longnet: RunLongnet, tmp_pa
     assert "as bfloat16" in result.stderr
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (half / name).read_bytes() == (model_path("longnet-tiny") / name).read_bytes()
-    assert 1.9 < (wide / "model.safetensors").stat().st_size / (half / "model.safetensors").stat().st_size < 2
+    assert (
+        1.9
+        < (wide / "model.safetensors").stat().st_size / (half / "model.safetensors").stat().st_size
+        < 2
+    )
     stored = LongNet.from_pretrained(wide, dtype=None).state_dict()
     for name, tensor in LongNet.from_pretrained("longnet-tiny").state_dict().items():
         assert torch.equal(stored[name], tensor)

@@ -15,10 +15,20 @@ import transformers as hf
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.integrations.transformers import use_dilated_attention, use_own_attention, write_pattern
+from longnet_cli.integrations.transformers import (
+    use_dilated_attention,
+    use_own_attention,
+    write_pattern,
+)
 from longnet_cli.models.hf.pretrained_folder import DILATED_TYPE, from_file
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 SINKS = Pattern.window(8, sinks=2)
 
 
@@ -42,18 +52,26 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-def test_what_does_not_know_the_type_names_the_import(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_know_the_type_names_the_import(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = config_of(folder)
     assert found["architectures"] == ["DilatedLlamaForCausalLM"]
-    assert found["attn_implementation"] == "dilated"  # at which LlamaForCausalLM fails, which looks at no type
+    assert (
+        found["attn_implementation"] == "dilated"
+    )  # at which LlamaForCausalLM fails, which looks at no type
     monkeypatch.delitem(hf.CONFIG_MAPPING._extra_content, DILATED_TYPE)
-    with pytest.raises(ValueError, match=r"model type `import longnet_cli\.integrations\.transformers`"):
+    with pytest.raises(
+        ValueError, match=r"model type `import longnet_cli\.integrations\.transformers`"
+    ):
         hf.AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_what_was_opened_is_saved_as_it_was(folder: Path, tmp_path: Path) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
-    assert hf.MODEL_FOR_CAUSAL_LM_MAPPING[hf.LlamaConfig] is hf.LlamaForCausalLM  # that of all others
+    assert (
+        hf.MODEL_FOR_CAUSAL_LM_MAPPING[hf.LlamaConfig] is hf.LlamaForCausalLM
+    )  # that of all others
     copies = [model, copy.deepcopy(model), hf.AutoModelForCausalLM.from_config(model.config)]
     for i, each in enumerate(copies):
         each.save_pretrained(tmp_path / str(i))
@@ -66,9 +84,9 @@ def test_what_was_opened_is_saved_as_it_was(folder: Path, tmp_path: Path) -> Non
     assert (own["model_type"], own["architectures"]) == ("llama", ["LlamaForCausalLM"])
     assert model.config.model_type == "llama"  # in memory it is what it is, for peft and others
     use_own_attention(model).save_pretrained(tmp_path / "own")
-    assert config_of(tmp_path / "own") == {key: value for key, value in own.items() if key != "dilated_attention"} | {
-        "model_type": "llama"
-    }
+    assert config_of(tmp_path / "own") == {
+        key: value for key, value in own.items() if key != "dilated_attention"
+    } | {"model_type": "llama"}
 
 
 def test_whoever_put_a_pattern_there_it_is_saved_as_one(tmp_path: Path) -> None:

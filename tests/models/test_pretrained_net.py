@@ -64,17 +64,24 @@ SMALL |= {"intermediate_size": 64, "bos_token_id": None, "eos_token_id": None, "
 
 
 def net_of(
-    model: Callable[..., hf.PreTrainedModel], attention: str = "dilated", pattern: Pattern = LEVELS, **changes
+    model: Callable[..., hf.PreTrainedModel],
+    attention: str = "dilated",
+    pattern: Pattern = LEVELS,
+    **changes,
 ) -> TransformersNet:
     """`attention` "dense" is ours, "own" that of transformers."""
     found = built(model, **changes)
     if attention == "own":
         return TransformersNet(found)
-    return TransformersNet(use_dilated_attention(found, Pattern.dense() if attention == "dense" else pattern))
+    return TransformersNet(
+        use_dilated_attention(found, Pattern.dense() if attention == "dense" else pattern)
+    )
 
 
 def sliding() -> hf.PreTrainedModel:
-    return hf.MistralForCausalLM(hf.MistralConfig(**SMALL, sliding_window=16, num_key_value_heads=2))
+    return hf.MistralForCausalLM(
+        hf.MistralConfig(**SMALL, sliding_window=16, num_key_value_heads=2)
+    )
 
 
 def assert_stream_is_whole(stream: Callable[..., torch.Tensor], net: TransformersNet) -> None:
@@ -88,14 +95,17 @@ def assert_stream_is_whole(stream: Callable[..., torch.Tensor], net: Transformer
 
 
 @pytest.mark.parametrize(
-    ("model", "attention"), [*((model, "own") for model in (*CAUSAL, mixed, sliding)), (mixed, "dilated")]
+    ("model", "attention"),
+    [*((model, "own") for model in (*CAUSAL, mixed, sliding)), (mixed, "dilated")],
 )
 def test_a_stream_with_the_cache_of_transformers_is_the_whole(
     model: Callable[[], hf.PreTrainedModel], attention: str
 ) -> None:
     net = net_of(model, attention)
     assert net.config.memory == "cache"
-    assert net.note is None if attention == "dilated" else "keeps all keys" in net.note  # a LongNetCache keeps few
+    assert (
+        net.note is None if attention == "dilated" else "keeps all keys" in net.note
+    )  # a LongNetCache keeps few
     assert_stream_is_whole(open_stream(net), net)
 
 
@@ -124,7 +134,9 @@ def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel], pattern:
 @pytest.mark.parametrize("kind", ["default", "llama3", "yarn", "partial", "neighbours"])
 def test_a_document_is_the_same_at_any_position(kind: str) -> None:
     """Float32 phases are off by 0.06 at 10^6 and noise at 10^8."""
-    net = TransformersNet(use_dilated_attention(built(rotary, kind=kind), Pattern.window(20, sinks=3)))
+    net = TransformersNet(
+        use_dilated_attention(built(rotary, kind=kind), Pattern.window(20, sinks=3))
+    )
     assert net.config.max_tokens is None
     near = nats_from(net, ids(120), 40)
     for start in (10**6, 10**8):
@@ -138,7 +150,9 @@ def test_positions_that_are_made_in_another_way_end(monkeypatch: pytest.MonkeyPa
     made = hf.models.llama.modeling_llama.LlamaRotaryEmbedding
     forward = made.forward
     monkeypatch.setattr(
-        made, "forward", lambda self, x, position_ids: [y.flip(-1) for y in forward(self, x, position_ids)]
+        made,
+        "forward",
+        lambda self, x, position_ids: [y.flip(-1) for y in forward(self, x, position_ids)],
     )
     net = TransformersNet(built(llama))
     assert net.config.max_tokens == 1 << 20
@@ -146,7 +160,9 @@ def test_positions_that_are_made_in_another_way_end(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("attention", ["dilated", "dense", "own"])
 @pytest.mark.parametrize("model", [llama, gpt2])
-def test_scores_are_those_of_the_models_own_loss(model: Callable[[], hf.PreTrainedModel], attention: str) -> None:
+def test_scores_are_those_of_the_models_own_loss(
+    model: Callable[[], hf.PreTrainedModel], attention: str
+) -> None:
     """Of documents alone and in company, in one chunk and in many."""
     net = net_of(model, attention)
     documents = [make_document(length) for length in (130, 3, 260, 1, 50)]
@@ -168,7 +184,9 @@ def test_vectors_are_the_means_of_the_models_own_hidden_states(
     net = net_of(model, attention)
     documents = [make_document(length) for length in (5, 33, 1, 200, 64)]
     for chunk in (1000, 40):
-        table = encode(net, documents, EncodeOptions(normalize=False), EncodeFacts(0), chunk=chunk).read_all()
+        table = encode(
+            net, documents, EncodeOptions(normalize=False), EncodeFacts(0), chunk=chunk
+        ).read_all()
         before = [0] if net.config.causal else []
         for document, vector in zip(documents, table["embedding"].to_numpy(), strict=True):
             with torch.no_grad():
@@ -184,13 +202,17 @@ def test_saved_is_loaded(model: Callable[[], hf.PreTrainedModel], tmp_path: Path
     saved.save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     net = ModelFolder(tmp_path).net()
-    auto = (hf.AutoModelForCausalLM if model in CAUSAL else hf.AutoModelForMaskedLM).from_pretrained(tmp_path)
+    auto = (
+        hf.AutoModelForCausalLM if model in CAUSAL else hf.AutoModelForMaskedLM
+    ).from_pretrained(tmp_path)
     assert type(net.model) is type(auto) is type(saved)
     assert (net.config.pattern, net.config.causal) == (FAR, model in CAUSAL)
     with torch.no_grad():
         hidden = saved.base_model(ids(70)).last_hidden_state
         assert torch.equal(net(ids(70)), hidden)
-        assert torch.equal(hf.AutoModel.from_pretrained(tmp_path)(ids(70)).last_hidden_state, hidden)
+        assert torch.equal(
+            hf.AutoModel.from_pretrained(tmp_path)(ids(70)).last_hidden_state, hidden
+        )
         assert torch.equal(auto(ids(70)).logits, saved(ids(70)).logits)
     other = ModelFolder(tmp_path).net(pattern=Pattern((16,), (1,)))
     assert other.config.pattern == Pattern((16,), (1,))
@@ -206,11 +228,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_real_command(folder: Path, run_longnet: Callable[..., subprocess.CompletedProcess]) -> None:
+def test_the_real_command(
+    folder: Path, run_longnet: Callable[..., subprocess.CompletedProcess]
+) -> None:
     """Nothing but the one value on stdout, nothing on stderr: no progress bar and no advice of transformers."""
-    done = run_longnet("score", "--ppl", folder / "text.txt", "--model", folder, *OPTIONS, "--format", "json", "-q")
+    done = run_longnet(
+        "score", "--ppl", folder / "text.txt", "--model", folder, *OPTIONS, "--format", "json", "-q"
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    here = json.loads(invoke("score", folder / "text.txt", "--model", folder, *OPTIONS, "--format", "json").stdout)
+    here = json.loads(
+        invoke("score", folder / "text.txt", "--model", folder, *OPTIONS, "--format", "json").stdout
+    )
     assert json.loads(done.stdout)["total"] == here["total"]
     assert here["total"]["n_tokens"] == here["total"]["n_bytes"] == 300
 
@@ -219,15 +247,21 @@ def test_a_cache_of_transformers_is_not_saved(tmp_path: Path) -> None:
     built(mixed).save_pretrained(tmp_path)
     (tmp_path / "x.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
     for words in (["--save-state", "new"], ["--state", "old"]):
-        error = refused("generate", "-i", tmp_path / "x.jsonl", "--format", "jsonl", "-m", tmp_path, *words)
+        error = refused(
+            "generate", "-i", tmp_path / "x.jsonl", "--format", "jsonl", "-m", tmp_path, *words
+        )
         assert "this model keeps a cache of its own" in str(error)
 
 
 def test_score_with_options(folder: Path) -> None:
     def ppl(*options: str) -> float:
-        result = invoke("score", folder / "text.txt", "--model", folder, "--format", "json", *options, code=0)
+        result = invoke(
+            "score", folder / "text.txt", "--model", folder, "--format", "json", *options, code=0
+        )
         assert ("it keeps all keys of a document" in result.stderr) == ("dense" in options)
-        assert ("dense attention as it was trained, on up to 2048 tokens" in result.stderr) == (not options)
+        assert ("dense attention as it was trained, on up to 2048 tokens" in result.stderr) == (
+            not options
+        )
         return json.loads(result.stdout)["total"]["ppl"]
 
     dilated, dense = ppl(*OPTIONS), ppl()
@@ -263,11 +297,15 @@ def test_bench_compares_dense_and_dilated(folder: Path, tmp_path: Path) -> None:
     streamed = invoke(*arguments, "--seq", "128", *OPTIONS, "--chunk", "50", "--impl", "dilated")
     row = json.loads(streamed.stdout)
     assert (row["status"], row["chunk"]) == ("ok", 50)
-    assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * 8 * cached_rows(Layout(LEVELS, 6, 2))
+    assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * 8 * cached_rows(
+        Layout(LEVELS, 6, 2)
+    )
     cached = TransformersNet(use_dilated_attention(mixed(), LEVELS))
     cached.model.save_pretrained(tmp_path / "mixed")
     arguments[4] = tmp_path / "mixed"
-    row = json.loads(invoke(*arguments, "--seq", "128", "--chunk", "50", "--impl", "dilated").stdout)
+    row = json.loads(
+        invoke(*arguments, "--seq", "128", "--chunk", "50", "--impl", "dilated").stdout
+    )
     assert (row["status"], row["chunk"], row["cache_bytes"]) == ("ok", 50, None)
     train = refused("bench", "--op", "train", "--model", folder, "--seq", "64", "--format", "jsonl")
     assert "--op train measures LongNets" in str(train)
@@ -281,7 +319,9 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             (tmp_path / name).write_bytes((folder / name).read_bytes())
         config = json.loads((folder / "config.json").read_text()) | changes
-        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({k: v for k, v in config.items() if v is not None})
+        )
         return tmp_path
 
     return make
@@ -290,33 +330,70 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"auto_map": {"AutoModel": "mine.Mine"}, "model_type": "hyena"}, "code of the folder's own .* is never run"),
-        ({"model_type": "hyena"}, r"does not know the architecture LlamaForCausalLM \(model_type hyena\)"),
-        ({"architectures": ["HyenaForCausalLM"]}, "does not know the architecture HyenaForCausalLM"),
+        (
+            {"auto_map": {"AutoModel": "mine.Mine"}, "model_type": "hyena"},
+            "code of the folder's own .* is never run",
+        ),
+        (
+            {"model_type": "hyena"},
+            r"does not know the architecture LlamaForCausalLM \(model_type hyena\)",
+        ),
+        (
+            {"architectures": ["HyenaForCausalLM"]},
+            "does not know the architecture HyenaForCausalLM",
+        ),
         ({"hidden_size": "many"}, "config.json: "),
-        ({"num_hidden_layers": 1_000_000_000}, "num_hidden_layers is 1000000000: .* 10,000 are the most"),
+        (
+            {"num_hidden_layers": 1_000_000_000},
+            "num_hidden_layers is 1000000000: .* 10,000 are the most",
+        ),
         ({"num_hidden_layers": "2"}, 'num_hidden_layers is "2": it must be a whole number'),
         ({"num_key_value_heads": 0}, "config.json: num_key_value_heads is 0: it must be positive"),
-        ({"max_position_embeddings": 1 << 63}, "max_position_embeddings is 9223372036854775808: it must be less than"),
+        (
+            {"max_position_embeddings": 1 << 63},
+            "max_position_embeddings is 9223372036854775808: it must be less than",
+        ),
         ({"text_config": 3}, "config.json: text_config is 3: it must be an object"),
         ({"text_config": {"model_type": 3}}, "config.json: model_type is 3: it must be a text"),
         ({"architectures": 3}, "config.json: architectures is 3: it must be a list of names"),
         ({"model_type": []}, r"config.json: model_type is \[\]: it must be a text"),
         ({"pad_token_id": 257}, "AssertionError: Padding_idx must be within num_embeddings"),
         ({"rope_parameters": {"rope_type": [1], "rope_theta": 1e4}}, "unhashable"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": None, "rope_theta": 1e4}}, "NoneType"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": None, "rope_theta": 1e4}},
+            "NoneType",
+        ),
         ({"architectures": ["BertModel"]}, "does not know the architecture BertModel"),
         ({"architectures": ["pipeline"]}, "does not know the architecture pipeline"),
-        ({"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}}, "one entry per level"),
-        ({"dilated_attention": {"segment_lengths": "8", "dilation_rates": [1]}}, "segment_lengths needs whole numbers"),
+        (
+            {"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}},
+            "one entry per level",
+        ),
+        (
+            {"dilated_attention": {"segment_lengths": "8", "dilation_rates": [1]}},
+            "segment_lengths needs whole numbers",
+        ),
         ({"dilated_attention": [8, 1]}, "dilated_attention in the model's config: a table of "),
-        ({"dilated_attention": {"level_bias": None}}, "dilated_attention in the model's config: unknown key 'level_b"),
-        ({"dilated_attention": {"lookback": 1}}, "unknown key 'lookback': did you mean 'look_back'?"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type dynamic"),
+        (
+            {"dilated_attention": {"level_bias": None}},
+            "dilated_attention in the model's config: unknown key 'level_b",
+        ),
+        (
+            {"dilated_attention": {"lookback": 1}},
+            "unknown key 'lookback': did you mean 'look_back'?",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type dynamic",
+        ),
     ],
 )
-def test_configurations_that_are_refused(spoilt: Callable[..., Path], changes: dict, message: str) -> None:
-    place = spoilt(**{"dilated_attention": {"segment_lengths": [8], "dilation_rates": [1]}} | changes)
+def test_configurations_that_are_refused(
+    spoilt: Callable[..., Path], changes: dict, message: str
+) -> None:
+    place = spoilt(
+        **{"dilated_attention": {"segment_lengths": [8], "dilation_rates": [1]}} | changes
+    )
     (place / "mine.py").write_text("raise SystemExit('this must never run')")
     with pytest.raises(ConfigError, match=message) as caught:
         ModelFolder(place).net()
@@ -326,13 +403,20 @@ def test_configurations_that_are_refused(spoilt: Callable[..., Path], changes: d
 
 def test_settings_beside_the_model(spoilt: Callable[..., Path], folder: Path) -> None:
     """What transformers would return does not matter; an id before each text does."""
-    place, text = spoilt(return_dict="", output_attentions=True, torchscript=True), folder / "text.txt"
+    place, text = (
+        spoilt(return_dict="", output_attentions=True, torchscript=True),
+        folder / "text.txt",
+    )
     assert total(text, "-m", place)["nll_sum"] == total(text, "-m", folder)["nll_sum"]
     assert invoke("generate", "hello", "-m", place, "-n", "2").exit_code == 0
-    assert "it reads the id -1 before a text" in str(refused("score", text, "-m", spoilt(bos_token_id=-1)))
+    assert "it reads the id -1 before a text" in str(
+        refused("score", text, "-m", spoilt(bos_token_id=-1))
+    )
     (place / "generation_config.json").write_text("null")
     for more in ([], ["--dry-run"]):
-        assert "generation_config.json: not a JSON object" in str(refused("score", text, "-m", place, *more))
+        assert "generation_config.json: not a JSON object" in str(
+            refused("score", text, "-m", place, *more)
+        )
 
 
 def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
@@ -340,17 +424,29 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> Non
     path = tmp_path / "model.safetensors.index.json"
     for name in ("../model.safetensors", "/model.safetensors"):
         path.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-        with pytest.raises(ConfigError, match=rf"index.json: the file {name} is outside of the folder"):
+        with pytest.raises(
+            ConfigError, match=rf"index.json: the file {name} is outside of the folder"
+        ):
             ModelFolder.find(str(tmp_path))
 
 
 @pytest.mark.parametrize("named", ["dilated", "somebody/kernel", "eager"])
-def test_an_attention_that_config_json_names_is_not_used(spoilt: Callable[..., Path], named: str) -> None:
+def test_an_attention_that_config_json_names_is_not_used(
+    spoilt: Callable[..., Path], named: str
+) -> None:
     levels = {"segment_lengths": [8], "dilation_rates": [1]}
     code = {"auto_map": {"AutoModelForCausalLM": "mine.Mine"}}  # never run
-    place = spoilt(attn_implementation=named, _attn_implementation=named, dilated_attention=levels, **code)
+    place = spoilt(
+        attn_implementation=named, _attn_implementation=named, dilated_attention=levels, **code
+    )
     (place / "mine.py").write_text("raise SystemExit('this must never run')")
-    assert ModelFolder(place).net(pattern=Pattern.dense()).as_it_comes().model.config._attn_implementation == "sdpa"
+    assert (
+        ModelFolder(place)
+        .net(pattern=Pattern.dense())
+        .as_it_comes()
+        .model.config._attn_implementation
+        == "sdpa"
+    )
     assert ModelFolder(place).net().model.config._attn_implementation == "dilated"
 
 
@@ -360,17 +456,25 @@ def test_a_decoder_that_its_configuration_makes_bidirectional(attention: str) ->
     assert (net.config.causal, net.config.memory) == (False, "none")
     with torch.no_grad():
         alone = net(ids(50))
-        padded = net(torch.cat([ids(50), torch.zeros(2, 30, dtype=torch.int64)], 1), lengths=[50, 50])[:, :50]
+        padded = net(
+            torch.cat([ids(50), torch.zeros(2, 30, dtype=torch.int64)], 1), lengths=[50, 50]
+        )[:, :50]
     assert (alone - padded).abs().max() <= 1e-5 * alone.abs().max()
 
 
 def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> None:
     place = spoilt(num_hidden_layers=3)
-    with pytest.raises(CheckpointError, match=r"weights are missing, model\.layers\.2\.input_layernorm\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"weights are missing, model\.layers\.2\.input_layernorm\.weight"
+    ):
         ModelFolder(place).net(pattern=LEVELS)
-    with pytest.raises(CheckpointError, match=r"weights are unexpected, model\.layers\.1\.input_layernorm\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"weights are unexpected, model\.layers\.1\.input_layernorm\.weight"
+    ):
         ModelFolder(spoilt(num_hidden_layers=1)).net(pattern=LEVELS)
-    with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(257, 48\), its .* needs \(300, 48\)"):
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight has shape \(257, 48\), its .* needs \(300, 48\)"
+    ):
         ModelFolder(spoilt(vocab_size=300)).net(pattern=LEVELS)
     (place / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="cannot be loaded"):
@@ -401,9 +505,13 @@ def test_without_a_library(
     library: str, words: list[str], extra: str, folder: Path, command_env: dict[str, str]
 ) -> None:
     (folder / "m.gguf").write_bytes(b"GGUF")
-    script = f"import sys; sys.modules['{library}'] = None; from longnet_cli.cli.app import main; main()"
+    script = (
+        f"import sys; sys.modules['{library}'] = None; from longnet_cli.cli.app import main; main()"
+    )
     command = [sys.executable, "-c", script, *words]
-    done = subprocess.run(command, cwd=folder, env=command_env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=command_env, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.rstrip().endswith(f"pip install '.[{extra}]'")
 

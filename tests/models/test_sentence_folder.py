@@ -33,15 +33,24 @@ from longnet_cli.nets.weights import model_digest
 
 # not importorskip: importing it takes five seconds, which only the worker that runs these tests needs to spend
 pytestmark = pytest.mark.skipif(
-    not find_spec("sentence_transformers"), reason="not installed: pip install '.[sentence-transformers]'"
+    not find_spec("sentence_transformers"),
+    reason="not installed: pip install '.[sentence-transformers]'",
 )
 
-ODD = ["[SEP] Caf\u00e9, \u6f22 A", "the\n\n net ", " of", "a\u0301 DOCUMENT [MASK]?", "</s> in <end> to"]
+ODD = [
+    "[SEP] Caf\u00e9, \u6f22 A",
+    "the\n\n net ",
+    " of",
+    "a\u0301 DOCUMENT [MASK]?",
+    "</s> in <end> to",
+]
 
 
 def texts(number: int, longest: int, seed: int = 0) -> list[str]:
     chosen = random.Random(seed)
-    return [" ".join(chosen.choices(WORDS, k=chosen.randint(1, longest))) for _ in range(number)] + ODD
+    return [
+        " ".join(chosen.choices(WORDS, k=chosen.randint(1, longest))) for _ in range(number)
+    ] + ODD
 
 
 def vectors(folder: Path, documents: list[str], **options: Any) -> np.ndarray:
@@ -82,7 +91,12 @@ def test_every_pooling_in_both_layouts(pool: Any, older: bool, tmp_path: Path) -
     folder = save_model(tmp_path / "model", pool=pool, after=after, older=older)
     assert difference(folder, texts(12, 20)) < 1e-5
     if pool != "mean":  # the choice is not without effect
-        assert np.abs(vectors(folder, texts(3, 20)) - vectors(folder, texts(3, 20), pool="mean")[:, :1]).max() > 1e-3
+        assert (
+            np.abs(
+                vectors(folder, texts(3, 20)) - vectors(folder, texts(3, 20), pool="mean")[:, :1]
+            ).max()
+            > 1e-3
+        )
 
 
 NETS = {
@@ -102,7 +116,9 @@ NETS = {
 @pytest.mark.parametrize("kind", NETS)
 def test_architectures(kind: str, prompt: str, tmp_path: Path) -> None:
     pool = "lasttoken" if kind == "qwen3" else "mean"
-    folder = save_model(tmp_path / "model", kind, NETS[kind](), pool=pool, prompts={"document": prompt}, window=None)
+    folder = save_model(
+        tmp_path / "model", kind, NETS[kind](), pool=pool, prompts={"document": prompt}, window=None
+    )
     assert difference(folder, texts(12, 10)) < 1e-5
 
 
@@ -138,7 +154,10 @@ def test_what_a_folder_says(case: str, tmp_path: Path) -> None:
 def test_every_activation(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", after=("dense",))
     found = []
-    for kind in ("linear.Identity", *(f"activation.{name}" for name in ("Tanh", "ReLU", "GELU", "SiLU", "Sigmoid"))):
+    for kind in (
+        "linear.Identity",
+        *(f"activation.{name}" for name in ("Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")),
+    ):
         edit(folder, "2_Dense/config.json", activation_function=f"torch.nn.modules.{kind}")
         copy = shutil.copytree(folder, tmp_path / kind)  # a process reads a folder once
         assert difference(copy, texts(3, 12)) < 1e-5
@@ -149,14 +168,19 @@ def test_every_activation(tmp_path: Path) -> None:
 
 @pytest.mark.ci
 @pytest.mark.parametrize("names", [("passage",), ("corpus", "x"), ("x",)])
-def test_a_prompt_that_the_library_does_not_read(names: tuple[str, ...], tmp_path: Path, run_longnet: Any) -> None:
+def test_a_prompt_that_the_library_does_not_read(
+    names: tuple[str, ...], tmp_path: Path, run_longnet: Any
+) -> None:
     folder = save_model(tmp_path / "model", prompts=dict.fromkeys(names, "query: "))
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "default_prompt_name": names[-1]}))
     documents = texts(5, 12)
     with pytest.warns(UserWarning, match="the prompt 'query: ' is not read"):
         assert difference(folder, documents) < 1e-5
-    assert np.abs(vectors(folder, documents, prefix="query: ") - vectors(folder, documents)).max() > 1e-3
+    assert (
+        np.abs(vectors(folder, documents, prefix="query: ") - vectors(folder, documents)).max()
+        > 1e-3
+    )
     (tmp_path / "a.txt").write_text("the net reads")
     found = run_longnet("encode", tmp_path / "a.txt", "--model", folder, "-o", tmp_path / "v.arrow")
     assert "the prompt 'query: ' is not read, as in encode_document" in found.stderr
@@ -171,7 +195,9 @@ def test_truncated_vectors_and_overrides(tmp_path: Path) -> None:
     assert not np.allclose(np.linalg.norm(vectors(folder, documents), axis=1), 1, atol=1e-3)
     assert np.allclose(np.linalg.norm(vectors(folder, documents, normalize=True), axis=1), 1)
     plain = save_model(tmp_path / "plain", after=("normalize",))
-    assert not np.allclose(np.linalg.norm(vectors(plain, documents, normalize=False), axis=1), 1, atol=1e-3)
+    assert not np.allclose(
+        np.linalg.norm(vectors(plain, documents, normalize=False), axis=1), 1, atol=1e-3
+    )
 
 
 def test_token_ids_are_read_as_the_text_and_specials_around_them_refused(tmp_path: Path) -> None:
@@ -197,7 +223,9 @@ def rewrite(folder: Path, change: Callable[[str], str | None], **added: torch.Te
 def move_inside(folder: Path) -> None:
     inner = folder / "0_Transformer"
     inner.mkdir()
-    for path in [x for x in folder.iterdir() if x.is_file() and x.name not in ("modules.json", PROMPTS)]:
+    for path in [
+        x for x in folder.iterdir() if x.is_file() and x.name not in ("modules.json", PROMPTS)
+    ]:
         path.rename(inner / path.name)
     modules = json.loads((folder / "modules.json").read_text())
     modules[0]["path"] = inner.name
@@ -206,16 +234,33 @@ def move_inside(folder: Path) -> None:
 
 QWEN = {"kind": "qwen3", "words": byte_level(), "pool": "lasttoken", "window": None}
 AS_PUBLISHED: dict[str, tuple[dict[str, Any], Callable[[Path], Any]]] = {
-    "no pooler": ({}, lambda folder: rewrite(folder, lambda name: None if "pooler" in name else name)),
+    "no pooler": (
+        {},
+        lambda folder: rewrite(folder, lambda name: None if "pooler" in name else name),
+    ),
     "no architectures": ({}, lambda folder: edit(folder, "config.json", architectures=None)),
-    "an architecture of its own": ({}, lambda folder: edit(folder, "config.json", architectures=["Contriever"])),
-    "a head that is named": ({}, lambda folder: edit(folder, "config.json", architectures=["BertForMaskedLM"])),
-    "a head that is there": ({}, lambda folder: rewrite(folder, "bert.{}".format, **{"cls.x": torch.zeros(3)})),
+    "an architecture of its own": (
+        {},
+        lambda folder: edit(folder, "config.json", architectures=["Contriever"]),
+    ),
+    "a head that is named": (
+        {},
+        lambda folder: edit(folder, "config.json", architectures=["BertForMaskedLM"]),
+    ),
+    "a head that is there": (
+        {},
+        lambda folder: rewrite(folder, "bert.{}".format, **{"cls.x": torch.zeros(3)}),
+    ),
     "no lm_head": (
         QWEN,
-        lambda folder: edit(folder, "config.json", architectures=["Qwen3ForCausalLM"], tie_word_embeddings=False),
+        lambda folder: edit(
+            folder, "config.json", architectures=["Qwen3ForCausalLM"], tie_word_embeddings=False
+        ),
     ),
-    "code beside a known type": ({}, lambda folder: edit(folder, "config.json", auto_map={"AutoModel": "mine.Mine"})),
+    "code beside a known type": (
+        {},
+        lambda folder: edit(folder, "config.json", auto_map={"AutoModel": "mine.Mine"}),
+    ),
     "a Transformer in a folder": ({}, move_inside),
     "a surplus weight": ({}, lambda folder: rewrite(folder, str, extra=torch.ones(2))),
 }
@@ -223,7 +268,9 @@ AS_PUBLISHED: dict[str, tuple[dict[str, Any], Callable[[Path], Any]]] = {
 
 @pytest.mark.filterwarnings("ignore:.*no pattern is given")
 @pytest.mark.parametrize("what", AS_PUBLISHED)
-def test_folders_as_others_publish_them(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_as_others_publish_them(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The class is that of AutoModel; heads and poolers are nothing that the vectors are made of."""
     options, change = AS_PUBLISHED[what]
     folder = save_model(tmp_path / "model", **options)
@@ -231,7 +278,9 @@ def test_folders_as_others_publish_them(what: str, tmp_path: Path, monkeypatch: 
     assert difference(folder, texts(4, 12)) < 1e-5
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert model_digest(*nets("../model")) == model_digest(*nets(str(folder)))  # nothing in it is random
+    assert model_digest(*nets("../model")) == model_digest(
+        *nets(str(folder))
+    )  # nothing in it is random
 
 
 def nets(name: str) -> list[Net]:
@@ -241,7 +290,9 @@ def nets(name: str) -> list[Net]:
 def test_a_body_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     rewrite(folder, lambda name: None if name == "encoder.layer.1.output.dense.bias" else name)
-    with pytest.raises(CheckpointError, match=r"missing, encoder\.layer\.1\.output\.dense\.bias among 1"):
+    with pytest.raises(
+        CheckpointError, match=r"missing, encoder\.layer\.1\.output\.dense\.bias among 1"
+    ):
         vectors(folder, ["the net"])
 
 
@@ -268,7 +319,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (PLAIN, {"processing_kwargs": {"text": {"max_length": 3}}}, "processing_kwargs"),
     (PLAIN, {"config_kwargs": {"hidden_act": "relu"}}, "config_kwargs"),
     ("2_Dense/config.json", {"module_input_name": "token_weights"}, "token_weights"),
-    ("2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.PReLU"}, "activation.PReLU"),
+    (
+        "2_Dense/config.json",
+        {"activation_function": "torch.nn.modules.activation.PReLU"},
+        "activation.PReLU",
+    ),
     ("2_Dense/config.json", {"activation_function": "os.system"}, "os.system"),
     (SETTINGS, {"model_type": "CrossEncoder"}, "CrossEncoder"),
     (SETTINGS, {"prompts": {"document": 3}}, "no text: 3"),
@@ -306,15 +361,25 @@ def test_what_is_not_computed_is_refused_by_name_in_one_line(tmp_path: Path) -> 
 
 def test_a_text_that_changes_the_prompts_tokens_is_left_out_alone(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", prompts={"document": "i"})
-    table = pa.table({"doc_id": [*"abcd"], "text": ["the net", "n the document", "of long", "an net"]})  # i + n is "in"
+    table = pa.table(
+        {"doc_id": [*"abcd"], "text": ["the net", "n the document", "of long", "an net"]}
+    )  # i + n is "in"
     with pytest.raises(LongNetError, match="joins the prompt 'i'"):
         encode_batches(table, model=str(folder))
     assert encode_batches(table, model=str(folder), skip_bad=True)["doc_id"].to_pylist() == [*"acd"]
 
 
-def test_every_span_has_a_row_where_the_library_counts_a_token_as_the_prompts(tmp_path: Path) -> None:
+def test_every_span_has_a_row_where_the_library_counts_a_token_as_the_prompts(
+    tmp_path: Path,
+) -> None:
     words = byte_level(True)
-    folder = save_model(tmp_path / "model", "modernbert", words, prompts={"document": "query: "}, include_prompt=False)
+    folder = save_model(
+        tmp_path / "model",
+        "modernbert",
+        words,
+        prompts={"document": "query: "},
+        include_prompt=False,
+    )
     table = pa.table({"doc_id": ["a", "b"], "text": ["the net reads", "of long"]})
     found = encode_batches(table, model=str(folder), span=1)
     for name in ("a", "b"):
@@ -323,11 +388,18 @@ def test_every_span_has_a_row_where_the_library_counts_a_token_as_the_prompts(tm
         assert spans
 
 
-def test_a_tokenizer_beside_the_folder_is_read_as_the_folder_says(tmp_path: Path, run_longnet: Any) -> None:
+def test_a_tokenizer_beside_the_folder_is_read_as_the_folder_says(
+    tmp_path: Path, run_longnet: Any
+) -> None:
     folder = save_model(tmp_path / "model", words=word_pieces(lowercase=False), older=True)
     wanted = vectors(folder, ["THE Net reads"])
     (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    assert np.abs(vectors(folder, ["THE Net reads"], tokenizer=str(tmp_path / "tokenizer.json")) - wanted).max() < 1e-6
+    assert (
+        np.abs(
+            vectors(folder, ["THE Net reads"], tokenizer=str(tmp_path / "tokenizer.json")) - wanted
+        ).max()
+        < 1e-6
+    )
     (tmp_path / "a.txt").write_text("the net")
     done = run_longnet("encode", tmp_path / "a.txt", "--model", folder, "-o", tmp_path / "v.arrow")
     assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
@@ -335,7 +407,10 @@ def test_a_tokenizer_beside_the_folder_is_read_as_the_folder_says(tmp_path: Path
 
 def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
     cls = save_model(tmp_path / "cls", pool="cls")
-    for options, said in (({"span": 4, "stride": 2}, "each span is a window"), ({"bos": "none"}, "leave out --bos")):
+    for options, said in (
+        ({"span": 4, "stride": 2}, "each span is a window"),
+        ({"bos": "none"}, "leave out --bos"),
+    ):
         with pytest.raises(LongNetError, match=said):
             vectors(cls, ["the net reads a document"], **options)
     cut = save_model(tmp_path / "cut")

@@ -43,7 +43,9 @@ def test_paper_configuration() -> None:
 
 
 def test_chosen_blocks_are_written_where_they_differ_from_the_defaults() -> None:
-    data = {key: value for key, value in PAPER.items() if key not in WITHOUT_LEVELS} | {"position": "rope"}
+    data = {key: value for key, value in PAPER.items() if key not in WITHOUT_LEVELS} | {
+        "position": "rope"
+    }
     written = parse_config(data | {"pattern": "window:1Ki,chosen=16"}, "x").model_dump(mode="json")
     assert {key: written[key] for key in written if key.startswith("chosen")} == {"chosen": 16}
     config = parse_config(data | {"pattern": "window:1Ki,chosen=16x64,chosen_every=4"}, "x")
@@ -54,12 +56,16 @@ def test_chosen_blocks_are_written_where_they_differ_from_the_defaults() -> None
     assert not any(key.startswith("chosen") for key in plain)
     named = parse_config(data | {"pattern": "window:1Ki,chosen=16,layers=1"}, "x")
     assert named.model_dump(mode="json")["chosen_layers"] == [1]
-    with pytest.raises(ConfigError, match="layer 12 is to choose blocks, and the layers are 0 to 11"):
+    with pytest.raises(
+        ConfigError, match="layer 12 is to choose blocks, and the layers are 0 to 11"
+    ):
         parse_config(data | {"pattern": "window:1Ki,chosen=16,layers=1/12"}, "x")
 
 
 def test_unknown_key_names_the_nearest() -> None:
-    assert message(num_layer=12) == "config.json: unknown key 'num_layer': did you mean 'num_layers'?"
+    assert (
+        message(num_layer=12) == "config.json: unknown key 'num_layer': did you mean 'num_layers'?"
+    )
     # the misspelt key is also a missing one, which is not worth a second complaint
     assert message(num_layers=None, num_layer=12).count("num_layers") == 1
     assert message(zebra=1) == "config.json: unknown key 'zebra'"
@@ -71,8 +77,19 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"dim": None}, "missing key 'dim'"),
         ({"dim": "big"}, "dim: "),
         ({"dim": 770}, "dim 770 is not divisible by num_heads 12"),
-        ({"pattern": "window:1Ki,chosen=4x32", **WITHOUT_LEVELS}, 'position="xpos" has no chosen blocks'),
-        ({"pattern": "window:1Ki,chosen=4x32", "causal": False, "position": "rope", **WITHOUT_LEVELS}, "is for"),
+        (
+            {"pattern": "window:1Ki,chosen=4x32", **WITHOUT_LEVELS},
+            'position="xpos" has no chosen blocks',
+        ),
+        (
+            {
+                "pattern": "window:1Ki,chosen=4x32",
+                "causal": False,
+                "position": "rope",
+                **WITHOUT_LEVELS,
+            },
+            "is for",
+        ),
         ({"num_heads": 256}, "even head size, got 3"),
         ({"num_layers": 0}, "num_layers: "),
         ({"position": "alibi"}, "position: "),
@@ -81,11 +98,20 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"causal": False}, 'use position="rope"'),
         ({"segment_lengths": [2048, 131072], "dilation_rates": [1, 4]}, 'use position="rope"'),
         ({"segment_lengths": [2048, 5792], "dilation_rates": [1, 2]}, 'use position="rope"'),
-        ({"look_back": 1}, 'position="xpos" has no look_back: its keys are only seen from their own segment; use'),
-        ({"sinks": 4}, 'position="xpos" has no sinks: its keys are only seen from their own segment; use position="r'),
+        (
+            {"look_back": 1},
+            'position="xpos" has no look_back: its keys are only seen from their own segment; use',
+        ),
+        (
+            {"sinks": 4},
+            'position="xpos" has no sinks: its keys are only seen from their own segment; use position="r',
+        ),
         ({"look_back": [1, "x"]}, "look_back: must be one number, or one number per level"),
         ({"level_bias": [0, -2, -2, -2, -2]}, "unknown key 'level_bias'"),
-        ({"sinks": 4, "causal": False, "position": "rope", "padding": "zero_key"}, 'padding="zero_key" goes with no'),
+        (
+            {"sinks": 4, "causal": False, "position": "rope", "padding": "zero_key"},
+            'padding="zero_key" goes with no',
+        ),
     ],
 )
 def test_refusals(changes: dict, part: str) -> None:
@@ -98,8 +124,12 @@ def test_options_of_a_pattern_are_written_where_they_differ_from_the_papers() ->
     assert not {"look_back", "overlap", "queries", "sinks"} & plain.model_dump().keys()
     assert LongNetConfig(**PAPER | vars(plain.pattern)) == plain
     options = {"look_back": 1, "overlap": "once", "queries": "all", "sinks": 4}
-    found = parse_config(PAPER | options | {"position": "rope", "dilation_rates": [1, 2, 4, 8, 16]}, "config.json")
-    assert found.pattern == Pattern(found.segment_lengths, found.dilation_rates, "modulo", 1, "once", "all", 4)
+    found = parse_config(
+        PAPER | options | {"position": "rope", "dilation_rates": [1, 2, 4, 8, 16]}, "config.json"
+    )
+    assert found.pattern == Pattern(
+        found.segment_lengths, found.dilation_rates, "modulo", 1, "once", "all", 4
+    )
     assert found.model_dump(mode="json").items() >= options.items()
     assert parse_config(json.loads(found.model_dump_json()), "again") == found
     assert LongNetConfig(**found.model_dump() | vars(found.pattern)) == found
@@ -120,8 +150,14 @@ class Recipe(BaseModel):
 def test_nested_models_have_dotted_names() -> None:
     assert validate(Recipe, {"optimizer": {"lr": 1e-3}}, "r").optimizer == Optimizer(lr=1e-3)
     for data, text in [
-        ({"optimizer": {"lr": 1, "beta": 2}}, "r: unknown key 'optimizer.beta': did you mean 'optimizer.betas'?"),
-        ({"stages": [{"lr": 1, "betaz": 2}]}, "r: unknown key 'stages.0.betaz': did you mean 'stages.0.betas'?"),
+        (
+            {"optimizer": {"lr": 1, "beta": 2}},
+            "r: unknown key 'optimizer.beta': did you mean 'optimizer.betas'?",
+        ),
+        (
+            {"stages": [{"lr": 1, "betaz": 2}]},
+            "r: unknown key 'stages.0.betaz': did you mean 'stages.0.betas'?",
+        ),
         ({"optimiser": {}}, "r: unknown key 'optimiser': did you mean 'optimizer'?"),
         ({"optimizer": {}}, "r: missing key 'optimizer.lr'"),
         ({"optimizer": {"lr": "fast"}}, "r: optimizer.lr: "),

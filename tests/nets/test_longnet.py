@@ -56,7 +56,9 @@ def test_a_token_reaches_as_far_as_the_pattern_says(num_layers: int, causal: boo
     changed_tokens.diagonal().add_(1).remainder_(37)
     with torch.no_grad():
         base = net(tokens)
-        change = torch.cat([net(rows) - base for rows in changed_tokens.split(50)]).abs().amax(-1)  # (token, output)
+        change = (
+            torch.cat([net(rows) - base for rows in changed_tokens.split(50)]).abs().amax(-1)
+        )  # (token, output)
     hop = torch.eye(200, dtype=torch.bool)
     position = torch.arange(200)
     for level, (w, r) in enumerate(net.config.pattern.levels):
@@ -75,7 +77,9 @@ def test_a_padded_row_is_what_it_would_be_alone(causal: bool) -> None:
     net, tokens = build(causal=causal, position="rope"), token_ids(3, 70)
     hidden = net(tokens, lengths=[70, 33, 1])
     for row, length in enumerate((70, 33, 1)):
-        torch.testing.assert_close(hidden[row : row + 1, :length], net(tokens[row : row + 1, :length]))
+        torch.testing.assert_close(
+            hidden[row : row + 1, :length], net(tokens[row : row + 1, :length])
+        )
 
 
 @pytest.mark.parametrize("position", ["rope", "xpos", "none"])
@@ -90,7 +94,10 @@ def test_documents_in_a_row_are_what_they_would_be_alone(position: str) -> None:
 def test_sinks_are_seen_at_one_distance_however_far_the_rest_is() -> None:
     """8,192 tokens, all but the sinks moved: every segment sees those right before its window."""
     torch.manual_seed(0)
-    net, tokens = LongNet(small(position="rope", **vars(Pattern.window(64, sinks=4)))), token_ids(1, 8192)
+    net, tokens = (
+        LongNet(small(position="rope", **vars(Pattern.window(64, sinks=4)))),
+        token_ids(1, 8192),
+    )
     sinks: list[tuple[Tensor, Tensor]] = []
 
     def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
@@ -99,14 +106,22 @@ def test_sinks_are_seen_at_one_distance_however_far_the_rest_is() -> None:
 
     net(tokens[:, :4], far=keep)
     hidden = [
-        net(tokens[:, 4:], start=start, far=lambda layer, q, k, v: Outside([FarKeys(SINKS, 0, 4, *sinks[layer])]))
+        net(
+            tokens[:, 4:],
+            start=start,
+            far=lambda layer, q, k, v: Outside([FarKeys(SINKS, 0, 4, *sinks[layer])]),
+        )
         for start in (2 * 64, 2 * 64 + 10**6, 2 * 64 + 10**8)
     ]
     for moved in hidden[1:]:
         torch.testing.assert_close(moved, hidden[0], rtol=0, atol=1e-4)
     # and they matter to every token: with other values there, all are others
     other = [(k, v.flip(1)) for k, v in sinks]
-    seen = net(tokens[:, 4:], start=2 * 64, far=lambda layer, q, k, v: Outside([FarKeys(SINKS, 0, 4, *other[layer])]))
+    seen = net(
+        tokens[:, 4:],
+        start=2 * 64,
+        far=lambda layer, q, k, v: Outside([FarKeys(SINKS, 0, 4, *other[layer])]),
+    )
     assert (seen - hidden[0]).abs().amax(-1).min() > 1e-2
 
 
@@ -116,7 +131,9 @@ def test_chunked_nll_is_cross_entropy(tied: bool, limit: int) -> None:
     net, tokens = build(tie_embeddings=tied), token_ids(2, 65)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = -100
-    wanted = F.cross_entropy(net.logits(net(tokens)).flatten(0, 1), targets.flatten(), reduction="none").view(2, 65)
+    wanted = F.cross_entropy(
+        net.logits(net(tokens)).flatten(0, 1), targets.flatten(), reduction="none"
+    ).view(2, 65)
     wanted.sum().backward()
     gradients = [parameter.grad.clone() for parameter in net.parameters()]
     net.zero_grad()
@@ -134,10 +151,14 @@ def test_only_one_chunk_of_logits_lives(monkeypatch: pytest.MonkeyPatch) -> None
     net, tokens = build(torch.float32), token_ids(1, 100)
     sizes: list[int] = []
     logits = LongNet.logits
-    monkeypatch.setattr(LongNet, "logits", lambda self, h: sizes.append(logits(self, h).numel()) or logits(self, h))
+    monkeypatch.setattr(
+        LongNet, "logits", lambda self, h: sizes.append(logits(self, h).numel()) or logits(self, h)
+    )
     saved: list[int] = []
     hidden = net(tokens)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel()) or t, lambda t: t
+    ):
         nll = net.nll(hidden, tokens, limit=37 * 16)
     assert nll.dtype is torch.float32
     assert max(sizes) == 37 * 16
@@ -152,7 +173,10 @@ def test_only_one_chunk_of_logits_lives(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("tied", [True, False])
 def test_counts_its_parameters(norm: str, final_norm: bool, tied: bool) -> None:
     config = small(norm=norm, final_norm=final_norm, tie_embeddings=tied)
-    assert sum(parameter.numel() for parameter in LongNet(config).parameters()) == config.num_parameters()
+    assert (
+        sum(parameter.numel() for parameter in LongNet(config).parameters())
+        == config.num_parameters()
+    )
 
 
 def test_initial_weights() -> None:
@@ -173,7 +197,9 @@ def test_initial_weights() -> None:
         assert linear.weight.std().item() == pytest.approx(std, rel=0.02)
         assert (linear.bias == 0).all()
     assert net.embedding.weight.std().item() == pytest.approx(256**-0.5, rel=0.02)
-    assert LongNet(small(norm="pre")).layers[0].ffn.fc1.weight.std().item() == pytest.approx((2 / 96) ** 0.5, rel=0.1)
+    assert LongNet(small(norm="pre")).layers[0].ffn.fc1.weight.std().item() == pytest.approx(
+        (2 / 96) ** 0.5, rel=0.1
+    )
 
 
 def test_meta_device_then_weights() -> None:
@@ -238,21 +264,33 @@ def test_products_share_one_cast_and_inner_norms_stay_narrow() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "notes"),
-    [("flags : sse avx2 avx512f", 1), ("flags\t\t: avx512_bf16", 0), ("Features : bf16", 0), ("", 0)],
+    [
+        ("flags : sse avx2 avx512f", 1),
+        ("flags\t\t: avx512_bf16", 0),
+        ("Features : bf16", 0),
+        ("", 0),
+    ],
 )
-def test_slow_bf16_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, notes: int) -> None:
+def test_slow_bf16_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, notes: int
+) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
     monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
     device._warn_of_slow_bf16.cache_clear()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        chosen = [device.resolve_dtype(name, torch.device("cpu")) for name in ("auto", "fp32", "bf16", "bf16")]
+        chosen = [
+            device.resolve_dtype(name, torch.device("cpu"))
+            for name in ("auto", "fp32", "bf16", "bf16")
+        ]
     assert chosen == ["fp32", "fp32", "bf16", "bf16"]
     said = "this CPU has no bf16 instructions: --dtype fp32 is faster here"
     assert [str(each.message) for each in found] == [said] * notes
 
 
-def config(position: str, segments: tuple[int, ...] = (64, 256), head_dim: int = 16) -> LongNetConfig:
+def config(
+    position: str, segments: tuple[int, ...] = (64, 256), head_dim: int = 16
+) -> LongNetConfig:
     return LongNetConfig(
         vocab_size=0,
         dim=2 * head_dim,
@@ -266,7 +304,9 @@ def config(position: str, segments: tuple[int, ...] = (64, 256), head_dim: int =
 
 
 def drawn(tokens: int, dtype: torch.dtype, head_dim: int = 16) -> Tensor:
-    return torch.randn(1, tokens, 2, head_dim, dtype=dtype, generator=torch.Generator().manual_seed(tokens))
+    return torch.randn(
+        1, tokens, 2, head_dim, dtype=dtype, generator=torch.Generator().manual_seed(tokens)
+    )
 
 
 @pytest.mark.parametrize("start", [0, 2**24 - 8, 2**30 - 8])
@@ -281,11 +321,16 @@ def test_phases_far_out(start: int) -> None:
         assert np.abs(ours[:, 0].numpy() - oracle).max() <= 1e-6
 
 
-@pytest.mark.parametrize(("position", "start"), [("rope", 0), ("rope", 10**9), ("xpos", 0), ("xpos", 5 * 256)])
+@pytest.mark.parametrize(
+    ("position", "start"), [("rope", 0), ("rope", 10**9), ("xpos", 0), ("xpos", 5 * 256)]
+)
 def test_scores_depend_on_distance_only(position: str, start: int) -> None:
     """One q and one k at every position of a segment: all scores at one distance are equal."""
     tokens = 256
-    q, k = (x.expand(-1, tokens, -1, -1) for x in (drawn(1, torch.float64), drawn(1, torch.float64).flip(-1)))
+    q, k = (
+        x.expand(-1, tokens, -1, -1)
+        for x in (drawn(1, torch.float64), drawn(1, torch.float64).flip(-1))
+    )
     table = position_table(config(position), start, tokens, "cpu", torch.float64)
     q, k = rotate(q, k, table)
     scores = torch.einsum("bnhd,bmhd->hnm", q, k)
@@ -293,7 +338,9 @@ def test_scores_depend_on_distance_only(position: str, start: int) -> None:
         diagonal = scores.diagonal(-distance, 1, 2)  # queries `distance` after their keys
         # float64 resolves a phase of 1e9 to 1e-7
         tolerance = 1e-6 if start > 2**24 else 1e-12
-        torch.testing.assert_close(diagonal, diagonal[:, :1].expand_as(diagonal), rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            diagonal, diagonal[:, :1].expand_as(diagonal), rtol=0, atol=tolerance
+        )
 
 
 def test_xpos_equals_torchscales_formula() -> None:
@@ -302,22 +349,35 @@ def test_xpos_equals_torchscales_formula() -> None:
     q, k = drawn(tokens, torch.float64), drawn(tokens, torch.float64).flip(1)
     ours_q, ours_k = rotate(q, k, position_table(config("xpos"), 0, tokens, "cpu", torch.float64))
     zeta = (torch.arange(0, d, 2, dtype=torch.float64) + 0.4 * d) / (1.4 * d)
-    decay = (zeta ** (torch.arange(-tokens // 2, tokens - tokens // 2)[:, None] / 512)).repeat_interleave(2, -1)
-    phase = torch.arange(tokens)[:, None] * 10000.0 ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2))
+    decay = (
+        zeta ** (torch.arange(-tokens // 2, tokens - tokens // 2)[:, None] / 512)
+    ).repeat_interleave(2, -1)
+    phase = torch.arange(tokens)[:, None] * 10000.0 ** (
+        -torch.arange(d // 2, dtype=torch.float64) / (d // 2)
+    )
     cos, sin = (f(phase).repeat_interleave(2, -1)[:, None] for f in (torch.cos, torch.sin))
 
     def turned(x: Tensor) -> Tensor:
         return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
 
-    theirs = torch.einsum("bnhd,bmhd->hnm", turned(q) * decay[:, None], turned(k) / decay[:, None]).tril()
-    torch.testing.assert_close(torch.einsum("bnhd,bmhd->hnm", ours_q, ours_k).tril(), theirs, rtol=0, atol=1e-12)
+    theirs = torch.einsum(
+        "bnhd,bmhd->hnm", turned(q) * decay[:, None], turned(k) / decay[:, None]
+    ).tril()
+    torch.testing.assert_close(
+        torch.einsum("bnhd,bmhd->hnm", ours_q, ours_k).tril(), theirs, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "reached", "seen_at"),
-    [("look_back=1,overlap=once,queries=all", (0, 16, 64), (0, 16, 28)), ("look_back=1", (0, 0, 0), (0, 0, 0))],
+    [
+        ("look_back=1,overlap=once,queries=all", (0, 16, 64), (0, 16, 28)),
+        ("look_back=1", (0, 0, 0), (0, 0, 0)),
+    ],
 )
-def test_levels_with_their_own_positions_are_one_softmax_over_compressed_distances(options, reached, seen_at) -> None:
+def test_levels_with_their_own_positions_are_one_softmax_over_compressed_distances(
+    options, reached, seen_at
+) -> None:
     """Two documents in a row, against a table of all scores."""
     pattern = parse_pattern(f"16/1,64/4,256/16,{options}")
     model = net(pattern, "rope_by_level", layers=1).double()
@@ -327,19 +387,35 @@ def test_levels_with_their_own_positions_are_one_softmax_over_compressed_distanc
 
     def expected() -> Iterator[torch.Tensor]:
         for part in x[0].split(documents):
-            q, k, v = (linear(part).unflatten(-1, (heads, size)) for linear in (attention.q, attention.k, attention.v))
+            q, k, v = (
+                linear(part).unflatten(-1, (heads, size))
+                for linear in (attention.q, attention.k, attention.v)
+            )
             place = torch.arange(len(part))
             scores, stop = [], place + 1
             for (w, r), begin, seen in zip(pattern.levels, reached, seen_at, strict=True):
                 distance = (place[:, None] - place - begin) / r + seen
-                phases = distance[..., None].double() * 10000.0 ** (-2 * torch.arange(size // 2).double() / size)
+                phases = distance[..., None].double() * 10000.0 ** (
+                    -2 * torch.arange(size // 2).double() / size
+                )
                 pairs = [torch.view_as_complex(each.unflatten(-1, (-1, 2))) for each in (q, k)]
                 turned = torch.polar(torch.ones_like(phases), phases)
-                of_level = torch.einsum("ihc,jhc,ijc->hij", pairs[0], pairs[1].conj(), turned).real / size**0.5
+                of_level = (
+                    torch.einsum("ihc,jhc,ijc->hij", pairs[0], pairs[1].conj(), turned).real
+                    / size**0.5
+                )
                 start = (place // w - 1).clamp(min=0) * w
-                kept = place % r == torch.tensor(pattern.offsets(pattern.levels.index((w, r)), heads))[:, None]
+                kept = (
+                    place % r
+                    == torch.tensor(pattern.offsets(pattern.levels.index((w, r)), heads))[:, None]
+                )
                 asks = torch.ones_like(kept) if pattern.queries == "all" else kept
-                visible = (place >= start[:, None]) & (place < stop[:, None]) & kept[:, None] & asks[..., None]
+                visible = (
+                    (place >= start[:, None])
+                    & (place < stop[:, None])
+                    & kept[:, None]
+                    & asks[..., None]
+                )
                 scores.append(of_level.masked_fill(~visible, -torch.inf))
                 stop = start if pattern.overlap == "once" else stop
             weights = torch.cat(scores, -1).softmax(-1).unflatten(-1, (len(scores), -1)).sum(2)
@@ -382,9 +458,13 @@ def test_types_are_kept_and_products_are_wide(dtype: torch.dtype) -> None:
     table = position_table(config("rope"), 1000, 8, "cpu", dtype)
     turned, _ = rotate(q, q, table)
     assert turned.dtype is dtype
-    exact, _ = rotate(q.double(), q.double(), position_table(config("rope"), 1000, 8, "cpu", torch.float64))
+    exact, _ = rotate(
+        q.double(), q.double(), position_table(config("rope"), 1000, 8, "cpu", torch.float64)
+    )
     # one rounding to the type, none in between
-    assert ((turned.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 4e-7).all()
+    assert (
+        (turned.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 4e-7
+    ).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -396,7 +476,9 @@ def test_a_key_turned_by_a_distance_is_one_that_far_on(dtype: torch.dtype) -> No
     found = turn(keys[:, None].expand(-1, 4, -1, -1, -1), distances)
     for moved, distance in zip(found.unbind(1), distances.tolist(), strict=True):
         expected, _ = rotate(q, q, position_table(config("rope"), 5 + distance, 4, "cpu", dtype))
-        torch.testing.assert_close(moved, expected, rtol=0, atol=2e-6)  # float32 rounds both; phases of 1e9 are 1e-7
+        torch.testing.assert_close(
+            moved, expected, rtol=0, atol=2e-6
+        )  # float32 rounds both; phases of 1e9 are 1e-7
     assert sink_turn(config("none")) is sink_turn(config("xpos")) is None
 
 
@@ -406,5 +488,7 @@ def test_none_and_strided_views() -> None:
     assert rotate(q, q, None) == (q, q)
     fused = torch.randn(1, 8, 3, 2, 16)
     table = position_table(config("rope"), 3, 8, "cpu", torch.float32)
-    assert torch.equal(rotate(fused[:, :, 0], q, table)[0], rotate(fused[:, :, 0].clone(), q, table)[0])
+    assert torch.equal(
+        rotate(fused[:, :, 0], q, table)[0], rotate(fused[:, :, 0].clone(), q, table)[0]
+    )
     assert math.isclose(rotate(q, q, table)[0].norm(), q.norm(), rel_tol=1e-6)

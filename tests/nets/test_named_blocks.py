@@ -44,7 +44,9 @@ def plainly(ids: list[int], first: int, near: int, number: int, size: int) -> li
                 blocks.setdefault(place // size + 1, named_blocks.NEXT)
         for block, worth in blocks.items():
             scores[block] += worth * log(near // size / len(blocks))
-    best = sorted((block for block in scores if block), key=lambda block: (-round(scores[block], 9), block))
+    best = sorted(
+        (block for block in scores if block), key=lambda block: (-round(scores[block], 9), block)
+    )
     return [block for block in best if scores[block] > 1e-12][:number]
 
 
@@ -52,7 +54,9 @@ def plainly(ids: list[int], first: int, near: int, number: int, size: int) -> li
     seed=st.integers(0, 999), tokens=st.integers(1, 300), words=st.sampled_from([2, 9, 40]), sizes=cuts(),
     every=st.sampled_from([1, 4, 8]),
 )  # fmt: skip
-def test_names_are_those_of_a_plain_count(seed: int, tokens: int, words: int, sizes: list[int], every: int) -> None:
+def test_names_are_those_of_a_plain_count(
+    seed: int, tokens: int, words: int, sizes: list[int], every: int
+) -> None:
     """In any chunks, and in any of two rows."""
     chance, pattern = random.Random(seed), replace(PATTERN, chosen_every=every)
     ids = torch.tensor([[chance.randrange(words) for _ in range(tokens)] for _ in range(2)])
@@ -98,7 +102,13 @@ def test_a_fork_reads_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_net_sees_what_its_text_names() -> None:
     """With the same queries and keys, another text gives other hidden states; vectors have no text."""
     config = LongNetConfig(
-        vocab_size=50, dim=16, num_layers=2, num_heads=2, ffn_dim=16, pattern=PATTERN, position="rope"
+        vocab_size=50,
+        dim=16,
+        num_layers=2,
+        num_heads=2,
+        ffn_dim=16,
+        pattern=PATTERN,
+        position="rope",
     )
     net = LongNet(config).double().eval()
     ids = torch.randint(50, (2, 200))
@@ -106,7 +116,9 @@ def test_a_net_sees_what_its_text_names() -> None:
         hidden = net(ids)
         unnamed = net(embeddings=net.embed(ids))
         assert not torch.allclose(hidden, unnamed)
-        assert torch.equal(net(ids, named=lambda row, part: torch.full((part.groups.number, 2), -1)), unnamed)
+        assert torch.equal(
+            net(ids, named=lambda row, part: torch.full((part.groups.number, 2), -1)), unnamed
+        )
         stream = CausalStream(net)
         read = [stream(embeddings=net.embed(some)) for some in ids.split(30, 1)]
         torch.testing.assert_close(torch.cat(read, 1), unnamed)

@@ -20,7 +20,10 @@ from longnet_cli.nets.slide import SlideEncoder, grid_cells, grid_positions
 @torch.no_grad()
 def test_a_padded_batch_is_each_slide_alone(padding: str, pool: str) -> None:
     encoder, lengths = slide_encoder(padding=padding), [70, 131, 1]
-    features, coords = torch.full((3, 131, 6), torch.nan), torch.full((3, 131, 2), -7.0)  # padding may be anything
+    features, coords = (
+        torch.full((3, 131, 6), torch.nan),
+        torch.full((3, 131, 2), -7.0),
+    )  # padding may be anything
     alone = []
     for row, tiles in enumerate(lengths):
         x, at = slide(tiles, row)
@@ -29,7 +32,9 @@ def test_a_padded_batch_is_each_slide_alone(padding: str, pool: str) -> None:
     together = encoder(features, coords, lengths=lengths, pool=pool, all_layers=True)
     torch.testing.assert_close(together, torch.stack(alone, 1), rtol=0, atol=1e-5)
     one = encoder(features, coords, lengths=torch.tensor(lengths), pool=pool)
-    torch.testing.assert_close(one[0], encoder(*(x[None] for x in slide(70, 0)), pool=pool)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        one[0], encoder(*(x[None] for x in slide(70, 0)), pool=pool)[0], rtol=0, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -43,7 +48,10 @@ def test_the_side_of_a_tile_is_given_for_a_call_or_for_each_slide() -> None:
     assert torch.equal(encoder(features, coords, tile_size=sides), wanted)
     assert torch.equal(encoder(features, coords, tile_size=torch.tensor(sides)), wanted)
     assert torch.equal(encoder(features, cells * 512, tile_size=512), wanted)
-    with pytest.raises(ValueError, match=r"slide 1, tile .*: its cell .* is outside the grid of 50 x 50 of 256 pixels"):
+    with pytest.raises(
+        ValueError,
+        match=r"slide 1, tile .*: its cell .* is outside the grid of 50 x 50 of 256 pixels",
+    ):
         encoder(features, coords)
 
 
@@ -59,13 +67,21 @@ def grown(encoder: SlideEncoder, dtype: torch.dtype) -> tuple[dict[str, Tensor],
     features, coords = slide(120)
     encoder.train().to(dtype).zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = encoder(features.to(dtype).expand(2, -1, -1), coords.expand(2, -1, -1), lengths=[120, 77]).square().sum()
+        loss = (
+            encoder(
+                features.to(dtype).expand(2, -1, -1), coords.expand(2, -1, -1), lengths=[120, 77]
+            )
+            .square()
+            .sum()
+        )
     loss.backward()
     return {name: p.grad for name, p in encoder.named_parameters()}, sum(held.values())
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_layers_that_are_computed_again_give_the_same_gradients(dtype: torch.dtype, near: float) -> None:
+def test_layers_that_are_computed_again_give_the_same_gradients(
+    dtype: torch.dtype, near: float
+) -> None:
     encoder = slide_encoder(num_layers=4, dropout=0.25, drop_path=0.3)
     assert encoder.activation_checkpointing
     found, few = grown(encoder, dtype)
@@ -126,7 +142,10 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     [
         ({"features": torch.zeros(1, 4, 5)}, "features have 5 numbers, the model reads 6"),
         ({"coords": None}, r"coords must have the shape \(1, 4, 2\), got none"),
-        ({"coords": torch.zeros(1, 3, 2)}, r"coords must have the shape \(1, 4, 2\), got \(1, 3, 2\)"),
+        (
+            {"coords": torch.zeros(1, 3, 2)},
+            r"coords must have the shape \(1, 4, 2\), got \(1, 3, 2\)",
+        ),
         (
             {"coords": torch.tensor([[[0, 0], [256, 0], [0, 12800], [0, 0]]])},
             "slide 0, tile 2: the tile at .0, 12800.: its cell .0, 50. is",
@@ -154,4 +173,6 @@ def test_configurations_that_cannot_be() -> None:
         slide_config(causal=True)
     assert SlideConfig.gigapath().num_parameters() == 86_330_880
     with torch.device("meta"):
-        assert sum(p.numel() for p in SlideEncoder(SlideConfig.gigapath()).parameters()) == 86_330_880
+        assert (
+            sum(p.numel() for p in SlideEncoder(SlideConfig.gigapath()).parameters()) == 86_330_880
+        )

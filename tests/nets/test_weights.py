@@ -20,7 +20,9 @@ from longnet_cli.nets.weights import save_pretrained
 
 def small(**changes: object) -> LongNetConfig:
     sizes = {"vocab_size": 29, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24}
-    return LongNetConfig(**(sizes | {"segment_lengths": (8, 16), "dilation_rates": (1, 2)} | changes))
+    return LongNetConfig(
+        **(sizes | {"segment_lengths": (8, 16), "dilation_rates": (1, 2)} | changes)
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -44,10 +46,15 @@ def test_saved_is_loaded(tmp_path: Path, tied: bool) -> None:
         assert torch.equal(again.state_dict()[name], tensor)
     assert not again.training
     assert all(parameter.requires_grad for parameter in again.parameters())
-    assert next(LongNet.from_pretrained(tmp_path / "run", dtype=torch.bfloat16).parameters()).dtype is torch.bfloat16
+    assert (
+        next(LongNet.from_pretrained(tmp_path / "run", dtype=torch.bfloat16).parameters()).dtype
+        is torch.bfloat16
+    )
 
 
-def test_saving_replaces_and_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_replaces_and_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = LongNet(small()), LongNet(small())
     (tmp_path / ".model.safetensors.0123abcd.tmp").write_bytes(b"of one that was killed")
     (tmp_path / ".model.89abcdef.tmp").mkdir()
@@ -70,7 +77,9 @@ def test_saving_replaces_and_leaves_no_temporary_file(tmp_path: Path, monkeypatc
         first.save_pretrained(tmp_path / "file" / "model")
 
 
-def test_a_directory_has_a_config_only_when_it_has_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_has_a_config_only_when_it_has_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rename, named = os.replace, []
 
     def interrupted(old: Path, new: Path) -> None:
@@ -89,7 +98,10 @@ def test_equal_models_are_equal_files(tmp_path: Path) -> None:
     net = LongNet(small())
     for number in range(8):  # safetensors would put four keys of metadata in a random order
         net.save_pretrained(tmp_path / str(number), tokenizer_json='{"version": "1.0"}')
-    assert len({(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(8)}) == 1
+    assert (
+        len({(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(8)})
+        == 1
+    )
 
 
 def test_no_flipped_byte_changes_the_weights_without_a_word(tmp_path: Path) -> None:
@@ -112,7 +124,9 @@ def test_a_changed_configuration_is_told_unless_it_only_looks_different(tmp_path
     path.write_text(json.dumps(dict(reversed(data.items()))))
     LongNet.from_pretrained(tmp_path)
     path.write_text(json.dumps(data | {"segment_lengths": [4, 16]}))
-    with pytest.raises(CheckpointError, match=r"config\.json: not what the weights were saved with"):
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: not what the weights were saved with"
+    ):
         LongNet.from_pretrained(tmp_path)
     LongNet.from_pretrained(tmp_path, verify=False).save_pretrained(tmp_path)
     LongNet.from_pretrained(tmp_path)
@@ -124,7 +138,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     with torch.no_grad():
         net.layers[1].ffn.fc1.weight[3, 4] = value
     net.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.ffn\.fc1\.weight has numbers that are NaN or infinite"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.ffn\.fc1\.weight has numbers that are NaN or infinite"
+    ):
         LongNet.from_pretrained(tmp_path)
 
 
@@ -151,8 +167,14 @@ def truncate(folder: Path) -> None:
     ("spoil", "part"),
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-        (lambda folder: (folder / "config.json").write_text('{"dim": '), "config.json: cannot be read"),
-        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json: cannot be read"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"dim": '),
+            "config.json: cannot be read",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"),
+            "config.json: cannot be read",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"not tensors"), "damaged"),
         (truncate, "damaged"),
@@ -162,15 +184,29 @@ def truncate(folder: Path) -> None:
             damage(lambda t: t.update({"embedding.weight": t["embedding.weight"].int()})),
             "embedding.weight is of type I32",
         ),
-        (damage(lambda t: t.update({"embedding.weight": t["embedding.weight"].bool()})), "is of type BOOL"),
-        (damage(lambda t: t.update({"embedding.weight": t["embedding.weight"] + 1j})), "is of type C64"),
-        (lambda folder: enlarge(folder, num_layers=10**4), "it has 2 layers, its configuration needs 10000"),
+        (
+            damage(lambda t: t.update({"embedding.weight": t["embedding.weight"].bool()})),
+            "is of type BOOL",
+        ),
+        (
+            damage(lambda t: t.update({"embedding.weight": t["embedding.weight"] + 1j})),
+            "is of type C64",
+        ),
+        (
+            lambda folder: enlarge(folder, num_layers=10**4),
+            "it has 2 layers, its configuration needs 10000",
+        ),
         (lambda folder: enlarge(folder, dim=2**24), "its configuration needs"),
         (damage(lambda t: t.update(extra=torch.zeros(1))), "unexpected tensor extra"),
-        (damage(lambda t: t.update({"embedding.weight": torch.zeros(9, 16)})), "embedding.weight has shape (9, 16)"),
+        (
+            damage(lambda t: t.update({"embedding.weight": torch.zeros(9, 16)})),
+            "embedding.weight has shape (9, 16)",
+        ),
     ],
 )
-def test_wrong_files_are_told_in_one_line(tmp_path: Path, spoil: Callable[[Path], None], part: str) -> None:
+def test_wrong_files_are_told_in_one_line(
+    tmp_path: Path, spoil: Callable[[Path], None], part: str
+) -> None:
     LongNet(small()).save_pretrained(tmp_path)
     spoil(tmp_path)
     with pytest.raises(CheckpointError) as caught:
@@ -185,8 +221,14 @@ def test_torchscale_refusals() -> None:
     net = LongNet(small())
     state = to_torchscale(net)
     for changes, part in [
-        ({"embed_positions.weight": torch.zeros(4, 16)}, "unexpected tensor embed_positions.weight"),
-        ({"layers.0.ffn.A.fc1.weight": torch.zeros(1)}, "unexpected tensor layers.0.ffn.A.fc1.weight"),
+        (
+            {"embed_positions.weight": torch.zeros(4, 16)},
+            "unexpected tensor embed_positions.weight",
+        ),
+        (
+            {"layers.0.ffn.A.fc1.weight": torch.zeros(1)},
+            "unexpected tensor layers.0.ffn.A.fc1.weight",
+        ),
         ({"layers.7.ffn.fc1.bias": torch.zeros(24)}, "unexpected tensor layers.7.ffn.fc1.bias"),
         ({"layers.0.ffn.fc1.bias": torch.zeros(25)}, "has shape (25,)"),
         ({"output_projection.weight": torch.zeros(29, 16)}, "tie_embeddings=false"),
@@ -209,15 +251,27 @@ NAMES = {
 
 def official_names(layers: int) -> set[str]:
     """As torchscale's own modules name the parameters of subln layers; written out, not derived from our table."""
-    modules = [f"{m}.{x}" for m, inner in NAMES.items() for x in inner] + [m for m, inner in NAMES.items() if not inner]
-    return {f"layers.{i}.{m}.{leaf}" for i in range(layers) for m in modules for leaf in ("weight", "bias")}
+    modules = [f"{m}.{x}" for m, inner in NAMES.items() for x in inner] + [
+        m for m, inner in NAMES.items() if not inner
+    ]
+    return {
+        f"layers.{i}.{m}.{leaf}"
+        for i in range(layers)
+        for m in modules
+        for leaf in ("weight", "bias")
+    }
 
 
-MADE_ANEW = {"layers.0.self_attn.xpos.scale": torch.zeros(4), "version": torch.tensor([3.0])}  # which files may have
+MADE_ANEW = {
+    "layers.0.self_attn.xpos.scale": torch.zeros(4),
+    "version": torch.tensor([3.0]),
+}  # which files may have
 ENCODER = {"vocab_size": 0, "position": "none", "causal": False}
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, ENCODER, ENCODER | {"norm": "pre"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": False}, ENCODER, ENCODER | {"norm": "pre"}]
+)
 def test_official_names_are_read(changes: dict) -> None:
     net = LongNet(small(head_offsets="grouped", **changes))
     state = to_torchscale(net)
@@ -225,13 +279,19 @@ def test_official_names_are_read(changes: dict) -> None:
     if net.config.vocab_size:
         expected |= {"embed_tokens.weight", "output_projection.weight"}
     if net.config.norm == "pre":
-        expected = {name for name in expected if "inner_attn_ln" not in name and "ffn_layernorm" not in name}
+        expected = {
+            name for name in expected if "inner_attn_ln" not in name and "ffn_layernorm" not in name
+        }
     assert {name for name in state if "xpos" not in name} == expected
     if not net.config.vocab_size:
-        half = from_torchscale({f"encoder.{name}": x.half() for name, x in state.items()}, net.config)
+        half = from_torchscale(
+            {f"encoder.{name}": x.half() for name, x in state.items()}, net.config
+        )
         assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
     for prefix in ("", "model.", "decoder.", "model.decoder."):
-        again = from_torchscale({f"{prefix}{name}": x for name, x in (state | MADE_ANEW).items()}, net.config)
+        again = from_torchscale(
+            {f"{prefix}{name}": x for name, x in (state | MADE_ANEW).items()}, net.config
+        )
         assert again.state_dict().keys() == net.state_dict().keys()
         for name, tensor in net.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor)

@@ -49,14 +49,22 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     for seed in range(problems):
         pick = random.Random(seed)  # the same on every rank
-        causal, kind, offsets = GRID[seed] if seed < len(GRID) else (pick.random() < 0.5, None, None)
+        causal, kind, offsets = (
+            GRID[seed] if seed < len(GRID) else (pick.random() < 0.5, None, None)
+        )
         pattern, kv_heads = random_pattern(pick, kind, offsets, causal), pick.randint(1, 4)
-        heads, rotary = kv_heads * pick.choice([1, 1, 2, 3]), {"turn": turn} if pick.random() < 0.5 else {}
+        heads, rotary = (
+            kv_heads * pick.choice([1, 1, 2, 3]),
+            {"turn": turn} if pick.random() < 0.5 else {},
+        )
         batch, tokens = pick.randint(1, 2), pick.randint(1, 400)
         edges = even_edges(0, tokens, world)
         if pick.random() < 0.5:  # uneven, some of them empty
             edges = [0, *sorted(pick.randint(0, tokens) for _ in range(world - 1)), tokens]
-        cuts = sorted({pick.randint(0, tokens - 1) for _ in range(pick.choice([0, 0, 1, 3]) if causal else 0)} | {0})
+        cuts = sorted(
+            {pick.randint(0, tokens - 1) for _ in range(pick.choice([0, 0, 1, 3]) if causal else 0)}
+            | {0}
+        )
         documents = [b - a for a, b in zip(cuts, [*cuts[1:], tokens], strict=True)]
         generator = torch.Generator().manual_seed(seed)
         by_level = not rotary and not pattern.sinks and pick.random() < 0.5
@@ -85,7 +93,12 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "world", [3, pytest.param(8, marks=pytest.mark.ci), *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))]
+    "world",
+    [
+        3,
+        pytest.param(8, marks=pytest.mark.ci),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)),
+    ],
 )
 def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
     run_ranks(world, tmp_path, in_both_types, attention_in_shards, 24 if world < 8 else 12)
@@ -96,7 +109,8 @@ def plans_that_differ() -> None:
     edges = [0, 90 if rank == 2 else 100, 200, 300]
     exchange = Exchange(net(PAPER_64TH).config, edges)
     with pytest.raises(
-        LongNetError, match=r"rank \d of a group sends .*expects: start all ranks with the same version"
+        LongNetError,
+        match=r"rank \d of a group sends .*expects: start all ranks with the same version",
     ):
         exchange.run(keys, keys)
 
@@ -144,7 +158,9 @@ def counted_traffic() -> None:
         assert forward == way_back
         # research/parallel.md 3, on all ranks together: causal ranks receive half of what they would otherwise
         wider = [(w, r) for w, r in pattern.levels if w > shard]
-        everything = sum(w // r * (w // shard - 1) * (tokens // w) for w, r in wider)  # rows that other ranks read
+        everything = sum(
+            w // r * (w // shard - 1) * (tokens // w) for w, r in wider
+        )  # rows that other ranks read
         each = 2 * model.config.dim * 4
         assert forward == layers * each * everything // 2
         traffic.append(forward)
@@ -185,7 +201,17 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-MOVING = ("index_select", "index", "copy_", "clone", "cat", "gather", "index_add_", "_to_copy", "as_strided_copy")
+MOVING = (
+    "index_select",
+    "index",
+    "copy_",
+    "clone",
+    "cat",
+    "gather",
+    "index_add_",
+    "_to_copy",
+    "as_strided_copy",
+)
 
 
 def counted_copies() -> None:
@@ -200,7 +226,10 @@ def counted_copies() -> None:
         attended, _ = exchange.run(k, v)
         attended[0].ready()
     assert len(copies.found) <= 4, copies.found
-    assert rank == 0 or len(attended) == len({(keys.level, keys.start) for keys in attended}) < 7 * rank
+    assert (
+        rank == 0
+        or len(attended) == len({(keys.level, keys.start) for keys in attended}) < 7 * rank
+    )
 
 
 @pytest.mark.ci
@@ -220,7 +249,12 @@ def test_a_mistaken_rank_is_noticed() -> None:
     window = Exchange(net(Pattern.window(300, sinks=4)).config, even_edges(0, 1000, 4), rank=1)
     whole, shared = (sum(window.sizes(window.sent, shape)) for shape in shapes)
     assert whole == 2 * shared > 0
-    assert exchange.sizes(exchange.sent, shapes[0]) == [0, 0, 0, 2 * 4 * 8 * sum(p.rows for p in exchange.sent[3])]
+    assert exchange.sizes(exchange.sent, shapes[0]) == [
+        0,
+        0,
+        0,
+        2 * 4 * 8 * sum(p.rows for p in exchange.sent[3]),
+    ]
     with pytest.raises(ValueError, match="causal"):
         Exchange(net(PAPER_64TH, causal=False).config, [0, 10, 20], rank=0, cuts=[5])
 
@@ -244,22 +278,30 @@ def training_in_shards(dtype: torch.dtype) -> None:
         for _ in range(pick.choice([0, 2, 9])):
             ids[pick.randrange(batch), pick.randrange(tokens)] = EOS
         if not causal:
-            targets[:, : tokens // world] = -100  # the first rank has nothing to lose: no hang, no NaN
+            targets[
+                :, : tokens // world
+            ] = -100  # the first rank has nothing to lose: no hang, no NaN
         cut = causal and seed > 0 and pick.choice([True, False])
-        loss = backward(model, ids, targets, chunk=10_000, starts=document_starts(ids, EOS) if cut else None)
+        loss = backward(
+            model, ids, targets, chunk=10_000, starts=document_starts(ids, EOS) if cut else None
+        )
         expected = [p.grad for p in model.parameters()]
         model.zero_grad()
         starts = document_starts(ids, EOS) if cut else None
         stored = far_bytes(model.config, tokens, chunk * world, dtype.itemsize).stored
         room = MappedMemory(batch * stored)  # as a job has
-        part = backward(model, ids, targets, chunk=chunk, starts=starts, ranks=together(), allocate=room.empty)
+        part = backward(
+            model, ids, targets, chunk=chunk, starts=starts, ranks=together(), allocate=room.empty
+        )
         dist.all_reduce(part)
         floor = 0.1 * max(g.double().norm().item() for g in expected)
         assert off(part, loss, 0) <= TOLERANCE[dtype][0] * 10
         for (name, p), wanted in zip(model.named_parameters(), expected, strict=True):
             dist.all_reduce(p.grad)
             error = off(p.grad, wanted, floor)
-            assert error <= TOLERANCE[dtype][1], f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
+            assert error <= TOLERANCE[dtype][1], (
+                f"problem {seed}, rank {rank}: {name} is off by {error:.2e}"
+            )
 
 
 @pytest.mark.parametrize("world", [3, pytest.param(2, marks=pytest.mark.slow)])
@@ -274,7 +316,9 @@ def slices_of_stored_windows(chunk: int) -> None:
     document = Document(draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy())
     batch, _ = next(iter(TokenWindows([TokenStream([document], EOS)], 240, 2, seed=0)))
     whole = torch.from_numpy(batch.read_all())
-    loss = backward(model, whole[:, :-1], whole[:, 1:], chunk=10_000, starts=document_starts(whole[:, :-1], EOS))
+    loss = backward(
+        model, whole[:, :-1], whole[:, 1:], chunk=10_000, starts=document_starts(whole[:, :-1], EOS)
+    )
     expected = [p.grad for p in model.parameters()]
     model.zero_grad()
     document.reads.clear()
@@ -309,7 +353,9 @@ def streaming_in_shards() -> None:
     for seed in range(9):
         pick = random.Random(seed)
         pattern = random_pattern(pick)
-        few = seed == 8  # the last chunk has fewer tokens than there are ranks, and starts inside a segment
+        few = (
+            seed == 8
+        )  # the last chunk has fewer tokens than there are ranks, and starts inside a segment
         model, tokens = net(pattern).double(), 26 if few else pick.randint(1, 500)
         ids = draw(1, tokens + 1, seed)
         with torch.no_grad():
@@ -318,12 +364,17 @@ def streaming_in_shards() -> None:
         while start < tokens:
             number = min(25 if few else pick.randint(1, 200), tokens - start)
             edges = even_edges(start, number, world)
-            mine, exchange = slice(edges[rank], edges[rank + 1]), Exchange(model.config, edges, cached=True)
+            mine, exchange = (
+                slice(edges[rank], edges[rank + 1]),
+                Exchange(model.config, edges, cached=True),
+            )
             found = stream(ids[:, mine], exchange=exchange)
             torch.testing.assert_close(found, whole[:, mine], rtol=1e-11, atol=1e-11)
             start = edges[-1]
         # every rank can go on alone
-        torch.testing.assert_close(stream(ids[:, tokens:]), whole[:, tokens:], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(
+            stream(ids[:, tokens:]), whole[:, tokens:], rtol=1e-11, atol=1e-11
+        )
 
 
 def layer_by_layer_in_shards() -> None:
@@ -331,7 +382,10 @@ def layer_by_layer_in_shards() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     for seed in range(6):
         pick = random.Random(seed)
-        model, chunk = net(random_pattern(pick, causal=False), causal=False).double(), pick.randint(20, 80)
+        model, chunk = (
+            net(random_pattern(pick, causal=False), causal=False).double(),
+            pick.randint(20, 80),
+        )
         tokens = chunk * world + pick.randint(1, 200)
         ids = draw(1, tokens, seed)
         with torch.no_grad():
@@ -401,7 +455,9 @@ class Counted:
         self.calls: Counter[str] = Counter()
         self.device, self.by_gloo = device, 0
         for name in NAMES:
-            setattr(dist, name, self._counting(name, getattr(dist, name)))  # the process ends with the test
+            setattr(
+                dist, name, self._counting(name, getattr(dist, name))
+            )  # the process ends with the test
 
     def _counting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
@@ -428,7 +484,9 @@ def collectives_of_layers(tokens: int) -> None:
     exchange._agree((1, edges[rank + 1] - edges[rank], 4, 8))  # once in a job, by gloo
     counted.take()
     counted.by_gloo = 0
-    hidden = model(draw(1, tokens)[:, edges[rank] : edges[rank + 1]], start=exchange.start, far=exchange)
+    hidden = model(
+        draw(1, tokens)[:, edges[rank] : edges[rank + 1]], start=exchange.start, far=exchange
+    )
     assert counted.take() == {"all_to_all_single": 3}
     hidden.sum().backward()
     assert counted.take() == {"all_to_all_single": 3}

@@ -44,12 +44,20 @@ from longnet_cli.running.ranks.ranks import Ranks
 LONGEST = 10_000  # a chunk that holds everything
 
 
-def batch_of_all(pick: random.Random, ranks: Ranks, ignored: str) -> tuple[Tensor, Tensor, list[list[int]] | None]:
+def batch_of_all(
+    pick: random.Random, ranks: Ranks, ignored: str
+) -> tuple[Tensor, Tensor, list[list[int]] | None]:
     """Windows of documents for all groups together, some with nothing to learn from."""
-    rows, tokens, seed = ranks.dp * pick.randint(1, 2), pick.choice([1, 40, pick.randint(1, 160)]), pick.randrange(1000)
+    rows, tokens, seed = (
+        ranks.dp * pick.randint(1, 2),
+        pick.choice([1, 40, pick.randint(1, 160)]),
+        pick.randrange(1000),
+    )
     ids, targets = draw(rows, tokens, seed).clamp_(max=EOS - 1), draw(rows, tokens, seed + 9)
     for _ in range(pick.choice([0, 2, 9])):
-        ids[pick.randrange(rows), pick.randrange(tokens)] = EOS  # groups have other numbers of forwards
+        ids[pick.randrange(rows), pick.randrange(tokens)] = (
+            EOS  # groups have other numbers of forwards
+        )
     if ignored == "a group":
         targets[: rows // ranks.dp] = -100
     elif ignored == "a rank":
@@ -81,14 +89,20 @@ def steps(dtype: torch.dtype, dp: int) -> None:
         # in fp32 AdamW makes steps of gradients that are rounding alone, as that of a bias of keys
         kinds = OptimizerRecipe(lr=1e-2), torch.optim.SGD
         optimizers = [
-            build_optimizers(x, kinds[0])[0] if dtype is torch.float64 else kinds[1](x.parameters(), lr=0.1)
+            build_optimizers(x, kinds[0])[0]
+            if dtype is torch.float64
+            else kinds[1](x.parameters(), lr=0.1)
             for x in (alone, model)
         ]
         for step in range(2):
             what = f"problem {seed}, step {step}, rank {ranks.rank}, {'sharded' if sharded else 'whole'}"
-            ids, targets, starts = batch_of_all(pick, ranks, ["a group", "a rank", "nothing"][(seed + step) % 3])
+            ids, targets, starts = batch_of_all(
+                pick, ranks, ["a group", "a rank", "nothing"][(seed + step) % 3]
+            )
             chunk = pick.randint(3, 90) if chunked else LONGEST
-            loss = backward(alone, ids, targets, chunk=LONGEST, starts=starts, scale=1 / targets.numel())
+            loss = backward(
+                alone, ids, targets, chunk=LONGEST, starts=starts, scale=1 / targets.numel()
+            )
             mine = slice(ranks.dp_rank * len(ids) // dp, (ranks.dp_rank + 1) * len(ids) // dp)
             part = backward(
                 model, ids[mine], targets[mine], chunk=chunk, starts=starts and starts[mine], scale=1 / targets.numel(),
@@ -109,7 +123,8 @@ def steps(dtype: torch.dtype, dp: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dp", "sp"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.ci), pytest.param(2, 2, marks=pytest.mark.slow)]
+    ("dp", "sp"),
+    [(2, 1), pytest.param(1, 2, marks=pytest.mark.ci), pytest.param(2, 2, marks=pytest.mark.slow)],
 )
 def test_steps_are_those_of_one_process(dp: int, sp: int, tmp_path: Path) -> None:
     run_ranks(dp * sp, tmp_path, in_both_types, steps, dp)
@@ -129,7 +144,9 @@ def counted_collectives() -> None:
     model = net(random_pattern(random.Random(1)), layers=3)
     shard_weights(model, mesh(1))
     ids = draw(2, 200)
-    ids[0, 50:] = EOS  # the first row is many documents, some longer than both chunks; the second is one
+    ids[0, 50:] = (
+        EOS  # the first row is many documents, some longer than both chunks; the second is one
+    )
     ids[0, 120::7] = 0
     for _ in range(2):
         calls.clear()
@@ -194,7 +211,12 @@ def train_once(dp: int, corpus: Path, output: Path, shard: str, stop: int = 0) -
             signal.raise_signal(signal.SIGTERM)
 
     def run() -> None:
-        train(recipe(corpus, **SETTINGS, **{"parallel.shard": shard}), output, ranks=ranks, on_step=on_step)
+        train(
+            recipe(corpus, **SETTINGS, **{"parallel.shard": shard}),
+            output,
+            ranks=ranks,
+            on_step=on_step,
+        )
 
     if stop:
         with pytest.raises(SystemExit, match="143"):
@@ -210,15 +232,29 @@ def losses(run: Path) -> list[tuple[float, float]]:
 MESHES = [
     (1, 2, "none"),
     pytest.param(2, 2, "full", marks=pytest.mark.ci),
-    *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((1, 2, "full"), (2, 1, "none"), (2, 1, "full"))),
+    *(
+        pytest.param(*mesh, marks=pytest.mark.slow)
+        for mesh in ((1, 2, "full"), (2, 1, "none"), (2, 1, "full"))
+    ),
     pytest.param(2, 2, "none", marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(("dp", "sp", "shard"), MESHES)
-def test_stopped_and_resumed_over_ranks(dp: int, sp: int, shard: str, corpus: Path, tmp_path: Path) -> None:
+def test_stopped_and_resumed_over_ranks(
+    dp: int, sp: int, shard: str, corpus: Path, tmp_path: Path
+) -> None:
     train_once(1, corpus, tmp_path / "alone", "none")
-    run_ranks(dp * sp, tmp_path, train_on, dp, corpus, shard, (tmp_path / "many", 0), (tmp_path / "stopped", 5))
+    run_ranks(
+        dp * sp,
+        tmp_path,
+        train_on,
+        dp,
+        corpus,
+        shard,
+        (tmp_path / "many", 0),
+        (tmp_path / "stopped", 5),
+    )
     expected = losses(tmp_path / "alone")
     assert len(expected) == 10
     for found, wanted in zip(losses(tmp_path / "many"), expected, strict=True):
@@ -228,7 +264,9 @@ def test_stopped_and_resumed_over_ranks(dp: int, sp: int, shard: str, corpus: Pa
 
     newest = checkpoints_in(tmp_path / "stopped/checkpoints")[0]
     assert read_checkpoint(newest)["progress"]["step"] == 5
-    train(recipe(corpus, **SETTINGS), tmp_path / "alone again", resume=str(newest))  # on one process
+    train(
+        recipe(corpus, **SETTINGS), tmp_path / "alone again", resume=str(newest)
+    )  # on one process
     for found, wanted in zip(losses(tmp_path / "alone again"), expected[5:], strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
     run_ranks(dp * sp, tmp_path, train_on, dp, corpus, shard, (tmp_path / "stopped", 0))

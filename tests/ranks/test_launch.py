@@ -38,8 +38,13 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def aborting(folder: Path, command_env: dict[str, str]) -> dict[str, str]:
     """An environment in which a rank aborts when its interpreter shuts down, as threads of gloo sometimes do."""
-    (folder / "sitecustomize.py").write_text("import atexit, os\nif 'RANK' in os.environ: atexit.register(os.abort)\n")
-    return {"PYTHONPATH": os.pathsep.join((command_env["PYTHONPATH"], str(folder))), "PYTHON_EXEC": sys.executable}
+    (folder / "sitecustomize.py").write_text(
+        "import atexit, os\nif 'RANK' in os.environ: atexit.register(os.abort)\n"
+    )
+    return {
+        "PYTHONPATH": os.pathsep.join((command_env["PYTHONPATH"], str(folder))),
+        "PYTHON_EXEC": sys.executable,
+    }
 
 
 @pytest.mark.ci
@@ -49,8 +54,17 @@ def test_a_rank_with_bad_data_ends_the_job_and_says_where(
     rows = [[index % 250 for index in range(400)] for _ in range(20)]
     rows[17][200] = 9999
     write_file(folder / "bad.arrow", pa.table({"input_ids": rows}))
-    command = ["train", folder / "recipe.toml", "--data", folder / "bad.arrow", "-o", folder / "run"]
-    done = run_longnet(*command, "--nproc", "2", "--dp", "2", env=aborting, timeout=60)  # only one of them reads it
+    command = [
+        "train",
+        folder / "recipe.toml",
+        "--data",
+        folder / "bad.arrow",
+        "-o",
+        folder / "run",
+    ]
+    done = run_longnet(
+        *command, "--nproc", "2", "--dp", "2", env=aborting, timeout=60
+    )  # only one of them reads it
     assert done.returncode == 3
     line = done.stderr.splitlines()[-1]
     assert line.startswith("longnet: error: rank ")
@@ -61,13 +75,28 @@ def test_a_rank_with_bad_data_ends_the_job_and_says_where(
 def test_a_run_goes_on_with_any_number_of_processes(
     folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
 ) -> None:
-    for steps, words in enumerate(([folder / "recipe.toml", "--dp", "2"], [], ["--sp", "2"], []), 1):
+    for steps, words in enumerate(
+        ([folder / "recipe.toml", "--dp", "2"], [], ["--sp", "2"], []), 1
+    ):
         stage = f"train.stages=[{{seq_len=256, steps={steps}}}]"
-        command = ["train", *words, "-o", folder / "run", "--set", stage, "--set", "train.log_every=1"]
+        command = [
+            "train",
+            *words,
+            "-o",
+            folder / "run",
+            "--set",
+            stage,
+            "--set",
+            "train.log_every=1",
+        ]
         done = run_longnet(*command, env=aborting, code=0)
     assert [line["step"] for line in metrics_of(folder / "run")] == [1, 2, 3, 4]
-    done = run_longnet("train", folder / "recipe.toml", "-o", folder / "run", "--set", "parallel.dp=2")
-    assert "which needs 2 processes, and there are 1" in done.stderr  # a recipe that is named is meant
+    done = run_longnet(
+        "train", folder / "recipe.toml", "-o", folder / "run", "--set", "parallel.dp=2"
+    )
+    assert (
+        "which needs 2 processes, and there are 1" in done.stderr
+    )  # a recipe that is named is meant
 
 
 def ranks_of(job: subprocess.Popen, folder: Path) -> set[int]:
@@ -98,7 +127,9 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     _, stderr = job.communicate(timeout=60)
     assert time.monotonic() - began < 30
     assert job.returncode == 1
-    assert stderr.splitlines()[1:] == ["longnet: error: rank 1 was killed (SIGKILL), and the job with it"]
+    assert stderr.splitlines()[1:] == [
+        "longnet: error: rank 1 was killed (SIGKILL), and the job with it"
+    ]
     newest = checkpoints_in(folder / "run/checkpoints")[0]
     assert find_damage(newest) is None
     saved = read_checkpoint(newest)["progress"]["step"]
@@ -110,14 +141,22 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
     _, stderr = job.communicate(timeout=60)
     assert job.returncode != 0
     assert f"continuing after step {saved}\n" in stderr
-    assert re.search(rf"^longnet: stopped after step .*saved in {folder}/run: the same command goes on$", stderr, re.M)
+    assert re.search(
+        rf"^longnet: stopped after step .*saved in {folder}/run: the same command goes on$",
+        stderr,
+        re.M,
+    )
     assert "longnet: error" not in stderr
     steps = [line["step"] for line in metrics_of(folder / "run")]
     assert steps == list(range(1, len(steps) + 1))
-    assert read_checkpoint(checkpoints_in(folder / "run/checkpoints")[0])["progress"]["step"] == len(steps)
+    assert read_checkpoint(checkpoints_in(folder / "run/checkpoints")[0])["progress"][
+        "step"
+    ] == len(steps)
 
 
-@pytest.mark.parametrize("start", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["nproc", "torchrun"])
+@pytest.mark.parametrize(
+    "start", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["nproc", "torchrun"]
+)
 def test_a_launcher_killed_while_its_ranks_start_leaves_none(
     start: list[str], folder: Path, command_env: dict[str, str]
 ) -> None:
@@ -149,15 +188,32 @@ def test_a_launcher_that_ends_takes_its_ranks_with_it_in_few_words(
 
 
 @pytest.mark.slow
-def test_ranks_meet_on_a_machine_whose_name_cannot_be_looked_up(folder: Path, command_env: dict[str, str]) -> None:
+def test_ranks_meet_on_a_machine_whose_name_cannot_be_looked_up(
+    folder: Path, command_env: dict[str, str]
+) -> None:
     """Such as a laptop offline, or a container without a line in /etc/hosts."""
     start = 'hostname nowhere.invalid && exec "$@"'
     renamed = ["unshare", "--user", "--map-root-user", "--uts", "sh", "-c", start, "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*renamed, "true"], capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*renamed, "true"], capture_output=True).returncode
+    ):
         pytest.skip("this machine gives nobody a hostname of their own")
-    command = [sys.executable, "-m", "longnet_cli", "score", "texts", "-m", "./decoder", "--dp", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "longnet_cli",
+        "score",
+        "texts",
+        "-m",
+        "./decoder",
+        "--dp",
+        "2",
+    ]
     found = [
-        subprocess.run(words, cwd=folder, env=command_env, capture_output=True, text=True, timeout=120)
+        subprocess.run(
+            words, cwd=folder, env=command_env, capture_output=True, text=True, timeout=120
+        )
         for words in ([*renamed, *command], command[:-2])
     ]
     assert [done.returncode for done in found] == [0, 0]
@@ -171,10 +227,25 @@ def test_thirty_kills_of_ranks_and_launchers(folder: Path, command_env: dict[str
 
     def begin(run: Path) -> subprocess.Popen:
         start, end = (
-            ([*TORCHRUN, "-m", "longnet_cli"], []) if next(begun) % 2 else (["-m", "longnet_cli"], ["--nproc", "2"])
+            ([*TORCHRUN, "-m", "longnet_cli"], [])
+            if next(begun) % 2
+            else (["-m", "longnet_cli"], ["--nproc", "2"])
         )
-        command = [sys.executable, *start, "train", str(folder / "recipe.toml"), "-q", "-o", str(run), *end]
-        for setting in ("train.stages=[{seq_len=256, steps=200}]", "train.save_every=5", "model.dropout=0.1"):
+        command = [
+            sys.executable,
+            *start,
+            "train",
+            str(folder / "recipe.toml"),
+            "-q",
+            "-o",
+            str(run),
+            *end,
+        ]
+        for setting in (
+            "train.stages=[{seq_len=256, steps=200}]",
+            "train.save_every=5",
+            "model.dropout=0.1",
+        ):
             command += ["--set", setting]
         return subprocess.Popen(command, env=command_env, stderr=subprocess.DEVNULL)
 
@@ -245,7 +316,9 @@ time.sleep(99)
 def orphans(word: str, *ways: str) -> str:
     """Kill the parent of such ranks when all are ready; what was said when none was left."""
     command = [sys.executable, "-c", PARENT, word, *ways]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as parent:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as parent:
         try:
             assert [parent.stdout.readline() for _ in ways] == ["ready\n"] * len(ways)
         finally:
@@ -260,7 +333,11 @@ def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
 
 
 def test_a_rank_whose_torchrun_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(LongNetError, match="the torchrun that started this rank has ended"):
         check_agent()

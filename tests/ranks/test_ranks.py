@@ -43,7 +43,9 @@ from longnet_cli.running.ranks.ranks import Ranks, _own_gpu, join
 
 
 @pytest.mark.parametrize("local_rank", ["0", "8", "-1", "first"])
-def test_a_process_without_a_gpu_of_its_own_is_refused(local_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_a_gpu_of_its_own_is_refused(
+    local_rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1 if local_rank != "0" else 0)
     with pytest.raises(ConfigError, match=f"LOCAL_RANK is '{local_rank}'"):
         _own_gpu(local_rank)
@@ -54,7 +56,10 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with four GPUs, and rank 0 of four."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    for name in ("TORCH_FR_BUFFER_SIZE", "NCCL_LAUNCH_ORDER_IMPLICIT"):  # which it sets, for this test alone
+    for name in (
+        "TORCH_FR_BUFFER_SIZE",
+        "NCCL_LAUNCH_ORDER_IMPLICIT",
+    ):  # which it sets, for this test alone
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(module, "select_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -94,17 +99,23 @@ def test_gpus_wait_for_minutes_and_hosts_for_a_checkpoint(monkeypatch: pytest.Mo
     assert given.call_args.kwargs["timeout"] >= timedelta(minutes=30)
     for group in (every, own):
         group._get_backend.assert_called_with(torch.device("cuda:0"))
-        group._get_backend.return_value._set_default_timeout.assert_called_with(timedelta(minutes=10))
+        group._get_backend.return_value._set_default_timeout.assert_called_with(
+            timedelta(minutes=10)
+        )
 
 
 @pytest.mark.usefixtures("one_process")
 def test_ranks_wait_for_each_other_on_their_hosts() -> None:
     with Collectives() as seen:
         Ranks(0, 2).barrier()
-    assert seen.names == ["allreduce_"]  # of a tensor of the host; a barrier is a call of NCCL, where there is one
+    assert seen.names == [
+        "allreduce_"
+    ]  # of a tensor of the host; a barrier is a call of NCCL, where there is one
 
 
-def test_all_ranks_wait_until_a_checkpoint_is_on_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_ranks_wait_until_a_checkpoint_is_on_the_disk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Rank 0 writes longest: on their hosts, the others have the time for that."""
     done: list[str] = []
     monkeypatch.setattr(Ranks, "barrier", lambda _: done.append("waited"))
@@ -160,7 +171,9 @@ def one_process() -> Iterator[None]:
 @pytest.mark.usefixtures("one_process")
 def test_the_gradients_of_a_gpu_are_summed_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of each dtype; hosts sum one by one."""
-    gradients = [torch.ones(n, dtype=dtype) for n in range(1, 9) for dtype in (torch.float32, torch.float64)]
+    gradients = [
+        torch.ones(n, dtype=dtype) for n in range(1, 9) for dtype in (torch.float32, torch.float64)
+    ]
     with Collectives() as of_hosts:
         Ranks(0, 2).sum(*gradients)
     monkeypatch.setattr(Tensor, "is_cuda", True)
@@ -177,7 +190,15 @@ def test_all_ranks_enter_the_same_collectives() -> None:
 
     Where a job is ended, it says more than the tests want to read.
     """
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/ranks")]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests/ranks"),
+    ]
     tests += ["-m", "not slow", "-k", "not ends_the_job"]
     env = os.environ | {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
     done = subprocess.run(tests, env=env, capture_output=True, text=True, check=False)
@@ -189,9 +210,13 @@ def batch(*numbers: int) -> pa.RecordBatch:
 
 
 @given(
-    lengths=st.lists(st.integers(0, 9), max_size=40), length=st.integers(1, 30), shard=st.none() | st.integers(1, 12)
+    lengths=st.lists(st.integers(0, 9), max_size=40),
+    length=st.integers(1, 30),
+    shard=st.none() | st.integers(1, 12),
 )
-def test_portions_are_the_items_in_order(lengths: list[int], length: int, shard: int | None) -> None:
+def test_portions_are_the_items_in_order(
+    lengths: list[int], length: int, shard: int | None
+) -> None:
     def cut(items: list[tuple[int, int]]) -> list[tuple[list[tuple[int, int]], bool]]:
         found = []
         for portion in portions(items, length, length_of=lambda item: item[1], shard=shard):
@@ -228,7 +253,9 @@ def test_groups_take_what_they_can_and_rank_0_gets_all_in_order(tmp_path: Path) 
 def _deal_at_random() -> None:
     rank = dist.get_rank()
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    store = (
+        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    )
     port = Ranks(rank, 4).from_first(store.port if store else 0)
     store = store or dist.TCPStore("127.0.0.1", port)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -239,7 +266,9 @@ def _deal_at_random() -> None:
         items = [chance.randrange(10) for _ in range(chance.randrange(60))]
         slow = chance.randrange(ranks.dp)
 
-        def work(portion: Portion[int], ranks: Ranks = ranks, slow: int = slow) -> Iterator[pa.RecordBatch]:
+        def work(
+            portion: Portion[int], ranks: Ranks = ranks, slow: int = slow
+        ) -> Iterator[pa.RecordBatch]:
             for item in portion:
                 total = torch.tensor([item])
                 ranks.of_group().sum(total)  # needs all of the group
@@ -252,7 +281,9 @@ def _deal_at_random() -> None:
         found = [result["n"].to_pylist() for _, results in dealt for result in results]
         assert [item for item, _ in found] == (items if rank == 0 else [])
         if rank == 0:
-            assert sum(length * times for length, times in others.items()) == sum(i for i, who in found if who)
+            assert sum(length * times for length, times in others.items()) == sum(
+                i for i, who in found if who
+            )
 
     def not_all_on_rank_0(portion: Portion[int]) -> list[pa.RecordBatch]:
         if rank:
@@ -263,9 +294,14 @@ def _deal_at_random() -> None:
 
     dealing.AHEAD = 64
     lengths = [6 if rank else 5] * 5  # as if a file had changed
-    dealt = deal(portions(lengths, 1, length_of=lambda item: item), not_all_on_rank_0, Ranks(rank, 4))
+    dealt = deal(
+        portions(lengths, 1, length_of=lambda item: item), not_all_on_rank_0, Ranks(rank, 4)
+    )
     if rank == 0:
-        with pytest.raises(DataError, match=r"portion \d is 1 documents of 5 tokens on rank 0 and 1 of 6 on another"):
+        with pytest.raises(
+            DataError,
+            match=r"portion \d is 1 documents of 5 tokens on rank 0 and 1 of 6 on another",
+        ):
             list(dealt)
         dist.PrefixStore("longnet/0/12", store).set("end", "")
     else:
@@ -276,21 +312,34 @@ def _deal_at_random() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model, and documents of 0 to 400 tokens in JSON Lines."""
-    tiny_model(tmp_path / "net", segment_lengths=(16, 64, 256), dilation_rates=(1, 2, 4), position="rope")
+    tiny_model(
+        tmp_path / "net", segment_lengths=(16, 64, 256), dilation_rates=(1, 2, 4), position="rope"
+    )
     chance = np.random.default_rng(0)
     rows = [chance.integers(97, 122, length) for length in [0, 1, *chance.integers(1, 400, 60)]]
-    texts = [{"id": f"d{index}", "text": bytes(row.tolist()).decode(), "n": index} for index, row in enumerate(rows)]
+    texts = [
+        {"id": f"d{index}", "text": bytes(row.tolist()).decode(), "n": index}
+        for index, row in enumerate(rows)
+    ]
     write_lines(tmp_path / "docs.jsonl", texts)
     return tmp_path
 
 
 @pytest.fixture
-def run_both(folder: Path, run_longnet: RunLongnet) -> Callable[..., list[subprocess.CompletedProcess]]:
+def run_both(
+    folder: Path, run_longnet: RunLongnet
+) -> Callable[..., list[subprocess.CompletedProcess]]:
     """Runs a command in one process and in two, or with `mesh`; what it writes goes to `alone` and `many`."""
 
     def run(*words: str, writes: bool = False, mesh: tuple[str, ...] = ("--dp", "2")) -> list:
         return [
-            run_longnet(*words, *(["-o", place] if writes else []), *more, cwd=folder, env={"OMP_NUM_THREADS": "1"})
+            run_longnet(
+                *words,
+                *(["-o", place] if writes else []),
+                *more,
+                cwd=folder,
+                env={"OMP_NUM_THREADS": "1"},
+            )
             for place, more in (("alone", ()), ("many", mesh))
         ]
 
@@ -307,7 +356,9 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", [pytest.param("encode", marks=pytest.mark.ci), "gains"])
-def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_both: Callable[..., list]) -> None:
+def test_shards_are_the_bytes_of_one_process(
+    name: str, folder: Path, run_both: Callable[..., list]
+) -> None:
     alone, many = run_both(*COMMANDS[name], writes=True)
     assert (alone.returncode, many.returncode) == (0, 0), many.stderr
     assert contents(folder / "alone") == contents(folder / "many")
@@ -316,7 +367,9 @@ def test_shards_are_the_bytes_of_one_process(name: str, folder: Path, run_both: 
 
 
 @pytest.mark.parametrize("skip_bad", [True, pytest.param(False, marks=pytest.mark.ci)])
-def test_bad_data_ends_what_it_ends_in_one_process(skip_bad: bool, folder: Path, run_both: Callable[..., list]) -> None:
+def test_bad_data_ends_what_it_ends_in_one_process(
+    skip_bad: bool, folder: Path, run_both: Callable[..., list]
+) -> None:
     rows = [[97] * 200 for _ in range(50)]
     rows[30][100] = 9999
     write_file(folder / "bad.arrow", pa.table({"input_ids": rows}))
@@ -328,7 +381,9 @@ def test_bad_data_ends_what_it_ends_in_one_process(skip_bad: bool, folder: Path,
     assert len(contents(folder / "alone")) == (6 if skip_bad else 4)
 
 
-def test_processes_that_are_missing_are_named_in_one_line(folder: Path, run_longnet: RunLongnet) -> None:
+def test_processes_that_are_missing_are_named_in_one_line(
+    folder: Path, run_longnet: RunLongnet
+) -> None:
     done = run_longnet(*COMMANDS["encode"], "-o", "v", "--nproc", "1", "--dp", "2", cwd=folder)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "needs 2 processes, and there are 1" in done.stderr

@@ -22,14 +22,18 @@ from real_files import Run
 
 
 @pytest.mark.parametrize("script", ["ray_encode.py", "spark_encode.py"])
-def test_vectors_are_those_of_the_command(script: str, run: Run, library: list[Path], tmp_path: Path) -> None:
+def test_vectors_are_those_of_the_command(
+    script: str, run: Run, library: list[Path], tmp_path: Path
+) -> None:
     if script == "spark_encode.py" and not (shutil.which("java") or "JAVA_HOME" in os.environ):
         pytest.skip("Spark needs a Java: install one, or set JAVA_HOME")
     (tmp_path / "corpus").mkdir()
     rows = [(str(path), path.read_text(encoding="utf-8")[:1000] or "x") for path in library]
     for shard in range(4):
         names, texts = zip(*rows[shard:400:4], strict=True)
-        pq.write_table(pa.table({"doc_id": names, "text": texts}), tmp_path / f"corpus/{shard}.parquet")
+        pq.write_table(
+            pa.table({"doc_id": names, "text": texts}), tmp_path / f"corpus/{shard}.parquet"
+        )
     run("encode", "corpus", "-o", "ours.arrow", "-q", mib=1500)
     command = [sys.executable, ROOT / "examples" / script, "corpus", "theirs"]
     subprocess.run(command, cwd=tmp_path, env=environment(), timeout=600, check=True)

@@ -41,13 +41,19 @@ def test_a_gguf_file_its_folder_and_transformers_agree(
     (tmp_path / "page.txt").write_text(page, encoding="utf-8")
     folder = score(run, "page.txt", "--model", smollm2, mib=2500)
     file = score(run, "page.txt", "--model", gguf, "--dtype", "fp32", mib=2500)
-    ids = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(page, add_special_tokens=False).ids
+    ids = (
+        tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+        .encode(page, add_special_tokens=False)
+        .ids
+    )
     expected = nats(smollm2, ids, folder["bos"])
     assert folder["nll_sum"] == pytest.approx(expected, abs=2e-4 * len(ids))
     assert file["nll_sum"] == pytest.approx(expected, abs=2e-4 * len(ids))
 
 
-def test_a_scaling_in_a_gguf_file_counts(run: Run, gguf: Path, smollm2: Path, page: str, tmp_path: Path) -> None:
+def test_a_scaling_in_a_gguf_file_counts(
+    run: Run, gguf: Path, smollm2: Path, page: str, tmp_path: Path
+) -> None:
     """As Llama 3.1 and later have it: without it, numbers are wrong and nothing says so."""
     import gguf as format
 
@@ -56,7 +62,9 @@ def test_a_scaling_in_a_gguf_file_counts(run: Run, gguf: Path, smollm2: Path, pa
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name != "general.architecture":
             kinds = [format.GGUFValueType(kind) for kind in field.types]
-            writer.add_key_value(field.name, field.contents(), kinds[0], sub_type=kinds[-1] if kinds[1:] else None)
+            writer.add_key_value(
+                field.name, field.contents(), kinds[0], sub_type=kinds[-1] if kinds[1:] else None
+            )
     writer.add_rope_scaling_type(format.RopeScalingType.LINEAR)
     writer.add_rope_scaling_factor(4.0)
     for tensor in reader.tensors:
@@ -75,37 +83,65 @@ def test_a_scaling_in_a_gguf_file_counts(run: Run, gguf: Path, smollm2: Path, pa
     (scaled / "config.json").write_text(json.dumps(config))
     (tmp_path / "page.txt").write_text(page, encoding="utf-8")
     ours = score(run, "page.txt", "--model", path, "--dtype", "fp32", mib=2500)
-    ids = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(page, add_special_tokens=False).ids
+    ids = (
+        tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+        .encode(page, add_special_tokens=False)
+        .ids
+    )
     assert ours["nll_sum"] == pytest.approx(nats(scaled, ids, ours["bos"]), abs=2e-4 * len(ids))
 
 
-def test_places_of_tokens_are_those_of_the_library(run: Run, smollm2: Path, page: str, tmp_path: Path) -> None:
+def test_places_of_tokens_are_those_of_the_library(
+    run: Run, smollm2: Path, page: str, tmp_path: Path
+) -> None:
     """With the normalizer of Qwen's tokenizer: one character grows as much as another one shrinks."""
     folder = tmp_path / "nfc"
     folder.mkdir()
     for path in smollm2.iterdir():
         (folder / path.name).symlink_to(path)
     (folder / "tokenizer.json").unlink()
-    settings = json.loads((smollm2 / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}
+    settings = json.loads((smollm2 / "tokenizer.json").read_text()) | {
+        "normalizer": {"type": "NFC"}
+    }
     (folder / "tokenizer.json").write_text(json.dumps(settings))
     text = "A line of \u0958 and cafe\u0301, re\u0301sume\u0301.\n" + page[:1500]
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     run("score", "text.txt", "--model", folder, "--token-logprobs", "t.arrow", "-q", mib=2500)
     row = feather.read_table(tmp_path / "t.arrow").to_pylist()[0]
-    encoding = tokenizers.Tokenizer.from_str(json.dumps(settings)).encode(text, add_special_tokens=False)
+    encoding = tokenizers.Tokenizer.from_str(json.dumps(settings)).encode(
+        text, add_special_tokens=False
+    )
     first = len(encoding.ids) - len(row["input_ids"])
     assert list(zip(row["char_start"], row["char_end"], strict=True)) == encoding.offsets[first:]
 
 
-def test_greedy_tokens_are_those_of_transformers(run: Run, smollm2: Path, page: str, tmp_path: Path) -> None:
+def test_greedy_tokens_are_those_of_transformers(
+    run: Run, smollm2: Path, page: str, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     (tmp_path / "page.txt").write_text(page, encoding="utf-8")
-    words = ("generate", "--input", "page.txt", "--model", smollm2, "--max-tokens", 16, "--bos", "none")
+    words = (
+        "generate",
+        "--input",
+        "page.txt",
+        "--model",
+        smollm2,
+        "--max-tokens",
+        16,
+        "--bos",
+        "none",
+    )
     ours = run(*words, "--dtype", "fp32", "--format", "jsonl", "-q", mib=2500).rows[0]["tokens"]
-    ids = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(page, add_special_tokens=False).ids
+    ids = (
+        tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+        .encode(page, add_special_tokens=False)
+        .ids
+    )
     net = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    theirs = net.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
+    theirs = net.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[
+        0, len(ids) :
+    ].tolist()
     assert ours == theirs[: len(ours)]
     assert len(ours) > 3
 
@@ -115,7 +151,18 @@ def test_a_question_to_a_library_is_answered_from_the_right_file(
 ) -> None:
     (tmp_path / "files.txt").write_text("\n".join(map(str, library)))
     question = "What is the period of the underlying Mersenne Twister core generator?"
-    words = ("ask", "@files.txt", question, "--model", smollm2, "--max-tokens", 24, "--format", "json", "-q")
+    words = (
+        "ask",
+        "@files.txt",
+        question,
+        "--model",
+        smollm2,
+        "--max-tokens",
+        24,
+        "--format",
+        "json",
+        "-q",
+    )
     told = json.loads(run(*words, mib=2000).stdout)
     assert "19937" in told["answer"]
     source = max(told["sources"], key=lambda source: source["score"])
@@ -124,14 +171,28 @@ def test_a_question_to_a_library_is_answered_from_the_right_file(
     assert "The period is 2**19937-1" in text[source["char_start"] : source["char_end"]]
 
 
-def test_an_adapter_starts_at_the_model_and_within_its_plan(run: Run, smollm2: Path, page: str, tmp_path: Path) -> None:
+def test_an_adapter_starts_at_the_model_and_within_its_plan(
+    run: Run, smollm2: Path, page: str, tmp_path: Path
+) -> None:
     """One window of 800 tokens, in chunks of 256. The first loss is that of transformers: no weight has changed yet."""
     words = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     text = words.decode(words.encode(page, add_special_tokens=False).ids[:800])
     ids = words.encode(text, add_special_tokens=False).ids
     assert len(ids) == 800  # after the start token, as many as a window predicts
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    command = ["train", "--init", smollm2, "--data", "text.txt", "--seq-len", 800, "--steps", 1, "-o", "run"]
+    command = [
+        "train",
+        "--init",
+        smollm2,
+        "--data",
+        "text.txt",
+        "--seq-len",
+        800,
+        "--steps",
+        1,
+        "-o",
+        "run",
+    ]
     for setting in ("train.chunk=256", "train.batch_tokens=800", "lora.rank=4", "train.dtype=fp32"):
         command += ["--set", setting]
     plan = json.loads(run(*command, "--dry-run", "--format", "json", mib=2500).stdout)
@@ -152,9 +213,25 @@ def test_vectors_of_rows_are_those_of_sentence_transformers(
 
     with pa.CompressedInputStream(str(lines), "zstd") as file:
         rows = [json.loads(line) for line in file.read().splitlines()][:1500]
-    table = pa.table({"id": [str(row["id"]) for row in rows], "text": [row["doc"]["body"] + " x" for row in rows]})
+    table = pa.table(
+        {
+            "id": [str(row["id"]) for row in rows],
+            "text": [row["doc"]["body"] + " x" for row in rows],
+        }
+    )
     pq.write_table(table, tmp_path / "rows.parquet")
-    run("encode", "rows.parquet", "--model", minilm, "-o", "vectors", "--shard-format", "parquet", "-q", mib=1500)
+    run(
+        "encode",
+        "rows.parquet",
+        "--model",
+        minilm,
+        "-o",
+        "vectors",
+        "--shard-format",
+        "parquet",
+        "-q",
+        mib=1500,
+    )
     found = pq.read_table(tmp_path / "vectors")
     ours = np.stack(found["embedding"].to_numpy())
     theirs = SentenceTransformer(str(minilm)).encode(table["text"].to_pylist())
@@ -162,11 +239,15 @@ def test_vectors_of_rows_are_those_of_sentence_transformers(
     assert np.abs(ours - theirs).max() < 1e-5
 
 
-def test_spans_of_a_long_text_join_to_the_text(run: Run, minilm: Path, book: str, tmp_path: Path) -> None:
+def test_spans_of_a_long_text_join_to_the_text(
+    run: Run, minilm: Path, book: str, tmp_path: Path
+) -> None:
     text = book[:200_000]
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     run("encode", "text.txt", "--model", minilm, "--span", 200, "-o", "v.arrow", "-q", mib=1500)
     table = feather.read_table(tmp_path / "v.arrow")
     starts, ends = table["char_start"].to_pylist(), table["char_end"].to_pylist()
     assert all(end <= start for end, start in zip(ends[:-1], starts[1:], strict=True))
-    assert not "".join(text[end:start] for end, start in zip(ends[:-1], starts[1:], strict=True)).strip()
+    assert not "".join(
+        text[end:start] for end, start in zip(ends[:-1], starts[1:], strict=True)
+    ).strip()

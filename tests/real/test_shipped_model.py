@@ -25,7 +25,9 @@ def test_two_processes_score_what_one_does(run: Run, library: list[Path]) -> Non
     assert two["total"]["n_tokens"] == one["total"]["n_tokens"]
 
 
-def test_a_saved_state_of_a_long_prompt_continues_as_one_run(run: Run, book: str, tmp_path: Path) -> None:
+def test_a_saved_state_of_a_long_prompt_continues_as_one_run(
+    run: Run, book: str, tmp_path: Path
+) -> None:
     (tmp_path / "prompt.txt").write_text(book[:100_000], encoding="utf-8")
     more = ("--max-tokens", 12, "--format", "jsonl", "-q")
     one = run("generate", "--input", "prompt.txt", *more, mib=1500).rows[0]

@@ -27,7 +27,9 @@ def test_each_page_of_a_slow_pipe_has_its_result_before_the_next(
     start: Start, pages: list[str], command: str, form: str
 ) -> None:
     """Nobody sends the next page before the last one has its result: a command that holds one back would wait."""
-    process = start(command, "-", *(["--format", "jsonl"] if command == "score" else []), stdin=subprocess.PIPE)
+    process = start(
+        command, "-", *(["--format", "jsonl"] if command == "score" else []), stdin=subprocess.PIPE
+    )
     timer = threading.Timer(300, process.kill)
     timer.start()
     names, vectors, batches = [], None, None
@@ -52,22 +54,49 @@ def test_each_page_of_a_slow_pipe_has_its_result_before_the_next(
 def test_a_folder_that_was_killed_goes_on_to_the_same_bytes(
     start: Start, library: list[Path], tmp_path: Path, command: str
 ) -> None:
-    files = sorted(library, key=lambda path: path.stat().st_size)[:: 6 if command == "tokenize" else 48]
+    files = sorted(library, key=lambda path: path.stat().st_size)[
+        :: 6 if command == "tokenize" else 48
+    ]
     (tmp_path / "files.txt").write_text("\n".join(map(str, files)))
-    words = {"tokenize": ["--tokenizer", "longnet-tiny", "--shard-tokens", "50k"], "encode": ["--shard-rows", 2]}
+    words = {
+        "tokenize": ["--tokenizer", "longnet-tiny", "--shard-tokens", "50k"],
+        "encode": ["--shard-rows", 2],
+    }
     kill_and_resume(start, [command, "@files.txt", *map(str, words[command])], tmp_path, kills=2)
 
 
 @pytest.mark.slow
-def test_training_that_was_killed_goes_on_to_the_same_bytes(start: Start, book: str, tmp_path: Path) -> None:
+def test_training_that_was_killed_goes_on_to_the_same_bytes(
+    start: Start, book: str, tmp_path: Path
+) -> None:
     (tmp_path / "book.txt").write_text(book, encoding="utf-8")
-    words = ["train", "longnet-tiny", "--data", "book.txt", "--tokenizer", "longnet-tiny", "--resume", "-q"]
-    sizes = ["--seq-len", "2Ki", "--steps", "5", "--set", "train.batch_tokens=2048", "--set", "train.save_every=1"]
+    words = [
+        "train",
+        "longnet-tiny",
+        "--data",
+        "book.txt",
+        "--tokenizer",
+        "longnet-tiny",
+        "--resume",
+        "-q",
+    ]
+    sizes = [
+        "--seq-len",
+        "2Ki",
+        "--steps",
+        "5",
+        "--set",
+        "train.batch_tokens=2048",
+        "--set",
+        "train.save_every=1",
+    ]
     kill_training(lambda folder: start(*words, *sizes, "-o", folder), tmp_path, kills=3)
 
 
 @pytest.mark.slow
-def test_an_arrow_file_that_was_cut_is_one_line_each_time(start: Start, pages: list[str], tmp_path: Path) -> None:
+def test_an_arrow_file_that_was_cut_is_one_line_each_time(
+    start: Start, pages: list[str], tmp_path: Path
+) -> None:
     """A thread of pyarrow that still reads at the end of the process would abort it, now and then."""
     table = pa.table({"text": pages})
     with ipc.new_file(tmp_path / "whole.arrow", table.schema) as file:
@@ -80,8 +109,23 @@ def test_an_arrow_file_that_was_cut_is_one_line_each_time(start: Start, pages: l
 
 
 def test_equal_prompts_are_drawn_apart(run: Run, pages: list[str], tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": pages[0]}) + "\n" for _ in range(20)))
-    words = ("generate", "--input", "x.jsonl", "--temperature", 1.3, "-n", 4, "--seed", 7, "--format", "jsonl", "-q")
+    (tmp_path / "x.jsonl").write_text(
+        "".join(json.dumps({"text": pages[0]}) + "\n" for _ in range(20))
+    )
+    words = (
+        "generate",
+        "--input",
+        "x.jsonl",
+        "--temperature",
+        1.3,
+        "-n",
+        4,
+        "--seed",
+        7,
+        "--format",
+        "jsonl",
+        "-q",
+    )
     first, again = (run(*words, mib=900) for _ in range(2))
     assert first.stdout == again.stdout
     drawn = Counter(tuple(row["tokens"]) for row in first.rows)

@@ -16,18 +16,29 @@ from tokenizers import models, pre_tokenizers, trainers
 
 
 def ids_of(folder: Path) -> np.ndarray:
-    tables = [ipc.open_file(path).read_all() for path in sorted(folder.glob("*.arrow")) if path.name[0] != "_"]
-    return np.concatenate([np.asarray(row) for table in tables for row in table["input_ids"].to_numpy()])
+    tables = [
+        ipc.open_file(path).read_all()
+        for path in sorted(folder.glob("*.arrow"))
+        if path.name[0] != "_"
+    ]
+    return np.concatenate(
+        [np.asarray(row) for table in tables for row in table["input_ids"].to_numpy()]
+    )
 
 
-def test_a_vocabulary_of_a_text_of_megabytes_is_that_of_the_library(run: Run, book: str, tmp_path: Path) -> None:
+def test_a_vocabulary_of_a_text_of_megabytes_is_that_of_the_library(
+    run: Run, book: str, tmp_path: Path
+) -> None:
     (tmp_path / "book.txt").write_text(book, encoding="utf-8")
     run("tokenize", "book.txt", "-o", "tokens.arrow", "--train-vocab", 4096, mib=400)
     theirs = tokenizers.Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=4096,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     theirs.train_from_iterator([book], trainer)
     ours = json.loads((tmp_path / "tokens.arrow.tokenizer.json").read_text())
@@ -36,9 +47,21 @@ def test_a_vocabulary_of_a_text_of_megabytes_is_that_of_the_library(run: Run, bo
 
 
 @pytest.mark.slow
-def test_tokens_of_a_folder_are_those_of_the_library(run: Run, library: list[Path], tmp_path: Path) -> None:
+def test_tokens_of_a_folder_are_those_of_the_library(
+    run: Run, library: list[Path], tmp_path: Path
+) -> None:
     (tmp_path / "files.txt").write_text("\n".join(map(str, library)))
-    run("tokenize", "@files.txt", "-o", "tokens", "--tokenizer", "longnet-tiny", "--shard-tokens", "500k", mib=300)
+    run(
+        "tokenize",
+        "@files.txt",
+        "-o",
+        "tokens",
+        "--tokenizer",
+        "longnet-tiny",
+        "--shard-tokens",
+        "500k",
+        mib=300,
+    )
     theirs = tokenizers.Tokenizer.from_file("models/longnet-tiny/tokenizer.json")
     texts = [path.read_bytes().decode("utf-8-sig") for path in library]
     whole = [np.array(each.ids) for each in theirs.encode_batch(texts, add_special_tokens=False)]

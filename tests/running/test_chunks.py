@@ -19,7 +19,15 @@ from builders import slide, slide_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_nets import CAUSAL, TOLERANCE, draw, error, gradients, net
-from strategies import PAPER_64TH, chosen_by_hand, chosen_patterns, cuts, patterns, patterns_with_options, split
+from strategies import (
+    PAPER_64TH,
+    chosen_by_hand,
+    chosen_patterns,
+    cuts,
+    patterns,
+    patterns_with_options,
+    split,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -38,14 +46,20 @@ from longnet_cli.running.layerwise import fits_beside, hidden_in_chunks
 from longnet_cli.running.reader import Reader, batches_by_length, default_chunk
 
 NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest
-TWICE = settings(max_examples=2 * settings.default.max_examples)  # of patterns with chosen blocks and without
+TWICE = settings(
+    max_examples=2 * settings.default.max_examples
+)  # of patterns with chosen blocks and without
 
 
-def asked(pattern: Pattern, position: str, dtype: torch.dtype, **sizes: int) -> tuple[LongNet, float]:
+def asked(
+    pattern: Pattern, position: str, dtype: torch.dtype, **sizes: int
+) -> tuple[LongNet, float]:
     """A net, and how near it is to be. Blocks are chosen in fp64, in which no score is as good as equal to another."""
     if pattern.chosen:
         position, dtype = "rope" if position == "xpos" else position, torch.float64
-    return net(NESTED if position == "xpos" else pattern, position, **sizes).to(dtype), TOLERANCE[dtype]
+    return net(NESTED if position == "xpos" else pattern, position, **sizes).to(dtype), TOLERANCE[
+        dtype
+    ]
 
 
 @TWICE
@@ -59,7 +73,13 @@ def asked(pattern: Pattern, position: str, dtype: torch.dtype, **sizes: int) -> 
     sizes=cuts(),
 )
 def test_any_chunks_give_the_logits_of_the_whole(
-    position: str, dtype: torch.dtype, pattern: Pattern, heads: int, batch: int, tokens: int, sizes: list[int]
+    position: str,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    heads: int,
+    batch: int,
+    tokens: int,
+    sizes: list[int],
 ) -> None:
     model, near = asked(pattern, position, dtype, heads=heads)
     ids = draw(batch, tokens)
@@ -70,7 +90,10 @@ def test_any_chunks_give_the_logits_of_the_whole(
     assert error(torch.cat(parts, 1), whole) <= near
     assert stream.position == tokens
     rows = model.config.pattern.cache_rows
-    assert pattern.chosen or stream.cache_bytes == 2 * 2 * batch * model.config.dim * whole.itemsize * rows
+    assert (
+        pattern.chosen
+        or stream.cache_bytes == 2 * 2 * batch * model.config.dim * whole.itemsize * rows
+    )
 
 
 @TWICE
@@ -117,14 +140,18 @@ def test_what_is_computed_again_sees_the_blocks_that_it_saw(
 
     def drawn(means: Any, voting: Voting) -> Choice:
         found = []
-        for group, blocks in [(group, slot.blocks) for slot in voting.slots for group in slot.starts]:
+        for group, blocks in [
+            (group, slot.blocks) for slot in voting.slots for group in slot.starts
+        ]:
             asked[group] += 1
             draws = torch.Generator().manual_seed(100 * group + asked[group])
             found.append(1 + torch.randperm(blocks - 1, generator=draws)[:3].sort().values)
         return chosen_by_hand(torch.stack(found))
 
     monkeypatch.setattr(chosen, "choose", drawn)
-    model = net(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)).to(dtype)
+    model = net(Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)).to(
+        dtype
+    )
     ids, targets = draw(1, 400), draw(1, 400, seed=1)
     loss = model.nll(model(ids), targets).sum()
     loss.backward()
@@ -155,7 +182,11 @@ def test_training_with_dropout_computes_again_what_it_dropped() -> None:
     loss.backward()
     assert torch.equal(after, torch.rand(1))
     assert error(found, loss.detach()) <= 1e-12
-    assert all(error(a, b) <= 1e-10 for a, b in zip(in_chunks, gradients(model), strict=True) if b.norm() > 1e-9)
+    assert all(
+        error(a, b) <= 1e-10
+        for a, b in zip(in_chunks, gradients(model), strict=True)
+        if b.norm() > 1e-9
+    )
 
 
 def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Tensor:
@@ -171,11 +202,17 @@ def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Ten
         def far(layer: int, q: Tensor, k: Tensor, v: Tensor, start: int = start) -> Outside:
             before = past[layer]
             past[layer] = [*before, (k, v)]
-            spans = [FarSpan(i, start // w * w, start) for i, (w, _) in enumerate(pattern.levels) if start % w]
+            spans = [
+                FarSpan(i, start // w * w, start)
+                for i, (w, _) in enumerate(pattern.levels)
+                if start % w
+            ]
             everything = [torch.cat(x, 1) for x in zip(*before, strict=True)]
             return Outside([far_keys(*everything, pattern, span) for span in spans])
 
-        total = total + model.nll(model(part, start=start, far=far), wanted).sum(dtype=torch.float64)
+        total = total + model.nll(model(part, start=start, far=far), wanted).sum(
+            dtype=torch.float64
+        )
         start += part.shape[1]
     return total
 
@@ -256,13 +293,16 @@ def of_ids(bos: Bos) -> tuple[InputSequence, np.ndarray]:
 
 def of_tiles(grid: int) -> tuple[InputSequence, np.ndarray]:
     encoder, (x, at) = slide_encoder(grid=grid), slide(5)
-    document = Vectors("a", "a.h5", 6, [Part(x.numpy().ravel())], at.double().numpy(), None, str, {})
+    document = Vectors(
+        "a", "a.h5", 6, [Part(x.numpy().ravel())], at.double().numpy(), None, str, {}
+    )
     rows = encoder.net.rows(x[None], at[None] if grid else None, torch.tensor([5]))
     return encoder.net.sequence(document), rows[0].numpy()
 
 
 @pytest.mark.parametrize(
-    ("found", "given"), [(of_ids, None), (of_ids, 7), (of_ids, (7, 8, 9)), (of_tiles, 50), (of_tiles, 0)]
+    ("found", "given"),
+    [(of_ids, None), (of_ids, 7), (of_ids, (7, 8, 9)), (of_tiles, 50), (of_tiles, 0)],
 )
 def test_any_part_of_a_sequence_is_that_part_of_all_its_rows(found, given) -> None:
     sequence, rows = found(given)
@@ -302,7 +342,11 @@ def test_any_chunk_gives_what_the_whole_does(
     folder = tmp_path_factory.getbasetemp() if spilled else None
     done: list[int] = []
     chunk = max(chunk, tokens // 20)
-    parts = list(hidden_in_chunks(model, lambda a, b: ids[:, a:b], tokens, chunk, spill=folder, on_chunk=done.append))
+    parts = list(
+        hidden_in_chunks(
+            model, lambda a, b: ids[:, a:b], tokens, chunk, spill=folder, on_chunk=done.append
+        )
+    )
     assert error(torch.cat(parts, 1), whole) <= TOLERANCE[dtype]
     assert [part.shape[1] for part in parts] == [len(part) for part in ids[0].split(chunk)]
     assert sum(done) == 3 * tokens
@@ -313,7 +357,9 @@ def test_under_bf16_it_is_near_and_the_collected_rows_are_bf16(tmp_path: Path) -
     ids = draw(1, 500)
     with torch.no_grad():
         whole = model(ids)
-    parts = list(hidden_in_chunks(model, lambda a, b: ids[:, a:b], 500, 70, spill=tmp_path, dtype="bf16"))
+    parts = list(
+        hidden_in_chunks(model, lambda a, b: ids[:, a:b], 500, 70, spill=tmp_path, dtype="bf16")
+    )
     assert error(torch.cat(parts, 1), whole) <= 2e-2
 
 

@@ -57,7 +57,11 @@ def net(causal: bool = True, **options) -> LongNet:
     net = LongNet(config)
     for module in net.modules():  # as `net.to` would, which cannot swap fake parameters
         for name, weight in [*module.named_parameters(recurse=False)]:
-            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=torch.bfloat16, device=GPU)))
+            setattr(
+                module,
+                name,
+                nn.Parameter(torch.empty(weight.shape, dtype=torch.bfloat16, device=GPU)),
+            )
     return net
 
 
@@ -69,7 +73,11 @@ def ids(rows: int, tokens: int) -> Tensor:
 def test_forward_nll_backward_and_optimizer(options: dict) -> None:
     model = net(**options)
     # torch's fused AdamW refuses the meta device
-    optimizers = build_optimizers(model, OptimizerRecipe()) if FAKE else [torch.optim.AdamW(model.parameters())]
+    optimizers = (
+        build_optimizers(model, OptimizerRecipe())
+        if FAKE
+        else [torch.optim.AdamW(model.parameters())]
+    )
     total = backward(model, ids(2, 100), ids(2, 100), chunk=300, starts=[[0], [0, 30, 77]])
     assert (total.device, total.dtype) == (GPU, torch.float64)
     assert all(p.grad is not None and p.grad.device == GPU for p in model.parameters())
@@ -99,7 +107,12 @@ def test_layer_by_layer_on_the_device_reads_no_number(monkeypatch: pytest.Monkey
     made: list[torch.device] = []
     monkeypatch.setattr(layerwise, "free_memory", lambda device: made.append(device) or 1 << 40)
     parts = list(hidden_in_chunks(net(causal=False), ids_at, 150, 40))
-    assert [(part.device, part.shape[1]) for part in parts] == [(GPU, 40), (GPU, 40), (GPU, 40), (GPU, 30)]
+    assert [(part.device, part.shape[1]) for part in parts] == [
+        (GPU, 40),
+        (GPU, 40),
+        (GPU, 40),
+        (GPU, 30),
+    ]
     assert made == [GPU]  # nobody asked how much of the host's is free
 
 

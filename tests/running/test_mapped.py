@@ -37,7 +37,10 @@ class Measured(MappedMemory):
 
 @given(
     dtype=st.sampled_from(["fp32", "bf16"]),
-    pattern=patterns() | patterns_with_options(causal=True) | chosen_patterns() | st.just(Pattern.dense()),
+    pattern=patterns()
+    | patterns_with_options(causal=True)
+    | chosen_patterns()
+    | st.just(Pattern.dense()),
     tokens=st.integers(2, 200),
     chunk=st.integers(1, 120),
 )
@@ -83,7 +86,9 @@ def test_room_is_given_again() -> None:
     assert third.data_ptr() == place
     assert (second == 2).all()
     del second, third
-    assert room.empty((16, 4), dtype=torch.float32).data_ptr() == place  # of another size, where nothing is alive
+    assert (
+        room.empty((16, 4), dtype=torch.float32).data_ptr() == place
+    )  # of another size, where nothing is alive
 
 
 def test_a_folder_or_a_disk_that_does_not_do(tmp_path: Path) -> None:
@@ -100,10 +105,35 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) 
     """A full disk is said before work starts; else nothing is left in the folder, and --dry-run tells the size."""
     data = tmp_path / "data.txt"
     data.write_text("a line of text.\n" * 1000)
-    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16, "segment_lengths": [64], "dilation_rates": [1]}
+    sizes = {
+        "dim": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "ffn_dim": 16,
+        "segment_lengths": [64],
+        "dilation_rates": [1],
+    }
     settings = [f"--set=model.{key}={value}" for key, value in sizes.items()]
-    settings += ["--set=model.look_back=1", "--set=model.position=rope", "--data", data, "--steps", "1"]
-    command = ["train", *settings, "--chunk", "64", "--device", "cpu", "-o", tmp_path / "run", "--spill", small_disk]
+    settings += [
+        "--set=model.look_back=1",
+        "--set=model.position=rope",
+        "--data",
+        data,
+        "--steps",
+        "1",
+    ]
+    command = [
+        "train",
+        *settings,
+        "--chunk",
+        "64",
+        "--device",
+        "cpu",
+        "-o",
+        tmp_path / "run",
+        "--spill",
+        small_disk,
+    ]
     full = run_longnet(*command, "--seq-len", "1Mi")
     assert full.returncode == 5
     assert full.stderr.splitlines()[1:] == [  # after what is trained
@@ -111,17 +141,26 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) 
     ]
     assert not (tmp_path / "run").exists()
     told = run_longnet(*command, "--seq-len", "1Ki", "--dry-run", "--format", "json")
-    assert json.loads(told.stdout)["spill_bytes"] == (15 + 1) * 2 * 64 * 16 * 4  # 15 segments, the gradients of one
+    assert (
+        json.loads(told.stdout)["spill_bytes"] == (15 + 1) * 2 * 64 * 16 * 4
+    )  # 15 segments, the gradients of one
     run_longnet(*command, "--seq-len", "1Ki", code=0)
     assert list(small_disk.iterdir()) == []
 
 
 @given(pattern=chosen_patterns(), batch=st.integers(1, 2), tokens=st.integers(1, 150), sizes=cuts())
 def test_a_file_of_blocks_changes_no_bit_and_has_the_stated_size(
-    tmp_path_factory: pytest.TempPathFactory, pattern: Pattern, batch: int, tokens: int, sizes: list[int]
+    tmp_path_factory: pytest.TempPathFactory,
+    pattern: Pattern,
+    batch: int,
+    tokens: int,
+    sizes: list[int],
 ) -> None:
     model, ids = net(pattern), draw(batch, tokens)
-    in_memory, spilled = CausalStream(model), CausalStream(model, spill=tmp_path_factory.getbasetemp())
+    in_memory, spilled = (
+        CausalStream(model),
+        CausalStream(model, spill=tmp_path_factory.getbasetemp()),
+    )
     for part in ids.split(split(tokens, sizes), 1):
         assert torch.equal(spilled(part), in_memory(part))
     assert spilled.file
@@ -130,15 +169,30 @@ def test_a_file_of_blocks_changes_no_bit_and_has_the_stated_size(
     assert spilled.file.size == batch * cache_bytes(model.config, whole, 4).blocks
 
 
-def test_the_commands_with_chosen_blocks(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) -> None:
+def test_the_commands_with_chosen_blocks(
+    run_longnet: RunLongnet, tmp_path: Path, small_disk: Path
+) -> None:
     """The same output, a line that says how much is kept, and one line where the disk is full."""
     pattern = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
     model = f"{tiny_model(tmp_path / 'model', position='rope', **vars(pattern))}/"
     for text, repeats in (("short.txt", 7), ("long.txt", 300)):
         (tmp_path / text).write_text("some words, and others. " * repeats)
     spill, full = ["--spill", small_disk], f"longnet: error: --spill {small_disk}: 7,2"
-    for command, more in (("score", ["-q"]), ("encode", ["-o", "-"]), ("generate", ["-n", "20", "-q"])):
-        words = [command, *(["-i"] if command == "generate" else []), "short.txt", "-m", model, "--chunk", "60", *more]
+    for command, more in (
+        ("score", ["-q"]),
+        ("encode", ["-o", "-"]),
+        ("generate", ["-n", "20", "-q"]),
+    ):
+        words = [
+            command,
+            *(["-i"] if command == "generate" else []),
+            "short.txt",
+            "-m",
+            model,
+            "--chunk",
+            "60",
+            *more,
+        ]
         found, expected = (run_longnet(*words, *end, text=False) for end in (spill, []))
         assert found.returncode == 0, found.stderr
         assert found.stdout == expected.stdout
@@ -152,12 +206,21 @@ def test_the_commands_with_chosen_blocks(run_longnet: RunLongnet, tmp_path: Path
         assert refusal.startswith(full)
         assert re.search(r" tokens keep 1\.\d+ MiB there, and 25\d KiB are free$", refusal), refusal
         assert list(small_disk.iterdir()) == []
-    assert run_longnet("tokenize", "short.txt", "long.txt", "--tokenizer", model, "-o", "both.arrow").returncode == 0
-    done = run_longnet("generate", "-i", "both.arrow", "-m", model, "--chunk", "60", "--format", "jsonl", *spill)
+    assert (
+        run_longnet(
+            "tokenize", "short.txt", "long.txt", "--tokenizer", model, "-o", "both.arrow"
+        ).returncode
+        == 0
+    )
+    done = run_longnet(
+        "generate", "-i", "both.arrow", "-m", model, "--chunk", "60", "--format", "jsonl", *spill
+    )
     assert (done.returncode, done.stdout) == (5, "")  # not after the short one
     done = run_longnet("score", "short.txt", "-m", model, "--pattern", "window:16", *spill)
     assert done.returncode == 2
-    assert "--spill is for keys and values of chosen blocks, and the pattern has none" in done.stderr
+    assert (
+        "--spill is for keys and values of chosen blocks, and the pattern has none" in done.stderr
+    )
 
 
 @pytest.mark.gpu

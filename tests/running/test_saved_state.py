@@ -32,7 +32,9 @@ from longnet_cli.running import mapped
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.saved_state import STATE_VERSION
 
-CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4, chosen_layers=(0,))
+CHOSEN = Pattern(
+    (16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4, chosen_layers=(0,)
+)
 PATTERNS = {
     "window": Pattern.window(16, sinks=3),
     "levels": Pattern((8, 24, 96), (1, 3, 8), look_back=1),
@@ -55,7 +57,12 @@ def held(stream: CausalStream) -> list:
     at=st.integers(0, 10**6),
 )
 def test_a_loaded_stream_goes_on_bit_for_bit(
-    tmp_path_factory: pytest.TempPathFactory, pattern: Pattern, batch: int, tokens: int, sizes: list[int], at: int
+    tmp_path_factory: pytest.TempPathFactory,
+    pattern: Pattern,
+    batch: int,
+    tokens: int,
+    sizes: list[int],
+    at: int,
 ) -> None:
     """In memory or with --spill, saved or forked, whatever forks of them read; a second state replaces the first."""
     model, ids, place = net(pattern), draw(batch, tokens), tmp_path_factory.getbasetemp()
@@ -90,7 +97,10 @@ def test_generation_from_a_state_is_that_of_one_run(build: Any, kind: str, tmp_p
     expected = generated(model, 130, bos=3, chunk=48)
     options: dict[str, Any] = {"bos": None, "tokenizer": None, "chunk": 48}
     stream, nothing = CausalStream(model), prompt(0)
-    assert list(generate(model, prompt(130), stream=stream, max_tokens=0, **options | {"bos": 3})) == []
+    assert (
+        list(generate(model, prompt(130), stream=stream, max_tokens=0, **options | {"bos": 3}))
+        == []
+    )
     found = []
     for number in (25, 1, 14):
         stream.save(tmp_path / "state")
@@ -115,18 +125,25 @@ def test_it_stops_at_the_last_position(tmp_path: Path) -> None:
 
 
 def states(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")
+    }
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_a_killed_save_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
+def test_a_killed_save_leaves_the_old_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
     """Killed at any rename or removal, the folder has the old state or the new one; the next save removes the rest.
 
     A killed first save leaves none, and the next one goes on. What is not of a state stays, whatever its name.
     """
     model, folder, ids = net(CHOSEN), tmp_path / "state", draw(1, 200)
     monkeypatch.setattr("longnet_cli.running.saved_state.FILE_BYTES", 1 << 13)
-    stream, others = CausalStream(model), ["piece-0.safetensors", "piece-12345678-00000.safetensors"]
+    stream, others = (
+        CausalStream(model),
+        ["piece-0.safetensors", "piece-12345678-00000.safetensors"],
+    )
     stream(ids[:, :100])
     if not first:
         stream.save(folder)
@@ -148,7 +165,9 @@ def test_a_killed_save_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # nothing is cleaned up by a process that is gone
+        patch.setattr(
+            "shutil.rmtree", lambda *_, **__: None
+        )  # nothing is cleaned up by a process that is gone
         for name in real:
             patch.setattr(f"os.{name}", killed(name))
         while calls >= last:  # the last save called fewer
@@ -172,7 +191,12 @@ def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
     """Its manifest.json is not that of a state, and its files have a name that a piece might have."""
     stream = CausalStream(net(CHOSEN))
     stream(draw(1, 100))
-    manifests = ['{"name": "My app", "icons": []}', "{", '{"version": 3, "files": {}, "digest": ""}', None]
+    manifests = [
+        '{"name": "My app", "icons": []}',
+        "{",
+        '{"version": 3, "files": {}, "digest": ""}',
+        None,
+    ]
     for number, manifest in enumerate(manifests):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -181,7 +205,9 @@ def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
             (folder / "manifest.json").write_text(manifest)
             (folder / "piece-0.safetensors").write_text("mine")
         old = states(folder)
-        with pytest.raises(ConfigError, match="neither an empty folder nor a state: name a new one"):
+        with pytest.raises(
+            ConfigError, match="neither an empty folder nor a state: name a new one"
+        ):
             stream.save(folder)
         assert states(folder) == old
 
@@ -204,13 +230,21 @@ def test_a_forged_state_is_refused(tmp_path: Path) -> None:
         stream(part)
     stream.save(folder)
     facts = read_sealed(folder / "manifest.json", STATE_VERSION)
-    tensors = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
-    assert {name.partition(".")[2] for name in tensors if tensors[name].numel()} >= {"held", "counts", "fine"}
+    tensors = {
+        name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()
+    }
+    assert {name.partition(".")[2] for name in tensors if tensors[name].numel()} >= {
+        "held",
+        "counts",
+        "fine",
+    }
 
     def forge(changed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         shutil.rmtree(forged, ignore_errors=True)
         forged.mkdir()
-        save_file({name: x.contiguous() for name, x in tensors.items()}, forged / "piece.safetensors")
+        save_file(
+            {name: x.contiguous() for name, x in tensors.items()}, forged / "piece.safetensors"
+        )
         write_sealed(forged / "manifest.json", STATE_VERSION, {**facts, **changed})
         CausalStream.load(model, forged)
 
@@ -220,7 +254,11 @@ def test_a_forged_state_is_refused(tmp_path: Path) -> None:
             with pytest.raises((DataError, ConfigError)):
                 forge({key: value}, tensors)
     for name, x in tensors.items():
-        wrong = [x[..., None], x.double() if x.dtype != torch.float64 else x.int(), torch.cat([x, x])]
+        wrong = [
+            x[..., None],
+            x.double() if x.dtype != torch.float64 else x.int(),
+            torch.cat([x, x]),
+        ]
         wrong += [x[:0]] if x.numel() and not name.endswith(("held", "held_at")) else []
         for other in (None, *wrong):
             with pytest.raises(DataError, match="a damaged state: "):
@@ -246,9 +284,21 @@ def test_what_is_refused(tmp_path: Path) -> None:
             {},
             "it was saved by ./mine with the pattern window:16,chosen=4x8.*, and this is window:16: name both",
         ),
-        (net(CHOSEN, heads=2), {}, r"it was saved by another model, ./mine: its weights or its configuration differ"),
-        (model, {"tokenizer_sha256": "b" * 64}, "another tokenizer, of SHA-256 aaaaaaaaaaaa..., not bbbbbbbbbbbb..."),
-        (model, {"dtype": torch.bfloat16}, r"saved in float32, and this run computes in bfloat16 \(--dtype\)"),
+        (
+            net(CHOSEN, heads=2),
+            {},
+            r"it was saved by another model, ./mine: its weights or its configuration differ",
+        ),
+        (
+            model,
+            {"tokenizer_sha256": "b" * 64},
+            "another tokenizer, of SHA-256 aaaaaaaaaaaa..., not bbbbbbbbbbbb...",
+        ),
+        (
+            model,
+            {"dtype": torch.bfloat16},
+            r"saved in float32, and this run computes in bfloat16 \(--dtype\)",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             CausalStream.load(other, folder, **more)
@@ -256,7 +306,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         for damage in (old[name][:-2], old[name][:99] + b"?" + old[name][100:], None):
             (folder / name).unlink() if damage is None else (folder / name).write_bytes(damage)
             gone = damage is None and name == "manifest.json"
-            with pytest.raises(ConfigError if gone else DataError, match="no state" if gone else "a damaged state"):
+            with pytest.raises(
+                ConfigError if gone else DataError, match="no state" if gone else "a damaged state"
+            ):
                 CausalStream.load(model, folder)
             (folder / name).write_bytes(old[name])
     assert CausalStream.load(model, folder).position == 100
@@ -265,7 +317,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no state, manifest"):
         CausalStream.load(model, tmp_path)
     write_sealed(folder / "manifest.json", 2, {"kind": "longnet state"})
-    with pytest.raises(DataError, match=rf"manifest\.json: it was changed .*, or is not of version {STATE_VERSION}$"):
+    with pytest.raises(
+        DataError,
+        match=rf"manifest\.json: it was changed .*, or is not of version {STATE_VERSION}$",
+    ):
         CausalStream.load(model, folder)
 
 
@@ -282,7 +337,9 @@ def test_a_question_chooses_more_often(tmp_path: Path) -> None:
             counts, converted = (each.caches[0].past.counts for each in (stream, again))
             assert torch.equal(counts * (16 // every), converted)
             whole(ids[:, :tokens])
-            torch.testing.assert_close(again(ids[:, tokens:]), whole(ids[:, tokens:]), rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                again(ids[:, tokens:]), whole(ids[:, tokens:]), rtol=0, atol=1e-6
+            )
     again.save(tmp_path / "state")
     with pytest.raises(
         ConfigError,
@@ -315,7 +372,9 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
         reading = ["--model", model, *more]
         options = ["-n", "20", "--format", "jsonl", "-q"]
         whole, followed = (
-            json.loads(run_longnet("generate", "-i", "book.txt", *question, *reading, *options).stdout)
+            json.loads(
+                run_longnet("generate", "-i", "book.txt", *question, *reading, *options).stdout
+            )
             for question in ([], ["What?"])
         )
         done = run_longnet("generate", "-i", "book.txt", *reading, "--save-state", "book.state")
@@ -323,20 +382,35 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
         assert done.stderr.splitlines()[-1].startswith("book.state: the state after 481 tokens, ")
         old = states(tmp_path / "book.state")
         asked = [*options, "--state", "book.state"]
-        assert json.loads(run_longnet("generate", *asked).stdout) == whole | {"doc_id": "prompt", "n_prompt": 0}
+        assert json.loads(run_longnet("generate", *asked).stdout) == whole | {
+            "doc_id": "prompt",
+            "n_prompt": 0,
+        }
         after = json.loads(run_longnet("generate", "\nWhat?", *asked).stdout)
-        assert (after["tokens"], followed["n_prompt"]) == (followed["tokens"], 480 + after["n_prompt"])
-        assert "it was saved " in run_longnet("generate", *asked, "-m", "longnet-tiny").stderr  # the default, if given
+        assert (after["tokens"], followed["n_prompt"]) == (
+            followed["tokens"],
+            480 + after["n_prompt"],
+        )
+        assert (
+            "it was saved " in run_longnet("generate", *asked, "-m", "longnet-tiny").stderr
+        )  # the default, if given
         if model == other:  # whose commands import transformers
             break
         (tmp_path / "questions.jsonl").write_text('{"text": "What?"}\n{"text": "Who?"}\n')
         both = run_longnet("generate", "-i", "questions.jsonl", *asked).stdout.splitlines()
-        alone = [json.loads(run_longnet("generate", text, *asked).stdout) for text in ("What?", "Who?")]
+        alone = [
+            json.loads(run_longnet("generate", text, *asked).stdout) for text in ("What?", "Who?")
+        ]
         assert [json.loads(line)["tokens"] for line in both] == [line["tokens"] for line in alone]
         assert states(tmp_path / "book.state") == old
-        first = run_longnet("generate", *asked[:-2], *asked[-2:], "-n", "12", "--save-state", "book.state")
+        first = run_longnet(
+            "generate", *asked[:-2], *asked[-2:], "-n", "12", "--save-state", "book.state"
+        )
         rest = run_longnet("generate", *asked, "-n", "8")
-        assert json.loads(first.stdout)["tokens"] + json.loads(rest.stdout)["tokens"] == whole["tokens"]
+        assert (
+            json.loads(first.stdout)["tokens"] + json.loads(rest.stdout)["tokens"]
+            == whole["tokens"]
+        )
 
 
 @pytest.mark.parametrize("build", [partial(tiny_model, position="rope"), tiny_llama])
@@ -346,8 +420,20 @@ def test_a_state_tells_which_layers_choose(
     """They were looked for by the command that saved it, and a finer pattern may read on."""
     options = ["--model", build(tmp_path / "model"), "--pattern"]
     invoke("generate", "words", *options, "finding:64", "--save-state", tmp_path / "state", code=0)
-    monkeypatch.setattr(choosing_layers, "layer_evidence", lambda net: pytest.fail("the layers were looked for"))
-    invoke("generate", "more", *options, "finding:64,chosen_every=4", "--state", tmp_path / "state", "-n", 4, code=0)
+    monkeypatch.setattr(
+        choosing_layers, "layer_evidence", lambda net: pytest.fail("the layers were looked for")
+    )
+    invoke(
+        "generate",
+        "more",
+        *options,
+        "finding:64,chosen_every=4",
+        "--state",
+        tmp_path / "state",
+        "-n",
+        4,
+        code=0,
+    )
 
 
 def test_the_state_of_several_prompts_is_refused(tmp_path: Path) -> None:

@@ -40,18 +40,24 @@ TOKENS = np.random.default_rng(0).integers(256, size=5000)
 class Asked(TorchFunctionMode):
     """Counts the calls that ask a tensor for its numbers; that no operator does by itself is in test_fake_devices."""
 
-    NAMES = frozenset(["item", "tolist", "cpu", "numpy", "nonzero", "equal", "__bool__", "__int__", "__float__"])
+    NAMES = frozenset(
+        ["item", "tolist", "cpu", "numpy", "nonzero", "equal", "__bool__", "__int__", "__float__"]
+    )
 
     def __init__(self) -> None:
         super().__init__()
         self.number = 0
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.number += getattr(function, "__name__", "") in self.NAMES
         return function(*args, **(kwargs or {}))
 
 
-def test_a_training_step_of_four_chunks_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_of_four_chunks_waits_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = pa.table({"input_ids": pa.array([TOKENS], pa.large_list(pa.int64()))})
     with pa.ipc.new_file(tmp_path / "tokens.arrow", table.schema) as file:
         file.write_table(table)
@@ -67,7 +73,9 @@ def test_a_training_step_of_four_chunks_waits_once(tmp_path: Path, monkeypatch: 
     reads: list[int] = []  # how often the host had waited before
     read_into = TokenStream.read_into
     with Asked() as asked:
-        monkeypatch.setattr(TokenStream, "read_into", lambda *x: reads.append(asked.number) or read_into(*x))
+        monkeypatch.setattr(
+            TokenStream, "read_into", lambda *x: reads.append(asked.number) or read_into(*x)
+        )
         train(recipe, tmp_path / "run", on_step=lambda *_: counts.append(asked.number))
     # the first step also finds the attention kernel
     assert [after - before for before, after in pairwise(counts)] == [1, 1, 1]
@@ -75,7 +83,9 @@ def test_a_training_step_of_four_chunks_waits_once(tmp_path: Path, monkeypatch: 
     assert [Counter(reads)[count] for count in counts] == [9, 9, 8, 0]
 
 
-def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     events: list[str] = []
     net = LongNet(LongNetConfig(**MODEL))
     net(torch.zeros(1, 8, dtype=torch.int64))  # finds the attention kernel
@@ -90,7 +100,9 @@ def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(monkeypatch: pytes
 
     monkeypatch.setattr(scoring, "to_host", to_host)
     read = reader.Reader._ids
-    monkeypatch.setattr(reader.Reader, "_ids", staticmethod(lambda *place: events.append("read") or read(*place)))
+    monkeypatch.setattr(
+        reader.Reader, "_ids", staticmethod(lambda *place: events.append("read") or read(*place))
+    )
     documents = [Document("a", TOKENS[:255], None, "a"), Document("b", TOKENS[:60], None, "b")]
     with Asked() as asked:
         found = list(scores(net, documents, bos=256, chunk=64))
@@ -116,4 +128,10 @@ def test_a_gpu_computes_the_next_token_while_one_is_written(
     for _ in generating.generate(net, prompt, bos=256, tokenizer=None, max_tokens=3, stream=stream):
         events.append("written")
     of_tokens = ["computed", "written"] if ahead else ["written", "computed"]
-    assert events == ["computed", *of_tokens, *of_tokens, "written", *(["computed"] if reads_all else [])]
+    assert events == [
+        "computed",
+        *of_tokens,
+        *of_tokens,
+        "written",
+        *(["computed"] if reads_all else []),
+    ]

@@ -75,7 +75,9 @@ def number(value: Any) -> float | None:
         return None
 
 
-def points(rows: Iterable[Row], axes: tuple[Axis, Axis], x_key: str, y_key: str, error_key: str = "") -> list[Point]:
+def points(
+    rows: Iterable[Row], axes: tuple[Axis, Axis], x_key: str, y_key: str, error_key: str = ""
+) -> list[Point]:
     """Return the points of rows that the axes can show, in rising order of x: of several at one x, the last."""
     found: dict[float, Point] = {}
     for row in rows:
@@ -131,7 +133,10 @@ def draw_picture(panels: Sequence[Panel], output: str | Path, title: str = "") -
 def _draw(axes: Axes, panel: Panel) -> dict[str, object]:
     """Draw a panel; return a line of each curve by the words for it in a legend."""
     colors = {name: f"C{index % 10}" for index, name in enumerate(panel.names)}
-    lines = {curve.name: _draw_curve(axes, panel, curve, colors[curve.name]) for curve in reversed(panel.curves)}
+    lines = {
+        curve.name: _draw_curve(axes, panel, curve, colors[curve.name])
+        for curve in reversed(panel.curves)
+    }
     dashed = {curve.name for curve in panel.curves if curve.extrapolated}
     axes.grid(alpha=0.3)
     axes.set(xlabel=panel.x.title, ylabel=panel.y.title + panel.y.unit)
@@ -139,14 +144,23 @@ def _draw(axes: Axes, panel: Panel) -> dict[str, object]:
     for axis, kind in ((axes.xaxis, panel.x), (axes.yaxis, panel.y)):
         if kind.base:
             _set_ticks(axis, kind)
-    return {f"{name} (dashed: extrapolated)" if name in dashed else name: lines[name] for name in panel.names}
+    return {
+        f"{name} (dashed: extrapolated)" if name in dashed else name: lines[name]
+        for name in panel.names
+    }
 
 
 def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> object:
     x, y, known = zip(*curve.points, strict=True)
     errors = [math.nan if error is None else error for error in known]
-    style: dict[str, Any] = {"linewidth": 1.2, "color": color, "linestyle": "--" if curve.extrapolated else "-"}
-    if len(x) == 1 or (panel.x.base and not curve.extrapolated):  # a line cannot show one point; of few, show each
+    style: dict[str, Any] = {
+        "linewidth": 1.2,
+        "color": color,
+        "linestyle": "--" if curve.extrapolated else "-",
+    }
+    if len(x) == 1 or (
+        panel.x.base and not curve.extrapolated
+    ):  # a line cannot show one point; of few, show each
         style |= {"marker": "o", "markersize": 4 if panel.x.base else 6}
     if not all(map(math.isnan, errors)):
         low, high = ([b + sign * e for b, e in zip(y, errors, strict=True)] for sign in (-1, 1))

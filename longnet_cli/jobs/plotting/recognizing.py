@@ -25,7 +25,11 @@ TOKENS = Axis("tokens in the sequence", base=10)
 BENCH_PANELS = (
     ("seconds", Axis("time", base=10, unit=", seconds"), 2),
     ("seconds_per_token", Axis("time per token", base=10, unit=", seconds"), 1),
-    ("peak_rss_bytes", Axis("peak memory", base=2, write=lambda size: f"{format_size(round(size))}B"), None),
+    (
+        "peak_rss_bytes",
+        Axis("peak memory", base=2, write=lambda size: f"{format_size(round(size))}B"),
+        None,
+    ),
 )
 
 # Keys in which rows of one length may differ, and the words that a curve's name then has for them
@@ -60,7 +64,9 @@ class Bench(_Measurements):
             if not isinstance(row.get("impl"), str) or not number(row.get("seq")):
                 raise DataError(f"{where}: not a row of bench: it has no 'impl' and 'seq'")
             rate = number(row.get("tokens_per_second"))
-            measured.append({**row, "length": _length(row), "seconds_per_token": 1 / rate if rate else None})
+            measured.append(
+                {**row, "length": _length(row), "seconds_per_token": 1 / rate if rate else None}
+            )
         return cls(name, measured)
 
     def panels(self, others: Sequence[Bench]) -> Iterator[Panel]:
@@ -69,12 +75,17 @@ class Bench(_Measurements):
         Beside `others`, the file's name is in it too, but for dense attention that none of them has measured.
         Dense attention that was skipped is extrapolated from its longest run: its FLOPs grow with the squared length.
         """
-        differing = [key for key in _DIFFERENCES if len({str(row.get(key)) for row in self.rows}) > 1]
+        differing = [
+            key for key in _DIFFERENCES if len({str(row.get(key)) for row in self.rows}) > 1
+        ]
         alone = {"dense"}.difference(row["impl"] for other in others for row in other.rows)
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
             named = others and row["impl"] not in alone
-            words = [str(row["impl"]), *(_DIFFERENCES[key](row[key]) for key in differing if row.get(key) is not None)]
+            words = [
+                str(row["impl"]),
+                *(_DIFFERENCES[key](row[key]) for key in differing if row.get(key) is not None),
+            ]
             groups.setdefault(", ".join([self.name] * bool(named) + words), []).append(row)
         for key, axis, power in BENCH_PANELS:
             curves = []
@@ -99,7 +110,13 @@ def _length(row: Row) -> float | None:
 def _extrapolated(curve: Curve, rows: list[Row], power: int) -> Curve:
     """Return the continuation of a curve to the lengths that were skipped."""
     last = curve.points[-1]
-    skipped = sorted({float(row["seq"]) for row in rows if row.get("status") == "skipped" and row["seq"] > last.x})
+    skipped = sorted(
+        {
+            float(row["seq"])
+            for row in rows
+            if row.get("status") == "skipped" and row["seq"] > last.x
+        }
+    )
     further = [Point(x, last.y * (x / last.x) ** power) for x in skipped]
     return Curve(curve.name, [last, *further] if further else [], extrapolated=True)
 
@@ -137,7 +154,10 @@ class Run(_Measurements):
     def panels(self, others: Sequence[Run]) -> Iterator[Panel]:
         """Yield a panel for each quantity. Its curves are empty if no line has the quantity."""
         for axis, keys in RUN_PANELS:
-            curves = [Curve(self.name + more, points(self.rows, (STEP, axis), "step", key)) for key, more in keys]
+            curves = [
+                Curve(self.name + more, points(self.rows, (STEP, axis), "step", key))
+                for key, more in keys
+            ]
             yield Panel(keys[0][0], STEP, axis, curves)
 
 
@@ -145,7 +165,10 @@ CONTEXT = Axis("context, tokens", base=2, write=lambda tokens: format_size(round
 NATS = Axis("nats per token")
 
 # Keys of a total, with their axes and the keys of their standard errors
-TOTALS = (("ppl", Axis("perplexity"), "ppl_se"), ("ppl_ratio", Axis("perplexity / that of the first"), "ppl_ratio_se"))
+TOTALS = (
+    ("ppl", Axis("perplexity"), "ppl_se"),
+    ("ppl_ratio", Axis("perplexity / that of the first"), "ppl_ratio_se"),
+)
 # Keys of a total's lists, with their axes. A row is drawn where its range starts.
 LISTS = (
     ("by_position", Axis("tokens seen, from", base=2, write=CONTEXT.write)),
@@ -165,12 +188,22 @@ class Scores(_Measurements):
                 continue
             totals = row.get("totals") or [row.get("total", row)]
             for total in totals if isinstance(totals, list) else [totals]:
-                lists = [total.get(key) or [] for key, _ in LISTS] if isinstance(total, dict) else [None]
-                if not all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in lists):
+                lists = (
+                    [total.get(key) or [] for key, _ in LISTS]
+                    if isinstance(total, dict)
+                    else [None]
+                )
+                if not all(
+                    isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+                    for rows in lists
+                ):
                     raise DataError(f"{where}: not a score: its total has other types")
                 all_totals.append(total)
         if all_totals and all_totals[0].get("context") is not None:
-            first = {"ppl_ratio": 1.0, "ppl_ratio_se": 0.0}  # ratios are relative to the first context
+            first = {
+                "ppl_ratio": 1.0,
+                "ppl_ratio_se": 0.0,
+            }  # ratios are relative to the first context
             all_totals[0] = first | all_totals[0]
         return cls(name, all_totals)
 
@@ -178,14 +211,25 @@ class Scores(_Measurements):
         """Yield a panel for perplexity by context, one for its ratio to the first context, and one for each list."""
         for key, axis, error in TOTALS:
             found = points(self.rows, (CONTEXT, axis), "context", key, error)
-            yield Panel(key, CONTEXT, axis, [Curve(self.name, found)] if key == "ppl" or len(found) > 1 else [])
+            yield Panel(
+                key,
+                CONTEXT,
+                axis,
+                [Curve(self.name, found)] if key == "ppl" or len(found) > 1 else [],
+            )
         for key, place in LISTS:
             curves = []
             for total in self.rows:
                 context = number(total.get("context"))
                 words = [self.name] if others or context is None else []
-                name = ", ".join(words if context is None else [*words, f"context {format_size(round(context))}"])
-                curves.append(Curve(name, points(total.get(key) or (), (place, NATS), "from", "nll", "nll_se")))
+                name = ", ".join(
+                    words if context is None else [*words, f"context {format_size(round(context))}"]
+                )
+                curves.append(
+                    Curve(
+                        name, points(total.get(key) or (), (place, NATS), "from", "nll", "nll_se")
+                    )
+                )
             yield Panel(key, place, NATS, curves)
 
 
@@ -233,14 +277,18 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
     """
     every: dict[str, Panel] = {}
     for each in measured:
-        others: list[Any] = [other for other in measured if other is not each and type(other) is type(each)]
+        others: list[Any] = [
+            other for other in measured if other is not each and type(other) is type(each)
+        ]
         for panel in each.panels(others):
             curves = every.setdefault(panel.key, panel._replace(curves=[])).curves
             curves.extend(curve for curve in panel.curves if curve.points)
     known = {key: panel for key, panel in every.items() if panel.curves}
     if not known:
         names = ", ".join(each.name for each in measured)
-        raise DataError(f"{names}: nothing to draw; of scores, give several contexts, or --by-position")
+        raise DataError(
+            f"{names}: nothing to draw; of scores, give several contexts, or --by-position"
+        )
     for key in show:
         if key not in known:
             meant = nearest(key, known)
@@ -253,8 +301,12 @@ def title(measured: Sequence[Measured]) -> str:
     """Return what a picture is of: a layer, models, machines and dates in the files, or else the names of the files."""
     rows = [row for each in measured for row in each.rows]
     attention = (row for row in rows if row.get("op") == "attention")
-    said = dict.fromkeys(f"one attention layer of {row['heads']} heads x {row['head_dim']}" for row in attention)
-    said |= dict.fromkeys(str(row[key]) for key in ("model", "machine", "date") for row in rows if row.get(key))
+    said = dict.fromkeys(
+        f"one attention layer of {row['heads']} heads x {row['head_dim']}" for row in attention
+    )
+    said |= dict.fromkeys(
+        str(row[key]) for key in ("model", "machine", "date") for row in rows if row.get(key)
+    )
     return ", ".join(said or dict.fromkeys(each.name for each in measured))
 
 
@@ -266,7 +318,9 @@ def _text(path: str | Path, file: Path) -> str:
             raise DataError("stdin is closed")
         return sys.stdin.buffer.read().decode("utf-8")
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; expected the folder of a training run, or {KINDS}") from None
+        raise DataError(
+            f"{file}: {error.strerror}; expected the folder of a training run, or {KINDS}"
+        ) from None
     except ValueError:
         raise DataError(f"{file}: not UTF-8; expected {KINDS}") from None
 
@@ -280,7 +334,9 @@ def _rows(file: Path, text: str) -> Iterator[tuple[str, Row]]:
     for at, value in values:
         for row in value if isinstance(value, list) else [value]:
             if not isinstance(row, dict):
-                raise DataError(f"{file}: row {at}: not a line of metrics, of bench or of score: not an object")
+                raise DataError(
+                    f"{file}: row {at}: not a line of metrics, of bench or of score: not an object"
+                )
             yield f"{file}: row {at}", row
 
 
@@ -295,7 +351,9 @@ def _lines(file: Path, lines: Sequence[str], whole: ValueError) -> Iterator[tupl
                 return  # it is still being written
             is_first = not any(map(str.strip, lines[: at - 1]))
             row, why = (getattr(whole, "lineno", 1), whole) if is_first else (at, error)
-            raise DataError(f"{file}: row {row}: not JSON: {getattr(why, 'msg', why)}; expected {KINDS}") from None
+            raise DataError(
+                f"{file}: row {row}: not JSON: {getattr(why, 'msg', why)}; expected {KINDS}"
+            ) from None
 
 
 def _kind(where: str, row: Row) -> type[Run] | type[Bench] | type[Scores]:

@@ -93,7 +93,9 @@ def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Su
     """
     files = [LogprobFile(name) for name in names]
     if len(files) > 2:
-        raise ConfigError(f"{len(files)} files of log-probabilities: give one, or two to see their difference")
+        raise ConfigError(
+            f"{len(files)} files of log-probabilities: give one, or two to see their difference"
+        )
     texts = _TokenTexts(_tokenizer(files, tokenizer_name))
     documents = [*zip_longest(*(_whole_documents(file) for file in files))]
     for pair in documents if len(files) > 1 else ():
@@ -107,7 +109,9 @@ def _tokenizer(files: Sequence[LogprobFile], name: str | None) -> Tokenizer:
     """Return the tokenizer of files, checked by its digest. Raises ConfigError."""
     digests = {file.metadata[_SHA256] for file in files if _SHA256 in file.metadata}
     if len(digests) > 1:
-        raise ConfigError(f"{files[0].where} and {files[1].where} are of two tokenizers: their tokens differ")
+        raise ConfigError(
+            f"{files[0].where} and {files[1].where} are of two tokenizers: their tokens differ"
+        )
     where, model = files[0].where, name or files[0].metadata.get("longnet.model")
     if not model:
         raise ConfigError(f"{where} does not say which model it is of: give --tokenizer")
@@ -116,10 +120,14 @@ def _tokenizer(files: Sequence[LogprobFile], name: str | None) -> Tokenizer:
     except (ConfigError, CheckpointError) as error:
         if name:
             raise
-        raise ConfigError(f"{where}: the tokenizer of its model {model} cannot be read: give --tokenizer") from error
+        raise ConfigError(
+            f"{where}: the tokenizer of its model {model} cannot be read: give --tokenizer"
+        ) from error
     if digests and tokenizer.sha256 not in digests:
         which = f"--tokenizer {name}" if name else f"the tokenizer of {model}"
-        raise ConfigError(f"{where} is of another tokenizer than {which}: give the one it was scored with")
+        raise ConfigError(
+            f"{where} is of another tokenizer than {which}: give the one it was scored with"
+        )
     return tokenizer
 
 
@@ -133,7 +141,9 @@ def _whole_documents(file: LogprobFile) -> Iterator[Logged]:
                 f"{file.where}: more than {MOST_TOKENS:,} tokens, the most that are shown: score fewer documents, or "
                 "the end of each (--last)"
             )
-        if rows and (row.doc_id != rows[0].doc_id or row.start != rows[-1].start + len(rows[-1].ids)):
+        if rows and (
+            row.doc_id != rows[0].doc_id or row.start != rows[-1].start + len(rows[-1].ids)
+        ):
             yield _joined(rows)
             rows = []
         rows.append(row)
@@ -144,7 +154,9 @@ def _whole_documents(file: LogprobFile) -> Iterator[Logged]:
 def _joined(rows: Sequence[Logged]) -> Logged:
     """Return rows of a document as one."""
     columns = zip(*(row[2:] for row in rows), strict=True)
-    joined: list[Any] = [None if column[0] is None else np.concatenate(column) for column in columns]
+    joined: list[Any] = [
+        None if column[0] is None else np.concatenate(column) for column in columns
+    ]
     return Logged(*rows[0][:2], *joined)
 
 
@@ -152,8 +164,15 @@ def _check_same(files: Sequence[LogprobFile], one: Logged | None, other: Logged 
     """Raise DataError unless both are the same tokens of the same document."""
     if one and other and one[:2] == other[:2] and np.array_equal(one.ids, other.ids):
         return
-    said = (f"tokens from {x.start} on of document {x.doc_id!r}" if x else "no more documents" for x in (one, other))
-    what = "other tokens of the same document" if one and other and one[:2] == other[:2] else " and ".join(said)
+    said = (
+        f"tokens from {x.start} on of document {x.doc_id!r}" if x else "no more documents"
+        for x in (one, other)
+    )
+    what = (
+        "other tokens of the same document"
+        if one and other and one[:2] == other[:2]
+        else " and ".join(said)
+    )
     raise DataError(
         f"{files[0].where} and {files[1].where} have {what}: score the same documents, with the same --last"
     )
@@ -182,7 +201,11 @@ class _TokenTexts:
 
     def pieces(self, ids: np.ndarray) -> list[str]:
         """Return what each of (n,) ids adds to their text. Special tokens and unknown ids are named."""
-        stream, special, size = TextStream(self.tokenizer), self.tokenizer.special_ids, self.tokenizer.vocab_size
+        stream, special, size = (
+            TextStream(self.tokenizer),
+            self.tokenizer.special_ids,
+            self.tokenizer.vocab_size,
+        )
         pieces = []
         for index in ids.tolist():
             named = index in special or not 0 <= index < size
@@ -219,7 +242,9 @@ _TEMPLATE = Path(__file__).with_suffix(PAGE)
 def write_surprise(surprise: Surprise, output: str | Path) -> None:
     """Write a page, whole or not at all. Raises ConfigError for the name of another kind of file."""
     if Path(output).suffix.lower() != PAGE:
-        raise ConfigError(f"{output}: log-probabilities are drawn as a page: its name ends in {PAGE}")
+        raise ConfigError(
+            f"{output}: log-probabilities are drawn as a page: its name ends in {PAGE}"
+        )
     before, between, after = re.split("@FACTS@|@DATA@", _TEMPLATE.read_text(encoding="utf-8"))
     facts = json.dumps(_facts(surprise), ensure_ascii=False).replace("<", "\\u003c")
     data = base64.b64encode(zlib.compress(_data(surprise), 6)).decode()
@@ -230,9 +255,13 @@ def _facts(surprise: Surprise) -> dict[str, object]:
     """Return what a page knows of its documents: names, numbers of tokens, and which lists its data has."""
     documents = surprise.documents
     each_document = [
-        {"id": each.doc_id, "start": each.start, "tokens": len(each.pieces), "nats": each.means} for each in documents
+        {"id": each.doc_id, "start": each.start, "tokens": len(each.pieces), "nats": each.means}
+        for each in documents
     ]
-    tokens, has_top = sum(len(each.pieces) for each in documents), any(each.top is not None for each in documents)
+    tokens, has_top = (
+        sum(len(each.pieces) for each in documents),
+        any(each.top is not None for each in documents),
+    )
     lists = {"tokens": tokens, "other": len(surprise.names) > 1, "top": has_top}
     facts = {"names": surprise.names, "documents": each_document, "tops": surprise.tops}
     return {**facts, **lists, "steps": STEPS, "colors": COLORS}
@@ -244,10 +273,16 @@ def _data(surprise: Surprise) -> bytes:
     pieces = [piece.encode("utf-16-le", "replace") for each in documents for piece in each.pieces]
     lists = [_columns([each.top for each in documents]).astype("<u4")]
     lists += [np.array([len(piece) // 2 for piece in pieces], "<u2")]
-    for nats in zip(*((each.nats, each.other_nats, each.top_nats) for each in documents), strict=True):
+    for nats in zip(
+        *((each.nats, each.other_nats, each.top_nats) for each in documents), strict=True
+    ):
         lists += [np.rint(_columns(nats) * STEPS).clip(0, 65535).astype("<u2")]
-    return b"".join([*(values.tobytes() for values in lists), b"".join(pieces).decode("utf-16-le").encode()])
+    return b"".join(
+        [*(values.tobytes() for values in lists), b"".join(pieces).decode("utf-16-le").encode()]
+    )
 
 
 def _columns(lists: Sequence[np.ndarray | None]) -> np.ndarray:
-    return np.concatenate([np.empty(0, np.float32), *(values for values in lists if values is not None)])
+    return np.concatenate(
+        [np.empty(0, np.float32), *(values for values in lists if values is not None)]
+    )

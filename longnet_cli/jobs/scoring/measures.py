@@ -74,7 +74,10 @@ class ByPosition:
     def add(self, start: int, nll: np.ndarray) -> None:
         """Add the (n,) nats of targets whose inputs are the positions start, start + 1, ... of a window."""
         i = np.arange(start, start + len(nll))
-        places = (np.frexp(i + 1.0)[1] - 1, i % self.segment * 8 // self.segment)  # frexp: exact floor of log2
+        places = (
+            np.frexp(i + 1.0)[1] - 1,
+            i % self.segment * 8 // self.segment,
+        )  # frexp: exact floor of log2
         for table, place in zip((self.seen, self.inside), places, strict=True):
             table[:, 0] += np.bincount(place, nll, len(table))
             table[:, 1] += np.bincount(place, minlength=len(table))
@@ -83,7 +86,9 @@ class ByPosition:
         """Return TABLES for the machine formats: the first, last, count and mean nats of each range with tokens."""
         starts = [-(-part * self.segment // 8) for part in range(9)]
         inside = [(a, b - 1) for a, b in pairwise(starts)]
-        return dict(zip(TABLES, (_rows(self.seen, POWERS), _rows(self.inside, inside)), strict=True))
+        return dict(
+            zip(TABLES, (_rows(self.seen, POWERS), _rows(self.inside, inside)), strict=True)
+        )
 
 
 def _rows(table: np.ndarray, ranges: Sequence[Range]) -> list[Row]:
@@ -118,7 +123,10 @@ class Clusters:
 
     def __init__(self, size: int) -> None:
         self.documents = 0
-        self.sums, self.spread = np.zeros(size), np.zeros((size, size))  # spread: products of deviations from the mean
+        self.sums, self.spread = (
+            np.zeros(size),
+            np.zeros((size, size)),
+        )  # spread: products of deviations from the mean
 
     def add(self, values: Sequence[float]) -> None:
         """Add the (size,) quantities of the next document."""
@@ -132,7 +140,9 @@ class Clusters:
         shift, inside = mean - self.sums / max(1, before), values - mean
         self.documents += len(values)
         self.sums += values.sum(0)
-        self.spread += inside.T @ inside + np.outer(shift, shift) * (before * len(values) / self.documents)
+        self.spread += inside.T @ inside + np.outer(shift, shift) * (
+            before * len(values) / self.documents
+        )
 
     def error(self, numerator: np.ndarray, denominator: int) -> float | None:
         """Return the standard error of sum x / sum y.
@@ -144,7 +154,9 @@ class Clusters:
         residual = numerator.copy()
         residual[denominator] -= numerator @ self.sums / self.sums[denominator]
         squares = max(0.0, float(residual @ self.spread @ residual))
-        return math.sqrt(squares * self.documents / (self.documents - 1)) / float(self.sums[denominator])
+        return math.sqrt(squares * self.documents / (self.documents - 1)) / float(
+            self.sums[denominator]
+        )
 
 
 BYTES, TOKENS = -2, -1  # indices among a document's quantities, after the nats at each context
@@ -162,7 +174,9 @@ class Total:
         self.contexts = list(contexts)
         self.scores = [Score(0.0, 0, 0) for _ in contexts]
         self.clusters = Clusters(len(self.contexts) + 2)  # of documents that have tokens
-        self.places: list[dict[str, dict[Range, Clusters]]] = [{} for _ in contexts]  # of each table, by range
+        self.places: list[dict[str, dict[Range, Clusters]]] = [
+            {} for _ in contexts
+        ]  # of each table, by range
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add the row of the next document, with the columns of `Scorer.schema`."""
@@ -192,7 +206,9 @@ class Total:
             "context": self.contexts[index],
             "n_docs": clusters.documents,
             "ppl_se": _times(score.ppl, clusters.error(nats, TOKENS)),
-            "bpb_se": None if score.bpb is None else _times(1 / math.log(2), clusters.error(nats, BYTES)),
+            "bpb_se": None
+            if score.bpb is None
+            else _times(1 / math.log(2), clusters.error(nats, BYTES)),
             **(compared if index else {}),  # the others are compared with the first context
             **{key: _cluster_rows(parts) for key, parts in self.places[index].items()},
         }
@@ -235,7 +251,9 @@ class GainTally:
 
     def __init__(self, contexts: Sequence[int]) -> None:
         self.longest = max(contexts)
-        self._ends = sorted((min(contexts), self.longest), key=contexts.index)  # in the order in which they come
+        self._ends = sorted(
+            (min(contexts), self.longest), key=contexts.index
+        )  # in the order in which they come
         self._kept: Any = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 (float32 nats, closed at the end)
         self._open = np.empty(0)  # gains in the block that is not full yet
         self._blocks = Clusters(2)  # of each, the sum of gains and the number of tokens
@@ -250,7 +268,9 @@ class GainTally:
                 raise no_place(error) from error
         elif context == self._ends[1] and len(nats):
             self._kept.seek(nats.itemsize * self.tokens)
-            saved = np.frombuffer(self._kept.read(nats.nbytes), np.float32).astype(np.float64) - nats
+            saved = (
+                np.frombuffer(self._kept.read(nats.nbytes), np.float32).astype(np.float64) - nats
+            )
             self._compare(saved if context == self.longest else -saved)
 
     def result(self) -> Gain:
@@ -261,7 +281,11 @@ class GainTally:
         if len(self._open):
             self._end_blocks(self._open[None])
         total, tokens = self._blocks.sums
-        return Gain(float(total / tokens), self._blocks.error(np.array([1.0, 0.0]), 1), self._many / float(tokens))
+        return Gain(
+            float(total / tokens),
+            self._blocks.error(np.array([1.0, 0.0]), 1),
+            self._many / float(tokens),
+        )
 
     def _compare(self, gained: np.ndarray) -> None:
         """Add the gains of the next (n,) tokens."""
@@ -274,4 +298,6 @@ class GainTally:
 
     def _end_blocks(self, gained: np.ndarray) -> None:
         """Add full blocks of gains, (blocks, tokens per block)."""
-        self._blocks.extend(np.stack((gained.sum(1), np.full(len(gained), float(gained.shape[1]))), axis=1))
+        self._blocks.extend(
+            np.stack((gained.sum(1), np.full(len(gained), float(gained.shape[1]))), axis=1)
+        )

@@ -33,7 +33,11 @@ from longnet_cli.running.device import precision, to_device, to_host
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window
 
-TABLE = pa.list_(pa.struct([("from", pa.int64()), ("to", pa.int64()), ("n_tokens", pa.int64()), ("nll", pa.float64())]))
+TABLE = pa.list_(
+    pa.struct(
+        [("from", pa.int64()), ("to", pa.int64()), ("n_tokens", pa.int64()), ("nll", pa.float64())]
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,11 @@ class Cut:
         """Yield (start, stop, wanted) of each window: it reads [start, stop), and targets count from `wanted` on."""
         before = len(self.bos) - 1  # from a target to its input
         for start, stop, counted in self.windows(tokens, context):
-            yield start + before if start > self.first_target else 0, stop + before, counted + before
+            yield (
+                start + before if start > self.first_target else 0,
+                stop + before,
+                counted + before,
+            )
 
     def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
         """Yield (start, stop, counted) of each window: at most `context` targets, which count from `counted` on.
@@ -71,7 +79,9 @@ class Cut:
         size = context or max(1, tokens - self.first_target)
         step = self.options.stride or size
         look_back = self.options.stride is not None or self.options.last is not None
-        for counted in range(tokens - self.options.last if self.options.last else self.first_target, tokens, step):
+        for counted in range(
+            tokens - self.options.last if self.options.last else self.first_target, tokens, step
+        ):
             stop = min(counted + step, tokens)
             yield max(self.first_target, stop - size) if look_back else counted, stop, counted
 
@@ -79,14 +89,18 @@ class Cut:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
         if self.options.last and tokens < self.least:
             return 0
-        return max(0, min(tokens - self.first_target, max(each or tokens for each in self.options.contexts)))
+        return max(
+            0,
+            min(tokens - self.first_target, max(each or tokens for each in self.options.contexts)),
+        )
 
     @property
     def least(self) -> int:
         """The fewest tokens of a document whose `last` tokens all get windows as long as every context."""
         options, last = self.options, self.options.last or 0
         return self.first_target + max(
-            last if size is None else size + last - min(options.stride or size, last) for size in options.contexts
+            last if size is None else size + last - min(options.stride or size, last)
+            for size in options.contexts
         )
 
 
@@ -132,9 +146,15 @@ def score(
     token to score, NotFiniteError for a log-probability that is NaN or infinite.
     """
     if on_tokens and ranks and ranks.dp > 1:
-        raise ConfigError("log-probabilities of tokens are written by one group of ranks: leave out --dp")
-    reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress)
-    return Scorer(reader, options, facts, count_bytes, on_tokens, top).rows(documents, on_skip=on_skip)
+        raise ConfigError(
+            "log-probabilities of tokens are written by one group of ranks: leave out --dp"
+        )
+    reader = Reader(
+        model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress
+    )
+    return Scorer(reader, options, facts, count_bytes, on_tokens, top).rows(
+        documents, on_skip=on_skip
+    )
 
 
 def most_likely(model: Net, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +184,9 @@ class _Tally:
     @property
     def ends(self) -> bool:
         """Return whether all tokens have been counted, and also compared if the result has a gain."""
-        compared = self.gain.tokens if self.gain and self.context == self.gain.longest else self.expected
+        compared = (
+            self.gain.tokens if self.gain and self.context == self.gain.longest else self.expected
+        )
         return self.n_tokens == compared == self.expected
 
 
@@ -207,7 +229,9 @@ class Scorer(RowJob):
     ) -> None:
         super().__init__(reader, options, facts)
         if not reader.model.config.causal:
-            raise ConfigError("a bidirectional model sees the tokens it would have to predict: it cannot score")
+            raise ConfigError(
+                "a bidirectional model sees the tokens it would have to predict: it cannot score"
+            )
         if not reader.model.config.vocab_size:
             raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
         if on_tokens and len(options.contexts) > 1:
@@ -276,7 +300,9 @@ class Scorer(RowJob):
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of the documents in order, each as soon as its document is scored at all contexts."""
-        measured: deque[tuple[Sequence[Piece[_ScoredWindow]], Sequence[Callable[[], Tensor]]]] = deque()
+        measured: deque[tuple[Sequence[Piece[_ScoredWindow]], Sequence[Callable[[], Tensor]]]] = (
+            deque()
+        )
         for pieces in self.reader.read(self._windows(sequences)):
             measured.append((pieces, self._measure(pieces)))
             # within a window, the device computes the next chunk while the host sums the previous one
@@ -289,11 +315,16 @@ class Scorer(RowJob):
     def _ended(self) -> Iterator[list[_Tally]]:
         """Take out the documents, in order, that are scored at all contexts."""
         contexts = len(self.options.contexts)
-        while len(self.open) >= contexts and all(self.open[index].ends for index in range(contexts)):
+        while len(self.open) >= contexts and all(
+            self.open[index].ends for index in range(contexts)
+        ):
             yield [self.open.popleft() for _ in range(contexts)]
 
     def _record_batch(self, documents: Sequence[Sequence[_Tally]]) -> pa.RecordBatch:
-        rows, own = [_row(tallies) for tallies in documents], list(self.schema)[: -len(self.kept_fields) or None]
+        rows, own = (
+            [_row(tallies) for tallies in documents],
+            list(self.schema)[: -len(self.kept_fields) or None],
+        )
         columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in own]
         kept = kept_columns([tallies[0].document for tallies in documents], self.kept_fields)
         return pa.record_batch([*columns, *kept], schema=self.schema)
@@ -315,7 +346,9 @@ class Scorer(RowJob):
 
     def _tally(self, document: Document, context: int | None, gain: GainTally | None) -> _Tally:
         expected = max(0, len(document) - self.cut.first_target)
-        n_bytes = document.n_bytes if self.cut.bos else None  # without bos, the first token is not scored
+        n_bytes = (
+            document.n_bytes if self.cut.bos else None
+        )  # without bos, the first token is not scored
         if self.options.last:
             expected = self.options.last
             ids = document.read(len(document) - expected, len(document))
@@ -335,7 +368,10 @@ class Scorer(RowJob):
         tokens = sum(map(len, pieces))
         columns = [torch.zeros(tokens, device=device)]
         if self.top:
-            columns += [torch.zeros(tokens, dtype=torch.int64, device=device), torch.zeros(tokens, device=device)]
+            columns += [
+                torch.zeros(tokens, dtype=torch.int64, device=device),
+                torch.zeros(tokens, device=device),
+            ]
         mine = [piece for piece in pieces if piece.hidden is not None]
         if mine:
             hidden = torch.cat([piece.hidden for piece in mine if piece.hidden is not None])
@@ -346,20 +382,31 @@ class Scorer(RowJob):
                 of_mine += most_likely(self.reader.model, hidden) if self.top else ()
             for column, values in zip(columns, of_mine, strict=True):
                 parts = iter(values.split([len(piece) for piece in mine]))
-                for piece, place in zip(pieces, column.split([len(piece) for piece in pieces]), strict=True):
+                for piece, place in zip(
+                    pieces, column.split([len(piece) for piece in pieces]), strict=True
+                ):
                     if piece.hidden is not None:
                         place.copy_(next(parts))
         ranks.sum(*columns)
         return [to_host(column) for column in columns]
 
-    def _add_up(self, pieces: Sequence[Piece[_ScoredWindow]], columns: Sequence[Callable[[], Tensor]]) -> None:
+    def _add_up(
+        self, pieces: Sequence[Piece[_ScoredWindow]], columns: Sequence[Callable[[], Tensor]]
+    ) -> None:
         """Add the nats of the pieces' targets to their documents."""
-        parts = [map(Tensor.numpy, column().split([len(piece) for piece in pieces])) for column in columns]
+        parts = [
+            map(Tensor.numpy, column().split([len(piece) for piece in pieces]))
+            for column in columns
+        ]
         for piece, nll, *top in zip(pieces, *parts, strict=True):
             tally, start = piece.window.tally, piece.start + 1 - len(self.cut.bos)
             if not np.isfinite(nll).all():
                 token = start + int(np.argmin(np.isfinite(nll)))
-                advice = "--dtype fp16 overflows, take bf16 or fp32" if self.reader.dtype == "fp16" else ADVICE
+                advice = (
+                    "--dtype fp16 overflows, take bf16 or fp32"
+                    if self.reader.dtype == "fp16"
+                    else ADVICE
+                )
                 raise NotFiniteError(
                     f"{tally.document.where}: document {tally.document.doc_id!r}: the log-probability of token {token} "
                     f"is not finite: {advice}"

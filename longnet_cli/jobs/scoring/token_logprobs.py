@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.scoring.scoring import OnTokens
 
 BATCH = 1 << 18  # tokens per record batch
-_COLUMNS = ["doc_id", "start", "input_ids", "logprobs"]  # an Arrow file would leave the ids of the first one on disk
+_COLUMNS = [
+    "doc_id",
+    "start",
+    "input_ids",
+    "logprobs",
+]  # an Arrow file would leave the ids of the first one on disk
 _TOP = ["top_ids", "top_logprobs"]
 
 
@@ -42,7 +47,10 @@ def logprob_schema(metadata: Mapping[str, str] | None = None, top: bool = False)
         pa.field("logprobs", logprobs, nullable=False),
     ]
     if top:
-        fields += [pa.field(name, kind, nullable=False) for name, kind in zip(_TOP, (ids, logprobs), strict=True)]
+        fields += [
+            pa.field(name, kind, nullable=False)
+            for name, kind in zip(_TOP, (ids, logprobs), strict=True)
+        ]
     fields += [pa.field(name, pa.large_list(pa.int64())) for name in ("char_start", "char_end")]
     return pa.schema(fields, metadata=dict(metadata or {}))
 
@@ -61,7 +69,10 @@ def write_token_logprobs(
         def flush() -> None:
             nonlocal rows, size
             if rows:
-                columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), writer.schema, strict=True)]
+                columns = [
+                    pa.array(c, f.type)
+                    for c, f in zip(zip(*rows, strict=True), writer.schema, strict=True)
+                ]
                 writer.write(pa.record_batch(columns, schema=writer.schema))
             rows, size = [], 0
 
@@ -70,7 +81,9 @@ def write_token_logprobs(
             part += 1
             if places is None or places.document is not document:
                 part, places = 0, TextPlaces(document)
-            rows.append((document.doc_id, part, start, *lists, *places.each(start, start + len(lists[0]))))
+            rows.append(
+                (document.doc_id, part, start, *lists, *places.each(start, start + len(lists[0])))
+            )
             size += len(lists[0])
             if size >= BATCH:
                 flush()
@@ -98,9 +111,13 @@ class LogprobFile:
         sources = [*Sources([name])]
         table = open_source(sources[0], Wanted()) if len(sources) == 1 else None
         if not isinstance(table, Table) or not {*_COLUMNS} <= {*table.schema.names}:
-            raise DataError(f"{name}: not a file of log-probabilities, which `longnet score --token-logprobs` writes")
+            raise DataError(
+                f"{name}: not a file of log-probabilities, which `longnet score --token-logprobs` writes"
+            )
         self._table, self.where = table, table.where
-        self.metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        self.metadata = {
+            key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
+        }
 
     def rows(self, top: bool = False) -> Iterator[Logged]:
         """Yield the rows in order; with `top`, also the most likely tokens, if the file has them.
@@ -118,6 +135,8 @@ class LogprobFile:
                     if len({values.shape for values in of_row}) > 1 or not len(logged.ids):
                         raise ValueError("as many log-probabilities as ids are needed")
                 except (AttributeError, TypeError, ValueError) as error:
-                    raise DataError(f"{table.place(row)}: not a row of log-probabilities: {error}") from None
+                    raise DataError(
+                        f"{table.place(row)}: not a row of log-probabilities: {error}"
+                    ) from None
                 yield logged
                 row += 1

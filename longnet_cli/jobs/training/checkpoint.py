@@ -53,7 +53,9 @@ class Checkpoints:
         except Exception as error:
             cause = error.__cause__ or error
             reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-            failure = LongNetError(f"{final}: cannot write the checkpoint: {reason}; the one before it is kept")
+            failure = LongNetError(
+                f"{final}: cannot write the checkpoint: {reason}; the one before it is kept"
+            )
         self.ranks.barrier()  # rank 0 writes longest, and GPUs do not wait as long as hosts
         if failure:
             raise failure
@@ -66,7 +68,9 @@ class Checkpoints:
                 for old in self.folder.glob(".step-*.incomplete"):
                     shutil.rmtree(old, ignore_errors=True)
                 # a final one is damaged, also its list of files: no step is written twice otherwise
-                _remove(final, [STATE, *(path.name for path in final.glob("shard-*-of-*.safetensors"))])
+                _remove(
+                    final, [STATE, *(path.name for path in final.glob("shard-*-of-*.safetensors"))]
+                )
                 stack.enter_context(whole_folder(final, temporary=partial))
             self.ranks.barrier()
             save_tensors(partial, tensors)
@@ -74,7 +78,9 @@ class Checkpoints:
                 sealed.write_sealed(partial / STATE, CHECKPOINT_VERSION, facts)
         if self.ranks.writes:
             saved = checkpoints_in(self.folder)
-            for old in saved[saved.index(final) + self.keep :]:  # later ones are damaged, and do not count
+            for old in saved[
+                saved.index(final) + self.keep :
+            ]:  # later ones are damaged, and do not count
                 with suppress(CheckpointError, OSError):  # not a checkpoint of ours, which stays
                     _remove(old, [*read_checkpoint(old)["files"], STATE])
 
@@ -89,7 +95,11 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Return the whole checkpoints in a folder, newest first. A checkpoint being written has another name."""
-    paths = [path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    paths = (
+        [path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+        if folder.is_dir()
+        else []
+    )
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
@@ -100,7 +110,11 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
     CheckpointError when there are checkpoints and all are damaged.
     """
     newest_first, damaged = checkpoints_in(folder), 0
-    while ranks.writes and damaged < len(newest_first) and (damage := find_damage(newest_first[damaged])):
+    while (
+        ranks.writes
+        and damaged < len(newest_first)
+        and (damage := find_damage(newest_first[damaged]))
+    ):
         on_damaged(f"{newest_first[damaged]} is damaged ({damage}); the one before it is used")
         damaged += 1
     damaged = ranks.from_first(damaged)
@@ -140,7 +154,9 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch warns that there is only one process
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # torch warns that there is only one process
             reader = HuggingFaceStorageReader(str(checkpoint))
             dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:
@@ -157,7 +173,10 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
     try:
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        dcp.save(
+            dict(tensors),
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+        )
         if dist.get_rank() == 0:  # all ranks have written, or rank 0 would still wait
             for path in folder.glob("*.safetensors"):
                 sort_metadata(path)
@@ -174,7 +193,9 @@ def _cause(error: Any) -> BaseException:
 Optimizers = Sequence[torch.optim.Optimizer]
 
 
-def run_tensors(model: nn.Module, optimizers: Optimizers, random: Sequence[Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def run_tensors(
+    model: nn.Module, optimizers: Optimizers, random: Sequence[Tensor], ranks: Ranks
+) -> dict[str, Tensor]:
     """Return the tensors to save: `model.NAME` and `optimizer.NAME.KEY` of trained weights, `random.RANK.INDEX`."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     tensors = {f"model.{name}": p.detach() for name, p in trained}
@@ -193,7 +214,9 @@ def frozen_digest(model: nn.Module) -> str | None:
     return tensor_digest(frozen, torch.float32) if frozen else None
 
 
-def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: torch.device, ranks: Ranks) -> None:
+def restore(
+    checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: torch.device, ranks: Ranks
+) -> None:
     """Load a checkpoint's tensors into a net, its fresh optimizers and the random number generators.
 
     A rank that the checkpoint does not have, because there were fewer, keeps its own random numbers. Raises
@@ -205,7 +228,9 @@ def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: 
         name, _, key = saved.rpartition(".")
         if name in trained:
             p = trained[name]
-            value = torch.zeros_like(p.detach()) if key != "step" else torch.zeros((), device=p.device)
+            value = (
+                torch.zeros_like(p.detach()) if key != "step" else torch.zeros((), device=p.device)
+            )
             _state_of(p, optimizers)[key] = value
     random = random_state(device)
     known = all(f"random.{ranks.rank}.{index}" in names for index in range(len(random)))
@@ -215,5 +240,9 @@ def restore(checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: 
 
 def _state_of(p: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
     """Return the state of a parameter in its optimizer: the dict itself, empty before the first step."""
-    owner = next(o for o in optimizers if any(p is mine for group in o.param_groups for mine in group["params"]))
+    owner = next(
+        o
+        for o in optimizers
+        if any(p is mine for group in o.param_groups for mine in group["params"])
+    )
     return owner.state[p]

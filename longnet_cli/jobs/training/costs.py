@@ -31,7 +31,13 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT
 from longnet_cli.running.device import free_memory, matmul_peak, resident_memory, resolve_dtype
 from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import GPU_TRAINING_CHUNK, SHORTEST_CHUNK, TRAINING_CHUNK, chunk_of, fitting_chunk
+from longnet_cli.running.reader import (
+    GPU_TRAINING_CHUNK,
+    SHORTEST_CHUNK,
+    TRAINING_CHUNK,
+    chunk_of,
+    fitting_chunk,
+)
 
 from .recipe import OptimizerRecipe, Recipe, Stage
 from .start import build_optimizers, check_ranks
@@ -49,7 +55,9 @@ def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
     if device.type == "cpu" or recipe.names_chunk:
         return recipe
     needed = partial(_needed_bytes, recipe, device, ranks)
-    longest = fitting_chunk(needed, GPU_TRAINING_CHUNK, 0.8 * (free_memory(device) or 0), TRAINING_CHUNK)
+    longest = fitting_chunk(
+        needed, GPU_TRAINING_CHUNK, 0.8 * (free_memory(device) or 0), TRAINING_CHUNK
+    )
     return recipe.with_chunk(chunk_of(None, longest or TRAINING_CHUNK, ranks=ranks))
 
 
@@ -76,7 +84,10 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     shortest = SHORTEST_CHUNK if config.causal else -(-longest // ranks.sp)
     # of each stage: its tokens, the FLOPs per token of one forward and one backward pass, and those that are executed
     tokens = [stage.steps * recipe.step_tokens(stage) for stage in train.stages]
-    of_passes = [config.training_flops([stage.seq_len], train.predicted) / stage.seq_len for stage in train.stages]
+    of_passes = [
+        config.training_flops([stage.seq_len], train.predicted) / stage.seq_len
+        for stage in train.stages
+    ]
     executed = [step_flops(recipe, stage, ranks).all for stage in train.stages]
     flops = sum(n * per_token for n, per_token in zip(tokens, executed, strict=True))
     peak = ranks.own(matmul_peak(device, dtype), device)
@@ -86,7 +97,8 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
         others={
             "parameters": config.num_parameters(),
             "trained": config.trained,
-            "flops_per_token": sum(n * each for n, each in zip(tokens, of_passes, strict=True)) / sum(tokens),
+            "flops_per_token": sum(n * each for n, each in zip(tokens, of_passes, strict=True))
+            / sum(tokens),
             "tokens": sum(tokens),
             "steps": recipe.steps_in_words,
             "flops": flops,
@@ -97,7 +109,9 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
             "matmul_peak": peak,
             "efficiency": EFFICIENCY,
         },
-        chunk_that_fits=fitting_chunk(partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest),
+        chunk_that_fits=fitting_chunk(
+            partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest
+        ),
         spillable=("cache",) if config.causal and not train.spill else (),
     )
 
@@ -108,7 +122,13 @@ def _loaded(recipe: Recipe, device: torch.device) -> tuple[int, int | None]:
     On first use, torch loads a hundred MiB: optimizers and more.
     """
     config = LongNetConfig(
-        vocab_size=1, dim=8, num_layers=1, num_heads=1, ffn_dim=8, segment_lengths=(8,), dilation_rates=(1,)
+        vocab_size=1,
+        dim=8,
+        num_layers=1,
+        num_heads=1,
+        ffn_dim=8,
+        segment_lengths=(8,),
+        dilation_rates=(1,),
     )
     net, ids = LongNet(config).to(device), torch.zeros(1, 8, dtype=torch.int64, device=device)
     net.nll(net(ids), ids).sum().backward()
@@ -127,7 +147,10 @@ def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int
 def costly_evaluation(recipe: Recipe, lengths: Sequence[int]) -> str | None:
     """Return a line if held-out documents of these lengths cost more FLOPs than the steps between two evaluations."""
     config, train = recipe.model, recipe.train
-    step = min(config.training_flops([stage.seq_len], train.predicted) * train.windows(stage) for stage in train.stages)
+    step = min(
+        config.training_flops([stage.seq_len], train.predicted) * train.windows(stage)
+        for stage in train.stages
+    )
     of_step = train.stages[0].seq_len if train.objective == "masked" else max(lengths, default=1)
     size, reading = train.held_out_context or of_step, ReadingPlan(config, train.chunk)
     windows = [min(size, tokens - start) for tokens in lengths for start in range(0, tokens, size)]
@@ -163,13 +186,21 @@ def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
     more than `LOGITS_LIMIT`.
     """
     train = recipe.train
-    logits_again = tokens_at_once(recipe, stage, ranks) * train.predicted * recipe.model.vocab_size > LOGITS_LIMIT
+    logits_again = (
+        tokens_at_once(recipe, stage, ranks) * train.predicted * recipe.model.vocab_size
+        > LOGITS_LIMIT
+    )
     more = train.activation_checkpointing, train.predicted, logits_again
     return pass_flops(recipe.model, stage.seq_len, train.chunk * ranks.sp, *more)
 
 
 def pass_flops(
-    config: NetConfig, tokens: int, chunk: int, more: int = 0, predicted: float = 1.0, logits_again: bool = False
+    config: NetConfig,
+    tokens: int,
+    chunk: int,
+    more: int = 0,
+    predicted: float = 1.0,
+    logits_again: bool = False,
 ) -> StepFlops:
     """Return the FLOPs per token of a forward and a backward pass over a window of so many tokens.
 
@@ -178,11 +209,16 @@ def pass_flops(
     """
     chunks = -(-tokens // chunk)
     forwards, logits = 1 + (chunks - 1) * chunk / tokens + more, predicted * (1 + logits_again)
-    one_pass, backward = config.attention_flops(tokens) / tokens, config.attention_backward_flops(tokens) / tokens
+    one_pass, backward = (
+        config.attention_flops(tokens) / tokens,
+        config.attention_backward_flops(tokens) / tokens,
+    )
     votes = config.vote_flops(tokens) / tokens
     matrices = config.training_flops([tokens], predicted) / tokens - one_pass - backward
     return StepFlops(
-        products=matrices + (forwards - 1) * config.layer_flops() + (logits - predicted) * config.vocabulary_flops(),
+        products=matrices
+        + (forwards - 1) * config.layer_flops()
+        + (logits - predicted) * config.vocabulary_flops(),
         attention=forwards * one_pass - (forwards - 1) * votes,
         attention_backward=backward,
         forwards=forwards,
@@ -209,13 +245,17 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     if config.frozen:
         are_narrow = config.frozen_bytes < 4 * config.num_parameters()
         copies = itemsize * table if are_narrow is (itemsize == 4) else 0
-    of_muon = (trained if config.frozen else layer_matrices) if recipe.optimizer.name == "muon" else 0
+    of_muon = (
+        (trained if config.frozen else layer_matrices) if recipe.optimizer.name == "muon" else 0
+    )
     moments = 8 * trained - 4 * of_muon
     share = ranks.world if recipe.parallel.shard == "full" else 1
     own_weights, own_gradients = (n // share if share > 1 else 0 for n in (weights, 4 * trained))
     stages = [_stage_memory(recipe, stage, device, ranks) for stage in recipe.train.stages]
     largest = max(stages, key=lambda kinds: sum(kinds.values()))
-    rows = max(recipe.train.windows(stage) // ranks.dp * stage.seq_len for stage in recipe.train.stages)
+    rows = max(
+        recipe.train.windows(stage) // ranks.dp * stage.seq_len for stage in recipe.train.stages
+    )
     # the gradient of the table, while another chunk's is added to it
     added = 4 * table if rows > recipe.train.chunk * ranks.sp and not config.frozen else 0
     merged = 4 * config.num_parameters() if config.frozen and device.type == "cpu" else 0
@@ -226,7 +266,9 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
         "gradients": 4 * trained + own_gradients + added,
         "optimizer": moments // share,
         **largest,
-        **{kind: size for kind, size in beyond.items() if size > 0 and size == max(beyond.values())},
+        **{
+            kind: size for kind, size in beyond.items() if size > 0 and size == max(beyond.values())
+        },
     }
 
 
@@ -236,19 +278,27 @@ def _evaluation_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int
     They are those of a document of two chunks, or of the text's bytes if these are fewer: no document is opened. As for
     any reading, they are activations or logits (two numbers each), hidden states and, in a causal net, the cache.
     """
-    config, chunk, itemsize = recipe.model, recipe.train.chunk, itemsize_of(recipe.train.dtype, device)
+    config, chunk, itemsize = (
+        recipe.model,
+        recipe.train.chunk,
+        itemsize_of(recipe.train.dtype, device),
+    )
     if not recipe.data.held_out_files:
         return 0
     most = recipe.train.held_out_context or 2 * chunk
     tokens = min(most, 2 * chunk, Inputs(recipe.data.held_out_files).num_bytes() or most)
-    transient = transient_memory(config.pattern, config.num_heads, config.head_dim, tokens, itemsize, device.type)
+    transient = transient_memory(
+        config.pattern, config.num_heads, config.head_dim, tokens, itemsize, device.type
+    )
     at_once = min(tokens, chunk)
     activations = config.forward_bytes(at_once) + transient
     cache = sum(cache_bytes(config, tokens, itemsize)) if config.causal and tokens > chunk else 0
     return max(activations, logits_bytes(config, at_once)) + 2 * 4 * config.dim * tokens + cache
 
 
-def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ranks) -> dict[str, int]:
+def _stage_memory(
+    recipe: Recipe, stage: Stage, device: torch.device, ranks: Ranks
+) -> dict[str, int]:
     """Return the bytes of one rank that depend on the length of a stage's windows, by kind.
 
     activations: of all layers, for the tokens of a forward pass, with what is transient in one. logits: of tokens that
@@ -265,7 +315,8 @@ def _stage_memory(recipe: Recipe, stage: Stage, device: torch.device, ranks: Ran
     transient = transient_memory(config.pattern, *sizes, device.type)
     return {
         "activations": tokens * saved + transient,
-        "logits": logits_bytes(config, round(tokens * train.predicted)) * (GAPS if device.type == "cpu" else 1),
+        "logits": logits_bytes(config, round(tokens * train.predicted))
+        * (GAPS if device.type == "cpu" else 1),
         "cache": windows * far.passing + (0 if train.spill else far.stored),
     }
 
@@ -275,7 +326,9 @@ def tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
     if recipe.train.across_documents:
         rows = min(rows, max(1, chunk // stage.seq_len))
-    return -(-min(chunk, rows * stage.seq_len) // ranks.sp)  # documents of several windows may fill a chunk
+    return -(
+        -min(chunk, rows * stage.seq_len) // ranks.sp
+    )  # documents of several windows may fill a chunk
 
 
 def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:

@@ -28,7 +28,14 @@ from longnet_cli.running.ranks import fsdp
 from longnet_cli.running.ranks.launch import Signals, noted_signals
 from longnet_cli.running.ranks.ranks import Ranks
 
-from .checkpoint import Checkpoints, checkpoints_in, frozen_digest, read_checkpoint, restore, run_tensors
+from .checkpoint import (
+    Checkpoints,
+    checkpoints_in,
+    frozen_digest,
+    read_checkpoint,
+    restore,
+    run_tensors,
+)
 from .costs import costly_evaluation, stored_bytes
 from .metrics import Metrics, MetricsLog
 from .objective import backward, evaluate, inputs_and_targets
@@ -48,7 +55,9 @@ from .start import (
 )
 from .windows import Batch
 
-OnStep = Callable[[int, Metrics | None], None]  # (tokens of the step, a line of metrics every log_every steps)
+OnStep = Callable[
+    [int, Metrics | None], None
+]  # (tokens of the step, a line of metrics every log_every steps)
 OnNote = Callable[[str], None]
 
 
@@ -134,7 +143,9 @@ def train(
     something cannot be written.
     """
     ranks = ranks or Ranks()
-    run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, on_note)
+    run = _TrainingRun(
+        recipe, Path(output), torch.device(device), ranks, tokenizer_differs, on_note
+    )
     run.on_evaluation, run.peak = on_evaluation, peak
     with locked_folder(run.output) if ranks.writes else nullcontext():
         run.resume(resume)
@@ -153,18 +164,34 @@ class _TrainingRun:
     peak: float | None
 
     def __init__(
-        self, recipe: Recipe, output: Path, device: torch.device, ranks: Ranks, tokenizer_differs: bool, on_note: OnNote
+        self,
+        recipe: Recipe,
+        output: Path,
+        device: torch.device,
+        ranks: Ranks,
+        tokenizer_differs: bool,
+        on_note: OnNote,
     ) -> None:
-        self.recipe, self.output, self.device, self.ranks, self.on_note = recipe, output, device, ranks, on_note
+        self.recipe, self.output, self.device, self.ranks, self.on_note = (
+            recipe,
+            output,
+            device,
+            ranks,
+            on_note,
+        )
         # first, what refuses a recipe before data are read, and then before weights are made
         check_memory(recipe)
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
         check_ranks(recipe, ranks)
         self.allocate: Callable[..., Tensor] = torch.empty
         if recipe.train.spill or device.type == "cpu":
-            self.allocate = MappedMemory(stored_bytes(recipe, device, ranks), recipe.train.spill).empty
+            self.allocate = MappedMemory(
+                stored_bytes(recipe, device, ranks), recipe.train.spill
+            ).empty
         # a LongNet's weights are all in the checkpoint
-        initial = recipe.init if recipe.pretrained or not checkpoints_in(output / CHECKPOINTS) else None
+        initial = (
+            recipe.init if recipe.pretrained or not checkpoints_in(output / CHECKPOINTS) else None
+        )
         self.data = build_data(recipe, ranks, initial, tokenizer_differs)
         if line := costly_evaluation(recipe, [*map(len, self.data.held_out)]):
             on_note(line)
@@ -174,7 +201,9 @@ class _TrainingRun:
             fsdp.shard_weights(self.model, ranks)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
         change_layers(self.model, recipe.train)
-        torch.manual_seed(recipe.train.seed + ranks.rank)  # the weights are the same on all ranks, dropout is not
+        torch.manual_seed(
+            recipe.train.seed + ranks.rank
+        )  # the weights are the same on all ranks, dropout is not
         self.progress, self.random = Progress(), random_state(device)
         self.log = MetricsLog(output / "metrics.jsonl" if ranks.writes else None)
         self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
@@ -184,7 +213,9 @@ class _TrainingRun:
         """Restore a checkpoint, if there is one and `resume` allows it. Open the run's folder and log."""
         checkpoint, log = find_checkpoint(self.output, resume, self.ranks, self.on_note), None
         if checkpoint is None and (self.output / RECIPE).exists():
-            self.on_note(f"{self.output}: a run that has saved no checkpoint, so it starts again (train.save_every)")
+            self.on_note(
+                f"{self.output}: a run that has saved no checkpoint, so it starts again (train.save_every)"
+            )
         if checkpoint:
             state = read_checkpoint(checkpoint)
             self._refuse_other(state, checkpoint)
@@ -196,7 +227,9 @@ class _TrainingRun:
             if self.progress.data:
                 self.data.windows[self._stage_of(self.progress.step)].resume(self.progress.data)
         if self.ranks.writes:
-            write_file(self.output / RECIPE, (self.recipe.model_dump_json(indent=2) + "\n").encode())
+            write_file(
+                self.output / RECIPE, (self.recipe.model_dump_json(indent=2) + "\n").encode()
+            )
         self.log.resume(log, self.progress.reported)
 
     def _refuse_other(self, state: dict[str, Any], checkpoint: Path) -> None:
@@ -212,7 +245,9 @@ class _TrainingRun:
                 "its run with --tokenizer"
             )
         if state["frozen"] != self.frozen:
-            raise ConfigError(f"{checkpoint} was trained with other weights than those now in {self.recipe.init}")
+            raise ConfigError(
+                f"{checkpoint} was trained with other weights than those now in {self.recipe.init}"
+            )
 
     def go(self, signals: Signals, on_step: OnStep) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
@@ -222,7 +257,9 @@ class _TrainingRun:
             if self.progress.step:  # the run may have stopped before this step's report
                 line = self._report()
             # with several ranks, a sequence's first chunk is that of one of them
-            batches = _Ahead(self._batches(), self.recipe.train.chunk + 1 if self.ranks.sp == 1 else 0)
+            batches = _Ahead(
+                self._batches(), self.recipe.train.chunk + 1 if self.ranks.sp == 1 else 0
+            )
             for batch, position in batches:
                 tokens = self._step(batch, position, batches.fetch)
                 try:
@@ -236,15 +273,21 @@ class _TrainingRun:
             self._end()
             raise
         except DataError as error:
-            if self.ranks.world > 1 or not self.progress.step:  # the other ranks wait for this one in a collective
+            if (
+                self.ranks.world > 1 or not self.progress.step
+            ):  # the other ranks wait for this one in a collective
                 raise
             self.save()
-            raise DataError(f"{error}; the {self.progress.step} steps before it are saved in {self.output}") from None
+            raise DataError(
+                f"{error}; the {self.progress.step} steps before it are saved in {self.output}"
+            ) from None
         finally:
             gc.unfreeze()
         self._end()
         loss = line.loss if line else math.nan
-        return TrainResult(self.progress.step, self.log.tokens, loss, self.output, self.progress.best)
+        return TrainResult(
+            self.progress.step, self.log.tokens, loss, self.output, self.progress.best
+        )
 
     def _batches(self) -> Iterator[tuple[Batch, dict[str, object]]]:
         """Yield (a batch of windows, the position after it) for each step that is left."""
@@ -261,7 +304,10 @@ class _TrainingRun:
             batch, recipe, self.device, ranks, eos_id=eos_id, seed=position["seed"]
         )
         rows, length = ids.shape
-        starts = [[0] if train.across_documents else batch.document_starts(row, length) for row in range(rows)]
+        starts = [
+            [0] if train.across_documents else batch.document_starts(row, length)
+            for row in range(rows)
+        ]
         # the loss, and its gradients: at most train.chunk tokens have activations at a time
         nll = backward(
             self.model,
@@ -274,12 +320,16 @@ class _TrainingRun:
             ranks=ranks,
             allocate=self.allocate,
             # not if groups may have different numbers of chunks, or weights are gathered between chunks
-            on_chunk=self.signals.look if ranks.dp == 1 and not fsdp.is_sharded(self.model) else None,
+            on_chunk=self.signals.look
+            if ranks.dp == 1 and not fsdp.is_sharded(self.model)
+            else None,
         )
         fsdp.sum_gradients(self.model, ranks, nll)
         total_norm = fsdp.clip_gradients(self.model, recipe.optimizer.clip)
         fetch_next()  # while the device computes
-        loss, grad_norm = torch.stack((nll / count, total_norm.double())).tolist()  # the only wait for the device
+        loss, grad_norm = torch.stack(
+            (nll / count, total_norm.double())
+        ).tolist()  # the only wait for the device
         self._refuse_divergence(loss, grad_norm, position)
         # the new weights
         for optimizer in self.optimizers:
@@ -294,12 +344,16 @@ class _TrainingRun:
         documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
         flops = recipe.model.training_flops(documents, train.predicted)
         seen = rows * length * ranks.dp
-        self.log.add(seen, flops * ranks.dp, loss, grad_norm)  # other groups' documents are assumed to be alike
+        self.log.add(
+            seen, flops * ranks.dp, loss, grad_norm
+        )  # other groups' documents are assumed to be alike
         return seen
 
     def _refuse_divergence(self, loss: float, grad_norm: float, position: dict[str, Any]) -> None:
         """Save, and raise LongNetError, before a step that would spoil the weights."""
-        limit = math.inf if self.log.lowest is None else self.log.lowest + self.recipe.train.loss_jump
+        limit = (
+            math.inf if self.log.lowest is None else self.log.lowest + self.recipe.train.loss_jump
+        )
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite and loss <= limit:
             return
@@ -318,7 +372,9 @@ class _TrainingRun:
 
     def _stage_of(self, step: int) -> int:
         """Return the index of the stage that a step (1, 2, ...) belongs to."""
-        return bisect_left(list(accumulate(stage.steps for stage in self.recipe.train.stages)), step)
+        return bisect_left(
+            list(accumulate(stage.steps for stage in self.recipe.train.stages)), step
+        )
 
     def _report(self) -> Metrics | None:
         """Evaluate and write a line of metrics for the last step, if they are due and not done yet."""
@@ -335,7 +391,9 @@ class _TrainingRun:
         if held_out or last or progress.step % train.log_every == 0:
             rate, memory = self.recipe.learning_rate(progress.step - 1), peak_memory(self.device)
             peak = self.peak * self.ranks.world if self.peak else None
-            line = self.log.write(progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out)
+            line = self.log.write(
+                progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out
+            )
         progress.reported = progress.step
         return line
 
@@ -379,7 +437,11 @@ class _TrainingRun:
 
     def save(self) -> None:
         """Save a checkpoint of the last whole step."""
-        versions = {"longnet": version("longnet-cli"), "torch": torch.__version__, "python": platform.python_version()}
+        versions = {
+            "longnet": version("longnet-cli"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
         facts = {
             "progress": asdict(self.progress),
             "log": self.log.state(),

@@ -119,8 +119,14 @@ class MetricsLog:
         for name, value in known.items():
             setattr(self, name, value)
         if self.path:
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-            write_file(self.path, "".join(line for line in lines if _step_of(line) <= step).encode())
+            lines = (
+                self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if self.path.exists()
+                else []
+            )
+            write_file(
+                self.path, "".join(line for line in lines if _step_of(line) <= step).encode()
+            )
 
 
 def _step_of(line: str) -> float:

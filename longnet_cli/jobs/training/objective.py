@@ -54,7 +54,9 @@ class LazyTokens:
         start, stop, _ = columns.indices(self.shape[1])
         if isinstance(row, int):
             return self.read(row, start, stop)
-        return torch.stack([self.read(each, start, stop) for each in range(*row.indices(self.shape[0]))])
+        return torch.stack(
+            [self.read(each, start, stop) for each in range(*row.indices(self.shape[0]))]
+        )
 
 
 def stored_tokens(batch: Batch, offset: int, tokens: int, device: torch.device) -> LazyTokens:
@@ -81,7 +83,9 @@ def regrouped(tokens: Tokens, rows: list[list[Run]]) -> LazyTokens:
             offset += end - begin
         return torch.cat(parts) if parts else tokens[0, 0:0]
 
-    return LazyTokens((len(rows), sum(stop - start for _, start, stop in rows[0])), tokens.device, read)
+    return LazyTokens(
+        (len(rows), sum(stop - start for _, start, stop in rows[0])), tokens.device, read
+    )
 
 
 def backward(
@@ -111,7 +115,13 @@ def backward(
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     chunk *= ranks.sp
-    how: dict[str, Any] = {"scale": scale, "dtype": dtype, "ranks": ranks, "allocate": allocate, "on_chunk": on_chunk}
+    how: dict[str, Any] = {
+        "scale": scale,
+        "dtype": dtype,
+        "ranks": ranks,
+        "allocate": allocate,
+        "on_chunk": on_chunk,
+    }
     forwards = list(plan_forwards(starts or [[0]] * tokens.shape[0], tokens.shape[1], chunk))
     for index, forward in enumerate(forwards, 1):
         final = index == len(forwards)
@@ -130,7 +140,12 @@ def backward(
 
 
 def _nll(
-    model: Net, tokens: Tokens, wanted: Tokens, documents: Sequence[int] | None, ranks: Ranks, dtype: str
+    model: Net,
+    tokens: Tokens,
+    wanted: Tokens,
+    documents: Sequence[int] | None,
+    ranks: Ranks,
+    dtype: str,
 ) -> Tensor:
     """Return the sum of nll of one forward pass over `tokens`, or over this rank's shard of them.
 
@@ -140,7 +155,9 @@ def _nll(
     far: FarProvider | None = None
     if ranks.sp > 1:
         cuts = list(accumulate(documents or ()))
-        far = exchange = Exchange(config, ranks.edges(0, tokens.shape[1]), group=ranks.group, cuts=cuts)
+        far = exchange = Exchange(
+            config, ranks.edges(0, tokens.shape[1]), group=ranks.group, cuts=cuts
+        )
         shard, start, documents = slice(*exchange.mine), exchange.start, exchange.documents
     elif pasts := new_pasts(config):
         # if activation checkpointing computes a layer again, it sees the same blocks
@@ -151,7 +168,10 @@ def _nll(
         chosen = None if config.causal else (targets != IGNORED).nonzero(as_tuple=True)
         hidden = model(ids, start=start, documents=documents, far=far)
         if chosen:
-            hidden, targets = hidden[tuple(to_device(index, ids.device) for index in chosen)], targets[chosen]
+            hidden, targets = (
+                hidden[tuple(to_device(index, ids.device) for index in chosen)],
+                targets[chosen],
+            )
         return model.nll(hidden, to_device(targets, ids.device)).sum(dtype=torch.float64)
 
 
@@ -181,7 +201,9 @@ def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> I
             if lengths and stop - start > room:
                 yield _Forward([runs], lengths)
                 runs, lengths, room = [], [], chunk
-            neighbours = bool(runs) and runs[-1][0] == row  # documents of one window: they are one run
+            neighbours = (
+                bool(runs) and runs[-1][0] == row
+            )  # documents of one window: they are one run
             runs.append((row, runs.pop()[1] if neighbours else start, stop))
             lengths.append(stop - start)
             room -= stop - start
@@ -215,7 +237,11 @@ def inputs_and_targets(
     )
     count = (targets >= 0).sum()
     ranks.sum(count)
-    return to_device(seen, device), targets, max(1, int(count) // ranks.sp)  # a group's ranks have the same tokens
+    return (
+        to_device(seen, device),
+        targets,
+        max(1, int(count) // ranks.sp),
+    )  # a group's ranks have the same tokens
 
 
 def mask_tokens(
@@ -228,11 +254,15 @@ def mask_tokens(
     tokens, on any rank. Ids below `mask_id` are tokens.
     """
     draws = [_draw(seed, tokens.shape[1], mask_id) for seed in seeds]
-    chance, kind, others = (torch.stack(drawn).to(tokens.device) for drawn in zip(*draws, strict=True))
+    chance, kind, others = (
+        torch.stack(drawn).to(tokens.device) for drawn in zip(*draws, strict=True)
+    )
     chosen = chance < rate
     if eos_id is not None:
         chosen &= tokens != eos_id
-        others = torch.where(others == eos_id, tokens, others)  # an `eos_id` inside a document would cut it
+        others = torch.where(
+            others == eos_id, tokens, others
+        )  # an `eos_id` inside a document would cut it
     seen = tokens.masked_fill(chosen & (kind < MASKED), mask_id)
     seen = torch.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), others, seen)
     return seen, tokens.masked_fill(~chosen, IGNORED)
@@ -247,7 +277,12 @@ def _draw(seed: Sequence[int], tokens: int, mask_id: int) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def evaluate(
-    model: Net, data: TrainingData, recipe: Recipe, stage: Stage, ranks: Ranks, on_part: Callable[[int], None]
+    model: Net,
+    data: TrainingData,
+    recipe: Recipe,
+    stage: Stage,
+    ranks: Ranks,
+    on_part: Callable[[int], None],
 ) -> Score:
     """Return the score of held-out documents, whole or in windows of `train.held_out_context`, as of `longnet score`.
 
@@ -284,7 +319,9 @@ class _MaskedWindow(Window):
 def _masked_windows(data: TrainingData, recipe: Recipe, stage: Stage) -> Iterator[_MaskedWindow]:
     length, rate = recipe.train.held_out_context or stage.seq_len, recipe.train.mask_rate
     mask_id = recipe.model.vocab_size - 1
-    places = ((document, start) for document in data.held_out for start in range(0, len(document), length))
+    places = (
+        (document, start) for document in data.held_out for start in range(0, len(document), length)
+    )
     for turn, (document, start) in enumerate(places):
         ids = torch.from_numpy(document.read(start, start + length))[None]
         seen, targets = mask_tokens(ids, rate, mask_id=mask_id, eos_id=data.eos_id, seeds=[(turn,)])
@@ -297,7 +334,9 @@ def _score_masked(reader: Reader, windows: Iterator[_MaskedWindow]) -> Score:
     for pieces in reader.read(windows):
         for piece in pieces:
             if piece.hidden is not None:
-                targets = piece.window.targets[piece.start : piece.stop]  # on the host: no wait for a GPU
+                targets = piece.window.targets[
+                    piece.start : piece.stop
+                ]  # on the host: no wait for a GPU
                 chosen = (targets != IGNORED).nonzero().flatten()
                 hidden = piece.hidden[to_device(chosen, reader.device)]
                 with precision(reader.dtype, reader.device):
@@ -307,5 +346,7 @@ def _score_masked(reader: Reader, windows: Iterator[_MaskedWindow]) -> Score:
     reader.ranks.sum(sums)
     nats, tokens = sums.tolist()
     if not tokens:
-        raise DataError("none of the held-out tokens was drawn to be hidden: data.held_out needs more of them")
+        raise DataError(
+            "none of the held-out tokens was drawn to be hidden: data.held_out needs more of them"
+        )
     return Score(nats, int(tokens), None)

@@ -32,8 +32,14 @@ else:
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Names = Annotated[list[str], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)]
-Size = Annotated[int, BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size), Field(gt=0)]
+Names = Annotated[
+    list[str], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)
+]
+Size = Annotated[
+    int,
+    BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size),
+    Field(gt=0),
+]
 
 
 class MixedInputs(StrictModel):
@@ -119,7 +125,11 @@ class ScheduleRecipe(StrictModel):
         if self.decay == "constant":
             return peak
         done = (step - self.warmup_steps) / max(1, total - 1 - self.warmup_steps)
-        share = (1 + math.cos(math.pi * done)) / 2 if self.decay == "cosine" else (1 - done) ** self.power
+        share = (
+            (1 + math.cos(math.pi * done)) / 2
+            if self.decay == "cosine"
+            else (1 - done) ** self.power
+        )
         return peak * (self.final + (1 - self.final) * share)
 
 
@@ -147,15 +157,25 @@ class TrainRecipe(StrictModel):
     batch_tokens: Size = 16384
     chunk: Size = TRAINING_CHUNK
     across_documents: bool = False
-    dtype: Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(lambda x: DTYPES_OF_TORCH.get(x, x))] = "auto"
-    spill: str | None = None  # a folder, instead of memory, for the rows that chunks keep for each other
-    activation_checkpointing: bool = False  # compute layers again in the backward pass: saves memory, costs a forward
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16"], BeforeValidator(lambda x: DTYPES_OF_TORCH.get(x, x))
+    ] = "auto"
+    spill: str | None = (
+        None  # a folder, instead of memory, for the rows that chunks keep for each other
+    )
+    activation_checkpointing: bool = (
+        False  # compute layers again in the backward pass: saves memory, costs a forward
+    )
     compile: bool = False  # each layer, with torch.compile
     seed: int = Field(default=0, ge=0, lt=2**62)
-    loss_jump: float = Field(default=5.0, gt=0)  # a run stops so many nats per token above its lowest mean
+    loss_jump: float = Field(
+        default=5.0, gt=0
+    )  # a run stops so many nats per token above its lowest mean
     log_every: int = Field(default=10, gt=0)
     evaluate_every: int = Field(default=500, gt=0)  # steps, where there is data.held_out
-    held_out_context: Size | None = None  # the windows in which held-out documents are read; otherwise whole
+    held_out_context: Size | None = (
+        None  # the windows in which held-out documents are read; otherwise whole
+    )
     save_every: int = Field(default=500, gt=0)  # steps between checkpoints
     save_minutes: float | None = Field(default=None, gt=0)  # most minutes between checkpoints
     keep: int = Field(default=2, gt=0)  # how many of the newest checkpoints stay
@@ -189,10 +209,30 @@ class ParallelRecipe(StrictModel):
 # Keys that may differ between a checkpoint and the run that continues it: they change no number beyond rounding. The
 # tokenizer and the initial model may only be in another place: their contents are compared as well.
 FREE_TO_CHANGE = {
-    *("init", "data.train", "data.mix", "data.held_out", "data.column", "data.tokenizer", "parallel"),
+    *(
+        "init",
+        "data.train",
+        "data.mix",
+        "data.held_out",
+        "data.column",
+        "data.tokenizer",
+        "parallel",
+    ),
     "model.frozen_bytes",
-    *("train.chunk", "train.spill", "train.activation_checkpointing", "train.compile", "train.loss_jump"),
-    *("train.log_every", "train.evaluate_every", "train.save_every", "train.save_minutes", "train.keep"),
+    *(
+        "train.chunk",
+        "train.spill",
+        "train.activation_checkpointing",
+        "train.compile",
+        "train.loss_jump",
+    ),
+    *(
+        "train.log_every",
+        "train.evaluate_every",
+        "train.save_every",
+        "train.save_minutes",
+        "train.keep",
+    ),
     "train.track",  # a key that is gone, in checkpoints
     "train.held_out_context",
 }
@@ -212,7 +252,9 @@ class Recipe(StrictModel):
     @model_validator(mode="after")
     def _objective_fits_the_model(self) -> Recipe:
         if not self.model.vocab_size:
-            raise ValueError("model.vocab_size = 0 is a net that reads vectors: leave it out, training reads tokens")
+            raise ValueError(
+                "model.vocab_size = 0 is a net that reads vectors: leave it out, training reads tokens"
+            )
         if self.model.causal == (self.train.objective == "masked"):
             fitting = "causal" if self.model.causal else "masked"
             raise ValueError(
@@ -239,11 +281,15 @@ class Recipe(StrictModel):
         """Return a line if all steps are warm-up, and one if sequences are longer than the pattern links."""
         steps, warmup, lines = self.train.steps, self.schedule.warmup_steps, list[str]()
         if steps <= warmup:
-            lines.append(f"all {steps} steps are warm-up: the learning rate rises for schedule.warmup_steps={warmup}")
+            lines.append(
+                f"all {steps} steps are warm-up: the learning rate rises for schedule.warmup_steps={warmup}"
+            )
         longest = max(stage.seq_len for stage in self.train.stages)
         reach = self.model.pattern.farthest(self.model.num_layers)
         if reach is not None and reach < longest:
-            links = f"pattern {format_pattern(self.model.pattern)} links tokens at most {reach:,} apart"
+            links = (
+                f"pattern {format_pattern(self.model.pattern)} links tokens at most {reach:,} apart"
+            )
             lines.append(f"{links}, and sequences have {longest:,}: what is farther is never seen")
         return lines
 
@@ -251,7 +297,9 @@ class Recipe(StrictModel):
     def steps_in_words(self) -> str:
         """The tokens that the steps read, by stage: `3 steps of 64 x 256 tokens (train.batch_tokens)`."""
         windows = self.train.windows
-        stages = (f"{s.steps:,} steps of {windows(s):,} x {s.seq_len:,} tokens" for s in self.train.stages)
+        stages = (
+            f"{s.steps:,} steps of {windows(s):,} x {s.seq_len:,} tokens" for s in self.train.stages
+        )
         return f"{', then '.join(stages)} (train.batch_tokens)"
 
     def step_tokens(self, stage: Stage) -> int:
@@ -300,8 +348,12 @@ class PretrainedRecipe(Recipe):
     def _windows_fit_the_model(self) -> PretrainedRecipe:
         longest, most = max(stage.seq_len for stage in self.train.stages), self.model.max_tokens
         if most is not None and longest > most:
-            choice = ': set model.pattern, as "pretrained" or "dense"' if self.model.as_trained else ""
-            raise ValueError(f"{self.init} reads up to {most} tokens, and train.stages needs {longest}{choice}")
+            choice = (
+                ': set model.pattern, as "pretrained" or "dense"' if self.model.as_trained else ""
+            )
+            raise ValueError(
+                f"{self.init} reads up to {most} tokens, and train.stages needs {longest}{choice}"
+            )
         if self.train.compile:
             raise ValueError("train.compile is for a LongNet: leave it out")
         return self
@@ -320,7 +372,12 @@ def _extend(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) 
     """Return whether the stages `new` begin with all steps of `old`: the last one may go on, and more may follow."""
     *first, last = old
     same, rest = new[: len(first)], new[len(first) :]
-    return same == first and bool(rest) and rest[0]["seq_len"] == last["seq_len"] and rest[0]["steps"] >= last["steps"]
+    return (
+        same == first
+        and bool(rest)
+        and rest[0]["seq_len"] == last["seq_len"]
+        and rest[0]["steps"] >= last["steps"]
+    )
 
 
 def _changed(old: object, new: object, path: str) -> Iterator[str]:
@@ -331,13 +388,18 @@ def _changed(old: object, new: object, path: str) -> Iterator[str]:
         yield path
 
 
-TUNING_RATES = {"init": 2e-5, "lora": 2e-4}  # optimizer.lr of a run that starts from a trained model
+TUNING_RATES = {
+    "init": 2e-5,
+    "lora": 2e-4,
+}  # optimizer.lr of a run that starts from a trained model
 
 # keys that say the same in another way: an override of the first removes the others from the recipe
 SAID_OTHERWISE = {"model.pattern": PATTERN_FIELDS, "data.train": ("mix",), "data.mix": ("train",)}
 
 
-def load_recipe(path: str | None, overrides: Mapping[str, object], stored: Sequence[object] = ()) -> Recipe:
+def load_recipe(
+    path: str | None, overrides: Mapping[str, object], stored: Sequence[object] = ()
+) -> Recipe:
     """Read a recipe, apply `overrides` ({"optimizer.lr": 1e-3}) and check the whole.
 
     `path` is a TOML file, a run's recipe.json, the name of a recipe that ships in models/, or None for overrides alone.
@@ -361,10 +423,16 @@ def load_recipe(path: str | None, overrides: Mapping[str, object], stored: Seque
         for other in SAID_OTHERWISE.get(key, ()):
             table.pop(other, None)
         table[leaf] = value
-    model, source, train, optimizer = (data.get(name, {}) for name in ("model", "data", "train", "optimizer"))
+    model, source, train, optimizer = (
+        data.get(name, {}) for name in ("model", "data", "train", "optimizer")
+    )
     if not all(isinstance(table, dict) for table in (model, source, train, optimizer)):
-        raise ConfigError(f"{where}: model, data, train and optimizer are tables of keys and values")
-    if path and path.endswith(".json"):  # a run that was begun when there was this key goes on without it
+        raise ConfigError(
+            f"{where}: model, data, train and optimizer are tables of keys and values"
+        )
+    if path and path.endswith(
+        ".json"
+    ):  # a run that was begun when there was this key goes on without it
         train.pop("track", None)
     if rates := [rate for key, rate in TUNING_RATES.items() if data.get(key) is not None]:
         data["optimizer"] = {"lr": rates[-1]} | optimizer
@@ -382,7 +450,9 @@ def load_recipe(path: str | None, overrides: Mapping[str, object], stored: Seque
         return validate(PretrainedRecipe, data | {"model": model, "data": source}, where)
     if folder:
         own = folder.net_config().model_dump(mode="json")
-        if not model.keys().isdisjoint((*PATTERN_FIELDS, "pattern")):  # another pattern replaces all of its own
+        if not model.keys().isdisjoint(
+            (*PATTERN_FIELDS, "pattern")
+        ):  # another pattern replaces all of its own
             own = {name: value for name, value in own.items() if name not in PATTERN_FIELDS}
         tokenizer = {"tokenizer": folder.origin} if (folder.path / TOKENIZER).exists() else {}
         model, source = own | model, tokenizer | source
@@ -407,7 +477,9 @@ def naming(key: str) -> Iterator[None]:
         raise type(error)(f"{key}: {error}") from None
 
 
-def _initial_folder(initial: object, model: Mapping[str, object], stored: Sequence[object]) -> ModelFolder | None:
+def _initial_folder(
+    initial: object, model: Mapping[str, object], stored: Sequence[object]
+) -> ModelFolder | None:
     """Return the folder of the model that `init` names; None without one, and for a LongNet that is gone by now."""
     if not isinstance(initial, str):
         return None
@@ -431,7 +503,9 @@ def _pretrained(model: Mapping[str, Any], lora: Any, folder: ModelFolder, where:
     elif model.get("as_trained"):
         written = None
     pattern = read_pattern(written, f"{where}: model.pattern")
-    adapter = validate(LoraRecipe, lora, f"{where}: lora").model_dump() if lora is not None else None
+    adapter = (
+        validate(LoraRecipe, lora, f"{where}: lora").model_dump() if lora is not None else None
+    )
     return folder.net_config(pattern, adapter)
 
 
@@ -444,26 +518,40 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, object]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--set {setting}: write key=value, for example --set optimizer.lr=1e-3")
+            raise ConfigError(
+                f"--set {setting}: write key=value, for example --set optimizer.lr=1e-3"
+            )
         try:
             overrides[key.strip()] = parse(f"value = {text}", tomllib.loads)["value"]
         except ValueError:
             if text[:1] + text[-1:] in ("[]", "{}"):
-                raise ConfigError(f"--set {setting}: texts in a list or a table have quotes: ['a', 'b']") from None
+                raise ConfigError(
+                    f"--set {setting}: texts in a list or a table have quotes: ['a', 'b']"
+                ) from None
             overrides[key.strip()] = text.strip() if key.endswith(" ") else text
     return overrides
 
 
 def _read(path: str) -> tuple[Any, str]:
     refuse_web_address(path)
-    file = Path(path) if "/" in path or path.endswith((".toml", ".json")) else preset_dir() / f"{path}.toml"
+    file = (
+        Path(path)
+        if "/" in path or path.endswith((".toml", ".json"))
+        else preset_dir() / f"{path}.toml"
+    )
     form = "JSON" if file.suffix == ".json" else "TOML"
     try:
         return parse(read_text(file), json.loads if form == "JSON" else tomllib.loads), str(path)
     except FileNotFoundError:
         shipped = ", ".join(sorted(p.stem for p in preset_dir().glob("*.toml")))
-        missing, hint = (": no such file", "") if file == Path(path) and file.suffix else ("", "; a path ends in .toml")
-        raise ConfigError(f"no recipe '{path}'{missing}. Shipped recipes: {shipped}{hint}") from None
+        missing, hint = (
+            (": no such file", "")
+            if file == Path(path) and file.suffix
+            else ("", "; a path ends in .toml")
+        )
+        raise ConfigError(
+            f"no recipe '{path}'{missing}. Shipped recipes: {shipped}{hint}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except ValueError as error:  # of the parser, or not UTF-8

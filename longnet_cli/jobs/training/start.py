@@ -40,9 +40,14 @@ from .windows import TokenStream, TokenWindows
 
 def check_memory(recipe: Recipe) -> None:
     """Raise MemoryLimitError for a net whose weights alone exceed the free memory, before the net is built."""
-    needed, free = 4 * recipe.model.trained + recipe.model.frozen_bytes, free_memory(torch.device("cpu"))
+    needed, free = (
+        4 * recipe.model.trained + recipe.model.frozen_bytes,
+        free_memory(torch.device("cpu")),
+    )
     if free is not None and needed > free:
-        change = "take a smaller model" if recipe.pretrained else "lower model.dim or model.num_layers"
+        change = (
+            "take a smaller model" if recipe.pretrained else "lower model.dim or model.num_layers"
+        )
         raise MemoryLimitError(
             f"the weights take {needed / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB of memory are free: {change}"
         )
@@ -82,7 +87,11 @@ def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
 def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
     """Raise ConfigError where a step's `windows` of `seq_len` tokens cannot be shared, and say what would fit."""
     if windows % ranks.dp:
-        fits = ", ".join(str(dp) for dp in range(1, ranks.world + 1) if windows % dp == 0 and ranks.world % dp == 0)
+        fits = ", ".join(
+            str(dp)
+            for dp in range(1, ranks.world + 1)
+            if windows % dp == 0 and ranks.world % dp == 0
+        )
         raise ConfigError(
             f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share equally: "
             f"--dp {fits} would fit, or other train.batch_tokens"
@@ -143,7 +152,9 @@ def prepare_run(
         raise ConfigError(
             "there is no model: give a RECIPE (longnet-1m, or a file such as examples/small.toml) or --init MODEL"
         )
-    loaded = load_recipe(named, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ())
+    loaded = load_recipe(
+        named, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ()
+    )
     # then the recipe names it: the order of `running.reader.chunk_of`
     chunk = _stored(earlier, "train", "chunk") if earlier else None
     if not loaded.names_chunk and isinstance(chunk, int) and chunk > 0:
@@ -154,7 +165,9 @@ def prepare_run(
     return loaded
 
 
-def find_checkpoint(output: Path, resume: Resume, ranks: Ranks, on_note: Callable[[str], None]) -> Path | None:
+def find_checkpoint(
+    output: Path, resume: Resume, ranks: Ranks, on_note: Callable[[str], None]
+) -> Path | None:
     """Return the checkpoint from which a run in `output` continues; None for a run that starts from nothing.
 
     `on_note` gets a line about each damaged checkpoint that is skipped. Raises ConfigError for a folder that holds
@@ -167,7 +180,9 @@ def find_checkpoint(output: Path, resume: Resume, ranks: Ranks, on_note: Callabl
     checkpoint = None if resume is False else _checkpoint_at(Path(resume), ranks, on_note)
     for newest in checkpoints_in(output / CHECKPOINTS)[:1]:
         if checkpoint is None or checkpoint.resolve() != newest.resolve():
-            raise ConfigError(f"{output} already holds a run: name another folder with -o, or remove it")
+            raise ConfigError(
+                f"{output} already holds a run: name another folder with -o, or remove it"
+            )
         return newest
     return checkpoint
 
@@ -176,7 +191,9 @@ def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
     """Return the path of the recipe that the resumed run has written, None without one. Raises ConfigError."""
     if resume is False:
         return None
-    runs = [folder] if resume is True else [Path(resume), Path(resume).parent.parent]  # a run, or its checkpoint
+    runs = (
+        [folder] if resume is True else [Path(resume), Path(resume).parent.parent]
+    )  # a run, or its checkpoint
     try:
         return next((str(run / RECIPE) for run in runs if (run / RECIPE).exists()), None)
     except OSError as error:  # the name is too long
@@ -189,13 +206,23 @@ def _refuse_others(folder: Path) -> None:
     A run writes its recipe first, and its recipe is in each checkpoint.
     """
     runs = [partial(_stored, folder / RECIPE)]
-    runs += [partial(_stored, path / STATE, "recipe") for path in checkpoints_in(folder / CHECKPOINTS)]
+    runs += [
+        partial(_stored, path / STATE, "recipe") for path in checkpoints_in(folder / CHECKPOINTS)
+    ]
     if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
-        raise ConfigError(f"{folder} already holds a model: name another folder with -o, or remove it")
-    if any(all(isinstance(run(table), dict) for table in ("model", "data", "train")) for run in runs):
+        raise ConfigError(
+            f"{folder} already holds a model: name another folder with -o, or remove it"
+        )
+    if any(
+        all(isinstance(run(table), dict) for table in ("model", "data", "train")) for run in runs
+    ):
         return
-    if other := next((name for name in (*MODEL_FILES, *RUN_FILES) if (folder / name).exists()), None):
-        raise ConfigError(f"{folder} holds {other}, which no run has written: name another folder with -o")
+    if other := next(
+        (name for name in (*MODEL_FILES, *RUN_FILES) if (folder / name).exists()), None
+    ):
+        raise ConfigError(
+            f"{folder} holds {other}, which no run has written: name another folder with -o"
+        )
 
 
 def _stored(recipe: str | Path, *keys: str) -> object:
@@ -225,7 +252,10 @@ def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
     A recipe.json and a tokenizer.json beside metrics.jsonl belong to the run itself, which continues with them.
     """
     data, again = recipe.data, (output / "metrics.jsonl").exists()
-    files = [*(output / name for name in MODEL_FILES), *(output / BEST / name for name in MODEL_FILES)]
+    files = [
+        *(output / name for name in MODEL_FILES),
+        *(output / BEST / name for name in MODEL_FILES),
+    ]
     files += [output / RECIPE, output / "metrics.jsonl", output / CHECKPOINTS]
     also: list[Path | None] = []
     if not again:
@@ -262,23 +292,35 @@ def build_data(
         ModelFolder.find(initial).tokenizer(data.tokenizer, differs=tokenizer_differs)
 
     def documents(sources: Sources) -> list[Document]:
-        return list(Inputs(sources, tokenizer, data.column, vocab_size=recipe.model.vocab_size).documents())
+        return list(
+            Inputs(sources, tokenizer, data.column, vocab_size=recipe.model.vocab_size).documents()
+        )
 
     if not data.sources:
-        raise ConfigError("no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe")
+        raise ConfigError(
+            "no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe"
+        )
     streams = [TokenStream(documents(source.files), eos_id) for source in data.sources]
     mix = [source.weight for source in data.sources]
     shared: dict[str, Any] = {"weights": mix, "rank": ranks.dp_rank, "world": ranks.dp}
     windows = [
-        TokenWindows(streams, stage.seq_len, train.windows(stage) // ranks.dp, train.seed + index, **shared)
+        TokenWindows(
+            streams, stage.seq_len, train.windows(stage) // ranks.dp, train.seed + index, **shared
+        )
         for index, stage in enumerate(train.stages)
     ]
     held_out = documents(data.held_out_files) if data.held_out_files else []
     if data.held_out_files and not any(map(len, held_out)):
-        raise DataError(f"data.held_out, {', '.join(map(str, data.held_out_files.names))}: every document is empty")
+        raise DataError(
+            f"data.held_out, {', '.join(map(str, data.held_out_files.names))}: every document is empty"
+        )
     longest, most = max(map(len, held_out), default=0), recipe.model.max_tokens
-    if most and min(longest, train.held_out_context or longest) > most:  # rather than at the first evaluation
-        why = f"data.held_out: a document has {longest:,} tokens, and the model reads {most} at most"
+    if (
+        most and min(longest, train.held_out_context or longest) > most
+    ):  # rather than at the first evaluation
+        why = (
+            f"data.held_out: a document has {longest:,} tokens, and the model reads {most} at most"
+        )
         raise ConfigError(f"{why}: set train.held_out_context={most}")
     return TrainingData(tokenizer, eos_id, windows, held_out)
 
@@ -290,9 +332,13 @@ def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
     else:
         token_id = ModelFolder.find(recipe.pretrained.init).bos(tokenizer)
     if token_id is None:
-        raise ConfigError(f"{NO_END}; training puts it between documents: name a token or an id (--eos, data.eos)")
+        raise ConfigError(
+            f"{NO_END}; training puts it between documents: name a token or an id (--eos, data.eos)"
+        )
     if not isinstance(token_id, int):
-        raise ConfigError(f"{recipe.init} starts a document with {len(token_id)} tokens, and training puts one there")
+        raise ConfigError(
+            f"{recipe.init} starts a document with {len(token_id)} tokens, and training puts one there"
+        )
     return token_id
 
 
@@ -304,14 +350,18 @@ def build_model(recipe: Recipe, initial: str | None, on_note: Callable[[str], No
     """
     torch.manual_seed(recipe.train.seed)
     if pretrained := recipe.pretrained:
-        return ModelFolder.find(pretrained.init).trainable(pretrained.model, pretrained.adapter, on_note)
+        return ModelFolder.find(pretrained.init).trainable(
+            pretrained.model, pretrained.adapter, on_note
+        )
     if initial is None:
         return LongNet(recipe.model)
     folder = ModelFolder.find(initial)
     own = folder.native().from_pretrained(folder.path)
     without_weights = {*PATTERN_FIELDS, "position"}
     fields = type(recipe.model).model_fields.keys() - without_weights
-    if changed := sorted(name for name in fields if getattr(own.config, name) != getattr(recipe.model, name)):
+    if changed := sorted(
+        name for name in fields if getattr(own.config, name) != getattr(recipe.model, name)
+    ):
         raise ConfigError(f"{initial} differs from the recipe in model.{', model.'.join(changed)}")
     with torch.device("meta"):
         model = type(own)(recipe.model)
@@ -345,7 +395,9 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
         {"params": vectors, "weight_decay": 0.0},
     ]
     if muon and is_sharded(model):
-        raise ConfigError('optimizer.name = "muon" works on whole matrices: give --shard none, or take "adamw"')
+        raise ConfigError(
+            'optimizer.name = "muon" works on whole matrices: give --shard none, or take "adamw"'
+        )
     adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
     if not muon:
         return [adamw]
@@ -378,5 +430,7 @@ def _orthogonal(x: Tensor) -> Tensor:
     wide = wide / wide.norm().clamp(min=1e-7)
     for _ in range(5):
         square = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), wide, beta=3.4445)
+        wide = torch.addmm(
+            wide, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), wide, beta=3.4445
+        )
     return wide if len(x) <= x.shape[1] else wide.T

@@ -27,7 +27,9 @@ from longnet_cli.data.documents import Document
 
 POSITION_VERSION = 2
 
-RUN_TOKENS = 1 << 17  # read from one place of a file: half a megabyte of int32, long enough for a sequential read
+RUN_TOKENS = (
+    1 << 17
+)  # read from one place of a file: half a megabyte of int32, long enough for a sequential read
 DIGEST_TOKENS = 256  # tokens at the start of a stream that its digest covers
 POOL_RUNS = 16  # runs of windows from all over the stream whose windows are shuffled together
 LONGEST_PERIOD = 10_000  # most windows in the period of a mix, whose table is made in some 10 ms
@@ -38,8 +40,13 @@ class TokenStream:
 
     def __init__(self, documents: Sequence[Document], eos_id: int) -> None:
         self.documents, self.eos_id = documents, eos_id
-        self.starts = np.zeros(len(documents) + 1, np.int64)  # of the eos before each document, and the end
-        np.cumsum(np.fromiter((len(document) + 1 for document in documents), np.int64), out=self.starts[1:])
+        self.starts = np.zeros(
+            len(documents) + 1, np.int64
+        )  # of the eos before each document, and the end
+        np.cumsum(
+            np.fromiter((len(document) + 1 for document in documents), np.int64),
+            out=self.starts[1:],
+        )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -65,7 +72,9 @@ class TokenStream:
             if eos >= start:
                 out[eos - start] = self.eos_id
             if begin < end:
-                out[begin - start : end - start] = self.documents[index].read(begin - eos - 1, end - eos - 1)
+                out[begin - start : end - start] = self.documents[index].read(
+                    begin - eos - 1, end - eos - 1
+                )
 
 
 class Batch:
@@ -74,7 +83,9 @@ class Batch:
     `numbers` gives the number of each row's window in the run.
     """
 
-    def __init__(self, starts: Sequence[tuple[TokenStream, int]], tokens: int, numbers: Sequence[int]) -> None:
+    def __init__(
+        self, starts: Sequence[tuple[TokenStream, int]], tokens: int, numbers: Sequence[int]
+    ) -> None:
         self.starts, self.shape, self.numbers = starts, (len(starts), tokens), numbers
         self._fetched = np.empty((len(starts), 0), np.int64)
 
@@ -113,7 +124,9 @@ class Mix:
 
     def __init__(self, weights: Sequence[float]) -> None:
         """Set up the order of `weights`, all above 0. Raises ConfigError for a period over LONGEST_PERIOD."""
-        exact = [Fraction(repr(float(weight))) for weight in weights]  # 0.7 is 7/10, not the double next to it
+        exact = [
+            Fraction(repr(float(weight))) for weight in weights
+        ]  # 0.7 is 7/10, not the double next to it
         scale = lcm(*(weight.denominator for weight in exact))
         shares = [int(weight * scale) for weight in exact]
         self.shares = [share // gcd(*shares) for share in shares]
@@ -126,9 +139,13 @@ class Mix:
         # Proportionate fair scheduling: of the sources that would be less than one window ahead of their share after
         # this window, take the one with the earliest deadline. Meeting every deadline keeps each within one window.
         given = [0] * len(self.shares)
-        self._turns: list[tuple[int, int]] = []  # of each window, the source, and what that has given before
+        self._turns: list[
+            tuple[int, int]
+        ] = []  # of each window, the source, and what that has given before
         for n in range(self.period):
-            ready = (s for s, share in enumerate(self.shares) if given[s] * self.period < share * (n + 1))
+            ready = (
+                s for s, share in enumerate(self.shares) if given[s] * self.period < share * (n + 1)
+            )
             source = min(ready, key=lambda s: ((given[s] + 1) * self.period - 1) // self.shares[s])
             self._turns.append((source, given[source]))
             given[source] += 1
@@ -218,7 +235,13 @@ class TokenWindows:
         `rank` of `world` counts data-parallel ranks. Raises ConfigError for weights with too many digits, DataError for
         a source without a whole window.
         """
-        self.sources, self.seq_len, self.rows, self.rank, self.world = sources, seq_len, rows, rank, world
+        self.sources, self.seq_len, self.rows, self.rank, self.world = (
+            sources,
+            seq_len,
+            rows,
+            rank,
+            world,
+        )
         for index, stream in enumerate(sources):
             if len(stream) < seq_len + 1:
                 name = "the data" if len(sources) == 1 else f"source {index} of the mix"
@@ -248,7 +271,11 @@ class TokenWindows:
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return these windows of the run."""
         places = [self.locate(n) for n in numbers]
-        return Batch([(self.sources[source], start) for source, _, start in places], self.seq_len + 1, numbers)
+        return Batch(
+            [(self.sources[source], start) for source, _, start in places],
+            self.seq_len + 1,
+            numbers,
+        )
 
     def locate(self, n: int) -> tuple[int, int, int]:
         """Return (source, epoch, start in the source's stream) of window n of the run. Fast unless n goes back far."""
@@ -263,7 +290,9 @@ class TokenWindows:
         source, epoch, start = self.locate(step)
         stream = self.sources[source]
         index = stream.locate(start)
-        offset = max(0, start - int(stream.starts[index]) - 1)  # also 0 for the eos before the document
+        offset = max(
+            0, start - int(stream.starts[index]) - 1
+        )  # also 0 for the eos before the document
         place = {"source": source, "epoch": epoch, "document": index, "offset": offset}
         return {**self.identity, "step": step, **place, "where": stream.documents[index].where}
 
@@ -271,7 +300,9 @@ class TokenWindows:
         """Return where the windows first .. last - 1 start: file and row, each once, in order."""
         located = (self.locate(n) for n in range(first, last))
         streams = ((self.sources[source], start) for source, _, start in located)
-        return list(dict.fromkeys(stream.documents[stream.locate(start)].where for stream, start in streams))
+        return list(
+            dict.fromkeys(stream.documents[stream.locate(start)].where for stream, start in streams)
+        )
 
     def _epoch(self, source: int, epoch: int) -> _Epoch:
         return _Epoch((self.seed, source, epoch), len(self.sources[source]), self.seq_len)
@@ -291,6 +322,8 @@ class TokenWindows:
             if key == "digests":
                 saved = "the data has as many tokens as the run's own data, and other documents"
             if key in ("tokens", "digests"):
-                raise DataError(f"{saved}: restore the data, or start another run with -o and --init")
+                raise DataError(
+                    f"{saved}: restore the data, or start another run with -o and --init"
+                )
             raise ConfigError(saved)
         self.step = step

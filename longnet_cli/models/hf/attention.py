@@ -50,7 +50,13 @@ from longnet_cli.attention.sinks import Turn
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import ConfigError, one_line
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
-from longnet_cli.models.hf.longnet_cache import CACHE, AlignedRows, LongNetCache, by_rows, columns_of
+from longnet_cli.models.hf.longnet_cache import (
+    CACHE,
+    AlignedRows,
+    LongNetCache,
+    by_rows,
+    columns_of,
+)
 from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, register, unmark
 from longnet_cli.models.hf.rotary import make_phases_exact, turns
 from longnet_cli.models.hf.trying import body, hidden_states, why_not
@@ -62,7 +68,9 @@ _PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, w
 _CURRENT = "_dilated_pass"  # attribute of a model and of its attention modules: the `_CurrentPass` of all of them
 _OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
 
-_NO_LAYER = "every layer of this model has a sliding window: there is no global attention to replace"
+_NO_LAYER = (
+    "every layer of this model has a sliding window: there is no global attention to replace"
+)
 # settings of a config that dilated attention does not support
 _REFUSED_CONFIG = {
     "is_encoder_decoder": "an encoder-decoder",
@@ -73,7 +81,9 @@ _REFUSED_CONFIG = {
 _REFUSED_OPTIONS = {"s_aux", "position_bias", "head_mask", "output_attentions"}
 
 
-def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None) -> PreTrainedModel:
+def use_dilated_attention(
+    model: PreTrainedModel, pattern: Pattern | None = None
+) -> PreTrainedModel:
     """Make all global attention layers of a model dilated, in place. Its weights stay the same.
 
     `pattern` goes into `model.config.dilated_attention`, where `save_pretrained` keeps it. None takes the pattern that
@@ -85,7 +95,9 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     """
     config = model.config
     if isinstance(model, LongNetPreTrainedModel):
-        raise ConfigError("a LongNet has dilated attention of its own: its config says what a query sees")
+        raise ConfigError(
+            "a LongNet has dilated attention of its own: its config says what a query sees"
+        )
     if pattern is not None:
         write_pattern(config, pattern)
     mark(config)
@@ -97,12 +109,18 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     if len(sliding) == len(kinds):
         raise ConfigError(_NO_LAYER)
     if choosing := sorted({*sliding} & {*pattern_of(config).chosen_layers}):
-        raise ConfigError(f"layer {choosing[0]} has a sliding window of its own, so it cannot choose blocks (layers=)")
+        raise ConfigError(
+            f"layer {choosing[0]} has a sliding window of its own, so it cannot choose blocks (layers=)"
+        )
     earlier = config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION_NAME)
-        if config._attn_implementation != ATTENTION_NAME:  # transformers only warns, and keeps the old attention
-            raise ConfigError(f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated")
+        if (
+            config._attn_implementation != ATTENTION_NAME
+        ):  # transformers only warns, and keeps the old attention
+            raise ConfigError(
+                f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated"
+            )
         wrong = why_not(model, "with a pattern", partial(_seeing_all, model))
         if wrong := wrong or pattern_of(config).refusal_of_layers(config.num_hidden_layers):
             raise ConfigError(wrong)
@@ -110,7 +128,9 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     except Exception as error:
         with suppress(ValueError):
             model.set_attn_implementation(earlier)
-        if isinstance(error, ValueError):  # transformers refuses an attention that the model does not support
+        if isinstance(
+            error, ValueError
+        ):  # transformers refuses an attention that the model does not support
             raise ConfigError(one_line(error)) from None
         raise
     if earlier != ATTENTION_NAME:
@@ -128,7 +148,9 @@ def use_dilated_attention(model: PreTrainedModel, pattern: Pattern | None = None
     return model
 
 
-def _keep_queries(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+def _keep_queries(
+    module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Any, ...]:
     """Let layers that reuse the keys of others (Gemma 4) have a query for each new key, as attention needs."""
     return args, {**options, "logits_to_keep": None}
 
@@ -152,8 +174,14 @@ class _CurrentPass:
     def of(self, rows: AlignedRows, pattern: Pattern, part: LayerCaches | None = None) -> Choices:
         """Return the choices of some rows; `part` is what was read of them before."""
         if rows.column not in self.choices:
-            ids = None if self.ids is None else rows.of(self.ids)[:, rows.skip if part else rows.column :]
-            self.choices[rows.column] = Choices(part.name_blocks(ids) if part else named_blocks(pattern, ids))
+            ids = (
+                None
+                if self.ids is None
+                else rows.of(self.ids)[:, rows.skip if part else rows.column :]
+            )
+            self.choices[rows.column] = Choices(
+                part.name_blocks(ids) if part else named_blocks(pattern, ids)
+            )
         return self.choices[rows.column]
 
 
@@ -196,15 +224,23 @@ def write_pattern(config: Any, pattern: Pattern) -> None:
     A folder that is saved with it cannot be opened without this integration (`pretrained_folder`).
     """
     mark(config)
-    options = {key: x for key, x in asdict(pattern).items() if pattern.chosen or not key.startswith("chosen")}
-    config.dilated_attention = {key: list(x) if isinstance(x, tuple) else x for key, x in options.items()}
+    options = {
+        key: x
+        for key, x in asdict(pattern).items()
+        if pattern.chosen or not key.startswith("chosen")
+    }
+    config.dilated_attention = {
+        key: list(x) if isinstance(x, tuple) else x for key, x in options.items()
+    }
 
 
 def pattern_of(config: Any) -> Pattern:
     """Return the pattern in `config.dilated_attention`, a mapping of `Pattern`'s arguments. Raises ConfigError."""
     for name, what in _REFUSED_CONFIG.items():
         if getattr(config, name, None):
-            raise ConfigError(f"dilated attention does not serve {what} ({name} in the model's config)")
+            raise ConfigError(
+                f"dilated attention does not serve {what} ({name} in the model's config)"
+            )
     arguments = getattr(config, "dilated_attention", None)
     if arguments is None:
         raise ConfigError(
@@ -212,7 +248,9 @@ def pattern_of(config: Any) -> Pattern:
             "call use_dilated_attention(model, pattern)"
         )
     if not isinstance(arguments, Mapping):
-        raise ConfigError(f"dilated_attention in the model's config: a table of levels is needed, got {arguments!r}")
+        raise ConfigError(
+            f"dilated_attention in the model's config: a table of levels is needed, got {arguments!r}"
+        )
     try:
         return from_fields(arguments)
     except (TypeError, ValueError) as error:
@@ -229,7 +267,9 @@ def _pattern_of(module: nn.Module) -> Pattern:
     """Return the pattern of an attention, which is made only once, because to read a config of transformers is slow."""
     config: Any = module.config
     known, written, pattern = module.__dict__.get(_PATTERN, (None, None, None))
-    if known is not config or written != object.__getattribute__(config, "__dict__").get("dilated_attention"):
+    if known is not config or written != object.__getattribute__(config, "__dict__").get(
+        "dilated_attention"
+    ):
         pattern = _shared(pattern_of(config))
         module.__dict__[_PATTERN] = config, deepcopy(config.dilated_attention), pattern
         mark(config)  # even if the pattern came from elsewhere, the model is to be saved with it
@@ -260,13 +300,19 @@ def dilated_attention_forward(
     if options.get("sliding_window") is not None:
         options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
         if (sinks := options.pop("s_aux", None)) is not None:
-            query, key, value, attention_mask = _with_sink(query, key, value, attention_mask, sinks, scaling)
+            query, key, value, attention_mask = _with_sink(
+                query, key, value, attention_mask, sinks, scaling
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     pattern = _pattern_of(module)
     _check_call(module, pattern, query, attention_mask, dropout, options)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (_in_autocast_type(x).transpose(1, 2) for x in (query, key, value))
-    settings: dict[str, Any] = {"causal": causal, "scale": scaling, "turn": module.__dict__.get(_TURN)}
+    settings: dict[str, Any] = {
+        "causal": causal,
+        "scale": scaling,
+        "turn": module.__dict__.get(_TURN),
+    }
     current = module.__dict__.get(_CURRENT) if pattern.chosen else None
     call = _Call(getattr(module, "layer_idx", 0), pattern, q, k, v, settings, current)
     if options.get("far") or options.get("documents") is not None:
@@ -286,7 +332,9 @@ def dilated_attention_forward(
     if kept is not None:
         memory.step(q.shape[1])
     # if no row has a token, return zeros with a gradient of zeros
-    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0) if out is None else out, None
+    return q.masked_fill(
+        torch.ones((), dtype=torch.bool, device=q.device), 0
+    ) if out is None else out, None
 
 
 class _Call(NamedTuple):
@@ -307,9 +355,15 @@ class _Call(NamedTuple):
         """Return the argument `choices` for some rows; `part` is what was read of them before."""
         if not self.current:
             return {}
-        return {"choices": LayerChoices(self.current.of(rows, self.pattern, part), self.pattern, self.layer)}
+        return {
+            "choices": LayerChoices(
+                self.current.of(rows, self.pattern, part), self.pattern, self.layer
+            )
+        }
 
-    def attend(self, rows: AlignedRows, q: Tensor, k: Tensor, v: Tensor, far: Outside, choices: Any) -> Tensor:
+    def attend(
+        self, rows: AlignedRows, q: Tensor, k: Tensor, v: Tensor, far: Outside, choices: Any
+    ) -> Tensor:
         """Return attention (rows, n, H, D) of some rows' new tokens."""
         place: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
         return dilated_attention(q, k, v, self.pattern, **self.settings, **choices, **place)
@@ -324,7 +378,9 @@ def _of_shard(call: _Call, options: Mapping[str, Any]) -> Tensor:
         settings |= {"start": options["start"], "far": provider(call.layer, q, k, v)}
     if call.pattern.chosen:
         settings["choices"] = LayerChoices(options["choices"], call.pattern, call.layer)
-    attended = dilated_attention(q, k, v, call.pattern, documents=options.get("documents"), **settings)
+    attended = dilated_attention(
+        q, k, v, call.pattern, documents=options.get("documents"), **settings
+    )
     return F.pad(attended, (0, 0, 0, 0, 0, 1)) if empty else attended
 
 
@@ -340,7 +396,10 @@ def _with_memory(call: _Call, kept: LongNetCache, layer: int, rows: AlignedRows)
 
 def _with_keys(call: _Call, rows: AlignedRows) -> Tensor:
     """Return attention (rows, n, H, D) of rows whose earlier keys are given as well."""
-    q, (k, v) = rows.of(call.q)[:, rows.skip :], (rows.of(x)[:, rows.column :] for x in (call.k, call.v))
+    q, (k, v) = (
+        rows.of(call.q)[:, rows.skip :],
+        (rows.of(x)[:, rows.column :] for x in (call.k, call.v)),
+    )
     if rows.start and call.pattern.chosen:
         raise ConfigError(
             f"chosen={call.pattern.chosen}: this cache has lost the queries that choose: pass "
@@ -359,7 +418,12 @@ def _in_autocast_type(x: Tensor) -> Tensor:
 
 
 def _check_call(
-    module: nn.Module, pattern: Pattern, query: Tensor, attention_mask: Tensor | None, dropout: float, options: Any
+    module: nn.Module,
+    pattern: Pattern,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    options: Any,
 ) -> None:
     """Raise ConfigError for what dilated attention does not support, ValueError for another mask than its own."""
     for name in _REFUSED_OPTIONS & options.keys():
@@ -382,7 +446,12 @@ def _check_call(
 
 
 def _with_sink(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor,
+    scaling: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return query, key, value and mask for sdpa, with one more key that all tokens see: it scores `sinks` (H,).
 
@@ -391,7 +460,9 @@ def _with_sink(
     """
     (batch, heads, new, size), tokens = query.shape, key.shape[2]
     if mask is None:  # all tokens are in one window
-        mask = torch.ones(new, tokens, dtype=torch.bool, device=query.device).tril(tokens - new)[None, None]
+        mask = torch.ones(new, tokens, dtype=torch.bool, device=query.device).tril(tokens - new)[
+            None, None
+        ]
     scores = (sinks / (size**-0.5 if scaling is None else scaling)).to(query.dtype)
     query = torch.cat([query, scores.view(1, heads, 1, 1).expand(batch, heads, new, 1)], -1)
     key, value = F.pad(key, (0, 1, 0, 1)), F.pad(value, (0, 0, 0, 1))
@@ -417,7 +488,11 @@ def dilated_mask(
     packed sequences and other masks of a model's own, and for caches that do not hold all keys so far.
     """
     if local_size is not None:
-        options |= {"mask_function": mask_function, "attention_mask": attention_mask, "local_size": local_size}
+        options |= {
+            "mask_function": mask_function,
+            "attention_mask": attention_mask,
+            "local_size": local_size,
+        }
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(

@@ -21,14 +21,30 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+)
 
 from longnet_cli.basics.errors import CheckpointError
 from longnet_cli.basics.model_files import MODEL_TYPE
-from longnet_cli.models.hf.longnet_cache import AlignedRows, LongNetCache, Memory, by_rows, columns_of
+from longnet_cli.models.hf.longnet_cache import (
+    AlignedRows,
+    LongNetCache,
+    Memory,
+    by_rows,
+    columns_of,
+)
 from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.weights import TRANSFORMERS_KEYS, architecture, list_names, own_keys, save_pretrained
+from longnet_cli.nets.weights import (
+    TRANSFORMERS_KEYS,
+    architecture,
+    list_names,
+    own_keys,
+    save_pretrained,
+)
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.reader import default_chunk
 
@@ -51,7 +67,9 @@ class LongNetHFConfig(hf.PretrainedConfig):
 
     def __init__(self, **settings: Any) -> None:
         own = parse_config(own_keys(settings), str(settings.get("name_or_path") or "config.json"))
-        super().__init__(**{key: value for key, value in settings.items() if key in TRANSFORMERS_KEYS})
+        super().__init__(
+            **{key: value for key, value in settings.items() if key in TRANSFORMERS_KEYS}
+        )
         for name in LongNetConfig.model_fields:
             setattr(self, name, getattr(own, name))
 
@@ -62,7 +80,11 @@ class LongNetHFConfig(hf.PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of config.json, with a LongNet's keys as `LongNet` writes them."""
-        foreign = {key: value for key, value in super().to_dict().items() if key not in LongNetConfig.model_fields}
+        foreign = {
+            key: value
+            for key, value in super().to_dict().items()
+            if key not in LongNetConfig.model_fields
+        }
         return json.loads(self.longnet.model_dump_json()) | foreign
 
 
@@ -84,21 +106,28 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
             raise ValueError(f"this LongNet has no vocabulary: open it with AutoModel, not {asked}")
         if self.causal not in (None, config.causal):
             is_, needed = ("causal", "CausalLM") if config.causal else ("bidirectional", "MaskedLM")
-            raise ValueError(f"this LongNet is {is_}: open it with AutoModelFor{needed}, not {asked}")
+            raise ValueError(
+                f"this LongNet is {is_}: open it with AutoModelFor{needed}, not {asked}"
+            )
         super().__init__(config)
         net = LongNet(config.longnet)
         for name, child in net.named_children():
             self.add_module(name, child)
         self.__dict__["net"] = net  # not a submodule: its layers are already this module's
         for module in self.modules():
-            module._is_hf_initialized = True  # the LongNet did it; transformers would draw other weights
+            module._is_hf_initialized = (
+                True  # the LongNet did it; transformers would draw other weights
+            )
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
         """Load a model as transformers does. Raises CheckpointError for missing or unexpected weights."""
         model, report = super().from_pretrained(*args, output_loading_info=True, **options)
-        for what, names in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"])):
+        for what, names in (
+            ("missing", report["missing_keys"]),
+            ("unexpected", report["unexpected_keys"]),
+        ):
             if names:
                 raise CheckpointError(f"{model.name_or_path}: {list_names(what, sorted(names))}")
         return (model, report) if output_loading_info else model
@@ -117,7 +146,11 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         if not is_main_process:
             return
         self.net.config = self.config.longnet  # a vocabulary may have been resized
-        foreign = {key: value for key, value in self.config.to_diff_dict().items() if key in TRANSFORMERS_KEYS}
+        foreign = {
+            key: value
+            for key, value in self.config.to_diff_dict().items()
+            if key in TRANSFORMERS_KEYS
+        }
         foreign |= {"architectures": [architecture(self.net.config)]}
         save_pretrained(self.net, save_directory, state_dict=state_dict, foreign=foreign)
         if self.can_generate():
@@ -162,13 +195,20 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         columns = _columns(attention_mask, position_ids, before + given.shape[1])
         if cache is not None:
             layers = getattr(cache, "layers", [])
-            if len(layers) != self.net.config.num_layers or not all(isinstance(layer, Memory) for layer in layers):
-                raise ValueError("a LongNet remembers in a LongNetCache(model.config): it takes no other cache")
+            if len(layers) != self.net.config.num_layers or not all(
+                isinstance(layer, Memory) for layer in layers
+            ):
+                raise ValueError(
+                    "a LongNet remembers in a LongNetCache(model.config): it takes no other cache"
+                )
             cache.expect(given.shape[0])
 
         def hidden_of(rows: AlignedRows) -> Tensor:
             some = rows.of(given)[:, rows.skip :]
-            place: dict[str, Any] = {"tokens" if input_ids is not None else "embeddings": some, "start": rows.start}
+            place: dict[str, Any] = {
+                "tokens" if input_ids is not None else "embeddings": some,
+                "start": rows.start,
+            }
             if cache is None:
                 return self.net(**place, lengths=rows.lengths)
             part = cache.part(rows, self.net.config.pattern)
@@ -212,7 +252,9 @@ class LongNetModel(LongNetPreTrainedModel):
         """Return hidden states (B, N, dim) after the final norm."""
         cache = self._cache(use_cache, cache, past_key_values)
         hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
-        return _output(BaseModelOutputWithPast(last_hidden_state=hidden, **{_CACHE: cache}), return_dict)
+        return _output(
+            BaseModelOutputWithPast(last_hidden_state=hidden, **{_CACHE: cache}), return_dict
+        )
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return vectors (B, dim) of length 1 for texts, given as token ids (B, N), as `longnet encode` makes them.
@@ -223,7 +265,9 @@ class LongNetModel(LongNetPreTrainedModel):
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         # a tokenizer returns numbers of float32 for texts without tokens
-        ids = input_ids.long().gather(1, (1 - mask).argsort(dim=1, stable=True))  # padding goes to the right
+        ids = input_ids.long().gather(
+            1, (1 - mask).argsort(dim=1, stable=True)
+        )  # padding goes to the right
         bos = getattr(self.config, "bos_token_id", None) if self.config.causal else None
         if bos is not None:
             ids = F.pad(ids, (1, 0), value=bos)
@@ -232,7 +276,9 @@ class LongNetModel(LongNetPreTrainedModel):
         if not stops.any():
             return self.net.embedding.weight.new_zeros(len(ids), self.config.hidden_size)
         places = torch.arange(ids.shape[1], device=ids.device)
-        wanted = ((places >= starts[:, None]) & (places < stops[:, None]))[..., None]  # (B, 1 + N, 1)
+        wanted = ((places >= starts[:, None]) & (places < stops[:, None]))[
+            ..., None
+        ]  # (B, 1 + N, 1)
         parts: Iterable[Tensor]
         if torch.is_grad_enabled() or not self.config.causal:
             parts = [self.net(ids, lengths=stops.tolist())]
@@ -241,7 +287,9 @@ class LongNetModel(LongNetPreTrainedModel):
             parts = (stream(part) for part in ids.split(max(1, chunk // len(ids)), 1))
         total, at = torch.zeros((), dtype=torch.float64, device=ids.device), 0
         for hidden in parts:
-            total = total + hidden.masked_fill(~wanted[:, at : at + hidden.shape[1]], 0).sum(1, dtype=torch.float64)
+            total = total + hidden.masked_fill(~wanted[:, at : at + hidden.shape[1]], 0).sum(
+                1, dtype=torch.float64
+            )
             at += hidden.shape[1]
         return F.normalize((total / (stops - starts).clamp(min=1)[:, None]).float(), dim=-1)
 
@@ -273,10 +321,14 @@ class _LongNetWithLogits(LongNetPreTrainedModel):
         logits = self.net.logits(hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked
+            )
         if not self.causal:
             return _output(MaskedLMOutput(loss=loss, logits=logits), return_dict)
-        return _output(CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache}), return_dict)
+        return _output(
+            CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache}), return_dict
+        )
 
 
 class LongNetForCausalLM(_LongNetWithLogits, hf.GenerationMixin):
@@ -296,7 +348,9 @@ class LongNetForMaskedLM(_LongNetWithLogits):
     causal = False
 
 
-def _columns(attention_mask: Tensor | None, position_ids: Tensor | None, columns: int) -> Tensor | None:
+def _columns(
+    attention_mask: Tensor | None, position_ids: Tensor | None, columns: int
+) -> Tensor | None:
     """Return columns [first, stop) of each row's tokens (`columns_of`). Raises ValueError for masks of another kind."""
     if attention_mask is not None and tuple(attention_mask.shape[1:]) != (columns,):
         raise ValueError(
@@ -304,9 +358,15 @@ def _columns(attention_mask: Tensor | None, position_ids: Tensor | None, columns
             f"shape {tuple(attention_mask.shape)}"
         )
     if position_ids is not None:
-        mask = torch.ones_like(position_ids) if attention_mask is None else attention_mask[:, -position_ids.shape[-1] :]
+        mask = (
+            torch.ones_like(position_ids)
+            if attention_mask is None
+            else attention_mask[:, -position_ids.shape[-1] :]
+        )
         if ((position_ids.diff(dim=-1) != 1) & mask[:, 1:].bool() & mask[:, :-1].bool()).any():
-            raise ValueError("a LongNet counts positions itself: position_ids that restart (packed texts) are refused")
+            raise ValueError(
+                "a LongNet counts positions itself: position_ids that restart (packed texts) are refused"
+            )
     return None if attention_mask is None else columns_of(attention_mask.bool())
 
 

@@ -48,7 +48,10 @@ class AlignedRows(NamedTuple):
 
 
 def by_rows(
-    columns: Tensor | None, before: int, shape: Sequence[int], compute: Callable[[AlignedRows], Tensor]
+    columns: Tensor | None,
+    before: int,
+    shape: Sequence[int],
+    compute: Callable[[AlignedRows], Tensor],
 ) -> Tensor | None:
     """Return `compute` of all groups of rows, (rows, N - skip, ...), put together: (B, N, ...), with zeros elsewhere.
 
@@ -66,7 +69,9 @@ def by_rows(
         lengths = [max(0, spans[row][1] - before - skip) for row in members]
         known = None if min(lengths) == new - skip else lengths
         everyone = len(members) == batch
-        computed = compute(AlignedRows(None if everyone else members, column, skip, before + skip - column, known))
+        computed = compute(
+            AlignedRows(None if everyone else members, column, skip, before + skip - column, known)
+        )
         if everyone and not skip:
             return computed
         out = computed.new_zeros(batch, new, *computed.shape[2:]) if out is None else out
@@ -90,7 +95,11 @@ def columns_of(tokens: Tensor) -> Tensor | None:
             f"row {row} has padding between its tokens: pad on the left or on the right, and prompts of generate() on "
             'the left (tokenizer.padding_side = "left")'
         )
-    return None if counts.numel() and bool((spans[:, 1] - spans[:, 0] == tokens.shape[-1]).all()) else spans[:, :2]
+    return (
+        None
+        if counts.numel() and bool((spans[:, 1] - spans[:, 0] == tokens.shape[-1]).all())
+        else spans[:, :2]
+    )
 
 
 _CHANGED = "the padding of a batch changed while it was cached: pass the whole attention_mask"
@@ -123,10 +132,13 @@ class LongNetCache(hf.DynamicCache):
 
     def __init__(self, config: hf.PretrainedConfig) -> None:
         own = copy.copy(config.get_text_config(decoder=True))
-        own.num_kv_shared_layers = 0  # transformers has no cache for a layer that reuses another's keys
+        own.num_kv_shared_layers = (
+            0  # transformers has no cache for a layer that reuses another's keys
+        )
         super().__init__(config=own)
         self.layers: list[Any] = [
-            Memory(number) if type(layer) is DynamicLayer else layer for number, layer in enumerate(self.layers)
+            Memory(number) if type(layer) is DynamicLayer else layer
+            for number, layer in enumerate(self.layers)
         ]
         self._last: Any = None  # the layer whose `update` was called last
         self._batch = 0
@@ -231,7 +243,9 @@ class Memory(CacheLayerMixin):
     def reset(self) -> None:
         self.position, self.waits = 0, False
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         self.waits = True
         return key_states, value_states
 
@@ -257,4 +271,6 @@ class Memory(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Raise ValueError unless there is nothing to remove: rows that no later token can see are gone."""
         if tokens_to_remove:
-            raise ValueError("a LongNetCache cannot be cropped: take a DynamicCache for assisted generation")
+            raise ValueError(
+                "a LongNetCache cannot be cropped: take a DynamicCache for assisted generation"
+            )

@@ -52,10 +52,18 @@ def to_file(settings: Mapping[str, Any]) -> dict[str, Any]:
     Any tool can run a dense pattern: such settings stay as they are, and so do settings without a pattern.
     """
     pattern = settings.get(_PATTERN)
-    if not pattern or Pattern(**pattern) == Pattern.dense() or settings.get("model_type") == DILATED_TYPE:
+    if (
+        not pattern
+        or Pattern(**pattern) == Pattern.dense()
+        or settings.get("model_type") == DILATED_TYPE
+    ):
         return dict(settings)
     names = [_PREFIX + name for name in settings.get("architectures") or []]
-    changed = {"model_type": DILATED_TYPE, _OWN_TYPE: settings["model_type"], "architectures": names or None}
+    changed = {
+        "model_type": DILATED_TYPE,
+        _OWN_TYPE: settings["model_type"],
+        "architectures": names or None,
+    }
     return {**settings, **changed, _ATTENTION: ATTENTION_NAME}
 
 
@@ -65,7 +73,9 @@ def from_file(settings: Mapping[str, Any]) -> dict[str, Any]:
     if restored.get("model_type") == DILATED_TYPE:
         restored.pop(_ATTENTION, None)
         restored["model_type"] = restored.pop(_OWN_TYPE, None)
-        restored["architectures"] = [name.removeprefix(_PREFIX) for name in restored.get("architectures") or []] or None
+        restored["architectures"] = [
+            name.removeprefix(_PREFIX) for name in restored.get("architectures") or []
+        ] or None
     return restored
 
 
@@ -78,7 +88,9 @@ def with_infinities(data: Any) -> Any:
     return [with_infinities(x) for x in data] if isinstance(data, list) else data
 
 
-def read_architecture(folder: Path, settings: Mapping[str, Any], embeds: bool = False) -> tuple[Any, Any]:
+def read_architecture(
+    folder: Path, settings: Mapping[str, Any], embeds: bool = False
+) -> tuple[Any, Any]:
     """Return (configuration, class) of a folder's model, whose config.json has these keys.
 
     If it `embeds`, the class is that of AutoModel. Code of the folder's own (auto_map) is never run. Raises ConfigError
@@ -87,13 +99,23 @@ def read_architecture(folder: Path, settings: Mapping[str, Any], embeds: bool = 
     _check_settings(folder / CONFIG, settings)
     if (generation := folder / GENERATION).is_file() and not isinstance(_json(generation), dict):
         raise ConfigError(f"{generation}: not a JSON object: remove it, or write one again")
-    data = {key: x for key, x in from_file(_without_attention(settings)).items() if key not in _OF_CALLS}
-    kind, name, code = data.get("model_type"), (data.get("architectures") or [None])[0], data.pop("auto_map", None)
+    data = {
+        key: x for key, x in from_file(_without_attention(settings)).items() if key not in _OF_CALLS
+    }
+    kind, name, code = (
+        data.get("model_type"),
+        (data.get("architectures") or [None])[0],
+        data.pop("auto_map", None),
+    )
     own = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None  # noqa: SIM401 (`get` loads no class)
-    architecture: Any = own and hf.MODEL_MAPPING.get(own, None) if embeds else getattr(hf, str(name), None)
+    architecture: Any = (
+        own and hf.MODEL_MAPPING.get(own, None) if embeds else getattr(hf, str(name), None)
+    )
     known = own and isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel)
     if not known or not (
-        architecture.config_class is own or embeds or hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is architecture
+        architecture.config_class is own
+        or embeds
+        or hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is architecture
     ):
         what = f"does not know the architecture {name} (model_type {kind})"
         instead = ", and code of the folder's own (auto_map) is never run" if code else ""
@@ -110,7 +132,9 @@ def refusing_settings(where: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error) or (isinstance(error, LongNetError) and not isinstance(error, ConfigError)):
+        if is_out_of_memory(error) or (
+            isinstance(error, LongNetError) and not isinstance(error, ConfigError)
+        ):
             raise
         says_little = type(error).__module__ == "builtins" and not isinstance(error, ValueError)
         kind = f"{type(error).__name__}: " if says_little else ""
@@ -124,19 +148,33 @@ def _is_whole(value: Any) -> bool:
 # keys of config.json that are read by us, or that many classes read without a look: a test, and what it asks for
 _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model_type": (lambda x: isinstance(x, str), "a text"),
-    "architectures": (lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x), "a list of names"),
+    "architectures": (
+        lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x),
+        "a list of names",
+    ),
     "text_config": (lambda x: isinstance(x, dict), "an object"),
     "num_hidden_layers": (
         lambda x: _is_whole(x) and x <= MOST_LAYERS,
         f"a whole number, and {MOST_LAYERS:,} are the most",
     ),
     **dict.fromkeys(
-        ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+        (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+        ),
         (lambda x: not _is_whole(x) or x > 0, "positive"),
     ),
     "max_position_embeddings": (lambda x: not _is_whole(x) or x < 1 << 63, "less than 2^63"),
 }
-_OF_CALLS = ("return_dict", "torchscript", "output_attentions", "output_hidden_states")  # what a call returns
+_OF_CALLS = (
+    "return_dict",
+    "torchscript",
+    "output_attentions",
+    "output_hidden_states",
+)  # what a call returns
 
 
 def _json(path: Path) -> Any:
@@ -182,13 +220,21 @@ def _marked(own: type) -> type:
 
     def to_json_file(self: Any, json_file_path: str | Path, use_diff: bool = True) -> None:
         data = to_file(json.loads(self.to_json_string(use_diff=use_diff)))
-        Path(json_file_path).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        Path(json_file_path).write_text(
+            json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
-    def reduce(self: Any) -> tuple[Any, ...]:  # for pickle and deepcopy, which would look for the class by its name
+    def reduce(
+        self: Any,
+    ) -> tuple[Any, ...]:  # for pickle and deepcopy, which would look for the class by its name
         return _restored, (own, self.__dict__)
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (own,), {**names, _OWN_CLASS: own, "to_json_file": to_json_file, "__reduce__": reduce})
+    return type(
+        own.__name__,
+        (own,),
+        {**names, _OWN_CLASS: own, "to_json_file": to_json_file, "__reduce__": reduce},
+    )
 
 
 def _restored(own: Any, attributes: dict[str, Any]) -> Any:
@@ -211,8 +257,12 @@ def register(prepare: Prepare) -> None:
             data = from_file(config_dict)
             kind = data.get("model_type")
             if kind not in hf.CONFIG_MAPPING:
-                raise ConfigError(f"transformers {hf.__version__} does not know the model type {kind!r}")
-            returned = hf.CONFIG_MAPPING[kind].from_dict({**data, _ATTENTION: ATTENTION_NAME}, **options)
+                raise ConfigError(
+                    f"transformers {hf.__version__} does not know the model type {kind!r}"
+                )
+            returned = hf.CONFIG_MAPPING[kind].from_dict(
+                {**data, _ATTENTION: ATTENTION_NAME}, **options
+            )
             config = returned[0] if isinstance(returned, tuple) else returned
             own: Any = type(config)
             mark(config)
@@ -269,7 +319,9 @@ def write_folder(
     try:
         with whole_folder(folder, last=CONFIG) as made:
             model.save_pretrained(made, state_dict=dict(state), max_shard_size=1 << 62)
-            settings = json.loads((made / CONFIG).read_text(encoding="utf-8")) | {"dtype": "float32"}
+            settings = json.loads((made / CONFIG).read_text(encoding="utf-8")) | {
+                "dtype": "float32"
+            }
             if dense:
                 settings = from_file(settings)
                 settings.pop(_PATTERN, None)

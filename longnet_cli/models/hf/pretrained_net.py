@@ -63,7 +63,9 @@ from longnet_cli.running.device import trim_memory
 
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
 _ENCODERS = {"mpnet"}  # which look in both directions, though their modules do not say so
-_POOLER = "pooler."  # of the names of weights that make another output of a model than its hidden states
+_POOLER = (
+    "pooler."  # of the names of weights that make another output of a model than its hidden states
+)
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _GROWS = "it keeps all keys of a document, so that memory grows with it"
 _NOTES = {
@@ -103,17 +105,23 @@ class TransformersNet(Net):
         wrong = self._try()
         self.note = f"{wrong}: {_NOTES['none']}" if wrong else _NOTES[self.config.memory]
         self.too_wide: str | None = None  # a warning
-        if dilated and self.config.streams:  # then the memory "cache" is a LongNetCache, which is bounded
+        if (
+            dilated and self.config.streams
+        ):  # then the memory "cache" is a LongNetCache, which is bounded
             dense = self.config.pattern == Pattern.dense()
             self.too_wide = None if dense else _too_wide(model, self.config.pattern)
             self.note = _GROWS if dense else self.too_wide
         if as_trained and (limit := self.config.max_tokens):
-            self.note = f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
+            self.note = (
+                f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
+            )
             if not self.config.streams:
                 self.note += f"; {wrong}" * bool(wrong) + f"; {_NOTES['none']}"
             if not _positions(model):
                 window = (
-                    "pretrained" if limit >= _reach(Pattern.pretrained()) else f"window:{max(4, limit // 2)},sinks=4"
+                    "pretrained"
+                    if limit >= _reach(Pattern.pretrained())
+                    else f"window:{max(4, limit // 2)},sinks=4"
                 )
                 finding = ", --pattern finding (finds what was read long ago)"
                 self.alternatives = (
@@ -129,7 +137,10 @@ class TransformersNet(Net):
         pattern = replace(self.config.pattern, chosen_layers=layers)
         write_pattern(self.model.config, pattern)
         source = json.dumps(settings_of(self.model.config))
-        self.config, self.digest = self.config.model_copy(update={"pattern": pattern, "source": source}), None
+        self.config, self.digest = (
+            self.config.model_copy(update={"pattern": pattern, "source": source}),
+            None,
+        )
 
     def as_it_comes(self) -> TransformersNet:
         """Switch the model back to transformers' own attention, in place. Return its net: a baseline for benchmarks."""
@@ -141,7 +152,11 @@ class TransformersNet(Net):
             return None
         assert self._cache_name
         config = self.model.config
-        kept = LongNetCache(config) if config._attn_implementation == ATTENTION_NAME else hf.DynamicCache(config=config)
+        kept = (
+            LongNetCache(config)
+            if config._attn_implementation == ATTENTION_NAME
+            else hf.DynamicCache(config=config)
+        )
         cache = {self._cache_name: kept, "use_cache": True}
 
         @torch.no_grad()
@@ -171,19 +186,32 @@ class TransformersNet(Net):
         if empty := far is not None and not given.shape[1]:
             given, documents = given.new_zeros(given.shape[0], 1, *given.shape[2:]), None
         options: dict[str, Any] = {"input_ids" if embeddings is None else "inputs_embeds": given}
-        if lengths is not None and not self.config.causal:  # a causal net does not see padding on the right
+        if (
+            lengths is not None and not self.config.causal
+        ):  # a causal net does not see padding on the right
             places = torch.arange(given.shape[1], device=given.device)
-            options["attention_mask"] = (places < torch.tensor(lengths, device=given.device)[:, None]).long()
+            options["attention_mask"] = (
+                places < torch.tensor(lengths, device=given.device)[:, None]
+            ).long()
         if far is not None:
             options |= {"start": start, "far": far, "empty": empty}
-        if documents is not None:  # with a mask: transformers would make one of positions that restart
-            options |= {"documents": documents, "attention_mask": given.new_ones(given.shape[:2], dtype=torch.int64)}
+        if (
+            documents is not None
+        ):  # with a mask: transformers would make one of positions that restart
+            options |= {
+                "documents": documents,
+                "attention_mask": given.new_ones(given.shape[:2], dtype=torch.int64),
+            }
         if (far is not None or documents is not None) and self.config.pattern.chosen:
-            options["choices"] = Choices(named or (None if start else named_blocks(self.config.pattern, tokens)))
+            options["choices"] = Choices(
+                named or (None if start else named_blocks(self.config.pattern, tokens))
+            )
         if far is not None or documents is not None:
             first, *rest = documents or [given.shape[1]]
             runs = [range(start, start + first), *map(range, rest)]
-            positions = torch.cat([torch.arange(x.start, x.stop, device=given.device) for x in runs])
+            positions = torch.cat(
+                [torch.arange(x.start, x.stop, device=given.device) for x in runs]
+            )
             options["position_ids"] = positions[None] + first_position(self.model)
         if "use_cache" in self._accepted:
             options["use_cache"] = False
@@ -210,7 +238,9 @@ class TransformersNet(Net):
         if output is None:
             raise ConfigError(f"{name} has no output layer: it cannot score tokens")
         if not self._plain_logits:
-            raise ConfigError(f"{name} does more to its logits than multiply (soft capping, scales): it cannot score")
+            raise ConfigError(
+                f"{name} does more to its logits than multiply (soft capping, scales): it cannot score"
+            )
         return output(hidden)
 
     @property
@@ -234,30 +264,45 @@ class TransformersNet(Net):
         """Add LoRA matrices and train only them, in place; `options` are the arguments of `training.add_lora`."""
         self._save_adapter = add_lora(self.model, **options)
 
-    def save(self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None) -> None:
+    def save(
+        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None
+    ) -> None:
         """Write a folder that transformers opens, with the pattern in config.json and the tokenizer's files.
 
         With LoRA, the weights are the merged ones, and the adapter is in a subfolder.
         """
-        own = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # tied ones once
+        own = {
+            name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())
+        }  # tied ones once
         inner = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         inner = {name: tensor for name, tensor in inner.items() if name in own}
         if self._save_adapter:
             self._save_adapter(folder / ADAPTER, inner)
-            trim_memory(next(self.parameters()).device)  # the merged weights are as large as the net, and larger
+            trim_memory(
+                next(self.parameters()).device
+            )  # the merged weights are as large as the net, and larger
         weights = merged(self.model, inner)
-        write_folder(self.model, folder, weights, tokenizer_json, self.folder, dense=self.config.as_trained)
+        write_folder(
+            self.model, folder, weights, tokenizer_json, self.folder, dense=self.config.as_trained
+        )
 
     @cached_property
     def _plain_logits(self) -> bool:
         """True if the output layer alone makes the model's logits, tried on a few tokens."""
         ids = torch.arange(4, device=next(self.parameters()).device)[None] % self.config.vocab_size
-        output, options = self.model.get_output_embeddings(), {"use_cache": False} if self._cache_name else {}
+        output, options = (
+            self.model.get_output_embeddings(),
+            {"use_cache": False} if self._cache_name else {},
+        )
         with torch.no_grad():
             hidden = self(ids)
-            if hidden.shape[-1] != getattr(output, "in_features", hidden.shape[-1]):  # as Electra's can be
+            if hidden.shape[-1] != getattr(
+                output, "in_features", hidden.shape[-1]
+            ):  # as Electra's can be
                 return False
-            return torch.allclose(output(hidden), self.model(input_ids=ids, **options).logits, rtol=1e-5, atol=1e-6)
+            return torch.allclose(
+                output(hidden), self.model(input_ids=ids, **options).logits, rtol=1e-5, atol=1e-6
+            )
 
     def _try(self) -> str | None:
         """Return why this net reads no chunks, and let it read none; None if chunks are right, or there are none.
@@ -277,7 +322,9 @@ class TransformersNet(Net):
     def _in_chunks(self, tokens: Tensor) -> Tensor:
         """Return the hidden states of tokens (B, N), which come in three chunks, the last token alone."""
         stream, half = open_stream(self), tokens.shape[1] // 2
-        return torch.cat([stream(x) for x in tokens.split([half, tokens.shape[1] - half - 1, 1], 1)], 1)
+        return torch.cat(
+            [stream(x) for x in tokens.split([half, tokens.shape[1] - half - 1, 1], 1)], 1
+        )
 
     @torch.no_grad()
     def _far_keys_reach_every_layer(self) -> bool:
@@ -339,17 +386,28 @@ def load_transformers(
             raise CheckpointError(f"{folder}: cannot be loaded: {one_line(error)}") from None
     _check_weights(folder, model, report, embeds)
     model = model.to(device)
-    check_finite({name: parameter.detach() for name, parameter in model.named_parameters()}, str(folder))
+    check_finite(
+        {name: parameter.detach() for name, parameter in model.named_parameters()}, str(folder)
+    )
     try:
         dense = pattern == Pattern.dense()
-        net = _dense(model, as_trained) if dense else TransformersNet(use_dilated_attention(model, pattern))
+        net = (
+            _dense(model, as_trained)
+            if dense
+            else TransformersNet(use_dilated_attention(model, pattern))
+        )
         net.folder = folder
         return net
-    except (ConfigError, ValueError) as error:  # transformers raises ValueError for a class with its own attention
+    except (
+        ConfigError,
+        ValueError,
+    ) as error:  # transformers raises ValueError for a class with its own attention
         raise ConfigError(f"{folder}: {one_line(error)}") from None
 
 
-def _check_weights(folder: Path, model: hf.PreTrainedModel, report: Mapping[str, Any], embeds: bool) -> None:
+def _check_weights(
+    folder: Path, model: hf.PreTrainedModel, report: Mapping[str, Any], embeds: bool
+) -> None:
     """Raise CheckpointError for weights that are missing, unexpected or of another shape, by transformers' report."""
     poolers = [name for name in report["missing_keys"] if embeds and name.startswith(_POOLER)]
     for name in poolers:  # instead of random numbers, which would be in the model's digest
@@ -360,7 +418,9 @@ def _check_weights(folder: Path, model: hf.PreTrainedModel, report: Mapping[str,
             raise CheckpointError(f"{folder}: weights are {what}, {min(names)} among {len(names)}")
     if wrong := sorted(report["mismatched_keys"]):
         name, stored, needed = wrong[0]
-        raise CheckpointError(f"{folder}: {name} has shape {tuple(stored)}, its configuration needs {tuple(needed)}")
+        raise CheckpointError(
+            f"{folder}: {name} has shape {tuple(stored)}, its configuration needs {tuple(needed)}"
+        )
 
 
 def read_facts(
@@ -418,7 +478,10 @@ def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
         return None
     within, what = f"window:{max(4, trained // 2)},sinks=4", "first level reaches"
     if pattern.chosen:
-        what, width = "chosen blocks reach", (trained - pattern.chosen_keys) // (1 + pattern.look_backs[0])
+        what, width = (
+            "chosen blocks reach",
+            (trained - pattern.chosen_keys) // (1 + pattern.look_backs[0]),
+        )
         if (width := width // pattern.chosen_block * pattern.chosen_block) > 0:
             within = format_pattern(replace(pattern, segment_lengths=(width,)))
     return f"its {what} {_reach(pattern)} tokens back, and the model was trained on {trained}: {within} stays within"
@@ -437,13 +500,27 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is an encoder-decoder: longnet takes decoders and encoders")
-    causal = getattr(config, "is_causal", True) is not False  # False makes a decoder look in both directions
-    directions = {causal and module.is_causal for module in body(model).modules() if hasattr(module, "is_causal")}
+    causal = (
+        getattr(config, "is_causal", True) is not False
+    )  # False makes a decoder look in both directions
+    directions = {
+        causal and module.is_causal
+        for module in body(model).modules()
+        if hasattr(module, "is_causal")
+    }
     if not directions and config.model_type in _ENCODERS:
         directions = {False}
-    sizes = [_setting(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
-    if len(directions) != 1 or None in sizes or not isinstance(model.get_input_embeddings(), nn.Embedding):
-        raise ConfigError(f"{name} is not a text Transformer with one kind of attention, causal or not")
+    sizes = [
+        _setting(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    ]
+    if (
+        len(directions) != 1
+        or None in sizes
+        or not isinstance(model.get_input_embeddings(), nn.Embedding)
+    ):
+        raise ConfigError(
+            f"{name} is not a text Transformer with one kind of attention, causal or not"
+        )
     check_ropes(model)
     dim, num_layers, num_heads = map(int, filter(None, sizes))
     parameters = sum(p.numel() for p in model.parameters())
@@ -457,12 +534,15 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
         ffn_dim=_setting(config, "intermediate_size") or _setting(config, "n_inner") or 4 * dim,
         causal=directions.pop(),
         memory="none",
-        max_tokens=_positions(model) or (getattr(config, "max_position_embeddings", None) if as_trained else None),
+        max_tokens=_positions(model)
+        or (getattr(config, "max_position_embeddings", None) if as_trained else None),
         as_trained=as_trained,
         pattern=pattern_of(config) if dilated else Pattern.dense(),
         parameters=parameters,
         trained=parameters,
-        layer_weights=sum(p.numel() for p in layers_of(model, num_layers).parameters() if p.dim() >= 2),
+        layer_weights=sum(
+            p.numel() for p in layers_of(model, num_layers).parameters() if p.dim() >= 2
+        ),
         source=json.dumps(settings_of(config)),
     )
 

@@ -37,7 +37,9 @@ _POSITION, _DISTANCE = 3, 61  # of the tried keys: small, as transformers' phase
 _LEARNED = ("position_embeddings", "embed_positions", "wpe")  # names of learned tables
 
 
-FLOAT32_POSITIONS = 1 << 20  # up to here, float32 phases are better than noise; the limit if ours do not fit
+FLOAT32_POSITIONS = (
+    1 << 20
+)  # up to here, float32 phases are better than noise; the limit if ours do not fit
 
 _EXACT = "_exact_phases"  # attribute of a module that already has them
 
@@ -49,7 +51,9 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
     model, or it has none; False for rotations in several dimensions, in complex numbers, or that depend on the length.
     """
     makers = [
-        m for m in model.modules() if any(name.endswith("inv_freq") for name, _ in m.named_buffers(recurse=False))
+        m
+        for m in model.modules()
+        if any(name.endswith("inv_freq") for name, _ in m.named_buffers(recurse=False))
     ]
     ropes = rope_parameters(model.config)
     if not makers or {rope.get("rope_type") for rope in ropes} & {*_ROPE_OF_LENGTH}:
@@ -58,7 +62,9 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
     for maker in makers:
         if getattr(maker, _EXACT, False):
             continue
-        phases = _ExactPhases.of(maker, trained, getattr(model.config, "layer_types", None) or [None])
+        phases = _ExactPhases.of(
+            maker, trained, getattr(model.config, "layer_types", None) or [None]
+        )
         if phases is None:
             return False
         maker.register_forward_hook(phases, with_kwargs=True)
@@ -69,35 +75,54 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
 class _ExactPhases:
     """A forward hook on a module `(x, position_ids, ...) -> (cos, sin)`, each (B, N, columns): makes both exact."""
 
-    def __init__(self, names: inspect.Signature, trained: int, tables: dict[Any, tuple[Tensor, float]]) -> None:
+    def __init__(
+        self, names: inspect.Signature, trained: int, tables: dict[Any, tuple[Tensor, float]]
+    ) -> None:
         self.names, self.trained, self.tables = names, trained, tables
 
     @classmethod
     @torch.no_grad()
-    def of(cls, maker: nn.Module, trained: int, layer_types: Sequence[str | None]) -> _ExactPhases | None:
+    def of(
+        cls, maker: nn.Module, trained: int, layer_types: Sequence[str | None]
+    ) -> _ExactPhases | None:
         """Find the frequency of each column, for each type of layer, by trying a few positions; None if none fit."""
         names = inspect.signature(maker.forward)
         if not {"x", "position_ids"} <= names.parameters.keys():
             return None
-        rates = [x for name, x in maker.named_buffers(recurse=False) if name.endswith("inv_freq") and x.dim() == 1]
+        rates = [
+            x
+            for name, x in maker.named_buffers(recurse=False)
+            if name.endswith("inv_freq") and x.dim() == 1
+        ]
         by_type = "layer_type" in names.parameters
         tables = {}
         for kind in {*layer_types} if by_type else {None}:
-            places = torch.tensor([[0, 1, _POSITION, _DISTANCE]], device=rates[0].device) if rates else None
+            places = (
+                torch.tensor([[0, 1, _POSITION, _DISTANCE]], device=rates[0].device)
+                if rates
+                else None
+            )
             if places is None or places.is_meta:
                 return None
             more = {"layer_type": kind} if by_type else {}
             try:
-                made = maker.forward(x=rates[0].new_zeros(1, 1, 1, dtype=torch.float32), position_ids=places, **more)
+                made = maker.forward(
+                    x=rates[0].new_zeros(1, 1, 1, dtype=torch.float32), position_ids=places, **more
+                )
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
                 return None  # it takes another kind of positions
-            if not (isinstance(made, tuple) and len(made) == 2 and made[0].shape[:2] == places.shape):
+            if not (
+                isinstance(made, tuple) and len(made) == 2 and made[0].shape[:2] == places.shape
+            ):
                 return None
             scale = made[0][0, 0, 0].item()
             layouts = [y for x in rates for y in (torch.cat([x, x]), x.repeat_interleave(2), x)]
             for columns in (y.double() for y in layouts if len(y) == made[0].shape[-1]):
                 phase = places[0].double()[:, None] * columns
-                if all(_equal(x[0], scale * y) for x, y in zip(made, (phase.cos(), phase.sin()), strict=True)):
+                if all(
+                    _equal(x[0], scale * y)
+                    for x, y in zip(made, (phase.cos(), phase.sin()), strict=True)
+                ):
                     tables[kind] = columns.cpu(), scale
                     break
             else:
@@ -105,18 +130,26 @@ class _ExactPhases:
         return cls(names, trained, tables)
 
     def __call__(
-        self, maker: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: tuple[Tensor, Tensor]
+        self,
+        maker: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        made: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         given = self.names.bind(*args, **kwargs).arguments
         positions = given["position_ids"]
-        if positions.dim() == made[0].dim():  # of several dimensions (mrope): they are the same for text
+        if (
+            positions.dim() == made[0].dim()
+        ):  # of several dimensions (mrope): they are the same for text
             positions = positions[0]
         columns, scale = self.tables[given.get("layer_type")]
         phase = positions.double()[..., None] * columns.to(positions.device)
         phase = phase.remainder(2 * math.pi)
         own = (positions < self.trained)[..., None]
         cos, sin = (scale * x for x in (phase.cos(), phase.sin()))
-        return torch.where(own, made[0], cos.to(made[0].dtype)), torch.where(own, made[1], sin.to(made[1].dtype))
+        return torch.where(own, made[0], cos.to(made[0].dtype)), torch.where(
+            own, made[1], sin.to(made[1].dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -155,12 +188,18 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
     name = type(model).__name__
     ropes = rope_parameters(model.config)
     if any(rope.get("mrope_section") for rope in ropes):
-        raise ConfigError(f"{name} has positions in several dimensions (mrope), in which keys cannot be moved")
+        raise ConfigError(
+            f"{name} has positions in several dimensions (mrope), in which keys cannot be moved"
+        )
     check_ropes(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(f"{name} has no weights yet: how it turns its keys cannot be tried")
     frequencies = [x for key, x in body(model).named_buffers() if key.endswith("inv_freq")]
-    tables = [m for key, m in body(model).named_modules() if key.endswith(_LEARNED) and isinstance(m, nn.Embedding)]
+    tables = [
+        m
+        for key, m in body(model).named_modules()
+        if key.endswith(_LEARNED) and isinstance(m, nn.Embedding)
+    ]
     if tables and not frequencies:
         return dict.fromkeys(_keys(model))
     if "position_ids" not in inspect.signature(body(model).forward).parameters:
@@ -170,7 +209,9 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
     for layer, k in before.items():
         size = k.shape[-1]
         fitting = [x for x in frequencies if x.dim() == 1 and 2 * len(x) <= size]
-        candidates = [Rotation(x.detach().double().cpu(), axis) for x in fitting for axis in (-2, -1)]
+        candidates = [
+            Rotation(x.detach().double().cpu(), axis) for x in fitting for axis in (-2, -1)
+        ]
         for turn in (*candidates, None):
             if _equal(_moved(k, turn), after[layer]):
                 turn_of[layer] = turn
@@ -191,7 +232,9 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
 
 def check_ropes(model: PreTrainedModel) -> None:
     """Raise ConfigError for positions that depend on the length of the sequence."""
-    if changing := {rope.get("rope_type") for rope in rope_parameters(model.config)} & {*_ROPE_OF_LENGTH}:
+    if changing := {rope.get("rope_type") for rope in rope_parameters(model.config)} & {
+        *_ROPE_OF_LENGTH
+    }:
         what = f"has positions that depend on the sequence's length (rope_type {changing.pop()})"
         raise ConfigError(f"{type(model).__name__} {what}")
 
@@ -215,10 +258,16 @@ def _keys(model: PreTrainedModel, position: int | None = None) -> dict[nn.Module
     """Return the rotated keys (B, K, 1, D) of each attention that looks at all tokens, for a few single tokens."""
     table = model.get_input_embeddings().weight
     ids = torch.linspace(0, len(table) - 1, 8, device=table.device).long()[:, None]
-    place = {} if position is None else {"position_ids": torch.full((8, 1), position, device=table.device)}
+    place = (
+        {}
+        if position is None
+        else {"position_ids": torch.full((8, 1), position, device=table.device)}
+    )
     with attending(model, _PROBE):
         hidden_states(model, ids, **place)
-    return {module: module.__dict__.pop(_KEYS) for module in model.modules() if _KEYS in module.__dict__}
+    return {
+        module: module.__dict__.pop(_KEYS) for module in model.modules() if _KEYS in module.__dict__
+    }
 
 
 def _probe(

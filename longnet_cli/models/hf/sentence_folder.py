@@ -25,7 +25,14 @@ from torch import Tensor, nn
 
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
-from longnet_cli.basics.model_files import CONFIG, MODULES, PROMPTS, TOKENIZER, TRANSFORMER_CONFIGS, WEIGHTS
+from longnet_cli.basics.model_files import (
+    CONFIG,
+    MODULES,
+    PROMPTS,
+    TOKENIZER,
+    TRANSFORMER_CONFIGS,
+    WEIGHTS,
+)
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.repository import is_within
 from longnet_cli.nets.weights import check_finite
@@ -39,11 +46,27 @@ POOLINGS = {
     "weighted": ("weightedmean", "pooling_mode_weightedmean_tokens"),
     "last": ("lasttoken", "pooling_mode_lasttoken"),
 }
-_ACTIVATIONS = {module.__name__: module for module in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)}
+_ACTIVATIONS = {
+    module.__name__: module
+    for module in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)
+}
 _TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 # keys of the Transformer that change no vector, whatever their value
-_FREE_KEYS = {"backend", "max_seq_length", "modality_config", "module_output_name", "query_length", "unpad_inputs"}
-_FREE_KEYS |= {"do_lower_case", "document_length", "query_expansion", "transformer_task", "__version__"}
+_FREE_KEYS = {
+    "backend",
+    "max_seq_length",
+    "modality_config",
+    "module_output_name",
+    "query_length",
+    "unpad_inputs",
+}
+_FREE_KEYS |= {
+    "do_lower_case",
+    "document_length",
+    "query_expansion",
+    "transformer_task",
+    "__version__",
+}
 _FREE_ARGUMENTS = {"attn_implementation", "model_max_length", "padding_side", "trust_remote_code"}
 _TOKENIZER_ARGUMENTS = ("processor_kwargs", "tokenizer_args")  # the names that this key has had
 
@@ -61,10 +84,20 @@ class Normalize(nn.Module):
 class Dense(nn.Module):
     """A linear layer and an activation, with `residual` beside the input."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, activation: nn.Module, residual: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool, activation: nn.Module, residual: bool
+    ) -> None:
         super().__init__()
-        self.linear, self.activation, self.adds = nn.Linear(inputs, outputs, bias=bias), activation, residual
-        self.residual = nn.Linear(inputs, outputs, bias=False) if residual and inputs != outputs else nn.Identity()
+        self.linear, self.activation, self.adds = (
+            nn.Linear(inputs, outputs, bias=bias),
+            activation,
+            residual,
+        )
+        self.residual = (
+            nn.Linear(inputs, outputs, bias=False)
+            if residual and inputs != outputs
+            else nn.Identity()
+        )
 
     def forward(self, vectors: Tensor) -> Tensor:
         output = self.activation(self.linear(vectors))
@@ -114,7 +147,12 @@ class SentenceModel:
     @property
     def modules(self) -> str:
         """The pooling and what follows it, for settings and metadata: `Pooling Dense(384, 64, Tanh) LayerNorm`."""
-        return " ".join(["Pooling", *("LayerNorm" if isinstance(x, nn.LayerNorm) else repr(x) for x in self.steps)])
+        return " ".join(
+            [
+                "Pooling",
+                *("LayerNorm" if isinstance(x, nn.LayerNorm) else repr(x) for x in self.steps),
+            ]
+        )
 
 
 def read_sentence_model(folder: Path) -> SentenceModel | None:
@@ -135,7 +173,9 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
             )
         names = [str(module.get("path", "")) for module in modules]
         if outside := [name for name in names if not is_within(name)]:
-            raise ConfigError(f"{folder / MODULES}: the module in {outside[0]} is outside of the folder")
+            raise ConfigError(
+                f"{folder / MODULES}: the module in {outside[0]} is outside of the folder"
+            )
         places = [folder / name for name in names]
         pool, pools_prompt = _pooling(places[1] / CONFIG)
         steps = [_MODULES[kind](place) for kind, place in zip(kinds[2:], places[2:], strict=True)]
@@ -144,8 +184,14 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
         _refuse_value(folder / PROMPTS, settings, "model_type", "SentenceTransformer")
         prompts = _prompts(folder, settings)
         # the library always has a prompt `document`, an empty one at least, so its encode_document never takes another
-        fallbacks = () if prompts.get("document") else ("passage", "corpus", settings.get("default_prompt_name"))
-        if settings.get("truncate_dim") is not None:  # the library cuts a vector after it has scaled it
+        fallbacks = (
+            ()
+            if prompts.get("document")
+            else ("passage", "corpus", settings.get("default_prompt_name"))
+        )
+        if (
+            settings.get("truncate_dim") is not None
+        ):  # the library cuts a vector after it has scaled it
             steps.append(FirstNumbers(_whole(folder / PROMPTS, settings, "truncate_dim")))
         normalized = bool(steps) and isinstance(steps[-1], Normalize)
         return SentenceModel(
@@ -166,9 +212,18 @@ def _odd_values(folder: Path) -> Iterator[None]:
     """Raise CheckpointError for values of other types than the library writes, where reading trips over them."""
     try:
         yield
-    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         said = one_line(error)[:200]
-        raise CheckpointError(f"{folder}: what it says for sentence-transformers cannot be read: {said}") from None
+        raise CheckpointError(
+            f"{folder}: what it says for sentence-transformers cannot be read: {said}"
+        ) from None
 
 
 def plain_model(folder: Path) -> SentenceModel:
@@ -190,14 +245,23 @@ def read_words(folder: Path, lowercase: bool) -> Tokenizer:
             # without settings, the library would make a tokenizer of the architecture's kind, whatever the file holds
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         inner = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # the library raises exceptions of many kinds
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {one_line(error)[:300]}") from None
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be read: {one_line(error)[:300]}"
+        ) from None
     if "token_type_ids" in tokenizer.model_input_names and any(inner.encode("a").type_ids):
-        raise ConfigError(f"{folder}: its tokenizer gives a text several types of token (token_type_ids): one is read")
+        raise ConfigError(
+            f"{folder}: its tokenizer gives a text several types of token (token_type_ids): one is read"
+        )
     words = lowercased(Tokenizer(inner)) if lowercase else Tokenizer(inner)
-    words.splits_special, words.special_ids = bool(tokenizer.split_special_tokens), frozenset(tokenizer.all_special_ids)
+    words.splits_special, words.special_ids = (
+        bool(tokenizer.split_special_tokens),
+        frozenset(tokenizer.all_special_ids),
+    )
     return words
 
 
@@ -216,9 +280,15 @@ def _kind(folder: Path, module: Any) -> str:
     if name.startswith("longnet_cli."):
         return "longnet"
     kind = name.rpartition(".")[2]
-    if not name.startswith("sentence_transformers.") or kind not in {"Transformer", "Pooling", *_MODULES}:
+    if not name.startswith("sentence_transformers.") or kind not in {
+        "Transformer",
+        "Pooling",
+        *_MODULES,
+    }:
         known = ", ".join(["Transformer", "Pooling", *_MODULES])
-        raise ConfigError(f"{folder / MODULES}: longnet does not compute the module {name}: it knows {known}")
+        raise ConfigError(
+            f"{folder / MODULES}: longnet does not compute the module {name}: it knows {known}"
+        )
     return kind
 
 
@@ -231,8 +301,12 @@ def _pooling(path: Path) -> tuple[str, bool]:
     names = {mode: name for name, (mode, _) in POOLINGS.items()}
     modes = modes if isinstance(modes, list) else [modes]
     if not modes or (unknown := [mode for mode in modes if mode not in names]):
-        raise ConfigError(f"{path}: longnet does not know the pooling {unknown[0] if modes else modes!r}")
-    return "+".join(names[mode] for mode in modes), settings.get("include_prompt", True) is not False
+        raise ConfigError(
+            f"{path}: longnet does not know the pooling {unknown[0] if modes else modes!r}"
+        )
+    return "+".join(names[mode] for mode in modes), settings.get(
+        "include_prompt", True
+    ) is not False
 
 
 def _dense(folder: Path) -> nn.Module:
@@ -265,10 +339,16 @@ def _loaded(module: nn.Module, folder: Path, prefix: str = "") -> nn.Module:
     """Return a module with the weights in a folder. Raises CheckpointError for missing, surplus or other ones."""
     path = folder / WEIGHTS
     try:
-        weights = {name.removeprefix(prefix): tensor.float() for name, tensor in load_file(path).items()}
+        weights = {
+            name.removeprefix(prefix): tensor.float() for name, tensor in load_file(path).items()
+        }
         module.load_state_dict(weights)
     except FileNotFoundError:
-        pickled = "; pickled weights are never read, since a pickle can run code" if any(folder.glob("*.bin")) else ""
+        pickled = (
+            "; pickled weights are never read, since a pickle can run code"
+            if any(folder.glob("*.bin"))
+            else ""
+        )
         raise CheckpointError(f"{path} is missing: its module needs it{pickled}") from None
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {one_line(error)}") from None
@@ -278,26 +358,37 @@ def _loaded(module: nn.Module, folder: Path, prefix: str = "") -> nn.Module:
 
 def _transformer(folder: Path) -> tuple[int | None, bool]:
     """Return the window of the Transformer, and whether it lowercases. Raises ConfigError for other ways to read."""
-    path = next((folder / name for name in TRANSFORMER_CONFIGS if (folder / name).is_file()), folder / CONFIG)
+    path = next(
+        (folder / name for name in TRANSFORMER_CONFIGS if (folder / name).is_file()),
+        folder / CONFIG,
+    )
     settings = {} if path.name == CONFIG else _json(path)
     _refuse_value(path, settings, "transformer_task", "feature-extraction")
     _refuse_value(path, settings, "module_output_name", "token_embeddings")
     if (modalities := settings.get("modality_config")) is not None and (
         "message" in modalities or {**_TEXT, **modalities.get("text", {"method": None})} != _TEXT
     ):
-        raise ConfigError(f"{path}: longnet reads texts by forward and last_hidden_state, not by {modalities}")
+        raise ConfigError(
+            f"{path}: longnet reads texts by forward and last_hidden_state, not by {modalities}"
+        )
     window = _whole(path, settings, "max_seq_length", None)
     for key, value in settings.items():
         if key in _TOKENIZER_ARGUMENTS and isinstance(value, Mapping):
             window = _whole(path, value, "model_max_length", window)
         if key.endswith(("_args", "_kwargs")) and isinstance(value, Mapping):
-            value = {name: setting for name, setting in value.items() if name not in _FREE_ARGUMENTS}
+            value = {
+                name: setting for name, setting in value.items() if name not in _FREE_ARGUMENTS
+            }
         if value and key not in _FREE_KEYS:
             raise ConfigError(f"{path}: longnet does not know what {key} does: {value}")
     if window is None:
         window = _json(folder / "tokenizer_config.json", {}).get("model_max_length")
-    window = _whole(path, settings, "document_length", window)  # the library's rule: it replaces the other
-    return window if isinstance(window, int) and window < 1 << 40 else None, bool(settings.get("do_lower_case"))
+    window = _whole(
+        path, settings, "document_length", window
+    )  # the library's rule: it replaces the other
+    return window if isinstance(window, int) and window < 1 << 40 else None, bool(
+        settings.get("do_lower_case")
+    )
 
 
 def _whole(path: Path, settings: Mapping[str, Any], key: str, default: Any = ...) -> Any:
@@ -305,7 +396,12 @@ def _whole(path: Path, settings: Mapping[str, Any], key: str, default: Any = ...
     number = settings.get(key)
     if number is None and default is not ...:
         return default
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1 or (default is ... and number > 1 << 24):
+    if (
+        not isinstance(number, int)
+        or isinstance(number, bool)
+        or number < 1
+        or (default is ... and number > 1 << 24)
+    ):
         raise ConfigError(f"{path}: {key} must be a whole number from 1 on, not {number!r}")
     return number
 

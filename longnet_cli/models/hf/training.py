@@ -36,7 +36,11 @@ State = Mapping[str, Tensor]
 
 
 def add_lora(
-    model: hf.PreTrainedModel, rank: int, alpha: float, dropout: float, target_modules: list[str] | None
+    model: hf.PreTrainedModel,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str] | None,
 ) -> Callable[[Path, State], None]:
     """Freeze a model and add LoRA matrices in place: to all of its layers, or only to `target_modules`.
 
@@ -47,7 +51,9 @@ def add_lora(
     try:
         import peft
     except ImportError as error:
-        raise ConfigError(f"LoRA needs peft, which cannot be imported ({error}): {extra('lora')}") from None
+        raise ConfigError(
+            f"LoRA needs peft, which cannot be imported ({error}): {extra('lora')}"
+        ) from None
     options = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "task_type": "CAUSAL_LM"}
     stored = [(p, p.data) for p in model.parameters()]
     for p, data in stored:  # peft draws matrices of the type of the weights beside them
@@ -69,9 +75,13 @@ def add_lora(
         with whole_folder(folder, last=_CONFIG) as place:
             adapted.save_pretrained(place, state_dict=named, save_embedding_layers=False)
             settings = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
-            if isinstance(settings["target_modules"], list):  # a set of peft's, in the order of its hashes
+            if isinstance(
+                settings["target_modules"], list
+            ):  # a set of peft's, in the order of its hashes
                 settings["target_modules"].sort()
-            (place / _CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+            (place / _CONFIG).write_text(
+                json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8"
+            )
 
     return save
 
@@ -131,7 +141,9 @@ def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
     weights = {}
     for name in [name for name in state if ".lora_" not in name]:
         stem, base, rest = name.rpartition(_BASE)
-        wide = state[name].to(torch.float32, copy=bool(base))  # and added to in place, so that no third copy is made
+        wide = state[name].to(
+            torch.float32, copy=bool(base)
+        )  # and added to in place, so that no third copy is made
         if base and (a := state.get(stem + _A)) is not None and rest == ".weight":
             layer = model.get_submodule(stem)
             delta = layer.scaling[_NAME] * (state[stem + _B] @ a)
@@ -140,7 +152,9 @@ def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
     return weights
 
 
-def unwritten(source: str, layers: int, lora: dict | None) -> tuple[hf.PreTrainedModel, nn.ModuleList]:
+def unwritten(
+    source: str, layers: int, lora: dict | None
+) -> tuple[hf.PreTrainedModel, nn.ModuleList]:
     """Return a model of so many layers in training mode, and these layers; its weights are never written to.
 
     `source` is the model's configuration as JSON, `lora` has the arguments of `add_lora`, if any.
@@ -154,7 +168,9 @@ def unwritten(source: str, layers: int, lora: dict | None) -> tuple[hf.PreTraine
         model = getattr(hf, settings["architectures"][0])(config)
     model = model.to_empty(device="cpu").train()
     write_pattern(model.config, Pattern.dense())
-    model.set_attn_implementation(ATTENTION_NAME)  # its weights are no numbers: nothing can be tried
+    model.set_attn_implementation(
+        ATTENTION_NAME
+    )  # its weights are no numbers: nothing can be tried
     if lora is not None:
         add_lora(model, **lora)
     return model, layers_of(model, layers)

@@ -33,7 +33,10 @@ from longnet_cli.nets.weights import tensor_digest
 
 Run = Callable[[Tensor], Tensor]  # ids (B, N) -> hidden states (B, N, dim)
 
-FEW, MOST = 64, 512  # tokens of a trial: without a window or chunk in the configuration, and with a long one
+FEW, MOST = (
+    64,
+    512,
+)  # tokens of a trial: without a window or chunk in the configuration, and with a long one
 # the largest difference of a token's nats, relative to their mean; in 16 bits, also 3 times that of eager and sdpa
 TOLERANCE, TOLERANCE_16 = 1e-3, 2e-2
 _WINDOWS = re.compile(r"(window|chunk|block)(_size|_length)?|local_attention")
@@ -44,7 +47,11 @@ SOME = 16  # first numbers of each weight that tell models apart: few to read, a
 def body(model: PreTrainedModel) -> Any:
     """Return the part of a model that makes hidden states."""
     inner = model.base_model
-    return next((x for x in model.children() if isinstance(x, PreTrainedModel)), model) if inner is model else inner
+    return (
+        next((x for x in model.children() if isinstance(x, PreTrainedModel)), model)
+        if inner is model
+        else inner
+    )
 
 
 def layers_of(model: PreTrainedModel, number: int) -> nn.ModuleList:
@@ -64,7 +71,11 @@ def first_position(model: PreTrainedModel) -> int:
 def settings_of(config: PretrainedConfig) -> dict[str, Any]:
     """Return what a configuration says of the model, and not of its files."""
     settings = json.loads(config.to_json_string(use_diff=False))
-    return {key: x for key, x in settings.items() if key not in ("transformers_version", "_name_or_path")}
+    return {
+        key: x
+        for key, x in settings.items()
+        if key not in ("transformers_version", "_name_or_path")
+    }
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
@@ -77,7 +88,10 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor
 @contextmanager
 def attending(model: PreTrainedModel, implementation: str | None = None) -> Iterator[None]:
     """Put a model into eval mode, without gradients and with an attention by name (None: its own), for a while."""
-    modes, before = [(module, module.training) for module in model.modules()], model.config._attn_implementation
+    modes, before = (
+        [(module, module.training) for module in model.modules()],
+        model.config._attn_implementation,
+    )
     try:
         if implementation:
             model.set_attn_implementation(implementation)
@@ -104,8 +118,14 @@ def why_not(model: PreTrainedModel, form: str, run: Run, expected: Run | None = 
         return None
     asked = {"trial": form, "architecture": type(model).__name__, "config": digest(settings)}
     some = {name: x.detach().flatten()[:SOME] for name, x in model.named_parameters()}
-    asked |= {"dtype": str(weight.dtype), "device": weight.device.type, "weights": tensor_digest(some)}
-    return remembered(asked, partial(_try, model, form, run, expected or partial(_own, model, "eager")))
+    asked |= {
+        "dtype": str(weight.dtype),
+        "device": weight.device.type,
+        "weights": tensor_digest(some),
+    }
+    return remembered(
+        asked, partial(_try, model, form, run, expected or partial(_own, model, "eager"))
+    )
 
 
 def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | None:
@@ -161,7 +181,11 @@ def _some_ids(model: PreTrainedModel, count: int) -> Tensor:
     """Return random ids (1, count) of a model, none of them special, such as padding or the place of an image."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     size = min(len(table.weight) for table in tables if table is not None)
-    special = {x for key, x in model.config.get_text_config().to_dict().items() if "token" in key and type(x) is int}
+    special = {
+        x
+        for key, x in model.config.get_text_config().to_dict().items()
+        if "token" in key and type(x) is int
+    }
     plain = torch.tensor([x for x in range(size) if x not in special])
     chosen = torch.randint(len(plain), (1, count), generator=torch.Generator().manual_seed(0))
     return plain[chosen].to(next(model.parameters()).device)

@@ -120,14 +120,20 @@ def deal(
 class _Deal(Generic[P]):
     """One deal among several groups, on one rank. The groups share a store, where they leave results for rank 0."""
 
-    def __init__(self, ranks: Ranks, work: Callable[[P], Batches], on_other: Callable[[P], None]) -> None:
+    def __init__(
+        self, ranks: Ranks, work: Callable[[P], Batches], on_other: Callable[[P], None]
+    ) -> None:
         import torch.distributed as dist
 
         from longnet_cli.running.ranks.ranks import TIMEOUT
 
         self.ranks, self.group, self.work, self.on_other = ranks, ranks.of_group(), work, on_other
-        self.waiting: deque[P] = deque()  # on rank 0: the portions whose results are still to arrive
-        self.own: dict[int, list[pa.RecordBatch]] = {}  # results of this group, by the index of their portion
+        self.waiting: deque[P] = (
+            deque()
+        )  # on rank 0: the portions whose results are still to arrive
+        self.own: dict[
+            int, list[pa.RecordBatch]
+        ] = {}  # results of this group, by the index of their portion
         self.given = 0  # portions whose results rank 0 has given
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)

@@ -76,14 +76,22 @@ class Exchange:
         cached: bool = False,
     ) -> None:
         self.edges, self.cached, self.ranks = list(edges), cached, len(edges) - 1
-        self.pattern, self.num_heads, self.causal, self.group = config.pattern, config.num_heads, config.causal, group
+        self.pattern, self.num_heads, self.causal, self.group = (
+            config.pattern,
+            config.num_heads,
+            config.causal,
+            group,
+        )
         check_shared(self.pattern, self.ranks)
         begin = 0 if cached else self.edges[0]
-        self.starts = sorted({begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])})  # of documents
+        self.starts = sorted(
+            {begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])}
+        )  # of documents
         if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
             raise ValueError("documents over several ranks are for causal nets")
         self._reach = max(
-            (1 + b) * w for w, b in zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
+            (1 + b) * w
+            for w, b in zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
         )
         # of each reader, the same on every rank: a collective is entered by all or by none
         self._wanted = [self._outside(reader) for reader in range(self.ranks)]
@@ -91,7 +99,9 @@ class Exchange:
         self.rank = rank = dist.get_rank(group) if rank is None else rank
         self.sent = [self._parcels(rank, reader) for reader in range(self.ranks)]
         self.received = [self._parcels(maker, rank) for maker in range(self.ranks)]
-        self.joined = [Parcel(span, 0, self._rows(span), attended) for span, attended in self._wanted[rank]]
+        self.joined = [
+            Parcel(span, 0, self._rows(span), attended) for span, attended in self._wanted[rank]
+        ]
         if not any(parcel.attended for parcel in self.joined):
             # this rank attends to none, yet the others wait for it in the backward: it must stay in the graph
             self.joined.append(Parcel(FarSpan(0, self.start, self.start), 0, 0, True))
@@ -117,7 +127,9 @@ class Exchange:
     def document(self, position: int) -> tuple[int, int]:
         """Return the start and the end of the document that holds a position."""
         index = bisect_right(self.starts, position)
-        return self.starts[index - 1], self.starts[index] if index < len(self.starts) else self.edges[-1]
+        return self.starts[index - 1], self.starts[index] if index < len(
+            self.starts
+        ) else self.edges[-1]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
         """Send a layer's keys and values (B, n, H, D); return what the shard sees outside, as a `FarProvider` does."""
@@ -131,7 +143,9 @@ class Exchange:
         there, back = _Flight(), _WayBack(self, k)
         tensors = _AllToAll.apply(self, there, back, k, v)
         got = [
-            FarKeys(*parcel.span, tensors[2 * i], tensors[2 * i + 1], there.land, partial(back.take, i))
+            FarKeys(
+                *parcel.span, tensors[2 * i], tensors[2 * i + 1], there.land, partial(back.take, i)
+            )
             for i, parcel in enumerate(self.joined)
         ]
         return [keys for keys, parcel in zip(got, self.joined, strict=True) if parcel.attended], got
@@ -181,7 +195,10 @@ class Exchange:
         """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
         batch, kv_heads, head_dim = like[0], *like[-2:]
         of_row = 2 * batch * head_dim
-        return [of_row * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in of_rank) for of_rank in parcels]
+        return [
+            of_row * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in of_rank)
+            for of_rank in parcels
+        ]
 
     def _outside(self, reader: int) -> list[tuple[FarSpan, bool]]:
         """Return the spans of a segment before and after a rank's shard that it wants from others, if they have rows.
@@ -192,14 +209,25 @@ class Exchange:
         start, stop = (min(edge, end) - document for edge in self.edges[reader : reader + 2])
         earliest = max(0, self.edges[0] - document)  # earlier rows are in caches
         kept = open_spans(self.pattern, self.edges[-1] - document) if self.cached else []
-        seen = far_spans(self.pattern, start, stop, self.causal, end - document) if start < stop else []
+        seen = (
+            far_spans(self.pattern, start, stop, self.causal, end - document)
+            if start < stop
+            else []
+        )
         found: dict[tuple[int, int, bool], tuple[FarSpan, bool]] = {}
-        for (level, begin, last), attended in chain(((span, False) for span in kept), ((span, True) for span in seen)):
+        for (level, begin, last), attended in chain(
+            ((span, False) for span in kept), ((span, True) for span in seen)
+        ):
             segment, _ = level_of(self.pattern, level)
-            for side, part in enumerate(((max(begin, earliest), min(last, start)), (max(begin, stop), last))):
+            for side, part in enumerate(
+                ((max(begin, earliest), min(last, start)), (max(begin, stop), last))
+            ):
                 if self._rows(span := FarSpan(level, *part)):
                     key = level, begin // segment, bool(side)
-                    found[key] = found.get(key, (span, attended))[0], attended  # what is kept holds what is seen
+                    found[key] = (
+                        found.get(key, (span, attended))[0],
+                        attended,
+                    )  # what is kept holds what is seen
         return [*found.values()]
 
     def _reaches(self, maker: int, reader: int) -> bool:
@@ -216,8 +244,13 @@ class Exchange:
             return []
         document, end = self.document(self.edges[reader])
         start, stop = self.edges[maker] - document, min(self.edges[maker + 1], end) - document
-        parts = ((FarSpan(x.level, max(x.start, start), min(x.stop, stop)), seen) for x, seen in self._wanted[reader])
-        return [Parcel(part, start, rows, seen) for part, seen in parts if (rows := self._rows(part))]
+        parts = (
+            (FarSpan(x.level, max(x.start, start), min(x.stop, stop)), seen)
+            for x, seen in self._wanted[reader]
+        )
+        return [
+            Parcel(part, start, rows, seen) for part, seen in parts if (rows := self._rows(part))
+        ]
 
     def _rows(self, span: FarSpan) -> int:
         """Return the rows of the lane that has the most."""
@@ -246,7 +279,9 @@ class _Maps(NamedTuple):
         return cls(*(torch.from_numpy(rows).to(device) for rows in maps))
 
 
-def _sent_rows(exchange: Exchange, batch: int, tokens: int, levels: int, kv_heads: int) -> np.ndarray:
+def _sent_rows(
+    exchange: Exchange, batch: int, tokens: int, levels: int, kv_heads: int
+) -> np.ndarray:
     """Return `_Maps.sent`. A lane with one row fewer sends an arbitrary row, which nobody reads.
 
     `levels` is 1 where all levels have the same keys.
@@ -255,8 +290,12 @@ def _sent_rows(exchange: Exchange, batch: int, tokens: int, levels: int, kv_head
     sequences = np.arange(batch)[:, None, None] * tokens
     for parcel in chain(*exchange.sent):
         of_lanes = exchange.layout(kv_heads).of_span(parcel.span, parcel.start)
-        places = np.array(of_lanes.first_tokens) + of_lanes.row_step * np.arange(parcel.rows)[:, None]  # (rows, lanes)
-        of_level = (sequences + np.minimum(places, tokens - 1)) * levels + (parcel.span.level if levels > 1 else 0)
+        places = (
+            np.array(of_lanes.first_tokens) + of_lanes.row_step * np.arange(parcel.rows)[:, None]
+        )  # (rows, lanes)
+        of_level = (sequences + np.minimum(places, tokens - 1)) * levels + (
+            parcel.span.level if levels > 1 else 0
+        )
         sent.append((of_level * kv_heads + np.array(of_lanes.heads)).ravel())
     return np.concatenate(sent)
 
@@ -295,9 +334,13 @@ class _Flight:
         self.held: Tensor | None = None  # keeps what is being sent alive until it has been sent
         self.unpack: Callable[[], None] | None = None  # copies what was received to its place
 
-    def start(self, got: Tensor, sent: Tensor, sizes: tuple[list[int], list[int]], group: Any) -> None:
+    def start(
+        self, got: Tensor, sent: Tensor, sizes: tuple[list[int], list[int]], group: Any
+    ) -> None:
         self.held = sent
-        self.work = dist.all_to_all_single(got.view(-1), sent.view(-1), *sizes, group=group, async_op=True)
+        self.work = dist.all_to_all_single(
+            got.view(-1), sent.view(-1), *sizes, group=group, async_op=True
+        )
 
     def land(self) -> None:
         if self.work is not None:
@@ -312,7 +355,10 @@ class _WayBack:
 
     def __init__(self, exchange: Exchange, k: Tensor) -> None:
         self.exchange, self.like, self.maps = exchange, k[:, :0].detach(), exchange.maps(k)
-        self.sizes = exchange.sizes(exchange.sent, k.shape), exchange.sizes(exchange.received, k.shape)
+        self.sizes = (
+            exchange.sizes(exchange.sent, k.shape),
+            exchange.sizes(exchange.received, k.shape),
+        )
         self.grads: dict[int, tuple[Tensor, Tensor]] = {}  # of the joined parcels, by index
         self.flight = _Flight()
         self.got: Tensor | None = None
@@ -331,7 +377,9 @@ class _WayBack:
         self.grads = {}
         sent = like.new_empty(len(self.maps.received), 2, width)
         for place, grads in enumerate(zip(*of_parcels, strict=True)):
-            flat = torch.cat([*(d.reshape(-1, width).to(like.dtype) for d in grads), like.new_zeros(1, width)])
+            flat = torch.cat(
+                [*(d.reshape(-1, width).to(like.dtype) for d in grads), like.new_zeros(1, width)]
+            )
             sent[:, place] = flat[self.maps.received]
         self.got = like.new_empty(len(self.maps.sent), 2, width)
         self.flight.start(self.got, sent, self.sizes, self.exchange.group)
@@ -359,13 +407,17 @@ class _AllToAll(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.back, ctx.shape, ctx.dtype = back, k.shape, k.dtype
         maps, batch, (kv_heads, width) = back.maps, len(k), k.shape[-2:]
-        sent = k.new_empty(len(maps.sent), 2, width)  # k and v of a row side by side: each rank's rows lie together
+        sent = k.new_empty(
+            len(maps.sent), 2, width
+        )  # k and v of a row side by side: each rank's rows lie together
         for place, x in enumerate((k, v)):
             torch.index_select(x.reshape(-1, width), 0, maps.sent, out=sent[:, place])
         got = k.new_empty(len(maps.received), 2, width)
         joined = [k.new_empty(len(maps.joined), width) for _ in range(2)]
 
-        def unpack() -> None:  # into `data`: autograd has the tensors already, and must not see a change
+        def unpack() -> (
+            None
+        ):  # into `data`: autograd has the tensors already, and must not see a change
             for place, into in enumerate(joined):
                 torch.index_select(got[:, place], 0, maps.joined, out=into.data)
 
@@ -373,7 +425,14 @@ class _AllToAll(torch.autograd.Function):
         flight.start(got, sent, back.sizes[::-1], exchange.group)
         shapes = exchange.shapes(batch, kv_heads, width)
         parts = [x.split([prod(shape[:3]) for shape in shapes]) for x in joined]
-        return (*chain(*((k_.view(shape), v_.view(shape)) for k_, v_, shape in zip(*parts, shapes, strict=True))),)
+        return (
+            *chain(
+                *(
+                    (k_.view(shape), v_.view(shape))
+                    for k_, v_, shape in zip(*parts, shapes, strict=True)
+                )
+            ),
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

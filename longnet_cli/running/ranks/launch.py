@@ -52,7 +52,9 @@ def check_shared(pattern: Pattern, ranks: int) -> None:
         # not above: a rank imports this module before it sees the end of its parent
         from longnet_cli.attention.notation import format_pattern
 
-        window = format_pattern(type(pattern).window(pattern.segment_lengths[0], pattern.look_backs[0]))
+        window = format_pattern(
+            type(pattern).window(pattern.segment_lengths[0], pattern.look_backs[0])
+        )
         raise ConfigError(
             f"blocks are chosen by one process, and {ranks} are to share a document: give each its own documents "
             f"(--dp {ranks}), or take a pattern without chosen blocks (--pattern {window})"
@@ -65,7 +67,11 @@ def unwind_on_signals() -> None:
     A signal that has a handler keeps it. An ignored signal stays ignored, such as SIGHUP under nohup.
     """
     if _in_main_thread():
-        stops = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _unwind, signal.SIGHUP: _unwind}
+        stops = {
+            signal.SIGINT: signal.default_int_handler,
+            signal.SIGTERM: _unwind,
+            signal.SIGHUP: _unwind,
+        }
         for kind, handler in stops.items():
             if signal.getsignal(kind) is signal.SIG_DFL:
                 signal.signal(kind, handler)
@@ -110,7 +116,9 @@ class Signals:
         """Raise KeyboardInterrupt (SIGINT) or SystemExit (others) on all ranks, if one of them has had a signal."""
         mine = self._asked
         asked = _BY_WEIGHT[int(self._largest(_BY_WEIGHT.index(mine)))]
-        if mine and self._asked == mine:  # keep a signal that came while ranks waited for each other
+        if (
+            mine and self._asked == mine
+        ):  # keep a signal that came while ranks waited for each other
             self._asked = 0
         if asked == signal.SIGINT:
             raise KeyboardInterrupt
@@ -118,7 +126,12 @@ class Signals:
             raise SystemExit(128 + asked)
 
 
-_BY_WEIGHT = (0, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # of several signals, the last one here decides
+_BY_WEIGHT = (
+    0,
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+)  # of several signals, the last one here decides
 
 
 @contextmanager
@@ -166,7 +179,9 @@ def continue_children_at_the_end() -> None:
     threading.Thread(target=send, daemon=True).start()
 
 
-LAUNCHED = "LONGNET_LAUNCHED"  # the id of the `--nproc` process, which reports what happens to its ranks
+LAUNCHED = (
+    "LONGNET_LAUNCHED"  # the id of the `--nproc` process, which reports what happens to its ranks
+)
 MOST_PROCESSES = 1024  # of one machine: one that is asked for more would hang
 LOST = 69  # exit code of a rank of `--nproc` that lost another rank
 
@@ -193,7 +208,9 @@ def start_ranks(nproc: int, *, dry_run: bool = False) -> None:
     if under_torchrun():
         raise ConfigError("--nproc starts torchrun, which runs this already: leave it out")
     if nproc > MOST_PROCESSES:
-        raise ConfigError(f"{nproc} processes of one machine: start {MOST_PROCESSES} at most (--nproc, --sp, --dp)")
+        raise ConfigError(
+            f"{nproc} processes of one machine: start {MOST_PROCESSES} at most (--nproc, --sp, --dp)"
+        )
     if dry_run:
         return
     arguments, words = [], iter(sys.argv[1:])
@@ -203,10 +220,14 @@ def start_ranks(nproc: int, *, dry_run: bool = False) -> None:
         elif word != "--update" and not word.startswith("--nproc="):  # this process has updated
             arguments.append(word)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal, ranks finish the step and save
+    os.environ.setdefault(
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"
+    )  # after a signal, ranks finish the step and save
     continue_children_at_the_end()
     logging.disable(logging.ERROR)  # torchrun reports a failure in thirty lines; one is enough
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost store is a warning with forty frames of C++
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # a lost store is a warning with forty frames of C++
     os.environ[LAUNCHED] = str(os.getpid())
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; torchrun would handle it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
@@ -223,9 +244,15 @@ def start_ranks(nproc: int, *, dry_run: bool = False) -> None:
     except ChildFailedError as error:
         # ranks that failed only after another one: they lost it, or torchrun ended them
         followed = (LOST, -signal.SIGTERM, 128 + signal.SIGTERM)
-        causes = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode not in followed]
+        causes = [
+            (rank, failure)
+            for rank, failure in error.failures.items()
+            if failure.exitcode not in followed
+        ]
         if not causes:
-            raise LongNetError("the ranks lost each other: the network between them failed, or one hung") from None
+            raise LongNetError(
+                "the ranks lost each other: the network between them failed, or one hung"
+            ) from None
         rank, first = min(causes, key=lambda cause: (cause[1].exitcode > 0, cause[1].timestamp))
         if first.exitcode < 0:
             name = signal.Signals(-first.exitcode).name

@@ -15,10 +15,19 @@ import torch.distributed as dist
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.running.device import select_device
-from longnet_cli.running.ranks.launch import check_agent, divide, started_by_torchrun, unwind_on_signals
+from longnet_cli.running.ranks.launch import (
+    check_agent,
+    divide,
+    started_by_torchrun,
+    unwind_on_signals,
+)
 
-TIMEOUT = timedelta(minutes=30)  # of a collective of hosts: rank 0 may write a checkpoint while the others wait
-GPU_TIMEOUT = timedelta(minutes=10)  # of one of GPUs: a rank whose GPU hangs is ended by its timeout alone
+TIMEOUT = timedelta(
+    minutes=30
+)  # of a collective of hosts: rank 0 may write a checkpoint while the others wait
+GPU_TIMEOUT = timedelta(
+    minutes=10
+)  # of one of GPUs: a rank whose GPU hangs is ended by its timeout alone
 _FILES = 1024  # that a process may open beside its connections
 
 
@@ -76,14 +85,18 @@ class Ranks:
         if self.world == 1:
             return
         works = []
-        for dtype in dict.fromkeys(x.dtype for x in tensors if x.is_cuda):  # NCCL takes all of a dtype in one launch
+        for dtype in dict.fromkeys(
+            x.dtype for x in tensors if x.is_cuda
+        ):  # NCCL takes all of a dtype in one launch
             with dist._coalescing_manager(self.everyone, async_ops=True) as coalesced:
                 for tensor in tensors:
                     if tensor.is_cuda and tensor.dtype == dtype:
                         dist.all_reduce(tensor, group=self.everyone)
             works.append(coalesced)
         on_hosts = [tensor for tensor in tensors if not tensor.is_cuda]
-        works += [dist.all_reduce(tensor, group=self.everyone, async_op=True) for tensor in on_hosts]
+        works += [
+            dist.all_reduce(tensor, group=self.everyone, async_op=True) for tensor in on_hosts
+        ]
         for work in works:
             work.wait()
 
@@ -120,7 +133,11 @@ def even_edges(start: int, tokens: int, ranks: int) -> list[int]:
 
 
 def join(
-    device: str = "auto", *, sp: int | None = None, dp: int | None = None, planned: int | None = None
+    device: str = "auto",
+    *,
+    sp: int | None = None,
+    dp: int | None = None,
+    planned: int | None = None,
 ) -> tuple[Ranks, torch.device]:
     """Connect to the other processes that torchrun started, if any; return the ranks and this process's device.
 
@@ -140,7 +157,9 @@ def join(
         torch.cuda.set_device(where)
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives, which a timeout prints
         if torch.version.hip is None:  # there, it hangs
-            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # of the groups' communicators and that of all
+            os.environ.setdefault(
+                "NCCL_LAUNCH_ORDER_IMPLICIT", "1"
+            )  # of the groups' communicators and that of all
     if planned:
         return Ranks(0, world, sp, planned=True), where
     check_agent()
@@ -150,7 +169,9 @@ def join(
     with _silent_stdout():
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
         rank, group = dist.get_rank(), None
-        if sp == world:  # another group of the same ranks would take another half a gigabyte of the GPU
+        if (
+            sp == world
+        ):  # another group of the same ranks would take another half a gigabyte of the GPU
             group = dist.group.WORLD
         elif sp > 1:
             for first in range(0, world, sp):  # every process makes every group, in the same order
