@@ -18,16 +18,11 @@ SHARD_SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 HDF5_SUFFIXES = (".h5", ".hdf5")
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")  # which are refused
-PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
+PACKED_SUFFIXES = (".gz", ".zst")
 ARROW_KINDS = ("file", "stream", "parquet")  # results of `sniff` for tables with typed columns
 
 _KINDS = MimeTypes()  # without those of the system, which differ
-_PACKED = {
-    b"\x1f\x8b\x08": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\xfd7zXZ\0": "xz",
-    b"BZh": "bzip2",
-}
+_PACKED = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAGIC = {
     b"ARROW1\0\0": "file",
     b"\xff\xff\xff\xff": "stream",

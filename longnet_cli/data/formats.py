@@ -4,18 +4,15 @@ Any of them may be compressed: the unpacked data is then read as from a pipe. A 
 `open_source`, in `_open_file` and `_open_pipe`. Every failure is one line that names the file and the batch.
 """
 
-import bz2
 import codecs
 import gzip
 import io
-import lzma
 import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -51,6 +48,11 @@ PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a
 TEXT_BUFFER = 1 << 20  # bytes per read of a text, or of unpacked data
 TEXT_PART = 16 << 20  # bytes of a text in memory at a time; a longer text is read in parts
 REMOTE_BUFFER = 8 << 20  # bytes per request to a store
+_ADVICE = {
+    b"%PDF": ": pdftotext makes text of a PDF",
+    b"\xfd7zXZ": ": unpack it first (xz -d)",
+    b"BZh": ": unpack it first (bzip2 -d)",
+}
 STEP = 1 << 12  # bytes unpacked at a time: so many or fewer are lost before damage
 
 
@@ -186,7 +188,7 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
             bad = error.start if bad < 0 else min(bad, error.start)
         if bad >= 0:
             what = f"the byte at offset {position + bad} is 0x{data[bad]:02x}"
-            advice = ": pdftotext makes text of a PDF" if data.startswith(b"%PDF") else ""
+            advice = next((said for magic, said in _ADVICE.items() if data.startswith(magic)), "")
             raise DataError(f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}{advice}")
         yield text
         position, data = position + used, data[used:] + following
@@ -262,56 +264,18 @@ class _Steps(Pipe):
         return bytes(self._raw.read(min(size, STEP)))
 
 
-class _Members:
-    """The data of the members of a packed file, which `cat a.xz b.xz` joins; `padding` may follow each, by four bytes.
-
-    Python's own classes take a member that is damaged, but for the first, for something else that follows the data.
-    """
-
-    def __init__(self, packed: Any, new: Callable[[], Any], padding: bytes = b"") -> None:
-        self._packed, self._new, self._padding = packed, new, padding
-        self._member = new()
-
-    def read(self, size: int) -> bytes:
-        """Return the next `size` bytes or fewer, b"" at the end. Raises OSError, EOFError, ValueError or LZMAError."""
-        data = b""
-        while not data:
-            packed = self._packed.read(STEP) if self._member.needs_input else b""
-            if self._member.eof:
-                packed, skipped = self._member.unused_data, 0
-                while not (kept := packed.lstrip(self._padding)) and (
-                    more := self._packed.read(STEP)
-                ):
-                    skipped, packed = skipped + len(packed), more
-                if (skipped + len(packed) - len(kept)) % 4:
-                    raise ValueError("its padding is not of four bytes each")
-                if not kept:
-                    return b""
-                self._member, packed = self._new(), kept
-            elif self._member.needs_input and not packed:
-                raise EOFError("it ends before its end mark")
-            data = self._member.decompress(packed, size)
-        return data
-
-
-# Not pyarrow.CompressedInputStream, which reads no xz.
 class _Unpacked(io.RawIOBase):
     """A raw file that unpacks a binary file. Reading raises DataError, with `where`, for damaged or cut data."""
 
     def __init__(self, kind: str, packed: Any, where: str) -> None:
         self._kind, self._where = kind, where
         self._damage: DataError | None = None
-        file = {
-            "gzip": lambda: gzip.GzipFile(fileobj=packed, mode="rb"),
-            "xz": lambda: _Members(packed, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), b"\0"),
-            "bzip2": lambda: _Members(packed, bz2.BZ2Decompressor),
-            "zstd": lambda: pa.CompressedInputStream(
-                pa.PythonFile(_Steps(packed), mode="r"), "zstd"
-            ),
-        }[kind]()
-        self._read = getattr(
-            file, "read1", file.read
-        )  # `read` joins steps, and would lose all of them
+        if kind == "gzip":
+            # `read` joins steps, and would lose all of them
+            self._read = gzip.GzipFile(fileobj=packed, mode="rb").read1
+        else:
+            steps = pa.PythonFile(_Steps(packed), mode="r")
+            self._read = pa.CompressedInputStream(steps, "zstd").read
 
     def readable(self) -> bool:
         return True
@@ -322,14 +286,7 @@ class _Unpacked(io.RawIOBase):
             raise self._damage
         try:
             data = self._read(min(len(out), STEP))
-        except (
-            OSError,
-            EOFError,
-            zlib.error,
-            lzma.LZMAError,
-            pa.ArrowException,
-            ValueError,
-        ) as error:
+        except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None and error.strerror:
                 raise  # an error of the disk
             said = f"{self._where}: the {self._kind} data is damaged or truncated ({first_line(error)})"

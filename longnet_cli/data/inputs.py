@@ -55,23 +55,17 @@ from longnet_cli.data.token_columns import (
 from longnet_cli.data.tokenizer import Tokenizer, fitting
 from longnet_cli.data.vectors import vector_documents
 
-WHOLE_TEXT, WHOLE_TABLE = (
-    1 << 30,
-    1 << 23,
-)  # a resumed run reads all of a text again, and passes over tables
-PIECES, PIECE, END = 64, 1 << 16, 1 << 20
+END = 1 << 20  # bytes at each end of a file, by which a resumed run knows it again
 
 
 def content_digest(source: Source) -> str | None:
-    """Return a digest of a file's contents; None for a pipe, and for what cannot be read, which its reader reports.
+    """Return a digest of a file's size and of its first and last END bytes, which a table's footer is among.
 
-    A file of at most WHOLE_TEXT bytes, or WHOLE_TABLE for a table, is read whole. Of a larger one, the digest is of its
-    size, both ends (a table's footer) and PIECES pieces. Of a file in a store, it is of the ETag, or size and time.
+    Of a file in a store, it is of the ETag, or of size and time. It is None for a pipe, and for what cannot be read,
+    which its reader reports.
     """
     if source.filesystem is not None and source.filesystem.type_name != "local":
-        from longnet_cli.data.remote import (
-            version,
-        )  # imported late: 20 ms that local input does not need
+        from longnet_cli.data.remote import version  # imported late: 20 ms for stores alone
 
         state = version(source.filesystem, str(source.path))
         return state and hashlib.sha256(state.encode()).hexdigest()[:16]
@@ -80,15 +74,9 @@ def content_digest(source: Source) -> str | None:
     with suppress(OSError), open(source.path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(b"%d" % size)
-        ranges = [(0, size)]
-        if size > (WHOLE_TEXT if sniff(file.read(8)) == "text" else WHOLE_TABLE):
-            pieces = [(size * piece // PIECES, PIECE) for piece in range(PIECES)]
-            ranges = [(0, END), *pieces, (size - END, END)]
-        for start, length in ranges:
-            file.seek(start)
-            while data := file.read(min(length, END)):
-                digest.update(data)
-                length -= len(data)
+        digest.update(file.read(END))
+        file.seek(max(0, size - END))
+        digest.update(file.read(END))
         return digest.hexdigest()[:16]
     return None
 
