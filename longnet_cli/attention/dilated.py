@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .cache import FarKeys, Outside
 from .choosing import LayerChoices
@@ -132,7 +131,8 @@ def _attend(
     )
     far_rows = [x for keys in far_keys for x in (keys.k, keys.v)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far_rows)):
-        return _MergedBranches.apply(call, q, k, v, *far_rows)
+        inputs = [unit_stride(x) for x in (q, k, v, *far_rows)]
+        return _MergedBranches.apply(call, *inputs)
     return call.forward(q, k, v, far_rows)[0]
 
 
@@ -210,28 +210,18 @@ class _ShardCall(NamedTuple):
             waiting.pop()()
         return merged
 
+    def gradients(
+        self,
+        tensors: Sequence[Tensor],
+        far_rows: Sequence[Tensor],
+        back: Sequence[Callable[[Tensor, Tensor], object] | None],
+    ) -> list[Tensor]:
+        """Return the gradients of q, k, v and of the far rows, as `merged_backward` does, from its `tensors`.
 
-class _MergedBranches(torch.autograd.Function):
-    """All branches of a shard, merged. It saves only q, k, v, far keys, out and LSE; the backward turns sinks again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: _ShardCall, q: Tensor, k: Tensor, v: Tensor, *far: Tensor
-    ) -> Tensor:
-        q, k, v, *far_rows = (unit_stride(x) for x in (q, k, v, *far))
-        out, lse = call.forward(q, k, v, far_rows)
-        ctx.save_for_backward(q, k, v, out, lse, *far_rows)
-        # the far keys themselves would keep tensors that autograd has saved already
-        ctx.call, ctx.back = call._replace(far_keys=()), [keys.back for keys in call.far_keys]
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *far_rows = ctx.saved_tensors
-        refuse_capture(q)
-        plan, scale, _, sinks, chosen = ctx.call
-        back: list[Callable[[Tensor, Tensor], object] | None] = ctx.back
+        `back` are the functions that take the gradients of far keys, as soon as they are there.
+        """
+        _, _, k, v, _, _ = tensors
+        sinks = self.sinks
         of_sinks: tuple[Tensor, ...] = ()  # gradients of each document's sinks
 
         def on_far(dfar: Sequence[Tensor]) -> None:
@@ -248,16 +238,59 @@ class _MergedBranches(torch.autograd.Function):
 
         there = [*far_rows, *(sinks.turned(k, v, far_rows) if sinks else ())]
         far_first = on_far if any(back) else None
-        grads = merged_backward(plan, scale, (dout, q, k, v, out, lse), there, far_first, chosen)
+        grads = merged_backward(self.plan, self.scale, tensors, there, far_first, self.chosen)
         if not far_first:
             on_far(grads[3:])
         for d, dx in zip(of_sinks, grads[1:3], strict=False):  # there may be no sinks
             assert sinks is not None
             sinks.rows.give_own(d, dx)
-        inputs = zip(
-            grads, (q, k, v, *far_rows), strict=False
-        )  # turned sinks, at the end, have given theirs
-        return None, *(d.to(x.dtype) for d, x in inputs)
+        return grads
+
+
+class _MergedBranches(torch.autograd.Function):
+    """All branches of a shard, merged. It saves only q, k, v, far keys, out and LSE; the backward turns sinks again.
+
+    All inputs have a last stride of 1.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _ShardCall, q: Tensor, k: Tensor, v: Tensor, *far_rows: Tensor
+    ) -> Tensor:
+        out, lse = call.forward(q, k, v, far_rows)
+        ctx.save_for_backward(q, k, v, out, lse, *far_rows)
+        ctx.back = [keys.back for keys in call.far_keys]
+        # The far keys themselves would keep tensors that autograd has saved already.
+        ctx.call = call._replace(far_keys=())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *far_rows = ctx.saved_tensors
+        refuse_capture(q)
+        inputs = (q, k, v, *far_rows)
+        with torch.no_grad():
+            sums = ctx.call.gradients((dout, q, k, v, out, lse), far_rows, ctx.back)
+            # The gradients of turned sinks, which come last, are a part of the others by now.
+            grads = [d.to(x.dtype) for d, x in zip(sums, inputs, strict=False)]
+        if torch.is_grad_enabled():  # the caller asks for a graph of the gradients
+            grads = _NoSecondDerivative.apply(grads, dout, *inputs)
+        return None, *grads
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Gradients whose own derivative is refused, on every way back from them to what they were computed from.
+
+    torch's `once_differentiable` refuses it only to a call that follows the graph to its end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: Sequence[Tensor], *causes: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grads)
+
+    @staticmethod
+    def backward(ctx: Any, *of_grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("dilated attention has no second derivative")
 
 
 class DilatedAttention(nn.Module):

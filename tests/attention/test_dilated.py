@@ -88,6 +88,49 @@ def test_strided_and_expanded_inputs() -> None:
     )
 
 
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dilated_attention(q, k, v, Pattern((8, 32), (1, 4))).pow(2).sum()
+
+
+def gradients(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(attended(*inputs), inputs, create_graph=True)
+
+
+def of_a_module(inputs: list[Tensor]) -> None:
+    x = inputs[0].detach().flatten(2)
+    attention = DilatedAttention(8, 2, Pattern((8, 32), (1, 4)), dtype=x.dtype)
+    torch.autograd.functional.hvp(lambda x: attention(x, x, x)[0].pow(2).sum(), x, x)
+
+
+def of_another_stride(inputs: list[Tensor]) -> None:
+    """The last stride of q is not 1, so attention reads a copy."""
+    q = inputs[0].detach().transpose(2, 3).contiguous().requires_grad_()
+    loss = attended(q.transpose(2, 3), *(x.detach() for x in inputs[1:]))
+    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
+    torch.autograd.grad(grad.sum(), q)
+
+
+SECOND_DERIVATIVES = {
+    "grad of a gradient": lambda x: torch.autograd.grad(gradients(x)[0].sum(), x[2]),
+    "a product with the Hessian": lambda x: torch.autograd.grad(gradients(x), x, x),
+    "a gradient penalty": lambda x: sum(d.pow(2).sum() for d in gradients(x)).backward(),
+    "hvp": lambda x: torch.autograd.functional.hvp(attended, (*x,), (*x,)),
+    "vhp": lambda x: torch.autograd.functional.vhp(attended, (*x,), (*x,)),
+    "hessian": lambda x: torch.autograd.functional.hessian(attended, (*x,)),
+    "jvp, by two backwards": lambda x: torch.autograd.functional.jvp(attended, (*x,), (*x,)),
+    "hvp of a module": of_a_module,
+    "grad of a copy": of_another_stride,
+}
+
+
+@pytest.mark.parametrize("way", SECOND_DERIVATIVES)
+def test_second_derivatives_are_refused(way: str) -> None:
+    inputs = [torch.randn(1, 20, 2, 4, dtype=torch.float64, requires_grad=True) for _ in "qkv"]
+    assert torch.autograd.gradcheck(attended, inputs)
+    with pytest.raises(RuntimeError, match=r"^dilated attention has no second derivative$"):
+        SECOND_DERIVATIVES[way](inputs)
+
+
 @pytest.mark.parametrize("kernel", ["cpu_flash", "math"])
 def test_autocast_changes_no_number(kernel: str) -> None:
     """Projections under autocast hand over bf16; the kernels' own arithmetic must not be cast again."""
