@@ -40,7 +40,7 @@ from .planning import (
 )
 from .sinks import SinkRows, Turn, sink_rows
 from .spans import SINKS
-from .views import unit_stride
+from .views import autocasts, unit_stride
 
 _sink_rows = lru_cache(maxsize=4)(sink_rows)  # all layers of a step ask for the same
 
@@ -69,7 +69,9 @@ def dilated_attention(
     k and v are (B, N, levels, heads, D), and the pattern has no sinks and no chosen blocks. The softmax is one.
 
     Query head h reads key head h // (H / K). The shard is positions [start, start + tokens) of its sequence, any
-    start, any length. A query that takes part in no level gets zeros.
+    start, any length. A query that takes part in no level gets zeros. Under autocast, tensors of several types are cast
+    to its type, as `scaled_dot_product_attention` casts them; tensors of one type stay as they are. There is no second
+    derivative: asking for it raises RuntimeError.
 
     far: keys from outside the shard; in causal attention, they lie before it. If the shard is a single token, its own
         row may be the last of some levels' far keys; then k and v are not read there. For chosen blocks, an `Outside`
@@ -116,6 +118,12 @@ def _attend(
     choices: LayerChoices | None,
 ) -> Tensor:
     refuse_capture(q)
+    if not q.shape[-1]:
+        raise ValueError(f"q, k and v need a head_dim of at least 1, got q of {tuple(q.shape)}")
+    if autocasts(q.device) and not q.dtype == k.dtype == v.dtype:
+        # Rotated q and k come in float32, and v in the type of its projection. Autocast leaves float64 alone.
+        autocast_dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(autocast_dtype) for x in (q, k, v))
     far_keys, past = outside
     if pattern.chosen and shard.start != (before := past.position if past else 0):
         raise ValueError(

@@ -28,7 +28,16 @@ from .pattern import Padding, Pattern
 from .plain_call import Kernel
 from .sinks import SinkRows
 from .spans import SINKS, FarSpan, Layout, Rows
-from .views import FarTensors, Layouts, accumulator, kernel_calls, of_level, unit_stride, view
+from .views import (
+    FarTensors,
+    Layouts,
+    accumulator,
+    autocasts,
+    kernel_calls,
+    of_level,
+    unit_stride,
+    view,
+)
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -219,10 +228,9 @@ def _check_tensors(q: _Facts, k: _Facts, v: _Facts, pattern: Pattern) -> None:
         raise ValueError(
             f"q, k and v of {q.shape[2]} levels need a pattern of so many, without sinks and blocks, got {pattern}"
         )
-    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        raise ValueError(
-            f"q, k and v need one dtype and device, got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
+    places = [f"{x.dtype} on {x.device}" for x in (q, k, v)]
+    if len(set(places)) > 1:
+        raise ValueError(f"q, k and v need one dtype and one device, got {', '.join(places)}")
     if q.dtype not in _DTYPES:
         raise ValueError(f"q, k and v need one of {', '.join(map(str, _DTYPES))}, got {q.dtype}")
 
@@ -284,7 +292,7 @@ def merged_forward(
 
     `far` returns far k and v. `chosen` chooses the blocks of `plan.chosen`, and keeps the choice for the backward pass.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasts(q.device):
         with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
             return merged_forward(plan, scale, q, k, v, far, chosen)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
@@ -348,19 +356,22 @@ def merged_backward(
     `tensors` are dout, q, k, v, and the merged out and LSE. With `on_far`, far keys come first, and `on_far` is called
     once with their gradients, before the gradients of near keys are computed.
     """
+    device = tensors[0].device
+    if autocasts(device):
+        with torch.autocast(device.type, enabled=False):
+            return merged_backward(plan, scale, tensors, far, on_far, chosen)
     dout, q, k, v, out, lse = map(unit_stride, tensors)
     of_queries, keys = (dout, q, out, lse[..., None]), (k, v)
     sums = _Gradients(plan, scale, of_queries, keys, far, far_first=on_far is not None)
-    with torch.autocast(q.device.type, enabled=False):
-        if on_far:
-            sums.add_calls(_only(plan.placed, far=True))
-            on_far(sums.of_far)
-            sums.add_calls(_only(plan.placed, far=False))
-        else:
-            sums.add_calls(plan.placed)
-        for pack in plan.packs:
-            sums.add_pack(pack)
-        of_chosen = chosen.gradients(plan.kernel, scale, of_queries, keys, sums.q) if chosen else ()
+    if on_far:
+        sums.add_calls(_only(plan.placed, far=True))
+        on_far(sums.of_far)
+        sums.add_calls(_only(plan.placed, far=False))
+    else:
+        sums.add_calls(plan.placed)
+    for pack in plan.packs:
+        sums.add_pack(pack)
+    of_chosen = chosen.gradients(plan.kernel, scale, of_queries, keys, sums.q) if chosen else ()
     dq, *of_keys = (total.place for total in (sums.q, sums.k, sums.v))
     for index, more in enumerate(of_chosen):
         of_keys[index] = of_keys[index] + more

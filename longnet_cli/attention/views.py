@@ -194,3 +194,8 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocasts(device: torch.device) -> bool:
+    """Return whether autocast is on for a device. The meta device has none, and torch fails if it is asked."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

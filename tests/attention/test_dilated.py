@@ -143,6 +143,30 @@ def test_autocast_changes_no_number(kernel: str) -> None:
         assert torch.equal(a, b)
 
 
+def test_autocast_casts_several_types_as_sdpa_does() -> None:
+    q, k, v = (torch.randn(1, 50, 4, 8, requires_grad=True) for _ in "qkv")
+    pattern = Pattern((64,), (1,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = dilated_attention(q, k, v.bfloat16(), pattern)
+        heads_first = [x.transpose(1, 2) for x in (q, k, v.bfloat16())]
+        expected = nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)
+        with pytest.raises(ValueError, match=r"one dtype .* torch\.float64 on cpu"):
+            dilated_attention(q, k, v.double(), pattern)
+    assert out.dtype is expected.dtype is torch.bfloat16
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    assert [x.dtype for x in torch.autograd.grad(out.sum(), (q, k, v))] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("pattern", [Pattern((8, 32), (1, 4)), Pattern.window(8, sinks=2)])
+def test_the_meta_device_has_shapes_and_no_numbers(pattern: Pattern) -> None:
+    q = torch.empty(2, 50, 4, 8, device="meta", requires_grad=True)
+    out = dilated_attention(q, q, q, pattern, lengths=[50, 20])
+    (grad,) = torch.autograd.grad(out.sum(), q)
+    assert out.is_meta
+    assert grad.is_meta
+    assert out.shape == grad.shape == q.shape
+
+
 def test_calls_are_split_around_kernel_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(Pattern((8, 32), (1, 4)), 3, 150, 4, 8, 5, False, None, seed=2)
     inputs = problem.tensors(4)
@@ -190,6 +214,11 @@ def test_golden(name: str) -> None:
     [
         ({"k": torch.zeros(1, 9, 2, 4)}, "one shape"),
         ({"v": torch.zeros(1, 8, 2, 4, dtype=torch.float64)}, "one dtype"),
+        (
+            {"v": torch.zeros(1, 8, 2, 4, device="meta")},
+            r"one device, got torch\.float32 on cpu, .* torch\.float32 on meta",
+        ),
+        (dict.fromkeys("qkv", torch.zeros(1, 8, 2, 0)), "head_dim of at least 1"),
         ({"start": -1}, "start"),
         ({"lengths": [9]}, "lengths"),
         ({"lengths": [1, 2]}, "lengths"),
