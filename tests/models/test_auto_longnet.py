@@ -232,7 +232,7 @@ def test_it_generates_what_the_command_generates(net: LongNet, folder: Path, wor
 @pytest.mark.ci
 @pytest.mark.parametrize("net", ["untied"], indirect=True)
 def test_a_trainer_trains(net: LongNet, folder: Path, tmp_path: Path) -> None:
-    """The first loss is the LongNet's; its checkpoint is a LongNet."""
+    """The first loss is the LongNet's; its checkpoint is a LongNet, with the losses and logits that it evaluates."""
     pytest.importorskip("accelerate")
     tokens = ids(1, 40)
     data = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in tokens.tolist()] * 8
@@ -261,6 +261,13 @@ def test_a_trainer_trains(net: LongNet, folder: Path, tmp_path: Path) -> None:
         expected = net.nll(net(tokens)[:, :-1], tokens[:, 1:]).mean()
     assert float(losses[0]) == pytest.approx(float(expected), abs=1e-5)
     assert losses == sorted(losses, reverse=True)
+    labels = torch.tensor(data[0]["labels"])
+    with torch.no_grad():
+        logits = again.logits(again(tokens))
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], labels[1:])
+    assert trainer.evaluate(data[:2])["eval_loss"] == pytest.approx(float(expected), abs=1e-5)
+    predicted = trainer.predict(data[:2]).predictions
+    torch.testing.assert_close(torch.tensor(predicted[:1]), logits)
 
 
 @torch.no_grad()

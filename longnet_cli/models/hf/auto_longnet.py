@@ -57,7 +57,7 @@ class LongNetHFConfig(hf.PretrainedConfig):
 
     model_type = MODEL_TYPE
     has_no_defaults_at_init = True
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (Trainer adds a list)
     attribute_map = {  # noqa: RUF012 (transformers declares it)
         "hidden_size": "dim",
         "num_hidden_layers": "num_layers",
