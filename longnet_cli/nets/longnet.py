@@ -313,10 +313,14 @@ class LongNet(Net):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., vocab_size) of hidden states (..., dim), in the dtype of the matrix product."""
-        output = self.output or self.embedding
-        if output is None:
+        if self.output is not None:
+            return self.output(hidden)  # not its weight alone: others hook or replace the module
+        if self.embedding is None:
             raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
-        return F.linear(hidden, output.weight)
+        weight = self.embedding.weight
+        if weight.is_meta and not hidden.is_meta:  # torch would multiply with arbitrary memory
+            raise ConfigError("the embedding, which logits need, is offloaded: keep it in memory")
+        return F.linear(hidden, weight)
 
     @property
     def layer_modules(self) -> Sequence[nn.Module]:

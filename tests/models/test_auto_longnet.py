@@ -348,6 +348,71 @@ def test_vectors_are_those_of_encode(causal: bool, tmp_path: Path) -> None:
             torch.testing.assert_close(vectors, torch.stack(wanted), rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("net", ["sinks", "untied"], indirect=True)
+def test_offloaded_weights_come_back_for_the_output(
+    net: LongNet, folder: Path, tmp_path: Path
+) -> None:
+    """The logits are those of the LongNet wherever accelerate keeps the matrix, and never of other memory."""
+    accelerate = pytest.importorskip("accelerate")
+    tokens, cpu = ids(2, 30), torch.device("cpu")
+    expected = net.logits(net(tokens))
+    open_ = hf.AutoModelForCausalLM.from_pretrained
+    accelerate.cpu_offload(in_cpu := open_(folder), cpu)
+    accelerate.disk_offload(on_disk := open_(folder), str(tmp_path / "disk"), cpu)
+    little = {"cpu": net.embedding.weight.nbytes // 2}
+    by_size = open_(
+        folder, device_map="auto", max_memory=little, offload_folder=str(tmp_path / "parts")
+    )
+    assert by_size.get_input_embeddings().weight.is_meta
+    for model in (in_cpu, on_disk, by_size):
+        torch.testing.assert_close(model(tokens).logits, expected)
+    accelerate.cpu_offload(net, cpu)
+    if net.config.tie_embeddings:
+        with pytest.raises(ConfigError, match="embedding, which logits need, is offloaded"):
+            net.logits(net(tokens))
+    else:
+        torch.testing.assert_close(net.logits(net(tokens)), expected)
+
+
+TRAINED = [
+    {"modules_to_save": ["embedding"]},
+    {"modules_to_save": ["output"]},
+    {"modules_to_save": ["final_norm"]},
+    {"trainable_token_indices": [3, 5]},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
+@pytest.mark.parametrize("trained", TRAINED, ids=lambda trained: str(*trained.values()))
+@pytest.mark.parametrize("net", ["sinks", "untied"], indirect=True)
+def test_what_peft_puts_in_place_of_a_module_is_trained_and_saved(
+    trained: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    tokens = torch.tensor([[3, 7, 5, 3, 9, 5]])
+    model = hf.AutoModelForCausalLM.from_pretrained(folder)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q"], **trained))
+    parameters = {
+        name: p for name, p in adapted.named_parameters() if p.requires_grad and "lora" not in name
+    }
+    assert parameters
+    adapted(tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in parameters.values())
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter -= parameter.grad
+        expected = adapted.eval()(tokens).logits
+        adapted.save_pretrained(tmp_path / "adapter")
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = LongNet.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged.logits(merged(tokens)), expected)
+        fresh = hf.AutoModelForCausalLM.from_pretrained(folder)
+        assert not torch.allclose(fresh(tokens).logits, expected)
+        again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+        torch.testing.assert_close(again(tokens).logits, expected)
+
+
 @pytest.mark.parametrize("net", ["sinks"], indirect=True)
 def test_an_adapter_of_peft_is_merged_into_a_longnet(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

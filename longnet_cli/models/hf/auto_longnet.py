@@ -63,9 +63,11 @@ class LongNetHFConfig(hf.PretrainedConfig):
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
         "intermediate_size": "ffn_dim",
+        "tie_word_embeddings": "tie_embeddings",
     }
 
     def __init__(self, **settings: Any) -> None:
+        settings = {self.attribute_map.get(key, key): value for key, value in settings.items()}
         own = parse_config(own_keys(settings), str(settings.get("name_or_path") or "config.json"))
         super().__init__(
             **{key: value for key, value in settings.items() if key in TRANSFORMERS_KEYS}
@@ -79,14 +81,25 @@ class LongNetHFConfig(hf.PretrainedConfig):
         return LongNetConfig(**{name: getattr(self, name) for name in LongNetConfig.model_fields})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of config.json, with a LongNet's keys as `LongNet` writes them."""
+        """Return a LongNet's keys as `LongNet` writes them, and those of transformers, for tools like peft."""
         foreign = {
             key: value
             for key, value in super().to_dict().items()
             if key not in LongNetConfig.model_fields
         }
-        return json.loads(self.longnet.model_dump_json()) | foreign
+        aliases = {alias: getattr(self, alias) for alias in self.attribute_map}
+        return json.loads(self.longnet.model_dump_json()) | foreign | aliases
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the content of config.json, where each setting stands once."""
+        return {
+            key: value
+            for key, value in super().to_diff_dict().items()
+            if key not in self.attribute_map
+        }
+
+
+_OUTPUT = "output.weight"
 
 # the name of a cache in arguments and outputs of transformers: `cache` in newer versions
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -111,8 +124,10 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
             )
         super().__init__(config)
         net = LongNet(config.longnet)
-        for name, child in net.named_children():
-            self.add_module(name, child)
+        # a tied matrix is a module as well, which tools hook, tie and replace
+        if self.causal is not None and net.output is None:
+            net.output = nn.Linear(config.dim, config.vocab_size, bias=False, device="meta")
+        self._modules = net._modules  # what a tool puts in a child's place is the net's as well
         self.__dict__["net"] = net  # not a submodule: its layers are already this module's
         for module in self.modules():
             module._is_hf_initialized = (
@@ -145,6 +160,11 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         """
         if not is_main_process:
             return
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        if self.config.tie_embeddings and _OUTPUT in state:
+            output = state.pop(_OUTPUT)
+            if not torch.equal(output, state["embedding.weight"]):  # a tool has changed one of them
+                self.config.tie_embeddings, state[_OUTPUT] = False, output
         self.net.config = self.config.longnet  # a vocabulary may have been resized
         foreign = {
             key: value
@@ -152,7 +172,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
             if key in TRANSFORMERS_KEYS
         }
         foreign |= {"architectures": [architecture(self.net.config)]}
-        save_pretrained(self.net, save_directory, state_dict=state_dict, foreign=foreign)
+        save_pretrained(self.net, save_directory, state_dict=state, foreign=foreign)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
 
@@ -160,14 +180,14 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         return self.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embedding = self.net.embedding = value
+        self.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Return the output matrix; None if it is the embedding table."""
-        return self.net.output
+        """Return the output matrix; a model without logits has None if it is tied to the embedding table."""
+        return self.output
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        self.output = self.net.output = value
+        self.output = value
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: the LongNet has drawn all weights."""
@@ -296,6 +316,8 @@ class LongNetModel(LongNetPreTrainedModel):
 
 class _LongNetWithLogits(LongNetPreTrainedModel):
     """A LongNet with logits, whose class says whether it is `causal`."""
+
+    _tied_weights_keys = {_OUTPUT: "embedding.weight"}  # noqa: RUF012 (transformers declares it)
 
     def forward(
         self,
