@@ -15,15 +15,14 @@ torch (K: include/ATen/native/transformers/cuda/mem_eff_attention/, M: _meta_reg
     bf16 is for compute capability 8.0 and newer                 K kernels/cutlassB 890     K kernels/cutlassB 875
     of a random state, it returns and takes two int64 numbers    M 6227                     M 7195
     flash attention
-    an lse is (batch, heads, rows), packed (heads, rows)         M 6106, 6113               M 6979, 6986
+    an lse is (batch, heads, rows)                               M 6113                     M 6986
     of a random state, it returns two uint64 and one unused      M 6139                     M 7012
 
-No wheel has these, which torch's repository has: efficient attention takes as many key heads as query heads, int32
-edges, one batch row of packed sequences, and a kernel by the strides of heads (attention_backward.cu at 00afd8f2,
-`_efficient_attention_backward`); flash attention takes fp16 and bf16, a head_dim that 8 divides, up to 256, a last
-stride of 1, int32 edges, and reads an lse from its address on, whatever its strides (flash_attn/flash_api.cpp at
-03b7c19d, `mha_fwd`, `set_params_dgrad`). FlashAttention-2 at v2.8.3: flash_attn/flash_attn_interface.py, lines
-77 and 238.
+No wheel has these, which torch's repository has: efficient attention takes as many key heads as query heads, and a
+kernel by the strides of heads (attention_backward.cu at 00afd8f2, `_efficient_attention_backward`); flash attention
+takes fp16 and bf16, a head_dim that 8 divides, up to 256, a last stride of 1, and reads an lse from its address on,
+whatever its strides (flash_attn/flash_api.cpp at 03b7c19d, `mha_fwd`, `set_params_dgrad`). FlashAttention-2 at v2.8.3:
+flash_attn/flash_attn_interface.py, lines 77 and 238. Sequences that are packed into one row are not emulated.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -110,88 +108,54 @@ def as_torch_says(
     return found
 
 
-def sequences(
-    edges: Sequence[Any], of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]
-) -> Iterator[list[Tensor]]:
-    """The tensors (batch, heads, rows, ..) of each sequence, given tensors (batch, rows, heads, ..)."""
-    q_edges, k_edges, most_rows, most_keys = edges
-    if q_edges is None:
-        yield [x.transpose(1, 2) for x in (*of_queries, *of_keys)]
-        return
-    assert q_edges.dtype == k_edges.dtype == torch.int32
-    assert most_rows >= q_edges.diff().max()  # rows beyond are not computed
-    assert most_keys >= k_edges.diff().max()
-    for (a, b), (c, d) in zip(pairwise(q_edges.tolist()), pairwise(k_edges.tolist()), strict=True):
-        yield [
-            *(x[:, a:b].transpose(1, 2) for x in of_queries),
-            *(x[:, c:d].transpose(1, 2) for x in of_keys),
-        ]
+def heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
 
 
-def joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The tensors (batch, rows, heads, ..) of all sequences."""
-    return [torch.cat(of_sequences, 2).transpose(1, 2) for of_sequences in zip(*parts, strict=True)]
+def rows_first(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2).contiguous() for x in tensors]
 
 
-def flash(
-    tensors: Sequence[Tensor], edges: Sequence[Any], causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """FlashAttention's forward: out (batch, rows, heads, D), packed (rows, heads, D), and lse."""
-    q, k, v = _accepted(tensors, edges)
-    calls = sequences(edges, [q], [k, v])
-    parts = [attend(*call, causal, scale, call[1].shape[2] - call[0].shape[2]) for call in calls]
-    out, lse = joined([(out, lse[..., None]) for out, lse in parts])
-    lse = lse[..., 0].transpose(1, 2).contiguous()
-    return (out.contiguous(), lse) if edges[0] is None else (out[0].contiguous(), lse[0])
+def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """FlashAttention's forward: out (batch, rows, heads, D), and lse."""
+    _check_flash(q, k, v)
+    out, lse = attend(*heads_first(q, k, v), causal, scale, k.shape[1] - q.shape[1])
+    return *rows_first(out), lse
 
 
 def flash_gradients(
-    tensors: Sequence[Tensor], lse: Tensor, edges: Sequence[Any], causal: bool, scale: float
-) -> tuple[Tensor, ...]:
-    dout, q, k, v, out = _accepted(tensors, edges)
-    lse = lse.as_strided(
-        lse.shape, torch.empty(lse.shape, device="meta").stride(), lse.storage_offset()
-    )
-    lse = (lse if edges[0] is None else lse[None]).transpose(1, 2)[..., None]
-    delta = (dout.float() * out.float()).sum(-1, keepdim=True)
-    parts = [
-        gradients(
-            (dout_, q_, k_, v_),
-            delta_[..., 0],
-            lse_[..., 0],
-            causal,
-            scale,
-            k_.shape[2] - q_.shape[2],
-        )
-        for dout_, q_, delta_, lse_, k_, v_ in sequences(edges, [dout, q, delta, lse], [k, v])
-    ]
-    return tuple(x.contiguous() if edges[0] is None else x[0].contiguous() for x in joined(parts))
+    tensors: Sequence[Tensor], lse: Tensor, causal: bool, scale: float
+) -> list[Tensor]:
+    _check_flash(*tensors)
+    dout, q, k, v, out = heads_first(*tensors)
+    contiguous = torch.empty(lse.shape, device="meta").stride()
+    lse = lse.as_strided(lse.shape, contiguous, lse.storage_offset())
+    delta = (dout.float() * out.float()).sum(-1)
+    last = k.shape[2] - q.shape[2]
+    return rows_first(*gradients((dout, q, k, v), delta, lse, causal, scale, last))
 
 
-def _accepted(tensors: Sequence[Tensor], edges: Sequence[Any]) -> list[Tensor]:
-    """The tensors (batch, rows, heads, D), if flash attention takes them."""
+def _check_flash(*tensors: Tensor) -> None:
+    """Check what flash attention asks of tensors (batch, rows, heads, D)."""
     for x in tensors:
         assert x.dtype in (torch.float16, torch.bfloat16), "only fp16 and bf16"
         assert x.stride(-1) == 1, "contiguous last dimension"
         assert x.shape[-1] % 8 == 0
         assert x.shape[-1] <= 256
-        assert x.dim() == (4 if edges[0] is None else 3)
-        assert x.shape[0] <= 65_535 or edges[0] is not None, "invalid configuration argument"
-    return [*tensors] if edges[0] is None else [x[None] for x in tensors]
+        assert x.dim() == 4
+        assert x.shape[0] <= 65_535, "invalid configuration argument"
 
 
 def flash_forward(
     query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask,
     *, scale=None,
 ):  # fmt: skip
-    edges = cum_seq_q, cum_seq_k, max_q, max_k
-    rng = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64)
-    found = (
-        *flash((query, key, value), edges, is_causal, scale or query.shape[-1] ** -0.5),
-        *rng,
-        query.new_empty(0),
-    )
-    arguments = query, key, value, *edges, dropout_p, is_causal, return_debug_mask
+    assert cum_seq_q is cum_seq_k is None
+    seed, unused = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64)
+    out, lse = flash(query, key, value, is_causal, scale or query.shape[-1] ** -0.5)
+    found = out, lse, seed, unused, query.new_empty(0)
+    sizes = cum_seq_q, cum_seq_k, max_q, max_k
+    arguments = query, key, value, *sizes, dropout_p, is_causal, return_debug_mask
     return as_torch_says("_flash_attention_forward", found, *arguments, scale=scale)
 
 
@@ -199,10 +163,12 @@ def flash_backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
     unused, *, scale=None,
 ):  # fmt: skip
+    assert cum_seq_q is cum_seq_k is None
     assert rng_state.dtype == unused.dtype == torch.uint64
-    edges, tensors = (cum_seq_q, cum_seq_k, max_q, max_k), (grad_out, query, key, value, out)
-    found = flash_gradients(tensors, logsumexp, edges, is_causal, scale or query.shape[-1] ** -0.5)
-    arguments = *tensors, logsumexp, *edges, dropout_p, is_causal, rng_state, unused
+    tensors = grad_out, query, key, value, out
+    found = flash_gradients(tensors, logsumexp, is_causal, scale or query.shape[-1] ** -0.5)
+    sizes = cum_seq_q, cum_seq_k, max_q, max_k
+    arguments = *tensors, logsumexp, *sizes, dropout_p, is_causal, rng_state, unused
     return as_torch_says("_flash_attention_backward", found, *arguments, scale=scale)
 
 
@@ -210,26 +176,15 @@ def efficient_forward(
     query, key, value, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, custom_mask_type,
     compute_log_sumexp=False, *, scale=None,
 ):  # fmt: skip
-    edges = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    _aligned((query, key, value), edges)
-    calls = sequences(edges, [query], [key, value])
-    parts = [
-        attend(*call, custom_mask_type == 1, scale or query.shape[-1] ** -0.5) for call in calls
-    ]
-    rows = query.shape[1] if cu_seqlens_q is None else max_seqlen_q
-    lses = torch.cat(
-        [pad(x, (0, rows + -rows % 32 - x.shape[-1]), value=float("inf")) for _, x in parts]
-    )
+    assert cu_seqlens_q is cu_seqlens_k is None
+    _check_efficient(query, key, value)
+    heads = heads_first(query, key, value)
+    out, lse = attend(*heads, custom_mask_type == 1, scale or query.shape[-1] ** -0.5)
+    lse = pad(lse, (0, -query.shape[1] % 32), value=float("inf"))
     rng = torch.zeros((), dtype=torch.int64)
-    found = (
-        joined([[out] for out, _ in parts])[0].contiguous(),
-        lses,
-        rng,
-        rng,
-        max_seqlen_q,
-        max_seqlen_k,
-    )
-    arguments = query, key, value, bias, *edges, dropout_p, custom_mask_type, compute_log_sumexp
+    found = *rows_first(out), lse, rng, rng, max_seqlen_q, max_seqlen_k
+    sizes = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    arguments = query, key, value, bias, *sizes, dropout_p, custom_mask_type, compute_log_sumexp
     return as_torch_says("_efficient_attention_forward", found, *arguments, scale=scale)
 
 
@@ -237,8 +192,8 @@ def efficient_backward(
     grad_out_, query, key, value, bias, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, logsumexp,
     dropout_p, philox_seed, philox_offset, custom_mask_type, bias_requires_grad, *, scale=None,
 ):  # fmt: skip
-    edges = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    _aligned((query, key, value), edges)
+    assert cu_seqlens_q is cu_seqlens_k is None
+    _check_efficient(query, key, value)
     assert philox_seed.dtype == philox_offset.dtype == torch.int64
     assert all(
         size <= 1 or stride % 8 == 0
@@ -247,31 +202,23 @@ def efficient_backward(
     if out.dtype != torch.float32:
         by_row = out.stride(0), out.shape[2] * out.shape[3], out.stride(2), 1
         out = out.as_strided(out.shape, by_row, out.storage_offset())
-    delta = (grad_out_.float() * out.float()).sum(-1, keepdim=True)
-    each, parts = sequences(edges, [grad_out_, query, delta], [key, value]), []
-    for (dout, q, delta_, k, v), lse in zip(each, logsumexp.split(query.shape[0]), strict=True):
-        assert lse[..., q.shape[2] :].isposinf().all()
-        given = (
-            delta_[..., 0],
-            lse[..., : q.shape[2]],
-            custom_mask_type == 1,
-            scale or query.shape[-1] ** -0.5,
-        )
-        parts.append(gradients((dout, q, k, v), *given))
-    return *(x.contiguous() for x in joined(parts)), torch.empty(0)
+    rows = query.shape[1]
+    assert logsumexp.shape[-1] == rows + -rows % 32
+    assert logsumexp[..., rows:].isposinf().all()
+    dout, q, k, v, out = heads_first(grad_out_, query, key, value, out)
+    delta = (dout.float() * out.float()).sum(-1)
+    options = custom_mask_type == 1, scale or query.shape[-1] ** -0.5
+    found = gradients((dout, q, k, v), delta, logsumexp[..., :rows], *options)
+    return *rows_first(*found), torch.empty(0)
 
 
-def _aligned(tensors: Sequence[Tensor], edges: Sequence[Any]) -> None:
+def _check_efficient(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check what efficient attention asks of tensors (batch, rows, heads, D)."""
-    q, k, _ = tensors
     assert q.dtype != torch.bfloat16 or torch.cuda.get_device_capability() >= (8, 0), (
         "no kernel found to launch!"
     )
     assert q.shape[2] == k.shape[2]
-    assert edges[0] is None or (
-        q.shape[0] == 1 and edges[2] <= q.shape[1] and edges[3] <= k.shape[1]
-    )
-    for x in tensors:
+    for x in (q, k, v):
         assert x.stride(-1) == 1
         assert all(number % 4 == 0 for number in (*x.stride()[:3], x.storage_offset())), (
             "no kernel found to launch!"
@@ -292,7 +239,6 @@ BACKWARD = (
     "SymInt window_size_right, float softcap, Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None) "
     "-> Tensor"
 )
-WHOLE = (None, None, 0, 0)  # the edges of a call that is not packed
 MODULE = "flash_attn.flash_attn_interface"
 
 
@@ -303,7 +249,7 @@ def flash_attn() -> dict[str, types.ModuleType]:
     def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, *others):
         assert (dropout_p, *others) == (0.0, -1, -1, 0.0, None, False)
         return (
-            *flash((q, k, v), WHOLE, causal, softmax_scale),
+            *flash(q, k, v, causal, softmax_scale),
             q.new_empty(0),
             torch.empty(2, dtype=torch.int64),
         )
@@ -317,7 +263,7 @@ def flash_attn() -> dict[str, types.ModuleType]:
         assert (dropout_p, *others[:4]) == (0.0, -1, -1, 0.0, None)
         _written(
             (dq, dk, dv),
-            flash_gradients((dout, q, k, v, out), softmax_lse, WHOLE, causal, softmax_scale),
+            flash_gradients((dout, q, k, v, out), softmax_lse, causal, softmax_scale),
         )
         return torch.empty_like(softmax_lse)
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longnet_cli.attention import Pattern, choosing
-from longnet_cli.attention.plain_call import MathKernel
 
 PAPER_64TH = Pattern(
     (32, 64, 128, 256, 512), (1, 2, 4, 6, 12)
@@ -257,12 +256,6 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
             b.double().norm().item(), floor, 1e-30
         )
         assert error <= tolerance, f"{name} is off by {error:.2e}"
-
-
-class PackedMath(MathKernel):
-    """Plain math that is used for packed sequences, as a flash kernel is."""
-
-    takes_counts, packs = False, True
 
 
 def chosen_by_hand(blocks: Tensor) -> choosing.Choice:

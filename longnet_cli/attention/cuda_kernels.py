@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .packing import PackedRows
 from .plain_call import Gradients, Kernel
-
-
-class CallSizes(NamedTuple):
-    """The most rows of queries and of keys that a sequence of a call has, and the edges of packed sequences."""
-
-    rows: int
-    keys: int
-    q_edges: Tensor | None = None
-    k_edges: Tensor | None = None
-
-    @classmethod
-    def of(cls, queries: PackedRows, keys: PackedRows) -> CallSizes:
-        return cls(queries.longest, keys.longest, queries.edges, keys.edges)
 
 
 class CudaFlashKernel(Kernel):
     """The FlashAttention-2 inside torch (aten), and what all CUDA kernels have in common.
 
-    Each has its own `attend` and `gradients`, for views and for packed sequences. The positional arguments of aten's
-    flash operators are stable since torch 2.6, names are not.
+    Each has its own `attend` and `gradients`. The positional arguments of aten's flash operators are stable since torch
+    2.6, names are not.
     """
 
     name, device = "cuda_flash", "cuda"
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    packs = True
     _MAX_ELEMENTS = 1 << 31  # beyond it, the backward addresses memory out of bounds
     _MAX_SEGMENTS = 65_535  # the batch is a grid dimension
 
@@ -53,86 +39,37 @@ class CudaFlashKernel(Kernel):
         return max(1, min(self._MAX_SEGMENTS, (self._MAX_ELEMENTS - 1) // elements))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Return out like q, and lse (batch, heads, rows), given views (batch, rows, heads, head_dim).
-
-        Packed sequences are (rows, 1, head_dim), and their lse is (1, rows).
-        """
-        out, lse = torch.ops.aten._flash_attention_forward.default(
-            q,
-            k,
-            v,
-            sizes.q_edges,
-            sizes.k_edges,
-            sizes.rows,
-            sizes.keys,
-            0.0,
-            causal,
-            False,
-            scale=scale,
-        )[:2]
+        """Return out like q, and lse (batch, heads, rows), given views (batch, rows, heads, head_dim)."""
+        out, lse, *_ = torch.ops.aten._flash_attention_forward.default(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+        )
         return out, lse
 
-    def gradients(
-        self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float
-    ) -> Sequence[Tensor]:
+    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Sequence[Tensor]:
         """Return dq, dk and dv, given dout, q, k, v, out and a contiguous lse, in the shapes of `attend`."""
-        no_rng = torch.empty(
-            2, dtype=torch.uint64, device=tensors[0].device
-        )  # read only with dropout
+        _, q, k, *_ = tensors
+        no_rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only with dropout
+        sizes = (None, None, q.shape[1], k.shape[1])
         grads: Sequence[Tensor] = torch.ops.aten._flash_attention_backward.default(
-            *tensors, sizes.q_edges, sizes.k_edges, sizes.rows, sizes.keys, 0.0, causal, no_rng, no_rng[:0],
-            scale=scale,
-        )  # fmt: skip
+            *tensors, *sizes, 0.0, causal, no_rng, no_rng[:0], scale=scale
+        )
         return grads
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        sizes, (q, k, v) = CallSizes(q.shape[2], k.shape[2]), (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = self.attend(q, k, v, sizes, causal, scale)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = self.attend(q, k, v, causal, scale)
         return out.transpose(1, 2), lse
 
     def backward(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
         *of_rows, lse = tensors
-        _, q, k, *_ = of_rows
-        given = [
-            *(x.transpose(1, 2) for x in of_rows),
-            lse.contiguous(),
-        ]  # kernels ignore the lse's strides
-        grads = self.gradients(given, CallSizes(q.shape[2], k.shape[2]), causal, scale)
+        rows_first = [x.transpose(1, 2) for x in of_rows]
+        # Kernels ignore the strides of the lse.
+        grads = self.gradients([*rows_first, lse.contiguous()], causal, scale)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
-        return dq, dk, dv
-
-    def forward_packed(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: PackedRows,
-        keys: PackedRows,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = self.attend(
-            q[:, None], k[:, None], v[:, None], CallSizes.of(queries, keys), causal, scale
-        )
-        return out[:, 0], lse[0]
-
-    def backward_packed(
-        self,
-        tensors: Sequence[Tensor],
-        queries: PackedRows,
-        keys: PackedRows,
-        causal: bool,
-        scale: float,
-    ) -> Gradients:
-        *of_rows, lse = tensors
-        given = [*(x[:, None] for x in of_rows), lse[None].contiguous()]
-        dq, dk, dv = (
-            x[:, 0] for x in self.gradients(given, CallSizes.of(queries, keys), causal, scale)
-        )
         return dq, dk, dv
 
 
@@ -140,7 +77,7 @@ class CudaEfficientKernel(CudaFlashKernel):
     """The memory-efficient attention inside torch (aten): slower than flash, but for fp32 too, and for any head_dim.
 
     It reads 16 bytes at a time. A head_dim that is no multiple of that is padded with zeros, which change no score. An
-    lse has a multiple of 32 rows for each sequence. Packed sequences are (1, rows, 1, head_dim).
+    lse has a multiple of 32 rows.
     """
 
     name, dtypes = "cuda_efficient", (torch.float32, torch.bfloat16, torch.float16)
@@ -152,58 +89,39 @@ class CudaEfficientKernel(CudaFlashKernel):
         return "it needs compute capability 8.0 for bf16" if old else None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        rows, keys, q_edges, k_edges = sizes
-        tensors = [_whole_lines(x if q_edges is None else x[None]) for x in (q, k, v)]
-        out, lse = torch.ops.aten._efficient_attention_forward.default(
-            *tensors, None, q_edges, k_edges, rows, keys, 0.0, int(causal), True, scale=scale
-        )[:2]
-        out = out[..., : q.shape[-1]]
-        if q_edges is None:
-            return out, lse[..., :rows]
-        return out[0], lse.flatten()[_places_in_lse(q_edges, len(q), lse.shape[2])][None]
+        rows, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+        padded = [_whole_lines(x) for x in (q, k, v)]
+        out, lse, *_ = torch.ops.aten._efficient_attention_forward.default(
+            *padded, None, None, None, rows, keys, 0.0, int(causal), True, scale=scale
+        )
+        return out[..., :head_dim], lse[..., :rows]
 
-    def gradients(
-        self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float
-    ) -> Sequence[Tensor]:
-        (*of_rows, out, lse), (rows, keys, q_edges, k_edges) = tensors, sizes
-        width, head_dim = rows + -rows % 32, out.shape[-1]
-        of_rows.append(
-            out.contiguous()
-        )  # in half precision, its rows are read as if they followed each other
-        dout, q, k, v, out = (_whole_lines(x if q_edges is None else x[None]) for x in of_rows)
-        if q_edges is None:
-            padded = torch.nn.functional.pad(lse, (0, width - rows), value=float("inf"))
-        else:
-            padded = lse.new_full((len(q_edges) - 1, 1, width), float("inf"))
-            padded.view(-1).index_copy_(0, _places_in_lse(q_edges, lse.shape[1], width), lse[0])
+    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Sequence[Tensor]:
+        dout, q, k, v, out, lse = tensors
+        rows, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+        # In half precision, the rows of out are read as if they followed each other.
+        dout, q, k, v, out = (_whole_lines(x) for x in (dout, q, k, v, out.contiguous()))
+        lse = pad(lse, (0, -rows % 32), value=float("inf"))
         no_rng = torch.empty((), dtype=torch.int64, device=q.device)  # read only with dropout
         grads = torch.ops.aten._efficient_attention_backward.default(
-            dout, q, k, v, None, out, q_edges, k_edges, rows, keys, padded, 0.0, no_rng, no_rng, int(causal), False,
+            dout, q, k, v, None, out, None, None, rows, keys, lse, 0.0, no_rng, no_rng, int(causal), False,
             scale=scale,
-        )[:3]  # fmt: skip
-        return [(x if q_edges is None else x[0])[..., :head_dim] for x in grads]
-
-
-def _places_in_lse(edges: Tensor, rows: int, width: int) -> Tensor:
-    """Return the indices of all rows in a flattened lse (sequences, 1, width), which pads each sequence to `width`."""
-    begins = torch.arange(0, (len(edges) - 1) * width, width, device=edges.device) - edges[:-1]
-    return torch.arange(rows, device=edges.device) + torch.repeat_interleave(
-        begins, edges.diff(), output_size=rows
-    )
+        )  # fmt: skip
+        return [x[..., :head_dim] for x in grads[:3]]
 
 
 def _whole_lines(x: Tensor) -> Tensor:
     """Pad the last dimension of x with zeros to a multiple of 16 bytes."""
     missing = -x.shape[-1] % (16 // x.element_size())
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+    return pad(x, (0, missing)) if missing else x
 
 
 class FlashAttnKernel(CudaFlashKernel):
     """The flash-attn package, 2.7 or newer: two operators that it registers with torch. Arguments go by name.
 
-    It is imported on the first GPU that it may serve. Packed sequences go through aten's operators.
+    It is imported on the first GPU that it may serve.
     """
 
     name = "flash_attn"
@@ -224,31 +142,34 @@ class FlashAttnKernel(CudaFlashKernel):
         return None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, sizes: CallSizes, causal: bool, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        if sizes.q_edges is not None:
-            return super().attend(q, k, v, sizes, causal, scale)
-        out, lse, *_ = self.functions()[0](
+        forward, _ = self.functions()
+        out, lse, *_ = forward(
             q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_softmax=False, **_PLAIN
         )
         return out, lse
 
-    def gradients(
-        self, tensors: Sequence[Tensor], sizes: CallSizes, causal: bool, scale: float
-    ) -> Sequence[Tensor]:
-        if sizes.q_edges is not None:
-            return super().gradients(tensors, sizes, causal, scale)
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[1:4]]
-        names = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv")
-        always_equal = torch.are_deterministic_algorithms_enabled()
-        options = {
-            "softmax_scale": scale,
-            "causal": causal,
-            "deterministic": always_equal,
+    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Sequence[Tensor]:
+        dout, q, k, v, out, lse = tensors
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        _, backward = self.functions()
+        backward(
+            dout=dout,
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            softmax_lse=lse,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            softmax_scale=scale,
+            causal=causal,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
             **_PLAIN,
-        }
-        self.functions()[1](**dict(zip(names, [*tensors, *grads], strict=True)), **options)
-        return grads
+        )
+        return dq, dk, dv
 
 
 # options of flash-attn's operators that have no default

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .cuda_kernels import CudaEfficientKernel, CudaFlashKernel, FlashAttnKernel
-from .packing import Sequences, rows_of
 from .plain_call import Gradients, Kernel, MathKernel, wide
 
 
@@ -150,8 +148,8 @@ def select_kernel(
 ) -> Kernel:
     """Return the kernel for such tensors: the one named by `name` or LONGNET_KERNEL, otherwise the first that works.
 
-    A kernel that the machine should have but that fails its probe is skipped with a warning. A kernel that fails only
-    with packed sequences does not pack. Raises ValueError for a name that does not exist or cannot serve.
+    A kernel that the machine should have but that fails its probe is skipped with a warning.
+    Raises ValueError for a name that does not exist or cannot serve.
     """
     name = name or os.environ.get("LONGNET_KERNEL") or None
     return _select(device, dtype, head_dim, name, torch.are_deterministic_algorithms_enabled())
@@ -168,7 +166,7 @@ def _select(
         refusal = kernel.refusal(device, dtype, head_dim)
         failure = refusal
         if not refusal and kernel.name != "math":
-            failure = _failure(_view_calls, kernel, device, dtype, head_dim)
+            failure = _failure(kernel, device, dtype, head_dim)
         if not failure:
             break
         if name:
@@ -181,31 +179,10 @@ def _select(
             "use bf16, fp16 or fp32, or set LONGNET_KERNEL=math to accept that",
             stacklevel=2,
         )
-    return _without_failing_packs(kernel, device, dtype, head_dim)
-
-
-Check = Callable[[Kernel, Tensor, float], Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]]
-
-
-def _without_failing_packs(
-    kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> Kernel:
-    """Return the kernel or, if its packed calls fail here, a copy of it that does not pack."""
-    failure = _failure(_packed_calls, kernel, device, dtype, head_dim) if kernel.packs else None
-    if not failure:
-        return kernel
-    warnings.warn(
-        f"attention kernel {kernel.name!r} takes documents one by one: packed, {failure}",
-        stacklevel=3,
-    )
-    kernel = copy(kernel)
-    kernel.packs = False
     return kernel
 
 
-def _failure(
-    check: Check, kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> str | None:
+def _failure(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Compare tiny calls, forward and backward, with plain math. Return the reason if one fails, or None."""
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 3e-2)
     try:
@@ -218,7 +195,7 @@ def _failure(
             x = torch.randn(4, 3, 140, 2, head_dim, generator=draw, dtype=torch.float32).to(
                 device, dtype
             )
-            for results in check(kernel, x, head_dim**-0.5):
+            for results in _view_calls(kernel, x, head_dim**-0.5):
                 for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
                     error = ((wide(a) - b).norm() / b.norm()).item()
                     if not error <= tolerance:
@@ -252,32 +229,6 @@ def _view_calls(
         yield (
             (*kernel.forward(q, k, v, causal, scale), *kernel.backward(*backward)),
             (*forward, *math.backward(*backward)),
-        )
-
-
-def _packed_calls(
-    kernel: Kernel, x: Tensor, scale: float
-) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """Yield the same for packed sequences of several lengths, with as many keys as queries and then with others."""
-    math, rows = KERNELS["math"], x.flatten(1, 3)
-    queries, others = (
-        rows_of(Sequences([0] * 3, [1] * 3, counts), x.device)
-        for counts in ([20, 3, 70], [1, 46, 66])
-    )
-    q, k, v, dout = rows[:, : len(queries.places)]
-    calls = [(k, v, queries, True), (*rows[1:3, -len(others.places) :], others, False)]
-    plain = [
-        math.forward_packed(q, k, v, queries, keys, causal, scale) for k, v, keys, causal in calls
-    ]
-    out, lse = _merged(plain)
-    for (k, v, keys, causal), forward in zip(calls, plain, strict=True):
-        backward = ((dout, q, k, v, out.to(x.dtype), lse), queries, keys, causal, scale)
-        yield (
-            (
-                *kernel.forward_packed(q, k, v, queries, keys, causal, scale),
-                *kernel.backward_packed(*backward),
-            ),
-            (*forward, *math.backward_packed(*backward)),
         )
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .packing import Pack, PackedRows
 from .spans import Rows
 from .views import accumulator
 
@@ -46,9 +45,7 @@ class Merge:
     def places(self) -> tuple[Tensor, Tensor]:
         return self._out, self._lse[..., None]
 
-    def add(
-        self, branch: Branch | Pack, places: Sequence[Tensor], part: Tensor, lse: Tensor
-    ) -> None:
+    def add(self, branch: Branch, places: Sequence[Tensor], part: Tensor, lse: Tensor) -> None:
         """Merge one call in place into `places`, its views of out (.., rows, D) and lse (.., rows, 1)."""
         (out, total), lse = places, lse[..., None]
         if (
@@ -63,13 +60,6 @@ class Merge:
         sums = torch.logaddexp(total, lse)
         out.lerp_(part.to(out.dtype), (lse - sums).exp_())
         total.copy_(sums)
-
-    def add_rows(self, pack: Pack, queries: PackedRows, part: Tensor, lse: Tensor) -> None:
-        """Merge one call (rows, D) of gathered rows, all of them distinct."""
-        gathered = [flat_rows(x)[queries.places] for x in self.places]
-        self.add(pack, gathered, part, lse)
-        for x, rows in zip(self.places, gathered, strict=True):
-            flat_rows(x).index_copy_(0, queries.places, rows)
 
     def result(self) -> tuple[Tensor, Tensor]:
         return _as(self._out, self._dtype), self._lse
@@ -91,15 +81,6 @@ class GradientSum:
             return
         for into, share in apart(place, part, rows):
             into.add_(share)
-
-    def add_rows(self, rows: PackedRows, part: Tensor) -> None:
-        """Add the part (rows, D) of gathered rows, which may be the same more than once."""
-        flat_rows(self.place).index_add_(0, rows.places, part.to(self.place.dtype))
-
-
-def flat_rows(x: Tensor) -> Tensor:
-    """Reshape (B, N, H, D) to (B N H, D), a view if x is contiguous."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def apart(total: Tensor, part: Tensor, keys: Rows) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,12 +12,10 @@ fully masked row has no defined lse (no branch has one). Batch and element count
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-
-from .packing import PackedRows
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv
 
@@ -32,13 +30,6 @@ class Kernel:
     device: str | None = None  # the type of device that it runs on, if only one has it
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     takes_counts = False  # whether it takes `counts` (heads, rows, keys): the log of how often a key counts, or -inf
-    packs = False  # whether it attends within packed sequences, of q, k, v and out (rows, head_dim) and an lse (rows,):
-    forward_packed: Callable[
-        ..., tuple[Tensor, Tensor]
-    ]  # (q, k, v, queries, keys, causal, scale) -> out, lse
-    backward_packed: Callable[
-        ..., Gradients
-    ]  # (tensors, queries, keys, causal, scale) -> dq, dk, dv
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Return why this kernel cannot serve such tensors, or None."""
@@ -61,8 +52,8 @@ class Kernel:
 class MathKernel(Kernel):
     """Plain torch on any device, in any dtype, computed in fp32 or wider. Other kernels are probed against it.
 
-    For that alone, it has packed calls, which take one sequence after the other. Long rows take their keys in blocks,
-    so that at most `_MAX_SCORES` scores are in memory at a time. Calls with `counts` are short.
+    Long rows take their keys in blocks, so that at most `_MAX_SCORES` scores are in memory at a time. Calls with
+    `counts` are short.
     """
 
     name = "math"
@@ -107,32 +98,6 @@ class MathKernel(Kernel):
         dk, dv = (torch.cat(parts, 2) for parts in zip(*of_keys, strict=True))
         return dq, dk, dv
 
-    def forward_packed(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: PackedRows,
-        keys: PackedRows,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        each = _sequences((q, k, v), (queries, keys, keys))
-        out, lse = _packed(self.forward(q_, k_, v_, causal, scale) for q_, k_, v_ in each)
-        return out, lse
-
-    def backward_packed(
-        self,
-        tensors: Sequence[Tensor],
-        queries: PackedRows,
-        keys: PackedRows,
-        causal: bool,
-        scale: float,
-    ) -> Gradients:
-        each = _sequences(tensors, (queries, queries, keys, keys, queries, queries))
-        dq, dk, dv = _packed(self.backward(of_one, causal, scale) for of_one in each)
-        return dq, dk, dv
-
     def _blocks(
         self, q: Tensor, k: Tensor, causal: bool, scale: float, counts: Tensor | None
     ) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -147,22 +112,6 @@ class MathKernel(Kernel):
                 unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
                 scores.masked_fill_(unseen, float("-inf"))
             yield rows, keys, scores
-
-
-def _sequences(
-    tensors: Sequence[Tensor], rows: Sequence[PackedRows]
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the tensors (1, 1, rows, ..) of each packed sequence."""
-    counts = [of_tensor.edges.diff().tolist() for of_tensor in rows]
-    split = [
-        x[None, None].split(of_tensor, 2) for x, of_tensor in zip(tensors, counts, strict=True)
-    ]
-    return zip(*split, strict=True)
-
-
-def _packed(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Return the tensors of all sequences, packed."""
-    return [torch.cat(of_sequences, 2)[0, 0] for of_sequences in zip(*parts, strict=True)]
 
 
 def wide(x: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ from .branches import Branch, Turned, Union, branches, united
 from .cache import FarKeys
 from .chosen import Chosen
 from .groups import GroupedPart, groups_of
-from .merging import GradientSum, Merge, flat_rows
-from .packing import Pack, PlacedCalls, packed
+from .merging import GradientSum, Merge
 from .pattern import Padding, Pattern
 from .plain_call import Kernel
 from .sinks import SinkRows
@@ -31,6 +30,7 @@ from .spans import SINKS, FarSpan, Layout, Rows
 from .views import (
     FarTensors,
     Layouts,
+    PlacedCalls,
     accumulator,
     autocasts,
     kernel_calls,
@@ -106,17 +106,16 @@ def _whole_numbers(name: str, numbers: Sequence[int] | Tensor | None) -> tuple[i
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """All calls of a batch, for a kernel: `placed` ones on views, then packs.
+    """All calls of a batch, for a kernel, by their places.
 
-    `covered`: no branch is packed, and the branches that cover reach every row. `squares`: besides, in each of these,
-        queries and keys are the same rows of the same heads (H = K). `chosen`: the groups of queries that see chosen
+    `covered`: the branches that cover reach every row. `squares`: besides, in each of these, queries and keys are the
+        same rows of the same heads (H = K). `chosen`: the groups of queries that see chosen
         blocks. `start`: the branch that a forward starts with, without a merge, as it has all heads of a single token.
         `layouts`: those of the views of near rows, as `kernel_calls` has found them.
     """
 
     kernel: Kernel
     placed: Sequence[PlacedCalls]
-    packs: Sequence[Pack] = ()
     covered: bool = False
     squares: bool = False
     chosen: Sequence[GroupedPart] = ()
@@ -197,23 +196,17 @@ def _plan(
         if pattern.chosen:
             groups = groups_of(pattern, start, start + length)
             chosen += [GroupedPart(rows, columns, start, each) for each in groups]
-    packs_calls = kernel.packs and not by_level
-    views, packs = packed(placed, tokens, heads, layout.kv_heads) if packs_calls else (placed, [])
     full = sum(
         (rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in placed
     )
-    covered = (
-        not packs
-        and full == batch * tokens
-        and all(calls and calls[0].covers for *_, calls in placed)
-    )
+    covered = full == batch * tokens and all(calls and calls[0].covers for *_, calls in placed)
     even = all(
         branch.queries == branch.keys for *_, calls in placed for branch in calls if branch.covers
     )
     first = placed[0][2][0] if covered and len(placed) == tokens == 1 else None
     whole = first and first.queries.heads * first.queries.rows == heads and not first.zero_keys
     squares = covered and even and heads == layout.kv_heads
-    return AttentionPlan(kernel, views, packs, covered, squares, chosen, first if whole else None)
+    return AttentionPlan(kernel, placed, covered, squares, chosen, first if whole else None)
 
 
 def _check_tensors(q: _Facts, k: _Facts, v: _Facts, pattern: Pattern) -> None:
@@ -307,15 +300,6 @@ def merged_forward(
         for branch, (q_, *places), (k_, v_) in calls:
             out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_counts(branch, q_))
             merge.add(branch, places, out, lse)
-    for pack in plan.packs:
-        queries, keys = pack.rows(q.device)
-        q_, k_, v_ = (
-            flat_rows(q)[queries.places],
-            flat_rows(k)[keys.places],
-            flat_rows(v)[keys.places],
-        )
-        out, lse = kernel.forward_packed(q_, k_, v_, queries, keys, pack.causal, scale)
-        merge.add_rows(pack, queries, out, lse)
     if chosen:
         chosen.choose(q, k, scale)
         chosen.merge(kernel, scale, q, k, v, merge)
@@ -369,8 +353,6 @@ def merged_backward(
         sums.add_calls(_only(plan.placed, far=False))
     else:
         sums.add_calls(plan.placed)
-    for pack in plan.packs:
-        sums.add_pack(pack)
     of_chosen = chosen.gradients(plan.kernel, scale, of_queries, keys, sums.q) if chosen else ()
     dq, *of_keys = (total.place for total in (sums.q, sums.k, sums.v))
     for index, more in enumerate(of_chosen):
@@ -442,18 +424,6 @@ class _Gradients:
             for total, place, part in zip(of_keys, places, parts, strict=True):
                 total.add(place, part, branch.keys, fresh)
             del part, parts  # the next call needs the memory
-
-    def add_pack(self, pack: Pack) -> None:
-        """Add the gradients of a call on gathered rows."""
-        queries, of_keys = pack.rows(self.q.place.device)
-        dout, q, out, lse = (flat_rows(x)[queries.places] for x in self._of_queries)
-        k, v = (flat_rows(x)[of_keys.places] for x in self._keys)
-        tensors = dout, q, k, v, out, lse[..., 0]
-        parts = self._kernel.backward_packed(tensors, queries, of_keys, pack.causal, self._scale)
-        for total, rows, part in zip(
-            (self.q, self.k, self.v), (queries, of_keys, of_keys), parts, strict=True
-        ):
-            total.add_rows(rows, part)
 
     def _far_tensors(self, index: int) -> Sequence[Tensor]:
         """Return k and v of far keys, and the sums of their gradients."""

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .packing import PlacedCalls
 from .plain_call import Kernel
 from .spans import Rows
 
+# rows and tokens of a batch, and the calls of each of these rows
+PlacedCalls = tuple[slice, slice, tuple[Branch, ...]]
 KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
 FarTensors = Callable[
     [int], Sequence[Tensor]

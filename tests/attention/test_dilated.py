@@ -1,7 +1,7 @@
 """Fast = dense reference, outputs and gradients; wrong calls; what the cache keeps.
 
-Many documents take few kernel calls, and each gets what it gets alone: as a union of levels, and packed. That shards
-equal the whole, with their far keys or their cache, is in test_pattern_options.py.
+Each of many documents gets what it gets alone, in one call if it is short. That shards equal the whole, with their far
+keys or their cache, is in test_pattern_options.py.
 
 DilatedAttention with one full segment = nn.MultiheadAttention, weights, outputs, gradients; the rest is refused.
 """
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-import random
-import weakref
-from itertools import pairwise, product
+from itertools import product
 
 import pytest
 import torch
@@ -23,7 +21,6 @@ from safetensors import safe_open
 from strategies import (
     PAPER_64TH,
     Choice,
-    PackedMath,
     Problem,
     assert_close,
     choices,
@@ -44,9 +41,8 @@ from longnet_cli.attention import (
     dilated,
     dilated_attention,
     far_keys,
-    planning,
 )
-from longnet_cli.attention.kernels import KERNELS, _select
+from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.planning import Shard, plan_calls
 from longnet_cli.attention.reference import dilated_attention_reference
 
@@ -294,30 +290,6 @@ def test_rows_of_long_segments_come_when_they_are_needed(
         assert all(map(torch.equal, again, parts))
 
 
-class Unpacked(PackedMath):
-    """A kernel whose packed calls fail, as those of a build without them."""
-
-    name, wrong = "unpacked", "forward_packed"
-
-    def forward_packed(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self.wrong == "forward_packed":
-            raise RuntimeError("no kernel image\nfor this device")
-        return super().forward_packed(*args, **kwargs)
-
-    def backward_packed(self, tensors, *args) -> tuple[Tensor, Tensor, Tensor]:
-        if self.wrong == "own lse":  # rather than the merged one
-            tensors = (*tensors[:4], *self.forward_packed(*tensors[1:4], *args))
-        dq, dk, dv = super().backward_packed(tensors, *args)
-        return dq, 1.1 * dk if self.wrong == "backward_packed" else dk, dv
-
-
-@pytest.fixture(scope="module", autouse=True)
-def packed_math():
-    KERNELS["packed"] = PackedMath()
-    yield
-    del KERNELS["packed"]
-
-
 def each_alone(documents: list[int]):
     def function(*qkv, **options) -> Tensor:
         *qkv, pattern = qkv
@@ -337,16 +309,8 @@ def test_documents_equal_the_reference(problem: Problem, sizes: list[int]) -> No
     if isinstance(problem, Choice):
         options |= turning(problem)
     expected = run(each_alone(documents), inputs, problem.pattern, **options)
-    for kernel in ("packed", "cpu_flash"):
-        found = run(
-            dilated_attention,
-            inputs,
-            problem.pattern,
-            documents=documents,
-            kernel=kernel,
-            **options,
-        )
-        assert_close(found, expected, 1e-12)
+    found = run(dilated_attention, inputs, problem.pattern, documents=documents, **options)
+    assert_close(found, expected, 1e-12)
 
 
 @given(problem=problems(), zero_keys=st.booleans())
@@ -358,12 +322,8 @@ def test_padded_rows_equal_the_reference(problem: Problem, zero_keys: bool) -> N
     }
     inputs = problem.tensors(4)
     expected = run(dilated_attention_reference, inputs, problem.pattern, **options)
-    for kernel in ("packed", "cpu_flash"):
-        assert_close(
-            run(dilated_attention, inputs, problem.pattern, kernel=kernel, **options),
-            expected,
-            1e-12,
-        )
+    found = run(dilated_attention, inputs, problem.pattern, **options)
+    assert_close(found, expected, 1e-12)
 
 
 def test_the_first_document_may_have_begun_before_the_shard() -> None:
@@ -375,79 +335,17 @@ def test_the_first_document_may_have_begun_before_the_shard() -> None:
         if before % w
     ]
 
-    def shard(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kernel: str | None) -> Tensor:
+    def shard(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         first, *rest = (x.split([before, 300], 1) for x in (q, k, v))
         far: list[FarKeys] = [far_keys(rest[0][0], rest[1][0], pattern, span) for span in spans]
         own = first[1], rest[0][1], rest[1][1]
-        return dilated_attention(
-            *own, pattern, start=before, far=far, documents=documents, kernel=kernel
-        )
+        return dilated_attention(*own, pattern, start=before, far=far, documents=documents)
 
+    first, *others = documents
+    whole = each_alone([before + first, *others])
     inputs = [q, k, v, dout[:, before:]]
-    found, alone = (run(shard, inputs, pattern, kernel=kernel) for kernel in ("packed", None))
-    assert_close(found, alone, 1e-12)
-
-
-@pytest.mark.parametrize("kernel", ["cuda_flash", "cuda_efficient"])
-def test_calls_on_a_gpu_hardly_grow_with_the_number_of_documents(kernel: str) -> None:
-    """The paper's pattern, a chunk of 16Ki tokens: 12 calls for one document, which copies nothing."""
-    x = torch.empty(1, 16384, 12, 64, device="meta")
-    draw = random.Random(0)
-    for number, most in ((1, 12), (8, 24), (32, 24), (128, 24)):
-        cut = [0, *sorted(draw.sample(range(1, 16384), number - 1)), 16384]
-        assert calls(kernel, x, documents=[b - a for a, b in pairwise(cut)]) <= most
-    rows = torch.empty(262, 700, 12, 64, device="meta")
-    assert (
-        calls(kernel, rows, causal=False, lengths=[draw.randint(300, 700) for _ in range(262)])
-        <= 24
-    )
-
-
-def calls(kernel: str, x: Tensor, causal: bool = True, lengths=None, documents=None) -> int:
-    plan = plan_calls(
-        KERNELS[kernel], x, x, x, Pattern.paper(), Shard(0, lengths, documents, causal=causal)
-    )
-    return sum(len(found) for *_, found in plan.placed) + len(plan.packs)
-
-
-def test_what_is_kept_for_packed_rows_goes_with_their_plan() -> None:
-    """Calls share it, and it must not outlive them."""
-    x = torch.empty(1, 90, 3, 8)
-    plan = plan_calls(KERNELS["packed"], x, x, x, PAPER_64TH, Shard(documents=[30, 41, 19]))
-    kept = weakref.ref(plan.packs[0].rows(x.device)[0].places)
-    assert plan.packs[0].rows(x.device)[0].places is kept()
-    del plan
-    planning._plan.cache_clear()
-    assert kept() is None
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ("forward_packed", "RuntimeError: no kernel image"),
-        ("backward_packed", "its dk is off by 1.0e-01 on cpu"),
-        ("own lse", "its dq is off by"),
-    ],
-)
-def test_a_kernel_whose_packed_calls_fail_does_not_pack(
-    monkeypatch: pytest.MonkeyPatch, wrong: str, said: str
-) -> None:
-    kernel = Unpacked()
-    kernel.wrong = wrong
-    monkeypatch.setitem(KERNELS, "unpacked", kernel)
-    inputs, documents = (
-        Problem(PAPER_64TH, 1, 90, 6, 8, 0, True, None, seed=1).tensors(4),
-        [30, 41, 19],
-    )
-    _select.cache_clear()
-    with pytest.warns(
-        UserWarning, match=f"'unpacked' takes documents one by one: packed, {said}"
-    ) as warned:
-        found = run(dilated_attention, inputs, PAPER_64TH, documents=documents, kernel="unpacked")
-    _select.cache_clear()
-    assert len(warned) == 1
-    assert kernel.packs  # elsewhere, or in another type, it may
-    assert_close(found, run(each_alone(documents), inputs, PAPER_64TH), 1e-12)
+    expected = run(lambda *qkv: whole(*qkv)[:, before:], inputs, pattern)
+    assert_close(run(shard, inputs, pattern), expected, 1e-12)
 
 
 def test_a_document_that_fits_the_first_segment_is_one_call_on_a_cpu() -> None:
