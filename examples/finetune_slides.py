@@ -1,17 +1,17 @@
 """Predict a label of slides from a frozen slide encoder, then fine-tune the encoder; AUC by cross-validation.
 
-    longnet encode features/*.h5 --model ./gigapath --all-layers --no-normalize -o slides.arrow
+    python examples/finetune_slides.py layers features --model ./gigapath -o slides.arrow
     python examples/finetune_slides.py probe slides.arrow labels.csv
     python examples/finetune_slides.py tune features labels.csv --model ./gigapath
     python examples/finetune_slides.py make made     # made/features, made/labels.csv, made/encoder: random weights
 
 `features` is a folder of HDF5 files as TRIDENT writes them, `labels.csv` has the columns slide_id (the name of a file
-without .h5) and label (0 or 1). First look at `probe`: a linear model of the frozen encoder's vectors takes seconds.
-`tune` trains the whole encoder anew for each fold, by the recipe that Prov-GigaPath published for PANDA: AdamW, one
-slide at a time, gradients of 32 slides a step, a rate that falls by 0.95 from layer to layer towards the input and
-along a cosine after one epoch of warm-up, dropout 0.1, the mean over the tiles after layer 11. Each slide is predicted
-by a model that has not seen it, and the standard error of the AUC is DeLong's. A file that cannot be read ends it, or
-is left out with --skip-bad. A label needs as many slides as there are folds.
+without .h5) and label (0 or 1). First look at `probe`: a linear model of the frozen encoder's vectors, which `layers`
+writes, takes seconds. `tune` trains the whole encoder anew for each fold, by the recipe that Prov-GigaPath published
+for PANDA: AdamW, one slide at a time, gradients of 32 slides a step, a rate that falls by 0.95 from layer to layer
+towards the input and along a cosine after one epoch of warm-up, dropout 0.1, the mean over the tiles after layer 11.
+Each slide is predicted by a model that has not seen it, and the standard error of the AUC is DeLong's. A file that
+cannot be read ends it, or is left out with --skip-bad. A label needs as many slides as there are folds.
 """
 
 from __future__ import annotations
@@ -125,6 +125,19 @@ def whole_slides(paths: Iterable[Path], skip_bad: bool) -> Iterator[Path]:
             yield path
 
 
+@torch.no_grad()
+def write_layers(paths: Iterable[Path], encoder: SlideEncoder, output: Path) -> None:
+    """Write a table of the slides and their vectors: of the first layer's input and of every layer."""
+    rows = []
+    for path in paths:
+        features, coords, side = read_slide(path)
+        layers = encoder(features, coords, tile_size=side, all_layers=True)  # (layers + 1, 1, dim)
+        rows.append({"doc_id": path.stem, "layers": layers[:, 0].tolist()})
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_file(output, table.schema) as file:
+        file.write_table(table)
+
+
 class Classifier(nn.Module):
     """A slide encoder, and a linear layer on the mean over the tiles after layer `layer`; 1 is the first layer."""
 
@@ -235,17 +248,19 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("make", help="make slides and an encoder").add_argument("folder", type=Path)
-    of_vectors, of_tiles = (commands.add_parser(name) for name in ("probe", "tune"))
-    of_vectors.add_argument("vectors", type=Path, help="what `longnet encode --all-layers` wrote")
-    of_tiles.add_argument("features", type=Path, help="a folder of HDF5 files")
-    for each in (of_vectors, of_tiles):
-        each.add_argument("labels", type=Path, help="a CSV with the columns slide_id and label")
-        each.add_argument("--layer", type=int, default=11, help="take the vectors after this layer")
-        each.add_argument("--folds", type=int, default=5)
-    of_tiles.add_argument("--model", required=True, help="the folder of a slide encoder")
-    of_tiles.add_argument(
-        "--skip-bad", action="store_true", help="leave out files that cannot be read"
-    )
+    of_layers, of_vectors, of_tiles = map(commands.add_parser, ("layers", "probe", "tune"))
+    of_layers.add_argument("-o", "--output", required=True, type=Path, help="an .arrow file")
+    of_vectors.add_argument("vectors", type=Path, help="what `layers` wrote")
+    for command in (of_layers, of_tiles):
+        command.add_argument("features", type=Path, help="a folder of HDF5 files")
+        command.add_argument("--model", required=True, help="the folder of a slide encoder")
+        command.add_argument(
+            "--skip-bad", action="store_true", help="leave out files that cannot be read"
+        )
+    for command in (of_vectors, of_tiles):
+        command.add_argument("labels", type=Path, help="a CSV with the columns slide_id and label")
+        command.add_argument("--layer", type=int, default=11, help="take this layer's vectors")
+        command.add_argument("--folds", type=int, default=5)
     of_tiles.add_argument("--epochs", type=int, default=5)
     of_tiles.add_argument(
         "--rate", type=float, default=2e-3, help="for steps of 256 slides; smaller steps, less"
@@ -258,6 +273,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "make":
         make(args.folder)
+        return
+    if args.command == "layers":
+        paths = whole_slides(sorted(args.features.glob("*.h5")), args.skip_bad)
+        write_layers(paths, SlideEncoder.from_pretrained(args.model), args.output)
         return
     known = read_labels(args.labels)
     if args.command == "probe":

@@ -162,7 +162,6 @@ OPTIONS = {
 --context             rows       --context 16 @ ../in/t.txt -m ../in/encoder -o out.jsonl
 --stride              rows       --stride 8 @ ../in/t.txt -m ../in/encoder -o out.jsonl --context 16
 --normalize           rows       --no-normalize
---all-layers          rows       --all-layers
 --tile-size           rows       --tile-size 512 @ ../in/slide.parquet -m ../in/slide -o out.jsonl
 --output              files      -o out.jsonl | -o out.parquet @ {READING}
 --embedding-dtype     types      --embedding-dtype float16 @ {READING} -o out.arrow
@@ -399,7 +398,7 @@ encode {TEXTS} -m ../in/both -o out.jsonl
 * --chunk 40 --sp 2
 * --chunk 1000 --sp 2
 
-encode ../in/slide.parquet -m ../in/slide --all-layers --no-normalize -o out.jsonl
+encode ../in/slide.parquet -m ../in/slide --no-normalize -o out.jsonl
 * --chunk 37
 * --chunk 37 --spill ../in/spill
 * --chunk 40 --nproc 2

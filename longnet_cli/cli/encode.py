@@ -59,10 +59,6 @@ class EncodeCommand:
         "--normalize/--no-normalize",
         "Scale every vector to length 1. (default: the model's, otherwise normalize)",
     )
-    all_layers: bool = VECTORS.flag(
-        "--all-layers",
-        "Add the column layers: such a vector of the first layer's input and of each layer.",
-    )
     tile_size: int | None = VECTORS.size(
         "--tile-size SIZE",
         "Set the side of a slide's tiles, in the units of their coordinates. (default: the file's, otherwise the "

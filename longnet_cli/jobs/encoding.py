@@ -33,7 +33,6 @@ from longnet_cli.jobs.pooling import (
     SHORT,
     SUMMED,
     DocumentWindow,
-    LayerStates,
     Pooling,
     Row,
     WindowMean,
@@ -42,7 +41,6 @@ from longnet_cli.jobs.pooling import (
 )
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
-from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net, bos_ids
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window
@@ -296,10 +294,6 @@ class Encoder(RowJob):
             raise ConfigError(
                 f"--pool {apart.pop()} of a document is not shared by ranks: give each rank its own documents (--dp)"
             )
-        if options.all_layers and (pools[1:] or pools[0] not in ("cls", "mean", "first", "last")):
-            raise ConfigError(
-                f"--all-layers has no pooling {options.pool}: take mean, first, last or cls"
-            )
         if options.context is not None and options.context > (
             net.config.max_tokens or options.context
         ):
@@ -313,10 +307,6 @@ class Encoder(RowJob):
             )
         if options.tile_size and not net.has_grid:
             raise ConfigError("this model has no grid of tiles: leave out --tile-size")
-        if options.all_layers and not net.layer_by_layer:
-            raise ConfigError(
-                "--all-layers is for a LongNet: leave it out for a Hugging Face model"
-            )
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -351,11 +341,6 @@ class Encoder(RowJob):
             pa.field("end", pa.int64()),
             pa.field("n_tokens", pa.int64()),
             pa.field("embedding", vector),
-            *(
-                [pa.field("layers", pa.list_(vector, net.config.num_layers + 1))]
-                if options.all_layers
-                else []
-            ),
         ]
         return row_schema(fields, self.kept_fields, known)
 
@@ -434,30 +419,12 @@ class Encoder(RowJob):
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         head, windows = torch.inference_mode()(self.reader.model.head), self._windows(sequences)
-        for pieces in (
-            self._layer_by_layer(windows) if self.options.all_layers else self.reader.read(windows)
-        ):
+        for pieces in self.reader.read(windows):
             with torch.inference_mode():
                 self._pool_together(pieces)
                 rows = self._of_all_ranks(list(chain.from_iterable(map(self._pooled, pieces))))
             if rows:
                 yield self._record_batch(rows, head)
-
-    def _layer_by_layer(
-        self, windows: Iterable[_PooledWindow]
-    ) -> Iterator[list[Piece[_PooledWindow]]]:
-        """Read one document after the other, and give each pooling the states of all layers."""
-        with LayerStates(cast(LongNet, self.reader.model)) as states:
-            for window in windows:
-                start, stop = {
-                    "cls": (0, 1),
-                    "mean": (window.wanted, window.stop),
-                    "first": (window.wanted, window.wanted + 1),
-                    "last": (window.stop - 1, window.stop),
-                }[self.options.pool or ""]
-                states.begin(start, stop)
-                window.pooling.layers = states.mean
-                yield from self.reader.read([window])
 
     def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_PooledWindow]:
         """Yield the windows of each document, in order, with one pooling or one mean for all of them."""
@@ -531,27 +498,16 @@ class Encoder(RowJob):
         if self.reader.ranks.world == 1 or not rows:
             return rows
         vectors = torch.stack([row.vector for row in rows])
-        self.reader.ranks.sum(vectors, *(row.layers for row in rows if row.layers is not None))
+        self.reader.ranks.sum(vectors)
         return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]
 
     def _record_batch(
         self, rows: Sequence[Row], head: Callable[[Tensor], Tensor]
     ) -> pa.RecordBatch:
         schema, options = self.schema, self.options
-        pooled = [torch.stack([row.vector for row in rows])]  # (rows, dim)
-        if rows[0].layers is not None:
-            pooled.append(
-                torch.stack([cast(Tensor, row.layers) for row in rows])
-            )  # (rows, num_layers + 1, dim)
-        vectors = [head(states)[..., : options.dims] for states in pooled]
-        arrays = [
-            _array(schema.field("embedding").type, rows, each, bool(options.normalize))
-            for each in vectors
-        ]
-        if rows[0].layers is not None:
-            arrays[1] = pa.FixedSizeListArray.from_arrays(
-                arrays[1], schema.field("layers").type.list_size
-            )
+        pooled = torch.stack([row.vector for row in rows])  # (rows, dim)
+        vectors = head(pooled)[:, : options.dims]
+        embeddings = _array(schema.field("embedding").type, rows, vectors, bool(options.normalize))
         cells = [
             (row.document.doc_id, row.span, row.start, row.end, row.end - row.start) for row in rows
         ]
@@ -561,7 +517,7 @@ class Encoder(RowJob):
         if len(carried) < len(self.kept_fields):
             places = zip(*map(self._place, rows), strict=True)
             kept = [pa.array(each, pa.int64()) for each in places] + kept
-        return pa.record_batch([*columns, *arrays, *kept], schema=schema)
+        return pa.record_batch([*columns, embeddings, *kept], schema=schema)
 
     def _place(self, row: Row) -> tuple[int | None, int | None]:
         """Return where a row's span is in the text of its document. The rows of a document come in order."""
@@ -571,12 +527,12 @@ class Encoder(RowJob):
 
 
 def _array(kind: pa.DataType, rows: Sequence[Row], vectors: Tensor, normalize: bool) -> pa.Array:
-    """Return vectors (rows, dim), or (rows, n, dim), as one flat array of vectors. Raises NotFiniteError."""
+    """Return vectors (rows, dim) as one array of vectors. Raises NotFiniteError."""
     if normalize:
         vectors = F.normalize(vectors, dim=-1)
     with np.errstate(over="ignore"):  # reported below
         numbers = vectors.cpu().numpy().astype(numpy_dtype(kind.value_type))
-    finite = np.isfinite(numbers).reshape(len(rows), -1).all(axis=1)
+    finite = np.isfinite(numbers).all(axis=1)
     if not finite.all():
         row = rows[int(np.argmin(finite))]
         raise NotFiniteError(

@@ -29,9 +29,8 @@ class EncodeOptions:
     hidden state of the CLS that a slide encoder puts before them, or another of `POOLS`, or several, joined by
     `+`. The text `prefix` is read before each document, and pooled with its first span; NO_PREFIX is an empty one.
     `normalize` scales a vector to length 1, after the first `dims` numbers of it are kept. With `span`, a document has
-    a row for every `span` tokens, or for each of the `UNITS` of its text. `all_layers` adds the column `layers`: such a
-    vector of the first layer's input, and of each layer's output. `tile_size` is the side of a tile in the pixels of
-    its coordinates. It overrides the document's and model's values.
+    a row for every `span` tokens, or for each of the `UNITS` of its text. `tile_size` is the
+    side of a tile in the pixels of its coordinates. It overrides the document's and model's values.
 
     An embedding model reads windows of `context` rows or fewer, and one begins every `stride` tokens of the document
     (None: no overlap). Without `context`, the model reads a document in one piece. Where the pooling takes one state of
@@ -45,7 +44,6 @@ class EncodeOptions:
     context: int | None = None
     stride: int | None = None
     normalize: bool | None = None
-    all_layers: bool = False
     tile_size: int | None = None
     embedding_dtype: EmbeddingDtype = "float32"
 
@@ -62,10 +60,6 @@ class EncodeOptions:
                 raise ConfigError(
                     f"there is no pooling {pool!r}: choose from {', '.join(POOLS)}, joined by +"
                 )
-        if self.span is not None and self.all_layers:
-            raise ConfigError(
-                "all layers are given for whole documents: leave out --span, or --all-layers"
-            )
 
     @property
     def span_tokens(self) -> int | None:

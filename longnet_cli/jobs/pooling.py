@@ -3,24 +3,20 @@
 windows_of(tokens) --> windows of a document, and whose states are taken where they overlap
 hidden states, in order --> Pooling --> a Row for each span
 a Row for each window --> WindowMean --> a Row for the document, where a window has one vector
-outputs of layers --> LayerStates --> a mean of each, for `encode --all-layers`
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.options import ONE_STATE
-from longnet_cli.nets.longnet import LongNet, Placement
 from longnet_cli.running.device import to_device
 
 SUMS = {"mean", "sqrt", "weighted"}
@@ -37,7 +33,6 @@ class Row:
     start: int
     end: int
     vector: Tensor
-    layers: Tensor | None = None  # (num_layers + 1, dim), with all_layers
 
 
 class DocumentWindow(NamedTuple):
@@ -94,7 +89,6 @@ class Pooling:
             after,
         )
         self.position = begin - before  # the next token; less than `begin` before the document
-        self.layers: Callable[[], Tensor | None] = lambda: None
         self.vector: Tensor | None = (
             None  # of the whole document, if it is known: see `pool_together`
         )
@@ -112,7 +106,7 @@ class Pooling:
     def add(self, hidden: Tensor) -> Iterator[Row]:
         """Take the next hidden states (n, dim)."""
         if self.vector is not None:
-            yield Row(self.document, self.number, self.begin, self.end, self.vector, self.layers())
+            yield Row(self.document, self.number, self.begin, self.end, self.vector)
             return
         while len(hidden):
             index = bisect_right(self.ends, min(max(self.begin, self.position), self.end - 1))
@@ -123,9 +117,7 @@ class Pooling:
             self.position += len(part)
             self._take(part)
             if self.position == stop:
-                yield Row(
-                    self.document, self.number + index, start, end, self._vector(), self.layers()
-                )
+                yield Row(self.document, self.number + index, start, end, self._vector())
                 self._reset()
 
     def _reset(self, skipped: int = 0) -> None:
@@ -205,44 +197,3 @@ class WindowMean:
         self._tokens += tokens
         if row.end == len(row.document):
             yield replace(row, span=0, start=0, vector=(self._sum / self._tokens).float())
-
-
-class LayerStates(ExitStack):
-    """A context manager that pools the output of each layer, while the net reads one sequence at a time.
-
-        with LayerStates(net) as states:
-            states.begin(1, 300)        # then the net reads a sequence, in any chunks
-            vectors = states.mean()     # (num_layers + 1, dim)
-
-    The first vector is pooled from the first layer's input, the others from each layer's output, before the final norm.
-    """
-
-    def __init__(self, net: LongNet) -> None:
-        super().__init__()
-        self.net = net
-        self.begin(0, 1)
-        for index, layer in enumerate(net.layers):
-            self.callback(layer.register_forward_hook(partial(self._take, index)).remove)
-
-    def begin(self, start: int, stop: int) -> None:
-        """Reset the sums. From now on, take the mean over the positions [start, stop) of the next sequence."""
-        weight = next(self.net.parameters())
-        self.start, self.stop = start, stop
-        self._sums = torch.zeros(
-            len(self.net.layers) + 1, self.net.config.dim, dtype=torch.float64, device=weight.device
-        )
-
-    def mean(self) -> Tensor:
-        """Return the mean (num_layers + 1, dim), float64. Of several ranks, each has a part; their sum is the mean."""
-        return self._sums / (self.stop - self.start)
-
-    def _take(self, index: int, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Take the output of a layer that was called with `inputs`: hidden states (1, n, dim), ..., their placement."""
-        if index == 0:
-            self._add(0, inputs[0], inputs[2])
-        self._add(index + 1, output, inputs[2])
-
-    def _add(self, state: int, x: Tensor, place: Placement) -> None:
-        start, stop = max(0, self.start - place.start), min(x.shape[1], self.stop - place.start)
-        if start < stop:
-            self._sums[state] += x[0, start:stop].sum(0, dtype=torch.float64)

@@ -347,7 +347,6 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     (f"{SLIDE} --bos 0 --tokenizer bytes", 2, "leave out --tokenizer, --bos"),
     (f"{SLIDE} --tokenizer bytes --tokenizer-differs", 2, "leave out --tokenizer, --tokenizer-differs"),
     (f"{SLIDE} --span 8 --pool cls", 2, "a span has no CLS of its own"),
-    (f"{SLIDE} --span 8 --all-layers", 2, "leave out --span, or --all-layers"),
     (f"{SLIDE} --column coords", 2, "column 'coords' does not hold vectors"),
     (
         SLIDE.replace("slide", "given", 1), 3, "row 0: document 's' has no coordinates, which the model needs",

@@ -201,10 +201,6 @@ ALONE = [
     ),
     (["score", "--stride", "5"], "a stride of 5 tokens needs a context"),
     (["encode", "-o", "x.arrow", "--pool", "middle"], "there is no pooling 'middle'"),
-    (
-        ["encode", "-o", "x.arrow", "--span", "5", "--all-layers"],
-        "all layers are given for whole documents",
-    ),
     (["generate", "--temperature", "-1"], "temperature must be 0 or more"),
     (
         ["generate", "--state", "state", "--pattern", "window:2Ki"],

@@ -152,8 +152,9 @@ def test_labels_of_slides_are_predicted_from_a_frozen_and_from_a_tuned_encoder(
     module.make(tmp_path / "made", slides=16, signal=2.0)
     made = {name: str(tmp_path / "made" / name) for name in ("features", "labels.csv", "encoder")}
     vectors = str(tmp_path / "slides.arrow")
-    words = ["--all-layers", "--no-normalize", "-o", vectors, "-q"]
-    longnet("encode", made["features"], "--model", made["encoder"], *words)
+    words = ["layers", made["features"], "--model", made["encoder"], "-o", vectors]
+    monkeypatch.setattr(sys, "argv", ["finetune_slides.py", *words])
+    module.main()
     fast = ["--model", made["encoder"], "--epochs", "2", "--slides-per-step", "2", "--rate", "0.5"]
     for command in (
         ["probe", vectors, made["labels.csv"]],

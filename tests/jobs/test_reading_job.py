@@ -130,8 +130,6 @@ def test_windows_of_scoring_are_those_that_are_read(how: dict[str, Any]) -> None
         (True, None),
         (True, {}),
         (False, {}),
-        (True, {"all_layers": True}),
-        (False, {"all_layers": True}),
     ],
 )
 def test_flops_are_those_that_torch_counts(causal: bool, options: dict | None) -> None:
