@@ -116,7 +116,7 @@ class MadeInputs(Inputs):
 
     made: Iterable[Document] = ()
 
-    def documents(self, *, digests: bool = False) -> MadeDocuments:
+    def documents(self, *, digests: bool = False, names_apart: bool = False) -> MadeDocuments:
         return MadeDocuments(self, self.documents_of)
 
     def fingerprint(self) -> str:

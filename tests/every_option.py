@@ -51,6 +51,7 @@ OPTIONS = {
 --id-column           rows       --id-column name
 --keep                rows       --keep name
 --skip-bad            code       --skip-bad @ ../in/bad.jsonl -o out.jsonl
+--share               rows       --share 2/2
 --tokenizer           rows       --tokenizer longnet-tiny
 --update              asked      --update @ ../in/t.txt -o out.jsonl --tokenizer org/tiny
 --train-vocab         rows       --train-vocab 265
@@ -120,6 +121,7 @@ OPTIONS = {
 --eos                 rows       --eos 65 @ ../in/flat.parquet -m ../in/native --format jsonl
 --bos                 rows       --bos none
 --skip-bad            code       --skip-bad @ ../in/bad.jsonl -m ../in/native
+--share               rows       --share 2/2 @ {READING} --format jsonl
 --model               rows       -m ../in/init @ ../in/t.txt --format jsonl
 --update              asked      --update @ ../in/t.txt -m org/tiny
 --pattern             rows       --pattern window:8
@@ -152,6 +154,7 @@ OPTIONS = {
 --eos                 rows       --eos 65 @ ../in/flat.parquet -m ../in/native -o out.jsonl
 --bos                 rows       --bos none
 --skip-bad            code       --skip-bad @ ../in/bad.jsonl -m ../in/native -o out.jsonl
+--share               rows       --share 2/2
 --model               rows       -m ../in/init @ ../in/t.txt -o out.jsonl
 --update              asked      --update @ ../in/t.txt -m org/tiny -o out.jsonl
 --pattern             rows       --pattern window:8

@@ -17,6 +17,7 @@ from longnet_cli.cli.command import BARE, OTHER
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
+    from longnet_cli.data.machine_shares import Share
 
 Format = Literal["text", "json"]
 DEFAULT_MODEL = "longnet-tiny"
@@ -71,10 +72,18 @@ def parse_span(text: str) -> int | str:
     return parse_size(text) if text[:1].isdigit() else text
 
 
+def parse_share(text: str) -> Share:
+    """Return a share of the input, such as `2/4`."""
+    from longnet_cli.data.machine_shares import Share
+
+    return Share.parse(text)
+
+
 # What reads the value of an option, by what its help has for one. Sizes are of `HelpPanel.size`.
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "SIZE,...": parse_sizes,
     "SIZE|UNIT": parse_span,
+    "I/N": parse_share,
     "NAME,...": parse_names,
     "COLUMN,...": parse_names,
     "auto|cpu|cuda[:i]": parse_device,
@@ -227,6 +236,12 @@ dtype_option = partial(
     "Compute matrix products in this precision.",
     default="auto",
 )
+share_option = partial(
+    INPUT.option,
+    "--share I/N",
+    "Read the I-th of N shares of the input, each for a machine: of its files by size, or of its documents if there "
+    "are fewer files. (default: all)",
+)
 keep_option = partial(INPUT.option, "--keep COLUMN,...", "Carry these columns to the output.")
 quiet_flag = partial(LAST.flag, "--quiet -q", "Show no progress, only errors.")
 
@@ -244,6 +259,7 @@ class Documents:
     eos: str | None = eos_option()
     bos: str | None = bos_option()
     skip_bad: bool = skip_bad_flag()
+    share: Any = share_option()  # a Share
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,11 @@ def _printing(options: ScoreCommand, opened: Opened) -> Iterator[_Printed]:
     from longnet_cli.basics.atomic import atomic_write
     from longnet_cli.nets.net import bos_ids
 
-    known = {key.removeprefix("longnet."): value for key, value in _origin(opened).items()}
+    known: dict[str, Any] = {
+        key.removeprefix("longnet."): value for key, value in _origin(opened).items()
+    }
+    if share := options.documents.share:
+        known["share"] = str(share)
     format = "jsonl" if options.output else options.format
     with atomic_write(options.output) if options.output else nullcontext() as file:
         printed = _Printed(format, options.context or (None,), emit_jsonl)
@@ -274,8 +278,9 @@ class _Printed:
                 }
             )
         else:
+            share = known.get("share")
             for values in totals:
-                _print_row("total", values, several)
+                _print_row(f"total of share {share}" if share else "total", values, several)
             if several:
                 _print_comparison(totals)
             for values in totals:

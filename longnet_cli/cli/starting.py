@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.machine_shares import Share
     from longnet_cli.data.manifest import LeftOut, Manifest
     from longnet_cli.data.names import Sources
     from longnet_cli.data.tokenizer import Tokenizer
@@ -51,19 +52,22 @@ def freeze_imports() -> None:
     atexit.register(lambda: gc.unfreeze() if "triton" in sys.modules else None)
 
 
-def launch(mesh: Mesh, inputs: Sequence[str] = (), *, dry_run: bool = False) -> int | None:
+def launch(
+    mesh: Mesh, inputs: Sequence[str] = (), *, share: Share | None = None, dry_run: bool = False
+) -> int | None:
     """Run this command as `nproc` processes, or as `dp` groups of `sp` processes, and exit with their exit code.
 
     A `dry_run` starts none: return the number of processes that it plans for. Without any of these options, or without
     `nproc` under torchrun, return: the command goes on in this process. Raises ConfigError for `nproc` under torchrun;
-    with several processes, for stdin or a pipe, which they cannot share.
+    with several processes or a `share`, for stdin or a pipe, which they cannot share; for a share with several.
     """
     world = processes(mesh)
-    if world > 1 and (read_once := [item for item in inputs if _is_read_once(item)]):
-        name = "stdin" if read_once[0] in ("-", "@-") else read_once[0]
-        raise ConfigError(
-            f"{name} can be read by one process: save it to a file, which every rank reads for itself"
-        )
+    if world > 1:
+        refuse_read_once(inputs)
+    if share:
+        refuse_read_once(inputs)
+        if world > 1:
+            raise ConfigError("--share is for one process: leave out --dp, --sp and --nproc")
     if (nproc := _asked(mesh)) is not None:
         start_ranks(nproc, dry_run=dry_run)
     return nproc
@@ -119,12 +123,15 @@ def ask_hub(model: str | None, tokenizer: str | None) -> None:
     refresh(model, tokenizer)
 
 
-def _is_read_once(item: str) -> bool:
-    """Return whether an input is a stream, which only one process can read."""
-    stream = item.startswith("/dev/") or (
-        os.path.exists(item) and not (os.path.isfile(item) or os.path.isdir(item))
-    )
-    return item in ("-", "@-") or stream
+def refuse_read_once(inputs: Sequence[str]) -> None:
+    """Raise ConfigError for an input that is a stream, which only one process can read."""
+    for item in inputs:
+        special = os.path.exists(item) and not (os.path.isfile(item) or os.path.isdir(item))
+        if item in ("-", "@-") or item.startswith("/dev/") or special:
+            name = "stdin" if item in ("-", "@-") else item
+            raise ConfigError(
+                f"{name} can be read by one process: save it to a file, which every process reads for itself"
+            )
 
 
 def check_spill(spill: str | None, net: Net | None = None) -> None:
@@ -234,6 +241,7 @@ class Opened:
             skip_bad=given.skip_bad,
             vectors=reads_vectors,
             coords=net.has_grid,
+            share=given.share,
         )
 
     def run(self, job: RowJob, inputs: Inputs, output: Output) -> None:
@@ -244,10 +252,10 @@ class Opened:
         tell_state = state_teller(job.reader, quiet=quiet)
         try_text = None if self.named or quiet else _trial_of(self.loaded)
 
-        def on_document(document: Document, share: float | None) -> None:
+        def on_document(document: Document, fraction: float | None) -> None:
             if try_text:
                 try_text(document)
-            expected.count(job.counted(len(document)), share)
+            expected.count(job.counted(len(document)), fraction)
             tell_state(job.longest_window(len(document)))
 
         def counted(totals: Counter[str] | None) -> int:
@@ -419,7 +427,7 @@ class ModelAndInputs:
         """Start the ranks, and load the model on each of them. For `chat`, see `ModelFolder.load`."""
         check_spill(computing.spill)
         refuse_sharing(mesh, lambda: self.folder.net_config(self.pattern).pattern, self.folder)
-        planned = launch(mesh, self.documents.inputs, dry_run=dry_run)
+        planned = launch(mesh, self.documents.inputs, share=self.documents.share, dry_run=dry_run)
         from longnet_cli.running.ranks.ranks import join
 
         freeze_imports()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.options import INPUT, OUTPUT, HelpPanel, bare_or
 from longnet_cli.cli.output import check_output, count_left_out, end, tell
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ask_hub, refuse_torchrun
+from longnet_cli.cli.starting import ask_hub, refuse_read_once, refuse_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.data.inputs import Inputs
@@ -43,6 +43,7 @@ class TokenizeCommand:
     id_column: str | None = shared.id_column_option()
     keep: Sequence[str] | None = shared.keep_option()
     skip_bad: bool = shared.skip_bad_flag()
+    share: Any = shared.share_option()  # a Share
     tokenizer: str | None = TOKENS.option(
         "--tokenizer NAME|PATH",
         "Use bytes (one id per byte), a tokenizer.json, or a model's: shipped, or ORG/NAME on the hub.",
@@ -76,8 +77,10 @@ def tokenize(options: TokenizeCommand) -> None:
     if options.update:
         ask_hub(None, options.tokenizer)
     beside = tokenizer_beside(output)
+    if options.share:
+        refuse_read_once(options.inputs)
     names = options.column, options.id_column, tuple(options.keep or ())
-    data = Inputs(options.inputs, None, *names, skip_bad=options.skip_bad)
+    data = Inputs(options.inputs, None, *names, skip_bad=options.skip_bad, share=options.share)
     words = options.tokenizer and Tokenizer.find(options.tokenizer)
     refuse_overwriting("-o", [output, *([beside] if beside else [])], data.sources, [words])
     for_folder = {

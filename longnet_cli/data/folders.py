@@ -12,6 +12,7 @@ from os.path import commonprefix
 from pathlib import PurePosixPath
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
+from longnet_cli.data.machine_shares import shards_of_shares
 from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
 
 SHARD_SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather")
@@ -73,7 +74,8 @@ def choose_files(
 
     Return them, and a sentence that names the other files, with which it warns of them; empty if there are none.
 
-    Files without an order of their own are sorted naturally. A data set or a run that `longnet` wrote below the folder
+    Files without an order of their own are sorted naturally. The folders of all shares of a run are one data set. A
+    data set or a run that `longnet` wrote below the folder
     is skipped if there are other files, because it may be the output that is being written. `names` are relative paths.
     `read(name, size)` returns the first `size` bytes of a file, or all bytes if `size` is None. Raises DataError for a
     folder without readable files, a missing shard and an unfinished or damaged data set, ConfigError for a data set of
@@ -103,6 +105,12 @@ def choose_files(
     if manifest := manifest_in(names):
         if (shards := listed(manifest, "shards", "name")) is None:
             raise DataError(f"{folder}/{manifest}: changed or damaged after it was written")
+        return shards, ""
+    if (shards := shards_of_shares(folder, names, read)) is not None:
+        if missing := next((shard for shard in shards if shard not in {*names}), None):
+            raise DataError(
+                f"{folder}/{missing}: no such file, but the manifest beside it lists it"
+            )
         return shards, ""
     if "dataset_dict.json" in names:
         raise _several(folder, sorted({name.split("/")[0] for name in names if "/" in name}))

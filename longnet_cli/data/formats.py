@@ -83,7 +83,7 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
             "Parquet",
             "HDF5",
         ):  # which are not read in order
-            return replace(opened, share=lambda rows: stored.tell() / stored.size)
+            return replace(opened, fraction=lambda rows: stored.tell() / stored.size)
         return opened
 
 
@@ -236,10 +236,12 @@ def _open_parquet(source: Source, file: Any) -> Table:
                 f"{expected} that it should hold"
             )
 
-    def share(rows: int) -> float:
+    def fraction(rows: int) -> float:
         return rows / max(1, metadata.num_rows)
 
-    return Table(source.name, source.where, parquet.schema_arrow, batches, "Parquet", share=share)
+    return Table(
+        source.name, source.where, parquet.schema_arrow, batches, "Parquet", fraction=fraction
+    )
 
 
 def _root(path: str, names: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, RefusedError
+from longnet_cli.basics.errors import (
+    ConfigError,
+    DataError,
+    InputWarning,
+    LongNetError,
+    RefusedError,
+)
 from longnet_cli.data.columns import (
     INTEGERS,
     VECTOR_COLUMNS,
@@ -41,8 +48,9 @@ from longnet_cli.data.documents import Document, Unread, collect
 from longnet_cli.data.files import FileChangedError, Part, no_place
 from longnet_cli.data.folders import ARROW_KINDS, compression, sniff
 from longnet_cli.data.formats import open_source
+from longnet_cli.data.machine_shares import Share
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.names import Source, Sources
+from longnet_cli.data.names import Apart, Source, Sources
 from longnet_cli.data.tables import Stdin, Table, Text, reading
 from longnet_cli.data.text_pieces import Unit, note_ends
 from longnet_cli.data.token_columns import (
@@ -99,7 +107,8 @@ class Inputs:
     `doc_id` are a document, and a table without such a column is one. Or a row is a document, a list of vectors.
     Coordinates are in a column `coords` of pairs, or in `x` and `y`; without `coords` they are not read.
 
-    With a `unit`, each document of a text knows where its sentences, paragraphs or passages end.
+    With a `unit`, each document of a text knows where its sentences, paragraphs or passages end. With a `share`, only
+    the documents of that share are read.
 
     Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, and for a
     tokenizer other than the one that made the tokens; DataError for missing, empty or damaged data and for inputs with
@@ -118,6 +127,7 @@ class Inputs:
     vectors: bool = False
     coords: bool = True
     unit: Unit | None = None
+    share: Share | None = None
 
     def __post_init__(self) -> None:
         if self.eos_id is not None:
@@ -136,12 +146,38 @@ class Inputs:
             else Sources(self.names, skip_bad=self.skip_bad)
         )
 
+    @cached_property
+    def files(self) -> list[Source]:
+        """The files that are read: those of the share, but all files if they are fewer than the shares."""
+        files = [*self.sources]
+        if self.share is None:
+            return files
+        if not self.shares_documents:
+            sizes = [(source.where, source.size or 0) for source in files]
+            return [files[index] for index in self.share.of_files(sizes)]
+        which = f"documents {self.share.number}, {self.share.number + self.share.count}, ..."
+        warnings.warn(
+            f"share {self.share} has the {which}, and its process reads all of the input: there are fewer files "
+            f"({len(files)}) than shares",
+            InputWarning,
+            stacklevel=2,
+        )
+        return files
+
+    @property
+    def shares_documents(self) -> bool:
+        """Whether a share is one of documents: there are fewer files than shares."""
+        return self.share is not None and len(self.sources.found) < self.share.count
+
     @property
     def wanted(self) -> Wanted:
         return Wanted(self.column, self.id_column, self.keep)
 
     def fingerprint(self) -> str:
-        """Return a digest of the files' names, order and sizes (not of pipes), which a resumed run must find again."""
+        """Return a digest of the names, order and sizes (not of pipes) of all files, also of those of other shares.
+
+        A resumed run must find it again.
+        """
         digest = hashlib.sha256()
         sources = self.sources.found
         for source in sources:
@@ -151,6 +187,8 @@ class Inputs:
     def totals(self) -> Counter[str] | None:
         """Return the numbers of `tokens` and `documents` if all names are folders of tokens, otherwise None."""
         totals = Counter[str]()
+        if self.share:
+            return None
         for folder in self.sources.names:
             try:
                 manifest = read_manifest(folder)
@@ -162,10 +200,12 @@ class Inputs:
         return totals
 
     def num_bytes(self) -> int | None:
-        """Return the bytes of the files if all are plain text, otherwise None."""
+        """Return the bytes of the files that are read if all are plain text on this machine, otherwise None."""
+        if self.shares_documents:
+            return None
         total = 0
-        for source in self.sources.found:
-            if source.path is None or (size := source.size) is None:
+        for source in self.files:
+            if source.path is None or source.filesystem or (size := source.size) is None:
                 return None
             with (
                 suppress(OSError),
@@ -177,9 +217,12 @@ class Inputs:
                 total += size
         return total
 
-    def documents(self, *, digests: bool = False) -> DocumentPass:
-        """Return the documents of every file, in order: each a Document of token ids, or Vectors."""
-        return DocumentPass(self, self.documents_of, digests)
+    def documents(self, *, digests: bool = False, names_apart: bool = False) -> DocumentPass:
+        """Return the documents of every file, in order: each a Document of token ids, or Vectors.
+
+        For `names_apart`, see `DocumentPass`.
+        """
+        return DocumentPass(self, self.items, digests, names_apart, self._document)
 
     def untokenized(self) -> DocumentPass:
         """Return the documents of `documents`, but leave each Text untokenized.
@@ -194,14 +237,15 @@ class Inputs:
         Chats are read only with a tokenizer, `words`. With `skip_bad`, a long file is read to its end before its Text
         is yielded, and waits in a file in $TMPDIR.
         """
-        return DocumentPass(self, partial(self.items, form="text", words=words), digests)
+        read = partial(self.items, form="text", words=words)
+        return DocumentPass(self, read, digests, names_apart=self.id_column is None)
 
     def stored(self) -> Iterator[Any]:
         """Yield the documents of `documents` whose lengths are known at once and which can be read a second time.
 
         They are the token ids or vectors in Arrow and Parquet files on this machine: no text, no JSON, no pipe, no URI.
         """
-        for source in self.sources:
+        for source in self.files:
             if source.path is None or source.filesystem is not None or not source.path.is_file():
                 continue
             with reading(source.where), open(source.path, "rb") as file:
@@ -292,10 +336,11 @@ class Inputs:
 
 
 class DocumentPass:
-    """One pass over the documents of some inputs.
+    """One pass over the documents of some inputs, or of a share of them.
 
     `opened` has the name of each file so far and, with `digests`, its `content_digest` before its first document was
-    read. Raises as `Inputs` says.
+    read. With `names_apart`, neighbours of one name get names of their own before a share of documents is cut out of
+    all. Raises as `Inputs` says.
     """
 
     def __init__(
@@ -303,45 +348,84 @@ class DocumentPass:
         inputs: Inputs,
         read: Callable[[Text | Table, TokenTypes], Iterable[Any]],
         digests: bool = False,
+        names_apart: bool = False,
+        finish: Callable[[Any], Any] = lambda item: item,
     ) -> None:
-        """Yield the items that `read` returns for each file. With `skip_bad`, yield errors instead of raising them."""
-        self._inputs, self._read, self._digests = inputs, read, digests
+        """Yield what `finish` makes of the items that `read` returns for each file.
+
+        With `skip_bad`, yield errors instead of raising them.
+        """
+        self._inputs, self._read, self._digests, self._finish = inputs, read, digests, finish
+        self._apart = Apart() if names_apart else None
+        self._index = 0  # of the next item, if a share is one of documents
         self.opened: list[tuple[str, str | None]] = []
         self._total: int | None = None
         self._ready: Callable[[], bool] | None = None  # of stdin, which is read now or next
         self._before = self._size = 0  # bytes of the files before, and of the one that is read
-        self._begin = self._end = 0.0  # shares of that file before and after the batch that is read
+        self._begin = self._end = (
+            0.0  # fractions of that file before and after the batch that is read
+        )
         self._rows = self._given = 0  # of the batch, and documents given of it
 
     def __iter__(self) -> Iterator[Any]:
-        sources, types = [*self._inputs.sources], TokenTypes()
-        sizes = [source.size for source in sources]
+        for item in self._items():
+            try:
+                document = self._finish(item)
+            except DataError as error:  # of a text, which is read to its end here
+                document = self._unread(error)
+            yield document
+
+    def _items(self) -> Iterator[Any]:
+        """Yield the items of the share, and errors in place of what cannot be read."""
+        inputs, types = self._inputs, TokenTypes()
+        sizes = [source.size for source in inputs.files]
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
-        for error in self._inputs.sources.missing:
-            yield Unread(error, file=True)
-        for source, size, following in zip(sources, sizes, [*sources[1:], None], strict=False):
+        if inputs.share is None or inputs.shares_documents or inputs.share.number == 1:
+            for error in inputs.sources.missing:
+                yield from self._of_share(Unread(error, file=True))
+        for source, size, following in zip(
+            inputs.files, sizes, [*inputs.files[1:], None], strict=False
+        ):
             self._ready = Stdin().ready if following and following.path is None else None
             self.opened.append((source.where, content_digest(source) if self._digests else None))
             self._before, self._size = self._before + self._size, size or 0
             self._batch(0.0, 0.0, 0)
             try:
-                for item in self._read(
-                    self._watched(open_source(source, self._inputs.wanted)), types
-                ):
+                for item in self._read(self._watched(open_source(source, inputs.wanted)), types):
                     self._given += 1
-                    yield item
+                    yield from self._of_share(item)
             except DataError as error:
-                if not self._inputs.skip_bad or isinstance(error, FileChangedError):
-                    raise
-                yield Unread(error, file=True)
+                yield from self._of_share(self._unread(error))
+
+    def _unread(self, error: DataError) -> Unread:
+        """Return a stand-in for what is left of a file. Raises the error itself unless it may be skipped."""
+        if not self._inputs.skip_bad or isinstance(error, FileChangedError):
+            raise error
+        return Unread(error, file=True)
+
+    def _of_share(self, item: Any) -> Iterator[Any]:
+        """Yield an item if the share has it. Items are counted and named as in a run without shares."""
+        share = self._inputs.share
+        if share is None or not self._inputs.shares_documents:
+            yield item
+            return
+        if self._apart and not isinstance(item, Unread):
+            name = self._apart.name(item.doc_id)
+            if isinstance(item, Text):
+                item = replace(item, doc_id=name)
+            else:
+                item.doc_id = name
+        if share.has_document(self._index):
+            yield item
+        self._index += 1
 
     def ready(self) -> bool:
         """Return whether the next document is likely to come without waiting for stdin."""
         return self._ready is None or self._given + 1 < self._rows or self._ready()
 
     @property
-    def share(self) -> float | None:
-        """The share of the inputs that was given so far, from 0 to 1; None if the size of a file is not known.
+    def fraction(self) -> float | None:
+        """The fraction of the inputs that was given so far, from 0 to 1; None if the size of a file is not known.
 
         Within a batch of a table, each document counts alike; a batch counts by its bytes, or in Parquet by its rows.
         """
@@ -363,7 +447,9 @@ class DocumentPass:
             rows = 0
             for batch in opened.read(columns):
                 rows += batch.num_rows
-                self._batch(self._end, max(self._end, min(1.0, opened.share(rows))), batch.num_rows)
+                self._batch(
+                    self._end, max(self._end, min(1.0, opened.fraction(rows))), batch.num_rows
+                )
                 yield batch
             self._batch(1.0, 1.0, 0)
 

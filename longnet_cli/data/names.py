@@ -44,23 +44,24 @@ class Apart:
 class Source:
     """One file to read, or stdin where `path` is None. `name` becomes the doc_id, `where` goes into messages.
 
-    Both are the path's UTF-8 text, in any locale. `filesystem` holds the path, None on this machine. `beside` names
-    files of its folder that are not read.
+    Both are the path's UTF-8 text, in any locale. `filesystem` holds the path, None on this machine; the listing of a
+    store gives the `stored_size`. `beside` names files of its folder that are not read.
     """
 
     path: Path | None
     name: str
     where: str
     filesystem: "FileSystem | None" = None
+    stored_size: int | None = None
     beside: str = ""
 
     @property
     def size(self) -> int | None:
-        """The bytes of a file on this machine, None for a pipe and for a file in a store."""
+        """The bytes of a file, None for a pipe and where a store does not say."""
         if self.path is not None and self.filesystem is None:
             with suppress(OSError):
                 return self.path.stat().st_size if self.path.is_file() else None
-        return None
+        return self.stored_size
 
 
 class Sources:
@@ -177,12 +178,12 @@ def _expand(item: str, *, in_list: bool) -> Iterable[Source | DataError]:
             True,
         )  # in a URI, @ starts a name, not a list
     elif re.match(r"[a-z][a-z0-9+.-]*://", item):
-        from longnet_cli.data.remote import (
-            find_remote,
-        )  # imported late: 20 ms that local input does not need
+        from longnet_cli.data.remote import find_remote  # imported late: 20 ms for stores alone
 
         filesystem, remote = find_remote(item)
-        return [Source(Path(path), name, where, filesystem) for path, name, where in remote]
+        return [
+            Source(Path(path), name, where, filesystem, size) for path, name, where, size in remote
+        ]
     path = Path(_as_path(item))
     if item == "-":
         return [_stdin_source()]

@@ -45,8 +45,8 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
-def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str]]]:
-    """Return the filesystem of a URI, and the path, name and own URI of each file that the URI names.
+def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str, int | None]]]:
+    """Return the filesystem of a URI, and the path, name, own URI and size of each file that the URI names.
 
     A URI names one file, the files of a folder (chosen as in a local folder), or the files that a * or ** matches.
     """
@@ -65,8 +65,8 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str]]]:
         )
         info = asked.get_file_info(path)
         if info.type == fs.FileType.File and not magic:
-            return filesystem, [(path, info.base_name, address)]
-        files = _files_below(asked, path) if info.type == fs.FileType.Directory else []
+            return filesystem, [(path, info.base_name, address, info.size)]
+        sizes = _sizes_below(asked, path) if info.type == fs.FileType.Directory else {}
 
         def read(name: str, size: int | None) -> bytes:
             with asked.open_input_stream(f"{path}/{name}") as file:
@@ -74,14 +74,16 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str]]]:
 
         if magic:
             matches = _glob(address[magic.start() :])
-            names = sorted((name for name in files if matches.fullmatch(name)), key=natural_order)
+            names = sorted((name for name in sizes if matches.fullmatch(name)), key=natural_order)
             if not names:
                 raise DataError(f"{uri}: no file matches")
-        elif files:
-            names, _ = choose_files(base.rstrip("/"), files, read)
+        elif sizes:
+            names, _ = choose_files(base.rstrip("/"), [*sizes], read)
         else:
             raise DataError(f"{uri}: no such file or folder")
-    return filesystem, [(f"{path}/{name}", name, f"{base.rstrip('/')}/{name}") for name in names]
+    return filesystem, [
+        (f"{path}/{name}", name, f"{base.rstrip('/')}/{name}", sizes[name]) for name in names
+    ]
 
 
 def open_remote(filesystem: fs.FileSystem, path: str, where: str) -> Any:
@@ -108,11 +110,15 @@ def version(filesystem: fs.FileSystem, path: str) -> str | None:
         return None
 
 
-def _files_below(filesystem: fs.FileSystem, path: str) -> list[str]:
-    """Return the names of all files below a folder, relative to it."""
+def _sizes_below(filesystem: fs.FileSystem, path: str) -> dict[str, int | None]:
+    """Return the size of each file below a folder, by its name relative to the folder; None where it is not known."""
     entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    names = (entry.path.strip("/") for entry in entries if entry.type == fs.FileType.File)
-    return [name.removeprefix(f"{path.strip('/')}/") for name in names]
+    folder = f"{path.strip('/')}/"
+    return {
+        entry.path.strip("/").removeprefix(folder): entry.size
+        for entry in entries
+        if entry.type == fs.FileType.File
+    }
 
 
 def _glob(pattern: str) -> re.Pattern[str]:

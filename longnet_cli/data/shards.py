@@ -40,6 +40,7 @@ T = TypeVar("T")
 
 
 _OPTIONS = {
+    "share",
     "pool",
     "span",
     "pattern",

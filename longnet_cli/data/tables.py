@@ -55,7 +55,7 @@ class Table:
     have. `bad` gives the reason for rows whose values are null because they could not be read, `blank` the rows before
     which a blank line was skipped. At a row in `begins`, a document begins, though it has the name of the one before;
     with `rows_alone`, at each. `document` is the name of the one document that the table is, if its file says so.
-    `share` returns which share of the file the batches so far take, from 0 to 1, when they have so many rows; 0 if it
+    `fraction` returns which part of the file the batches so far take, from 0 to 1, when they have so many rows; 0 if it
     is not known. `ready` says of stdin whether more of it, or its end, has come (`Pipe`); it is None of other inputs.
     """
 
@@ -72,7 +72,7 @@ class Table:
     begins: set[int] = field(default_factory=set)
     rows_alone: bool = False
     document: str | None = None
-    share: Callable[[int], float] = lambda rows: 0.0
+    fraction: Callable[[int], float] = lambda rows: 0.0
     ready: Callable[[], bool] | None = None
 
     def place(self, row: int) -> str:

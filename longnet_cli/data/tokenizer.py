@@ -322,8 +322,15 @@ class Tokenizer:
             path = located.path
         if not path.is_dir():
             return path
-        manifest = None if (path / TOKENIZER).exists() else manifest_in(os.listdir(path))
-        return path / (manifest or TOKENIZER)
+        if (path / TOKENIZER).exists():
+            return path / TOKENIZER
+        for folder in (
+            path,
+            *sorted(filter(Path.is_dir, path.iterdir())),
+        ):  # one of shares has folders
+            if manifest := manifest_in(os.listdir(folder)):
+                return folder / manifest
+        return path / TOKENIZER
 
     @classmethod
     def train(cls, texts: Iterable[Iterable[str]], vocab_size: int) -> Tokenizer:

@@ -276,12 +276,12 @@ class Telling:
 
     `left_out` counts the documents without a row. `on_stored` first gets the longest window, in tokens, of the
     documents whose length is known at once, if lengths matter to the model. `on_document` gets each document before it
-    is read, and the share of the inputs up to it.
+    is read, and the fraction of the inputs up to it.
     """
 
     left_out: LeftOut = field(default_factory=LeftOut)
     on_stored: Callable[[int], None] = lambda tokens: None
-    on_document: Callable[[Document, float | None], None] = lambda document, share: None
+    on_document: Callable[[Document, float | None], None] = lambda document, fraction: None
 
 
 def run(
@@ -303,11 +303,12 @@ def run(
     """
     ranks, told = job.reader.all_ranks, told or Telling()
     in_folder = is_folder(output.path, resume=output.resume)
-    given = inputs.documents(digests=in_folder and ranks.writes)
+    names_apart = job.names_apart and inputs.id_column is None
+    given = inputs.documents(digests=in_folder and ranks.writes, names_apart=names_apart)
     documents: Iterator[Document] = iter(given)
     if inputs.keep or job.text_fields:  # first_kept waits for the first document
         job.kept_fields, documents = first_kept(documents, job.text_fields)
-    apart = Apart() if job.names_apart and inputs.id_column is None else None
+    apart = Apart() if names_apart else None
 
     def sequences(
         ready: Callable[[], bool] = lambda: True,
@@ -319,7 +320,7 @@ def run(
             documents,
             left_out.skip,
             left_out.pass_over,
-            lambda document: told.on_document(document, given.share),
+            lambda document: told.on_document(document, given.fraction),
             apart,
             ready,
         )
@@ -387,6 +388,7 @@ def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]
     reader = job.reader
     return {
         "inputs": inputs.fingerprint(),
+        **({"share": str(inputs.share)} if inputs.share else {}),
         "column": inputs.column,
         **({"id_column": inputs.id_column} if inputs.id_column or job.says_no_id_column else {}),
         "eos": inputs.eos_id,

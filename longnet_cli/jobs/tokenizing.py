@@ -162,6 +162,7 @@ def _settings(
 
     return {
         "inputs": inputs.fingerprint(),
+        **({"share": str(inputs.share)} if inputs.share else {}),
         "column": inputs.column,
         **({"id_column": inputs.id_column} if inputs.id_column else {}),
         "tokenizer": tokenizer.sha256,
@@ -190,6 +191,10 @@ def _tokenizer(
         )
     if tokenizer is not None:
         raise ConfigError("give a tokenizer or train one, not both")
+    if inputs.share:
+        raise ConfigError(
+            "a tokenizer is trained on all of the input, and not on a share of it: train it first"
+        )
     if earlier is not None:
         return Tokenizer.from_description(earlier)
     if any(str(item) == "-" for item in inputs.sources.names):

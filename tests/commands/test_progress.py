@@ -175,7 +175,7 @@ def test_the_bytes_of_files_tell_how_many_tokens_will_come(kind, tmp_path):
     assert expected.total() is None
     guesses, tokens = [], 0
     for document in documents:
-        expected.count(len(document), documents.share)
+        expected.count(len(document), documents.fraction)
         tokens += len(document)
         guesses.append(expected.total())
     assert guesses[-1] == tokens
@@ -204,7 +204,7 @@ def test_a_pipe_has_no_total(tmp_path):
     writer.start()
     documents = Inputs([tmp_path / "pipe"], Tokenizer.bytes()).documents()
     assert len([*documents]) == 1
-    assert documents.share is None
+    assert documents.fraction is None
     writer.join()
 
 

@@ -1,0 +1,129 @@
+"""Shares of an input, each for one of many machines, and the folder of their outputs, which is read as one data set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from longnet_cli.basics.errors import DataError
+from longnet_cli.basics.sealed import unseal
+from longnet_cli.data.manifest import FINISHED, MANIFEST_VERSION, UNFINISHED, manifest_text
+
+
+class Share(NamedTuple):
+    """Share `number` of `count`, written `2/4`."""
+
+    number: int
+    count: int  # type: ignore[assignment]
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """Return the share that a text such as `2/4` names. Raises ValueError for another text."""
+        numbers = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+        share = cls(int(numbers[1]), int(numbers[2])) if numbers else cls(0, 0)
+        if not 1 <= share.number <= share.count:
+            raise ValueError(f"'{text}' is no share: write I/N, with I from 1 to N, such as 2/4")
+        return share
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def has_document(self, index: int) -> bool:
+        """Return whether this share has a document, by its index among all documents."""
+        return index % self.count == self.number - 1
+
+    def of_files(self, files: Sequence[tuple[str, int]]) -> list[int]:
+        """Return the indices of the files of this share, in order, from the name and the bytes of each file.
+
+        The largest file comes first, and each goes to the share that has the fewest bytes so far. Of files of one
+        size, the first by its name comes first.
+        """
+        order = sorted(range(len(files)), key=lambda index: (-files[index][1], files[index][0]))
+        loads = [(0, 0)] * self.count  # bytes and files of each share
+        taken: list[int] = []
+        for index in order:
+            lightest = loads.index(min(loads))
+            size, number = loads[lightest]
+            loads[lightest] = size + files[index][1], number + 1
+            if lightest == self.number - 1:
+                taken.append(index)
+        return sorted(taken)
+
+
+MAY_DIFFER = ("share", "chunk", "kernel")  # settings that are a machine's own
+
+
+def shards_of_shares(
+    folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]
+) -> list[str] | None:
+    """Return the shards of a folder of shares, in the order of the shares; None for another folder.
+
+    Each folder in it holds what one share has written. `names` and `read` are those of `choose_files`. Raises DataError
+    for a share that is missing, unfinished or there twice, and for folders that are no shares of one run.
+    """
+    manifests = _manifests_below(names)
+    contents = {below: _content(name, read) for below, name in manifests.items()}
+    settings = {below: content.get("settings", {}) for below, content in contents.items()}
+    first = next((below for below in settings if "share" in settings[below]), None)
+    if first is None:
+        return None
+    count = Share.parse(settings[first]["share"]).count
+    folders: dict[int, str] = {}
+    for below in manifests:
+        share = _share_beside(folder, below, settings[below], first, settings[first])
+        if share.number in folders:
+            raise DataError(f"{folder}: share {share} is in {folders[share.number]} and {below}")
+        if manifests[below].endswith(UNFINISHED):
+            raise DataError(
+                f"{folder}/{below}: share {share} did not end: finish it with its command and --resume"
+            )
+        folders[share.number] = below
+    shards: list[str] = []
+    for number in range(1, count + 1):
+        if number not in folders:
+            raise DataError(f"{folder}: share {number}/{count} is missing")
+        below = folders[number]
+        shards += [f"{below}/{shard['name']}" for shard in contents[below]["shards"]]
+    return shards
+
+
+def _manifests_below(names: Sequence[str]) -> dict[str, str]:
+    """Return the name of the manifest of each folder that has one; that of an unfinished run counts first."""
+    manifests: dict[str, str] = {}
+    for name in sorted(names):
+        below, _, file = name.rpartition("/")
+        if file == UNFINISHED or (file in FINISHED and below not in manifests):
+            manifests[below] = name
+    return {below: name for below, name in manifests.items() if below and "/" not in below}
+
+
+def _content(name: str, read: Callable[[str, int | None], bytes]) -> dict[str, Any]:
+    """Return the content of a manifest; nothing of one that is damaged."""
+    try:
+        return unseal(manifest_text(name, read(name, None)), MANIFEST_VERSION)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _share_beside(
+    folder: str,
+    below: str,
+    settings: Mapping[str, Any],
+    first: str,
+    first_settings: Mapping[str, Any],
+) -> Share:
+    """Return the share in the folder `below`. Raises DataError unless it is of the same run as the first one."""
+    beside = f"beside share {first_settings['share']} in {folder}/{first}"
+    if "share" not in settings:
+        raise DataError(f"{folder}/{below} is no share, {beside}: name the folders to read")
+    share = Share.parse(settings["share"])
+    if share.count != Share.parse(first_settings["share"]).count:
+        raise DataError(f"{folder}/{below} is share {share}, {beside}: name one run")
+    for name in {**first_settings, **settings}:
+        if name not in MAY_DIFFER and settings.get(name) != first_settings.get(name):
+            raise DataError(
+                f"{folder}/{below}: {name} is {settings.get(name)!r}, {beside}, where it is "
+                f"{first_settings.get(name)!r}: the shares of one run have the same inputs and options"
+            )
+    return share
