@@ -26,8 +26,8 @@ PAGES = {
 REFERENCE = {
     "Attention": {
         "longnet_cli": (
-            "dilated_attention", "DilatedAttention", "dilated_attention_reference", "KVCache", "far_keys", "FarKeys",
-            "parse_pattern", "format_pattern", "Pattern",
+            "dilated_attention", "DilatedAttention", "KVCache", "far_keys", "FarKeys", "parse_pattern",
+            "format_pattern", "Pattern",
         ),
     },
     "Models": {

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         far_keys,
     )
     from longnet_cli.attention.notation import format_pattern, parse_pattern
-    from longnet_cli.attention.reference import dilated_attention_reference
     from longnet_cli.basics.errors import (
         CheckpointError,
         ConfigError,
@@ -56,7 +55,6 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "attention": "DilatedAttention FarKeys KVCache Pattern dilated_attention far_keys",
-    "attention.reference": "dilated_attention_reference",
     "basics.errors": "CheckpointError ConfigError DataError LongNetError MemoryLimitError NotFiniteError",
     "attention.notation": "format_pattern parse_pattern",
     "data.documents": "Document",

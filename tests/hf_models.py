@@ -12,11 +12,11 @@ from torch import Tensor
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 import transformers as hf
+from reference import dilated_attention_reference
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from longnet_cli.attention import SINKS, FarKeys, Outside, Pattern
-from longnet_cli.attention.reference import dilated_attention_reference
 from longnet_cli.models.hf.attention import dilated_mask, pattern_of
 from longnet_cli.models.hf.pretrained_net import TransformersNet
 

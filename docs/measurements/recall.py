@@ -35,7 +35,9 @@ from torch import Tensor, nn
 
 from longnet_cli import LongNet, LongNetConfig, parse_pattern
 from longnet_cli.attention import Pattern
-from longnet_cli.attention.reference import key_counts
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+from reference import key_counts
 
 KEYS, VALUES = 64, 32  # ids: keys, then values, then one for noise
 SHORT = 128  # tokens of the first sequences

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import chosen_blocks, dilated_attention_reference
 from strategies import Choice, assert_close, chosen_choices, cuts, run, split, turn, turning
 from torch import Tensor
 
@@ -31,7 +32,6 @@ from longnet_cli.attention import pattern as pattern_module
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops
 from longnet_cli.attention.chosen import Chosen
 from longnet_cli.attention.groups import GroupedPart, chosen_flops, groups_of
-from longnet_cli.attention.reference import chosen_blocks, dilated_attention_reference
 from longnet_cli.running.mapped import BlockFile, SpillFile
 
 WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)

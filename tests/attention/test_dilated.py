@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from places import GOLDEN
+from reference import dilated_attention_reference
 from safetensors import safe_open
 from strategies import (
     PAPER_64TH,
@@ -44,7 +45,6 @@ from longnet_cli.attention import (
 )
 from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.planning import Shard, plan_calls
-from longnet_cli.attention.reference import dilated_attention_reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import dilated_attention_reference, key_counts
 from strategies import Choice, assert_close, choices, cuts, run, split, turn, turning
 from torch import Tensor
 
@@ -28,7 +29,6 @@ from longnet_cli.attention.branches import attention_flops, branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.merging import apart
 from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.attention.reference import dilated_attention_reference, key_counts
 from longnet_cli.attention.spans import Layout, far_spans
 from longnet_cli.attention.views import strided_view
 

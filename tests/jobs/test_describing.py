@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from pattern_nets import net
 from places import ROOT
 from processes import invoke
+from reference import key_counts
 from strategies import Choice, choices
 
 from longnet_cli.attention import KVCache, Pattern
 from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.groups import groups_of
 from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.attention.reference import key_counts
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.describing import (
     NOTHING,

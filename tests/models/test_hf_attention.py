@@ -44,10 +44,10 @@ from hf_models import (
     rotary,
     sharing,
 )
+from reference import dilated_attention_reference
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.cache import cached_rows
-from longnet_cli.attention.reference import dilated_attention_reference
 from longnet_cli.attention.spans import Layout
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.attention import (

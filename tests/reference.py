@@ -9,9 +9,9 @@ from math import inf
 import torch
 from torch import Tensor
 
-from .groups import stages
-from .pattern import MEAN_OF, NEIGHBOUR, SURE, VOTERS, Padding, Pattern
-from .sinks import Turn
+from longnet_cli.attention.groups import stages
+from longnet_cli.attention.pattern import MEAN_OF, NEIGHBOUR, SURE, VOTERS, Padding, Pattern
+from longnet_cli.attention.sinks import Turn
 
 
 def dilated_attention_reference(
