@@ -98,6 +98,8 @@ def loopback_hub() -> Iterator[LoopbackHub]:
             path = self.path.partition("?")[0]
             if match := re.fullmatch(r"/api/models/((?:[^/]+/)?[^/]+)/revision/([^/]+)", path):
                 self.info(*match.groups())
+            elif match := re.fullmatch(r"/api/models/((?:[^/]+/)?[^/]+)/tree/([^/]+)", path):
+                self.tree(*match.groups())
             elif match := re.fullmatch(r"/(cdn/)?((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)", path):
                 self.file(*match.groups())
             else:
@@ -108,6 +110,14 @@ def loopback_hub() -> Iterator[LoopbackHub]:
                 names = [{"rfilename": name} for name in hub.commits[repo][commit]]
                 sha = hub.told.get("sha", commit)
                 self.answer(200, json.dumps({"id": repo, "sha": sha, "siblings": names}).encode())
+
+        def tree(self, repo: str, revision: str) -> None:
+            if (commit := self.commit(repo, revision)) and not self.refuse(repo, "RepoNotFound"):
+                entries = [
+                    {"type": "file", "path": name, "size": len(data), "oid": name_of("", data)}
+                    for name, data in hub.commits[repo][commit].items()
+                ]
+                self.answer(200, json.dumps(entries).encode())
 
         def commit(self, repo: str, revision: str) -> str | None:
             commits, revision = hub.commits.get(repo), "main" if hub.told else revision

@@ -1,5 +1,12 @@
 """The names of the files in a model's folder, and of what stands in them."""
 
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from longnet_cli.basics.configuration import parse, read_text
+
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SHARDED = (
     "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
@@ -18,13 +25,11 @@ TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-# the cache has these, or knows that the repository lacks them; and the files that a module needs
-OF_SENTENCES = (MODULES, PROMPTS, TRANSFORMER_CONFIGS[0])
-NEEDED_BY_MODULE = {
-    "Pooling": (CONFIG,),
-    "Dense": (CONFIG, WEIGHTS),
-    "LayerNorm": (CONFIG, WEIGHTS),
-}
+# all that is read beside config.json and the weights; a module has a folder, such as 1_Pooling
+BESIDE_MODEL = (
+    *(GENERATION, SHARDED, TOKENIZER, *BESIDE_TOKENIZER, MODULES, PROMPTS, *TRANSFORMER_CONFIGS),
+    *("[0-9]_*/*.json", "[0-9]_*/model.safetensors"),
+)
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 # `model_type` in config.json of a LongNet: the error of a library that does not know it shows nothing else of a folder
 MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"
@@ -32,3 +37,17 @@ MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"
 # Metadata keys of model.safetensors: digests of what was saved together. Other tools drop them when they save.
 TENSORS_SHA256, CONFIG_SHA256 = "longnet.tensors_sha256", "longnet.config_sha256"
 TOKENIZER_SHA256 = "longnet.tokenizer_sha256"
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the files with the weights of a model, as its index lists them."""
+    if not (folder / WEIGHTS).exists():
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            places = parse(read_text(folder / SHARDED))["weight_map"]
+            return sorted({str(name) for name in places.values()})
+    return [WEIGHTS]
+
+
+def is_within(name: str) -> bool:
+    """Return whether a file's name, which a hub or a folder's file says, stays below the folder."""
+    return not (name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name)

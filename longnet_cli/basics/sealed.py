@@ -19,15 +19,7 @@ from longnet_cli.basics.errors import CheckpointError
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hex. Raises OSError."""
-    return _digest(path, hashlib.sha256())
-
-
-def file_git_sha1(path: Path) -> str:
-    """Return the SHA-1 by which git names a file, in hex. Raises OSError."""
-    return _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size))
-
-
-def _digest(path: Path, digest: Any) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

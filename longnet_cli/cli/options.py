@@ -149,10 +149,10 @@ def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Return the shipped and the cached models whose names begin so; none for a path, which the shell completes."""
-    from longnet_cli.hub.model_names import list_cached, list_models
+    """Return the shipped models whose names begin so; none for a path, which the shell completes."""
+    from longnet_cli.hub.model_names import list_models
 
-    return [name for name in (*list_models(), *list_cached()) if name.startswith(incomplete)]
+    return [name for name in list_models() if name.startswith(incomplete)]
 
 
 INPUT, MODEL, PATTERN, OUTPUT = (

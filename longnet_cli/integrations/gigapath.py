@@ -22,7 +22,7 @@ import torch
 
 from longnet_cli.basics.configuration import nearest
 from longnet_cli.basics.errors import CheckpointError, ConfigError
-from longnet_cli.hub.model_names import find_file
+from longnet_cli.hub.model_names import find_model
 from longnet_cli.models.official import is_checkpoint, read_state_dict, slide_net
 from longnet_cli.models.official_slide import LongNetViT
 from longnet_cli.nets.weights import check_finite
@@ -48,7 +48,7 @@ def create_model(
     if not pretrained:
         return build(in_chans=in_chans, **options)
     name = pretrained.removeprefix("hf_hub:")
-    path = Path(pretrained) if name == pretrained else find_file(name, FILE).path
+    path = Path(pretrained) if name == pretrained else find_model(f"{name}:{FILE}").path
     if not path.is_file() or not is_checkpoint(path):
         what = "not a checkpoint of torch.save or safetensors" if path.exists() else "no such file"
         raise CheckpointError(

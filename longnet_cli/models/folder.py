@@ -27,10 +27,12 @@ from longnet_cli.basics.model_files import (
     TOKENIZER,
     TOKENIZER_SHA256,
     WEIGHTS,
+    is_within,
+    weight_files,
 )
 from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
 from longnet_cli.hub.model_names import find_model
-from longnet_cli.hub.repository import Located, download_again, is_within, weight_files
+from longnet_cli.hub.repository import Located, download_again
 
 if TYPE_CHECKING:
     import torch

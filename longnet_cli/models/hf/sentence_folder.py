@@ -32,9 +32,9 @@ from longnet_cli.basics.model_files import (
     TOKENIZER,
     TRANSFORMER_CONFIGS,
     WEIGHTS,
+    is_within,
 )
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.hub.repository import is_within
 from longnet_cli.nets.weights import check_finite
 
 # the names of poolings: the library's, in the order in which it joins them, and its older keys
