@@ -266,7 +266,7 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     ("score x.parquet -m ./llama --nproc 2", 2, "in one process"),
     ("data inspect x.parquet --tokenizer nope.json", 2, "nope.json"),
     ("convert longnet-tiny -o out --dtype fp32 --heads 4", 2, "--heads: only for a checkpoint"),
-    ("score x.parquet -m longnet-tny", 2, "unknown model 'longnet-tny': shipped with weights: longnet-tiny; a path needs a slash"),
+    ("score x.parquet -m longnet-tny", 2, "unknown model 'longnet-tny': shipped with weights: longnet-tiny"),
     ("score x.parquet -m longnet-125m", 2, "unknown model 'longnet-125m': shipped with weights: longnet-tiny"),
     *((f"score x.parquet -m {name}", 2, "unknown model") for name in (".", "..")),
     ("score x.parquet -m ./none", 4, "no such folder"),
