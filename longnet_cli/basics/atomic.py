@@ -48,10 +48,10 @@ def writing(what: str | Path) -> Iterator[None]:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing under a temporary name in its folder; rename it when the block ends without an error.
 
-    Missing folders are created. At any time, even after a crash, the path holds the old file or the whole new one.
-    Temporary files that killed writers of the same file left behind are removed. A device or a named pipe is written
-    to directly. Raises ConfigError when the path cannot be opened, LongNetError when the end of the file cannot be
-    written.
+    The file's `name` is the temporary one. Missing folders are created. At any time, even after a crash, the path holds
+    the old file or the whole new one. Temporary files that killed writers of the same file left behind are removed. A
+    device or a named pipe is written to directly. Raises ConfigError when the path cannot be opened, LongNetError when
+    the end of the file cannot be written.
     """
     target = Path(path)
     with _opening(path):
@@ -62,8 +62,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             )  # not for >(command), whose real path does not exist
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target.parent, target.name)
-        temporary, place = (target, target) if direct else _new_temporary(target)
-        file = open(place, "wb")  # noqa: SIM115
+        temporary, handle = (target, None) if direct else _new_temporary(target)
+        opener = None if handle is None else lambda *_: handle
+        file = open(temporary, "wb", opener=opener)  # noqa: SIM115
     try:
         yield file
         with writing(path):

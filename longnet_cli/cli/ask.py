@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
 from longnet_cli.basics.sizes import count_of
@@ -80,19 +80,24 @@ def ask(options: AskCommand) -> None:
     )
     named = ModelAndInputs(documents, shared.ModelChoice(options.model, options.update))
     opened = named.open(shared.Mesh(), options.computing, dry_run=False, chat=None)
-    from longnet_cli.data.passages import PassageIndex
+    from longnet_cli.data.outputs import refuse_overwriting
+    from longnet_cli.data.passages import open_index
     from longnet_cli.jobs.asking import answer
 
     inputs, quiet = opened.inputs(None), opened.quiet
-    with closing(PassageIndex(options.index)) as index:
+    if options.index:
+        refuse_overwriting("--index", [options.index], opened.sources, [options.questions])
+    with open_index(options.index) as index:
         with progress("indexing", inputs.num_bytes(), "B", quiet=quiet) as advance:
             index.update(inputs, advance, opened.left_out.skip)
-        found = [(question, index.find(question, options.passages)) for question in questions]
-    several, without = options.questions is not None, sum(not passages for _, passages in found)
+        found = [index.find(question, options.passages) for _, question in questions]
+    several, without = options.questions is not None, sum(not passages for passages in found)
     streams, how = options.format == "text" and not several, options.sampling.arguments()
     how |= {name: getattr(options.computing, name) for name in ("chunk", "dtype", "spill")}
     write = write_text if streams else lambda text: None
-    for number, (question, passages) in enumerate(found if several or not without else ()):
+    for number, ((name, question), passages) in enumerate(zip(questions, found, strict=True)):
+        if not passages and not several:
+            break
         answered = answer(
             opened.loaded,
             question,
@@ -107,33 +112,52 @@ def ask(options: AskCommand) -> None:
             _tell_sources(
                 answered, f", seed {how['seed']}" * bool(options.sampling.temperature), quiet
             )
+        elif several:
+            emit_jsonl({"id": name} | answered.row())
         else:
-            (emit_jsonl if several else emit_json)(answered.row())
+            emit_json(answered.row())
     if without:
-        what = f"{without} of {count_of(len(found), 'question')}"
+        what = f"{without} of {count_of(len(questions), 'question')}"
         raise LongNetError(
             f"no passage has a word of {what}, which nothing answers: ask in words that the text has"
         )
     opened.end()
 
 
-def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[str]]:
-    """Return the names of the inputs, and the questions. Raises ConfigError for one that is missing, or is a file."""
-    if options.questions is not None:
-        from longnet_cli.data.inputs import Inputs
+def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the names of the inputs, and the questions with their ids.
 
-        texts = Inputs([options.questions], column="question").texts()
-        return options.words, ["".join(text.parts) for text in texts]
-    *names, question = options.words
-    if not names or os.path.exists(question):
-        raise ConfigError(
-            f"{question}: name files, folders or -, and write the question last, in quotes"
-        )
-    if any("\ud800" <= character <= "\udfff" for character in question):
-        raise ConfigError(
-            "QUESTION is not UTF-8: save it as a UTF-8 file of JSON Lines and give that with --questions"
-        )
-    return names, [question]
+    Raises ConfigError for a question that is missing, is a file, or is not UTF-8.
+    """
+    from longnet_cli.data.passages import check_question
+
+    if options.questions is None:
+        *names, question = options.words
+        questions = [("", question)]
+        if not names or os.path.exists(question):
+            raise ConfigError(
+                f"{question}: name files, folders or -, and write the question last, in quotes"
+            )
+    else:
+        names, questions = options.words, [*_read_questions(options.questions)]
+    for _, question in questions:
+        check_question(question)
+    return names, questions
+
+
+def _read_questions(file: str) -> Iterator[tuple[str, str]]:
+    """Yield the id and the text of each row of a file. Neighbours of one id are not joined."""
+    from longnet_cli.data.inputs import DocumentPass, Inputs
+    from longnet_cli.data.tables import Table, Text
+
+    inputs = Inputs([file], column="question")
+
+    def read(opened: Text | Table, types: object) -> Iterable[Any]:
+        apart = replace(opened, rows_alone=True) if isinstance(opened, Table) else opened
+        return inputs.items(apart, form="text")
+
+    for row in DocumentPass(inputs, read):
+        yield row.doc_id, "".join(row.parts)
 
 
 def _tell_sources(answered: Answer, drawn: str, quiet: bool) -> None:

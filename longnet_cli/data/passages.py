@@ -2,30 +2,38 @@
 
     texts --text_pieces.cut--> passages --PassageIndex--> SQLite's full-text search --find--> the best passages by BM25
 
-The index is in memory, or a file that knows its inputs by digests of their contents.
+The index is in memory, or a file that knows its inputs by their sizes, times of change and contents.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 import sqlite3
+import time
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
-from itertools import count
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.atomic import atomic_write
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data.documents import Unread
-from longnet_cli.data.inputs import DocumentPass, Inputs
+from longnet_cli.data.inputs import DocumentPass, Inputs, content_digest
 from longnet_cli.data.manifest import OnSkip
-from longnet_cli.data.tables import Table, Text
+from longnet_cli.data.names import Source
+from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.text_pieces import cut
 
-# Writing in which no space ends a word: Thai, Lao, Burmese, Khmer, kana, Chinese characters, hangul
+# Writing in which no space ends a word: Thai, Lao, Burmese and Khmer; kana, Chinese characters and hangul
 UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]+"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]+"
 )
+PAIRS = "\u3040"  # from here on, two neighbouring signs are taken for a word; before, three
 
 
 class Passage(NamedTuple):
@@ -38,64 +46,114 @@ class Passage(NamedTuple):
     text: str
 
 
-# Words are compared by their stems and without accents. Where no space ends a word, any three characters are one.
-TABLES = {"words": "porter unicode61 categories 'L* N* Co M*'", "letters": "trigram"}
-COLUMNS = "file UNINDEXED, number UNINDEXED, doc_id UNINDEXED, char_start UNINDEXED, char_end UNINDEXED, text"
-MARK = 0x6C6E7001  # in the file's header: "lnp" and the version of the tables and of the cut
+# Words are compared by their stems. `text` is the passage where its `compared` text is another, otherwise null.
+WORDS = "porter unicode61 remove_diacritics 0 categories 'L* N* Co M*'"
+TABLES = (
+    "CREATE TABLE files (file PRIMARY KEY, read_as, state, digest, left_out)",
+    "CREATE VIRTUAL TABLE passages USING fts5(file UNINDEXED, doc_id UNINDEXED, char_start UNINDEXED, "
+    f'char_end UNINDEXED, text UNINDEXED, compared, tokenize="{WORDS}")',
+)
+MARK = 0x6C6E7002  # in the file's header: "lnp" and the version of the tables, of the cut and of `compared`
+WAIT = 60  # seconds for which a process waits for another one
+JUST_NOW = 2  # seconds in which a file may change twice and have one time of change
+
+
+class KnownFile(NamedTuple):
+    """What an index knows of a file: its name and columns, its size and times, its digest, and its errors, as JSON.
+
+    `state` and `digest` are None where they do not tell whether it is still the same.
+    """
+
+    read_as: str
+    state: str | None
+    digest: str | None
+    left_out: str = "[]"
+
+
+@contextmanager
+def open_index(path: str | None) -> Iterator[PassageIndex]:
+    """Yield the index in a file, which this process alone uses, or one in memory.
+
+    What is done to it is kept unless an error ends the block. A new file is there when the block has ended. Raises
+    ConfigError for a file that is no such index.
+    """
+    with ExitStack() as stack:
+        place = path or ":memory:"
+        if path is not None and os.path.exists(path):
+            _check_index(path)
+        elif path is not None:
+            place = stack.enter_context(atomic_write(path)).name
+        index = stack.enter_context(closing(PassageIndex(place, path)))
+        yield index
+        index.commit()
+
+
+def _check_index(path: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            header = file.read(72)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read: {error.strerror}") from error
+    if not header.startswith(b"SQLite format 3\0") or header[68:] != MARK.to_bytes(4, "big"):
+        raise ConfigError(
+            f"{path}: no index of passages that this version has made: name another file, or remove it"
+        )
 
 
 class PassageIndex:
-    """An index of passages in memory, or in the file `path`, which is made if it is not there.
+    """An index of passages in memory, or in the file `place`, whose name in errors is `path`.
 
-    Raises ConfigError for a file that is no such index, and for a Python whose SQLite has no full-text search.
+    All up to `commit` is one transaction. Raises ConfigError if another process does not end its own, for a damaged
+    file, and for a Python whose SQLite has no full-text search; LongNetError for a full disk.
     """
 
-    def __init__(self, path: str | None = None) -> None:
-        self._path, self._numbers = (
-            path or ":memory:",
-            count(),
-        )  # in the order in which passages are added
+    def __init__(self, place: str = ":memory:", path: str | None = None) -> None:
+        self._path = path or place
         self._places = dict[str, int]()  # of each file among the inputs
-        if self._run("PRAGMA application_id") == [(MARK,)]:
-            return
-        if self._run("SELECT 1 FROM sqlite_master"):
-            raise ConfigError(
-                f"{path}: a database, but no index of this version: name another file"
-            )
-        tables = (
-            f'{name} USING fts5({COLUMNS}, tokenize="{words}")' for name, words in TABLES.items()
-        )
-        made = (f"CREATE VIRTUAL TABLE {table}" for table in tables)
-        for query in (
-            "BEGIN",
-            "CREATE TABLE files (file, digest)",
-            *made,
-            f"PRAGMA application_id = {MARK}",
-            "COMMIT",
-        ):
-            self._run(query)
+        with self._errors():
+            self._base = sqlite3.connect(place, timeout=1, isolation_level=None)
+        self._base.create_function("place", 1, self._places.get)
+        self._begin(may_write=path is None or os.access(place, os.W_OK))
+        if self._run("PRAGMA application_id") != [(MARK,)]:
+            for query in (*TABLES, f"PRAGMA application_id = {MARK}"):
+                self._run(query)
 
-    @cached_property
-    def _base(self) -> sqlite3.Connection:
-        base = sqlite3.connect(self._path, isolation_level=None)
-        base.create_function("place", 1, self._places.get)
-        return base
+    def _begin(self, may_write: bool) -> None:
+        """Begin the transaction. Each try waits for a second, after which Ctrl-C is noticed."""
+        for _ in range(WAIT):
+            with self._errors():
+                try:
+                    self._base.execute("BEGIN IMMEDIATE" if may_write else "BEGIN")
+                    return
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error):
+                        raise
+        raise ConfigError(
+            f"{self._path}: another process uses this index: wait until it has ended, or name another file"
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            what = f"{self._path}: {error} (SQLite {sqlite3.sqlite_version})"
+            if re.search("disk is full|disk I/O", str(error)):
+                raise LongNetError(f"{what}: it cannot be written: is the disk full?") from error
+            if re.search("no such (module|tokenizer)", str(error)):
+                what += "; ask needs FTS5, which this Python's SQLite lacks"
+            raise ConfigError(what) from error
 
     def _run(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
-        try:
+        with self._errors():
             return self._base.execute(query, values).fetchall()
-        except sqlite3.Error as error:
-            lacks = (
-                "; ask needs FTS5 and trigram, which this Python's SQLite lacks"
-                if "no such" in str(error)
-                else ""
-            )
-            raise ConfigError(
-                f"{self._path}: {error} (SQLite {sqlite3.sqlite_version}{lacks})"
-            ) from error
+
+    def commit(self) -> None:
+        """Keep what was done."""
+        self._run("COMMIT")
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. What was not committed is undone."""
         self._base.close()
 
     def update(
@@ -107,29 +165,42 @@ class PassageIndex:
         """Let the index hold the passages of the inputs' texts, and no others. A file that it knows is not read again.
 
         `on_bytes` gets the size of each new passage, `on_skip` what cannot be read, if the inputs have `skip_bad`.
-        Raises as `Inputs` does; the index is then as it was.
+        Raises as `Inputs` does.
         """
-        known = dict(self._run("SELECT file, digest FROM files"))
+        rows = self._run("SELECT file, read_as, state, digest, left_out FROM files")
+        known = {file: KnownFile(*row) for file, *row in rows}
+        files, left_out = dict[str, KnownFile](), defaultdict[str, list[str]](list)
 
         def read(opened: Text | Table, types: Any) -> Iterable[Any]:
-            file, digest = documents.opened[-1]
-            stamp = f"{digest} {inputs.wanted}"
-            if digest and known.get(file) == stamp:
-                return ()
-            self._forget({file} & known.keys())
-            self._run("INSERT INTO files VALUES (?, ?)", (file, stamp))
-            return inputs.items(opened, form="text")
+            source = inputs.sources.found[len(documents.opened) - 1]
+            earlier, read_as = known.get(source.where), f"{inputs.wanted} {source.name}"
+            files[source.where] = now = _known_now(source, read_as, earlier)
+            contents = read_as, now.digest
+            if now.digest is None or not earlier or contents != (earlier.read_as, earlier.digest):
+                self._forget({source.where} & known.keys())
+                return inputs.items(opened, form="text")
+            errors = [DataError(why) for why in json.loads(earlier.left_out)]
+            if errors and not inputs.skip_bad:
+                raise errors[0]
+            return map(Unread, errors)
 
-        documents = DocumentPass(inputs, read, digests=True)
-        self._run("BEGIN")  # what is not committed is undone when the file is closed
-        for text in documents:
-            if isinstance(text, Unread) and on_skip:
-                on_skip(text, text.error)
-            else:
-                self.add(text, documents.opened[-1][0], on_bytes)
+        documents = DocumentPass(inputs, read)
+        for item in documents:
+            file = documents.opened[-1][0] if documents.opened else ""  # none for a missing input
+            if not isinstance(item, Unread):
+                self.add(item, file, on_bytes)
+                continue
+            left_out[file].append(str(item.error))
+            if item.file and file in files:  # damaged somewhere: it is read again each time
+                files[file] = files[file]._replace(state=None, digest=None)
+            if on_skip:
+                on_skip(item, item.error)
+        for file, now in files.items():
+            now = now._replace(left_out=json.dumps(left_out[file]))
+            if now != known.get(file):
+                self._run("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", (file, *now))
         self._places.update({file: place for place, (file, _) in enumerate(documents.opened)})
-        self._forget(known.keys() - self._places.keys())
-        self._run("COMMIT")
+        self._forget(known.keys() - files.keys())
 
     def add(
         self, text: Text, file: str = "", on_bytes: Callable[[int], None] = lambda size: None
@@ -139,31 +210,91 @@ class PassageIndex:
         for piece in cut(text.parts, "passage"):
             end, passage = end + len(piece), piece.strip()
             start = end - len(piece.lstrip())
-            table = "letters" if UNSPACED.search(passage) else "words"
-            row = (file, next(self._numbers), text.doc_id, start, start + len(passage), passage)
-            self._run(f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?, ?)", row)
+            compared = passage
+            if not passage.isascii() or "\0" in passage:
+                compared = UNSPACED.sub(lambda run: f" {' '.join(run[0])} ", as_compared(passage))
+            original = passage if compared != passage else None
+            row = (file, text.doc_id, start, start + len(passage), original, compared)
+            self._run("INSERT INTO passages VALUES (?, ?, ?, ?, ?, ?)", row)
             on_bytes(len(piece.encode()))
 
     def _forget(self, files: Iterable[str]) -> None:
         for file in files:
-            for table in (*TABLES, "files"):
+            for table in ("passages", "files"):
                 self._run(f"DELETE FROM {table} WHERE file = ?", [file])
 
     def find(self, question: str, most: int) -> list[Passage]:
-        """Return the best passages that have a word of the question, `most` at most, in the order of the texts."""
+        """Return the best passages that have a word of the question, `most` at most, in the order of the texts.
+
+        Raises ConfigError for a question that is not UTF-8.
+        """
         if most < 1:
             raise ConfigError(f"the passages must be 1 or more, not {most}")
-        words = "".join(
-            sign if unicodedata.category(sign)[0] in "LNM" else " " for sign in question
-        ).split()
-        runs = [
-            run[at : at + 3] for run in UNSPACED.findall(question) for at in range(len(run) - 2)
-        ]
-        found = list[tuple[Any, ...]]()
-        for table, asked in (("words", words), ("letters", words + runs)):
-            match = " OR ".join(f'"{word}"' for word in dict.fromkeys(asked))
-            query = f"SELECT doc_id, char_start, char_end, -rank, text, place(file), number FROM {table}"
-            query += f" WHERE {table} MATCH ? ORDER BY rank, place(file), number LIMIT ?"
-            found += self._run(query, (match, most)) if match else ()
-        best = sorted(found, key=lambda row: (-row[3], row[5:]))[:most]
-        return [Passage(*row[:5]) for row in sorted(best, key=lambda row: row[5:])]
+        check_question(question)
+        words = as_compared(question)
+        asked = UNSPACED.sub(" ", words).split()
+        for run in UNSPACED.findall(words):
+            size = 2 if run >= PAIRS else 3
+            asked += [" ".join(run[at : at + size]) for at in range(max(1, len(run) - size + 1))]
+        match = " OR ".join(f'"{word}"' for word in dict.fromkeys(asked))
+        if not match:
+            return []
+        best = (
+            "SELECT doc_id, char_start, char_end, -rank, coalesce(text, compared), place(file) AS place, "
+            "rowid AS number FROM passages WHERE passages MATCH ? ORDER BY rank, place, number LIMIT ?"
+        )
+        found = self._run(f"SELECT * FROM ({best}) ORDER BY place, number", (match, most))
+        return [Passage(*row[:5]) for row in found]
+
+
+def check_question(question: str) -> None:
+    """Raise ConfigError for a question that is not UTF-8."""
+    if any("\ud800" <= sign <= "\udfff" for sign in question):
+        raise ConfigError(
+            "the question is not UTF-8: save it as a UTF-8 file of JSON Lines, and give that with --questions"
+        )
+
+
+def as_compared(text: str) -> str:
+    """Return a text as the search compares it: in small letters, without accents and vowel signs, in NFKC.
+
+    What is no part of a word becomes a space, before the parts of a sign too: of a trade mark, no letters stay.
+    """
+    words = "".join(map(_in_word, text))
+    letters = "".join(map(_in_word, unicodedata.normalize("NFKD", words)))
+    return unicodedata.normalize("NFKC", letters.casefold())
+
+
+@cache
+def _in_word(sign: str) -> str:
+    """Return a sign, a space for one that is not in a word, nothing for an accent or a vowel sign that may be left out.
+
+    Marks of Indic and Thai writing, without which a word is another one, stay: their combining classes say so.
+    """
+    category, above = unicodedata.category(sign), unicodedata.combining(sign)
+    if category[0] not in "LNM" and category != "Co":
+        return " "
+    return "" if 10 <= above <= 36 or above >= 200 else sign
+
+
+def _known_now(source: Source, read_as: str, earlier: KnownFile | None) -> KnownFile:
+    """Return what is known of a file now. It is read only if its size and times are not those of `earlier`."""
+    state = None
+    if source.path is not None and source.size is not None:
+        status = source.path.stat()
+        changed = max(status.st_mtime_ns, status.st_ctime_ns)
+        if time.time_ns() - changed > JUST_NOW * 10**9:
+            state = f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    same = earlier is not None and state is not None and state == earlier.state
+    return KnownFile(read_as, state, earlier.digest if same and earlier else _digest(source))
+
+
+def _digest(source: Source) -> str | None:
+    """Return a digest of all bytes of a file; of one in a store, of its version; None of a pipe."""
+    if source.path is None or source.size is None:
+        return content_digest(source)
+    digest = hashlib.sha256()
+    with reading(source.where), open(source.path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import signal
 import sqlite3
+import time
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from files import write_lines
+from files import write_lines, write_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.passages import PassageIndex
+from longnet_cli.data.passages import JUST_NOW, MARK, PassageIndex, open_index
 from longnet_cli.data.tables import Text
 from longnet_cli.data.text_pieces import SIZES, Unit, cut
 
@@ -92,6 +97,18 @@ TEXTS = {
     "th": "เมืองหลวงของประเทศไทยคือกรุงเทพมหานคร",
     "hi": "हिन्दी भाषा",
     "code": "call foo_bar(NEAR, x*) or AND",
+    "vi": "Việt Nam",
+    "el": "ὁ Ὀδυσσεύς ἐν Ἰθάκῃ",
+    "ru": "зелёная ёлка",
+    "ar": "اَلْعَرَبِيَّةُ لُغَةٌ",
+    "he": "בְּרֵאשִׁית בָּרָא",
+    "wide": "\uff27\uff30\uff35 \uff14\uff12 ﬁnal",
+    "ja": unicodedata.normalize("NFD", "がっこう ガンダム"),
+    "ko": unicodedata.normalize("NFD", "한국어를 배우다"),
+    "mixed": "用 AI 写 7 首诗",
+    "nul": "before\0after 書\0籍",
+    "marks": "the Zyzzyva™ and Straße",
+    "ligature": "the o\ufb03ce",
 }
 
 
@@ -103,6 +120,27 @@ TEXTS = {
         ("北京的人口是多少?", "zh"),
         ("กรุงเทพมหานครอยู่ที่ไหน", "th"),
         ("हिन्दी", "hi"),
+        ("北京有什么?", "zh"),
+        ("Viet", "vi"),
+        ("ΟΔΥΣΣΕΥΣ", "el"),
+        ("ιθακη", "el"),
+        ("елка", "ru"),
+        ("العربية", "ar"),
+        ("בראשית", "he"),
+        ("gpu", "wide"),
+        ("42", "wide"),
+        ("final", "wide"),
+        ("がっこう", "ja"),
+        ("ｶﾞﾝﾀﾞﾑ", "ja"),
+        ("한국어", "ko"),
+        ("배우", "ko"),
+        ("ai", "mixed"),
+        ("7", "mixed"),
+        ("after", "nul"),
+        ("籍", "nul"),
+        ("zyzzyva", "marks"),
+        ("STRASSE", "marks"),
+        ("office", "ligature"),
         *(
             (f"foo_bar {syntax}", "code")
             for syntax in ('"', "NEAR(", "x*", "text:", "^a", "-b", "{a} +", "' OR", ")")
@@ -112,6 +150,28 @@ TEXTS = {
 )
 def test_words_find_their_passage_and_syntax_is_words(question: str, name: str) -> None:
     assert found(TEXTS, question) == [name]
+
+
+@pytest.mark.parametrize(("word", "other"), [("कुल", "कल"), ("がみ", "かみ"), ("มุม", "มม")])
+def test_marks_that_make_another_word_are_compared(word: str, other: str) -> None:
+    assert found({"a": word}, word) == ["a"]
+    assert found({"a": word}, other) == []
+
+
+def test_places_are_those_of_the_text_as_it_is() -> None:
+    text = " " + "Élan vital. " * 50 + "\n\n" + "ガンダム。" * 60 + "\0" + "ﬁne \uff21\uff29. " * 90
+    text = unicodedata.normalize("NFD", text)
+    index = PassageIndex()
+    index.add(Text("a", text, "a"))
+    passages = index.find("elan ガンダム fine", 99)
+    assert len(passages) > 4
+    assert all(text[each.char_start : each.char_end] == each.text for each in passages)
+
+
+@pytest.mark.parametrize("question", ["violet \ud800", "\udcff"])
+def test_a_question_that_is_not_utf_8_is_refused(question: str) -> None:
+    with pytest.raises(ConfigError, match="question is not UTF-8"):
+        found(TEXTS, question)
 
 
 def test_nothing_is_found_without_a_shared_word() -> None:
@@ -141,6 +201,13 @@ def test_passages_come_in_the_order_of_the_texts_with_their_places(tmp_path: Pat
     )
 
 
+def asked(path: Path, inputs: list[Path], question: str, **options: str | bool) -> list[str]:
+    """The names of the documents that an index in a file finds after it has read the inputs."""
+    with open_index(str(path)) as index:
+        index.update(Inputs(inputs, **options))
+        return [passage.doc_id for passage in index.find(question, 9)]
+
+
 def test_an_index_in_a_file_follows_its_inputs(tmp_path: Path) -> None:
     """After any change it finds what a new one finds, and without one it is only read."""
     path, names = tmp_path / "i.sqlite", [tmp_path / f"{name}.txt" for name in "abc"]
@@ -150,15 +217,17 @@ def test_an_index_in_a_file_follows_its_inputs(tmp_path: Path) -> None:
         name.write_text(text)
 
     def update(inputs: list[Path], **options: str) -> tuple[list[object], int]:
-        fresh, kept, read = PassageIndex(), PassageIndex(str(path)), []
+        fresh, read = PassageIndex(), []
         fresh.update(Inputs(inputs, **options))
-        kept.update(Inputs(inputs, **options), read.append)
-        found = [kept.find(word, 9) for word in ("dog", "cat", "horse", "one")]
-        kept.close()
+        with open_index(str(path)) as kept:
+            kept.update(Inputs(inputs, **options), read.append)
+            found = [kept.find(word, 9) for word in ("dog", "cat", "horse", "one")]
         assert found == [fresh.find(word, 9) for word in ("dog", "cat", "horse", "one")]
         return found, sum(read)
 
     assert update(names)[1] == 25
+    time.sleep(JUST_NOW)
+    assert update(names)[1] == 0  # from now on it knows their times of change
     before = path.read_bytes()
     os.chmod(path, 0o400)
     assert update(names)[1] == 0
@@ -168,6 +237,8 @@ def test_an_index_in_a_file_follows_its_inputs(tmp_path: Path) -> None:
     assert update(names)[1] == 16
     assert update(names[::-1])[1] == 0  # another order of the same
     assert update(names[1:])[1] == 0  # one less
+    os.utime(names[1])
+    assert update(names[1:])[1] == 0  # another time of change
     assert update([*names[1:], rows]) == (update([*names[1:], rows])[0], 7)
     assert update([rows], column="other")[1] == 9
     assert update([rows], column="other")[1] == 0
@@ -178,24 +249,146 @@ def test_an_index_in_a_file_follows_its_inputs(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_an_edit_in_the_middle_of_a_large_table_is_noticed(tmp_path: Path) -> None:
+    """It changes neither the size nor, as it is set back, the time of writing."""
+    table, index = tmp_path / "t.arrow", tmp_path / "i.sqlite"
+    write_rows(table, [{"text": f"w{i:05}w {'x' * 5000}"} for i in range(2000)])
+    assert asked(index, [table], "w01000w") == ["t.arrow:1000"]
+    written = os.stat(table).st_mtime_ns
+    table.write_bytes(table.read_bytes().replace(b"w01000w", b"edited!"))
+    os.utime(table, ns=(written, written))
+    assert asked(index, [table], "edited") == ["t.arrow:1000"]
+
+
+def test_what_was_left_out_of_a_known_file_is_said_again(tmp_path: Path) -> None:
+    write_lines(tmp_path / "r.jsonl", [{"text": "one"}, {"text": None}, {"text": "one more"}])
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    inputs = [tmp_path / "r.jsonl", tmp_path / "bad.txt", tmp_path / "missing.txt"]
+    said: list[list[tuple[str, bool]]] = []
+    for _ in range(2):
+        skipped: list[tuple[str, bool]] = []
+        with open_index(str(tmp_path / "i.sqlite")) as index:
+            index.update(
+                Inputs(inputs, skip_bad=True),
+                on_skip=lambda item, why, skipped=skipped: skipped.append((str(why), item.file)),
+            )
+            assert [each.doc_id for each in index.find("one", 9)] == ["r.jsonl:0", "r.jsonl:2"]
+        said.append(skipped)
+    assert said[0] == said[1]
+    assert [file for _, file in said[0]] == [True, False, True]
+    with pytest.raises(DataError, match="line 2: 'text' is null"):
+        asked(tmp_path / "i.sqlite", inputs[:1], "one")
+    index = PassageIndex()
+    index.update(Inputs(inputs, skip_bad=True))  # nobody wants to know
+    assert len(index.find("one", 9)) == 2
+
+
+def test_a_known_file_has_the_name_that_it_has_now(tmp_path: Path) -> None:
+    for folder in ("x", "x/sub", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(f"one {folder}")
+    index = tmp_path / "i.sqlite"
+    assert asked(index, [tmp_path / "x"], "one") == ["a.txt", "sub/a.txt"]
+    assert asked(index, [tmp_path / "x/sub"], "one") == ["a.txt"]
+    both = [tmp_path / "x/a.txt", tmp_path / "y/a.txt"]
+    assert asked(index, both, "one") == [*map(str, both)]
+
+
+def test_two_processes_answer_from_their_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits for the first, and then says that it has waited long enough."""
+    index = tmp_path / "i.sqlite"
+    for name in ("mine", "theirs"):
+        (tmp_path / f"{name}.txt").write_text(f"the door is {name}")
+    assert asked(index, [tmp_path / "mine.txt"], "door") == ["mine.txt"]
+    with ThreadPoolExecutor() as pool:
+        with open_index(str(index)) as first:
+            first.update(Inputs([tmp_path / "mine.txt"]))
+            second = pool.submit(asked, index, [tmp_path / "theirs.txt"], "door")
+            time.sleep(0.3)
+            assert not second.done()
+            assert [each.doc_id for each in first.find("door", 9)] == ["mine.txt"]
+        assert second.result() == ["theirs.txt"]
+    monkeypatch.setattr("longnet_cli.data.passages.WAIT", 1)
+    held = open_index(str(index))
+    with held, pytest.raises(ConfigError, match=r"i.sqlite: another process uses this index"):
+        asked(index, [tmp_path / "mine.txt"], "door")
+
+
+def test_two_first_runs_at_once_leave_each_passage_once(tmp_path: Path) -> None:
+    index, inputs = tmp_path / "i.sqlite", [tmp_path / "a.txt"]
+    inputs[0].write_text("one passage")
+    with open_index(str(index)) as first:
+        first.update(Inputs(inputs))
+        assert asked(index, inputs, "passage") == ["a.txt"]
+        assert len(first.find("passage", 9)) == 1
+    assert asked(index, inputs, "passage") == ["a.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "i.sqlite"]
+
+
+def test_a_call_that_is_refused_leaves_no_index_and_changes_none(tmp_path: Path) -> None:
+    index, text = tmp_path / "i.sqlite", tmp_path / "a.txt"
+    text.write_text("one passage")
+    for wrong in ({"inputs": [tmp_path / "missing"]}, {"inputs": [text], "column": "body"}):
+        with pytest.raises((ConfigError, DataError)):
+            asked(index, question="passage", **wrong)
+        assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("limit", [0, 100_000])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_full_disk_is_one_line_and_the_index_stays(
+    tmp_path: Path, limit: int, known: bool
+) -> None:
+    index, text = tmp_path / "i.sqlite", tmp_path / "a.txt"
+    text.write_text("short")
+    if known:
+        asked(index, [text], "short")
+    before = index.read_bytes() if known else None
+    text.write_text("".join(f"word{i} " for i in range(50_000)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(
+            LongNetError, match=r"i.sqlite: .*written: is the disk full\?"
+        ) as failure:
+            asked(index, [text], "word1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert failure.value.exit_code == 1
+    assert (index.read_bytes() if index.exists() else None) == before
+    assert asked(index, [text], "word1") == ["a.txt"]
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "i.sqlite"]
+
+
 def test_a_file_that_is_no_index_is_refused_and_stays(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("some text " * 200)
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "folder").mkdir()
     with sqlite3.connect(tmp_path / "other.sqlite") as other:
         other.execute("CREATE TABLE mine (x)")
+    with sqlite3.connect(tmp_path / "marked.sqlite") as other:
+        other.execute(f"PRAGMA application_id = {MARK}")
     for name, why in (
-        ("x.txt", "file is not a database"),
-        ("other.sqlite", "no index"),
-        (".", "unable to open"),
+        ("x.txt", "no index of passages"),
+        ("empty", "no index of passages"),
+        ("other.sqlite", "no index of passages"),
+        ("marked.sqlite", r"no such table: files \(SQLite [\d.]+\)"),
+        ("folder", "Is a directory"),
+        ("x.txt/i", "cannot write"),
     ):
-        before = (tmp_path / name).read_bytes() if name != "." else b""
-        with pytest.raises(ConfigError, match=f"{name}: .*{why}"):
-            PassageIndex(str(tmp_path / name))
-        assert name == "." or (tmp_path / name).read_bytes() == before
+        before = (tmp_path / name).read_bytes() if (tmp_path / name).is_file() else b""
+        with pytest.raises(ConfigError, match=f"{name}: .*{why}$|{name}: {why}"):
+            asked(tmp_path / name, [tmp_path / "x.txt"], "text")
+        assert not before or (tmp_path / name).read_bytes() == before
 
 
 def test_a_python_without_full_text_search_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longnet_cli.data.passages.TABLES", {"words": "no_such_tokenizer"})
-    with pytest.raises(
-        ConfigError, match="ask needs FTS5 and trigram, which this Python's SQLite lacks"
-    ):
-        PassageIndex()
+    for lacking in ("fts5(words, tokenize='no_such_tokenizer')", "no_such_module"):
+        table = f"CREATE VIRTUAL TABLE passages USING {lacking}"
+        monkeypatch.setattr("longnet_cli.data.passages.TABLES", [table])
+        with pytest.raises(ConfigError, match="ask needs FTS5, which this Python's SQLite lacks"):
+            PassageIndex()

@@ -98,6 +98,11 @@ def test_nothing_is_made_up_and_nothing_is_read_without_a_passage(llama: Path) -
     )
 
 
+def test_a_question_in_python_must_be_utf_8(llama: Path) -> None:
+    with pytest.raises(ConfigError, match="the question is not UTF-8"):
+        ask(["violet"], "violet \ud800", model=f"{llama}/")
+
+
 def test_the_worst_passages_are_left_out_where_all_do_not_fit(tmp_path: Path) -> None:
     loaded = loaded_of(tiny_llama(tmp_path / "llama", max_position_embeddings=400))
     found = [Passage("a", 0, 100, score, str(score) * 50) for score in (1.0, 3.0, 2.0)]
@@ -189,17 +194,49 @@ def test_several_questions_have_a_line_each_and_one_without_a_passage_has_no_ans
     one = run_longnet("ask", words[0], "xyzzy?", *words[1:])
     assert (one.returncode, one.stdout) == (1, "")
     again = run_longnet("ask", words[0], ODD_QUESTION, *words[1:], "--format", "json")
-    assert json.loads(again.stdout) == rows[0]
+    assert {"id": "q.jsonl:0"} | json.loads(again.stdout) == rows[0]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_each_row_of_questions_is_one_and_carries_its_id(
+    model: Path, run_longnet: RunLongnet, tmp_path: Path, kind: str
+) -> None:
+    """Neighbours of one name too: a set of questions about documents may be named by these."""
+    rows = [{"id": name, "question": f"{word} shed?"} for name, word in (("s", "a"), ("s", "b"))]
+    if kind == "jsonl":
+        write_lines(tmp_path / "q.jsonl", rows)
+    else:
+        write_rows(tmp_path / "q.parquet", rows)
+    done = run_longnet("ask", "texts", "--questions", f"q.{kind}", "-m", model, "-n", "1", code=0)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["id"], row["question"]) for row in answers] == [("s", "a shed?"), ("s", "b shed?")]
+    write_lines(tmp_path / "q.jsonl", [{"question": "Which shed?"}])
+    done = run_longnet("ask", "texts", "--questions", "q.jsonl", "-m", model, "-n", "1", code=0)
+    assert json.loads(done.stdout)["id"] == "q.jsonl:0"
 
 
 def test_what_cannot_be_read_is_left_out_as_asked(
     model: Path, run_longnet: RunLongnet, tmp_path: Path
 ) -> None:
-    (tmp_path / "texts/c.txt").write_bytes(b"\xff")
-    words = ["ask", "texts", ODD_QUESTION, "-m", model, "-n", "1", "-q"]
-    assert run_longnet(*words).returncode == 3
-    done = run_longnet(*words, "--skip-bad")
-    assert (done.returncode, len(done.stdout) > 0) == (6, True)
+    """Also where an index knows the rest."""
+    write_lines(tmp_path / "texts/c.jsonl", [{"text": "A shed."}, {"text": None}])
+    words = ["ask", "texts", ODD_QUESTION, "-m", model, "-n", "1"]
+    run_longnet(*words, code=3)
+    for index in ([], ["--index", "i.sqlite"], ["--index", "i.sqlite"]):
+        done = run_longnet(*words, "--skip-bad", *index, code=6)
+        assert "c.jsonl, line 2: 'text' is null" in done.stderr
+        assert done.stdout
+    run_longnet(*words, "--index", "i.sqlite", code=3)
+
+
+def test_an_index_replaces_no_file_that_is_read(
+    model: Path, run_longnet: RunLongnet, tmp_path: Path
+) -> None:
+    for name in ("texts/a.txt", "texts/empty.txt"):
+        (tmp_path / "texts/empty.txt").write_text("")
+        done = run_longnet("ask", "texts", "What?", "--index", name, "-m", model, code=2)
+        assert f"--index {name} is {name}, which this command reads" in done.stderr
+        assert (tmp_path / "texts/a.txt").read_text() == TEXT
 
 
 @pytest.mark.parametrize("name", ["bytes", "longnet-tiny"])
