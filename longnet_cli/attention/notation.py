@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.sizes import format_size, parse_size
+from longnet_cli.basics.sizes import MAX_SIZE, format_size, parse_size
 
 from .pattern import Pattern
 
@@ -199,16 +198,14 @@ def _nearest(word: str, *names: Iterable[str]) -> str:
 
 
 def format_pattern(pattern: Pattern) -> str:
-    """Return the shortest text that `parse_pattern` reads as `pattern`.
+    """Return a text that `parse_pattern` reads as `pattern`: the constructor that gives its levels, or the levels.
 
-    It is never `pretrained`: the meaning of that may change, but the meaning of an output's metadata must not.
+    It is never `pretrained` or `finding`: what these mean may change, but what an output's metadata mean must not.
     """
-    found = [
-        text + _options(made, pattern, ":" if text in _CONSTRUCTORS else ",")
-        for text, made in _made(pattern)
-    ]
-    found.append(format_levels(pattern))
-    return min((text for text in found if _parsed(text) == pattern), key=len, default=found[-1])
+    for text, made in _constructed(pattern.segment_lengths):
+        if made.levels == pattern.levels:
+            return text + _options(made, pattern, ":" if text in _CONSTRUCTORS else ",")
+    return format_levels(pattern)
 
 
 def format_levels(pattern: Pattern) -> str:
@@ -217,21 +214,16 @@ def format_levels(pattern: Pattern) -> str:
     return levels + _options(Pattern(pattern.segment_lengths, pattern.dilation_rates), pattern, ",")
 
 
-def _made(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
-    """Yield texts that give the same levels as `pattern`, each with the pattern that it gives."""
-    w, others = pattern.segment_lengths[0], pattern.levels[1:]
-    plain = ",".join(f"{format_size(w)}/{format_size(r)}" for w, r in pattern.levels)
-    candidates = ["dense", "paper", plain, f"window:{format_size(w)}"]
-    if others:
-        ratio = others[0].segment_length // w
-        base_word = f",base={format_size(w)}" if w != 2048 else ""
-        ratio_word = f",ratio={format_size(ratio)}" if ratio != 2 else ""
-        length = min(pattern.segment_lengths[-1], 2**63 - 1)
-        candidates.append(f"geometric:{format_size(length)}{base_word}{ratio_word}")
-    for text in candidates:
-        made = _parsed(text)
-        if made and made.levels == pattern.levels:
-            yield text, made
+def _constructed(lengths: Sequence[int]) -> Iterator[tuple[str, Pattern]]:
+    """Yield constructors that may give levels of these segment lengths, as text, and the patterns that they give."""
+    yield "dense", Pattern.dense()
+    yield "paper", Pattern.paper()
+    yield f"window:{format_size(lengths[0])}", Pattern.window(lengths[0])
+    ratio = lengths[1] // lengths[0] if len(lengths) > 1 else 0
+    if ratio > 1:
+        length = min(lengths[-1], MAX_SIZE)
+        sizes = f"{format_size(length)},base={format_size(lengths[0])},ratio={format_size(ratio)}"
+        yield f"geometric:{sizes}", Pattern.geometric(length, lengths[0], ratio)
 
 
 def _options(made: Pattern, pattern: Pattern, separator: str) -> str:
@@ -254,13 +246,6 @@ def _value(value: Any) -> str:
     if not isinstance(value, tuple):
         return format_size(value) if isinstance(value, int) else str(value)
     return "/".join(map(format_size, value[:1] if len({*value}) == 1 else value))
-
-
-def _parsed(text: str) -> Pattern | None:
-    """Return the pattern of a text, None for impossible levels and for a number that no size can express."""
-    with suppress(ValueError):
-        return parse_pattern(text)
-    return None
 
 
 def pattern_fields(pattern: Pattern) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import pyarrow as pa
 
-from longnet_cli.attention.notation import format_pattern
+from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NoTokensError
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.files import FileChangedError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.manifest import LeftOut, OnSkip
+from longnet_cli.data.manifest import LeftOut, OnSkip, read_manifest
 from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import ShardWriter, first_kept, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat
@@ -334,6 +334,9 @@ def run(
     shard_size = job.shard_size if output.shard_size is None else output.shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
+    if output.resume:
+        text = _text_of_earlier_run(output.path, job.facts.pattern)
+        job.facts = replace(job.facts, pattern=text)
     settings, folder = _settings(job, inputs, shard_size), None
     if ranks.writes:
         folder = ShardFolder(
@@ -377,6 +380,20 @@ def _write_stream(
     flush()
     job.end(written["tokens"])
     return written if sink else None
+
+
+def _text_of_earlier_run(folder: str | Path, pattern: str | None) -> str | None:
+    """Return the text by which the earlier run in a folder names the same pattern, otherwise `pattern` as it is.
+
+    Another version may write another text of it, and all that a folder holds says the same.
+    """
+    earlier = read_manifest(Path(folder))
+    text = earlier.settings.get("pattern") if earlier else None
+    if text is None or pattern is None:
+        return pattern
+    with suppress(ValueError):
+        return text if parse_pattern(text) == parse_pattern(pattern) else pattern
+    return pattern
 
 
 def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]:

@@ -225,7 +225,7 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     ("pattern 1Ki/1,4Ki/4,queries=all", 2, '1Ki/1,4Ki/4,queries=all: queries="all" needs overlap="once"'),
     ("pattern paper --seq 2e18", 2, "paper, 2000000000000000000 tokens: nothing is described beyond 2^60 tokens"),
     ("pattern 1Ki/1,1Gi/4,overlap=once", 2, "overlap=once: its segments see each other in 1048577 parts"),
-    ("pattern window:8,look_back=1e9", 2, "8/1,look_back=1G: its segments see each other in 1000000001 parts"),
+    ("pattern window:8,look_back=1e9", 2, "window:8,look_back=1G: its segments see each other in 1000000001 parts"),
     ("pattern paper -o x.txt", 2, "x.txt: a picture's name ends in .png, .svg, .pdf"),
     ("score bad.jsonl -o out.arrow", 3, "bad.jsonl, line 2: 'text' is not text"),
     ("tokenize bad.jsonl -o out.arrow", 3, "bad.jsonl, line 2: 'text' is not text"),

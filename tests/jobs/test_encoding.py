@@ -291,6 +291,18 @@ def test_a_folder_resumed_anywhere_has_the_same_bytes(
         assert half.totals["documents"] >= stop - 3
 
 
+def test_an_earlier_run_may_name_the_pattern_otherwise(model: LongNet, tmp_path: Path) -> None:
+    """As another version wrote it; the folder says one thing, and another pattern is refused."""
+    write(model, tmp_path / "whole", pattern="geometric:64,base=16")
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path / "cut", stopped_at(5), pattern="geometric:64,base=16")
+    for other in ("16/1,64/4", "window:16"):
+        with pytest.raises(ConfigError, match="cannot resume: pattern was 'geometric:64,base=16'"):
+            write(model, tmp_path / "cut", pattern=other, resume=True)
+    write(model, tmp_path / "cut", pattern="16/1,32/2,64/4", resume=True)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("span", [None, 20])
 def test_neighbours_of_one_name_get_names_of_their_own(
     model: LongNet, tmp_path: Path, span: int | None
