@@ -1,7 +1,7 @@
 """Chat templates, which turn messages into the text of a prompt or of a whole chat.
 
-A template is Jinja source in the model's folder. It runs in Jinja's sandbox, within limits of time and memory: it sees
-only the messages, the special tokens and the time, and can change nothing.
+A template is Jinja source in the model's folder. It runs in Jinja's sandbox, for SECONDS at most: it sees only the
+messages, the special tokens and the time, and can change nothing.
 
 Only the template itself can write special tokens: text in a message that looks like one is encoded as its characters,
 as in any document. For this, a private-use character that is in no message, the mark, stands before what is hidden: the
@@ -13,17 +13,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import jinja2
 import numpy as np
 import tokenizers
+from jinja2 import ext, nodes, parser, sandbox
 
 from longnet_cli.basics.configuration import digest, read_text
-from longnet_cli.basics.errors import ConfigError, RefusedError, one_line
-from longnet_cli.data.rendering import Template
+from longnet_cli.basics.errors import ConfigError, LongNetError, RefusedError, one_line
 from longnet_cli.data.text_pieces import decodes_bytes
 from longnet_cli.data.tokenizer import (
     SETTINGS,
@@ -34,6 +40,7 @@ from longnet_cli.data.tokenizer import (
 )
 
 TEMPLATE = "chat_template.jinja"
+SECONDS = 20  # for a template to render a chat
 MARKS = range(0xE000, 0xF900)  # private-use characters
 NAMED, HIDDEN = (
     0xF0000,
@@ -66,7 +73,9 @@ class ChatTemplate:
             raise ConfigError(
                 f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for chats"
             )
-        self._template, self._named = Template(template, str(folder)), _named_tokens(settings)
+        self._folder, self._named = folder, _named_tokens(settings)
+        with _limited(folder):
+            self._template = _environment().from_string(template)
         self.tokenizer = tokenizer
         self._special = [added["content"] for added in tokenizer.added_tokens if added["special"]]
         self._first = sorted({text[0] for text in self._special})
@@ -140,7 +149,10 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
-        return self._template.render(variables | self._named), mark
+        with _limited(self._folder):
+            text = self._template.render(variables | self._named)
+            text.encode()  # raises an error for half of a character
+        return text, mark
 
     def _shown(self, rendered: str, mark: str) -> str:
         """Return a text with the characters that are hidden in it."""
@@ -224,3 +236,73 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
             "default"
         )
     return template if isinstance(template, str) else None
+
+
+@contextmanager
+def _limited(folder: Path) -> Iterator[None]:
+    """Run the template of a folder in the main thread for SECONDS at most; in another thread, without a limit.
+
+    Raises RefusedError, with the line of the template, if it fails, and ConfigError if it takes longer. One operation
+    of Python that takes long is not stopped in the middle.
+    """
+    fails = f"{folder}: the chat template fails"
+
+    def stop(*_: object) -> NoReturn:
+        raise ConfigError(f"{fails}: it takes more than {SECONDS} seconds")
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:
+        handler_before = signal.signal(signal.SIGALRM, stop)
+        signal.alarm(SECONDS)
+    try:
+        yield
+    except LongNetError:
+        raise
+    except Exception as error:  # a template may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+        line = getattr(error, "lineno", lines[-1] if lines else "?")
+        what = one_line(error) or type(error).__name__
+        raise RefusedError(f"{fails}: {what} (line {line})") from None
+    finally:
+        if in_main_thread:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, handler_before)
+
+
+def _environment() -> sandbox.SandboxedEnvironment:
+    """Return the sandbox with the filters, tags and functions that transformers gives to a template."""
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return JSON as the filter of transformers does, with its parameters in its order."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+class _Generation(ext.Extension):
+    """The tag `{% generation %}`, which marks an assistant's words for training. Here it renders its body unchanged."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: parser.Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
