@@ -7,10 +7,10 @@ Where there is torch but no package index, copy the checkout with `build/wheels`
 `make gpu` then runs the machine's own Python, with the packages from there, and installs nothing.
 
 The report names the card and the versions, the kernels that work and why others do not, the outcome of `pytest -m gpu`,
-the figures of `longnet bench`, and the kernels that take the time of a forward and backward pass, each with its
-command. Every step runs in its own process, with a share of the time.
-A step that fails, or takes too long, becomes a line in the report, and the others go on. Exit codes: 0, everything was
-right; 1, a test or a step failed, and the report says which; 2, there is no GPU.
+the figures of `longnet bench` and of three steps of training, and the kernels that take the time of a forward and
+backward pass, each with its command. Every step runs in its own process, with a share of the time. A step that fails,
+or takes too long, becomes a line in the report, and the others go on. Exit codes: 0, everything was right; 1, a test or
+a step failed, and the report says which; 2, there is no GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import time
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +53,7 @@ TRIED = "fp32 and not (compiled or math)"  # the tests that run with --small
 
 Row = dict[str, Any]
 TINY = ["--heads", "2", "--head-dim", "16", "--repeats", "1"]
+SMALL_NET = {"vocab_size": 300, "dim": 32, "num_layers": 1, "num_heads": 2, "ffn_dim": 64}
 
 
 @dataclass(frozen=True)
@@ -211,34 +212,99 @@ def show_stream(text: str) -> tuple[list[str], list[str]]:
     ), []
 
 
+def trained(lengths: list[int], device: str, small: bool, seconds: float) -> Iterator[Row]:
+    """Train longnet-125m for three steps of one sequence of each length, on random tokens; yield a row for each.
+
+    A row has what the last step says in metrics.jsonl. With `small`, the net is tiny. No run begins after `seconds`.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    from longnet_cli.jobs.training.costs import step_flops
+    from longnet_cli.jobs.training.recipe import load_recipe
+    from longnet_cli.running.device import resolve_dtype, select_device
+    from longnet_cli.running.ranks.ranks import Ranks
+
+    begin = time.monotonic()
+    sizes = SMALL_NET if small else {}
+    vocabulary = sizes.get("vocab_size", 100_277)
+    settings = [f"model.{name}={value}" for name, value in sizes.items()] + ["train.log_every=1"]
+    with tempfile.TemporaryDirectory() as folder:
+        ids = np.random.default_rng(0).integers(256, vocabulary, 4 * max(lengths), dtype=np.int32)
+        table = pa.table({"input_ids": pa.array([ids], pa.large_list(pa.int32()))})
+        with pa.ipc.new_file(f"{folder}/tokens.arrow", table.schema) as file:
+            file.write_table(table)
+        for length in lengths:
+            if time.monotonic() - begin > seconds:
+                yield {"seq": length, "status": "stopped", "reason": "the time is over"}
+                continue
+            run = f"{folder}/{length}"
+            command = [
+                "-m",
+                "longnet_cli",
+                "train",
+                "longnet-125m",
+                "--data",
+                f"{folder}/tokens.arrow",
+            ]
+            command += [
+                "--seq-len",
+                str(length),
+                "--steps",
+                "3",
+                "--device",
+                device,
+                "-o",
+                run,
+                "-q",
+            ]
+            for setting in (*settings, f"train.batch_tokens={length}"):
+                command += ["--set", setting]
+            done = subprocess.run(
+                [sys.executable, *command], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                yield {"seq": length, "status": f"exit code {done.returncode}", "reason": reason}
+                continue
+            recipe = load_recipe(f"{run}/recipe.json", {})
+            last = json.loads(Path(run, "metrics.jsonl").read_text().splitlines()[-1])
+            flops = step_flops(recipe, recipe.train.stages[0], Ranks()).all
+            yield {
+                "seq": length,
+                "status": "ok",
+                "dtype": resolve_dtype(recipe.train.dtype, select_device(device)),
+                "tokens_per_second": last["tokens_per_second"],
+                "flops_per_second": flops * last["tokens_per_second"],
+                "peak_memory_bytes": last["peak_memory_bytes"],
+            }
+
+
 def show_training(text: str, machine: Row) -> tuple[list[str], list[str]]:
     """Return a line for each length, with its share of the rate of matrix products."""
     rows = rows_of(text)
     lines: list[list[object]] = []
     for row in (row for row in rows if row["status"] == "ok"):
         peak = machine.get("matmul", {}).get(row["dtype"])
-        share = row["flops_per_second"] / peak if peak else None
+        share = f"{100 * row['flops_per_second'] / peak:.0f} %" if peak else None
         lines.append(
             [
-                f"{row['seq']:,}", scaled(row["seconds"], 1e-3), scaled(row["tokens_per_second"], 1e3),
-                scaled(row["flops_per_second"], 1e12), None if share is None else f"{100 * share:.0f} %",
-                scaled(row["peak_rss_bytes"], 2**30, 2),
+                f"{row['seq']:,}", scaled(row["tokens_per_second"], 1e3), scaled(row["flops_per_second"], 1e12),
+                share, scaled(row["peak_memory_bytes"], 2**30, 2), row["dtype"],
             ]
         )  # fmt: skip
-    facts = (
-        [f"Loss and gradients of one sequence, {of_all(rows)}, without the optimizer's step.", ""]
-        if rows
-        else []
-    )
-    if machine:
-        facts[-1:] = [
-            "MFU is the share that executed FLOPs have of the rate of large matrix products, above.",
-            "",
-        ]
-    head = "tokens | ms | K tokens/s | TFLOP/s | MFU | GiB"
-    return facts + table(head, lines) + not_measured(
-        [row for row in rows if row["status"] != "ok"]
-    ), []
+    facts = [
+        "The last of three steps of one sequence, as metrics.jsonl has it. MFU is the share that executed FLOPs have "
+        "of the rate of large matrix products, above.",
+        "",
+    ]
+    head = "tokens | K tokens/s | TFLOP/s | MFU | GiB | type"
+    refused = [
+        f"- {row['seq']:,} tokens: {row['status']}, {row['reason']}"
+        for row in rows
+        if row["status"] != "ok"
+    ]
+    return facts + table(head, lines) + ["", *refused], []
 
 
 def show_tests(path: Path) -> tuple[list[str], list[str]]:
@@ -516,19 +582,13 @@ def steps(small: bool, folder: Path) -> list[Step]:
         "paper",
     ]
     attention += ["--max-dense-time", "5"]
-    net = (
-        ["--layers", "1", "--vocab", "256", *TINY]
-        if small
-        else ["--layers", "12", "--vocab", "100277"]
-    )
-    lengths = "128,256" if small else "16Ki,64Ki,128Ki,256Ki,512Ki,1Mi"
+    lengths = [128, 256] if small else [1 << n for n in range(14, 21)]
     stream = [
         "--seq",
         *(["8Ki", "--chunk", "2Ki", *TINY] if small else ["1e9"]),
         "--impl",
         "dilated",
     ]
-    train = ["--op", "train", "--impl", "dilated", "--pattern", "paper", "--seq", lengths, *net]
     tests = [
         "pytest",
         "-m",
@@ -557,7 +617,7 @@ def steps(small: bool, folder: Path) -> list[Step]:
         Step("A billion tokens", [*bench, *stream], 2, show_stream, bounded=True),
         Step(
             "Training longnet-125m",
-            [*bench, *train],
+            [*this, "--train", *map(str, lengths), *tiny],
             2,
             lambda text: show_training(text, machine),
             bounded=True,
@@ -625,6 +685,14 @@ def main() -> int:
         "--profile", action="store_true", help="print what a pass takes, as JSON Lines, and stop"
     )
     parser.add_argument(
+        "--train",
+        nargs="*",
+        type=int,
+        metavar="TOKENS",
+        help="print how fast longnet-125m trains, as JSON Lines, and stop",
+    )
+    parser.add_argument("--max-time", type=float, default=600, help="seconds for --train [600]")
+    parser.add_argument(
         "--wheels", type=Path, metavar="FOLDER", help="wheels of the packages to run with"
     )
     parser.add_argument(
@@ -656,6 +724,10 @@ def main() -> int:
         return 0
     if args.profile:
         print(*map(json.dumps, profiled(str(device), args.small)), sep="\n")
+        return 0
+    if args.train:
+        for row in trained(args.train, str(device), args.small, args.max_time):
+            print(json.dumps(row), flush=True)
         return 0
     failures = report(args.output, args.small, args.minutes)
     print(

@@ -233,7 +233,6 @@ hello -m ../in/native -n 6 --format jsonl
     "bench": f"""
 --seq 64 --heads 1 --head-dim 8 --repeats 1 --format jsonl
 --seq                 rows       --seq 32 | --seq 64 @ --heads 1 --head-dim 8 --repeats 1 --format jsonl
---op                  rows       --op model
 --impl                rows       --impl dense
 --direction           rows       --direction backward
 --repeats             cpu        --repeats 9000
@@ -244,9 +243,6 @@ hello -m ../in/native -n 6 --format jsonl
 --batch               rows       --batch 2
 --causal              rows       --bidirectional
 --pattern             rows       --pattern 8/1
---model               rows       -m ../in/native @ --seq 64 --op model --repeats 1 --format jsonl
---layers              rows       --layers 1 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format jsonl
---vocab               rows       --vocab 9999 @ --seq 64 --op model --heads 1 --head-dim 8 --repeats 1 --format jsonl
 --format              stdout     --format md
 {DEVICE}
 --dtype               rows       --dtype bf16

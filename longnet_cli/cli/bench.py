@@ -32,11 +32,8 @@ _HUMAN = {
     "peak_rss_bytes": format_bytes,
 }
 
-MEASURE, SHAPE, MODEL = (
-    HelpPanel("What to measure"),
-    HelpPanel("Shape"),
-    HelpPanel("Model (--op model, train)"),
-)
+MEASURE = HelpPanel("What to measure")
+SHAPE = HelpPanel("Shape")
 
 
 @dataclass(frozen=True)
@@ -46,13 +43,11 @@ class BenchCommand:
     seq: Sequence[int] | None = MEASURE.option(
         "--seq SIZE,...", "Measure sequences of these lengths. (default: 4Ki,8Ki,16Ki,32Ki)"
     )
-    op: str = MEASURE.option("--op OP", "Measure attention, model or train.", default="attention")
     impl: Sequence[str] | None = MEASURE.option(
         "--impl NAME,...", "Run dilated, dense or flex (FlexAttention). (default: dilated,dense)"
     )
     direction: Sequence[str] | None = MEASURE.option(
-        "--direction NAME,...",
-        "Time the forward, or the backward alone. (default: forward; of train, backward)",
+        "--direction NAME,...", "Time the forward, or the backward alone. (default: forward)"
     )
     repeats: int = MEASURE.option(
         "--repeats N", "Repeat each row N times; the median counts.", default=3
@@ -78,15 +73,6 @@ class BenchCommand:
         "Use a pattern, as window:1Ki,sinks=4 or 1Ki/1,4Ki/4. (default: paper; from 1e6 tokens geometric, base=256, on "
         "a GPU base=2Ki)",
     )
-    model: str | None = MODEL.option(
-        "--model -m NAME|DIR", "Measure a saved model. (default: random weights)"
-    )
-    layers: int | None = MODEL.option(
-        "--layers N", "Use N layers, with random weights. (default: 2)"
-    )
-    vocab: int | None = MODEL.size(
-        "--vocab SIZE", "Use a vocabulary of this size, with random weights. (default: 256)"
-    )
     format: Literal["md", "jsonl"] = OUTPUT.option(
         "--format md|jsonl", "Print rows in this format.", default="md"
     )
@@ -102,9 +88,9 @@ class BenchCommand:
 def bench(options: BenchCommand) -> None:
     """Measure dilated attention against dense attention, row by row, up to a billion tokens: --seq 1e9.
 
-    --op attention runs the operator alone; model, a model's forward pass; train,
-    its loss and gradients. --impl flex is torch's FlexAttention with the mask of
-    the pattern, forward only; it needs a C++ compiler.
+    Attention is measured alone, with random queries, keys and values. How fast a
+    model is, `score` and `train` tell. --impl flex is torch's FlexAttention with
+    the mask of the pattern, forward only; it needs a C++ compiler.
 
     Rows that would need too much memory or time are skipped and say so.
     Ctrl-C keeps the rows so far.
@@ -116,25 +102,27 @@ def bench(options: BenchCommand) -> None:
     from longnet_cli.jobs.benchmark import Settings, machine
     from longnet_cli.jobs.benchmark import bench as measure
 
-    given = vars(options) | {
+    quiet = options.quiet
+    asked = vars(options) | {
         "pattern": read_pattern(options.pattern),
         "seq": options.seq or (4096, 8192, 16384, 32768),
     }
-    given["max_time"] = 60 if options.max_time is options.seq is None else options.max_time
-    quiet, format = given.pop("quiet"), given.pop("format")
-    settings = Settings.of(**given)
-    shape = settings.model or f"{settings.heads} heads x {settings.head_dim}"
+    del asked["quiet"], asked["format"]
+    if options.seq is None and options.max_time is None:
+        asked["max_time"] = 60
+    settings = Settings.of(**asked)
+    shape = f"{settings.batch} x {settings.heads} heads x {settings.head_dim}"
     pattern = format_pattern(settings.pattern_for(max(settings.seq)))
-    what = f"{settings.op}, {' and '.join(settings.direction)}, {settings.batch} x {shape}, pattern {pattern}"
-    tell(f"{machine(settings)}, {what}", quiet)
+    directions = " and ".join(settings.direction)
+    tell(f"{machine(settings)}, attention, {directions}, {shape}, pattern {pattern}", quiet)
     columns = _MARKDOWN.format("stop" if any(map(settings.streams, settings.seq)) else "").split()
     table = MarkdownTable(columns, _HUMAN, _TITLES)
     rows: list[Measurement] = []
-    tokens = sum(settings.seq) * len(settings.direction) * len(settings.impl)
-    with progress("bench", total=tokens, quiet=quiet) as advance:
-        for row in measure(settings, on_tokens=advance):
+    totals = [0]  # of tokens; the last one is what is known now
+    with progress("bench", total=lambda: totals[-1], quiet=quiet) as advance:
+        for row in measure(settings, on_tokens=advance, on_total=totals.append):
             rows.append(row)
-            if format == "md":
+            if options.format == "md":
                 table.write(
                     vars(row) | {"seconds": row.status if row.seconds is None else row.seconds}
                 )
@@ -142,9 +130,8 @@ def bench(options: BenchCommand) -> None:
                 emit_jsonl(vars(row))
             if row.reason:
                 tell(f"{_title(row)}: {row.status}, {row.reason}", quiet)
-            streamed = row.chunk and row.direction == "forward"  # its chunks are counted already
-            advance(0 if streamed else row.seq, last=_title(row))
-    if format == "md":
+            advance(0, last=_title(row))
+    if options.format == "md":
         _tell_ratios(rows, quiet)
 
 

@@ -1,9 +1,9 @@
-"""The job `bench`: how fast an op runs on this machine. Each measurement is a row, given out as soon as it is known.
+"""The job `bench`: how fast attention is on this machine. Each measurement is a row, given out as soon as it is known.
 
-    Settings, every option once with bounds and default --CASES--> Case --measure, measure_stream--> Measurement, a row
+    Settings, each option with bounds and a default --case_of--> Case --measure, measure_stream--> Measurement, a row
 
-The op `attention` is dilated attention of random q, k, v, forward or backward, beside dense attention and torch's
-FlexAttention. `model` and `train` go from tokens to the loss of each, or to gradients, dilated or dense.
+What is measured is dilated attention of random q, k, v, forward or backward, beside dense attention and torch's
+FlexAttention.
 
 The `seconds` of a row are the median of `repeats` runs after one warm-up run. If time runs out before the second run,
 they are those of the warm-up. Rates count executed FLOPs, with causal attention as half, and not the FLOPs that dense
@@ -20,14 +20,14 @@ import platform
 import shutil
 import statistics
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,38 +40,19 @@ from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.notation import format_levels
 from longnet_cli.basics.configuration import validate
-from longnet_cli.basics.errors import ConfigError, is_out_of_memory
+from longnet_cli.basics.errors import is_out_of_memory
 from longnet_cli.basics.sizes import format_bytes
-from longnet_cli.jobs import estimating as needs
-from longnet_cli.jobs.training.costs import pass_flops
-from longnet_cli.jobs.training.objective import backward
-from longnet_cli.models.folder import ModelFolder
-from longnet_cli.nets.config import parse_config
-from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.net import Net
 from longnet_cli.running import device as machines
-from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.device import DTYPES, free_memory
 from longnet_cli.running.reader import BENCH_CHUNK, GPU_BENCH_CHUNK, chunk_of
 
-if TYPE_CHECKING:
-    from longnet_cli.models.hf.pretrained_net import TransformersNet
+# From so many tokens on, a causal forward pass is streamed, and the defaults are for long sequences.
+LONG = 10**6
+# Tokens. With the most heads of the largest size, int64 still counts the numbers of a sequence.
+LONGEST = 1 << 40
 
-
-OPS: dict[
-    str, tuple[tuple[str, ...], tuple[str, ...]]
-] = {  # implementations and directions; defaults come first
-    "attention": (("dilated", "dense", "flex"), ("forward", "backward")),
-    "model": (("dilated", "dense"), ("forward",)),
-    "train": (("dilated", "dense"), ("backward",)),
-}
-LONG = (
-    10**6
-)  # tokens: from here on, a causal forward pass is streamed, and the defaults are for long sequences
-LONGEST = (
-    1 << 40
-)  # tokens; with the most heads of the largest size, int64 still counts the numbers of a sequence
-
+Impl = Literal["dilated", "dense", "flex"]
+Direction = Literal["forward", "backward"]
 Size = Annotated[int, Field(ge=1, le=1 << 32)]
 Seconds = Annotated[float, Field(ge=0)]
 
@@ -86,13 +67,10 @@ class Settings(BaseModel):
 
     Every combination of `seq` (tokens), `direction` and `impl` is a case, in that order of nesting.
 
-    op: attention (of random queries, keys and values), model (from tokens to their loss) or train (from tokens to
-        gradients).
     impl: dilated (ours), dense (torch's) or flex (torch's FlexAttention with the mask of the pattern, forward: a key
         that several levels have counts once there).
-    pattern: None is a saved model's own, or suits the length (`pattern_for`).
+    pattern: None is one that suits the length (`pattern_for`).
     chunk: tokens per chunk of longer causal sequences. A forward pass that is cut this way is streamed, see `streams`.
-    model: a name or a folder; otherwise the model has `layers`, `vocab` and random weights.
     max_time: seconds for all rows. A streamed run ends then; another run does not start if it is expected to overrun.
     max_dense_time: seconds; a run of dense or flex that would take longer, by the rate of shorter ones, is skipped.
     """
@@ -102,18 +80,14 @@ class Settings(BaseModel):
     )
 
     seq: tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...]
-    op: Literal["attention", "model", "train"] = "attention"
-    impl: tuple[str, ...]
-    direction: tuple[str, ...]
+    impl: tuple[Impl, ...] = ("dilated", "dense")
+    direction: tuple[Direction, ...] = ("forward",)
     batch: Size = 1
-    heads: Annotated[int, Field(ge=1, le=1024)]  # limited, as Python loops over heads and layers
+    heads: Annotated[int, Field(ge=1, le=1024)]  # limited, as Python loops over heads
     head_dim: Annotated[int, Field(ge=1, le=2048)]
     causal: bool = True
     pattern: Pattern | None = None
     chunk: Annotated[int, Field(ge=1)] | None = None
-    model: str | None = None
-    layers: Annotated[int, Field(ge=1, le=256)] = 2
-    vocab: Size = 256
     repeats: Annotated[int, Field(ge=1, le=10**6)] = 3
     max_time: Seconds | None = None
     max_dense_time: Seconds | None = None
@@ -127,46 +101,22 @@ class Settings(BaseModel):
         The defaults are the paper's 12 heads of 64. From LONG tokens on, a CPU gets 2 heads of 32: two cores read a
         billion tokens in half an hour.
         """
-        given = {name: value for name, value in options.items() if value is not None}
-        device = machines.select_device(given.get("device", "auto"))
-        impls, directions = OPS.get(given.get("op", "attention"), OPS["attention"])
-        own = [_option(name) for name in ("heads", "head_dim", "layers", "vocab") if name in given]
-        if "model" in given and own:
-            raise ConfigError(
-                f"{', '.join(own)}: a saved model has its own, leave it out or leave out --model"
-            )
-        given["dtype"] = machines.resolve_dtype(given.get("dtype", "auto"), device)
-        heads, size = (2, 32) if device.type == "cpu" and max(given["seq"]) >= LONG else (12, 64)
-        values = {
-            "impl": impls[:2],
-            "direction": directions[:1],
-            "heads": heads,
-            "head_dim": size,
-            **given,
+        asked = {name: value for name, value in options.items() if value is not None}
+        device = machines.select_device(asked.get("device", "auto"))
+        small = device.type == "cpu" and max(asked["seq"]) >= LONG
+        settings = {
+            "heads": 2 if small else 12,
+            "head_dim": 32 if small else 64,
+            **asked,
+            "device": device,
+            "dtype": machines.resolve_dtype(asked.get("dtype", "auto"), device),
         }
-        return validate(
-            cls,
-            {_option(name): x for name, x in (values | {"device": device}).items()},
-            "longnet bench",
-        )
+        named = {_option(name): value for name, value in settings.items()}
+        return validate(cls, named, "longnet bench")
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
         """Raise ValueError for settings that cannot be measured, or that the rows would not show."""
-        net = self.op != "attention"
-        for option, names, known in zip(
-            ("--impl", "--direction"), (self.impl, self.direction), OPS[self.op], strict=True
-        ):
-            if unknown := [name for name in names if name not in known]:
-                raise ValueError(
-                    f"{option} of --op {self.op} has no {unknown[0]!r}: choose from {', '.join(known)}"
-                )
-        if self.model is not None and not net:
-            raise ValueError(f"--op {self.op} has no model: --model is for --op model and train")
-        if net and not self.causal:
-            raise ValueError(
-                f"--op {self.op} runs causal language models: --bidirectional is for --op attention"
-            )
         for w, r in (level for seq in self.seq for level in self.pattern_for(seq).levels):
             if max(w, r) >= 2 * LONGEST:
                 raise ValueError(
@@ -190,21 +140,18 @@ class Settings(BaseModel):
         if self.pattern and self.pattern.chosen:
             raise ValueError("--impl flex cannot choose blocks by their content: leave out chosen=")
 
-    def pattern_for(self, seq: int, own: Pattern | None = None) -> Pattern:
-        """Return the requested pattern, otherwise the model's `own`, otherwise one that suits `seq` tokens.
+    def pattern_for(self, seq: int) -> Pattern:
+        """Return the requested pattern, otherwise one that suits `seq` tokens.
 
         That is the paper's or, if some sequence has LONG tokens, a geometric one, on a CPU from 256 on.
         """
         if self.pattern == Pattern.dense():
             return Pattern((seq,), (1,))
-        if self.pattern or own:
-            return self.pattern or cast("Pattern", own)
-        long = max(self.seq) >= LONG
-        return (
-            Pattern.geometric(seq, 256 if self.device.type == "cpu" else 2048)
-            if long
-            else Pattern.paper()
-        )
+        if self.pattern:
+            return self.pattern
+        if max(self.seq) < LONG:
+            return Pattern.paper()
+        return Pattern.geometric(seq, 256 if self.device.type == "cpu" else 2048)
 
     def streams(self, seq: int) -> bool:
         """Return whether a causal forward pass is streamed: `seq` exceeds the chunk or, without one, reaches LONG."""
@@ -212,10 +159,8 @@ class Settings(BaseModel):
 
     def chunk_for(self, seq: int) -> int:
         """Return the tokens per chunk of a streamed run."""
-        return min(
-            seq,
-            chunk_of(self.chunk, GPU_BENCH_CHUNK if self.device.type == "cuda" else BENCH_CHUNK),
-        )
+        default = GPU_BENCH_CHUNK if self.device.type == "cuda" else BENCH_CHUNK
+        return min(seq, chunk_of(self.chunk, default))
 
 
 @dataclass(frozen=True)
@@ -226,14 +171,13 @@ class Measurement:
     time). A streamed run, `chunk` tokens at a time, also gives a row for each decade of its positions, [start, stop).
     `cpu_seconds` is the CPU time of all threads: on a shared machine, it shows whether other processes slowed the run.
     `peak_rss_bytes` is the process's peak from making the inputs to the last run; on a GPU, the peak of torch's
-    allocator. `model` is the name of a saved model, with its commit if it is on a hub; `machine`, that of the processor
-    or GPU; `date`, the day in UTC.
+    allocator. `machine` is the name of the processor or GPU; `date`, the day in UTC.
     """
 
-    op: str
-    impl: str
-    direction: str
+    impl: Impl
+    direction: Direction
     seq: int
+    op: str = "attention"
     status: str = "stopped"
     seconds: float | None = None
     tokens_per_second: float | None = None
@@ -253,12 +197,11 @@ class Measurement:
     start: int | None = None
     stop: int | None = None
     cpu_seconds: float | None = None
-    model: str | None = None
     machine: str | None = None
     date: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A row to be measured. `start` makes the inputs and returns the function whose calls are timed.
 
@@ -276,15 +219,16 @@ class Case:
         self, begin: int, end: int, peak: int | None, *, seconds: float, **values: Any
     ) -> Measurement:
         """Return the row of positions [begin, end), which took `seconds`."""
+        flops = self.flops(end) - self.flops(begin)
         rates: dict[str, Any] = {
             "status": "ok",
             "tokens_per_second": self.row.batch * (end - begin) / seconds,
+            "flops_per_second": flops / seconds or None,
         }
-        rates["flops_per_second"] = (self.flops(end) - self.flops(begin)) / seconds or None
         return replace(self.row, seconds=seconds, peak_rss_bytes=peak, **rates | values)
 
 
-def attention(s: Settings, impl: str, direction: str, seq: int) -> Case:
+def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
     """Return a case of attention over random q, k, v: forward without an autograd graph, or backward alone.
 
     A streamed case goes chunk by chunk through a KVCache, over every query and key. All chunks have the same numbers:
@@ -385,203 +329,122 @@ def flex_attention(
     return partial(torch.compile(flex.flex_attention, dynamic=False), block_mask=mask)
 
 
-def of_net(s: Settings, impl: str, direction: str, seq: int) -> Case:
-    """Return a case of a net on random tokens: its forward pass, or the loss and gradients of one sequence.
-
-    Gradients are those of a step without its update, by `s.chunk` tokens if given.
-    """
-    net, trains = _net(s, impl, seq), s.op == "train"
-    config, itemsize = net.config, DTYPES[s.dtype].itemsize
-    streamed = impl == "dilated" and not trains and config.streams and s.streams(seq)
-    chunk = s.chunk_for(seq) if streamed else min((trains and s.chunk) or seq, seq)
-    tokens = s.batch * chunk  # of a forward pass
-
-    def start() -> Callable[..., object]:
-        model = _with_weights(net, s.device).train(trains)
-        ids = torch.randint(config.vocab_size, (s.batch, seq if trains else chunk), device=s.device)
-        read = open_stream(model) if streamed else model
-
-        def gradients() -> Tensor:
-            model.zero_grad()
-            return backward(model, ids, ids, chunk=chunk, scale=1 / ids.numel(), dtype=s.dtype)
-
-        def forward(tokens: int = chunk) -> Tensor:
-            with torch.inference_mode(), machines.precision(s.dtype, s.device):
-                return model.nll(read(ids[:, :tokens]), ids[:, :tokens])
-
-        return gradients if trains else forward
-
-    def flops(length: int) -> float:
-        if trains and length:
-            return s.batch * length * pass_flops(config, length, chunk).all
-        return s.batch * (
-            length * (config.layer_flops() + config.vocabulary_flops())
-            + config.attention_flops(length)
-        )
-
-    cache = 0
-    if streamed and not net.stream():  # of a net with a cache of its own, nothing is known
-        longest = max(seq, *config.pattern.segment_lengths)
-        cache = s.batch * sum(needs.cache_bytes(config, longest, itemsize))
-    numbers, free = config.num_parameters(), free_memory(s.device)
-    if (
-        s.model is None and free is not None and 4 * numbers > free
-    ):  # to measure a token would take minutes
-        memory = 4 * numbers
-    elif trains:  # weights, which autocast copies, and gradients
-        memory = numbers * (8 if itemsize == 4 else 8 + itemsize)
-        memory += tokens * needs.activation_bytes(config, itemsize) + needs.logits_bytes(
-            config, tokens
-        )
-        memory += s.batch * sum(needs.far_bytes(config, seq, chunk, itemsize))
-    else:
-        memory = sum(needs.forward_memory(net, tokens, s.dtype, tokens).values()) + cache
-    values: dict[str, Any] = {
-        "chunk": chunk if chunk < seq or streamed else None,
-        "cache_bytes": cache or None,
-    }
-    values |= {"heads": config.num_heads, "head_dim": config.head_dim}
-    values["model"] = None if s.model is None else ModelFolder.find(s.model).origin
-    row = _row(s, impl, direction, seq, config.pattern if net.dilated else None, **values)
-    return Case(row, flops, memory, start, streamed)
-
-
-def _net(s: Settings, impl: str, seq: int) -> Net:
-    """Return the net of a row; only a saved model has its weights.
-
-    Dense attention of a Hugging Face model is that of transformers.
-    """
-    dense, dim = Pattern((seq,), (1,)), s.heads * s.head_dim
-    if s.model is None:
-        shape = {
-            "dim": dim,
-            "num_layers": s.layers,
-            "num_heads": s.heads,
-            "ffn_dim": 4 * dim,
-            "vocab_size": s.vocab,
-        }
-        pattern = dense if impl == "dense" else s.pattern_for(seq)
-        config = parse_config({**shape, "position": "rope"}, "a model with random weights", pattern)
-        with torch.device("meta"):
-            return LongNet(config)
-    folder = ModelFolder.find(s.model)
-    own, theirs = folder.net_config(), folder.of_transformers
-    if theirs and s.op == "train":
-        raise ConfigError(
-            f"{s.model}: --op train measures LongNets; a Hugging Face model trains by itself"
-        )
-    pattern = s.pattern_for(
-        seq, None if theirs and "dilated_attention" not in folder.config else own.pattern
-    )
-    if impl == "dense":
-        pattern = Pattern.dense() if theirs else dense
-    elif not theirs:
-        pattern = replace(
-            pattern, head_offsets=own.pattern.head_offsets
-        )  # the weights were trained with these
-    net = _loaded(folder.path, pattern, s.device, s.dtype)
-    headless = theirs and cast("TransformersNet", net).model.get_output_embeddings() is None
-    if not own.causal or not own.vocab_size or headless:
-        raise ConfigError(f"{s.model}: --op {s.op} runs causal language models")
-    if theirs and impl == "dense":
-        net = cast("TransformersNet", net).as_it_comes()
-    if (limit := net.config.max_tokens) is not None and seq > limit:
-        raise ConfigError(f"{s.model}: --seq {seq}, and the model has {limit} positions")
-    return net
-
-
-@lru_cache(maxsize=1)  # only one: the next row may need another attention
-def _loaded(path: Path, pattern: Pattern | None, device: torch.device, dtype: str) -> Net:
-    return ModelFolder(path).net(pattern=pattern, device=device, dtype=DTYPES[dtype])
-
-
-def _with_weights(net: Net, device: torch.device) -> Net:
-    """Return a net, with random weights if it has none."""
-    if next(net.parameters()).is_meta:
-        torch.manual_seed(0)
-        cast(LongNet, net).to_empty(device=device).init_weights()
-    return net.eval()
-
-
 def _row(
-    s: Settings, impl: str, direction: str, seq: int, pattern: Pattern | None, **values: object
+    s: Settings,
+    impl: Impl,
+    direction: Direction,
+    seq: int,
+    pattern: Pattern | None,
+    **values: Any,
 ) -> Measurement:
     """Return the row of a case before it is measured. `pattern` is None for dense attention."""
-    facts: dict[str, Any] = {
-        name: getattr(s, name) for name in ("heads", "head_dim", "batch", "causal", "dtype")
-    }
-    facts |= {"device": str(s.device), "machine": device_name(s.device), "date": _today()} | values
-    kernel = select_kernel(s.device, DTYPES[s.dtype], facts["head_dim"]).name if pattern else "sdpa"
-    facts |= {
-        "kernel": "flex" if impl == "flex" else kernel,
-        "pattern": format_levels(pattern) if pattern else None,
-    }
-    return Measurement(s.op, impl, direction, seq, **facts)
+    kernel = "sdpa"
+    if pattern:
+        kernel = select_kernel(s.device, DTYPES[s.dtype], s.head_dim).name
+    return Measurement(
+        impl=impl,
+        direction=direction,
+        seq=seq,
+        heads=s.heads,
+        head_dim=s.head_dim,
+        batch=s.batch,
+        causal=s.causal,
+        dtype=s.dtype,
+        device=str(s.device),
+        kernel="flex" if impl == "flex" else kernel,
+        pattern=format_levels(pattern) if pattern else None,
+        machine=device_name(s.device),
+        date=_today(),
+        **values,
+    )
 
 
-CASES: dict[
-    str, Callable[[Settings, str, str, int], Case]
-] = {  # (settings, impl, direction, seq) -> a case
-    "attention": attention,
-    "model": of_net,
-    "train": of_net,
-}
 FIRST_DECADE = 10**6  # tokens: a streamed run reports each power of ten from here on
 _PROBE_SEQ = 2048  # tokens of the run that tells the rate before a longer one
 
 
+def _cases(s: Settings) -> Iterator[Case]:
+    for seq, direction, impl in product(s.seq, s.direction, s.impl):
+        yield case_of(s, impl, direction, seq)
+
+
 def bench(
-    settings: Settings, *, on_tokens: Callable[[int], None] = lambda tokens: None
+    settings: Settings,
+    *,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+    on_total: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Measurement]:
     """Measure every case of the settings, row by row.
 
     A streamed case has a row for each decade of its positions, then one for the whole. `on_tokens` is called with the
-    number of tokens of each chunk of a streamed run.
+    number of tokens of each chunk of a streamed run, and of each other run; `on_total` with the tokens of all cases
+    that will run, as far as it is known: before the first one, and again where one would take too long.
     """
-    s, best = (
-        settings,
-        defaultdict[tuple[str, str], float](float),
-    )  # FLOP/s so far: short runs are mostly overhead
+    s = settings
+    cases = [*_cases(s)]
+    waiting = [case for case in cases if not _lacks_memory(case, s)]
+    total = sum(case.row.seq for case in waiting)
+    on_total(total)
+    # FLOP/s of each implementation and direction, the best so far: short runs are mostly overhead
+    best = defaultdict[tuple[str, str], float](float)
     deadline = time.perf_counter() + (math.inf if s.max_time is None else s.max_time)
 
     def run(case: Case, repeats: int) -> Iterator[Measurement]:
         machines.trim_memory(s.device)  # what earlier rows freed would count here
-        peak, key = machines.peak_from_now(s.device), (case.row.impl, case.row.direction)
-        stream = (
-            measure_stream(case, s.device, peak, deadline, on_tokens) if case.streamed else None
-        )
-        for row in stream or [measure(case, s.device, peak, deadline, repeats)]:
-            best[key] = max(best[key], row.flops_per_second or 0.0)
+        peak = machines.peak_from_now(s.device)
+        kind = (case.row.impl, case.row.direction)
+        if case.streamed:
+            rows = measure_stream(case, s.device, peak, deadline, on_tokens)
+        else:
+            rows = iter([measure(case, s.device, peak, deadline, repeats)])
+        for row in rows:
+            best[kind] = max(best[kind], row.flops_per_second or 0.0)
             yield row
 
-    for seq, direction, impl in product(s.seq, s.direction, s.impl):
-        make = partial(CASES[s.op], s, impl, direction)
-        case = make(seq)
+    for case in cases:
+        row = case.row
+        kind = (row.impl, row.direction)
         refusal = _refusal(case, s, deadline, 0.0)
-        if not refusal and seq > _PROBE_SEQ and not best[impl, direction]:
-            probe = replace(make(case.row.chunk or _PROBE_SEQ), streamed=False)
-            _ = [] if _refusal(probe, s, deadline, 0.0) else [*run(probe, 1)]
-        refusal = refusal or _refusal(case, s, deadline, best[impl, direction])
-        yield from [refusal] if refusal else run(case, s.repeats)
+        if not refusal and row.seq > _PROBE_SEQ and not best[kind]:
+            probe = case_of(s, row.impl, row.direction, row.chunk or _PROBE_SEQ)
+            probe = replace(probe, streamed=False)
+            if not _refusal(probe, s, deadline, 0.0):
+                deque(run(probe, 1), maxlen=0)
+        refusal = refusal or _refusal(case, s, deadline, best[kind])
+        if not refusal:
+            yield from run(case, s.repeats)
+            on_tokens(0 if case.streamed else row.seq)
+            continue
+        if case in waiting:
+            total -= row.seq
+            on_total(total)
+        yield refusal
+
+
+def _lacks_memory(case: Case, s: Settings) -> str | None:
+    """Return how much memory a case lacks, in words. None: it fits, or nobody knows what is free."""
+    free = free_memory(s.device)
+    if free is None or case.memory_bytes <= max(1, free):
+        return None
+    return f"needs {format_bytes(case.memory_bytes)} of memory, {format_bytes(free)} are free"
 
 
 def _refusal(case: Case, s: Settings, deadline: float, rate: float) -> Measurement | None:
     """Return the row that says why the case is not run, or None. At this `rate`, in FLOP/s, it would take too long."""
-    ours, free, left = (
-        case.row.impl == "dilated",
-        free_memory(s.device),
-        deadline - time.perf_counter(),
-    )
+    left = deadline - time.perf_counter()
     if left <= 0:
         return replace(case.row, reason="the time is over")
-    if free is not None and case.memory_bytes > max(1, free):
-        reason = f"needs {format_bytes(case.memory_bytes)} of memory, {format_bytes(free)} are free"
+    if reason := _lacks_memory(case, s):
         return replace(case.row, status="skipped", reason=reason)
+    if not rate or case.streamed:
+        return None
+    ours = case.row.impl == "dilated"
     allowed = left if ours or s.max_dense_time is None else min(left, s.max_dense_time)
-    if rate and not case.streamed and (seconds := case.flops(case.row.seq) / rate) > allowed:
-        reason = f"would take about {seconds:.3g} s, and {allowed:.3g} s are allowed"
-        return replace(case.row, status="stopped" if ours else "skipped", reason=reason)
-    return None
+    seconds = case.flops(case.row.seq) / rate
+    if seconds <= allowed:
+        return None
+    reason = f"would take about {seconds:.3g} s, and {allowed:.3g} s are allowed"
+    return replace(case.row, status="stopped" if ours else "skipped", reason=reason)
 
 
 def measure(

@@ -1,11 +1,13 @@
 """Proves what `bench` reports, except how fast it is: timings depend on the machine and decide no test here."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -13,13 +15,11 @@ from torch import Tensor
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.cache import Outside
-from longnet_cli.attention.notation import format_levels, parse_pattern
+from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.hub.model_names import model_path
 from longnet_cli.jobs import benchmark
-from longnet_cli.jobs.benchmark import CASES, Case, Measurement, Settings, bench
-from longnet_cli.nets.weights import load_config
+from longnet_cli.jobs.benchmark import Case, Measurement, Settings, bench, case_of
 
 TINY = {"heads": 3, "head_dim": 8, "repeats": 2}
 BOTH = ["forward", "backward"]
@@ -85,16 +85,6 @@ def test_rows_that_would_not_fit_are_skipped_and_the_others_run(
     assert rows[2].seconds is rows[2].peak_rss_bytes is None
 
 
-@pytest.mark.parametrize("op", ["model", "train"])
-def test_a_net_that_does_not_fit_is_not_measured(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a token of it takes would be measured for minutes."""
-    monkeypatch.setattr(
-        benchmark.needs, "bytes_per_token", lambda *_: pytest.fail("it is measured")
-    )
-    for row in rows_of([64], op=op, heads=1024, head_dim=512):
-        assert (row.status, "of memory" in (row.reason or "")) == ("skipped", True)
-
-
 def test_memory_that_runs_out_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         benchmark, "free_memory", lambda device: None
@@ -125,7 +115,7 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
                 now[0] += flops / rate
 
             return Case(
-                Measurement("fake", impl, direction, seq),
+                Measurement(impl, direction, seq),
                 lambda tokens: flops * (tokens > 0),
                 0,
                 lambda: run,
@@ -133,7 +123,7 @@ def fake_op(monkeypatch: pytest.MonkeyPatch) -> FakeOp:
 
         clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])
         monkeypatch.setattr(benchmark, "time", clock)
-        monkeypatch.setitem(CASES, "attention", make)
+        monkeypatch.setattr(benchmark, "case_of", make)
 
     return install
 
@@ -206,6 +196,26 @@ def test_what_does_not_fit_the_time(
 ) -> None:
     fake_op(rate)
     assert [f"{row.seq} {row.status}" for row in rows_of(seq, **options)] == expected
+
+
+def test_what_will_not_run_is_left_out_of_the_tokens_to_come(
+    fake_op: FakeOp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first row, what does not fit in memory; then what would take too long. At the end, all has run."""
+    fake_op(100.0)
+    monkeypatch.setattr(benchmark, "free_memory", lambda device: 500)
+    make = benchmark.case_of
+
+    def with_memory(*case: Any) -> Case:
+        return dataclasses.replace(make(*case), memory_bytes=case[-1] * (case[1] == "dense"))
+
+    monkeypatch.setattr(benchmark, "case_of", with_memory)
+    totals, tokens = [], []
+    settings = Settings.of(seq=[10, 400, 1000], max_dense_time=5.0)
+    rows = [*bench(settings, on_tokens=tokens.append, on_total=totals.append)]
+    assert [row.status for row in rows] == ["ok", "ok", "ok", "skipped", "ok", "skipped"]
+    assert totals == [10 + 10 + 400 + 400 + 1000, 10 + 10 + 400 + 1000]
+    assert sum(tokens) == totals[-1]
 
 
 def test_a_warm_up_that_takes_the_time_is_the_measurement(fake_op: FakeOp) -> None:
@@ -292,55 +302,11 @@ def test_no_memory_for_the_first_chunk_of_a_streamed_run(monkeypatch: pytest.Mon
         def start() -> Callable[[int], None]:
             raise MemoryError
 
-        return Case(
-            Measurement("fake", impl, direction, seq, chunk=4), float, 0, start, streamed=True
-        )
+        return Case(Measurement(impl, direction, seq, chunk=4), float, 0, start, streamed=True)
 
-    monkeypatch.setitem(CASES, "attention", no_memory)
+    monkeypatch.setattr(benchmark, "case_of", no_memory)
     (row,) = rows_of([10], impl=["dilated"])
     assert (row.status, row.seconds, row.reason) == ("oom", None, "memory ran out after 0 tokens")
-
-
-def test_a_whole_model_is_measured_at_once_and_streamed() -> None:
-    whole, dense = rows_of([128], op="model", layers=1, vocab=50, heads=2, head_dim=8)
-    assert (whole.status, dense.status, whole.chunk, dense.pattern) == ("ok", "ok", None, "128/1")
-    assert whole.model is None
-    (row,) = rows_of([128], op="model", chunk=50, layers=1, vocab=50, **LONG)
-    assert (row.op, row.status, row.chunk) == ("model", "ok", 50)
-    assert row.cache_bytes == 2 * 3 * 8 * 4 * 32
-    shipped = {"op": "model", "model": "longnet-tiny", "impl": ["dilated"], "repeats": 1}
-    (tiny,) = rows_of([64], **shipped)
-    config = load_config(model_path("longnet-tiny"))
-    assert (tiny.status, tiny.heads, tiny.head_dim) == ("ok", config.num_heads, config.head_dim)
-    assert (tiny.pattern, tiny.model) == (format_levels(config.pattern), "longnet-tiny")
-    (asked,) = rows_of([64], pattern=Pattern((8, 32), (1, 2)), **shipped)
-    assert (asked.status, asked.pattern) == ("ok", "8/1,32/2")
-
-
-def test_gradients_are_measured_whole_and_in_chunks() -> None:
-    small = {"op": "train", "layers": 1, "vocab": 50, "heads": 2, "head_dim": 8, "repeats": 1}
-    whole, dense = rows_of([128], **small)
-    (chunked,) = rows_of([128], impl=["dilated"], chunk=50, **small)
-    assert [(row.direction, row.status, row.chunk) for row in (whole, dense, chunked)] == [
-        ("backward", "ok", None), ("backward", "ok", None), ("backward", "ok", 50)
-    ]  # fmt: skip
-
-
-def test_the_numbers_of_a_model_are_counted_for_its_flops() -> None:
-    """The net that is measured and its config agree on what every token is multiplied by."""
-    config = load_config(model_path("longnet-tiny"))
-    matrices = (
-        config.num_layers * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim)
-        + config.dim * config.vocab_size
-    )
-    attended = config.num_layers * attention_flops(
-        config.pattern, config.num_heads, config.head_dim, 64, True
-    )
-    for op, forwards in (("model", (1, 1)), ("train", (3, 3.5))):
-        settings = Settings.of(seq=[64], op=op, model="longnet-tiny")
-        flops = CASES[op](settings, "dilated", *settings.direction, 64).flops(64)
-        assert flops == forwards[0] * 2 * 64 * matrices + forwards[1] * attended
-    assert benchmark._loaded.cache_info().hits  # the other op took the net of the first
 
 
 def test_long_sequences_have_a_shape_of_their_own() -> None:
@@ -355,17 +321,16 @@ def test_long_sequences_have_a_shape_of_their_own() -> None:
         Pattern.geometric(8192, base=256),
     )
     assert Settings.of(seq=[10**9], heads=12, device="cpu").heads == 12
-    assert CASES["attention"](long, "dilated", "forward", 10**9).streamed
+    assert case_of(long, "dilated", "forward", 10**9).streamed
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"op": "sort"}, {"op": "train", "impl": ["flex"]}, {"impl": ["sparse"]}, {"direction": ["sideways"]},
+        {"op": "model"}, {"impl": ["sparse"]}, {"direction": ["sideways"]},
         {"pattern": "plaid"}, {"dtype": "fp8"}, {"chunk": 0}, {"heads": 0}, {"repeats": 0}, {"seq": [0]},
-        {"device": "cuda:99"}, {"impl": ["flex"], "direction": ["backward"]}, {"op": "exchange"},
-        {"op": "model", "model": "longnet-tiny", "heads": 2}, {"op": "model", "causal": False}, {"max_time": -1.0},
-        {"model": "longnet-tiny"}, {"op": "train", "direction": ["forward"]}, {"max_dense_time": float("nan")},
+        {"device": "cuda:99"}, {"impl": ["flex"], "direction": ["backward"]}, {"max_time": -1.0},
+        {"max_dense_time": float("nan")},
         {"tokens": 5},
         {"pattern": Pattern((10**18,), (1,))}, {"pattern": Pattern((16,), (10**18,))},
         {"impl": ["flex"], "pattern": parse_pattern("window:64,chosen=2x32")},
@@ -376,7 +341,7 @@ def test_wrong_settings_are_told_before_the_first_row(wrong: dict[str, object]) 
         Settings.of(**{"seq": [16], **wrong})
 
 
-COUNTS = ("batch", "heads", "head_dim", "layers", "vocab", "repeats")
+COUNTS = ("batch", "heads", "head_dim", "repeats")
 
 
 @pytest.mark.parametrize("name", ["seq", *COUNTS])
@@ -386,17 +351,16 @@ def test_no_size_is_too_large_to_be_told(name: str, size: int) -> None:
         ConfigError,
         match=rf"--{name.replace('_', '-')}.* should be less than or equal to \d+ \(got ",
     ):
-        Settings.of(**{"seq": [64], "op": "model", name: [64, size] if name == "seq" else size})
+        Settings.of(**{"seq": [64], name: [64, size] if name == "seq" else size})
 
 
 def largest(name: str) -> int:
     return next(rule.le for rule in Settings.model_fields[name].metadata if hasattr(rule, "le"))
 
 
-@pytest.mark.parametrize("name", ["batch", "heads", "head_dim", "vocab"])
+@pytest.mark.parametrize("name", ["batch", "heads", "head_dim"])
 def test_the_largest_sizes_are_measured_or_skipped(name: str) -> None:
-    op = "model" if name == "vocab" else "attention"
-    shape = {"heads": 1, "head_dim": 2, "chunk": 2**70, "repeats": 1, "op": op, name: largest(name)}
+    shape = {"heads": 1, "head_dim": 2, "chunk": 2**70, "repeats": 1, name: largest(name)}
     assert {row.status for row in rows_of([16], **shape)} <= {"ok", "skipped"}
 
 
@@ -404,14 +368,3 @@ def test_a_kernel_that_cannot_run_is_a_configuration_error(monkeypatch: pytest.M
     monkeypatch.setenv("LONGNET_KERNEL", "abacus")
     with pytest.raises(ConfigError, match="abacus"):
         Settings.of(seq=[16])
-
-
-def test_a_training_step_is_run_where_what_it_saves_has_room() -> None:
-    """The paper's smallest net at 64Ki tokens in bf16, of which each layer saves some 35 KB a token."""
-    settings = Settings.of(seq=[1 << 16], op="train", layers=12, vocab=100_277, dtype="bf16")
-    needed = CASES["train"](settings, "dilated", "backward", 1 << 16).memory_bytes
-    assert 28 < needed / 2**30 < 36
-    chunked = Settings.of(
-        seq=[1 << 16], op="train", layers=12, vocab=100_277, dtype="bf16", chunk=1 << 14
-    )
-    assert CASES["train"](chunked, "dilated", "backward", 1 << 16).memory_bytes < needed / 2

@@ -284,33 +284,6 @@ def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_
             run(**other)
 
 
-@pytest.mark.ci
-def test_bench_compares_dense_and_dilated(folder: Path, tmp_path: Path) -> None:
-    arguments = ["bench", "--op", "model", "--model", folder, "--repeats", "1", "--format", "jsonl"]
-    result = invoke(*arguments, "--seq", "64,128", *OPTIONS, code=0)
-    rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [(row["impl"], row["seq"], row["status"], row["pattern"]) for row in rows] == [
-        (impl, seq, "ok", "8/1,24/3,60/5" if impl == "dilated" else None)
-        for seq in (64, 128)
-        for impl in ("dilated", "dense")
-    ]
-    streamed = invoke(*arguments, "--seq", "128", *OPTIONS, "--chunk", "50", "--impl", "dilated")
-    row = json.loads(streamed.stdout)
-    assert (row["status"], row["chunk"]) == ("ok", 50)
-    assert row["cache_bytes"] == 4 * 2 * SMALL["num_hidden_layers"] * 8 * cached_rows(
-        Layout(LEVELS, 6, 2)
-    )
-    cached = TransformersNet(use_dilated_attention(mixed(), LEVELS))
-    cached.model.save_pretrained(tmp_path / "mixed")
-    arguments[4] = tmp_path / "mixed"
-    row = json.loads(
-        invoke(*arguments, "--seq", "128", "--chunk", "50", "--impl", "dilated").stdout
-    )
-    assert (row["status"], row["chunk"], row["cache_bytes"]) == ("ok", 50, None)
-    train = refused("bench", "--op", "train", "--model", folder, "--seq", "64", "--format", "jsonl")
-    assert "--op train measures LongNets" in str(train)
-
-
 @pytest.fixture
 def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
     """A copy of the folder with another config.json."""
@@ -440,13 +413,6 @@ def test_an_attention_that_config_json_names_is_not_used(
         attn_implementation=named, _attn_implementation=named, dilated_attention=levels, **code
     )
     (place / "mine.py").write_text("raise SystemExit('this must never run')")
-    assert (
-        ModelFolder(place)
-        .net(pattern=Pattern.dense())
-        .as_it_comes()
-        .model.config._attn_implementation
-        == "sdpa"
-    )
     assert ModelFolder(place).net().model.config._attn_implementation == "dilated"
 
 

@@ -142,10 +142,6 @@ class TransformersNet(Net):
             None,
         )
 
-    def as_it_comes(self) -> TransformersNet:
-        """Switch the model back to transformers' own attention, in place. Return its net: a baseline for benchmarks."""
-        return TransformersNet(use_own_attention(self.model))
-
     def stream(self) -> Callable[..., Tensor] | None:
         """Return a stream that uses a DynamicCache or a LongNetCache if `config.memory` is "cache", otherwise None."""
         if self.config.memory != "cache":
