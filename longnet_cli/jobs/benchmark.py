@@ -413,7 +413,8 @@ def bench(
         refusal = refusal or _refusal(case, s, deadline, best[kind])
         if not refusal:
             yield from run(case, s.repeats)
-            on_tokens(0 if case.streamed else row.seq)
+            if not case.streamed:
+                on_tokens(row.seq)
             continue
         if case in waiting:
             total -= row.seq
