@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Format = Literal["text", "json"]
 DEFAULT_MODEL = "longnet-tiny"
+KNOWS = "knows Python source"
 
 
 def parse_device(text: str) -> str:
@@ -205,7 +206,7 @@ model_option = partial(
     MODEL.option,
     "--model -m NAME|DIR",
     "Use a shipped model, a folder (with a slash: ./my-run), a GGUF file, or a model on the Hugging Face hub: "
-    "ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf.",
+    f"ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf. {DEFAULT_MODEL} {KNOWS}.",
     autocompletion=complete_model,
 )
 update_flag = partial(

@@ -13,13 +13,21 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from longnet_cli.basics.errors import ConfigError, LongNetError, MemoryLimitError
+from longnet_cli.basics.errors import ConfigError, MemoryLimitError
 from longnet_cli.basics.sizes import format_bytes, format_count
-from longnet_cli.cli.options import Computing, Documents, Mesh, ModelChoice, Running, read_pattern
+from longnet_cli.cli.options import (
+    DEFAULT_MODEL,
+    KNOWS,
+    Computing,
+    Documents,
+    Mesh,
+    ModelChoice,
+    Running,
+    read_pattern,
+)
 from longnet_cli.cli.output import check_output, count_left_out, end, note, say_what_is_kept, tell
 from longnet_cli.cli.progress import ExpectedTokens, progress
 from longnet_cli.running.ranks.launch import (
@@ -250,11 +258,13 @@ class Opened:
 
         quiet, expected, path = self.quiet, ExpectedTokens(), str(output.path)
         tell_state = state_teller(job.reader, quiet=quiet)
-        try_text = None if self.named or quiet else _trial_of(self.loaded)
+        files = [source.path for source in self.sources.found if source.path]
+        if not self.named and any(path.suffix != ".py" for path in files):
+            note(
+                f"{DEFAULT_MODEL}, the default model, {KNOWS}: for other text, give --model", quiet
+            )
 
         def on_document(document: Document, fraction: float | None) -> None:
-            if try_text:
-                try_text(document)
             expected.count(job.counted(len(document)), fraction)
             tell_state(job.longest_window(len(document)))
 
@@ -271,8 +281,6 @@ class Opened:
         ):
             job.reader.on_progress = advance
             written = run(job, inputs, output, Telling(self.left_out, tell_state, on_document))
-        if try_text:
-            try_text(None)
         if written is not None and (path != "-" or not output.sink):
             counts = f"{written['rows']:,} {job.row_name}{'s' * (written['rows'] != 1)}"
             tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"
@@ -284,43 +292,6 @@ class Opened:
 
         leave()
         end(self.left_out, first=self.ranks.writes, quiet=self.quiet)
-
-
-TRIED, MOST = 4096, 2.0  # tokens that are tried, and bits per byte of a text that suits a model
-
-
-def _trial_of(loaded: Loaded) -> Callable[[Document | None], None]:
-    """Return what takes documents, then None, and notes once that their text does not suit the default model."""
-    import numpy as np
-
-    from longnet_cli.data.documents import Document
-    from longnet_cli.jobs.row_jobs import ModelFacts
-    from longnet_cli.jobs.scoring.scoring import score
-
-    ids, left, words = list[int](), TRIED, loaded.tokenizer
-
-    def take(document: Document | None) -> None:
-        nonlocal left
-        if document is not None and left > 0:
-            with suppress(LongNetError):  # the job itself refuses it, or leaves it out
-                ids.extend(
-                    document.read(0, min(left, len(document))).tolist() if len(document) else ()
-                )
-            left = TRIED - len(ids)
-        if not ids or (left > 0 and document is not None):
-            return
-        text, left = np.array(ids), 0
-        ids.clear()
-        if words and (size := words.n_bytes(text)):
-            rows = score(
-                loaded.net, [Document("", text, size, "")], facts=ModelFacts.of(loaded)
-            ).read_all()
-            if (bits := rows["bpb"][0].as_py()) > MOST:
-                takes = f"{loaded.origin}, the default model, takes {bits:.1f} bits per byte"
-                why = "which are not the Python source that it knows: for such text, give --model"
-                note(f"{takes} of the first {len(text):,} tokens, {why}")
-
-    return take
 
 
 class ReadingCommand(Protocol):

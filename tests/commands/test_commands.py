@@ -392,25 +392,26 @@ def test_score_formats_agree_with_the_library(
     ]
 
 
-def test_text_that_does_not_suit_the_default_model_is_noted(
+def test_other_text_than_the_default_models_is_noted(
     run_longnet: RunLongnet, tmp_path: Path
 ) -> None:
-    """Over the first 4,096 tokens, so not if code comes first; and never for a model that is named."""
+    """Where a file does not end in .py, and never for a model that is named."""
     shutil.copy(ROOT / "README.md", tmp_path / "prose.txt")
     (tmp_path / "code.py").write_text(Path(__file__).read_text() * 2)
     tiny_model(tmp_path / "own")
     for command in (["score"], ["encode", "-o", "v.npy"]):
         for inputs, noted in (
             (["prose.txt"], True),
-            (["code.py", "prose.txt"], False),
+            (["code.py", "prose.txt"], True),
+            (["code.py"], False),
             (["prose.txt", "-mlongnet-tiny"], False),
             (["prose.txt", "-m./own"], False),
         ):
             done = run_longnet(*command, *inputs, code=0)
-            assert ("longnet-tiny, the default model, takes" in done.stderr) == noted, (
-                command,
-                inputs,
+            line = (
+                "longnet-tiny, the default model, knows Python source: for other text, give --model"
             )
+            assert (line in done.stderr) == noted, (command, inputs)
     vectors = np.load(tmp_path / "v.npy")
     assert (vectors.shape, vectors.dtype) == ((1, 16), np.float32)
 
