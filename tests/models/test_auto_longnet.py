@@ -1,5 +1,6 @@
 """A LongNet in transformers' own tools: Auto classes, generate(), pipeline, Trainer; numbers against the LongNet."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,77 @@ def test_what_a_longnet_does_not_do_is_refused(folder: Path) -> None:
         model(tokens, attention_mask=torch.ones(1, 9))
     with pytest.raises(ConfigError, match="dilated attention of its own"):
         use_dilated_attention(model, Pattern.window(8))
+    with pytest.raises(ValueError, match="takes no other cache"):  # and not a word on masks
+        model(
+            tokens,
+            attention_mask=torch.ones(1, 10),
+            past_key_values=hf.StaticCache(model.config, max_cache_len=30),
+        )
+    for kind in ("static", "offloaded", "quantized", "dynamic"):
+        with pytest.raises(ValueError, match=f"cache of its own: no cache_implementation='{kind}'"):
+            model.generate(tokens, max_new_tokens=2, cache_implementation=kind)
+    with pytest.raises(ValueError, match="not generate by continuous batching"):
+        model.generate_batch(tokens.tolist())
+
+
+def test_settings_of_a_folder_are_kept_or_refused(folder: Path, tmp_path: Path) -> None:
+    open_, tokens = hf.AutoModelForCausalLM.from_pretrained, ids(1, 10)
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=f"no {name}"):
+            open_(folder, **{name: True})(tokens)
+    assert open_(folder)(tokens).get(CACHE) is None
+    model = open_(folder, use_cache=True)
+    assert isinstance(model(tokens).get(CACHE), LongNetCache)
+    assert model(tokens, use_cache=False).get(CACHE) is None
+    model.save_pretrained(tmp_path / "again")
+    assert open_(tmp_path / "again").config.use_cache is True
+    LongNet.from_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("net", ["sinks"], indirect=True)
+def test_activations_are_computed_again(net: LongNet, folder: Path) -> None:
+    """Loss and gradients stay the same, fewer tensors are saved, and the cache that the config asks for is not made."""
+    tokens, runs = ids(1, 30), []
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, use_cache=True).train()
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable()
+        calls, saved = [], []
+        hook = model.layers[0].attention.register_forward_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
+        keep = torch.autograd.graph.saved_tensors_hooks(
+            lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x
+        )
+        with keep:
+            output = model(tokens, labels=tokens)
+        assert (output.get(CACHE) is None) is again
+        model.zero_grad()
+        output.loss.backward()
+        hook.remove()
+        runs.append((output.loss, [p.grad.clone() for p in model.parameters()]))
+        assert len(calls) == 1 + again
+        runs.append(sum(saved))
+    torch.testing.assert_close(runs[2], runs[0])
+    assert runs[3] < runs[1] / 2
+    assert isinstance(model.eval()(tokens).get(CACHE), LongNetCache)
+    model.gradient_checkpointing_disable()
+    assert isinstance(model.train()(tokens).get(CACHE), LongNetCache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("net", ["sinks", "untied"], indirect=True)
+def test_the_base_model_and_the_output_matrix_make_the_logits(net: LongNet, folder: Path) -> None:
+    """TRL puts them together itself; they are one model with the rest, also in a copy."""
+    tokens = ids(2, 30)
+    model = copy.deepcopy(hf.AutoModelForCausalLM.from_pretrained(folder))
+    model.final_norm.weight *= 2
+    hidden = model.base_model(tokens, use_cache=False).last_hidden_state
+    output = model.get_output_embeddings()
+    logits = torch.nn.functional.linear(hidden, output.weight, output.bias)
+    torch.testing.assert_close(logits, model(tokens).logits)
+    assert (logits - net.logits(net(tokens))).norm() > 0.1
+    assert type(model.base_model) is type(hf.AutoModel.from_pretrained(folder))
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -37,7 +38,7 @@ from longnet_cli.models.hf.longnet_cache import (
     columns_of,
 )
 from longnet_cli.nets.config import LongNetConfig, parse_config
-from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.longnet import Layer, LongNet
 from longnet_cli.nets.weights import (
     TRANSFORMERS_KEYS,
     architecture,
@@ -65,6 +66,8 @@ class LongNetHFConfig(hf.PretrainedConfig):
         "intermediate_size": "ffn_dim",
         "tie_word_embeddings": "tie_embeddings",
     }
+    use_cache = None  # `forward` makes a cache if it is asked to, and `generate` always
+    auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it: a folder has no code of its own
 
     def __init__(self, **settings: Any) -> None:
         settings = {self.attribute_map.get(key, key): value for key, value in settings.items()}
@@ -74,6 +77,8 @@ class LongNetHFConfig(hf.PretrainedConfig):
         )
         for name in LongNetConfig.model_fields:
             setattr(self, name, getattr(own, name))
+        if "use_cache" in settings:
+            self.use_cache = settings["use_cache"]
 
     @property
     def longnet(self) -> LongNetConfig:
@@ -105,15 +110,24 @@ _OUTPUT = "output.weight"
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
+class LongNetLayer(GradientCheckpointingLayer, Layer):
+    """A layer whose activations transformers can have computed again (`gradient_checkpointing_enable`)."""
+
+
+class _NetForTransformers(LongNet):
+    layer_kind = LongNetLayer
+
+
 class LongNetPreTrainedModel(hf.PreTrainedModel):
     """A LongNet's layers in a module of transformers; `net` is a LongNet that shares them."""
 
     config_class = LongNetHFConfig
-    base_model_prefix = "longnet"  # names no attribute: weights keep a LongNet's own names
-    _no_split_modules = ("Layer",)
+    base_model_prefix = "longnet"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("LongNetLayer",)
     causal: bool | None = None  # whether a class with logits is for causal nets
 
-    def __init__(self, config: LongNetHFConfig) -> None:
+    def __init__(self, config: LongNetHFConfig, net: LongNet | None = None) -> None:
         asked = type(self).__name__.replace("LongNet", "AutoModel")
         if self.causal is not None and not config.vocab_size:
             raise ValueError(f"this LongNet has no vocabulary: open it with AutoModel, not {asked}")
@@ -123,7 +137,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
                 f"this LongNet is {is_}: open it with AutoModelFor{needed}, not {asked}"
             )
         super().__init__(config)
-        net = LongNet(config.longnet)
+        net = net or _NetForTransformers(config.longnet)
         # a tied matrix is a module as well, which tools hook, tie and replace
         if self.causal is not None and net.output is None:
             net.output = nn.Linear(config.dim, config.vocab_size, bias=False, device="meta")
@@ -206,7 +220,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         Hidden states at padding have no meaning. Raises ValueError for inputs or outputs that a LongNet does not have.
         """
         for name in ("output_attentions", "output_hidden_states"):
-            if asked.get(name):
+            if asked.get(name, getattr(self.config, name)):
                 raise ValueError(f"a LongNet gives its last hidden states alone: no {name}")
         given = inputs_embeds if input_ids is None else input_ids
         if given is None:
@@ -214,13 +228,6 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         before = cache.get_seq_length() if cache is not None else 0
         columns = _columns(attention_mask, position_ids, before + given.shape[1])
         if cache is not None:
-            layers = getattr(cache, "layers", [])
-            if len(layers) != self.net.config.num_layers or not all(
-                isinstance(layer, Memory) for layer in layers
-            ):
-                raise ValueError(
-                    "a LongNet remembers in a LongNetCache(model.config): it takes no other cache"
-                )
             cache.expect(given.shape[0])
 
         def hidden_of(rows: AlignedRows) -> Tensor:
@@ -245,12 +252,25 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         return out
 
     def _cache(self, use_cache: bool | None, cache: Any, older: Any) -> Any:
-        """Return the given cache, under its newer or older name, or a new one if `use_cache` asks for it."""
+        """Return the given cache, under its newer or older name, or a new one if `use_cache` or the config asks for it.
+
+        Layers that are computed again in the backward pass would add their keys twice: they get none.
+        """
         given = older if cache is None else cache
-        if given is not None and not self.config.causal:
+        if given is None:
+            wanted = self.config.use_cache if use_cache is None else use_cache
+            again = any(layer.gradient_checkpointing for layer in self.layers)
+            again = again and self.training and torch.is_grad_enabled()
+            return (
+                LongNetCache(self.config) if wanted and self.config.causal and not again else None
+            )
+        if not self.config.causal:
             raise ValueError("a bidirectional LongNet reads a text at once: it has no cache")
-        if given is None and use_cache and self.config.causal:
-            return LongNetCache(self.config)
+        layers = getattr(given, "layers", [])
+        if len(layers) != len(self.layers) or not all(isinstance(x, Memory) for x in layers):
+            raise ValueError(
+                "a LongNet remembers in a LongNetCache(model.config): it takes no other cache"
+            )
         return given
 
 
@@ -319,6 +339,10 @@ class _LongNetWithLogits(LongNetPreTrainedModel):
 
     _tied_weights_keys = {_OUTPUT: "embedding.weight"}  # noqa: RUF012 (transformers declares it)
 
+    def __init__(self, config: LongNetHFConfig) -> None:
+        super().__init__(config)
+        self.__dict__["longnet"] = LongNetModel(config, self.net)  # `base_model`, no submodule
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -362,6 +386,19 @@ class LongNetForCausalLM(_LongNetWithLogits, hf.GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """Return False: `forward` makes its own cache."""
         return False
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> Any:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"a LongNet has a cache of its own: no cache_implementation={generation_config.cache_implementation!r}"
+            )
+        return super()._prepare_cache_for_generation(generation_config, *args)
+
+    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
+        """Raise ValueError: the cache has no pages."""
+        raise ValueError(
+            "a LongNet does not generate by continuous batching (generate_batch): call generate() with a batch"
+        )
 
 
 class LongNetForMaskedLM(_LongNetWithLogits):
