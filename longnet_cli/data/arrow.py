@@ -1,20 +1,18 @@
 """Arrow IPC files and streams, which pyarrow reads from a map, and the checks that it leaves out.
 
-    file: what its index lists     ┐
-    stream or pipe: as they come   ┴--_ArrowBytes--> pyarrow --> batches, whose token ids stay in the file
+    stream, and a file from its 9th byte on    as the batches come   ┐
+    file of Polars, which is no stream inside  by its index          ┴--> batches, whose token ids stay in the file
 
-pyarrow reads a file as a stream, too. Its own reader of files reads the index in another thread, which may still hold
-our Python object when the interpreter ends: then the process aborts. A stream is read by the thread that asks for it.
+The index at the end of a file is read from memory, and so are the batches of a file of Polars. pyarrow would read them
+from a Python object in another thread, which may still hold the object when the interpreter ends: then the process
+aborts. A stream is read by the thread that asks for it.
 
 A batch is a slice of the map, of which nothing is read until it is needed. The address of an array in the slice tells
 where the array lies in the file. Token ids are read from there, not through the map: a file that shrinks under a map
 kills the process. Small batches are read whole instead.
 """
 
-import os
-import struct
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -27,11 +25,8 @@ from longnet_cli.data.tables import Table, numpy_dtype, reading
 
 MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its start
 INDEX_BYTES = 256 << 20  # more than any index of a file, which takes 24 bytes per batch
-CONTINUATION = (
-    b"\xff\xff\xff\xff"  # starts a message, which before Arrow 0.15 started with its length
-)
-END = CONTINUATION + bytes(4)  # of a stream
-PADDING = 64  # more than the bytes between two messages of a file
+CONTINUATION = b"\xff\xff\xff\xff"  # starts a message of a stream
+PADDING = 64  # more than the bytes between the stream in a file and the index
 MAPPED_BYTES = 1 << 16  # a disk reads as many ahead when one byte is touched
 
 
@@ -48,50 +43,49 @@ def open_ipc_stream(name: str, where: str, stream: Any) -> Table:
     return source.table(name, "Arrow IPC stream", *source.sequence(end))
 
 
-def open_pipe(name: str, where: str, pipe: Any) -> Table:
-    """Open an Arrow file that comes through a pipe: between its magic and its index, it is an Arrow stream."""
+def open_pipe(name: str, where: str, pipe: Any, expected: pa.Schema | None = None) -> Table:
+    """Open an Arrow file that `is_sequential` from its start on, without seeking: it is a stream, then an index.
+
+    Raises ValueError where its schema is another than the `expected` one.
+    """
 
     def end(count: int) -> None:
-        tail = pipe.read(INDEX_BYTES)
+        tail = bytes(pipe.read(INDEX_BYTES))
         index = _read_index(where, tail)
-        if not 0 <= len(tail) - 10 - int.from_bytes(tail[-10:-6], "little") < PADDING:
+        if not 0 <= len(tail) - _index_bytes(tail) < PADDING:
             raise DataError(
                 f"{where}: more data follows the end of the Arrow file; give one file at a time"
             )
-        _check_count(count, index)
+        if count != index.num_record_batches:
+            raise ValueError(
+                f"{count} batches were read, and its index lists {index.num_record_batches}"
+            )
 
     pipe.read(8)
     source = _ArrowBytes(where, pipe)
-    return source.table(name, "Arrow IPC file", *source.sequence(end))
+    schema, batches = source.sequence(end)
+    if expected is not None and not schema.equals(expected, check_metadata=True):
+        raise ValueError("the file has two different schemas")
+    return source.table(name, "Arrow IPC file", schema, batches)
 
 
-def open_file(name: str, where: str, stream: Any) -> Table:
-    """Open an Arrow file that can seek, by the index at its end, which must account for every byte of its batches."""
-    size = stream.seek(0, os.SEEK_END)
-    stream.seek(max(0, size - 10))
-    start = size - 10 - int.from_bytes(stream.read(10)[:4], "little")  # of the index
-    stream.seek(start if start >= max(0, size - INDEX_BYTES) else max(0, size - 10))
-    tail = stream.read(INDEX_BYTES)
-    index = _read_index(where, tail)
-    schema, messages = _listed(tail)
-    stream.seek(0)
-    covered = [(start, start)]
-    if is_sequential(stream.read(12)):
-        stream.seek(8)
-        if not ipc.read_schema(stream).equals(index.schema, check_metadata=True):
-            raise ValueError("the file has two different schemas")
-        covered.append((8, stream.tell()))
-    for (_, stop), (following, _) in pairwise(sorted([*covered, *messages])):
-        if not 0 <= following - stop < PADDING:
-            raise ValueError("its index has lost a batch, or lists one twice")
+def open_file(name: str, where: str, file: StoredFile) -> Table:
+    """Open an Arrow file. A damaged index is found before the first batch."""
+    file.seek(max(0, file.size - 10))
+    file.seek(max(0, file.size - min(INDEX_BYTES, _index_bytes(file.read()))))
+    index = _read_index(where, file.read())
+    file.seek(0)
+    sequential = is_sequential(file.read(12))
+    file.seek(0)
+    if sequential:
+        return open_pipe(name, where, file, index.schema)
+    source = _ArrowBytes(where, file)
+    return source.table(name, "Arrow IPC file", *source.listed())
 
-    def end(count: int) -> None:
-        _check_count(count, index)
-        stream.seek(0)
-        stream.read(1)  # raises an error if the file has changed while the last batch was looked at
 
-    source = _ArrowBytes(where, stream, schema, messages)
-    return source.table(name, "Arrow IPC file", *source.sequence(end))
+def _index_bytes(tail: bytes) -> int:
+    """Return how many bytes the index takes at the end of a file, by the last of them: its length and the magic."""
+    return 10 + int.from_bytes(tail[-10:-6], "little")
 
 
 def _read_index(where: str, tail: bytes) -> ipc.RecordBatchFileReader:
@@ -99,44 +93,6 @@ def _read_index(where: str, tail: bytes) -> ipc.RecordBatchFileReader:
     if not tail.endswith(MAGIC):
         raise DataError(f"{where}: truncated: the index at the end of the Arrow file is missing")
     return ipc.open_file(pa.BufferReader(MAGIC + b"\0\0" + tail))  # of memory, it starts no thread
-
-
-def _check_count(count: int, index: ipc.RecordBatchFileReader) -> None:
-    if count != index.num_record_batches:
-        raise ValueError(
-            f"{count} batches were read, and its index lists {index.num_record_batches}"
-        )
-
-
-def _listed(tail: bytes) -> tuple[bytes, list[tuple[int, int]]]:
-    """Return the message of the schema in an index, and where the messages that it lists start and stop in the file.
-
-    These are the dictionaries, and then the batches. pyarrow has checked the index, the last bytes of a file. It is a
-    table of FlatBuffers: a table starts with the distance to a list of where its fields are, and a reference is the
-    distance to what it refers to. So a message that refers to the schema can be put before the index.
-    """
-    index = tail[-10 - int.from_bytes(tail[-10:-6], "little") : -10]
-
-    def number(kind: str, place: int) -> int:
-        return struct.unpack_from(f"<{kind}", index, place)[0]
-
-    table = number("I", 0)
-    fields = table - number("i", table)
-    count = number("H", fields) // 2 - 2
-    version, schema, *blocks = (
-        table + number("H", fields + 4 + 2 * which) for which in range(min(count, 4))
-    )
-    messages: list[tuple[int, int]] = []
-    for place in blocks:
-        if place > table:  # not left out
-            start = place + number("I", place)
-            listed = struct.iter_unpack("<qi4xq", index[start + 4 :][: 24 * number("I", start)])
-            messages += ((first, first + head + body) for first, head, body in listed)
-    # the list of fields at 4, the table at 16: version at 24, kind (a schema) at 26, the reference at 20
-    schema += number("I", schema) + 32 - 20
-    head = struct.pack("<I5H2xiIhB5x", 16, 10, 12, 8, 10, 4, 12, schema, number("h", version), 1)
-    message = head + index + bytes(-len(index) % 8)
-    return CONTINUATION + len(message).to_bytes(4, "little") + message, messages
 
 
 def is_sequential(head: bytes) -> bool:
@@ -147,58 +103,30 @@ def is_sequential(head: bytes) -> bool:
 class _ArrowBytes:
     """A binary file for pyarrow, `stream`. If it is a StoredFile, it is also `file`, and large reads are mapped.
 
-    With `messages`, the stream is of the bytes `head` and of these places in the file. `last` is what pyarrow has read
-    last, and `start` where that is in the file.
+    `last` is what pyarrow has read last, and `start` where that is in the file.
     """
 
     closed = False
 
-    def __init__(
-        self, where: str, stream: Any, head: bytes = b"", messages: Iterable[tuple[int, int]] = ()
-    ) -> None:
+    def __init__(self, where: str, stream: Any) -> None:
         self.where, self.stream, self.tell = where, stream, stream.tell
         self.file = stream if isinstance(stream, StoredFile) else None
         self.map: pa.Buffer | None = pa.py_buffer(self.file.map()) if self.file else None
         self.last: pa.Buffer | None = None
         self.start = 0
-        self.head, self.messages = head, iter(messages)
-        self.stop: int | None = None  # of the message that is read
-        if head:
-            self._go_on()
-
-    def _go_on(self) -> None:
-        """Go to the next message, and after the last one to the mark for the end of a stream."""
-        place = next(self.messages, None)
-        if place is None:
-            self.head, self.stop = self.head + END, sys.maxsize
-        else:
-            self.stop = place[1]
-            self.stream.seek(place[0])
-
-    def _check_place(self) -> None:
-        if self.stop is not None and (beyond := self.tell() - self.stop) >= 0:
-            if beyond:
-                raise ValueError("a batch is longer than its index says")
-            self._go_on()
 
     def read(self, size: int) -> bytes:
-        if self.head:
-            data, self.head = self.head[:size], self.head[size:]
-            return data
-        data = bytes(self.stream.read(size))
-        self._check_place()
-        return data
+        return bytes(self.stream.read(size))
 
     def read_buffer(self, size: int) -> pa.Buffer:
         """Return the next bytes; pyarrow calls this instead of `read` for messages and their bodies."""
         self.start = self.tell()
-        if self.head or self.map is None or size < MAPPED_BYTES:
+        if self.map is None or size < MAPPED_BYTES:
             self.last = pa.py_buffer(self.read(size))
         else:
             self.last = self.map.slice(self.start, size)
             self.stream.seek(max(self.start, self.start + self.last.size - 1))
             self.stream.read(1)  # raises an error if the file has changed
-            self._check_place()
         return self.last
 
     def sequence(self, end: Callable[[int], None]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
@@ -208,17 +136,30 @@ class _ArrowBytes:
         def batches() -> Iterator[pa.RecordBatch]:
             count, place = 0, self.tell()
             for batch in reader:
-                if self.stop is not None and reader.stats.num_replaced_dictionaries:
-                    raise ValueError("it has two dictionaries for one column")
                 yield batch
                 count, place = count + 1, self.tell()
-            if (
-                self.stop is None and self.tell() == place
-            ):  # pyarrow takes the end of the data for the marker
+            if self.tell() == place:  # pyarrow takes the end of the data for the marker
                 raise DataError(
                     f"{self.where}: truncated after {count} batches: the end-of-stream marker is missing"
                 )
             end(count)
+
+        return reader.schema, batches()
+
+    def listed(self) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """Return the schema and the batches of a file, which its index lists: slices of the map of the whole file."""
+        reader = ipc.open_file(
+            pa.BufferReader(self.map), options=ipc.IpcReadOptions(use_threads=False)
+        )
+        self.last = self.map
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            count = reader.num_record_batches
+            for index in range(count):
+                yield reader.get_batch(index)
+                # raises an error if the file has changed, and tells how much of it was read
+                self.stream.seek(self.stream.size * (index + 1) // count - 1)
+                self.stream.read(1)
 
         return reader.schema, batches()
 

@@ -101,7 +101,9 @@ def _open_file(source: Source, stream: Any, wanted: Wanted) -> Text | Table:
     if kind == "hdf5":
         return open_hdf5(source.name, source.where, stream)
     if kind == "file":
-        return arrow.open_file(source.name, source.where, stream)
+        if isinstance(stream, StoredFile):
+            return arrow.open_file(source.name, source.where, stream)
+        return _open_pipe(source, Pipe(stream), wanted)
     return arrow.open_ipc_stream(source.name, source.where, stream)
 
 

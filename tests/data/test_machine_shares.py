@@ -118,6 +118,12 @@ def test_a_share_of_files_reads_no_other_file(tmp_path: Path) -> None:
         return [document.doc_id for document in inputs.documents()]
 
     assert names(1) == ["1.txt", "2.txt"]
+    (tmp_path / "4.txt").symlink_to("nowhere")
+    inputs = [tmp_path / f"{number}.txt" for number in range(5)]
+    lost = [
+        len([*Inputs(inputs, BYTES, skip_bad=True, share=Share(i, 2)).documents()]) for i in (1, 2)
+    ]
+    assert lost == [3, 2]  # the missing file is left out by the first share alone
     with pytest.raises(DataError, match=r"3\.txt: neither Arrow"):
         names(2)
 
