@@ -58,10 +58,12 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     if not fields:
         beside = f" ({source.beside})" if source.beside else ""
         raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problem}{beside}")
+    documents = (wanted.column, *TOKEN_COLUMNS)
+    unsure = (pa.string(), _IDS)  # an empty list may be one of anything
     names = [
         name
         for name in wanted.keep
-        if name != wanted.column and fields.get(name, pa.string()) == pa.string()
+        if name not in documents and fields.get(name, unsure[0]) in unsure
     ]
     fields |= _kept_types(pipe, source.where, names, fields)
     rows = _OpenedLines(source.where, pipe, wanted, pa.schema(list(fields.items())))
@@ -237,8 +239,8 @@ def _kept_types(
 ) -> dict[str, pa.DataType]:
     """Return the types of columns to carry along, by the first lines, which stay in the pipe.
 
-    Of `fields`, which name documents, these are the columns of integers alone. Raises DataError for values of different
-    types.
+    Of `fields`, these are integers in place of names, and lists of anything but integers. Raises DataError for values
+    of different types.
     """
     if not names:
         return {}
@@ -256,12 +258,15 @@ def _kept_types(
         try:
             kind = pa.array([_value(row, name) for row in rows]).type
         except (pa.ArrowException, OverflowError, TypeError) as error:
-            if name in fields:  # names may be of two types
+            if fields.get(name) == pa.string():  # names may be of two types
                 continue
             raise DataError(
                 f"{where}: the values of {name!r} are not of one type: {first_line(error)}"
             ) from None
-        if name not in fields or pa.types.is_integer(kind):
+        if fields.get(name) == _IDS:
+            if pa.types.is_list(kind) and kind.value_type not in (pa.int64(), pa.null()):
+                types[name] = kind
+        elif name not in fields or pa.types.is_integer(kind):
             types[name] = _TEXT if pa.types.is_null(kind) else kind
     return types
 

@@ -149,6 +149,23 @@ def test_kept_names_are_integers_where_all_are(tmp_path, names, kind):
     assert {str(text.kept["id"].type) for text in found} == {kind}
 
 
+@pytest.mark.parametrize(
+    ("lists", "kind"),
+    [
+        ([[], ["a"]], "list<item: string>"),
+        ([[], None, [], [0.5]], "list<item: double>"),
+        ([[], [[1]]], "list<item: list<item: int64>>"),
+        ([[], [1]], "large_list<item: int64>"),
+        ([[], []], "large_list<item: int64>"),
+    ],
+)
+def test_a_kept_list_has_the_type_of_the_first_that_is_not_empty(tmp_path, lists, kind):
+    path = write_lines(tmp_path / "x.jsonl", [{"text": "a", "tags": tags} for tags in lists])
+    found = [text.kept["tags"] for text in Inputs([path], keep=("tags",)).texts()]
+    assert [value.as_py() for value in found] == lists
+    assert {str(value.type) for value in found} == {kind}
+
+
 def test_a_number_and_a_text_are_two_names(tmp_path):
     lines = [
         '{"id": 1, "text": "a"}',
