@@ -27,7 +27,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
-from math import lcm
 from typing import NamedTuple
 
 from .groups import chosen_flops
@@ -111,7 +110,7 @@ def branches(
     covering = next((i for i, r in enumerate(pattern.dilation_rates) if r == 1), None)
     calls: list[Branch] = []
     for level in range(len(pattern.levels)):
-        zero_keys = (total or start + tokens) if padding == "zero_key" else 0
+        zero_keys = (total or start + tokens) if padding == "zero_key" and not causal else 0
         if not any(span.level == level and shard.holds(span) for span in spans):
             calls += shard.near_calls(level, level == covering, zero_keys)
     for index, span in enumerate(spans):
@@ -137,11 +136,8 @@ def united(layout: Layout, tokens: int, causal: bool) -> tuple[Branch, ...] | No
     apart = branches(layout, 0, tokens, causal, "exact", ())
     if layout.num_heads * tokens**2 * (2 - causal) >= sum(map(pairs, apart)):
         return None
-    shard, union = (
-        _ShardGeometry(layout, 0, tokens, causal),
-        Union(layout, causal, _table_size(tokens)),
-    )
-    calls = shard.on_rows((0, tokens), 0, tokens)
+    union = Union(layout, causal, _table_size(tokens))
+    calls = _ShardGeometry(layout, 0, tokens, causal).on_rows((0, tokens), 0, tokens)
     return tuple(branch._replace(causal=causal, covers=True, union=union) for branch in calls)
 
 
@@ -215,55 +211,54 @@ def backward_flops(
 _Positions = tuple[int, int]  # [start, stop)
 
 
-class _Zone(NamedTuple):
-    """Queries of one block of each segment, and the keys they see; positions count from the start of the segment.
+class _Rectangle(NamedTuple):
+    """Queries and keys at positions [start, stop), repeated in `segments` consecutive segments.
 
-    Queries are [start, start + length), keys [low, high). `square`: attention is causal, with queries and keys at the
-    same positions. `own`: the keys include those at the queries' own positions.
+    `square`: attention is causal, with queries and keys at the same positions. `own`: the keys include those at the
+    queries' own positions.
     """
 
-    start: int
-    length: int
-    low: int
-    high: int
-    square: bool
-    own: bool
-
-    def at(self, start: int) -> _Rectangle:
-        """Return the zone of the segment that starts at position `start`."""
-        queries = start + self.start, start + self.start + self.length
-        return _Rectangle(1, queries, (start + self.low, start + self.high), self.square, self.own)
-
-    def touched(self, w: int, queries: _Positions, keys: _Positions) -> range:
-        """Return the segments of w positions that have a query in `queries` and a key in `keys`."""
-        after = max((queries[0] - self.start - self.length) // w, (keys[0] - self.high) // w)
-        last = min((queries[1] - 1 - self.start) // w, (keys[1] - 1 - self.low) // w)
-        return range(after + 1, last + 1)
-
-    def whole(self, w: int, queries: _Positions, keys: _Positions) -> range:
-        """Return the segments of w positions that have all of their queries in `queries`, and all keys in `keys`."""
-        first_segment = max(-((self.start - queries[0]) // w), -((self.low - keys[0]) // w))
-        last = min((queries[1] - self.start - self.length) // w, (keys[1] - self.high) // w)
-        return range(first_segment, last + 1)
-
-
-class _Rectangle(NamedTuple):
-    """Queries and keys at positions [start, stop), repeated in `segments` consecutive segments."""
-
-    segments: int
     queries: _Positions
     keys: _Positions
-    square: bool
-    own: bool
+    square: bool = False
+    own: bool = False
+    segments: int = 1
+
+    def moved(self, distance: int) -> _Rectangle:
+        """Return the same rectangle, so many positions further on."""
+        (start, stop), (low, high) = self.queries, self.keys
+        queries = (start + distance, stop + distance)
+        return self._replace(queries=queries, keys=(low + distance, high + distance))
 
     def cut(self, queries: _Positions, keys: _Positions) -> _Rectangle | None:
-        """Return the part with these queries and keys, of one segment; None if it has no query or no key."""
+        """Return the part with these queries and keys; None if it has no query or no key."""
         queries, keys = _overlap(self.queries, queries), _overlap(self.keys, keys)
         if self.square:  # the positions that both have are a square again
             queries = keys = _overlap(queries, keys)
         if queries[0] >= queries[1] or keys[0] >= keys[1]:
             return None
-        return _Rectangle(1, queries, keys, self.square, self.own)
+        return self._replace(queries=queries, keys=keys)
+
+    def by_segment(self, w: int) -> Iterator[_Rectangle]:
+        """Yield a rectangle for each segment of w positions that has keys of this one. Its queries are in the first."""
+        low, high = self.keys
+        for start in range(low // w * w, high, w):
+            keys = _overlap(self.keys, (start, start + w))
+            yield self._replace(keys=keys, own=self.own and start == 0)
+
+    def touched(self, w: int, queries: _Positions, keys: _Positions) -> range:
+        """Return by how many steps of w positions this one moves to have a query in `queries` and a key in `keys`."""
+        (start, stop), (low, high) = self.queries, self.keys
+        after = max((queries[0] - stop) // w, (keys[0] - high) // w)
+        last = min((queries[1] - 1 - start) // w, (keys[1] - 1 - low) // w)
+        return range(after + 1, last + 1)
+
+    def inside(self, w: int, queries: _Positions, keys: _Positions) -> range:
+        """Return by how many steps of w positions this one moves to have all of its queries and keys in these."""
+        (start, stop), (low, high) = self.queries, self.keys
+        first = max(-((start - queries[0]) // w), -((low - keys[0]) // w))
+        last = min((queries[1] - stop) // w, (keys[1] - high) // w)
+        return range(first, last + 1)
 
 
 class _ShardGeometry(NamedTuple):
@@ -292,67 +287,54 @@ class _ShardGeometry(NamedTuple):
         w, r = level_of(self.pattern, level)
         if zero_keys:
             w = min(w, zero_keys)  # in torchscale, no segment is longer than the sequence
-        offsets = self.pattern.offsets(level, self.num_heads)
-        low = max(self.start, self.pattern.sinks) if level else self.start
-        for part in self._rectangles(
-            _zones(self.pattern, level, w, self.causal), w, r, low, self.stop
-        ):
+        first_key = max(self.start, self.pattern.sinks) if level else self.start
+        zones = _zones(self.pattern, level, w, self.causal)
+        for part in self._rectangles(zones, w, r, (first_key, self.stop)):
+            queries = self._query_rows(level, w, part.queries)
             keys = self._level_rows(level, w, part.keys, self.kv_of)
-            missing = [0] * self.num_heads  # rows that the segment lacks to have ceil(w / r)
-            if zero_keys and not self.causal:
-                missing = [
-                    -(-w // r) - rows_before(min(w, zero_keys - part.keys[0] // w * w), o, r)
-                    for o in offsets
-                ]
-            for branch in self._calls(
-                part.segments, r, self._query_rows(level, w, part.queries), keys, missing
-            ):
+            missing = None
+            if zero_keys:
+                segment = part.keys[0] // w * w
+                missing = self._missing_rows(level, w, min(w, zero_keys - segment))
+            for branch in self._calls(part.segments, r, queries, keys, missing):
                 causal = part.square and not branch.queries.row_heads
                 yield branch._replace(causal=causal, covers=covering and part.own, level=level)
 
     def far_calls(self, span: FarSpan, index: int, covering: bool) -> Iterator[Branch]:
         """Yield the calls of the shard's queries on the rows of `span`: full attention, never causal."""
         w, r = level_of(self.pattern, span.level)
-        segment, lane_of = span.start // w * w, self.layout.lanes(span.level).of_head
-        low = max(span.start, self.pattern.sinks) if span.level else span.start
+        first_key = max(span.start, self.pattern.sinks) if span.level else span.start
+        holds = self.holds(span)
         zones = [
-            zone._replace(square=False, own=zone.own and self.holds(span))
+            zone._replace(square=False, own=zone.own and holds)
             for zone in _zones(self.pattern, span.level, w, self.causal)
         ]
-        for part in self._rectangles(zones, w, r, low, span.stop, apart=True):
-            edges = span.start, *part.keys
-            before, start, stop = (
-                self.layout.rows_before(span.level, edge - segment) for edge in edges
-            )
-            first_rows, counts = (
-                [start[i] - before[i] for i in lane_of],
-                [stop[i] - start[i] for i in lane_of],
-            )
-            keys = HeadRows(lane_of, first_rows, counts, w, 1)
-            for branch in self._calls(1, r, self._query_rows(span.level, w, part.queries), keys):
+        for part in self._rectangles(zones, w, r, (first_key, span.stop), packed=True):
+            queries = self._query_rows(span.level, w, part.queries)
+            for branch in self._calls(1, r, queries, self._packed_rows(span, part.keys)):
                 yield branch._replace(
                     far_index=index, covers=covering and part.own, level=span.level
                 )
 
     def sink_calls(self, spans: Sequence[FarSpan], turned: Turned | None) -> Iterator[Branch]:
         """Yield the calls that show all sinks to the queries, of any residue, whose first level covers no sink."""
-        w, n = self.pattern.segment_lengths[0], self.pattern.sinks
+        w, sinks = self.pattern.segment_lengths[0], self.pattern.sinks
         segments = sink_segments(self.pattern, self.start, self.stop)
         if not segments:
             return
-        begin = max(self.start, segments.start * w)
+        queries = (max(self.start, segments.start * w), self.stop)
         if turned:
-            zone = _Zone(start=0, length=w, low=0, high=w, square=True, own=False)
-            for part in self._rectangles([zone], w, 1, begin, self.stop):
-                row = turned.row + (part.queries[0] // w - segments.start) * n
+            zone = _Rectangle((0, w), (0, w), square=True)
+            for part in self._rectangles([zone], w, 1, queries):
+                row = turned.row + (part.queries[0] // w - segments.start) * sinks
                 yield from self.on_rows(
-                    part.queries, row, n, part.segments, segment_step=n, far_index=turned.far_index
+                    part.queries, row, sinks, part.segments, sinks, turned.far_index
                 )
             return
-        queries, own = (begin, self.stop), min(n, self.start)  # sinks [0, own) lie before the shard
-        given = spans_of_sinks(spans, own, self.start)
-        if own < n:
-            yield from self.on_rows(queries, own - self.start, n - own)
+        before = min(sinks, self.start)  # sinks that lie before the shard
+        given = spans_of_sinks(spans, before, self.start)
+        if before < sinks:
+            yield from self.on_rows(queries, before - self.start, sinks - before)
         for index, span in given:
             yield from self.on_rows(queries, 0, span.stop - span.start, far_index=index)
 
@@ -372,7 +354,8 @@ class _ShardGeometry(NamedTuple):
                 )
             return
         w, r = level_of(self.pattern, span.level)
-        if not start // w * w <= start < stop <= start // w * w + w:
+        segment = start // w * w
+        if not segment <= start < stop <= segment + w:
             raise ValueError(f"{where} of level ({w}, {r}) leave their segment")
         if self.holds(span):
             return
@@ -380,31 +363,6 @@ class _ShardGeometry(NamedTuple):
             raise ValueError(f"{where} overlap the shard [{self.start}, {self.stop})")
         if self.causal and start >= self.start:
             raise ValueError(f"{where} lie after a causal shard that starts at {self.start}")
-
-    def _rectangles(
-        self, zones: Iterable[_Zone], w: int, r: int, low: int, high: int, apart: bool = False
-    ) -> list[_Rectangle]:
-        """Cut the zones to the shard's queries and to keys in [low, high); return rectangles, own keys first.
-
-        Whole segments that have all of their keys form one rectangle. Each other segment is one by itself; neighbours
-        that see the same keys are joined if their rows stay evenly spaced. `apart`: keys are packed, so segments do not
-        form one rectangle.
-        """
-        positions, seen = (self.start, self.stop), (low, high)
-        together: list[_Rectangle] = []
-        single: list[_Rectangle] = []
-        for zone in zones:
-            touched, whole = zone.touched(w, positions, seen), zone.whole(w, positions, seen)
-            alone: Iterable[int] = touched
-            if whole and not apart:
-                together.append(zone.at(whole.start * w)._replace(segments=len(whole)))
-                alone = chain(range(touched.start, whole.start), range(whole.stop, touched.stop))
-            cut = (zone.at(segment * w).cut(positions, seen) for segment in alone)
-            single += [part for part in cut if part]
-        even = self.pattern.queries == "all" or w % r == 0
-        return sorted(
-            [*together, *(_joined(single) if even else single)], key=lambda part: not part.own
-        )
 
     def on_rows(
         self,
@@ -419,11 +377,37 @@ class _ShardGeometry(NamedTuple):
 
         All heads see all of them. With several `segments`, the keys of the next one are `segment_step` tokens later.
         """
-        n, w = self.num_heads, self.pattern.segment_lengths[0]
+        heads, w = self.num_heads, self.pattern.segment_lengths[0]
         of_queries = self._all_rows(w, queries)
-        of_keys = HeadRows(self.kv_of, [first_token] * n, [rows] * n, segment_step or w, 1)
+        of_keys = HeadRows(self.kv_of, [first_token] * heads, [rows] * heads, segment_step or w, 1)
         for branch in self._calls(segments, 1, of_queries, of_keys):
             yield branch._replace(far_index=far_index)
+
+    def _rectangles(
+        self, zones: Iterable[_Rectangle], w: int, r: int, keys: _Positions, packed: bool = False
+    ) -> list[_Rectangle]:
+        """Cut the zones of all segments to the shard's queries and to these keys; return rectangles, own keys first.
+
+        Whole segments that have all of their keys form one rectangle. Each other segment is one by itself; neighbours
+        that see the same keys are joined if their rows stay evenly spaced. If keys are `packed`, segments do not form
+        one rectangle.
+        """
+        queries = (self.start, self.stop)
+        together: list[_Rectangle] = []
+        single: list[_Rectangle] = []
+        for zone in zones:
+            touched = zone.touched(w, queries, keys)
+            inside = zone.inside(w, queries, keys)
+            alone = [touched]
+            if inside and not packed:
+                first = zone.moved(inside.start * w)
+                together.append(first._replace(segments=len(inside)))
+                alone = [range(touched.start, inside.start), range(inside.stop, touched.stop)]
+            cut = (zone.moved(segment * w).cut(queries, keys) for segment in chain(*alone))
+            single += filter(None, cut)
+        if self.pattern.queries == "all" or w % r == 0:
+            single = _joined(single)
+        return sorted([*together, *single], key=lambda part: not part.own)
 
     def _query_rows(self, level: int, w: int, queries: _Positions) -> HeadRows:
         """Return the rows at positions `queries` that query the keys of a level."""
@@ -432,8 +416,8 @@ class _ShardGeometry(NamedTuple):
         return self._level_rows(level, w, queries, range(self.num_heads))
 
     def _all_rows(self, w: int, positions: _Positions) -> HeadRows:
-        n, (start, stop) = self.num_heads, positions
-        return HeadRows(range(n), [start - self.start] * n, [stop - start] * n, w, 1)
+        heads, (start, stop) = self.num_heads, positions
+        return HeadRows(range(heads), [start - self.start] * heads, [stop - start] * heads, w, 1)
 
     def _level_rows(
         self, level: int, w: int, positions: _Positions, heads: Sequence[int]
@@ -441,6 +425,24 @@ class _ShardGeometry(NamedTuple):
         """Return the rows that a level keeps at some positions, for each query head in one of the `heads`."""
         offsets, r = self.pattern.offsets(level, self.num_heads), self.pattern.dilation_rates[level]
         return HeadRows.at(*positions, heads, offsets, w, r, self.start)
+
+    def _packed_rows(self, span: FarSpan, positions: _Positions) -> HeadRows:
+        """Return the rows at some positions of a span in its packed far keys, for each query head in its lane."""
+        w, _ = level_of(self.pattern, span.level)
+        lane_of = self.layout.lanes(span.level).of_head
+        edges = (span.start, *positions)
+        before, start, stop = (
+            self.layout.rows_before(span.level, edge - span.start // w * w) for edge in edges
+        )
+        first_rows = [start[lane] - before[lane] for lane in lane_of]
+        counts = [stop[lane] - start[lane] for lane in lane_of]
+        return HeadRows(lane_of, first_rows, counts, w, 1)
+
+    def _missing_rows(self, level: int, w: int, tokens: int) -> list[int]:
+        """Return how many rows each head of a segment of `tokens` lacks, to have as many as one of w can have."""
+        r = self.pattern.dilation_rates[level]
+        offsets = self.pattern.offsets(level, self.num_heads)
+        return [-(-w // r) - rows_before(tokens, offset, r) for offset in offsets]
 
     def _calls(
         self,
@@ -454,53 +456,49 @@ class _ShardGeometry(NamedTuple):
 
         Query heads of one key head are neighbours. If a single token's see the same keys, they become rows of a call.
         """
-        group, zeros = self.num_heads // self.layout.kv_heads, zero_keys or [0] * self.num_heads
+        heads = self.num_heads
+        group = heads // self.layout.kv_heads
+        zeros = zero_keys or [0] * heads
         sizes = zip(queries.counts, keys.counts, zeros, strict=True)
         equal = [of_head if all(of_head[:2]) else None for of_head in sizes]
-        even = list(zip(queries.first_tokens, keys.first_tokens, keys.heads, strict=True))
-        steps = (1, r, -(-self.num_heads // r), group, lcm(r, group))
-        heads = [*zip(equal, even, strict=True)]
-        if self.start + 1 < self.stop or heads != [x for x in heads[::group] for _ in range(group)]:
-            runs, folded = progressions(equal, even, steps), dict[str, int]()
-        else:
-            runs = progressions(equal[::group], even[::group], steps)
-            runs = [Heads(number, first * group, step * group) for number, first, step in runs]
-            folded = {"rows": group, "row_step": 0, "row_heads": 1} if group > 1 else {}
-        for run in runs:
-            of_queries = queries.view(run, segments)._replace(**folded)
-            yield Branch(
-                of_queries, keys.view(run, segments), causal=False, zero_keys=zeros[run.first]
-            )
+        even = [*zip(queries.first_tokens, keys.first_tokens, keys.heads, strict=True)]
+        single_token = self.start + 1 == self.stop
+        folded = single_token and group > 1 and _in_groups(equal, group) and _in_groups(even, group)
+        every = group if folded else 1
+        steps = (1, r, -(-heads // r), group)
+        for run in progressions(equal[::every], even[::every], steps):
+            of_heads = Heads(run.number, run.first * every, run.step * every)
+            of_queries = queries.view(of_heads, segments)
+            if folded:
+                of_queries = of_queries._replace(rows=group, row_step=0, row_heads=1)
+            of_keys = keys.view(of_heads, segments)
+            yield Branch(of_queries, of_keys, causal=False, zero_keys=zeros[of_heads.first])
 
 
-def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Zone]:
-    """Return the zones of a segment of w positions at a level, a causal square first."""
-    b = pattern.look_backs[level]
+def _in_groups(values: Sequence[object], size: int) -> bool:
+    """Return whether all values of each group of so many neighbours are equal."""
+    return all(value == values[index - index % size] for index, value in enumerate(values))
+
+
+def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Rectangle]:
+    """Return the rectangles of the first segment, of w positions, at a level; a causal square first."""
+    back = pattern.look_backs[level]
+    low, high = -back * w, (back + 1) * w
     if pattern.overlap == "once" and level:
-        u, near = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
-        firsts = range(0, w, u)
-        zones = [
-            _Zone(j, u, low=-b * w, high=j - near * u, square=False, own=False) for j in firsts
-        ]
+        inner, inner_back = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
+        blocks = [(start, start + inner) for start in range(0, w, inner)]
+        zones = [_Rectangle(block, (low, block[0] - inner_back * inner)) for block in blocks]
         if not causal:
-            zones += [
-                _Zone(j, u, low=j + (near + 1) * u, high=(b + 1) * w, square=False, own=False)
-                for j in firsts
-            ]
+            zones += [_Rectangle(block, (block[1] + inner_back * inner, high)) for block in blocks]
     elif causal:
-        before = _Zone(0, w, low=-b * w, high=0, square=False, own=False)
-        zones = [_Zone(0, w, low=0, high=w, square=True, own=True), before]
+        square = _Rectangle((0, w), (0, w), square=True, own=True)
+        zones = [square, _Rectangle((0, w), (low, 0))]
     else:
-        zones = [_Zone(0, w, low=-b * w, high=(b + 1) * w, square=False, own=True)]
-    if (
-        w % pattern.dilation_rates[level]
-    ):  # row spacing breaks between segments: no view shows rows of two
-        zones = [
-            zone._replace(low=max(zone.low, s), high=min(zone.high, s + w), own=zone.own and s == 0)
-            for zone in zones
-            for s in range(zone.low // w * w, zone.high, w)
-        ]
-    return [zone for zone in zones if zone.low < zone.high]
+        zones = [_Rectangle((0, w), (low, high), own=True)]
+    if w % pattern.dilation_rates[level]:
+        # The spacing of rows breaks between segments, so no view shows rows of two.
+        zones = [part for zone in zones for part in zone.by_segment(w)]
+    return [zone for zone in zones if zone.keys[0] < zone.keys[1]]
 
 
 def _overlap(a: _Positions, b: _Positions) -> _Positions:
@@ -512,13 +510,8 @@ def _joined(parts: list[_Rectangle]) -> list[_Rectangle]:
     joined: list[_Rectangle] = []
     for part in sorted(parts, key=lambda part: (part.square, part.own, part.keys, part.queries)):
         last = joined[-1] if joined else part
-        same = (last.keys, last.square, last.own, last.queries[1]) == (
-            part.keys,
-            False,
-            part.own,
-            part.queries[0],
-        )
-        if same:
+        neighbours = last.queries[1] == part.queries[0] and not part.square
+        if neighbours and last == part._replace(queries=last.queries):
             joined[-1] = last._replace(queries=(last.queries[0], part.queries[1]))
         else:
             joined.append(part)

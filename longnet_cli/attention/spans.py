@@ -14,7 +14,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
-from math import lcm
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -118,41 +117,38 @@ def progressions(
     equal steps or stay the same. Both offset rules give long runs of such heads, either neighbours or a fixed step
     apart. Of `steps`, the one with the fewest views is taken.
     """
-
-    best: list[Heads] = []
+    fewest: list[Heads] = []
     for step in dict.fromkeys(steps):
-        runs = [
-            run
-            for residue in range(min(step, len(equal)))
-            for run in _runs(equal, even, residue, step)
-        ]
-        if not best or len(runs) < len(best):
-            best = runs
-        if len(best) <= 1:
+        runs: list[Heads] = []
+        for first in range(min(step, len(equal))):
+            runs += _runs(equal, even, range(first, len(equal), step))
+        if not fewest or len(runs) < len(fewest):
+            fewest = runs
+        if len(fewest) <= 1:
             break
-    return best
+    return fewest
 
 
 def _runs(
-    equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], start: int, step: int
+    equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], heads: range
 ) -> Iterator[Heads]:
-    """Yield the heads first, first + step, ... in runs that are as long as possible."""
-    begin, number = start, 0
-    growth: tuple[int, ...] = ()
-    for head in range(start, len(equal), step):
-        grown = tuple(map(operator.sub, even[head], even[head - step])) if number else ()
-        if (
-            number
-            and equal[head] == equal[begin]
-            and (grown == growth if number > 1 else min(grown) >= 0)
-        ):
-            number, growth = number + 1, grown
-            continue
+    """Yield these heads in runs that are as long as possible."""
+    first, number = heads.start, 0
+    growth: list[int] | None = None  # of `even`, from each head of a run to the next
+    for head in heads:
+        if number and equal[head] == equal[first]:
+            grown = [*map(operator.sub, even[head], even[head - heads.step])]
+            if growth in (None, grown) and min(grown) >= 0:
+                number += 1
+                growth = grown
+                continue
         if number:
-            yield Heads(number, begin, step)
-        begin, number = head, int(equal[head] is not None)
+            yield Heads(number, first, heads.step)
+        first = head
+        number = 0 if equal[head] is None else 1
+        growth = None
     if number:
-        yield Heads(number, begin, step)
+        yield Heads(number, first, heads.step)
 
 
 SINKS = -1  # the level of a span that holds a document's first positions, which every query sees
@@ -320,11 +316,12 @@ class Layout(NamedTuple):
             return
         rows = self.of_span(span, start)
         before = self.rows_before(span.level, span.start - segment_start(self.pattern, span))
-        # a view of a segment starts at the same row for all of its lanes: they need equally many rows before it
-        equal = [pair if pair[0] else None for pair in zip(rows.counts, before, strict=True)]
-        even = list(zip(rows.first_tokens, rows.heads, strict=True))
-        number, r, group = len(rows.heads), rows.row_step, self.num_heads // self.kv_heads
-        steps = (1, r, -(-number // r), number // len({*rows.heads}), lcm(r, group))
+        # A view of a segment starts at the same row for all of its lanes: they need equally many rows before it.
+        sizes = zip(rows.counts, before, strict=True)
+        equal = [counts if counts[0] else None for counts in sizes]
+        even = [*zip(rows.first_tokens, rows.heads, strict=True)]
+        number, r = len(rows.heads), rows.row_step
+        steps = (1, r, -(-number // r), number // len({*rows.heads}))
         packed_rows = rows._replace(heads=range(number), first_tokens=[0] * number, row_step=1)
         for run in progressions(equal, even, steps):
             packed = packed_rows.view(run)
