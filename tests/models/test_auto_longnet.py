@@ -126,8 +126,11 @@ def test_what_transformers_saves_is_a_longnet_again(
 
 
 def test_a_resized_vocabulary_is_saved(folder: Path, tmp_path: Path) -> None:
+    base = hf.AutoModel.from_pretrained(folder)
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
-    model.resize_token_embeddings(300)
+    for resized in (base, model):
+        resized.resize_token_embeddings(300)
+    assert base(ids(1, 20) + 40).last_hidden_state.shape == (1, 20, 32)
     model.save_pretrained(tmp_path / "large")
     large = LongNet.from_pretrained(tmp_path / "large").eval()
     assert large.config.vocab_size == 300

@@ -190,18 +190,18 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embedding
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.net.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embedding = value
+        self.net.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the output matrix; a model without logits has None if it is tied to the embedding table."""
-        return self.output
+        return self.net.output
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        self.output = value
+        self.net.output = value
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: the LongNet has drawn all weights."""
