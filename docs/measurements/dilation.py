@@ -4,23 +4,23 @@
     pip download --no-deps --only-binary :all: -d wheels \\
       django==5.2.8 networkx==3.6.1 sphinx==8.2.3 sympy==1.14.0 twisted==25.5.0
     python docs/measurements/dilation.py data runs/dilation anarchism_15.3-4_all.deb wheels/*.whl
-    OMP_NUM_THREADS=1 python docs/measurements/dilation.py seed runs/dilation 1
-    OMP_NUM_THREADS=1 python docs/measurements/dilation.py seed runs/dilation 2
-    python docs/measurements/dilation.py table
+    OMP_NUM_THREADS=1 python docs/measurements/dilation.py train runs/dilation 0 paper-16Ki mapped-16Ki
+    OMP_NUM_THREADS=1 python docs/measurements/dilation.py train runs/dilation 1    # all nets of ARMS that lack a row
+    python docs/measurements/dilation.py reach      # and `table`, `contexts`: what the rows say
 
-`seed` is one unit of work: a trunk, dense in blocks of 1,024, and each pattern of PATTERNS that goes on from it with
-the same windows in the same order. It appends a row per pattern and kind of text to dilation.jsonl beside this script,
-and leaves out patterns whose rows are there. A seed takes an hour and a half of one core. If it is killed, the same
-command goes on. With names after the seed, it trains these patterns alone, so two processes can share a seed once its
-trunk is there, which `seed runs/dilation 1 trunk` makes. `seed runs/dilation 0 scratch-window scratch-levels
-scratch-mapped` trains the controls, which have no trunk.
+`train` trains nets of a seed one after the other, appends the rows of each to dilation.jsonl beside this script, keeps
+the net itself in bfloat16 in nets/SEED-NAME, and measures that. A net whose rows are there is left out. If it is
+killed, the same command goes on. Nets that are not `anew` go on from the seed's trunk, dense in blocks of 1,024, with
+the same windows in the same order.
 
-The data are pinned: `data` refuses tokens other than those measured (TOKENS). Half of the windows is English prose,
-half is Python source. A held-out document is chosen by a hash of its name.
+The data are pinned: `data` refuses tokens other than those measured (TOKENS). A held-out document is chosen by a hash
+of its name.
 
 A row holds, for each of at most DOCUMENTS held-out documents, of which it reads the first WINDOW tokens: `nats` in
 separate windows of each context; in windows of WINDOW, `position`, the nats of each range of positions (POSITIONS), and
 `recall`, the nats of tokens by how long ago their bigram was last said (RECALL; `recall_tokens` counts them).
+`foreign` holds, for FOREIGN held-out windows of Python, what foreign.py measures: nats of their last tokens, by context
+and with foreign text in place of parts of the past. Nets of the paper's table in small have only this.
 """
 
 from __future__ import annotations
@@ -36,48 +36,82 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import foreign
 import numpy as np
 import torch
 from by_recall import distances
 
-from longnet_cli import LongNet, LongNetError
+from longnet_cli import LongNet, LongNetError, ModelFacts
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.names import Sources
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.benchmark import device_name
+from longnet_cli.jobs.converting import convert
 from longnet_cli.jobs.scoring.measures import Clusters
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import load_recipe
 
 WINDOW = 16384
+KINDS = ("prose", "python")
 LEVELS = "512/1,2Ki/4,8Ki/16,look_back=1,overlap=once,queries=all"
-PATTERNS = {
-    "window": "window:1Ki",
-    "levels": LEVELS,
-    "blocks": "1Ki/1",
-    "mapped": LEVELS,  # with positions by level: a step of a level is one position
-    "chosen": "window:512,chosen=32x32,chosen_every=32,layers=2",
-    "paper": "1Ki/1,4Ki/2,16Ki/4",
-    "dense": "16Ki/1",
-}
-SCRATCH = {"scratch-window": "window:1Ki", "scratch-levels": LEVELS, "scratch-mapped": LEVELS}
-TRUNK_WINDOW, TRUNK_TOKENS, TRUNK_STEPS = 1024, 8192, 750  # windows, steps of so many tokens
-STEPS = 96  # of each pattern, of one window of WINDOW
-MODEL = {
-    "vocab_size": 4096,
-    "dim": 128,
-    "num_layers": 4,
-    "num_heads": 4,
-    "ffn_dim": 480,
-    "position": "rope",
+NET = {"vocab_size": 4096, "dim": 128, "num_layers": 4, "num_heads": 4, "ffn_dim": 480}
+WIDE = {"vocab_size": 4096, "dim": 192, "num_layers": 4, "num_heads": 12, "ffn_dim": 720}
+
+
+class Arm(NamedTuple):
+    """A net to train: `steps` of `batch_tokens`, in windows of `window`, on texts of `kinds` in equal shares.
+
+    It goes on from the trunk of its seed or, if it is trained `anew`, has the sizes `net`. It is compared with the net
+    `beside`. A net of the paper's `table` is measured as `contexts` shows it.
+    """
+
+    pattern: str
+    position: str = "rope"
+    beside: str = "window"
+    steps: int = 96
+    window: int = WINDOW
+    batch_tokens: int = WINDOW
+    anew: bool = False
+    net: Mapping[str, int] = NET
+    kinds: tuple[str, ...] = KINDS
+    table: bool = False
+    lr: float = 1.5e-3
+    warmup: int = 5
+    final: float = 0.02  # of the learning rate
+
+
+BLOCKS = {"window": 1024, "batch_tokens": 8192, "steps": 750}
+FROM_SCRATCH = {"anew": True, "steps": 471, "lr": 3e-3, "warmup": 40, "beside": "scratch-window"}
+LONGER = {"steps": 384, "beside": "window-384"}
+# Every residue of rate 12 has a head, as in the paper; its levels end at the length of the window
+TABLE = {"anew": True, "net": WIDE, "kinds": KINDS[1:], "table": True}
+TABLE |= {"steps": 192, "lr": 2e-3, "warmup": 20, "beside": "window-16Ki"}
+SHORT = {"window": 2048, "position": "xpos"}
+ARMS = {
+    "trunk": Arm("1Ki/1", anew=True, **BLOCKS, lr=3e-3, warmup=40, final=0.3),
+    "window": Arm("window:1Ki"),
+    "levels": Arm(LEVELS),
+    "blocks": Arm("1Ki/1"),
+    "mapped": Arm(LEVELS, "rope_by_level"),  # a step of a level is one position
+    "paper-like": Arm("1Ki/1,4Ki/2,16Ki/4"),
+    "scratch-window": Arm("window:1Ki", **FROM_SCRATCH),
+    "scratch-levels": Arm(LEVELS, **FROM_SCRATCH),
+    "scratch-mapped": Arm(LEVELS, "rope_by_level", **FROM_SCRATCH),
+    "paper-16Ki": Arm("1Ki/1,2Ki/2,4Ki/4,8Ki/6,16Ki/12", "xpos", **TABLE),
+    "mapped-16Ki": Arm(LEVELS, "rope_by_level", **TABLE),
+    "window-16Ki": Arm("window:1Ki", **TABLE),
+    "paper-2Ki": Arm("128/1,256/2,512/4,1Ki/6,2Ki/12", **SHORT, **TABLE),
+    "dense-2Ki": Arm("2Ki/1", **SHORT, **TABLE),
+    "paper-8Ki": Arm("512/1,1Ki/2,2Ki/4,4Ki/6,8Ki/12", "xpos", window=8192, **TABLE),
+    "window-384": Arm("window:1Ki", **LONGER),
+    "mapped-384": Arm(LEVELS, "rope_by_level", **LONGER),
 }
 
-KINDS = ("prose", "python")
 HELD_OUT = 6  # of so many documents, one
 DOCUMENT_CHARACTERS = 300_000  # of a document of Python, at least
 DOCUMENTS = 16
@@ -98,6 +132,9 @@ TOKENS = {  # SHA-256 of the ids, as little-endian int32, of all documents in or
     "python-held-out": "f66ddddf60b4dbee8a9644c8a668b31c3e2ed179a018d212ececd3c4d1ee6540",
 }
 ROWS = Path(__file__).with_suffix(".jsonl")
+NETS = Path(__file__).with_name("nets")
+FOREIGN = 24  # windows
+CONTEXTS_OF_TABLE = (2048, 8192)  # and WINDOW
 
 
 def is_held_out(name: str) -> bool:
@@ -147,7 +184,7 @@ def write_data(folder: Path, packages: Sequence[str]) -> None:
     run = [sys.executable, "-m", "longnet_cli", "tokenize", "-q"]
     both = [str(folder / f"{kind}-train.jsonl") for kind in KINDS]
     subprocess.run(
-        [*run, *both, "-o", str(folder / "mix"), "--train-vocab", str(MODEL["vocab_size"])],
+        [*run, *both, "-o", str(folder / "mix"), "--train-vocab", str(NET["vocab_size"])],
         check=True,
     )
     for name in texts:
@@ -168,62 +205,61 @@ def tokens_of(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         yield document.doc_id, document.read(0, len(document))
 
 
-def train_net(folder: Path, seed: int, name: str, pattern: str, initial: Path | None) -> float:
+def train_net(folder: Path, seed: int, name: str) -> float:
     """Train a net, or finish its training, in `folder`/`seed`/`name`. Return its CPU seconds since the last resume.
 
-    A file of the folder holds these when it is done, so that two processes can take a trunk that is.
+    A file of the folder holds these when it is done. The net is kept in NETS.
     """
-    done = folder / str(seed) / name / "cpu_seconds"
-    if done.exists():
-        return float(done.read_text())
-    tokens = {
-        "data.mix": [{"inputs": [str(folder / f"{kind}-train")], "weight": 1} for kind in KINDS]
-    }
-    settings: dict[str, Any] = {
-        "model.pattern": pattern,
-        "data.tokenizer": str(folder / "mix"),
-        **tokens,
-    }
-    settings |= {"optimizer.name": "muon", "optimizer.weight_decay": 0.1, "optimizer.clip": 1.0}
-    settings |= {
-        "schedule.decay": "linear",
-        "train.seed": seed,
-        "train.dtype": "bf16",
-        "train.chunk": WINDOW,
-    }
-    settings |= {"train.save_minutes": 5.0, "train.save_every": 100}
-    whole = TRUNK_STEPS * TRUNK_TOKENS // WINDOW + STEPS
-    if initial:
-        settings |= {"init": str(initial), "train.batch_tokens": WINDOW, "optimizer.lr": 1.5e-3}
-        settings |= {"train.stages": [{"seq_len": WINDOW, "steps": STEPS}]}
-        settings |= {"schedule.warmup_steps": 5, "schedule.final": 0.02}
-    else:
-        settings |= {f"model.{key}": value for key, value in MODEL.items()}
-        if name == "scratch-mapped":
-            settings["model.position"] = "rope_by_level"
-        settings |= {"optimizer.lr": 3e-3, "schedule.warmup_steps": 40}
-        trunk = name == "trunk"
-        stage = (
-            {"seq_len": TRUNK_WINDOW, "steps": TRUNK_STEPS}
-            if trunk
-            else {"seq_len": WINDOW, "steps": whole}
-        )
-        settings |= {
-            "train.batch_tokens": TRUNK_TOKENS if trunk else WINDOW,
-            "train.stages": [stage],
+    arm, place = ARMS[name], folder / str(seed) / name
+    done, kept = place / "cpu_seconds", NETS / f"{seed}-{name}"
+    if not done.exists():
+        mix = [{"inputs": [str(folder / f"{kind}-train")], "weight": 1} for kind in arm.kinds]
+        settings: dict[str, Any] = {
+            "model.pattern": arm.pattern,
+            "data.tokenizer": str(folder / "mix"),
+            "data.mix": mix,
+            "optimizer.name": "muon",
+            "optimizer.weight_decay": 0.1,
+            "optimizer.clip": 1.0,
+            "optimizer.lr": arm.lr,
+            "schedule.decay": "linear",
+            "schedule.warmup_steps": arm.warmup,
+            "schedule.final": arm.final,
+            "train.seed": seed,
+            "train.dtype": "bf16",
+            "train.chunk": WINDOW,
+            "train.batch_tokens": arm.batch_tokens,
+            "train.stages": [{"seq_len": arm.window, "steps": arm.steps}],
+            "train.save_minutes": 5.0,
+            "train.save_every": 100,
         }
-        settings |= {"schedule.final": 0.3 if trunk else 0.02}
-    began = time.process_time()
-    train(load_recipe(None, settings), folder / str(seed) / name)
-    done.write_text(str(time.process_time() - began))
+        if arm.anew:
+            sizes = {**arm.net, "position": arm.position}
+            settings |= {f"model.{key}": value for key, value in sizes.items()}
+        else:
+            settings["init"] = str(trunk(folder, seed, arm.position))
+        began = time.process_time()
+        train(load_recipe(None, settings), place)
+        done.write_text(str(time.process_time() - began))
+    if not kept.exists():
+        convert(place, kept, "bf16")
     return float(done.read_text())
 
 
-def by_level(trunk: Path) -> Path:
-    """Return a copy of a trunk with positions by level, which are the same in blocks."""
-    copy = shutil.copytree(trunk, trunk.with_name("trunk-by-level"), dirs_exist_ok=True)
+def trunk(folder: Path, seed: int, position: str) -> Path:
+    """Return the kept trunk of a seed, trained if there is none, or a copy of it with these positions.
+
+    In blocks, which have one level, positions by level are plain ones.
+    """
+    kept = NETS / f"{seed}-trunk"
+    if not kept.exists():
+        train_net(folder, seed, "trunk")
+    if position == ARMS["trunk"].position:
+        return kept
+    copy = folder / str(seed) / f"trunk-{position}"
+    shutil.copytree(kept, copy, dirs_exist_ok=True)
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"position": "rope_by_level"}))
+    (copy / "config.json").write_text(json.dumps(config | {"position": position}))
     LongNet.from_pretrained(copy, verify=False).save_pretrained(copy)
     return copy
 
@@ -266,116 +302,139 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
-def measure(folder: Path, seed: int, names: Sequence[str]) -> None:
-    """Train and evaluate nets of a seed, and append their rows."""
-    if unknown := {*names} - {"trunk", *PATTERNS, *SCRATCH}:
-        raise LongNetError(
-            f"no pattern {', '.join(unknown)}: choose from {', '.join([*PATTERNS, *SCRATCH])}"
-        )
-    for name in names:
-        if any((row["seed"], row["pattern"]) == (seed, name) for row in rows()):
-            continue
-        initial = None if name in SCRATCH else folder / str(seed) / "trunk"
-        if initial:
-            train_net(folder, seed, "trunk", f"{TRUNK_WINDOW}/1", None)
-        if name == "trunk":
-            continue
-        if initial and name == "mapped":
-            initial = by_level(initial)
-        pattern = {**PATTERNS, **SCRATCH}[name]
-        seconds = train_net(folder, seed, name, pattern, initial)
-        net = LongNet.from_pretrained(folder / str(seed) / name).eval()
-        results = [{"text": kind, **evaluate(net, folder, kind)} for kind in KINDS]
-        sizes = net.config
-        facts = {
-            "seed": seed,
-            "pattern": name,
-            "notation": pattern,
-            "keys": round(
-                sizes.attention_flops(WINDOW) / WINDOW / 4 / sizes.dim / sizes.num_layers
-            ),
-            "training_flops": round(sizes.training_flops([WINDOW]) / WINDOW),  # per token
-            "cpu_seconds": round(seconds),  # of training after the last resume
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "machine": device_name(torch.device("cpu")),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        with ROWS.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(facts | result) + "\n" for result in results))
-        print(f"seed {seed}, {name}: rows written", file=sys.stderr, flush=True)
+def foreign_past(net: LongNet, folder: Path, contexts: Sequence[int]) -> dict[str, Any]:
+    """Return what a row holds of held-out windows of Python, by context and with a foreign past."""
+    tokenizer = Tokenizer.load(str(folder / "mix"))
+    inputs = Inputs(Sources([str(folder / f"{KINDS[1]}-held-out")]), tokenizer, None)
+    windows = foreign.windows([*inputs.documents()], WINDOW, FOREIGN)
+    facts = ModelFacts(tokenizer.eos_id)
+    nats = foreign.nats(net, facts, windows, contexts, "bf16")
+    names = [window.document for window in windows]
+    rounded = {name: np.round(values, 3).tolist() for name, values in nats.items()}
+    return {"documents": names, "nats": rounded}
+
+
+def measure(folder: Path, seed: int, name: str) -> None:
+    """Train and evaluate a net of a seed, and append its rows."""
+    if any((row["seed"], row["pattern"]) == (seed, name) for row in rows()):
+        return
+    arm, seconds = ARMS[name], train_net(folder, seed, name)
+    if name == "trunk":
+        return
+    net = LongNet.from_pretrained(NETS / f"{seed}-{name}").eval()
+    sizes = net.config
+    facts = {
+        "seed": seed,
+        "pattern": name,
+        "notation": arm.pattern,
+        "position": arm.position,
+        "tokens": arm.steps * arm.batch_tokens,
+        "keys": round(sizes.attention_flops(WINDOW) / WINDOW / 4 / sizes.dim / sizes.num_layers),
+        "training_flops": round(sizes.training_flops([WINDOW]) / WINDOW),  # per token
+        "cpu_seconds": round(seconds),  # of training after the last resume
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": device_name(torch.device("cpu")),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    lines = []
+    for kind in arm.kinds:
+        found = {} if arm.table else evaluate(net, folder, kind)
+        if kind == KINDS[1]:
+            contexts = CONTEXTS_OF_TABLE if arm.table else CONTEXTS[:1]
+            found["foreign"] = foreign_past(net, folder, contexts)
+        lines.append(json.dumps({**facts, "text": kind, **found}) + "\n")
+    with ROWS.open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
+    print(f"seed {seed}, {name}: rows written", file=sys.stderr, flush=True)
+
+
+def reach() -> Iterator[dict[str, Any]]:
+    """Yield what each net gains from its context, beside the net that it is compared with, on each kind of text.
+
+    At the first context, the window sees everything: a difference there is not of what lies far away. `reach` is the
+    ratio at the longest context over that at the first one; `gain` is what the net itself gains by its context; `ppl`
+    is its perplexity at the longest one. Both are also given by seed. Standard errors are over documents, and over
+    seeds if there are several.
+    """
+    found = by_net()
+    for name in dict.fromkeys(name for _, name in found):
+        row: dict[str, Any] = {"net": name, "contexts": [CONTEXTS[0], CONTEXTS[-1]]}
+        for kind in KINDS:
+            some, others = found[kind, name], found.get((kind, ARMS[name].beside), [])
+            nats = np.array([each["nats"][str(WINDOW)] for each in some])
+            of_kind: dict[str, Any] = {
+                "seeds": len(some),
+                "ppl": round(math.exp(nats.mean() / WINDOW), 3),
+                "ppl_of_seeds": np.exp(nats.mean(1) / WINDOW).round(2).tolist(),
+                "gain": compare(some, None, _reach, 0).rounded(),
+            }
+            if others and name != ARMS[name].beside:
+                for at in (0, -1):
+                    key = f"beside_{CONTEXTS[at]}"
+                    of_kind[key] = compare(some, others, _by_context, at).rounded()
+                ratio = compare(some, others, _reach, 0)
+                of_kind["reach"] = ratio.rounded()
+                of_kind["reach_of_seeds"] = np.round(ratio.seeds, 4).tolist()
+            row[kind] = of_kind
+        yield row
+
+
+def contexts() -> Iterator[dict[str, Any]]:
+    """Yield what foreign.py measures of each net, beside the net that it is compared with, where that is there."""
+    found = {(row["pattern"], row["seed"]): row for row in rows() if "foreign" in row}
+    for (name, seed), row in found.items():
+        first = found.get((ARMS[name].beside, seed), row)["foreign"]
+        if first["documents"] != row["foreign"]["documents"]:
+            raise LongNetError(f"{name} and {ARMS[name].beside} were measured on other windows")
+        sizes = {key: row[key] for key in ("notation", "position", "tokens", "keys", "cpu_seconds")}
+        measured = foreign.row(first["documents"], row["foreign"]["nats"], first["nats"])
+        yield {"net": name, "seed": seed, **sizes, **measured}
+
+
+def by_net() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return the rows of each kind of text and net, by seed, in the order of ARMS, but for the paper's table."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    order = [*ARMS]
+    for row in sorted(rows(), key=lambda row: (order.index(row["pattern"]), row["seed"])):
+        if "nats" in row:
+            found.setdefault((row["text"], row["pattern"]), []).append(row)
+    return found
 
 
 def table() -> Iterator[str]:
-    """Yield lines of Markdown: a summary, perplexity by context, and three tables relative to the first pattern.
+    """Yield lines of Markdown: perplexity by context, and three tables relative to the net that each is `beside`.
 
-    Nets from scratch are relative to the window from scratch. A standard error is over documents, whose differences are
-    means over seeds, and over seeds if there are several.
+    A standard error is over documents, whose differences are means over seeds, and over seeds if there are several.
     """
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in sorted(rows(), key=lambda row: row["seed"]):
-        found.setdefault((row["text"], row["pattern"]), []).append(row)
-    names = [name for name in (*PATTERNS, *SCRATCH) if (KINDS[0], name) in found]
-    columns = [(KINDS[0], 0), (KINDS[0], -1), *((KINDS[1], at) for at in range(len(CONTEXTS)))]
-    first, *controls = SCRATCH
-
-    def ratio(kind: str, name: str, measure: Measure, index: int) -> str:
-        window = first if name in controls else names[0]
-        return _ratio(found[kind, name], found[kind, window], measure, index)
-
-    yield (
-        "| ppl / that of the window | seeds | "
-        + " | ".join(f"{kind}, {CONTEXTS[at]:,}" for kind, at in columns)
-        + " |"
-    )
-    yield "|---" * (2 + len(columns)) + "|"
-    for name in names[1:]:
-        cells = [ratio(kind, name, _by_context, at) for kind, at in columns]
-        yield f"| {name} | {len(found[KINDS[0], name])} | " + " | ".join(cells) + " |"
-    yield (
-        "\n| text | pattern | seeds | keys | MFLOPs per token | "
-        + " | ".join(f"ppl, {c:,}" for c in CONTEXTS)
-        + " |"
-    )
+    found = by_net()
+    columns = " | ".join(f"ppl, {context:,}" for context in CONTEXTS)
+    yield f"| text | pattern | seeds | keys | MFLOPs per token | {columns} |"
     yield "|---" * (5 + len(CONTEXTS)) + "|"
-    for kind in KINDS:
-        for name in names:
-            of_seeds = found[kind, name]
-            ppl = [
-                math.exp(np.mean([row["nats"][str(context)] for row in of_seeds]) / WINDOW)
-                for context in CONTEXTS
-            ]
-            facts = [
-                kind,
-                name,
-                len(of_seeds),
-                of_seeds[0]["keys"],
-                round(of_seeds[0]["training_flops"] / 1e6, 1),
-            ]
-            yield (
-                "| "
-                + " | ".join(map(str, facts))
-                + " | "
-                + " | ".join(f"{each:.3f}" for each in ppl)
-                + " |"
-            )
+    for (kind, name), of_seeds in found.items():
+        first = of_seeds[0]
+        megaflops = round(first["training_flops"] / 1e6, 1)
+        cells = [kind, name, str(len(of_seeds)), str(first["keys"]), str(megaflops)]
+        for context in CONTEXTS:
+            nats = np.mean([row["nats"][str(context)] for row in of_seeds])
+            cells.append(f"{math.exp(nats / WINDOW):.3f}")
+        yield f"| {' | '.join(cells)} |"
     edges = [f"{a:,} to {b - 1:,}" for a, b in pairwise(POSITIONS)]
     said = ["new", *(f"{a:,} to {b - 1:,} ago" for a, b in pairwise(RECALL))]
-    for title, columns, measure in (
-        (
-            "ppl / that of the window, context",
-            [f"{context:,}" for context in CONTEXTS],
-            _by_context,
-        ),
+    sizes = [f"{context:,}" for context in CONTEXTS]
+    for title, headings, measure in (
+        ("ppl / that of the window, context", sizes, _by_context),
         (f"in windows of {WINDOW:,}, position", edges, _by_position),
         (f"in windows of {WINDOW:,}, the bigram was said", said, _by_recall),
     ):
-        yield f"\n| text | {title} | " + " | ".join(columns) + " |"
-        yield "|---" * (2 + len(columns)) + "|"
-        for kind in KINDS:
-            for name in names[1:]:
-                cells = [ratio(kind, name, measure, i) for i in range(len(columns))]
-                yield f"| {kind} | {name} | " + " | ".join(cells) + " |"
+        yield f"\n| text | {title} | {' | '.join(headings)} |"
+        yield "|---" * (2 + len(headings)) + "|"
+        for (kind, name), of_seeds in found.items():
+            others = found.get((kind, ARMS[name].beside), [])
+            if others and name != ARMS[name].beside:
+                ratios = [compare(of_seeds, others, measure, i) for i in range(len(headings))]
+                cells = [f"{each.ratio:.3f} +- {each.error:.3f}" for each in ratios]
+                yield f"| {kind} | {name} | {' | '.join(cells)} |"
 
 
 Measured = tuple[np.ndarray, np.ndarray]  # nats and tokens of each document, (documents,) each
@@ -398,50 +457,78 @@ def _by_recall(row: dict[str, Any], index: int) -> Measured:
     return np.array(row["recall"])[:, index], np.array(row["recall_tokens"])[:, index]
 
 
-def _ratio(
-    some: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], measure: Measure, index: int
-) -> str:
-    """Return the ratio of two perplexities, over the seeds that both have, with its standard error."""
-    of_others = {row["seed"]: row for row in others}
-    pairs = [
-        (measure(row, index), measure(of_others[row["seed"]], index))
-        for row in some
-        if row["seed"] in of_others
-    ]
-    if not pairs:
-        return ""
-    tokens = pairs[0][0][1]
-    more = np.array([nats - other for (nats, _), (other, _) in pairs])  # (seeds, documents)
-    documents = Clusters(2)
-    documents.extend(np.stack([more.mean(0), tokens], 1))
-    error = documents.error(np.array([1.0, 0.0]), -1) or 0.0
-    of_seeds = more.sum(1) / tokens.sum()
-    if len(pairs) > 1:
-        error = math.hypot(error, of_seeds.std(ddof=1) / math.sqrt(len(pairs)))
+def _reach(row: dict[str, Any], index: int) -> Measured:
+    """Return what the longest context saves of the nats at the first one."""
+    near, whole = (np.array(row["nats"][str(context)]) for context in (CONTEXTS[0], CONTEXTS[-1]))
+    return whole - near, np.full(len(near), WINDOW)
+
+
+class Comparison(NamedTuple):
+    """The ratio of two perplexities, its standard error, and the ratio of each seed."""
+
+    ratio: float
+    error: float
+    seeds: list[float]
+
+    def rounded(self) -> list[float]:
+        return [round(self.ratio, 4), round(self.error, 4)]
+
+
+def compare(
+    some: Sequence[dict[str, Any]],
+    others: Sequence[dict[str, Any]] | None,
+    measure: Measure,
+    index: int,
+) -> Comparison:
+    """Return the ratio of two perplexities over the seeds that both have; without `others`, what is measured itself."""
+    of_others = {row["seed"]: measure(row, index)[0] for row in others or ()}
+    more = []
+    for row in some:
+        nats, tokens = measure(row, index)
+        if others is None:
+            more.append(nats)
+        elif row["seed"] in of_others:
+            more.append(nats - of_others[row["seed"]])
+    of_documents = Clusters(2)
+    of_documents.extend(np.stack([np.mean(more, 0), tokens], 1))
+    error = of_documents.error(np.array([1.0, 0.0]), -1) or 0.0
+    of_seeds = np.sum(more, 1) / tokens.sum()
+    if len(of_seeds) > 1:
+        error = math.hypot(error, of_seeds.std(ddof=1) / math.sqrt(len(of_seeds)))
     ratio = math.exp(of_seeds.mean())
-    return f"{ratio:.3f} +- {ratio * error:.3f}"
+    return Comparison(ratio, ratio * error, np.exp(of_seeds).tolist())
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     of_data = commands.add_parser("data")
     of_data.add_argument("folder", type=Path)
     of_data.add_argument("packages", nargs="+")
-    of_seed = commands.add_parser("seed")
-    of_seed.add_argument("folder", type=Path)
-    of_seed.add_argument("seed", type=int)
-    of_seed.add_argument(
-        "patterns", nargs="*", metavar="PATTERN", help=", ".join(["trunk", *PATTERNS, *SCRATCH])
-    )
-    commands.add_parser("table")
+    of_training = commands.add_parser("train")
+    of_training.add_argument("folder", type=Path)
+    of_training.add_argument("seed", type=int)
+    of_training.add_argument("nets", nargs="*", metavar="NET", help=", ".join(ARMS))
+    for name in ("reach", "contexts", "table"):
+        commands.add_parser(name)
     args = parser.parse_args()
     try:
         if args.command == "data":
             write_data(args.folder, args.packages)
+        elif args.command == "train":
+            if unknown := {*args.nets} - {*ARMS}:
+                raise LongNetError(f"no net {', '.join(unknown)}: choose from {', '.join(ARMS)}")
+            for name in args.nets or ARMS:
+                measure(args.folder, args.seed, name)
         elif args.command == "table":
             print(*table(), sep="\n")
         else:
-            measure(args.folder, args.seed, args.patterns or [*PATTERNS])
+            for row in reach() if args.command == "reach" else contexts():
+                print(json.dumps(row))
     except LongNetError as error:
         parser.exit(3, f"dilation: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from builders import tiny_llama
 from places import ROOT, imported
 from processes import invoke
 
-from longnet_cli import LongNetError
+from longnet_cli import LongNet, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.ci
@@ -125,62 +125,72 @@ def test_losses_by_recall_are_sums_over_tokens(
     assert {line[4].partition(" +- ")[2] for line in lines} == {"0.000"}  # two equal documents
 
 
-def test_a_seed_of_small_nets_has_rows_for_each_pattern_and_a_table(
+def test_nets_of_a_seed_have_rows_that_the_tables_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(FOLDER)
     dilation = imported(FOLDER / "dilation.py")
+    net = {"vocab_size": 257, "dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16}
+    size = {"window": 64, "batch_tokens": 64, "steps": 2}
+    anew = {"anew": True, "net": net}
     levels = "8/1,32/2,look_back=1,overlap=once,queries=all"
-    model = {
-        "vocab_size": 257,
-        "dim": 16,
-        "num_layers": 1,
-        "num_heads": 2,
-        "ffn_dim": 16,
-        "position": "rope",
+    arms = {
+        "trunk": dilation.Arm("32/1", **anew, window=32, batch_tokens=64, steps=2),
+        "window": dilation.Arm("window:16", **size),
+        "mapped": dilation.Arm(levels, "rope_by_level", **size),
+        "scratch-window": dilation.Arm("window:16", **anew, **size),
+        "of-paper": dilation.Arm(
+            "16/1,64/2", "xpos", "of-paper", **anew, **size, kinds=("python",), table=True
+        ),
     }
     small = {
         "WINDOW": 64,
         "CONTEXTS": (16, 64),
+        "CONTEXTS_OF_TABLE": (32,),
         "POSITIONS": (0, 32, 64),
         "RECALL": (1, 8, 64),
-        "MODEL": model,
-    }
-    small |= {
-        "PATTERNS": {"window": "window:16", "mapped": levels},
-        "SCRATCH": {"scratch-window": "window:16"},
-    }
-    small |= {
-        "TRUNK_WINDOW": 32,
-        "TRUNK_TOKENS": 64,
-        "TRUNK_STEPS": 2,
-        "STEPS": 2,
+        "FOREIGN": 3,
+        "ARMS": arms,
         "ROWS": tmp_path / "rows.jsonl",
+        "NETS": tmp_path / "nets",
     }
     for name, value in small.items():
         monkeypatch.setattr(dilation, name, value)
+    monkeypatch.setattr(dilation.foreign, "SCORED", 16)
+    monkeypatch.setattr(dilation.foreign, "EDGES", (8, 32))
     for kind in dilation.KINDS:
         for part in ("train", "held-out"):
             lines = [
-                json.dumps({"id": str(i), "text": f"{kind} of {i}, {part}. " * 20})
+                json.dumps({"id": f"{i}/a", "text": f"{kind} of {i}, {part}. " * 20})
                 for i in range(3)
             ]
             (tmp_path / f"{kind}-{part}.jsonl").write_text("\n".join(lines))
             invoke("tokenize", tmp_path / f"{kind}-{part}.jsonl", "-o", tmp_path / f"{kind}-{part}")
     Tokenizer.bytes().save(tmp_path / "mix" / "tokenizer.json")
 
-    dilation.measure(tmp_path, 0, ["window", "mapped", "scratch-window"])
-    dilation.measure(tmp_path, 0, ["window"])  # is there already
+    for name in [*arms, "window"]:  # the last one is there already
+        dilation.measure(tmp_path, 0, name)
     rows = dilation.rows()
     assert [(row["pattern"], row["text"]) for row in rows] == [
-        (name, kind) for name in ("window", "mapped", "scratch-window") for kind in dilation.KINDS
+        *((name, kind) for name in [*arms][1:4] for kind in dilation.KINDS),
+        ("of-paper", "python"),
     ]
-    for row in rows:
+    assert {path.name for path in (tmp_path / "nets").iterdir()} == {f"0-{name}" for name in arms}
+    assert LongNet.from_pretrained(tmp_path / "nets/0-mapped").config.position == "rope_by_level"
+    for row in rows[:-1]:
         whole = row["nats"]["64"]
-        assert row["documents"] == ["0", "1", "2"]
+        assert row["documents"] == ["0/a", "1/a", "2/a"]
         assert np.sum(row["position"], 1) == pytest.approx(whole, abs=0.01)
         assert np.sum(row["recall"], 1) == pytest.approx(whole, abs=0.01)
         assert np.sum(row["recall_tokens"], 1).tolist() == [64] * 3
+
     table = "\n".join(dilation.table())
     assert "| prose | mapped | 1 |" in table
     assert table.count("| python | scratch-window |") == 4
+    of_nets = {row["net"]: row for row in dilation.reach()}
+    mapped = of_nets["mapped"]["python"]
+    quotient = mapped["beside_64"][0] / mapped["beside_16"][0]
+    assert mapped["reach"][0] == pytest.approx(quotient, abs=2e-4)
+    of_windows = {row["net"]: row for row in dilation.contexts()}
+    assert [row["contexts"] for row in of_windows.values()] == [[16, 64]] * 3 + [[32, 64]]
+    assert of_windows["mapped"]["beside"][0] != 1

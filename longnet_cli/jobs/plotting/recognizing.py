@@ -72,21 +72,23 @@ class Bench(_Measurements):
     def panels(self, others: Sequence[Bench]) -> Iterator[Panel]:
         """Yield a panel for each quantity, with a curve for each implementation. Other differences are in its name.
 
-        Beside `others`, the file's name is in it too, but for dense attention that none of them has measured.
+        Beside `others`, the file's name is in it, and the implementation if the file has several. Dense attention that
+        none of them has measured is called dense alone.
         Dense attention that was skipped is extrapolated from its longest run: its FLOPs grow with the squared length.
         """
         differing = [
             key for key in _DIFFERENCES if len({str(row.get(key)) for row in self.rows}) > 1
         ]
         alone = {"dense"}.difference(row["impl"] for other in others for row in other.rows)
+        several = len({row["impl"] for row in self.rows} - alone) > 1
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
             named = others and row["impl"] not in alone
-            words = [
-                str(row["impl"]),
-                *(_DIFFERENCES[key](row[key]) for key in differing if row.get(key) is not None),
-            ]
-            groups.setdefault(", ".join([self.name] * bool(named) + words), []).append(row)
+            words = [self.name] if named else []
+            if several or not named:
+                words.append(row["impl"])
+            words += [_DIFFERENCES[key](row[key]) for key in differing if row.get(key) is not None]
+            groups.setdefault(", ".join(words), []).append(row)
         for key, axis, power in BENCH_PANELS:
             curves = []
             for name, rows in groups.items():
