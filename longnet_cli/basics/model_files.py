@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.errors import CheckpointError
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SHARDED = (
@@ -46,6 +47,16 @@ def weight_files(folder: Path) -> list[str]:
             places = parse(read_text(folder / SHARDED))["weight_map"]
             return sorted({str(name) for name in places.values()})
     return [WEIGHTS]
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Raise CheckpointError for a file that is there but may not be read, which a library would call damaged."""
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        pass  # its reader knows what else would do
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror}") from error
 
 
 def is_within(name: str) -> bool:

@@ -198,11 +198,10 @@ def _divided(recipe: Recipe, options: TrainCommand) -> tuple[int, int]:
         # a run that goes on may have recorded other numbers of processes than there are now
         sp, dp = divide(world, options.mesh.sp, options.mesh.dp)
     if world > 1:
-        from longnet_cli.jobs.training.start import check_windows
+        from longnet_cli.jobs.training.start import check_ranks
         from longnet_cli.running.ranks.ranks import Ranks
 
-        for stage in recipe.train.stages:
-            check_windows(Ranks(0, world, sp), stage.seq_len, recipe.train.windows(stage))
+        check_ranks(recipe, Ranks(0, world, sp))
     return sp, dp
 
 

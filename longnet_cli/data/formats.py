@@ -31,7 +31,7 @@ from longnet_cli.data.folders import (
 )
 from longnet_cli.data.hdf5 import open_hdf5
 from longnet_cli.data.jsonlines import open_json_lines
-from longnet_cli.data.names import Source
+from longnet_cli.data.names import STDIN, Source
 from longnet_cli.data.tables import (
     BYTE_ORDER_MARK,
     Pipe,
@@ -50,6 +50,7 @@ TEXT_PART = 16 << 20  # bytes of a text in memory at a time; a longer text is re
 REMOTE_BUFFER = 8 << 20  # bytes per request to a store
 _ADVICE = {
     b"%PDF": ": pdftotext makes text of a PDF",
+    b"PARE": ": Parquet with an encrypted footer is not read",
     b"\xfd7zXZ": ": unpack it first (xz -d)",
     b"BZh": ": unpack it first (bzip2 -d)",
 }
@@ -79,6 +80,8 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
             return _open_pipe(source, Pipe(open(source.path, "rb")), wanted)
         stored = StoredFile(source.path, source.where)
         opened = _open_file(source, stored, wanted)
+        if isinstance(opened, Table) and source.path == STDIN:
+            opened = replace(opened, ready=lambda: True)
         if isinstance(opened, Table) and opened.format not in (
             "Parquet",
             "HDF5",

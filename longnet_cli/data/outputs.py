@@ -6,6 +6,7 @@ What they are named, what they may replace, and the columns that documents carry
 import io
 import os
 import re
+import select
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -143,15 +144,16 @@ class ShardWriter:
     `NAME.parquet` is Parquet. `NAME.jsonl` is JSON Lines: one object per row, null for a number that is not finite.
     `NAME.npy` has the column `embedding` alone, as an array of NumPy.
     Any other name is an uncompressed Arrow IPC file, and `-` an Arrow IPC stream on stdout. After an error nothing is
-    left under the final name, and a stream on stdout ends without its end-of-stream marker, so that its reader
-    notices. Raises ConfigError when stdout is a terminal or the path cannot be opened, LongNetError when a write
-    fails.
+    left under the final name, and a stream on stdout ends in the middle of a message, so that its reader notices:
+    pyarrow takes the end of the data for the end of a stream. Raises ConfigError when stdout is a terminal or the path
+    cannot be opened, LongNetError when a write fails.
     """
 
     def __init__(self, output: str | Path, schema: pa.Schema) -> None:
         self.output = output
         self.schema = schema
         self.rows = 0
+        self._between_messages = True
         self._name = "stdout" if str(output) == "-" else str(output)  # in messages
 
     def __enter__(self) -> "ShardWriter":
@@ -164,9 +166,11 @@ class ShardWriter:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Append one batch (rows, columns as in the schema)."""
+        self._between_messages = False
         with writing(self._name):
             self._writer.write_batch(batch)
             self._sink.flush()
+        self._between_messages = True
         self.rows += batch.num_rows
 
     def describe(self, metadata: Mapping[bytes, str]) -> None:
@@ -191,9 +195,10 @@ class ShardWriter:
                 self._writer.close()
                 self._sink.flush()
             return
-        if (
-            str(self.output) != "-"
-        ):  # otherwise a Parquet writer closes itself later, into a file that is gone
+        if str(self.output) == "-":
+            if self._between_messages:
+                cast(_Stdout, self._sink).cut()
+        else:  # otherwise a Parquet writer closes itself later, into a file that is gone
             with suppress(Exception):
                 self._writer.close()
         self._file.__exit__(kind, error, traceback)
@@ -241,6 +246,12 @@ class _Stdout(io.FileIO):
         while rest:
             rest = rest[os.write(self.fileno(), rest) :]
         return size
+
+    def cut(self) -> None:
+        """Write the beginning of a message, unless the reader has left or does not read."""
+        with suppress(OSError):
+            if select.select([], [self], [], 0)[1]:
+                self.write(b"\xff\xff\xff\xff\x08\0\0\0")  # a message of 8 bytes, which do not come
 
 
 class _JsonLines:

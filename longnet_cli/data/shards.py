@@ -55,6 +55,12 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
     Raises ConfigError for a folder with other files, and for one with shards unless `resume`.
     """
     place = Path(folder)
+    try:
+        place.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it is made, or refused, when it is written
+    except OSError as error:  # a link to itself
+        raise ConfigError(f"{folder}: cannot write: {error.strerror}") from error
     earlier = read_manifest(place)
     if earlier is None:
         if place.exists() and (not place.is_dir() or not all(map(is_temporary, os.listdir(place)))):

@@ -39,6 +39,7 @@ from longnet_cli.basics.model_files import (
     TOKENIZER_SHA256,
     TRANSFORMER_CONFIGS,
     WEIGHTS,
+    refuse_unreadable,
 )
 from longnet_cli.hub.model_names import find_model
 from longnet_cli.nets.config import LongNetConfig, NetConfig, parse_config
@@ -195,6 +196,7 @@ def load_pretrained(
         raise CheckpointError(
             f"{folder}: {WEIGHTS} is {'not a file' if path.exists() else 'missing'}"
         )
+    refuse_unreadable(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             saved = file.metadata() or {}

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 from builders import scores, tiny_model
 from conftest import RunLongnet
-from files import IDS, TEXTS, token_table, write_file, write_lines
+from files import IDS, TEXTS, token_table, write_file, write_lines, write_rows
 from places import ROOT
 from processes import Start, invoke
 from typer.testing import Result
@@ -117,6 +117,22 @@ def test_every_way_in(shell, tmp_path: Path) -> None:
     assert len(answers) == len(WAYS)
     assert (answers[0]["documents"], answers[0]["tokens"]) == (3, sum(map(len, IDS)))
     assert all(other == answers[0] for other in answers)
+
+
+def test_stdin_is_the_same_by_a_pipe_and_redirected(shell, model: Path, tmp_path: Path) -> None:
+    """Each row is a document there, also where a file would join rows of one name."""
+    rows = [{"id": "x", "text": "ab"}, {"id": "x", "text": "cde"}, {"id": "y", "text": "f"}]
+    write_lines(tmp_path / "x.jsonl", rows)
+    write_rows(tmp_path / "x.parquet", rows)
+    command = f"longnet score - -m {model} --format jsonl"
+    for name in ("x.jsonl", "x.parquet"):
+        answers = [
+            shell(line).stdout for line in (f"{command} < {name}", f"cat {name} | {command}")
+        ]
+        assert answers[0] == answers[1]
+        names = [json.loads(line).get("doc_id") for line in answers[0].splitlines()]
+        if name == "x.jsonl":
+            assert names == ["x", "x#1", "y", None]
 
 
 @pytest.mark.parametrize(

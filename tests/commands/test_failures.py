@@ -10,11 +10,14 @@ import json
 import mmap
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -34,7 +37,8 @@ from builders import (
 from files import write_file, write_lines, write_rows
 from processes import contents, invoke, kill_and_resume, refused, wait_for
 
-from longnet_cli.basics.errors import DataError
+from longnet_cli import LongNet
+from longnet_cli.basics.errors import CheckpointError, DataError
 from longnet_cli.cli.output import say_what_is_kept
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.outputs import ShardWriter
@@ -67,6 +71,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
     (folder / "empty.jsonl").write_text('{"text": ""}\n')
     (folder / "empty.txt").touch()
+    (folder / "loop").symlink_to("loop")
     os.mkfifo(folder / "pipe")
     (folder / "taken/file").mkdir(parents=True)
     (folder / "half").mkdir()
@@ -202,7 +207,7 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     ),
     ("train small.json -o run --dry-run --spill none", 2, "--spill none: no such folder"),
     ("train -o shared-run --dry-run", 2, "and 2 are to share a document"),  # by its recipe
-    ("score ids.parquet -m ./model --sp 1e18", 2, "1000000000000000000 processes of one machine: start 1024 at most"),
+    ("score ids.parquet -m ./model --sp 1e18", 2, "1000000000000000000 processes, and this machine has"),
     ("encode ids.parquet --span sentence -o out.arrow", 2, "ids.parquet, row 0: this is no text with a sentence"),
     ("generate - -i y.txt", 2, "PROMPT - is stdin, and --input is given"),
     ("generate x --top-p 0.9", 2, "--top-p needs a temperature above 0"),
@@ -433,6 +438,14 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     (f"{SET} train.seed={2**64}", 2, "train.seed"),
     (f"{SET} train.chunk=32kb", 2, "train.chunk: '32kb' is not a size"),
     (f"{SET} train.batch_tokens=0", 2, "train.batch_tokens: Input should be greater than 0"),
+    ("score long.txt --dp 1k", 2, "1000 processes, and this machine has"),
+    (
+        f"{SET} model.causal=false --set model.position=rope --set train.objective=masked --sp 2", 2,
+        "a bidirectional net over several ranks cannot keep the documents of a window apart",
+    ),
+    ("tokenize long.txt -o loop", 2, "loop: cannot write: Too many levels of symbolic links"),
+    ("encode long.txt -o loop", 2, "loop: cannot write: Too many levels of symbolic links"),
+    ("tokenize given.parquet -o v", 3, "Parquet with an encrypted footer is not read", "PARE\udcff"),
     (f"{SET} schedule.power=2", 2, 'schedule.power is of decay = "polynomial", not of "cosine"'),
 ]  # fmt: skip
 
@@ -454,6 +467,33 @@ def test_bad_input_is_one_line_and_an_exit_code(
     error = refused(*words.split())
     assert (error.exit_code, {*inputs.iterdir()}) == (code, before)
     assert line in str(error)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not read a file")
+@pytest.mark.parametrize("kind", ["native", "llama"])
+def test_weights_that_one_may_not_read_are_not_called_damaged(kind: str) -> None:
+    folder = Path(tempfile.mkdtemp())  # not below the folder of pytest, which is root's alone
+    try:
+        (tiny_model if kind == "native" else tiny_llama)(folder / "model")
+        for path in (folder, folder / "model"):
+            path.chmod(0o755)
+        (folder / "model/model.safetensors").chmod(0o600)
+        load = LongNet.from_pretrained
+        if kind == "llama":
+            from longnet_cli.models.hf.pretrained_net import load_transformers
+
+            settings = json.loads((folder / "model/config.json").read_text())
+            load = partial(load_transformers, settings=settings)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(
+                CheckpointError, match="safetensors: cannot read: Permission denied"
+            ):
+                load(folder / "model")
+        finally:
+            os.seteuid(0)
+    finally:
+        shutil.rmtree(folder)
 
 
 def write_given(path: Path, content: object) -> None:
@@ -571,6 +611,9 @@ def test_a_cut_stream_is_refused(start, corpus, tmp_path, ending):
         assert process.wait(30) == (-9 if ending == "kill" else 3)
     with pytest.raises(DataError, match="truncated"):
         list(Inputs([tmp_path / "cut.arrow"]).documents())
+    if ending == "fail":  # others take the end of the data for the end of the stream
+        with pytest.raises(pa.ArrowInvalid, match="Expected to read 8 metadata bytes"):
+            pa.ipc.open_stream(tmp_path / "cut.arrow").read_all()
 
 
 def test_a_shard_too_large_for_the_file_system_is_one_line(

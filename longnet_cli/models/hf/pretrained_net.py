@@ -35,6 +35,7 @@ from longnet_cli.attention.choosing import Choices, Names
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import CheckpointError, ConfigError, is_out_of_memory, one_line
+from longnet_cli.basics.model_files import refuse_unreadable, weight_files
 from longnet_cli.models.hf.attention import (
     ATTENTION_NAME,
     check_taken,
@@ -365,6 +366,8 @@ def load_transformers(
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
     if as_trained:
         pattern = Pattern.dense()
+    for name in weight_files(folder):
+        refuse_unreadable(folder / name)
     with refusing_settings(folder):
         try:
             model, report = architecture.from_pretrained(

@@ -20,11 +20,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.sizes import count_of
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
@@ -182,7 +184,7 @@ def continue_children_at_the_end() -> None:
 LAUNCHED = (
     "LONGNET_LAUNCHED"  # the id of the `--nproc` process, which reports what happens to its ranks
 )
-MOST_PROCESSES = 1024  # of one machine: one that is asked for more would hang
+MOST_PER_CORE = 4  # processes: a machine that is asked for a thousand would hang
 LOST = 69  # exit code of a rank of `--nproc` that lost another rank
 
 
@@ -207,12 +209,16 @@ def start_ranks(nproc: int, *, dry_run: bool = False) -> None:
     """
     if under_torchrun():
         raise ConfigError("--nproc starts torchrun, which runs this already: leave it out")
-    if nproc > MOST_PROCESSES:
-        raise ConfigError(
-            f"{nproc} processes of one machine: start {MOST_PROCESSES} at most (--nproc, --sp, --dp)"
-        )
     if dry_run:
         return
+    cores = os.cpu_count() or 1
+    gpus = len(glob("/dev/nvidia[0-9]*"))
+    most = max(8, MOST_PER_CORE * cores, gpus)
+    if nproc > most:
+        raise ConfigError(
+            f"{nproc} processes, and this machine has {count_of(cores, 'core')}: start {most} at most (--nproc, --sp, "
+            "--dp)"
+        )
     arguments, words = [], iter(sys.argv[1:])
     for word in words:
         if word == "--nproc":
