@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -30,8 +30,9 @@ class CpuFlashKernel(Kernel):
     takes_counts = True
     _MAX_ELEMENTS = 1 << 21  # bounds the scratch memory of one call: 8 MiB per tensor in fp32
     _STEP = 128  # rows
-    _MAX_STEPS = 4, 8  # in a forward, in a backward; with more steps, one call is as fast
-    _COPIED, _PAGE = 512, 4096  # queries from which keys are copied, and the bytes of a page
+    _MAX_STEPS = 4  # in a forward, and twice as many in a backward; with more, one call is as fast
+    _COPIED = 512  # queries from which keys are copied
+    _PAGE = 4096  # bytes
 
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
         return max(1, self._MAX_ELEMENTS // (heads * rows * head_dim))
@@ -45,27 +46,18 @@ class CpuFlashKernel(Kernel):
         scale: float,
         counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        op = (
-            torch._scaled_dot_product_flash_attention_for_cpu
-        )  # a call by `torch.ops` costs more than the attention
-        q, k, v = self._side_by_side(q.shape[2], q, k, v)
-        rows, mask = q.shape[2], None if counts is None else counts[None]
-        if not causal or (steps := self._steps(rows, counts is not None, self._MAX_STEPS[0])) == [
-            rows
-        ]:
-            return op(q, k, v, 0.0, causal and counts is None, attn_mask=mask, scale=scale)
-        parts = [
-            op(
-                x,
-                k[:, :, :end],
-                v[:, :, :end],
-                0.0,
-                False,
-                attn_mask=self._seen(x, end, counts),
-                scale=scale,
-            )
-            for x, end in zip(q.split(self._STEP, 2), steps, strict=True)
-        ]
+        op = torch._scaled_dot_product_flash_attention_for_cpu  # `torch.ops` takes longer than this
+        if q.shape[2] >= self._COPIED:
+            q, k, v = (self._side_by_side(x) for x in (q, k, v))
+        ends = self._step_ends(q.shape[2], counts, self._MAX_STEPS) if causal else []
+        if not ends:
+            mask = None if counts is None else counts[None]
+            return op(q, k, v, 0.0, causal and mask is None, attn_mask=mask, scale=scale)
+        parts = []
+        for end, rows in zip(ends, q.split(self._STEP, 2), strict=True):
+            mask = self._seen(rows, end, counts)
+            keys, values = k[:, :, :end], v[:, :, :end]
+            parts.append(op(rows, keys, values, 0.0, False, attn_mask=mask, scale=scale))
         out, lse = (torch.cat(of_steps, 2) for of_steps in zip(*parts, strict=True))
         return out, lse
 
@@ -74,52 +66,45 @@ class CpuFlashKernel(Kernel):
     ) -> Gradients:
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
         dout, q, k, v, out, lse = map(wide, tensors)
-        k, v = self._side_by_side(q.shape[2], k, v)
-        rows, mask = q.shape[2], None if counts is None else counts[None]
-        if not causal or (steps := self._steps(rows, counts is not None, self._MAX_STEPS[1])) == [
-            rows
-        ]:
-            gradients: Gradients = op(
-                dout, q, k, v, out, lse, 0.0, causal and counts is None, attn_mask=mask, scale=scale
-            )
-            return gradients
-        parts, of_all = [], list[Tensor]()
-        # the last rows come first: they see all keys, so the other gradients are added to theirs
-        for end, *of_rows in reversed(
-            [*zip(steps, *(x.split(self._STEP, 2) for x in (dout, q, out, lse)), strict=True)]
-        ):
-            dout_, q_, out_, lse_ = of_rows
-            k_, v_, seen = k[:, :, :end], v[:, :, :end], self._seen(q_, end, counts)
-            part, *of_keys = op(
-                dout_, q_, k_, v_, out_, lse_, 0.0, False, attn_mask=seen, scale=scale
-            )
-            parts.append(part)
-            for total, d in zip(
-                of_all, of_keys, strict=False
-            ):  # there are none yet for the last rows
-                total[:, :, :end] += d
-            of_all = of_all or of_keys
-        dk, dv = of_all
-        return torch.cat(parts[::-1], 2), dk, dv
+        if q.shape[2] >= self._COPIED:
+            k, v = self._side_by_side(k), self._side_by_side(v)
+        ends = self._step_ends(q.shape[2], counts, 2 * self._MAX_STEPS) if causal else []
+        if not ends:
+            mask = None if counts is None else counts[None]
+            options = (0.0, causal and mask is None)
+            dq, dk, dv = op(dout, q, k, v, out, lse, *options, attn_mask=mask, scale=scale)
+            return dq, dk, dv
+        steps = zip(ends, *(x.split(self._STEP, 2) for x in (dout, q, out, lse)), strict=True)
+        of_rows: list[Tensor] = []
+        # The last rows come first: they see all keys, so the other gradients are added to theirs.
+        for end, dout_, q_, out_, lse_ in reversed([*steps]):
+            mask = self._seen(q_, end, counts)
+            seen = (dout_, q_, k[:, :, :end], v[:, :, :end], out_, lse_)
+            part, dk_, dv_ = op(*seen, 0.0, False, attn_mask=mask, scale=scale)
+            if not of_rows:
+                dk, dv = dk_, dv_
+            else:
+                dk[:, :, :end] += dk_
+                dv[:, :, :end] += dv_
+            of_rows.append(part)
+        return torch.cat(of_rows[::-1], 2), dk, dv
 
-    def _side_by_side(self, queries: int, *of_rows: Tensor) -> Iterable[Tensor]:
-        if queries < self._COPIED:
-            return of_rows
-        return [
-            x.contiguous() if x.stride(2) * x.element_size() > self._PAGE else x for x in of_rows
-        ]
+    def _side_by_side(self, x: Tensor) -> Tensor:
+        """Return x (.., rows, head_dim) with its rows beside each other if they lie more than a page apart."""
+        return x.contiguous() if x.stride(2) * x.element_size() > self._PAGE else x
 
-    def _steps(self, rows: int, counted: bool, most: int) -> list[int]:
-        """Return the end of each step of a causal square; a single step is one call for all rows."""
+    def _step_ends(self, rows: int, counts: Tensor | None, most: int) -> list[int]:
+        """Return the end of each step of a causal square; [] if one call for all rows is as fast."""
         ends = [*range(self._STEP, rows, self._STEP), rows]
-        return ends if counted or len(ends) <= most else [rows]
+        one_call = len(ends) == 1 or (counts is None and len(ends) > most)
+        return [] if one_call else ends
 
     def _seen(self, q: Tensor, end: int, counts: Tensor | None) -> Tensor:
         """Return the mask (1, 1 or heads, rows, end) to add to scores of a step whose last row sees `end` keys."""
         rows = q.shape[2]
         if counts is not None:
             return counts[None, :, end - rows : end, :end]
-        before = self._STEP * (max(self._MAX_STEPS) - 1)  # keys that all rows of the last step see
+        before = self._STEP * (2 * self._MAX_STEPS - 1)  # keys that all rows of the last step see
         first = before + rows - end
         return _triangle(self._STEP, before, q.dtype)[:, :, :rows, first : first + end]
 
@@ -131,16 +116,14 @@ def _triangle(rows: int, before: int, dtype: torch.dtype) -> Tensor:
         return torch.full((1, 1, rows, before + rows), float("-inf"), dtype=dtype).triu_(before + 1)
 
 
-KERNELS: dict[str, Kernel] = {
-    kernel.name: kernel
-    for kernel in (
-        FlashAttnKernel(),
-        CudaFlashKernel(),
-        CudaEfficientKernel(),
-        CpuFlashKernel(),
-        MathKernel(),
-    )
-}
+_IN_ORDER = (  # the first that works is taken
+    FlashAttnKernel(),
+    CudaFlashKernel(),
+    CudaEfficientKernel(),
+    CpuFlashKernel(),
+    MathKernel(),
+)
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _IN_ORDER}
 
 
 def select_kernel(
@@ -148,8 +131,8 @@ def select_kernel(
 ) -> Kernel:
     """Return the kernel for such tensors: the one named by `name` or LONGNET_KERNEL, otherwise the first that works.
 
-    A kernel that the machine should have but that fails its probe is skipped with a warning.
-    Raises ValueError for a name that does not exist or cannot serve.
+    A kernel that the machine should have but that fails its probe is skipped with a warning. Raises ValueError for a
+    name that does not exist or cannot serve.
     """
     name = name or os.environ.get("LONGNET_KERNEL") or None
     return _select(device, dtype, head_dim, name, torch.are_deterministic_algorithms_enabled())
@@ -164,9 +147,7 @@ def _select(
         raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
     for kernel in [KERNELS[name]] if name else KERNELS.values():
         refusal = kernel.refusal(device, dtype, head_dim)
-        failure = refusal
-        if not refusal and kernel.name != "math":
-            failure = _failure(kernel, device, dtype, head_dim)
+        failure = refusal or _failure(kernel, device, dtype, head_dim)
         if not failure:
             break
         if name:
@@ -184,56 +165,45 @@ def _select(
 
 def _failure(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Compare tiny calls, forward and backward, with plain math. Return the reason if one fails, or None."""
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 3e-2)
+    if kernel.name == "math":
+        return None
+    # The numbers have a generator of their own, so that probing never moves the caller's random state.
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 140, 2, head_dim, generator=draw, dtype=torch.float32)
     try:
-        with (
-            torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):  # autocast would cast plain math
-            # drawn from a generator of its own, so that probing never moves the caller's random state
-            draw = torch.Generator().manual_seed(0)
-            x = torch.randn(4, 3, 140, 2, head_dim, generator=draw, dtype=torch.float32).to(
-                device, dtype
-            )
-            for results in _view_calls(kernel, x, head_dim**-0.5):
-                for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
-                    error = ((wide(a) - b).norm() / b.norm()).item()
-                    if not error <= tolerance:
-                        return f"its {what} is off by {error:.1e} on {device} in {dtype}"
-    except (
-        Exception
-    ) as error:  # a missing symbol, a changed signature, no kernel image, a failed assertion
-        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
-    return None
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            difference = _difference(kernel, x.to(device, dtype))
+    except Exception as error:  # no symbol or image of the kernel, another signature, an assertion
+        reason = next(iter(str(error).splitlines()), "no reason given")
+        return f"{type(error).__name__}: {reason}"
+    return f"{difference} on {device} in {dtype}" if difference else None
 
 
-def _view_calls(
-    kernel: Kernel, x: Tensor, scale: float
-) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    """Yield the results of a kernel and of plain math on strided views of x (4, segments, tokens, heads, head_dim).
+def _difference(kernel: Kernel, x: Tensor) -> str | None:
+    """Return how a kernel differs from plain math on views of x (4, segments, tokens, heads, head_dim), or None.
 
-    The results of the two calls merge. As in real calls, a backward gets what merged, and heads may share a key head.
+    There are two calls, a causal square and one in which heads share a key head. As in real calls, the backward gets
+    the merged out and lse of both, which are strided views, too.
     """
-    math, rows = KERNELS["math"], slice(None, None, 2)
+    math, scale = KERNELS["math"], x.shape[-1] ** -0.5
+    rows = slice(None, None, 2)
     q, k, v, dout = x[:, :, rows].transpose(2, 3)  # (segments, heads, rows, head_dim)
     shared_k, shared_v = x[1:3, :, 1::3, :1].transpose(2, 3).expand(-1, -1, q.shape[1], -1, -1)
-    calls = [(k, v, True), (shared_k, shared_v, False)]
-    plain = [math.forward(q, k, v, causal, scale) for k, v, causal in calls]
-    out, lse = x.new_empty(x.shape[1:]), x.new_empty(x.shape[1:4], dtype=plain[0][1].dtype)
-    of_rows = [
-        whole[:, rows].transpose(1, 2).copy_(part)
-        for whole, part in zip((out, lse), _merged(plain), strict=True)
-    ]
-    for (k, v, causal), forward in zip(calls, plain, strict=True):
-        backward = ((dout, q, k, v, *of_rows), causal, scale)
-        yield (
-            (*kernel.forward(q, k, v, causal, scale), *kernel.backward(*backward)),
-            (*forward, *math.backward(*backward)),
-        )
-
-
-def _merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Merge the out and lse of two calls on the same queries."""
-    (out, lse), (other, other_lse) = parts
-    merged = torch.logaddexp(lse, other_lse)
-    return torch.lerp(out, other, (other_lse - merged).exp()[..., None]), merged
+    out, lse = math.forward(q, k, v, True, scale)
+    other, other_lse = math.forward(q, shared_k, shared_v, False, scale)
+    of_both = torch.logaddexp(lse, other_lse)
+    merged = torch.lerp(out, other, (other_lse - of_both).exp()[..., None])
+    whole, whole_lse = x.new_empty(x.shape[1:]), lse.new_empty(x.shape[1:4])
+    out = whole[:, rows].transpose(1, 2).copy_(merged)
+    lse = whole_lse[:, rows].transpose(1, 2).copy_(of_both)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(x.dtype, 3e-2)
+    for keys, values, causal in ((k, v, True), (shared_k, shared_v, False)):
+        inputs, options = (q, keys, values), (causal, scale)
+        backward = (dout, *inputs, out, lse)
+        found = (*kernel.forward(*inputs, *options), *kernel.backward(backward, *options))
+        expected = (*math.forward(*inputs, *options), *math.backward(backward, *options))
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+            error = ((wide(a) - b).norm() / b.norm()).item()
+            if not error <= tolerance:
+                return f"its {name} is off by {error:.1e}"
+    return None

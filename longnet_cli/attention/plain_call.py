@@ -74,37 +74,46 @@ class MathKernel(Kernel):
     ) -> tuple[Tensor, Tensor]:
         for rows, keys, scores in self._blocks(q, k, causal, scale, counts):
             part_lse = scores.logsumexp(-1)
-            part = scores.sub_(part_lse[..., None]).exp_() @ wide(v[:, :, keys])
-            if not keys.start:
+            weights = scores.sub_(part_lse[..., None]).exp_()
+            part = weights @ wide(v[:, :, keys])
+            if keys.start == 0:
                 out, lse = part, part_lse
                 continue
-            total = lse[:, :, rows]
-            sums = torch.logaddexp(total, part_lse)
-            out[:, :, rows].lerp_(part, (part_lse - sums).exp_()[..., None])
-            total.copy_(sums)
+            lse_before = lse[:, :, rows]
+            sums = torch.logaddexp(lse_before, part_lse)
+            share = (part_lse - sums).exp_()
+            out[:, :, rows].lerp_(part, share[..., None])
+            lse_before.copy_(sums)
         return out, lse
 
     def backward(
         self, tensors: Sequence[Tensor], causal: bool, scale: float, counts: Tensor | None = None
     ) -> Gradients:
         dout, q, k, v, out, lse = map(wide, tensors)
-        delta, dq = (dout * out).sum(-1, keepdim=True), torch.zeros_like(q)
-        of_keys = list[tuple[Tensor, Tensor]]()
+        delta = (dout * out).sum(-1, keepdim=True)
+        dq = torch.zeros_like(q)
+        dk: list[Tensor] = []
+        dv: list[Tensor] = []
         for rows, keys, scores in self._blocks(q, k, causal, scale, counts):
-            p = scores.sub_(lse[:, :, rows, None]).exp_()
-            ds = (dout[:, :, rows] @ v[:, :, keys].mT).sub_(delta[:, :, rows]).mul_(p).mul_(scale)
-            dq[:, :, rows] += ds @ k[:, :, keys]
-            of_keys.append((ds.mT @ q[:, :, rows], p.mT @ dout[:, :, rows]))
-        dk, dv = (torch.cat(parts, 2) for parts in zip(*of_keys, strict=True))
-        return dq, dk, dv
+            weights = scores.sub_(lse[:, :, rows, None]).exp_()
+            dout_of_rows = dout[:, :, rows]
+            dv.append(weights.mT @ dout_of_rows)
+            dweights = dout_of_rows @ v[:, :, keys].mT
+            dscores = dweights.sub_(delta[:, :, rows]).mul_(weights).mul_(scale)
+            dq[:, :, rows] += dscores @ k[:, :, keys]
+            dk.append(dscores.mT @ q[:, :, rows])
+        return dq, torch.cat(dk, 2), torch.cat(dv, 2)
 
     def _blocks(
         self, q: Tensor, k: Tensor, causal: bool, scale: float, counts: Tensor | None
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield the rows that see some keys of a block, these keys, and the scores, block by block."""
-        size = k.shape[2] if counts is not None else max(1, self._MAX_SCORES // q.shape[:3].numel())
+        size = k.shape[2]
+        if counts is None:
+            size = max(1, self._MAX_SCORES // q.shape[:3].numel())
         for first in range(0, k.shape[2], size):
-            rows, keys = slice(first if causal else 0, None), slice(first, first + size)
+            rows = slice(first if causal else 0, None)
+            keys = slice(first, first + size)
             scores = (wide(q[:, :, rows]) @ wide(k[:, :, keys]).mT).mul_(scale)
             if counts is not None:
                 scores += counts
