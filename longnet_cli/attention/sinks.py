@@ -11,7 +11,7 @@ B batch, S segments, n sinks, K key heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -46,41 +46,45 @@ class SinkRows(NamedTuple):
 
     def collect(self, x: Tensor, far: Sequence[Tensor], n: int) -> Tensor:
         """Return the sinks (B, documents, n, K, D) of each document, from a shard's x (B, N, K, D) and far tensors."""
+        before_shard = [far[index][:, :rows] for index, rows in self.far]
         of_documents = []
         for start in self.starts:
-            outside = self.outside if start == 0 else 0
-            own = x[:, start : start + n - outside]
-            of_documents.append(
-                torch.cat([*(far[i][:, :rows] for i, rows in self.far), own], 1) if outside else own
-            )
+            if start == 0 and self.outside:
+                in_shard = x[:, : n - self.outside]
+                of_documents.append(torch.cat([*before_shard, in_shard], 1))
+            else:
+                of_documents.append(x[:, start : start + n])
         return torch.stack(of_documents, 1)
 
     def spread(self, k: Tensor, v: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
         """Turn the sinks of each document for its segments; return k and v packed, both (B, S n, K, D)."""
-        of = torch.tensor(self.documents, device=k.device)
-        turned = turn(k[:, of], torch.tensor(self.distances, device=k.device)).to(k.dtype)
-        return turned.flatten(1, 2), v[:, of].flatten(1, 2)
+        documents = torch.tensor(self.documents, device=k.device)
+        distances = torch.tensor(self.distances, device=k.device)
+        turned = turn(k[:, documents], distances).to(k.dtype)
+        return turned.flatten(1, 2), v[:, documents].flatten(1, 2)
 
     def gradients(
         self, k: Tensor, v: Tensor, turn: Turn, dk: Tensor, dv: Tensor
     ) -> tuple[Tensor, ...]:
         """Return the gradients of each document's sinks, given the gradients of the rows that `spread` returned."""
         with torch.enable_grad():
-            leaves = [x.detach().to(d.dtype).requires_grad_() for x, d in ((k, dk), (v, dv))]
-            return torch.autograd.grad(self.spread(leaves[0], leaves[1], turn), leaves, (dk, dv))
+            leaf_k = k.detach().to(dk.dtype).requires_grad_()
+            leaf_v = v.detach().to(dv.dtype).requires_grad_()
+            rows = self.spread(leaf_k, leaf_v, turn)
+            return torch.autograd.grad(rows, (leaf_k, leaf_v), (dk, dv))
 
     def give_far(self, d: Tensor, dfar: Sequence[Tensor]) -> None:
         """Add gradients (B, documents, n, K, D) of the collected sinks to the gradients of the far tensors."""
-        at = 0
+        first = 0
         for index, rows in self.far:
-            dfar[index][:, :rows].add_(d[:, 0, at : at + rows])
-            at += rows
+            dfar[index][:, :rows].add_(d[:, 0, first : first + rows])
+            first += rows
 
     def give_own(self, d: Tensor, dx: Tensor) -> None:
         """Add gradients (B, documents, n, K, D) of the collected sinks to the gradients of the shard."""
         for start, rows in zip(self.starts, d.unbind(1), strict=True):
-            own = rows[:, self.outside :] if start == 0 else rows
-            dx[:, start : start + own.shape[1]].add_(own)
+            in_shard = rows[:, self.outside :] if start == 0 else rows
+            dx[:, start : start + in_shard.shape[1]].add_(in_shard)
 
 
 def sink_rows(
@@ -94,25 +98,33 @@ def sink_rows(
 
     Raises ValueError for sinks before the shard that are not given as far keys.
     """
-    n, w, b = pattern.sinks, pattern.segment_lengths[0], pattern.look_backs[0]
+    sinks, w, look_back = pattern.sinks, pattern.segment_lengths[0], pattern.look_backs[0]
     starts: list[int] = []
     of_segment: list[int] = []
     distances: list[int] = []
     rows: dict[int, int] = {}
-    edges = [0]
-    for length in [tokens] if documents is None else documents:
-        edges.append(edges[-1] + length)
+    edges = [0, *accumulate([tokens] if documents is None else documents)]
     for token, stop in pairwise(edges):
-        begin = start if token == 0 else 0
-        segments = sink_segments(pattern, begin, begin + stop - token)
+        position = start if token == 0 else 0
+        segments = sink_segments(pattern, position, position + stop - token)
         if segments:
-            rows[token] = len(distances) * n
+            rows[token] = len(distances) * sinks
             of_segment += [len(starts)] * len(segments)
-            distances += [(s - b) * w - n for s in segments]
+            distances += [(segment - look_back) * w - sinks for segment in segments]
             starts.append(token)
     if not distances:
         return None
-    outside = min(n, start) if 0 in starts else 0
-    before = spans_of_sinks(spans, outside, start) if outside else []
-    far = tuple((index, span.stop - span.start) for index, span in before)
-    return SinkRows(tuple(starts), outside, far, tuple(of_segment), tuple(distances), rows)
+    outside = 0
+    far: list[tuple[int, int]] = []
+    if starts[0] == 0 and start > 0:
+        outside = min(sinks, start)
+        for index, span in spans_of_sinks(spans, outside, start):
+            far.append((index, span.stop - span.start))
+    return SinkRows(
+        starts=tuple(starts),
+        outside=outside,
+        far=tuple(far),
+        documents=tuple(of_segment),
+        distances=tuple(distances),
+        rows=rows,
+    )

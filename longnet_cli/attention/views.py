@@ -6,6 +6,7 @@ B batch, N tokens of the shard, H query heads, K key heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,8 @@ from .spans import Rows
 # rows and tokens of a batch, and the calls of each of these rows
 PlacedCalls = tuple[slice, slice, tuple[Branch, ...]]
 KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
-FarTensors = Callable[
-    [int], Sequence[Tensor]
-]  # index of far keys -> their key-like tensors, once they are there
+# index of far keys -> their key-like tensors, once they are there
+FarTensors = Callable[[int], Sequence[Tensor]]
 # strides and width of all tensors -> (branch, rows and first column of its place) -> the layouts of a call's views
 Layouts = dict[tuple[Any, ...], dict[tuple[int, int, int, int], "_CallLayout"]]
 
@@ -40,14 +40,11 @@ def kernel_calls(
     `layouts` are kept from one call to the next, if they are the plan's.
     """
     tensors, queries = (*query_like, *key_like), len(query_like)
-    known = (
-        {}
-        if layouts is None
-        else layouts.setdefault(tuple([(x.stride(), x.shape[-1]) for x in tensors]), {})
-    )
-    of_levels: dict[
-        int, tuple[list[Tensor], list[Any]]
-    ] = {}  # the tensors of a level, and where they begin
+    of_calls: dict[Any, _CallLayout] = {}
+    if layouts is not None:
+        strides = tuple([(x.stride(), x.shape[-1]) for x in tensors])
+        of_calls = layouts.setdefault(strides, {})
+    of_levels: dict[int, tuple[list[Tensor], list[Any]]] = {}
     for run, columns, calls in placed:
         for branch in calls:
             level = branch.level if key_like[0].dim() == 5 else 0
@@ -55,26 +52,27 @@ def kernel_calls(
                 of_one = [of_level(x, level) for x in tensors]
                 of_levels[level] = of_one, [x.storage_offset() for x in of_one]
             near, begins = of_levels[level]
-            key = id(branch), run.start, run.stop, columns.start
-            if (layout := known.get(key)) is None:
-                layout = known[key] = _CallLayout.of(
+            place = id(branch), run.start, run.stop, columns.start
+            layout = of_calls.get(place)
+            if layout is None:
+                layout = _CallLayout.of(
                     branch, run, columns.start, kernel, near[:queries], near[queries:]
                 )
-            shown = zip(
-                near, layout.views, begins, strict=False
-            )  # of far keys, only the queries are near
+                of_calls[place] = layout
+            # A branch on far keys has layouts for its queries alone.
             views = [
                 x.as_strided(size, stride, begin + offset)
-                for x, (size, stride, offset), begin in shown
+                for x, (size, stride, offset), begin in zip(
+                    near, layout.views, begins, strict=False
+                )
             ]
+            single = layout.single
             if branch.far_index is not None:
                 assert far is not None
                 views += [view(x, branch.keys, run, 0) for x in far(branch.far_index)]
-            if layout.single and branch.far_index is None:
-                yield branch, views[:queries], views[queries:]
-            else:
-                for call in _batched(views, layout.limit):
-                    yield branch, call[:queries], call[queries:]
+                single = False
+            for call in [views] if single else _batched(views, layout.limit):
+                yield branch, call[:queries], call[queries:]
 
 
 class _CallLayout(NamedTuple):
@@ -97,14 +95,14 @@ class _CallLayout(NamedTuple):
         query_like: Sequence[Tensor],
         key_like: Sequence[Tensor],
     ) -> _CallLayout:
-        shown = [(x, branch.queries) for x in query_like]
+        queries, keys = branch.queries, branch.keys
+        views = [_layout_of_call(x, queries, run, column) for x in query_like]
         if branch.far_index is None:
-            shown += [(x, branch.keys) for x in key_like]
-        views = [_layout_of_call(x, rows, run, column) for x, rows in shown]
-        rows = max(branch.queries.rows, branch.keys.rows)
-        limit = kernel.max_batch(branch.queries.heads, rows, query_like[0].shape[-1])
-        size = views[0][0]
-        return cls(views, limit, len(size) == 4 and size[0] <= limit)
+            views += [_layout_of_call(x, keys, run, column) for x in key_like]
+        rows = max(queries.rows, keys.rows)
+        limit = kernel.max_batch(queries.heads, rows, query_like[0].shape[-1])
+        size, *_ = views[0]
+        return cls(views, limit, single=len(size) == 4 and size[0] <= limit)
 
 
 def of_level(x: Tensor, level: int) -> Tensor:
@@ -117,9 +115,8 @@ def strided_view(x: Tensor, rows: Rows, first_row: int = 0, batch: int | None = 
 
     `first_row` and `batch` select a part of the batch.
     """
-    size, stride, offset = _layout(
-        x, rows, first_row, x.shape[0] if batch is None else first_row + batch, 0
-    )
+    stop = x.shape[0] if batch is None else first_row + batch
+    size, stride, offset = _layout(x, rows, first_row, stop, 0)
     return x.as_strided(size, stride, x.storage_offset() + offset)
 
 
@@ -138,34 +135,30 @@ def _layout_of_call(
 ) -> tuple[Any, Any, int]:
     """Return size, stride and offset of `view`."""
     size, stride, offset = _layout(x, rows, run.start, run.stop, column)
+    dimensions = [0, 1, 2, 3, 4]  # batch, segments, heads, rows, last dim
     if apart and size[0] == 1:
-        size, stride = (size[2], *size[1:2], *size[3:]), (stride[2], *stride[1:2], *stride[3:])
+        dimensions = [2, 1, 3, 4]
     elif size[0] == 1:
-        size, stride = size[1:], stride[1:]
+        dimensions = [1, 2, 3, 4]
     elif size[1] == 1:
-        size, stride = size[:1] + size[2:], stride[:1] + stride[2:]
-    return size, stride, offset
+        dimensions = [0, 2, 3, 4]
+    shown = itemgetter(*dimensions)
+    return shown(size), shown(stride), offset
 
 
 def _layout(x: Tensor, rows: Rows, start: int, stop: int, column: int) -> tuple[Any, Any, int]:
     """Return size, stride and offset of `strided_view`, for rows [start, stop) of a batch, from token `column` on."""
-    (
-        segments,
-        segment_step,
-        heads,
-        first_head,
-        head_step,
-        number,
-        row_step,
-        first_token,
-        skew,
-        row_heads,
-    ) = rows
-    of_batch, token, head, last = x.stride()
-    size = (stop - start, segments, heads, number, x.shape[3])
-    of_head, of_row = head_step * head + skew * token, row_step * token + row_heads * head
-    offset = start * of_batch + (first_token + column) * token + first_head * head
-    return size, (of_batch, segment_step * token, of_head, of_row, last), offset
+    batch, token, head, last = x.stride()
+    size = (stop - start, rows.segments, rows.heads, rows.rows, x.shape[3])
+    stride = (
+        batch,
+        rows.segment_step * token,
+        rows.head_step * head + rows.skew * token,
+        rows.row_step * token + rows.row_heads * head,
+        last,
+    )
+    offset = start * batch + (rows.first_token + column) * token + rows.first_head * head
+    return size, stride, offset
 
 
 def _batched(views: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
@@ -180,12 +173,14 @@ def _batched(views: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
         groups = [[x.flatten(0, 1) for x in views]]
     else:
         walked = 0 if batch <= segments else 1
-        groups = [list(step) for step in zip(*(x.unbind(walked) for x in views), strict=True)]
+        groups = _together([x.unbind(walked) for x in views])
     for group in groups:
-        if len(group[0]) <= limit:
-            yield group
-        else:
-            yield from (list(part) for part in zip(*(x.split(limit) for x in group), strict=True))
+        yield from [group] if len(group[0]) <= limit else _together([x.split(limit) for x in group])
+
+
+def _together(parts_of_views: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Return the first parts of all views, then the second ones, and so on."""
+    return [list(parts) for parts in zip(*parts_of_views, strict=True)]
 
 
 def unit_stride(x: Tensor) -> Tensor:
