@@ -1,4 +1,9 @@
-"""Atomic writes of files, and folders with a single writer: temporary names, locks, fsync, rename."""
+"""Files and folders that are there whole or not at all, and folders with a single writer.
+
+There are two protocols. A file is written under a temporary name, flushed and renamed: `atomic_write`. A folder's files
+are written first and its manifest, itself such a file, last: `whole_folder` for models (config.json), `sealed.py` for
+checkpoints and states, `data/shards.py` for shards. A folder without its manifest does not count.
+"""
 
 from __future__ import annotations
 
@@ -157,56 +162,62 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 @contextmanager
-def whole_folder(
-    path: str | Path, last: str | None = None, temporary: Path | None = None
-) -> Iterator[Path]:
-    """Create a temporary folder to fill. When the block ends without an error, `path` holds its files, on the disk.
+def whole_folder(path: str | Path, last: str, *, new: bool = False) -> Iterator[Path]:
+    """Fill a folder whose file `last` is written last: a new folder that has this file is whole.
 
-    Without `last`, the temporary folder is renamed to `path`, which must not exist or be an empty folder. With `last`,
-    `path` may hold files: those of the same names are replaced, the largest first, and `last` at the end. So a new
-    folder that has the file `last` is whole. `temporary` is a name to use for the temporary folder. All files get the
-    mode of new ones: some libraries write files for their owner alone.
+    Yields a temporary folder inside of `path`. When the block ends without an error, its files are flushed and moved to
+    `path`, where they replace files of the same names: the largest first, and `last` at the end. A folder that must be
+    `new` is missing before, or empty. All files get the mode of new ones: some libraries write files for their owner
+    alone.
 
     Raises ConfigError if `path` is in use, or if the folder cannot be created; LongNetError for a full disk or a failed
     write.
     """
-    target, handle = Path(os.path.abspath(path)), None
-    parent = target if last else target.parent
+    target = Path(os.path.abspath(path))
+    made = missing_folders(target)
     with _opening(path):
-        if not last and target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(
-                f"{path} exists and is not an empty folder: name a new one, or remove it first"
-            )
-        parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(parent, None if last else target.name)
-        if temporary:
-            temporary.mkdir()
-        else:
-            temporary, handle = _new_temporary(parent / target.name, folder=True)
+        if new:
+            check_unused(path)
+        target.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
+        temporary, handle = _new_temporary(target / last, folder=True)
     try:
         with writing(path):
             yield temporary
-            files = sorted(
-                temporary.iterdir(), key=lambda file: (file.name == last, -file.stat().st_size)
-            )
+            mode = temporary.stat().st_mode & 0o666
+            files = list(temporary.iterdir())
             for file in files:
-                with _descriptor(file) as opened:
-                    if file.is_file():
-                        os.fchmod(opened, temporary.stat().st_mode & 0o666)
-                    os.fsync(opened)
-            for made in files if last else [temporary]:
-                os.replace(made, target / made.name if last else target)
-            sync_folder(parent)
+                if file.is_file():
+                    file.chmod(mode)
+                flush(file)
+            files.sort(key=lambda file: (file.name == last, -file.stat().st_size))
+            for file in files:
+                os.replace(file, target / file.name)
+            sync_folder(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
+        remove_empty(made)
+
+
+def check_unused(path: str | Path) -> None:
+    """Raise ConfigError for a path that exists, unless it is a folder without files but those of killed writers."""
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and all(map(is_temporary, os.listdir(target)))):
+        raise ConfigError(
+            f"{path} exists and is not an empty folder: name a new one, or remove it first"
+        )
+
+
+def flush(path: Path) -> None:
+    """Make what is written to a file survive a power cut."""
+    with _descriptor(path) as handle:
+        os.fsync(handle)
 
 
 def sync_folder(folder: Path) -> None:
     """Make the renames in a folder survive a power cut."""
-    with _descriptor(folder) as handle:
-        os.fsync(handle)
+    flush(folder)
 
 
 @contextmanager

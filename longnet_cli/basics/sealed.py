@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from longnet_cli.basics.atomic import write_file
+from longnet_cli.basics.atomic import flush, sync_folder, write_file
 from longnet_cli.basics.configuration import digest, parse, read_text
 from longnet_cli.basics.errors import CheckpointError
 
@@ -43,14 +43,18 @@ def unseal(text: str, version: int) -> dict[str, Any]:
     )
 
 
-def write_sealed(path: Path, version: int, facts: Mapping[str, Any]) -> None:
-    """Write the manifest of the folder that it is in, and flush the folder. Raises OSError and LongNetError."""
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in sorted(path.parent.iterdir())
-        if file != path
-    }
+def write_sealed(path: Path, version: int, facts: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Flush the files of these names, then write the manifest beside them: a folder that has it is whole.
+
+    Raises OSError and LongNetError.
+    """
+    files = {}
+    for name in sorted(names):
+        file = path.with_name(name)
+        flush(file)
+        files[name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     write_file(path, seal(version, {**facts, "files": files}).encode())  # also flushes the folder
+    sync_folder(path.parent.parent)  # which the folder may be new in
 
 
 def read_sealed(path: Path, version: int) -> dict[str, Any]:

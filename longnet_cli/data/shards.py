@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import pyarrow as pa
 
 from longnet_cli.basics.atomic import (
-    is_temporary,
+    check_unused,
     locked_folder,
     remove_leftovers,
     sync_folder,
@@ -63,10 +63,7 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
         raise ConfigError(f"{folder}: cannot write: {error.strerror}") from error
     earlier = read_manifest(place)
     if earlier is None:
-        if place.exists() and (not place.is_dir() or not all(map(is_temporary, os.listdir(place)))):
-            raise ConfigError(
-                f"{folder} exists and is not an empty folder: name a new one, or remove it first"
-            )
+        check_unused(folder)
         return None
     if not earlier.shards and not earlier.finished:
         return None

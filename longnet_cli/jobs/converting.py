@@ -9,7 +9,7 @@ from typing import Any
 
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, ConfigError, refuse_web_address
-from longnet_cli.basics.model_files import BESIDE_TOKENIZER, TOKENIZER
+from longnet_cli.basics.model_files import BESIDE_TOKENIZER, CONFIG, TOKENIZER
 from longnet_cli.hub.model_names import find_model, list_models, name_origin
 from longnet_cli.models.folder import ModelFolder, is_gguf
 from longnet_cli.models.official import Given, convert_official, is_checkpoint
@@ -73,7 +73,7 @@ def _with_weights_of(model: ModelFolder, output: Path, dtype: str) -> str:
         )
     net = model.native().from_pretrained(folder, dtype=DTYPES[dtype])
     tokenizer = folder / TOKENIZER
-    with whole_folder(output) as place:
+    with whole_folder(output, CONFIG, new=True) as place:
         check_finite(net.state_dict(), f"{folder} as {dtype}")
         texts = (tokenizer.read_text(encoding="utf-8"), model.eos) if tokenizer.is_file() else ()
         net.save_pretrained(place, *texts)

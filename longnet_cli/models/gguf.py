@@ -25,6 +25,7 @@ from tokenizers import pre_tokenizers
 
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, ConfigError, extra, one_line
+from longnet_cli.basics.model_files import CONFIG
 from longnet_cli.hub.model_names import name_origin
 from longnet_cli.nets.weights import check_finite
 
@@ -109,7 +110,7 @@ def convert_gguf(
 
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
-    with whole_folder(folder) as place, ExitStack() as stack:
+    with whole_folder(folder, CONFIG, new=True) as place, ExitStack() as stack:
         try:
             reader = stack.enter_context(_read_once(path))
             on_percent(0)

@@ -28,6 +28,7 @@ from torch import Tensor
 from longnet_cli.basics.atomic import whole_folder, write_file
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
+from longnet_cli.basics.model_files import CONFIG
 from longnet_cli.basics.sealed import file_sha256
 from longnet_cli.models.official_slide import HEADS, RATES, official_name, slide_name
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
@@ -151,7 +152,7 @@ def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given:
     kinds = Counter(tensor.dtype for tensor in state.values() if tensor.dtype in TYPE_NAMES)
     net = net.to(dtype or kinds.most_common(1)[0][0])
     check_finite(net.state_dict(), str(path))
-    with whole_folder(output) as place:
+    with whole_folder(output, CONFIG, new=True) as place:
         net.save_pretrained(place)
         write_file(place / "README.md", contents.card().encode())
     return f"{contents.what} of {net.config.num_parameters():,} parameters"

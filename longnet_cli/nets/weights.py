@@ -151,7 +151,7 @@ def save_pretrained(
             digest(json.loads(tokenizer_json)),
         )
     try:
-        with whole_folder(folder, last=CONFIG) as place:
+        with whole_folder(folder, CONFIG) as place:
             for name, text in texts.items():
                 (place / name).write_text(text, encoding="utf-8")
             with (place / WEIGHTS).open("wb") as file:

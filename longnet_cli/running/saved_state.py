@@ -5,8 +5,8 @@
         piece-*.safetensors   keys, values and what chooses among them, by layer
 
 A new state of the same folder has pieces of other names. When they are on the disk, its manifest replaces the old one,
-in one step. Only then, old pieces are removed: who has mapped them keeps them. The manifest lists these as well, so
-that the next save removes what a killed one has left, and nothing else.
+in one step. Then all pieces are removed that it does not list, also those that a killed save has left: who has mapped
+them keeps them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from longnet_cli.basics.atomic import (
     locked_folder,
     missing_folders,
     remove_empty,
-    whole_folder,
+    writing,
 )
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError, one_line
 from longnet_cli.basics.sealed import find_mismatch, read_sealed, write_sealed
@@ -67,34 +66,24 @@ def reader_facts(
 def check_place(folder: Path) -> None:
     """Raise ConfigError for a folder that cannot be made, or that holds anything else than a state."""
     try:
-        if new := missing_folders(folder):
+        if made := missing_folders(folder):
             folder.mkdir(parents=True)
-            remove_empty(new)
-        elif _listed(folder) is None and {*filterfalse(is_temporary, os.listdir(folder))} - _left(
-            folder
-        ):
-            raise ConfigError(f"{folder}: neither an empty folder nor a state: name a new one")
+            remove_empty(made)
+        elif _listed(folder) is None:  # a killed save may have left pieces without a manifest
+            others = [name for name in os.listdir(folder) if not PIECE.fullmatch(name)]
+            if not all(map(is_temporary, others)):
+                raise ConfigError(f"{folder}: neither an empty folder nor a state: name a new one")
     except OSError as error:
         raise ConfigError(f"{folder}: a state cannot be saved here: {error.strerror}") from None
 
 
 def _listed(folder: Path) -> set[str] | None:
-    """Return the pieces that the manifest of a state lists, with those it replaced; None without such a manifest."""
-    with suppress(CheckpointError, OSError, TypeError):
+    """Return the names of the pieces that the manifest of a state lists; None without such a manifest."""
+    with suppress(CheckpointError, OSError):
         saved = read_sealed(folder / MANIFEST, STATE_VERSION)
         if saved.get("kind") == KIND:
-            return {
-                name
-                for name in [*saved["files"], *saved.get("replaced", {})]
-                if PIECE.fullmatch(name)
-            }
+            return {*saved["files"]}
     return None
-
-
-def _left(folder: Path) -> set[str]:
-    """Return the pieces that killed saves of a folder list in manifests of their own."""
-    places = [folder / name for name in os.listdir(folder) if is_temporary(name)]
-    return {name for place in places for name in _listed(place) or ()}
 
 
 def write_state(
@@ -106,25 +95,22 @@ def write_state(
     disk or a failed write. The folder then holds what it held before.
     """
     check_place(folder)
-    name = f"piece-{secrets.token_hex(4)}"
-    with locked_folder(folder):
-        old = _listed(folder) or set()
-        _remove(folder, _left(folder) - old)
-        with whole_folder(folder, last=MANIFEST) as place:
+    name_of_save = f"piece-{secrets.token_hex(4)}"
+    with locked_folder(folder), writing(folder):
+        sizes = {}
+        try:
             for number, piece in enumerate(_pieces(tensors)):
-                with (place / f"{name}-{number:05}.safetensors").open("wb") as file:
+                path = folder / f"{name_of_save}-{number:05}.safetensors"
+                with path.open("wb") as file:
                     write_tensors(file, piece, {})
-            size = sum(path.stat().st_size for path in place.iterdir())
-            write_sealed(
-                place / MANIFEST, STATE_VERSION, {"kind": KIND, **facts, "replaced": sorted(old)}
-            )
-        _remove(folder, old)
-    return size
-
-
-def _remove(folder: Path, pieces: set[str]) -> None:
-    for name in pieces & {*os.listdir(folder)}:
-        (folder / name).unlink()
+                sizes[path.name] = path.stat().st_size
+            write_sealed(folder / MANIFEST, STATE_VERSION, {"kind": KIND, **facts}, sizes)
+        finally:
+            listed = _listed(folder) or ()
+            for path in folder.iterdir():
+                if PIECE.fullmatch(path.name) and path.name not in listed:
+                    path.unlink()
+    return sum(sizes.values())
 
 
 def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

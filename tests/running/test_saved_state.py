@@ -136,13 +136,13 @@ def test_a_killed_save_leaves_the_old_state(
 ) -> None:
     """Killed at any rename or removal, the folder has the old state or the new one; the next save removes the rest.
 
-    A killed first save leaves none, and the next one goes on. What is not of a state stays, whatever its name.
+    A killed first save leaves none, and the next one goes on. What has no name of a piece stays.
     """
     model, folder, ids = net(CHOSEN), tmp_path / "state", draw(1, 200)
     monkeypatch.setattr("longnet_cli.running.saved_state.FILE_BYTES", 1 << 13)
     stream, others = (
         CausalStream(model),
-        ["piece-0.safetensors", "piece-12345678-00000.safetensors"],
+        ["piece-0.safetensors", "notes.txt"],
     )
     stream(ids[:, :100])
     if not first:
@@ -152,7 +152,7 @@ def test_a_killed_save_leaves_the_old_state(
     later = stream.fork()
     later(ids[:, 100:])
     seen, real = set(), {name: getattr(os, name) for name in ("replace", "unlink")}
-    calls = last = 0
+    calls, last = 0, -1
 
     def killed(name: str) -> Any:
         def call(*arguments: Any, **more: Any) -> None:
@@ -200,7 +200,7 @@ def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
     for number, manifest in enumerate(manifests):
         folder = tmp_path / str(number)
         folder.mkdir()
-        write_sealed(folder / "manifest.json", STATE_VERSION, {"kind": "another kind"})
+        write_sealed(folder / "manifest.json", STATE_VERSION, {"kind": "another kind"}, [])
         if manifest:
             (folder / "manifest.json").write_text(manifest)
             (folder / "piece-0.safetensors").write_text("mine")
@@ -245,7 +245,9 @@ def test_a_forged_state_is_refused(tmp_path: Path) -> None:
         save_file(
             {name: x.contiguous() for name, x in tensors.items()}, forged / "piece.safetensors"
         )
-        write_sealed(forged / "manifest.json", STATE_VERSION, {**facts, **changed})
+        write_sealed(
+            forged / "manifest.json", STATE_VERSION, {**facts, **changed}, ["piece.safetensors"]
+        )
         CausalStream.load(model, forged)
 
     forge({}, tensors)
@@ -316,7 +318,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         stream.save(folder / "manifest.json")
     with pytest.raises(ConfigError, match="no state, manifest"):
         CausalStream.load(model, tmp_path)
-    write_sealed(folder / "manifest.json", 2, {"kind": "longnet state"})
+    write_sealed(folder / "manifest.json", 2, {"kind": "longnet state"}, [])
     with pytest.raises(
         DataError,
         match=rf"manifest\.json: it was changed .*, or is not of version {STATE_VERSION}$",

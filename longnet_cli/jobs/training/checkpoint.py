@@ -4,19 +4,17 @@
         state.json            step, position in the data, recipe, versions; size and SHA-256 of every other file
         shard-*.safetensors   weights, optimizer state and random numbers; of several ranks, a file of each
 
-A checkpoint is written under another name, and renamed when it is on the disk. One process writes tensor by tensor. Of
-several ranks, each writes the tensors that it holds, by torch.distributed.checkpoint, which also reads: any number of
-ranks can read a checkpoint, each the parts that it needs. There is no pickle: the tensors are safetensors, the rest is
-JSON.
+state.json is written last: a folder without it is no checkpoint. One process writes tensor by tensor. Of several ranks,
+each writes the tensors that it holds, by torch.distributed.checkpoint, which also reads: any number of ranks can read a
+checkpoint, each the parts that it needs. There is no pickle: the tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longnet_cli.basics import sealed
-from longnet_cli.basics.atomic import whole_folder
+from longnet_cli.basics.atomic import remove_leftovers
 from longnet_cli.basics.errors import CheckpointError, LongNetError
 from longnet_cli.nets.weights import sort_metadata, tensor_digest, write_tensors
 from longnet_cli.running.device import random_state, set_random_state
@@ -62,27 +60,35 @@ class Checkpoints:
         self.saved = step
 
     def _write(self, final: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        partial = self.folder / f".{final.name}.incomplete"  # all ranks know this name
-        with ExitStack() as stack:
+        if self.ranks.writes:
+            # where it exists, it is damaged, also its list of files: no step is written twice otherwise
+            _remove(final, [STATE, *_shards_in(final)])
+            final.mkdir(parents=True, exist_ok=True)
+        self.ranks.barrier()
+        try:
+            save_tensors(final, tensors)
             if self.ranks.writes:
-                for old in self.folder.glob(".step-*.incomplete"):
-                    shutil.rmtree(old, ignore_errors=True)
-                # a final one is damaged, also its list of files: no step is written twice otherwise
-                _remove(
-                    final, [STATE, *(path.name for path in final.glob("shard-*-of-*.safetensors"))]
-                )
-                stack.enter_context(whole_folder(final, temporary=partial))
-            self.ranks.barrier()
-            save_tensors(partial, tensors)
+                sealed.write_sealed(final / STATE, CHECKPOINT_VERSION, facts, _shards_in(final))
+        finally:
             if self.ranks.writes:
-                sealed.write_sealed(partial / STATE, CHECKPOINT_VERSION, facts)
+                self._remove_partial()
         if self.ranks.writes:
             saved = checkpoints_in(self.folder)
-            for old in saved[
-                saved.index(final) + self.keep :
-            ]:  # later ones are damaged, and do not count
+            older = saved[saved.index(final) + self.keep :]  # later ones are damaged: not counted
+            for old in older:
                 with suppress(CheckpointError, OSError):  # not a checkpoint of ours, which stays
-                    _remove(old, [*read_checkpoint(old)["files"], STATE])
+                    _remove(old, [STATE, *read_checkpoint(old)["files"]])
+
+    def _remove_partial(self) -> None:
+        """Remove the shards of checkpoints that nobody has written to their end."""
+        for folder in self.folder.glob("step-*"):
+            if folder.is_dir() and not (folder / STATE).exists():
+                remove_leftovers(folder)
+                _remove(folder, _shards_in(folder))
+
+
+def _shards_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("shard-*-of-*.safetensors")]
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:
@@ -94,13 +100,10 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the whole checkpoints in a folder, newest first. A checkpoint being written has another name."""
-    paths = (
-        [path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
-        if folder.is_dir()
-        else []
-    )
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    """Return the checkpoints in a folder that were written to their end, newest first; some may be damaged since."""
+    named = [path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    ended = [path for path in named if (path / STATE).exists()]
+    return sorted(ended, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) -> Path | None:

@@ -317,7 +317,7 @@ def write_folder(
     `dense` leaves the pattern out of config.json. Raises LongNetError if the folder cannot be written.
     """
     try:
-        with whole_folder(folder, last=CONFIG) as made:
+        with whole_folder(folder, CONFIG) as made:
             model.save_pretrained(made, state_dict=dict(state), max_shard_size=1 << 62)
             settings = json.loads((made / CONFIG).read_text(encoding="utf-8")) | {
                 "dtype": "float32"

@@ -72,7 +72,7 @@ def add_lora(
 
     def save(folder: Path, state: State) -> None:
         named = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
-        with whole_folder(folder, last=_CONFIG) as place:
+        with whole_folder(folder, _CONFIG) as place:
             adapted.save_pretrained(place, state_dict=named, save_embedding_layers=False)
             settings = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
             if isinstance(
