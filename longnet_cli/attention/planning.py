@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -56,10 +56,8 @@ class Shard(NamedTuple):
         """Return the same shard with its lists of numbers as tuples. Raises ValueError for other than whole numbers."""
         if self.lengths is None and self.documents is None:
             return self
-        lengths, documents = (
-            _whole_numbers("lengths", self.lengths),
-            _whole_numbers("documents", self.documents),
-        )
+        lengths = _whole_numbers("lengths", self.lengths)
+        documents = _whole_numbers("documents", self.documents)
         return self._replace(lengths=lengths, documents=documents)
 
     def places(self, batch: int, tokens: int) -> Iterator[tuple[slice, slice]]:
@@ -68,38 +66,33 @@ class Shard(NamedTuple):
         Call it on what `hashable` returns. Raises ValueError for wrong lengths.
         """
         if self.documents is not None:
-            if min(self.documents, default=0) < 1 or sum(self.documents) != tokens:
+            shortest, together = min(self.documents, default=0), sum(self.documents)
+            if shortest < 1 or together != tokens:
                 raise ValueError(
                     f"documents need lengths of at least 1 that make {tokens} tokens, got {[*self.documents]}"
                 )
-            stop = 0
-            for length in self.documents:
-                start, stop = stop, stop + length
+            for start, stop in pairwise([0, *accumulate(self.documents)]):
                 yield slice(0, batch), slice(start, stop)
             return
-        lengths = self.lengths
-        if lengths is None:
-            yield slice(0, batch), slice(0, tokens)
-            return
-        assert isinstance(lengths, tuple)
-        if len(lengths) != batch or not all(0 <= n <= tokens for n in lengths):
+        lengths = (tokens,) * batch if self.lengths is None else (*self.lengths,)
+        extremes = min(lengths, default=0), max(lengths, default=0)
+        if len(lengths) != batch or not 0 <= extremes[0] <= extremes[1] <= tokens:
             raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {[*lengths]}")
-        for length, rows in groupby(
-            range(batch), key=lengths.__getitem__
-        ):  # neighbours of equal length go together
-            members = list(rows)
+        row = 0
+        for length, equal in groupby(lengths):  # neighbours of equal length go together
+            stop_row = row + len([*equal])
             if length:
-                yield slice(members[0], members[-1] + 1), slice(0, length)
+                yield slice(row, stop_row), slice(0, length)
+            row = stop_row
 
 
 def _whole_numbers(name: str, numbers: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
     if numbers is None:
         return None
+    if isinstance(numbers, Tensor):
+        numbers = numbers.tolist()
     try:
-        return tuple(
-            operator.index(n)
-            for n in (numbers.tolist() if isinstance(numbers, Tensor) else numbers)
-        )
+        return tuple(map(operator.index, numbers))
     except TypeError:
         raise ValueError(f"{name} needs whole numbers, in one dimension, got {numbers}") from None
 
@@ -137,15 +130,13 @@ def plan_calls(
 
     Turned `sinks` come after the far keys. Raises ValueError as `dilated_attention` does.
     """
-    tensors = tuple(
-        [
-            (x.shape, x.dtype, x.device)
-            for x in (q, k, v, *[y for x in far_keys for y in (x.k, x.v)])
-        ]
-    )
-    spans = tuple([x.span for x in far_keys])
+    tensors = [q, k, v]
+    for keys in far_keys:
+        tensors += keys.k, keys.v
+    facts = tuple([(x.shape, x.dtype, x.device) for x in tensors])
+    spans = tuple([keys.span for keys in far_keys])
     turned = tuple(sinks.rows.items()) if sinks else ()
-    return _plan(kernel, pattern, tensors, spans, shard.hashable(), turned)
+    return _plan(kernel, pattern, facts, spans, shard.hashable(), turned)
 
 
 class _Facts(NamedTuple):
@@ -156,9 +147,7 @@ class _Facts(NamedTuple):
     device: torch.device
 
 
-@lru_cache(
-    maxsize=4
-)  # all layers of a step share one plan, and a plan of a thousand documents is large
+@lru_cache(maxsize=4)  # all layers of a step share a plan, which is large for many documents
 def _plan(
     kernel: Kernel,
     pattern: Pattern,
@@ -231,6 +220,7 @@ def _check_tensors(q: _Facts, k: _Facts, v: _Facts, pattern: Pattern) -> None:
 def _check_shard(shard: Shard, pattern: Pattern, tokens: int, spans: Sequence[FarSpan]) -> None:
     """Raise ValueError for fields that do not go together, or not with the pattern, or not with far keys."""
     start, lengths, documents, total, padding, causal = shard
+    stop = start + tokens
     if start < 0:
         raise ValueError(f"start must be a position, got {start}")
     if padding not in ("exact", "zero_key"):
@@ -243,11 +233,11 @@ def _check_shard(shard: Shard, pattern: Pattern, tokens: int, spans: Sequence[Fa
         )
     if documents is not None and (total is not None or lengths is not None):
         raise ValueError("documents have their own lengths: no total or lengths beside them")
-    if total is not None and (total < start + tokens or lengths is not None):
+    if total is not None and (total < stop or lengths is not None):
         raise ValueError(
-            f"total={total} must hold the shard [{start}, {start + tokens}), and excludes lengths"
+            f"total={total} must hold the shard [{start}, {stop}), and excludes lengths"
         )
-    if lengths is not None and any(span.start >= start + tokens for span in spans):
+    if lengths is not None and max((span.start for span in spans), default=-1) >= stop:
         raise ValueError("far keys after the shard cannot be combined with lengths")
 
 
@@ -260,12 +250,9 @@ def _check_far(
     rows = Layout(pattern, q.shape[-2], k.shape[-2]).counts(span)
     needed = (len(rows), q.shape[-1])
     for shape, dtype, device in of_span:
-        fits = (
-            len(shape) == 4
-            and (shape[0], *shape[2:]) == (q.shape[0], *needed)
-            and shape[1] >= max(rows)
-        )
-        if not fits or dtype != q.dtype or device != q.device:
+        size = (shape[0], *shape[2:]) if len(shape) == 4 else ()
+        fits = size == (q.shape[0], *needed) and shape[1] >= max(rows)
+        if not fits or (dtype, device) != (q.dtype, q.device):
             raise ValueError(
                 f"far keys [{start}, {stop}) of level {level} need {(q.shape[0], max(rows), *needed)} "
                 f"in {q.dtype} on {q.device}, got {tuple(shape)} in {dtype} on {device}"
@@ -370,10 +357,11 @@ def refuse_capture(q: Tensor) -> None:
 
 def _only(placed: Sequence[PlacedCalls], far: bool) -> list[PlacedCalls]:
     """Return the calls on far keys alone, or on near keys alone."""
-    return [
-        (rows, columns, tuple(branch for branch in calls if (branch.far_index is not None) == far))
-        for rows, columns, calls in placed
-    ]
+    chosen_calls: list[PlacedCalls] = []
+    for rows, columns, calls in placed:
+        of_one_kind = [branch for branch in calls if (branch.far_index is not None) == far]
+        chosen_calls.append((rows, columns, tuple(of_one_kind)))
+    return chosen_calls
 
 
 class _Gradients:
@@ -393,35 +381,38 @@ class _Gradients:
         `far_first`: far keys come before near ones.
         """
         (_, q, *_), (k, v) = of_queries, keys
-        # what the first calls write anyway needs no zeros, if nothing else is added before
+        # What the first calls write anyway needs no zeros, if nothing else is added before.
         alone = not far_first and q.dim() == 4  # of several levels, only one covers
         self.q = GradientSum(q, plan.covered and alone)
-        self.k, self.v = (GradientSum(x, plan.squares and alone) for x in (k, v))
-        self._plan, self._kernel, self._scale = plan, plan.kernel, scale
-        self._of_queries, self._keys, self._far = of_queries, keys, far
+        self.k = GradientSum(k, plan.squares and alone)
+        self.v = GradientSum(v, plan.squares and alone)
+        self._plan = plan
+        self._kernel = plan.kernel
+        self._scale = scale
+        self._of_queries = of_queries
+        self._keys = keys
+        self._far = far
         self._far_sums = [GradientSum(x) for x in far]
         self.of_far = [total.place for total in self._far_sums]
-        self._far_first, self._shared_heads = far_first, q.shape[-2] != k.shape[-2]
+        self._far_first = far_first
+        self._shared_heads = q.shape[-2] != k.shape[-2]
 
     def add_calls(self, placed: Sequence[PlacedCalls]) -> None:
         """Add the gradients of calls on views."""
-        query_like, key_like = (
-            (*self._of_queries, self.q.place),
-            (*self._keys, self.k.place, self.v.place),
-        )
-        calls = kernel_calls(
-            placed, self._kernel, query_like, key_like, self._far_tensors, self._plan.layouts
-        )
+        kernel, scale = self._kernel, self._scale
+        query_like = (*self._of_queries, self.q.place)
+        key_like = (*self._keys, self.k.place, self.v.place)
+        layouts = self._plan.layouts
+        calls = kernel_calls(placed, kernel, query_like, key_like, self._far_tensors, layouts)
         for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
             tensors = dout, q, k, v, out, lse[..., 0]
-            part, *parts = self._kernel.backward(
-                tensors, branch.causal, self._scale, *_counts(branch, q)
-            )
+            part, *parts = kernel.backward(tensors, branch.causal, scale, *_counts(branch, q))
             self.q.add(dq, part, branch.queries, fresh=branch.covers and not self._far_first)
             fresh = branch.covers and branch.queries == branch.keys and not self._shared_heads
-            i = branch.far_index
-            of_keys = (self.k, self.v) if i is None else self._far_sums[2 * i : 2 * i + 2]
-            for total, place, part in zip(of_keys, places, parts, strict=True):
+            sums = [self.k, self.v]
+            if branch.far_index is not None:
+                sums = self._far_sums[2 * branch.far_index : 2 * branch.far_index + 2]
+            for total, place, part in zip(sums, places, parts, strict=True):
                 total.add(place, part, branch.keys, fresh)
             del part, parts  # the next call needs the memory
 
@@ -435,10 +426,9 @@ def _counts(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
     """Return the `log_counts` of a union, as a tuple of one tensor (heads, rows, keys); () for other branches."""
     if branch.union is None:
         return ()
+    table = log_counts(branch.union, accumulator(q.dtype), q.device)
     shown = branch.queries
-    of_heads = log_counts(branch.union, accumulator(q.dtype), q.device)[
-        shown.first_head :: max(shown.head_step, 1)
-    ]
+    of_heads = table[shown.first_head :: max(shown.head_step, 1)]
     return (of_heads[: shown.heads, : shown.rows, : shown.rows],)
 
 
@@ -449,13 +439,13 @@ def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor
     with torch.inference_mode(False):  # the cached table outlives the caller's inference mode
         counts = torch.zeros(layout.num_heads, tokens, tokens, dtype=dtype, device=device)
         for branch in branches(layout, 0, tokens, causal, "exact", ()):
-            seen = counts.new_ones(branch.queries.rows, branch.keys.rows)
-            seen = seen.tril_() if branch.causal else seen
-            for segment in range(branch.queries.segments):
-                for index in range(branch.queries.heads):
-                    of_head = counts[branch.queries.first_head + index * branch.queries.head_step]
-                    rows, keys = (_tokens(x, segment, index) for x in (branch.queries, branch.keys))
-                    of_head[rows, keys] += seen
+            queries, keys = branch.queries, branch.keys
+            seen = counts.new_ones(queries.rows, keys.rows)
+            if branch.causal:
+                seen.tril_()
+            for segment, index in product(range(queries.segments), range(queries.heads)):
+                of_head = counts[queries.first_head + index * queries.head_step]
+                of_head[_tokens(queries, segment, index), _tokens(keys, segment, index)] += seen
         return counts.log_()
 
 
