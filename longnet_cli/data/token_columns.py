@@ -24,38 +24,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 T = TypeVar("T")
 
 
-class ColumnBatch(NamedTuple):
-    """The columns of a batch that starts at row `start`; None, or empty, for a column that the table lacks.
-
-    `errors` holds the error of each row that has no document because a value is null, by its index in the batch.
-    """
-
-    start: int
-    column: pa.Array
-    doc_ids: list[Any] | None
-    parts: list[Any] | None
-    kept: dict[str, pa.Array]
-    coords: list[pa.Array]
-    errors: dict[int, DataError]
-
-    def label(self, index: int) -> "Label":
-        return Label(
-            self.start + index,
-            self.doc_ids[index] if self.doc_ids else None,
-            self.parts[index] if self.parts else None,
-            {name: column[index] for name, column in self.kept.items()},
-            self.errors.get(index),
-        )
-
-
-class Label(NamedTuple):
-    """The place of a row: its number, its document, and its part of the document; None if the table does not say."""
-
-    row: int
-    doc_id: Any
-    part: int | None
-    kept: Mapping[str, pa.Scalar]
-    error: DataError | None
+Batch = Mapping[str, pa.Array]  # the columns of a batch, by their names
 
 
 class BadRowError(DataError):
@@ -63,155 +32,156 @@ class BadRowError(DataError):
 
 
 class DocumentRows(NamedTuple):
-    """The rows of one document: the number of the first, the values that the first carries along, and all values.
+    """A row of a table; or the rows of one document, with the number, the part and the kept values of the first one.
 
-    Taking the values raises BadRowError for a row that cannot be read, or is not the next one.
+    `part` is None where the table does not say, and `error` is why the row cannot be read. A row that is not `named`
+    has its number for a name. Taking the `values` of a document raises BadRowError for a row that cannot be read, or
+    is not the next one.
     """
 
-    doc_id: str
     row: int
+    doc_id: str
     values: Iterable[Any]
     kept: Mapping[str, pa.Scalar]
+    part: int | None = None
+    error: BadRowError | None = None
+    named: bool = True
 
 
 def read_batches(
-    table: Table, columns: Columns, *, in_turn: bool = True, may_be_empty: bool = False
-) -> Iterator[ColumnBatch]:
-    """Yield the columns of each batch, checked for damage.
+    table: Table, columns: Columns, *, may_be_empty: bool = False
+) -> Iterator[tuple[int, Batch, dict[int, BadRowError]]]:
+    """Yield the number of the first row, the columns, checked for damage, and the errors of the rows of each batch.
 
-    Raises DataError for a table of 0 rows unless it `may_be_empty`, and for nulls unless the caller raises their
-    `errors` `in_turn`.
+    An error is of a row that has no document because a value is null, by its index in the batch. Raises DataError for a
+    table of 0 rows unless it `may_be_empty`.
     """
     start = 0
     for index, batch in enumerate(table.read(columns.names)):
         with reading(f"{table.where}, batch {index}"):
             arrays = {name: pick(batch, name) for name in columns.names}
-            column, kept = (
-                arrays[columns.documents],
-                {name: plain(arrays[name]) for name in columns.keep},
-            )
-            values = {
-                name: arrays[name].to_pylist()
-                for name in (columns.doc_id, columns.part)
-                if name is not None
-            }
-        errors: dict[int, DataError] = {}
-        for name, rows in [
-            (None, _nulls(column)),
-            *((name, _none(cells)) for name, cells in values.items()),
-        ]:
-            for row in rows:
-                place, what = table.place(start + row), f", {name}" if name else ""
-                problem = table.bad.pop(start + row, None)
-                said = (
-                    f"{place}{what}: the value is null"
-                    if problem is None
-                    else f"{place}: {problem}"
-                )
-                errors.setdefault(row, BadRowError(said))
-        if errors and not in_turn:
-            raise errors[min(errors)]
-        ids, parts = (values.get(name) if name else None for name in (columns.doc_id, columns.part))
-        names = ids and [None if doc_id is None else str(doc_id) for doc_id in ids]
-        yield ColumnBatch(
-            start, column, names, parts, kept, [arrays[name] for name in columns.coords], errors
-        )
+        yield start, arrays, _errors(table, columns, start, arrays)
         start += batch.num_rows
     if start == 0 and not may_be_empty and not is_manifest(table.schema):
         raise DataError(f"{table.where}: the table has 0 rows")
 
 
+def _errors(table: Table, columns: Columns, start: int, arrays: Batch) -> dict[int, BadRowError]:
+    """Return the errors of the rows of a batch whose document, name or part is null."""
+    errors: dict[int, BadRowError] = {}
+    for name in (columns.documents, columns.doc_id, columns.part):
+        if name is None:
+            continue
+        what = "" if name == columns.documents else f", {name}"
+        for index in _nulls(arrays[name]):
+            place = table.place(start + index)
+            problem = table.bad.pop(start + index, None)
+            error = f"{place}: {problem}" if problem else f"{place}{what}: the value is null"
+            errors.setdefault(index, BadRowError(error))
+    return errors
+
+
 def _nulls(column: pa.Array) -> list[int]:
-    """Return the rows without a document: the null may be in the column or in its dictionary."""
-    if pa.types.is_dictionary(column.type):
-        return (
-            _none(column.to_pylist()) if column.null_count or column.dictionary.null_count else []
-        )
-    return (
-        np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist()
-        if column.null_count
-        else []
-    )
+    """Return the indices of the nulls of a column. A null may be in the column or in its dictionary."""
+    if pa.types.is_dictionary(column.type) and column.dictionary.null_count:
+        return [index for index, value in enumerate(column.to_pylist()) if value is None]
+    if not column.null_count:
+        return []
+    return np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist()
 
 
-def _none(values: list[Any]) -> list[int]:
-    return [row for row, value in enumerate(values) if value is None] if None in values else []
+def _read_rows(
+    table: Table,
+    columns: Columns,
+    values_of: Callable[[int, Batch], Iterable[Any]],
+    whole: str | None,
+) -> Iterator[DocumentRows]:
+    """Yield each row, whose only value is the one of `values_of`."""
+    for start, arrays, errors in read_batches(table, columns, may_be_empty=whole is not None):
+        with reading(table.where):
+            names = arrays[columns.doc_id].to_pylist() if columns.doc_id else None
+            parts = arrays[columns.part].to_pylist() if columns.part else None
+            kept = {name: plain(arrays[name]) for name in columns.keep}
+        for index, value in enumerate(values_of(start, arrays)):
+            row = start + index
+            name = whole if names is None else names[index]
+            yield DocumentRows(
+                row,
+                f"{table.name}:{row}" if name is None else str(name),
+                (value,),
+                {name: column[index] for name, column in kept.items()},
+                parts[index] if parts else None,
+                errors.get(index),
+                named=name is not None,
+            )
 
 
 def group_rows(
     table: Table,
     columns: Columns,
-    values_of: Callable[[ColumnBatch], Iterable[Any]],
+    values_of: Callable[[int, Batch], Iterable[Any]],
     whole: str | None = None,
     apart: Apart | None = None,
 ) -> Iterator[DocumentRows]:
-    """Group the rows of a table, each with a value of `values_of`, by document.
+    """Group the rows of a table by document.
 
-    Neighbours that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ... A row that cannot be
-    read, not even its name, belongs to the document that stands on both sides of it. With `whole`, all rows are one
-    document of this name. With `apart`, which names them, and in a table of `rows_alone`, every row is a document. For
-    these, and for rows of stdin without names, no other row is waited.
+    `values_of` returns a value for each row of a batch, from the number of its first row and its columns. Neighbours
+    that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ... A row that cannot be read, not
+    even its name, belongs to the document that stands on both sides of it. With `whole`, all rows are one document of
+    this name. With `apart`, which names them, and in a table of `rows_alone`, every row is a document. For these, and
+    for rows of stdin without names, no other row is waited.
     """
-
-    def rows() -> Iterator[tuple[Label, Any]]:
-        for batch in read_batches(table, columns, may_be_empty=whole is not None):
-            for index, value in enumerate(values_of(batch)):
-                label = batch.label(index)
-                yield label._replace(doc_id=whole) if whole else label, value
-
-    def name_of(label: Label) -> str:
-        return f"{table.name}:{label.row}" if label.doc_id is None else str(label.doc_id)
-
-    def numbered() -> Iterator[tuple[int, tuple[Label, Any]]]:
-        number, name = 0, None
-        nameless: list[tuple[Label, Any]] = []
-        for label, value in rows():
-            if label.error and label.doc_id is None and name is not None:
-                nameless.append((label, value))
-                continue
-            same = name is not None and label.doc_id == name and label.row not in table.begins
-            for row in (*nameless, (label, value)):
-                number += not same
-                yield number, row
-            name, nameless = label.doc_id, []
-        yield from ((number + index, row) for index, row in enumerate(nameless, 1))
-
-    if apart or table.rows_alone or (table.ready and not (columns.doc_id or whole)):
-        for label, value in rows():
-            doc_id = apart.name(name_of(label)) if apart else name_of(label)
-            yield DocumentRows(
-                doc_id, label.row, _values(table, doc_id, iter(((label, value),))), label.kept
-            )
+    rows = _read_rows(table, columns, values_of, whole)
+    unnamed = not (columns.doc_id or whole)
+    if apart or table.rows_alone or (table.ready and unnamed):
+        for row in rows:
+            doc_id = apart.name(row.doc_id) if apart else row.doc_id
+            yield row._replace(doc_id=doc_id, values=_values(table, doc_id, iter((row,))))
         return
     empty = True
-    for _, members in groupby(numbered(), key=itemgetter(0)):
+    for _, members in groupby(_numbered(table, rows), key=itemgetter(0)):
         empty = False
-        label, value = next(members)[1]
-        doc_id = name_of(label)
+        first = next(members)[1]
         following = (row for _, row in members)  # noqa: B031 (used once, before the next group)
-        yield DocumentRows(
-            doc_id,
-            label.row,
-            _values(table, doc_id, chain(((label, value),), following)),
-            label.kept,
-        )
+        values = _values(table, first.doc_id, chain((first,), following))
+        yield first._replace(values=values)
     if whole and empty and not is_manifest(table.schema):
-        yield DocumentRows(whole, 0, (), {})
+        yield DocumentRows(0, whole, (), {})
 
 
-def _values(table: Table, doc_id: str, members: Iterator[tuple[Label, Any]]) -> Iterator[Any]:
+def _numbered(table: Table, rows: Iterator[DocumentRows]) -> Iterator[tuple[int, DocumentRows]]:
+    """Yield each row with the number of its document."""
+    number = 0
+    name: str | None = None  # of the row before
+    nameless: list[DocumentRows] = []
+    for row in rows:
+        if row.error and not row.named and name is not None:
+            nameless.append(row)
+            continue
+        same = row.doc_id == name and row.row not in table.begins
+        for member in (*nameless, row):
+            number += not same
+            yield number, member
+        name = row.doc_id if row.named else None
+        nameless = []
+    for row in nameless:
+        number += 1
+        yield number, row
+
+
+def _values(table: Table, doc_id: str, rows: Iterator[DocumentRows]) -> Iterator[Any]:
     """Yield the value of each row of a document. Raises BadRowError for a row that is bad, or not the next part."""
-    for expected, (label, value) in enumerate(members):
-        if label.error:
-            raise label.error
-        if label.part is not None and label.part != expected:
+    for expected, row in enumerate(rows):
+        if row.error:
+            raise row.error
+        if row.part is not None and row.part != expected:
             missing = "rows are missing, repeated or out of order"
             why = "in batches a row is a document" if table.rows_alone else missing
             raise BadRowError(
-                f"{table.place(label.row)}: part {label.part} of document {doc_id!r} stands where part {expected} "
+                f"{table.place(row.row)}: part {row.part} of document {doc_id!r} stands where part {expected} "
                 f"should: {why}"
             )
-        yield value
+        yield from row.values
 
 
 def read_documents(
@@ -234,10 +204,12 @@ FLAT_STEP = 1 << 22  # ids of a flat column searched for document ends in one go
 def list_documents(table: Table, columns: Columns) -> Iterator[DocumentRows]:
     """Return the documents of a list column, with their parts as values."""
 
-    def parts(batch: ColumnBatch) -> Iterator[Part]:
-        ids, valid = numbers(table, batch.column.values)
-        bounds = zip(*(edge.tolist() for edge in list_bounds(batch.column)), strict=True)
-        for row, (start, stop) in enumerate(bounds, batch.start):
+    def parts(first_row: int, arrays: Batch) -> Iterator[Part]:
+        lists = arrays[columns.documents]
+        ids, valid = numbers(table, lists.values)
+        starts, stops = list_bounds(lists)
+        bounds = zip(starts.tolist(), stops.tolist(), strict=True)
+        for row, (start, stop) in enumerate(bounds, first_row):
             present = valid.slice(start, stop - start) if valid is not None else None
             yield Part(ids[start:stop], present, row)
 
@@ -256,19 +228,18 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
     def stretches() -> Iterator[tuple[int, Part]]:
         """Yield (number of EOS ids so far, a stretch of ids without EOS)."""
         count = 0
-        for batch in read_batches(table, columns, in_turn=False):
-            all_ids, _ = numbers(table, batch.column)  # nulls have been refused
+        for start, arrays, errors in read_batches(table, columns):
+            if errors:
+                raise errors[min(errors)]
+            all_ids, _ = numbers(table, arrays[name])
             for step in range(0, len(all_ids), FLAT_STEP):
                 ids = all_ids[step : step + FLAT_STEP]
                 begin = 0
-                with reading(table.where, row=batch.start + step):
+                with reading(table.where, row=start + step):
                     ends = np.flatnonzero(np.asarray(ids) == eos_id).tolist()
                 for end in [*ends, len(ids)]:
                     if end > begin:
-                        yield (
-                            count,
-                            Part(ids[begin:end], None, batch.start + step + begin, flat=True),
-                        )
+                        yield count, Part(ids[begin:end], None, start + step + begin, flat=True)
                     count += end < len(ids)
                     begin = end + 1
 
@@ -277,7 +248,7 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
         parts = collect(part for _, part in members)
         row = parts[0].row
         assert row is not None
-        yield DocumentRows(f"{table.name}:{index}", row, parts, {})
+        yield DocumentRows(row, f"{table.name}:{index}", parts, {})
     if index < 0 and not is_manifest(table.schema):
         raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
 
@@ -301,10 +272,11 @@ def table_texts(
         return Text(group.doc_id, text, place, group.kept, ids=ids)
 
     apart = Apart() if table.ready and columns.part is None else None
-    groups = group_rows(
-        table, columns, lambda batch: (value.as_py() for value in batch.column), apart=apart
-    )
-    return read_documents(groups, read, skip_bad)
+
+    def texts(first_row: int, arrays: Batch) -> Iterator[Any]:
+        return (value.as_py() for value in arrays[columns.documents])
+
+    return read_documents(group_rows(table, columns, texts, apart=apart), read, skip_bad)
 
 
 def _chat_reader(

@@ -30,7 +30,7 @@ from longnet_cli.data.files import Part, StoredIds
 from longnet_cli.data.tables import Table
 from longnet_cli.data.token_columns import (
     BadRowError,
-    ColumnBatch,
+    Batch,
     DocumentRows,
     group_rows,
     read_documents,
@@ -105,9 +105,10 @@ TILE_SIZE = b"longnet.tile_size"  # in a schema's metadata: the side of a tile, 
 
 
 class _VectorRow(NamedTuple):
-    """A row of a batch. `numbers` and `valid` are those of all vectors of the batch."""
+    """A row of a batch that starts at row `start`. `numbers` and `valid` are those of all vectors of the batch."""
 
-    batch: ColumnBatch
+    start: int
+    arrays: Batch
     numbers: np.ndarray | StoredIds
     valid: pa.BooleanArray | None
     row: int
@@ -124,9 +125,10 @@ def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator
     for name in columns.coords:
         _check_type(table, name, lists=nested + (name == "coords"))
 
-    def rows(batch: ColumnBatch) -> Iterator[_VectorRow]:
-        values, valid = numbers(table, (batch.column.values if nested else batch.column).values)
-        return (_VectorRow(batch, values, valid, index) for index in range(len(batch.column)))
+    def rows(start: int, arrays: Batch) -> Iterator[_VectorRow]:
+        lists = arrays[columns.documents]
+        values, valid = numbers(table, (lists.values if nested else lists).values)
+        return (_VectorRow(start, arrays, values, valid, index) for index in range(len(lists)))
 
     whole = table.document or (None if nested or columns.doc_id else table.name)
     groups = group_rows(table, columns, rows, whole)
@@ -140,7 +142,7 @@ def _document(
 
     def parts() -> Iterator[Part]:
         nonlocal width
-        for _, run in groupby(group.values, key=lambda row: (row.batch.start, nested and row.row)):
+        for _, run in groupby(group.values, key=lambda row: (row.start, nested and row.row)):
             part, width, places = _part(table, columns, list(run), width)
             points.extend(places)
             yield part
@@ -167,15 +169,18 @@ def _part(
     `width` is the width of the document's vectors so far.
     """
     nested = is_vectors(columns.type)
-    batch, values, valid, start_row = run[0]
+    batch_start, arrays, values, valid, first = run[0]
+    first_row = batch_start + first
 
     def place(vector: int) -> str:
-        return table.place(batch.start + start_row + (0 if nested else vector))
+        return table.place(first_row + (0 if nested else vector))
 
-    vectors, *axes = (column.slice(start_row, len(run)) for column in (batch.column, *batch.coords))
+    vectors = arrays[columns.documents].slice(first, len(run))
+    axes = [arrays[name].slice(first, len(run)) for name in columns.coords]
     if nested:
         (start,), (stop,) = list_bounds(vectors)
-        vectors, axes = vectors.values.slice(start, stop - start), [axis.flatten() for axis in axes]
+        vectors = vectors.values.slice(start, stop - start)
+        axes = [axis.flatten() for axis in axes]
         if vectors.null_count:
             raise BadRowError(f"{place(0)}: the value is null")
     starts, stops = list_bounds(vectors)
@@ -189,7 +194,7 @@ def _part(
     points = [_points(axes, len(vectors), place)] if axes else []
     present = valid if valid is None else valid.slice(start, stop - start)
     return (
-        Part(values[start:stop], present, batch.start + start_row, flat=not nested),
+        Part(values[start:stop], present, first_row, flat=not nested),
         width,
         points,
     )
