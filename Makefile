@@ -5,6 +5,7 @@
 #   make test-all  run all tests, as CI does, with more random cases: five minutes more
 #   make quick     run what one runs between two edits: no commands, no ranks
 #   make real      use each command as people do, with real models and texts of megabytes: before a release
+#   make peers     run transformers' own tests for models on ours, and TRL's trainers: before a release
 #   make engines   run the examples for Ray and Spark on Ray and Spark
 #   make figures   measure what the pages show, in hours; make figures/NAME measures one
 #   make check     what CI checks
@@ -26,7 +27,7 @@ RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n au
 EMULATED = LONGNET_TEST_DEVICE=emulated $(RUN_TESTS) --dist load -m gpu tests/test_gpu.py # all workers share this one file
 NOT_OF_CI = --ignore=tests/clients --ignore=tests/real# whose imports take seconds
 
-.PHONY: figures demo test test-rest test-all real engines quick matrix gpu wheels docs lint check wheel-check clean
+.PHONY: figures demo test test-rest test-all real peers engines quick matrix gpu wheels docs lint check wheel-check clean
 
 demo: .venv/.installed-demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -55,6 +56,11 @@ test-all: .venv/.installed-dev
 REAL ?= real
 real: .venv/.installed-dev
 	$(RUN_TESTS) -rs -m '$(REAL)' tests/real
+
+# Eight minutes. PEERS='-k OwnLongNet' is a part of them.
+peers: build/peers/.installed
+	OMP_NUM_THREADS=1 build/peers/bin/python tests/peers/run.py $(PEERS)
+	OMP_NUM_THREADS=1 build/peers/bin/python -m pytest -q $(PYTEST) tests/clients/test_trl.py
 
 engines: build/engines/.installed
 	build/engines/bin/python -m pytest -m real -rs $(PYTEST) tests/real/engines.py
@@ -141,6 +147,12 @@ build/engines/.installed: pyproject.toml | .venv/.installed-dev
 	@echo "Installing Ray and Spark into build/engines: some minutes."
 	$(call lent,build/engines)
 	build/engines/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,spark]'
+	@touch $@
+
+build/peers/.installed: pyproject.toml | .venv/.installed-dev
+	@echo "Installing TRL into build/peers."
+	$(call lent,build/peers)
+	build/peers/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	@touch $@
 
 .venv/.installed-docs: pyproject.toml | .venv/bin/python

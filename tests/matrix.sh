@@ -17,6 +17,11 @@ for kind in ${@:-oldest newest}; do
   "$environment/bin/python" -c 'import torch, transformers, pyarrow, platform as p
 print(*("python", p.python_version(), "torch", torch.__version__, "transformers", transformers.__version__, "pyarrow", pyarrow.__version__))'
   OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile | tail -n 30 || failed=1
+  if [ "$kind" = newest ]; then # transformers' own tests and TRL, of which only these versions are promised
+    .venv/bin/uv pip install --quiet --python "$environment" --editable '.[peers]'
+    OMP_NUM_THREADS=1 "$environment/bin/python" tests/peers/run.py | tail -n 40 || failed=1
+    OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -q tests/clients/test_trl.py | tail -n 30 || failed=1
+  fi
   LONGNET_TEST_DEVICE=emulated "$environment/bin/python" -m pytest -q -m gpu tests/test_gpu.py | tail -n 30 || failed=1
 done
 exit "${failed:-0}"
