@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -87,12 +86,6 @@ def parse(text: str, parser: Callable[..., Any] = json.loads, **options: Any) ->
         return parser(text, **options)
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
-
-
-def digest(data: Any) -> str:
-    """Return the SHA-256, in hex, of JSON data with sorted keys and no spaces. Equal data have equal digests."""
-    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

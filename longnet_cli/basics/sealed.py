@@ -5,7 +5,6 @@ That of a checkpoint of a run or a state of a stream also has the size and SHA-2
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -13,30 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from longnet_cli.basics.atomic import flush, sync_folder, write_file
-from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.digests import file_sha256, json_sha256
 from longnet_cli.basics.errors import CheckpointError
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex. Raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def seal(version: int, content: Mapping[str, Any]) -> str:
     """Return a manifest: JSON of its version and content, which ends with a digest of both."""
     sealed = json.loads(json.dumps({"version": version, **content}))  # as it will be read back
-    return json.dumps({**sealed, "digest": digest(sealed)}, indent=1) + "\n"
+    return json.dumps({**sealed, "digest": json_sha256(sealed)}, indent=1) + "\n"
 
 
 def unseal(text: str, version: int) -> dict[str, Any]:
     """Return the content of what `seal` has made. Raises ValueError if it was changed, or is of another version."""
     with suppress(ValueError, KeyError, TypeError, AttributeError):
         content = parse(text)
-        if content.pop("digest") == digest(content) and content.pop("version") == version:
+        if content.pop("digest") == json_sha256(content) and content.pop("version") == version:
             return content
     raise ValueError(
         f"it was changed or damaged after it was written, or is not of version {version}"

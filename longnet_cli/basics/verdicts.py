@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from longnet_cli.basics.atomic import write_file
-from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.basics.finite_json import to_json
 
@@ -31,7 +32,7 @@ def remembered(asked: Mapping[str, Any], find: Callable[[], Any]) -> Any:
     nothing.
     """
     question = {**asked, "versions": {name: _version(name) for name in _LIBRARIES}}
-    path = cache_folder() / "verdicts" / f"{digest(question)}.json"
+    path = cache_folder() / "verdicts" / f"{json_sha256(question)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         known = parse(read_text(path))
         if known["asked"] == question:

@@ -28,7 +28,8 @@ import numpy as np
 import tokenizers
 from jinja2 import ext, nodes, parser, sandbox
 
-from longnet_cli.basics.configuration import digest, read_text
+from longnet_cli.basics.configuration import read_text
+from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import ConfigError, LongNetError, RefusedError, one_line
 from longnet_cli.data.text_pieces import decodes_bytes
 from longnet_cli.data.tokenizer import (
@@ -55,7 +56,9 @@ def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
     settings = read_settings(tokenizer.folder / SETTINGS)
     template = _template(tokenizer.folder, settings)
     return (
-        {} if template is None else {"chat_template": digest([template, _named_tokens(settings)])}
+        {}
+        if template is None
+        else {"chat_template": json_sha256([template, _named_tokens(settings)])}
     )
 
 

@@ -29,7 +29,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longnet_cli.basics.atomic import write_file
-from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import ConfigError, RefusedError, one_line, refuse_web_address
 from longnet_cli.basics.model_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.data.files import Part
@@ -533,7 +534,7 @@ class Tokenizer:
     @cached_property
     def sha256(self) -> str:
         """Hex digest of the tokenizer's JSON with sorted keys and no spaces: equal for equal tokenizers."""
-        return digest(self._description)
+        return json_sha256(self._description)
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, whole or not at all."""

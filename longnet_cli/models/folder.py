@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError, extra
 from longnet_cli.basics.model_files import (
     CONFIG,
@@ -157,7 +158,7 @@ class ModelFolder:
         if spec and differs:
             return Tokenizer.load(spec)
         mine = Tokenizer.from_file(own) if own.exists() else None
-        if mine and saved and digest(parse(read_text(own))) != saved:
+        if mine and saved and json_sha256(parse(read_text(own))) != saved:
             raise CheckpointError(
                 f"{own}: not the tokenizer that the model was saved with: put that one back, or add "
                 f"--tokenizer {own} --tokenizer-differs to use this one"

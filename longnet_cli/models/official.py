@@ -27,9 +27,9 @@ from torch import Tensor
 
 from longnet_cli.basics.atomic import whole_folder, write_file
 from longnet_cli.basics.configuration import validate
+from longnet_cli.basics.digests import file_sha256
 from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
 from longnet_cli.basics.model_files import CONFIG
-from longnet_cli.basics.sealed import file_sha256
 from longnet_cli.models.official_slide import HEADS, RATES, official_name, slide_name
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet

@@ -26,7 +26,8 @@ from torch import Tensor
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.atomic import whole_folder
-from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, one_line
 from longnet_cli.basics.model_files import (
     CONFIG,
@@ -139,7 +140,7 @@ def save_pretrained(
     state = model.state_dict() if state_dict is None else state_dict
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     settings = json.loads(model.config.model_dump_json())
-    digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: digest(settings)}
+    digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: json_sha256(settings)}
     keys = settings | foreign_keys(model.config, tokenizer_json, eos) | dict(foreign or {})
     data = {CONFIG: keys, **foreign_files(tokenizer_json, eos)}
     texts = {
@@ -148,7 +149,7 @@ def save_pretrained(
     if tokenizer_json is not None:
         texts[TOKENIZER], digests[TOKENIZER_SHA256] = (
             tokenizer_json,
-            digest(json.loads(tokenizer_json)),
+            json_sha256(json.loads(tokenizer_json)),
         )
     try:
         with whole_folder(folder, CONFIG) as place:
@@ -210,7 +211,8 @@ def load_pretrained(
             model = empty_net(build, config, stored, str(path))
             if (
                 verify
-                and saved.get(CONFIG_SHA256, known := digest(_own_config(folder / CONFIG))) != known
+                and saved.get(CONFIG_SHA256, known := json_sha256(_own_config(folder / CONFIG)))
+                != known
             ):
                 raise CheckpointError(
                     f"{folder / CONFIG}: not what the weights were saved with: put that back, or if the change is "

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import whole_folder
-from longnet_cli.basics.configuration import digest, parse, read_text
+from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import ConfigError, LongNetError, is_out_of_memory, one_line
 from longnet_cli.basics.model_files import BESIDE_TOKENIZER, CONFIG, GENERATION, TOKENIZER
 from longnet_cli.nets.config import MOST_LAYERS
@@ -338,6 +339,6 @@ def write_folder(
 
 def _same_tokenizer(path: Path, text: str) -> bool:
     try:
-        return digest(parse(read_text(path))) == digest(json.loads(text))
+        return json_sha256(parse(read_text(path))) == json_sha256(json.loads(text))
     except (OSError, ValueError):
         return False

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from longnet_cli.basics.configuration import digest
+from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import InputWarning, LongNetError, one_line
 from longnet_cli.basics.verdicts import remembered
 from longnet_cli.nets.weights import tensor_digest
@@ -116,7 +116,7 @@ def why_not(model: PreTrainedModel, form: str, run: Run, expected: Run | None = 
     weight = next(model.parameters())
     if weight.is_meta:  # it has no numbers yet
         return None
-    asked = {"trial": form, "architecture": type(model).__name__, "config": digest(settings)}
+    asked = {"trial": form, "architecture": type(model).__name__, "config": json_sha256(settings)}
     some = {name: x.detach().flatten()[:SOME] for name, x in model.named_parameters()}
     asked |= {
         "dtype": str(weight.dtype),
