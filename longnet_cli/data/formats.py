@@ -47,6 +47,7 @@ PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
 TEXT_BUFFER = 1 << 20  # bytes per read of a text, or of unpacked data
 TEXT_PART = 16 << 20  # bytes of a text in memory at a time; a longer text is read in parts
+BUSY_ANSWER = 4096  # bytes
 REMOTE_BUFFER = 8 << 20  # bytes per request to a store
 _ADVICE = {
     b"%PDF": ": pdftotext makes text of a PDF",
@@ -74,6 +75,12 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
             )  # imported late: 20 ms that local input does not need
 
             file = open_remote(source.filesystem, str(source.path), source.where)
+            # A store that is busy answers with some lines. pyarrow tries again only if they fit what it asked for.
+            kind = sniff(file.read(BUSY_ANSWER)[:8])
+            file.seek(0)
+            if kind == "parquet":
+                # Its reader asks for the columns that it needs; a buffer would read more.
+                return _open_parquet(source, file)
             return _open_file(source, io.BufferedReader(file, REMOTE_BUFFER), wanted)
         # A named pipe, the shell's <(command), or a kernel file (/proc), whose size is 0.
         if not source.path.is_file() or source.path.stat().st_size == 0:

@@ -43,11 +43,16 @@ _JSON_ROWS = 1024  # turned into Python objects at a time, at some 40 bytes per 
 def is_folder(output: str | Path, *, resume: bool = False) -> bool:
     """Return whether an output names a folder of shards, and not `-`, a file (by its suffix), a pipe or a device.
 
-    Raises ConfigError for an empty name, for the name of a file of another kind, and where something else than a folder
-    is to `resume`.
+    Raises ConfigError for an empty name, for an address in a store, for the name of a file of another kind, and where
+    something else than a folder is to `resume`.
     """
     if not str(output):  # such as an unset variable in a script
         raise ConfigError("-o is empty: name a folder or a file")
+    if "://" in str(output):
+        raise ConfigError(
+            f"{output}: outputs are written to this machine's disks: name a folder, and copy it "
+            "afterwards, for one with `aws s3 sync FOLDER s3://...`"
+        )
     refuse_other_suffix("-o", output)
     path = Path(output)
     special = path.exists() and not (path.is_file() or path.is_dir())

@@ -277,8 +277,10 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
             if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
                 raise DataError(f"{what}: {error.strerror}") from error
             raise read_error(what, error) from error
+        is_remote = "://" in what
+        reason = "the store failed, or " if is_remote else ""
         raise DataError(
-            f"{what}: the data is damaged or truncated ({first_line(error)})"
+            f"{what}: {reason}the data is damaged or truncated ({first_line(error)})"
         ) from error
 
 
