@@ -41,27 +41,27 @@ class AskCommand:
         "or JSON Lines. The last word is the question, in quotes.",
     )
     questions: str | None = INPUT.option(
-        "--questions FILE", "Ask each `question` of this file, not QUESTION."
+        "--questions FILE", "Ask each `question` of this file, not QUESTION.", common=True
     )
     column: str | None = INPUT.option(
-        "--column NAME", "Read this column, or a field of a struct. (default: text)"
+        "--column NAME", "Read this column, or a field of a struct. (default: text)", common=True
     )
     id_column: str | None = shared.id_column_option()
     skip_bad: bool = shared.skip_bad_flag()
     index: str | None = INPUT.option(
-        "--index FILE", "Keep the index here. Inputs that stay are read once."
+        "--index FILE", "Keep the index here. Inputs that stay are read once.", common=True
     )
     model: str = shared.model_option(default=MISSING)
     update: bool = shared.update_flag()
     passages: int = MODEL.option(
-        "--passages N", "Let the model read the N best passages at most.", default=3
+        "--passages N", "Let the model read the N best passages at most.", default=3, common=True
     )
     max_tokens: int = SAMPLING.option(
-        "--max-tokens -n N", "Generate at most this many tokens.", default=256
+        "--max-tokens -n N", "Generate at most this many tokens.", default=256, common=True
     )
     sampling: Sampling
     format: Format = OUTPUT.option(
-        "--format text|json", "Print the answer as it comes, or JSON.", default="text"
+        "--format text|json", "Print the answer as it comes, or JSON.", default="text", common=True
     )
     computing: Computing
 

@@ -41,28 +41,36 @@ class BenchCommand:
     """The options of `bench`."""
 
     seq: Sequence[int] | None = MEASURE.option(
-        "--seq SIZE,...", "Measure sequences of these lengths. (default: 4Ki,8Ki,16Ki,32Ki)"
+        "--seq SIZE,...",
+        "Measure sequences of these lengths. (default: 4Ki,8Ki,16Ki,32Ki)",
+        common=True,
     )
     impl: Sequence[str] | None = MEASURE.option(
-        "--impl NAME,...", "Run dilated, dense or flex (FlexAttention). (default: dilated,dense)"
+        "--impl NAME,...",
+        "Run dilated, dense or flex (FlexAttention). (default: dilated,dense)",
+        common=True,
     )
     direction: Sequence[str] | None = MEASURE.option(
-        "--direction NAME,...", "Time the forward, or the backward alone. (default: forward)"
+        "--direction NAME,...",
+        "Time the forward, or the backward alone. (default: forward)",
+        common=True,
     )
     repeats: int = MEASURE.option(
         "--repeats N", "Repeat each row N times; the median counts.", default=3
     )
     max_time: float | None = MEASURE.option(
-        "--max-time SECONDS", "Stop after this many seconds. (default: 60 without --seq)"
+        "--max-time SECONDS",
+        "Stop after this many seconds. (default: 60 without --seq)",
+        common=True,
     )
     max_dense_time: float = MEASURE.option(
         "--max-dense-time SECONDS",
         "Skip dense and flex runs that would take more seconds than this.",
         default=60.0,
     )
-    heads: int | None = SHAPE.option("--heads N", "Use N heads. (default: 12, or 2 *)")
+    heads: int | None = SHAPE.option("--heads N", "Use N heads. (default: 12, or 2 *)", common=True)
     head_dim: int | None = SHAPE.option(
-        "--head-dim N", "Set the size of each head. (default: 64, or 32 *)"
+        "--head-dim N", "Set the size of each head. (default: 64, or 32 *)", common=True
     )
     batch: int = SHAPE.option("--batch N", "Run N sequences at a time.", default=1)
     causal: bool = SHAPE.option(
@@ -72,22 +80,27 @@ class BenchCommand:
         "--pattern PATTERN",
         "Use a pattern, as window:1Ki,sinks=4 or 1Ki/1,4Ki/4. (default: paper; from 1e6 tokens geometric, base=256, on "
         "a GPU base=2Ki)",
+        common=True,
     )
     format: Literal["md", "jsonl"] = OUTPUT.option(
-        "--format md|jsonl", "Print rows in this format.", default="md"
+        "--format md|jsonl", "Print rows in this format.", default="md", common=True
     )
     device: str = shared.device_option()
     dtype: str = shared.dtype_option()
     chunk: int | None = COMPUTE.size(
         "--chunk SIZE",
         "Compute this many tokens at a time. (default: all; from 1e6 causal tokens 64Ki, 1Mi on a GPU)",
+        common=True,
     )
     quiet: bool = shared.quiet_flag()
 
 
 def bench(options: BenchCommand) -> None:
-    """Measure dilated attention against dense attention, row by row, up to a billion tokens: --seq 1e9.
+    """Measure dilated beside dense attention, up to a billion tokens.
 
+    Example: longnet bench --seq 2Ki,8Ki --repeats 1
+
+    Each length is a row; --seq 1e9 is a billion tokens.
     Attention is measured alone, with random queries, keys and values. How fast a
     model is, `score` and `train` tell. --impl flex is torch's FlexAttention with
     the mask of the pattern, forward only; it needs a C++ compiler.

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from inspect import Parameter, Signature
@@ -21,6 +23,8 @@ from longnet_cli.basics.sizes import MAX_SIZE
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the copy of click in typer
 OTHER = "Other"  # the last panel
+SHORT_COLUMN = 28  # in which the texts of a short help begin
+FEW = 12  # options that all fit into a short help
 SIZES = "SIZE: 32k is 32000, 32Ki is 32768."
 # What options of other programs are here: the last word is an option of the command, or else the next one counts.
 ELSEWHERE = {
@@ -31,6 +35,23 @@ ELSEWHERE = {
     "--max-new-tokens": ("it is --max-tokens",),
 }
 BARE = "\0"  # stands for an omitted value: no word of a command line can hold it
+
+
+def _show_short_help(ctx: typer.Context, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        typer.echo(short_help(ctx))
+        raise typer.Exit
+
+
+SHORT_HELP = typer.Option(
+    False,
+    "-h",
+    callback=_show_short_help,
+    is_eager=True,
+    help="Show the options that are used most.",
+    rich_help_panel=OTHER,
+    show_default=False,
+)
 
 
 def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
@@ -45,8 +66,20 @@ def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
         command(_filled(taken, values))
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = Signature(list(_parameters(taken)))  # type: ignore[attr-defined]
+    short = Parameter("short_help", Parameter.KEYWORD_ONLY, default=SHORT_HELP, annotation=bool)
+    run.__signature__ = Signature([*_parameters(taken), short])  # type: ignore[attr-defined]
+    run.common = {*_common(taken)}  # type: ignore[attr-defined]
     return run
+
+
+def _common(options: Any) -> Iterator[str]:
+    """Yield the names of the fields that are marked as common."""
+    for field in fields(options):
+        kind = get_type_hints(options)[field.name]
+        if is_dataclass(kind):
+            yield from _common(kind)
+        elif field.metadata.get("common"):
+            yield field.name
 
 
 def _parameters(options: Any) -> Iterator[Parameter]:
@@ -76,14 +109,18 @@ class CommandGroup(TyperGroup):
         return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return all parameters, --help included."""
-        return _plain(super().get_params(ctx))
+        """Return all parameters, --help included. What shells call to complete words is not shown."""
+        params = _plain(super().get_params(ctx))
+        for parameter in params:
+            parameter.hidden = parameter.name == "show_completion"
+        return params
 
 
 class Command(TyperCommand):
     """A command that refuses option values that are empty, NaN or beyond an int64, and a closed stdout for its result.
 
-    If the metavar of an option has brackets (`[PATH]`), its value may be omitted: it is then BARE.
+    If the metavar of an option has brackets (`[PATH]`), its value may be omitted: it is then BARE. `--help` shows all
+    options, and `-h` those that people use most.
     """
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -154,6 +191,42 @@ class Command(TyperCommand):
                 "stdout is closed, and what this command finds goes there: nothing was done"
             )
         return super().invoke(ctx)
+
+
+def short_help(ctx: Any) -> str:
+    """Return what a command does, an example, and its arguments and common options: a screen of 80 columns."""
+    command = ctx.command
+    common = getattr(command.callback, "common", set())
+    arguments = [x for x in command.params if x.param_type_name == "argument"]
+    options = [x for x in command.params if x.param_type_name == "option" and "-h" not in x.opts]
+    if len(options) > FEW:
+        options = [option for option in options if option.name in common]
+    summary, _, rest = (command.help or "").partition("\n\n")
+    examples = [line for line in rest.splitlines() if line.startswith("Example: ")]
+    usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
+    lines = [f"Usage: {usage}", "", *textwrap.wrap(summary, 80), ""]
+    lines += [*examples, ""] if examples else []
+    for parameter in (*arguments, *options):
+        lines += _short_row(parameter)
+    lines += ["", f"All options: {ctx.command_path} --help"]
+    if any("SIZE" in line for line in lines):
+        lines[-1] += f". {SIZES}"
+    return "\n".join(lines)
+
+
+def _short_row(parameter: Any) -> list[str]:
+    """Return the lines of an argument or an option: its names, the first sentence of its help, and a short default."""
+    names = str(parameter.metavar)
+    if parameter.param_type_name == "option":
+        shown = [*sorted(parameter.opts, key=len), *parameter.secondary_opts]
+        names = " ".join([", ".join(shown), parameter.metavar or ""]).strip()
+    sentence = re.match(r".*?\.(?= |$)", parameter.help)
+    default = re.search(r" \(default: [^)]{,40}\)$", parameter.help)
+    text = (sentence or [parameter.help])[0] + (default[0] if default else "")
+    rows = textwrap.wrap(text, 80 - SHORT_COLUMN)
+    if len(names) + 2 < SHORT_COLUMN:
+        return [names.ljust(SHORT_COLUMN) + rows[0], *(" " * SHORT_COLUMN + x for x in rows[1:])]
+    return [names, *(" " * SHORT_COLUMN + row for row in rows)]
 
 
 def _plain(params: list[Any]) -> list[Any]:

@@ -54,6 +54,8 @@ class ConvertCommand:
 def convert(options: ConvertCommand) -> None:
     """Turn a GGUF file into a Hugging Face folder, an official checkpoint into a LongNet, or change a LongNet's type.
 
+    Example: longnet convert longnet-tiny -o tiny-bf16 --dtype bf16
+
     A checkpoint is Prov-GigaPath's slide encoder, or a LongNet of torchscale.
     A file is recognized by its content. Quantized weights become plain numbers. GGUF needs the extra `gguf`.
     """

@@ -51,6 +51,8 @@ class InspectCommand:
 def inspect(options: InspectCommand) -> None:
     """Count documents, tokens and vectors, and find everything that is wrong.
 
+    Example: longnet data inspect docs/*.md examples/*.py
+
     The exit code is 3 if anything is wrong.
     """
     from longnet_cli.basics.errors import DataError

@@ -33,6 +33,7 @@ class EncodeCommand:
         "--pool NAME[+NAME]",
         "Take the mean over the tokens, the first or last token's vector, the cls, max, or the sqrt or weighted "
         "mean of sentence-transformers; several are joined. (default: the model's, otherwise mean)",
+        common=True,
     )
     prefix: str | None = VECTORS.option(
         "--prefix TEXT|none",
@@ -45,11 +46,13 @@ class EncodeCommand:
         "--span SIZE|UNIT",
         "Make one vector per this many tokens, or per sentence, paragraph or passage of a text. Its context is "
         "all that is read with it. (default: one per document)",
+        common=True,
     )
     context: int | None = VECTORS.size(
         "--context SIZE",
         "Read windows of this many tokens, special ones included, with a model that looks both ways. (default: the "
         "most that it was made for)",
+        common=True,
     )
     stride: int | None = VECTORS.size(
         "--stride SIZE",
@@ -69,6 +72,7 @@ class EncodeCommand:
         "Write a new folder of shards, one .arrow, .parquet, .jsonl or .npy file, or - for an Arrow stream on stdout. "
         "An existing file is replaced when the new one is whole.",
         default="-",
+        common=True,
     )
     embedding_dtype: Literal["float32", "float16"] = OUTPUT.option(
         "--embedding-dtype float32|float16", "Write numbers of this type.", default="float32"
@@ -86,7 +90,9 @@ class EncodeCommand:
 
 
 def encode(options: EncodeCommand) -> None:
-    """Turn each document, or each span of it, into one vector, for search or clustering.
+    """Turn documents, or spans of them, into vectors for search.
+
+    Example: longnet encode docs/*.md -o vectors.arrow --span paragraph
 
     A slide encoder, or a model without a vocabulary, reads documents of vectors: a column features, embedding or
     embeddings in Arrow, Parquet or HDF5 files (HDF5 needs the extra `h5`).

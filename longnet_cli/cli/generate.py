@@ -66,14 +66,18 @@ class GenerateCommand:
         "--input -i INPUT",
         "Continue each document of files, folders, globs, @list or - (stdin), with a newline and PROMPT, if you give "
         "one. Repeat it for more.",
+        common=True,
     )
     state: str | None = INPUT.option(
         "--state DIR",
         "Continue after what --save-state has saved in this folder, with its model, pattern and dtype. It stays as it "
         "is.",
+        common=True,
     )
     chat: bool = INPUT.flag(
-        "--chat", "Put each prompt into the tokenizer's chat template, as a user's message."
+        "--chat",
+        "Put each prompt into the tokenizer's chat template, as a user's message.",
+        common=True,
     )
     tokenizer: str | None = shared.tokenizer_option()
     tokenizer_differs: bool = shared.differs_flag()
@@ -84,16 +88,19 @@ class GenerateCommand:
     max_tokens: int | None = SAMPLING.size(
         "--max-tokens -n SIZE",
         f"Generate at most this many tokens. (default: {MAX_TOKENS}, or 0 with --save-state)",
+        common=True,
     )
     sampling: Sampling
     format: Format = OUTPUT.option(
         "--format text|jsonl",
         "Stream the text, or print one line of JSON per prompt.",
         default="text",
+        common=True,
     )
     save_state: str | None = OUTPUT.option(
         "--save-state DIR",
         "Save in this folder what was read and generated, for --state. One prompt only.",
+        common=True,
     )
     sources: bool = OUTPUT.flag(
         "--sources",
@@ -109,6 +116,8 @@ class GenerateCommand:
 
 def generate(options: GenerateCommand) -> None:
     """Continue texts of any length with a model, token by token; only the new text goes to stdout.
+
+    Example: longnet generate "def mean(values):"
 
     The likeliest token is taken each time, unless you give --temperature.
     A text ends at the model's end-of-text token, at a --stop text, or after --max-tokens.

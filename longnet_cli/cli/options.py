@@ -100,14 +100,21 @@ class HelpPanel(str):
     """
 
     def option(
-        self, names: str, help: str, *, default: Any = None, absent: str | None = None, **more: Any
+        self,
+        names: str,
+        help: str,
+        *,
+        default: Any = None,
+        absent: str | None = None,
+        common: bool = False,
+        **more: Any,
     ) -> Any:
         """Return an option: `model: str = MODEL.option("--model -m NAME", "Use this model.", default="longnet-tiny")`.
 
         After its `names` stands what the help has for a value. The help ends with the default, or with what happens
         without the option: "(default: all)". MISSING is no default: the option is required. None with a value `absent`
         tells that value from a given one. An option of several values is a Sequence, because typer reads `list[int]` as
-        an option that is given once for each item.
+        an option that is given once for each item. Options that are `common` are in the short help.
         """
         *flags, last = names.split()
         metavar = None if last.startswith("-") else last
@@ -125,16 +132,17 @@ class HelpPanel(str):
             more["parser"] = _option_parser(PARSERS[metavar])
         value = ... if default is MISSING else default
         return field(
-            default=default, metadata={"typer": typer.Option(value, *flags, **look, **more)}
+            default=default,
+            metadata={"typer": typer.Option(value, *flags, **look, **more), "common": common},
         )
 
-    def flag(self, names: str, help: str) -> Any:
+    def flag(self, names: str, help: str, *, common: bool = False) -> Any:
         """Return an option without a value, which is False if it is not given."""
-        return self.option(names, help, default=False)
+        return self.option(names, help, default=False, common=common)
 
-    def size(self, names: str, help: str) -> Any:
+    def size(self, names: str, help: str, *, common: bool = False) -> Any:
         """Return a size: `seq: int | None = MODEL.size("--seq SIZE", "Tokens.")`."""
-        return self.option(names, help, parser=_option_parser(parse_size))
+        return self.option(names, help, common=common, parser=_option_parser(parse_size))
 
 
 def argument(metavar: str, help: str, default: Any = MISSING) -> Any:
@@ -185,6 +193,7 @@ column_option = partial(
     "--column NAME",
     "Read this column, or a field of a struct: doc.body. (default: input_ids, tokens, token_ids or ids, otherwise "
     "text, otherwise messages)",
+    common=True,
 )
 id_column_option = partial(
     INPUT.option,
@@ -208,6 +217,7 @@ model_option = partial(
     "Use a shipped model, a folder (with a slash: ./my-run), a GGUF file, or a model on the Hugging Face hub: "
     f"ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf. {DEFAULT_MODEL} {KNOWS}.",
     autocompletion=complete_model,
+    common=True,
 )
 update_flag = partial(
     MODEL.flag,
@@ -219,6 +229,7 @@ pattern_option = partial(
     "--pattern PATTERN",
     "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, pretrained, finding, dense, or "
     "levels such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one. (default: the model's own)",
+    common=True,
 )
 shard_format_option = partial(
     OUTPUT.option, "--shard-format arrow|parquet", "Write shards of this format.", default="arrow"
@@ -227,6 +238,7 @@ resume_flag = partial(
     OUTPUT.flag,
     "--resume",
     "Continue an interrupted run in the output folder, with the same inputs and options.",
+    common=True,
 )
 device_option = partial(
     COMPUTE.option, "--device auto|cpu|cuda[:i]", "Compute on this device.", default="auto"
@@ -236,6 +248,7 @@ dtype_option = partial(
     "--dtype auto|fp32|bf16|fp16",
     "Compute matrix products in this precision.",
     default="auto",
+    common=True,
 )
 share_option = partial(
     INPUT.option,
@@ -284,6 +297,7 @@ class Sampling:
         "--temperature T",
         "Draw tokens from softmax(logits / T). At 0, take the likeliest token each time.",
         default=0.0,
+        common=True,
     )
     top_p: float | None = SAMPLING.option(
         "--top-p P",
@@ -294,7 +308,7 @@ class Sampling:
         "Seed the draws. Runs with the same seed give the same text. (default: a new one each run)",
     )
     stop: list[str] | None = SAMPLING.option(
-        "--stop TEXT", "End before this text. You can repeat it."
+        "--stop TEXT", "End before this text. You can repeat it.", common=True
     )
 
     def __post_init__(self) -> None:
@@ -322,6 +336,7 @@ class Running:
     dry_run: bool = OUTPUT.flag(
         "--dry-run",
         "Print documents, tokens, memory, FLOPs and time, and stop. The exit code is 5 if it does not fit.",
+        common=True,
     )
     sample: int | None = OUTPUT.size(
         "--sample N",

@@ -47,7 +47,10 @@ class PatternCommand:
 
 
 def pattern(options: PatternCommand) -> None:
-    """Describe patterns: their levels and costs, and what a query sees."""
+    """Describe patterns: their levels and costs, and what a query sees.
+
+    Example: longnet pattern paper window:1Ki,sinks=4
+    """
     from longnet_cli.jobs.describing import (
         default_length,
         describe,

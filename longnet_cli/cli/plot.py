@@ -41,6 +41,8 @@ class PlotCommand:
 def plot(options: PlotCommand) -> None:
     """Draw training runs, benchmarks and scores as curves, or show where a model is surprised.
 
+    Example: longnet plot docs/bench-1e9.jsonl --show seconds_per_token
+
     Runs: loss, learning rate and speed by step. Benchmarks: time and memory
     by length, a curve for each implementation. Scores: perplexity by context,
     loss by position, with standard errors.

@@ -72,6 +72,7 @@ class ScoreCommand:
         "--context SIZE,...",
         "Score the text in separate windows of this length. Several lengths are compared on the same tokens. "
         "(default: the whole document)",
+        common=True,
     )
     stride: int | None = MEASURE.size(
         "--stride SIZE",
@@ -81,6 +82,7 @@ class ScoreCommand:
         "--last SIZE",
         "Score only this many tokens at the end of each document. Documents too short for the longest context are "
         "left out. (default: all tokens)",
+        common=True,
     )
     by_position: bool = MEASURE.flag(
         "--by-position",
@@ -90,11 +92,13 @@ class ScoreCommand:
         "--format text|json|jsonl",
         "Print a table, one JSON value, or one line of JSON per document.",
         default="text",
+        common=True,
     )
     token_logprobs: str | None = OUTPUT.option(
         "--token-logprobs FILE",
         "Write the log-probability of every token, in nats, to an .arrow or .parquet file. An existing file is "
         "replaced when the new one is whole.",
+        common=True,
     )
     top: Literal["1"] | None = OUTPUT.option(
         "--top 1",
@@ -104,6 +108,7 @@ class ScoreCommand:
         "--output -o PATH",
         "Write a row per document instead, with what it gains from the longest context: to a new folder of shards, "
         "one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. (default: print the scores)",
+        common=True,
     )
     shard_tokens: int | None = OUTPUT.size(
         "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 4Mi)"
@@ -115,6 +120,8 @@ class ScoreCommand:
 
 def score(options: ScoreCommand) -> None:
     """Measure how well a model predicts text: perplexity (ppl) and bits per byte (bpb), lower is better.
+
+    Example: longnet score examples --context 512,2Ki
 
     Every token is scored once. Across tokenizers, compare bpb, not ppl.
     Memory grows with a document where a pattern chooses blocks (finding); with a window or levels, it does not.

@@ -31,14 +31,17 @@ class TokenizeCommand:
         "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for stdout, with the tokenizer. An "
         "existing file is replaced when the new one is whole.",
         default=MISSING,
+        common=True,
     )
     shard_tokens: int | None = OUTPUT.size(
-        "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 128Mi)"
+        "--shard-tokens SIZE",
+        "Start a new shard after this many tokens. (default: 128Mi)",
+        common=True,
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     resume: bool = shared.resume_flag()
     column: str | None = INPUT.option(
-        "--column NAME", "Read this column. (default: text, otherwise messages)"
+        "--column NAME", "Read this column. (default: text, otherwise messages)", common=True
     )
     id_column: str | None = shared.id_column_option()
     keep: Sequence[str] | None = shared.keep_option()
@@ -48,21 +51,26 @@ class TokenizeCommand:
         "--tokenizer NAME|PATH",
         "Use bytes (one id per byte), a tokenizer.json, or a model's: shipped, or ORG/NAME on the hub.",
         absent="bytes",
+        common=True,
     )
     update: bool = shared.update_flag()
     train_vocab: int | None = TOKENS.size(
         "--train-vocab SIZE",
         "First train a byte-level BPE tokenizer of this many ids on the inputs.",
+        common=True,
     )
     eos: str | None = TOKENS.option(
         "--eos [TOKEN|ID]",
         "End documents with this token, or with the tokenizer's own if you name none. (default: nothing is appended)",
+        common=True,
     )
     quiet: bool = shared.quiet_flag()
 
 
 def tokenize(options: TokenizeCommand) -> None:
     """Turn text into token ids once, to read them many times.
+
+    Example: longnet tokenize docs/*.md -o tokens --train-vocab 2k
 
     Every command also reads text. If you read the same data often, tokenize it once.
     """

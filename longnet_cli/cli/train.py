@@ -61,27 +61,35 @@ class TrainCommand:
         "RECIPE", "Train by this recipe: a .toml file, or a shipped one's name.", default=None
     )
     settings: list[str] | None = RECIPE.option(
-        "--set KEY=VALUE", "Set values of the recipe, one per --set: optimizer.lr=1e-3."
+        "--set KEY=VALUE",
+        "Set values of the recipe, one per --set: optimizer.lr=1e-3.",
+        common=True,
     )
     seq_len: int | None = RECIPE.size(
         "--seq-len SIZE",
         "Train in one stage, at this context length. A step has as many sequences as train.batch_tokens holds "
         "(--set train.batch_tokens=1Ki; default: the recipe's, otherwise 16Ki).",
+        common=True,
     )
     steps: int | None = RECIPE.size(
-        "--steps N", "Take N steps in that stage. A larger N extends a run."
+        "--steps N", "Take N steps in that stage. A larger N extends a run.", common=True
     )
     initial: str | None = RECIPE.option(
-        "--init NAME|DIR", "Start from this model, its tokenizer and sizes, as in --model of score."
+        "--init NAME|DIR",
+        "Start from this model, its tokenizer and sizes, as in --model of score.",
+        common=True,
     )
     update: bool = shared.update_flag()
     data: list[str] | None = INPUT.option(
-        "--data INPUT", "Train on these inputs, one per --data. (default: the recipe's)"
+        "--data INPUT",
+        "Train on these inputs, one per --data. (default: the recipe's)",
+        common=True,
     )
     tokenizer: str | None = INPUT.option(
         "--tokenizer NAME|PATH",
         "Use bytes, a tokenizer.json, or the tokenizer of a model: shipped, or ORG/NAME on the hub. (default: the "
         "recipe's)",
+        common=True,
     )
     tokenizer_differs: bool = INPUT.flag(
         "--tokenizer-differs", "Accept a tokenizer that is not that of the --init model."
@@ -95,16 +103,19 @@ class TrainCommand:
         "--output -o DIR",
         "Write checkpoints, metrics.jsonl and the model to this folder.",
         default="runs/train",
+        common=True,
     )
     resume: str | None = OUTPUT.option(
         "--resume [PATH]",
         "Continue the run in the output folder, or from PATH: another run, or a checkpoint. (default: the output "
         "folder's run, if any)",
+        common=True,
     )
     no_resume: bool = OUTPUT.flag("--no-resume", "Refuse an output folder that holds a run.")
     dry_run: bool = OUTPUT.flag(
         "--dry-run",
         "Print memory, FLOPs and time, and stop. The exit code is 5 if it does not fit.",
+        common=True,
     )
     format: Format = OUTPUT.option(
         "--format text|json", "Print --dry-run in this format.", default="text"
@@ -124,6 +135,7 @@ class TrainCommand:
     chunk: int | None = COMPUTE.size(
         "--chunk SIZE",
         "Hold the activations of this many tokens. It changes no number. (default: the recipe's)",
+        common=True,
     )
     spill: str | None = COMPUTE.option(
         "--spill DIR",
@@ -139,6 +151,8 @@ class TrainCommand:
 
 def train(options: TrainCommand) -> None:
     """Train a model by a recipe.
+
+    Example: longnet train examples/small.toml --data tokens --tokenizer tokens
 
     The same command continues a stopped run, and so does `longnet train -o DIR`. You can also start it with torchrun.
     """

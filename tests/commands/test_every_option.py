@@ -46,7 +46,8 @@ from longnet_cli.jobs.training.recipe import LoraRecipe, Recipe
 TYPERS = {
     "--install-completion",
     "--show-completion",
-}  # options of typer, which change a shell's start
+    "-h",
+}  # options of typer, which change a shell's start, and the short help
 ALONE = ("memory", "compiled")  # what is seen of a process that does nothing else
 REAL = ("processes", "terminal")  # what is seen from outside
 EXTRAS = {"p.svg": "matplotlib", "metrics.jsonl": "matplotlib", "lora.": "peft"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import typer
+from conftest import RunLongnet
 from places import ROOT
 from processes import invoke, refused
 from typer.testing import CliRunner
@@ -80,12 +82,65 @@ def test_help_is_readable_in_80_columns(name: str) -> None:
     assert sorted(set(sentences)) == sorted(sentences), "a sentence twice"
 
 
+@pytest.mark.parametrize("name", [*COMMANDS, "ask", "pattern"])
+def test_the_short_help_fits_a_screen(name: str) -> None:
+    """What the command does, an example, and its arguments and options: 12 at most, or all if they are as few."""
+    output = CliRunner().invoke(app, [*name.split(), "-h"]).output
+    lines = output.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith(f"Usage: longnet {name} [OPTIONS]")
+    assert lines[-1].startswith(f"All options: longnet {name} --help")
+    options = [line for line in lines if line.startswith("-")]
+    assert 3 <= len(options) <= 12
+    assert ("Example: longnet " in output) == (name != "ask")
+
+
+def test_the_help_of_all_fits_a_screen() -> None:
+    output = CliRunner().invoke(app, ["-h"], env={"COLUMNS": "80"}).output
+    assert len(output.strip().splitlines()) <= 40
+
+
+@pytest.mark.ci
+def test_examples_of_the_help_run(run_longnet: RunLongnet, tmp_path: Path) -> None:
+    """As they stand, beside the documentation and the examples of this checkout."""
+    pytest.importorskip("matplotlib")
+    for folder in ("docs", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    texts = [command_of(name).help for name in (*COMMANDS, "pattern")]  # tokenize is before train
+    examples = re.findall(r"^Example: longnet (.*)", "\n".join(texts), re.MULTILINE)
+    assert len(examples) == len(texts)
+    for words in map(shlex.split, examples):
+        fast = {"train": ["--steps", "2"], "generate": ["-n", "2"], "score": ["--last", "9"]}
+        run_longnet(*words, *fast.get(words[0], []), code=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train --resume -h", "Usage: longnet train [OPTIONS] [RECIPE]"),
+        ("score none.txt -qh", "All options: longnet score --help"),
+        ("score --context -h", "'-h' is not a size"),
+        ("generate --stop -h --state none x", "longnet: error: none"),
+        ("score -- -h", "-h: no such file"),
+        ("data inspect -h", "Usage: longnet data inspect"),
+        ("data -h", "inspect"),
+        ("help score", "--tokenizer-differs"),
+    ],
+)
+def test_the_short_help_is_asked_for_outside_of_values(
+    run_longnet: RunLongnet, words: str, said: str
+) -> None:
+    done = run_longnet(*words.split())
+    assert said in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_default_is_shown_once_however_often_help_is_asked_for(name: str) -> None:
     for _ in range(2):
         output = (
             CliRunner()
-            .invoke(app, [*name.split(), "-h"], env={"COLUMNS": "300", "NO_COLOR": "1"})
+            .invoke(app, [*name.split(), "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"})
             .output
         )
         assert max(line.count("(default: ") for line in output.splitlines()) <= 1
