@@ -111,7 +111,11 @@ def test_examples_of_the_help_run(run_longnet: RunLongnet, tmp_path: Path) -> No
     examples = re.findall(r"^Example: longnet (.*)", "\n".join(texts), re.MULTILINE)
     assert len(examples) == len(texts)
     for words in map(shlex.split, examples):
-        fast = {"train": ["--steps", "2"], "generate": ["-n", "2"], "score": ["--last", "9"]}
+        fast = {
+            "train": ["--steps", "2", "--seq-len", "64"],
+            "generate": ["-n", "2"],
+            "score": ["--last", "9"],
+        }
         run_longnet(*words, *fast.get(words[0], []), code=0)
 
 
