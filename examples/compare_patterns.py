@@ -55,7 +55,7 @@ def measure(
     """Return the rows of a pattern, one per document and range of EDGES."""
     import torch
 
-    from longnet_cli import Document, Inputs, ModelFacts, ModelFolder, ScoreOptions, score
+    from longnet_cli import Document, Events, Inputs, ModelFacts, ModelFolder, ScoreOptions, score
     from longnet_cli.attention.branches import attention_flops
     from longnet_cli.running.device import peak_memory
 
@@ -87,7 +87,9 @@ def measure(
 
         facts = ModelFacts(ModelFolder(Path(folder)).bos(tokenizer))
         options = ScoreOptions((context,) if context else None)
-        score(net, [document], options, facts, chunk=chunk, dtype=dtype, on_tokens=keep).read_all()
+        score(
+            net, [document], options, facts, chunk=chunk, dtype=dtype, events=Events(logprobs=keep)
+        ).read_all()
         nats = -np.concatenate(logprobs).astype(np.float64)
         read = min(context or len(ids), len(ids))
         keys = attention_flops(parse_pattern(pattern), 1, 1, read, True) / (4 * read)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         MemoryLimitError,
         NotFiniteError,
     )
+    from longnet_cli.basics.events import Events, LeftOut
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.tokenizer import Tokenizer
@@ -56,6 +57,7 @@ __version__ = "0.2.0"
 _MODULES = {
     "attention": "DilatedAttention FarKeys KVCache Pattern dilated_attention far_keys",
     "basics.errors": "CheckpointError ConfigError DataError LongNetError MemoryLimitError NotFiniteError",
+    "basics.events": "Events LeftOut",
     "attention.notation": "format_pattern parse_pattern",
     "data.documents": "Document",
     "data.inputs": "Inputs",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
+from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import count_of
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import TOP_P, check_pairs
@@ -89,7 +90,7 @@ def ask(options: AskCommand) -> None:
         refuse_overwriting("--index", [options.index], opened.sources, [options.questions])
     with open_index(options.index) as index:
         with progress("indexing", inputs.num_bytes(), "B", quiet=quiet) as advance:
-            index.update(inputs, advance, opened.left_out.skip)
+            index.update(inputs, Events(progress=advance, left_out=opened.left_out))
         found = [index.find(question, options.passages) for _, question in questions]
     several, without = options.questions is not None, sum(not passages for passages in found)
     streams, how = options.format == "text" and not several, options.sampling.arguments()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, HelpPanel, read_pattern
@@ -133,7 +134,8 @@ def bench(options: BenchCommand) -> None:
     rows: list[Measurement] = []
     totals = [0]  # of tokens; the last one is what is known now
     with progress("bench", total=lambda: totals[-1], quiet=quiet) as advance:
-        for row in measure(settings, on_tokens=advance, on_total=totals.append):
+        events = Events(progress=advance, total=totals.append)
+        for row in measure(settings, events=events):
             rows.append(row)
             if options.format == "md":
                 table.write(

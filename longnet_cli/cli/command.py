@@ -196,7 +196,7 @@ class Command(TyperCommand):
 def short_help(ctx: Any) -> str:
     """Return what a command does, an example, and its arguments and common options: a screen of 80 columns."""
     command = ctx.command
-    common = getattr(command.callback, "common", set())
+    common: set[str] = getattr(command.callback, "common", set())
     arguments = [x for x in command.params if x.param_type_name == "argument"]
     options = [x for x in command.params if x.param_type_name == "option" and "-h" not in x.opts]
     if len(options) > FEW:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import Literal
 
+from longnet_cli.basics.events import Events
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.options import OUTPUT, HelpPanel, argument
 from longnet_cli.cli.output import tell
@@ -69,5 +70,5 @@ def convert(options: ConvertCommand) -> None:
         for name in ("heads", "segment_lengths", "dilation_rates", "padding")
     }
     with progress("converting", total=100, unit="parts", quiet=options.quiet, every=5) as advance:
-        what = run(source, output, options.dtype, advance, **given)
+        what = run(source, output, options.dtype, Events(progress=advance), **given)
     tell(f"{source}: {what} -> {output}", options.quiet)

@@ -56,6 +56,7 @@ def inspect(options: InspectCommand) -> None:
     The exit code is 3 if anything is wrong.
     """
     from longnet_cli.basics.errors import DataError
+    from longnet_cli.basics.events import Events
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.tokenizer import Tokenizer, end_of_text
     from longnet_cli.jobs.inspecting import inspect as run
@@ -64,7 +65,7 @@ def inspect(options: InspectCommand) -> None:
     with progress("inspecting", total=None, quiet=options.quiet) as advance:
         eos_id = end_of_text(options.eos, words)
         reads = Inputs(options.inputs, words, options.column, options.id_column, eos_id=eos_id)
-        inspection = run(reads, on_progress=advance)
+        inspection = run(reads, events=Events(progress=advance))
     if options.format == "json":
         emit_json(inspection.as_dict())
     else:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import MemoryLimitError
+from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import count_of, format_bytes, format_count, format_duration
 from longnet_cli.cli.options import Format
 from longnet_cli.cli.output import emit_json
@@ -75,6 +76,7 @@ def plan(
 
     assert opened.room  # of every dry run
     with progress("counting", total=None, quiet=opened.quiet) as advance:
+        job.reader.events = Events(progress=advance)
         counted = count_documents(
             job,
             inputs.untokenized() if sample and inputs.tokenizer else inputs.documents(),
@@ -82,7 +84,6 @@ def plan(
             sample=sample,
             done=opened.earlier.totals["documents"] if opened.earlier else 0,
             skip_bad=inputs.skip_bad,
-            on_progress=advance,
         )
         kept = job.kept_bytes(counted.longest_document)
         estimate = estimate_reading(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
+from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import DTYPES_OF_TORCH, count_of, format_bytes, format_duration
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import TOP_P, Excludes, check_pairs
@@ -280,7 +281,7 @@ class _TextGenerator:
                 dtype=computing.dtype,
                 spill=computing.spill,
                 stream=stream,
-                on_progress=advance,
+                events=Events(progress=advance),
             )
             step = next(steps, None)
         seed = self.sampling["seed"] if options.sampling.temperature else None

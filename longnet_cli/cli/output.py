@@ -18,10 +18,11 @@ import typer
 
 from longnet_cli.basics.errors import LEFT_OUT, ConfigError
 from longnet_cli.basics.finite_json import finite, to_json
+from longnet_cli.basics.sizes import count_of
 
 if TYPE_CHECKING:
     from longnet_cli.basics.errors import LongNetError
-    from longnet_cli.data.manifest import LeftOut
+    from longnet_cli.basics.events import LeftOut
 
 
 def emit_json(value: Any) -> None:
@@ -200,7 +201,7 @@ def say_what_is_kept(output: str, quiet: bool) -> Iterator[None]:
 
 def count_left_out(skip_bad: bool, quiet: bool) -> LeftOut:
     """Return a count of what --skip-bad leaves out and of empty documents, with a note on stderr unless `quiet`."""
-    from longnet_cli.data.manifest import LeftOut
+    from longnet_cli.basics.events import LeftOut
 
     def tell(_: Any, error: LongNetError) -> None:
         note(f"left out: {getattr(error, 'why', str(error))}", quiet)
@@ -211,7 +212,9 @@ def count_left_out(skip_bad: bool, quiet: bool) -> LeftOut:
 def end(left_out: LeftOut, *, first: bool, quiet: bool) -> None:
     """Report the counts, unless `quiet`. If documents were skipped, the `first` rank exits with code 6."""
     if left_out.empty:
-        note(f"{left_out.empty} document{'s' * (left_out.empty > 1)} empty", quiet)
+        note(f"{count_of(left_out.empty, 'document')} empty", quiet)
+    if left_out.short:
+        note(f"{count_of(left_out.short, 'document')} too short, and left out", quiet)
     if left_out.skipped:
         note(str(left_out), quiet)
     if left_out.skipped and first:

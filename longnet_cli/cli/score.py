@@ -27,7 +27,6 @@ from longnet_cli.cli.starting import Opened, open_command
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from longnet_cli.jobs.scoring.scoring import OnTokens
 
 MEASURE = HelpPanel("What to measure")
 ROW_KEYS = {"kind", "doc_id", "n_tokens", "n_bytes"}
@@ -177,8 +176,8 @@ def score(options: ScoreCommand) -> None:
         return
     sink = _printing(options, opened) if output is None or output.endswith(".jsonl") else None
     to = Output(output or "-", options.shard_tokens, resume=options.running.resume, sink=sink)
-    with _token_logprobs(options, opened) as job.on_tokens:
-        opened.run(job, inputs, to)
+    with _token_logprobs(options, opened) as logprobs:
+        opened.run(job, inputs, to, logprobs)
     opened.end()
 
 
@@ -198,7 +197,7 @@ def _check(options: ScoreCommand, keys: set[str]) -> None:
 
 def _token_logprobs(
     options: ScoreCommand, opened: Opened
-) -> AbstractContextManager[OnTokens | None]:
+) -> AbstractContextManager[Callable[..., None] | None]:
     """Return what opens the file of --token-logprobs, on the rank that writes it."""
     from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
 

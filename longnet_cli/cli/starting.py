@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
+from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.basics.sizes import format_bytes, format_count
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from longnet_cli.data.documents import Document
     from longnet_cli.data.inputs import Inputs
     from longnet_cli.data.machine_shares import Share
-    from longnet_cli.data.manifest import LeftOut, Manifest
+    from longnet_cli.data.manifest import Manifest
     from longnet_cli.data.names import Sources
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.estimating import Room
@@ -252,9 +253,15 @@ class Opened:
             share=given.share,
         )
 
-    def run(self, job: RowJob, inputs: Inputs, output: Output) -> None:
-        """Write the rows of a job, with progress, and say how many there are."""
-        from longnet_cli.jobs.row_jobs import Telling, run
+    def run(
+        self,
+        job: RowJob,
+        inputs: Inputs,
+        output: Output,
+        logprobs: Callable[..., None] | None = None,
+    ) -> None:
+        """Write the rows of a job, with progress, and say how many there are. For `logprobs`, see `Events`."""
+        from longnet_cli.jobs.row_jobs import run
 
         quiet, expected, path = self.quiet, ExpectedTokens(), str(output.path)
         tell_state = state_teller(job.reader, quiet=quiet)
@@ -279,8 +286,14 @@ class Opened:
             say_what_is_kept(path, quiet),
             progress(job.doing, total=total, start=done, quiet=quiet) as advance,
         ):
-            job.reader.on_progress = advance
-            written = run(job, inputs, output, Telling(self.left_out, tell_state, on_document))
+            job.reader.events = Events(
+                progress=advance,
+                left_out=self.left_out,
+                document=on_document,
+                longest=tell_state,
+                logprobs=logprobs,
+            )
+            written = run(job, inputs, output)
         if written is not None and (path != "-" or not output.sink):
             counts = f"{written['rows']:,} {job.row_name}{'s' * (written['rows'] != 1)}"
             tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"
@@ -420,7 +433,7 @@ class ModelAndInputs:
             bos=given.bos,
             chat=chat,
             vectors=self.embeds,
-            on_note=lambda line: tell(line, quiet),
+            events=Events(note=lambda line: tell(line, quiet)),
         )
         check_spill(computing.spill, loaded.net)
         return Opened(

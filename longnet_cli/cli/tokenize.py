@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.options import INPUT, OUTPUT, HelpPanel, bare_or
@@ -111,12 +112,6 @@ def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> 
     with progress(
         "tokenizing", total=data.num_bytes(), unit="B", start=done, quiet=quiet
     ) as advance:
-
-        def on_progress(documents: int, tokens: int, size: int) -> None:
-            nonlocal done
-            advance(size - done, documents=documents, tokens=format_count(tokens))
-            done = size
-
         result = run(
             data,
             options.output,
@@ -126,8 +121,7 @@ def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> 
             shard_format=options.shard_format,
             eos=bare_or(options.eos, True),
             resume=options.resume,
-            left_out=left_out,
-            on_progress=on_progress,
+            events=Events(progress=advance, left_out=left_out),
         )
     place = "stdout" if options.output == "-" else options.output
     place += f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import Excludes, check_pairs
@@ -322,10 +323,9 @@ def _run(
                 resume=options.goes_on,
                 ranks=ranks,
                 peak=matmul_peak(where, recipe.train.dtype),
-                on_begin=on_begin,
-                on_step=on_step,
-                on_evaluation=on_evaluation,
-                on_note=print_note,
+                events=Events(
+                    begin=on_begin, step=on_step, evaluation=on_evaluation, note=print_note
+                ),
             )
         except (KeyboardInterrupt, SystemExit):
             stack.close()

@@ -11,9 +11,8 @@ So a finished folder holds only tables of one schema, and a tool that reads all 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from longnet_cli.basics.configuration import read_text
-from longnet_cli.basics.errors import DataError, LongNetError
+from longnet_cli.basics.errors import DataError
+from longnet_cli.basics.events import LeftOut
 from longnet_cli.basics.sealed import seal, unseal
 from longnet_cli.data.files import read_error
 from longnet_cli.data.tables import first_line
@@ -29,7 +29,6 @@ from longnet_cli.data.tables import first_line
 UNFINISHED = "_unfinished.json"
 FINISHED = ("_manifest.arrow", "_manifest.parquet")
 MANIFEST_VERSION = 1
-LEFT_OUT = ("skipped", "skipped_files", "empty")  # counts of documents that no shard has
 KEY = b"longnet.manifest"
 
 
@@ -79,7 +78,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
             text = read_text(path) if name == UNFINISHED else manifest_text(name, path.read_bytes())
             content = unseal(text, MANIFEST_VERSION)
             totals = content.pop("totals")
-            left_out = {kind: totals[kind] for kind in LEFT_OUT if kind in totals}
+            left_out = {kind: totals[kind] for kind in LeftOut.KINDS if kind in totals}
             manifest = Manifest(finished=name != UNFINISHED, **content, left_out=left_out)
             named = all(isinstance(shard["name"], str) for shard in manifest.shards)
             if not named or manifest.totals != Counter(totals):
@@ -122,47 +121,3 @@ def manifest_in(names: Iterable[str]) -> str | None:
     """Return the name of the manifest among the file names of a finished folder, or None."""
     present = set(names)
     return next((name for name in FINISHED if name in present), None)
-
-
-OnSkip = Callable[
-    [Any, LongNetError], None
-]  # called with a document or a text that is left out, and the reason
-
-
-class LeftOut:
-    """The number of documents that have no row: `skipped` ones, which cannot be read, and `empty` ones.
-
-    `skipped_files` of the skipped ones are files, whose documents nobody has counted.
-
-    A job calls `skip` with each document, row or file that it cannot read, and this calls `on_skip`. Without `on_skip`,
-    `skip` is None: such a document ends the run.
-    """
-
-    skipped = skipped_files = empty = 0
-
-    def __init__(self, on_skip: OnSkip | None = None) -> None:
-        self.skip: OnSkip | None = partial(self._skip, on_skip) if on_skip else None
-
-    def pass_over(self, document: Any) -> None:
-        """Count an empty document."""
-        self.empty += 1
-
-    def take(self, totals: Mapping[str, int]) -> None:
-        """Take the counts from the totals of a manifest instead."""
-        for kind in LEFT_OUT:
-            setattr(self, kind, totals.get(kind, 0))
-
-    def counts(self) -> dict[str, int]:
-        """Return the counts for a manifest."""
-        return {kind: getattr(self, kind) for kind in LEFT_OUT}
-
-    def __str__(self) -> str:
-        """Return what was skipped, such as `2 documents and 1 file left out`."""
-        counts = {"document": self.skipped - self.skipped_files, "file": self.skipped_files}
-        counted = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
-        return f"{' and '.join(counted)} left out"
-
-    def _skip(self, on_skip: OnSkip, document: Any, error: LongNetError) -> None:
-        self.skipped += 1
-        self.skipped_files += getattr(document, "file", False)  # an Unread has it
-        on_skip(document, error)

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
+from longnet_cli.basics.events import Events
 from longnet_cli.data.documents import Unread
 from longnet_cli.data.inputs import DocumentPass, Inputs, content_digest
-from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.names import Source
 from longnet_cli.data.tables import Table, Text, reading
 from longnet_cli.data.text_pieces import cut
@@ -159,12 +159,12 @@ class PassageIndex:
     def update(
         self,
         inputs: Inputs,
-        on_bytes: Callable[[int], None] = lambda size: None,
-        on_skip: OnSkip | None = None,
+        events: Events = Events(),  # noqa: B008
     ) -> None:
         """Let the index hold the passages of the inputs' texts, and no others. A file that it knows is not read again.
 
-        `on_bytes` gets the size of each new passage, `on_skip` what cannot be read, if the inputs have `skip_bad`.
+        `events.progress` gets the bytes of each new passage, and `events.left_out` what cannot be read, if the inputs
+        have `skip_bad`.
         Raises as `Inputs` does.
         """
         rows = self._run("SELECT file, read_as, state, digest, left_out FROM files")
@@ -188,13 +188,13 @@ class PassageIndex:
         for item in documents:
             file = documents.opened[-1][0] if documents.opened else ""  # none for a missing input
             if not isinstance(item, Unread):
-                self.add(item, file, on_bytes)
+                self.add(item, file, events.progress)
                 continue
             left_out[file].append(str(item.error))
             if item.file and file in files:  # damaged somewhere: it is read again each time
                 files[file] = files[file]._replace(state=None, digest=None)
-            if on_skip:
-                on_skip(item, item.error)
+            if skip := events.left_out.skip:
+                skip(item, item.error)
         for file, now in files.items():
             now = now._replace(left_out=json.dumps(left_out[file]))
             if now != known.get(file):

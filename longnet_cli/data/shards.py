@@ -29,9 +29,10 @@ from longnet_cli.basics.atomic import (
     writing,
 )
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
+from longnet_cli.basics.events import LeftOut
 from longnet_cli.data import arrow
 from longnet_cli.data.files import StoredFile, read_error
-from longnet_cli.data.manifest import KEY, UNFINISHED, LeftOut, Manifest, marked, read_manifest
+from longnet_cli.data.manifest import KEY, UNFINISHED, Manifest, marked, read_manifest
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import first_line
 

@@ -41,6 +41,7 @@ from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.notation import format_levels
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.errors import is_out_of_memory
+from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_bytes
 from longnet_cli.running import device as machines
 from longnet_cli.running.device import DTYPES, free_memory
@@ -371,20 +372,19 @@ def _cases(s: Settings) -> Iterator[Case]:
 def bench(
     settings: Settings,
     *,
-    on_tokens: Callable[[int], None] = lambda tokens: None,
-    on_total: Callable[[int], None] = lambda tokens: None,
+    events: Events = Events(),  # noqa: B008
 ) -> Iterator[Measurement]:
     """Measure every case of the settings, row by row.
 
-    A streamed case has a row for each decade of its positions, then one for the whole. `on_tokens` is called with the
-    number of tokens of each chunk of a streamed run, and of each other run; `on_total` with the tokens of all cases
-    that will run, as far as it is known: before the first one, and again where one would take too long.
+    A streamed case has a row for each decade of its positions, then one for the whole. `events.progress` gets the
+    number of tokens of each chunk of a streamed run, and of each other run; `events.total` those of all cases that will
+    run, as far as it is known: before the first one, and again where one would take too long.
     """
     s = settings
     cases = [*_cases(s)]
     waiting = [case for case in cases if not _lacks_memory(case, s)]
     total = sum(case.row.seq for case in waiting)
-    on_total(total)
+    events.total(total)
     # FLOP/s of each implementation and direction, the best so far: short runs are mostly overhead
     best = defaultdict[tuple[str, str], float](float)
     deadline = time.perf_counter() + (math.inf if s.max_time is None else s.max_time)
@@ -394,7 +394,7 @@ def bench(
         peak = machines.peak_from_now(s.device)
         kind = (case.row.impl, case.row.direction)
         if case.streamed:
-            rows = measure_stream(case, s.device, peak, deadline, on_tokens)
+            rows = measure_stream(case, s.device, peak, deadline, events.progress)
         else:
             rows = iter([measure(case, s.device, peak, deadline, repeats)])
         for row in rows:
@@ -414,11 +414,11 @@ def bench(
         if not refusal:
             yield from run(case, s.repeats)
             if not case.streamed:
-                on_tokens(row.seq)
+                events.progress(row.seq)
             continue
         if case in waiting:
             total -= row.seq
-            on_total(total)
+            events.total(total)
         yield refusal
 
 
@@ -473,7 +473,7 @@ def measure_stream(
     device: torch.device,
     peak: Callable[[], int | None],
     deadline: float,
-    on_tokens: Callable[[int], None],
+    progress: Callable[..., None],
 ) -> Iterator[Measurement]:
     """Run the sequence to its end. Yield a row for each decade of positions as it is passed, then one for the whole.
 
@@ -502,7 +502,7 @@ def measure_stream(
             run(size)
             machines.wait_for(device)
             position += size
-            on_tokens(size)
+            progress(size)
             if total > FIRST_DECADE and position in (decade, total):
                 yield case.measured(
                     begin, position, peak(), start=begin, stop=position, **part.spent()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, ConfigError, refuse_web_address
+from longnet_cli.basics.events import Events
 from longnet_cli.basics.model_files import BESIDE_TOKENIZER, CONFIG, TOKENIZER
 from longnet_cli.hub.model_names import find_model, list_models, name_origin
 from longnet_cli.models.folder import ModelFolder, is_gguf
@@ -21,7 +21,7 @@ def convert(
     source: str | Path,
     output: str | Path,
     dtype: str = "auto",
-    on_percent: Callable[[int], None] = lambda more: None,
+    events: Events = Events(),  # noqa: B008
     **given: Any,
 ) -> str:
     """Write the model `source` to the new folder `output`. Return a few words about what was done.
@@ -30,7 +30,7 @@ def convert(
     weights are converted to another type. A GGUF file or a LongNet on a hub is named as in --model, and config.json
     then has its commit (`_name_or_path`). `given` holds values that a checkpoint lacks, as in `official.Given`.
     `dtype` is fp32, bf16, fp16 or auto. auto keeps the file's own type, or takes bf16 if the weights are quantized.
-    `on_percent` is as in `gguf.convert_gguf`.
+    `events.progress` gets the percents of a GGUF file that are unpacked.
     Raises CheckpointError for a damaged file or a file of an unknown kind, ConfigError for a folder that is in use, for
     missing libraries, for values `given` to any other kind of model, and for a LongNet without a `dtype`.
     """
@@ -51,7 +51,7 @@ def convert(
     if is_gguf(path):
         from longnet_cli.models.gguf import convert_gguf
 
-        return convert_gguf(path, Path(output), DTYPES.get(dtype), origin, on_percent)
+        return convert_gguf(path, Path(output), DTYPES.get(dtype), origin, events.progress)
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     raise CheckpointError(

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
+from longnet_cli.basics.events import Events
 from longnet_cli.data.documents import Document, TextPlaces
-from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.outputs import kept_columns, row_schema
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.text_pieces import Unit
@@ -202,31 +202,26 @@ def encode(
     options: EncodeOptions = EncodeOptions(),  # noqa: B008
     facts: EncodeFacts = EncodeFacts(),
     *,
-    on_skip: OnSkip | None = None,
-    on_empty: Callable[[Document], None] | None = None,
+    events: Events = Events(),  # noqa: B008
     ranks: Ranks | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
     spill: str | Path | None = None,
-    on_progress: Callable[[int], None] | None = None,
 ) -> pa.RecordBatchReader:
     """Encode `documents` lazily, in order; return a reader of record batches of their rows (`Encoder.schema`).
 
     A model that reads vectors takes documents of `data.vectors`; "tokens" here are then vectors. A document that is too
-    long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to `on_skip` and left out
-    instead. An empty document has no rows and is passed to `on_empty`. `ranks`, `chunk`, `dtype`, `spill` and
-    `on_progress` are as in `running.reader.Reader`. All ranks need the same documents. In one group of ranks, which
-    share each document, all get all rows. Several groups divide the documents between them; then rank 0 gets all rows
-    and the others none.
+    long for the model, or has invalid ids, ends the run, unless `events.left_out` counts it. An empty document has no
+    rows. `ranks`, `chunk`, `dtype`, `spill` and `events` are as in `running.reader.Reader`. All ranks need the same
+    documents. In one group of ranks, which share each document, all get all rows. Several groups divide the documents
+    between them; then rank 0 gets all rows and the others none.
 
     Raises ConfigError for options that the model does not support. The reader raises DataError if no document has rows,
     ConfigError for a document with more tokens than the model reads, MemoryLimitError for hidden states that do not
     fit, NotFiniteError for a vector with NaN or an infinity.
     """
-    reader = Reader(
-        model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress
-    )
-    return Encoder(reader, options, facts).rows(documents, on_skip=on_skip, on_empty=on_empty)
+    reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, events=events)
+    return Encoder(reader, options, facts).rows(documents)
 
 
 @dataclass(frozen=True)

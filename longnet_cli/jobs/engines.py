@@ -24,6 +24,7 @@ import pyarrow as pa
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import read_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, NoTokensError
+from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.basics.sizes import parse_size
 from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, is_text
 from longnet_cli.data.inputs import Inputs
@@ -73,7 +74,9 @@ class Reading:
 
     def reader(self) -> Reader:
         """Return a reader with the model."""
-        return Reader(self.load().net, chunk=self.chunk, dtype=self.dtype)
+        left_out = LeftOut((lambda *_: None) if self.skip_bad else None)
+        events = Events(left_out=left_out)
+        return Reader(self.load().net, chunk=self.chunk, dtype=self.dtype, events=events)
 
 
 def _with_options_of(*kinds: type) -> Callable[[Callable[..., object]], Callable[..., object]]:
@@ -214,7 +217,7 @@ def _load(how: Reading) -> Loaded:
     pattern, notes = read_pattern(how.pattern, "pattern"), list[str]()
     folder = ModelFolder.find(how.model, gguf=True, embeds=how.embeds)
     loaded = folder.load(
-        device=select_device(how.device), on_note=notes.append, pattern=pattern, **given
+        device=select_device(how.device), events=Events(note=notes.append), pattern=pattern, **given
     )
     for line in notes if loaded.embedding else ():
         warnings.warn(line, InputWarning, stacklevel=2)
@@ -333,5 +336,5 @@ def _rows(
     job.kept_fields = [*(job.text_fields if is_text(columns.type) else ()), *kept]
     with suppress(NoTokensError):  # there may be tokens in other batches
         documents = inputs.documents_of(opened) if len(table) else ()
-        yield from job.rows(documents, on_skip=(lambda *_: None) if how.skip_bad else None)
+        yield from job.rows(documents)
     yield pa.RecordBatch.from_pylist([], job.schema)

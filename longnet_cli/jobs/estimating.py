@@ -44,8 +44,8 @@ from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_byt
 from longnet_cli.attention.notation import PATTERN_FIELDS
 from longnet_cli.attention.spans import SINKS, Layout, far_spans, segment_rows
 from longnet_cli.basics.errors import DataError
+from longnet_cli.basics.events import OnSkip
 from longnet_cli.data.documents import Document, Unread
-from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.tables import Text
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
@@ -454,12 +454,12 @@ def count_documents(
     sample: int | None = None,
     done: int = 0,
     skip_bad: bool = False,
-    on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> ReadingPlan:
     """Count what a `job` reads, from the lengths of documents.
 
     Texts among the `documents` (`Inputs.untokenized`) need the `tokenizer`; a `sample` of this many is tokenized. A
-    resumed run has already read the first `done` documents. `on_progress` gets the tokens of each document.
+    resumed run has already read the first `done` documents. The reader's `events.progress` gets the tokens of each
+    document.
 
     Without `skip_bad`, raises what the job raises for documents that it cannot read. Raises DataError if there is
     nothing to read.
@@ -477,7 +477,7 @@ def count_documents(
         for length in lengths:
             plan.add_document(length)
             yield from job.window_sizes(length)
-            on_progress(length)
+            job.reader.events.progress(length)
 
     for portion in portions(lengths, PORTION_CHUNKS * plan.chunk, length_of=lambda length: length):
         plan.add(windows(portion))

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from longnet_cli.attention.past import Seen
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
+from longnet_cli.basics.events import Events
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
 from longnet_cli.jobs.estimating import ReadingPlan
@@ -114,7 +115,7 @@ def generate(
     dtype: str = "auto",
     spill: str | Path | None = None,
     stream: CausalStream | None = None,
-    on_progress: Callable[[int], None] = lambda tokens: None,
+    events: Events = Events(),  # noqa: B008
 ) -> Iterator[Step]:
     """Yield up to `max_tokens` tokens that continue `bos` and `prompt`, each as soon as it is known.
 
@@ -134,10 +135,10 @@ def generate(
     too, and is ready for the next prompt. With it, the prompt may be empty, and `max_tokens` 0. With `sources`, the
     last token has the passages that the answer chose more than what was read before it did, as `--sources`.
 
-    `chunk`, `dtype` and `spill` are as in `running.reader.Reader`. `on_progress` gets the number of prompt tokens that
-    each forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, a chat without a
-    template, and a prompt longer than the model reads; DataError if there is nothing to continue; NotFiniteError for a
-    logit that is NaN.
+    `chunk`, `dtype` and `spill` are as in `running.reader.Reader`. `events.progress` gets the number of prompt tokens
+    that each forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, a chat
+    without a template, and a prompt longer than the model reads; DataError if there is nothing to continue;
+    NotFiniteError for a logit that is NaN.
     """
     loaded = _loaded(model, dtype, bos)
     net, tokenizer = loaded.net, tokenizer or loaded.tokenizer
@@ -174,7 +175,7 @@ def generate(
         check_sources(net)
         reader = stream or CausalStream(net, spill=spill)
         watch = SourceWatch(reader, cast(Tokenizer, tokenizer))
-    how = texts, StopTexts(stop), chunk, dtype, reader, watch, on_progress
+    how = texts, StopTexts(stop), chunk, dtype, reader, watch, events.progress
     return _Generator(net, sampler, ends, *how).run(
         sequence, max_tokens, reads_all=stream is not None
     )
@@ -268,7 +269,7 @@ class _Generator:
     dtype: str
     stream: Callable[..., Tensor]
     watch: SourceWatch | None
-    on_progress: Callable[[int], None]
+    progress: Callable[..., None]
 
     def run(
         self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool
@@ -283,7 +284,7 @@ class _Generator:
         for start in range(0, len(sequence), self.chunk):
             stop = min(start + self.chunk, len(sequence))
             logits = self._read(torch.from_numpy(sequence.read(start, stop)))
-            self.on_progress(stop - start)
+            self.progress(stop - start)
         assert logits is not None
         if self.watch:
             self.watch.begin()

@@ -3,12 +3,13 @@
 import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from longnet_cli.basics.errors import ConfigError, DataError, one_line, refuse_web_address
+from longnet_cli.basics.events import Events
 from longnet_cli.data.columns import Columns, TokenTypes, token_type
 from longnet_cli.data.documents import STEP, Document
 from longnet_cli.data.formats import open_source
@@ -95,12 +96,10 @@ class Inspection:
         }
 
 
-def inspect(
-    inputs: Inputs, *, on_progress: Callable[[int], None] = lambda tokens: None
-) -> Inspection:
+def inspect(inputs: Inputs, *, events: Events = Events()) -> Inspection:  # noqa: B008
     """Read every document of every input; a problem ends its document or its file, never the inspection.
 
-    Text without a tokenizer counts one token per byte. `on_progress` gets the tokens of each document. Raises
+    Text without a tokenizer counts one token per byte. `events.progress` gets the tokens of each document. Raises
     ConfigError for no input and for a web address.
     """
     if not inputs.sources.names:
@@ -116,7 +115,7 @@ def inspect(
             for document, in_bytes in _open(inspection, source, types, inputs):
                 with _noting(inspection):
                     _count(inspection, document, in_bytes)
-                    on_progress(len(document))
+                    events.progress(len(document))
     if not inspection.documents:
         inspection.n_bytes = None
     return inspection

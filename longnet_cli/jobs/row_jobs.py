@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -22,10 +22,11 @@ import pyarrow as pa
 
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NoTokensError
+from longnet_cli.basics.events import OnSkip
 from longnet_cli.data.documents import Document, Unread
 from longnet_cli.data.files import FileChangedError
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.manifest import LeftOut, OnSkip, read_manifest
+from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import ShardWriter, first_kept, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat
@@ -123,17 +124,25 @@ class RowJob(ABC):
     def size(self, tokens: int) -> int:
         """Return how many units of a shard a document of so many tokens fills."""
 
+    def is_empty(self, tokens: int) -> bool:
+        """Return whether a document of so many tokens has no row because it is empty."""
+        return self.skips_empty and not tokens
+
+    def is_short(self, tokens: int) -> bool:
+        """Return whether a document of so many tokens has no row because it is too short."""
+        return False
+
     def longest_window(self, tokens: int) -> int:
         """Return about how many tokens of a document of so many are read in one piece at most."""
         return tokens
 
     def counted(self, tokens: int, documents: int = 1) -> int:
-        """Return how many tokens `on_progress` gets of documents of so many tokens in all."""
+        """Return how many tokens `events.progress` gets of documents of so many tokens in all."""
         return tokens
 
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has read."""
-        self.reader.on_progress(self.counted(portion.length, portion.items))
+        self.reader.events.progress(self.counted(portion.length, portion.items))
 
     def kept_bytes(self, tokens: int) -> dict[str, int]:
         """Return the bytes that the job itself keeps of a document of so many tokens, by kind."""
@@ -178,29 +187,30 @@ class RowJob(ABC):
     def sequences(
         self,
         documents: Iterable[Document],
-        on_skip: OnSkip | None = None,
-        on_empty: Callable[[Document], None] | None = None,
-        on_document: Callable[[Document], None] | None = None,
         apart: Apart | None = None,
         ready: Callable[[], bool] = lambda: True,
+        fraction: Callable[[], float | None] = lambda: None,
     ) -> Iterator[InputSequence[Document] | None]:
         """Yield the documents that have rows, as the model reads them; None where the next one is not `ready`.
 
-        `on_document` gets each document before any of it is read, and what it raises ends the run. `on_skip` gets those
-        that are left out (see `take`), `on_empty` those that are empty. `apart` names the others. A document or a file
-        that cannot be read ends them, and `end` raises its error when the rows of those before it are written.
+        The reader's `events.document` gets each document before any of it is read, with the `fraction` of the inputs up
+        to it, and its `events.left_out` counts those that are left out (see `take`), or have no row. `apart` names the
+        others. A document or a file that cannot be read ends them, and `end` raises its error when the rows of those
+        before it are written.
         """
         self.failure = None
+        events = self.reader.events
         try:
             for document in documents:
-                if on_document:
-                    on_document(document)
-                sequence = self.take(document, on_skip)
-                if sequence is not None and (len(document) or not self.skips_empty):
+                events.document(document, fraction())
+                sequence = self.take(document, events.left_out.skip)
+                if sequence is not None and self.is_empty(len(document)):
+                    events.left_out.empty += 1
+                elif sequence is not None and self.is_short(len(document)):
+                    events.left_out.short += 1
+                elif sequence is not None:
                     document.doc_id = apart.name(document.doc_id) if apart else document.doc_id
                     yield sequence
-                elif sequence is not None and on_empty:
-                    on_empty(document)
                 if not ready():
                     yield None
         except (ConfigError, DataError) as error:
@@ -226,21 +236,15 @@ class RowJob(ABC):
         if not tokens and (self.reader.all_ranks.writes or self.reader.all_ranks.dp == 1):
             raise NoTokensError(self.nothing)
 
-    def rows(
-        self,
-        documents: Iterable[Document],
-        *,
-        on_skip: OnSkip | None = None,
-        on_empty: Callable[[Document], None] | None = None,
-    ) -> pa.RecordBatchReader:
-        """Return a reader of the rows of `documents`, lazily and in order. The arguments are as in `encoding.encode`.
+    def rows(self, documents: Iterable[Document]) -> pa.RecordBatchReader:
+        """Return a reader of the rows of `documents`, lazily and in order.
 
         The reader raises NoTokensError at the end if no row has tokens.
         """
 
         def batches() -> Iterator[pa.RecordBatch]:
             tokens = 0
-            for _, batches in self.rows_by_portion(self.sequences(documents, on_skip, on_empty)):
+            for _, batches in self.rows_by_portion(self.sequences(documents)):
                 for batch in batches:
                     tokens += tokens_of(batch)
                     yield batch
@@ -270,23 +274,7 @@ class Output:
     sink: AbstractContextManager[Sink] | None = None
 
 
-@dataclass(frozen=True)
-class Telling:
-    """Functions that a run calls while it goes on. What one raises ends the run.
-
-    `left_out` counts the documents without a row. `on_stored` first gets the longest window, in tokens, of the
-    documents whose length is known at once, if lengths matter to the model. `on_document` gets each document before it
-    is read, and the fraction of the inputs up to it.
-    """
-
-    left_out: LeftOut = field(default_factory=LeftOut)
-    on_stored: Callable[[int], None] = lambda tokens: None
-    on_document: Callable[[Document, float | None], None] = lambda document, fraction: None
-
-
-def run(
-    job: RowJob, inputs: Inputs, output: Output, told: Telling | None = None
-) -> Counter[str] | None:
+def run(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
     """Write the rows that a job makes of the documents in `inputs`.
 
     Return how many `rows` and `tokens` the output has. Of several ranks, only the first one writes. The others get
@@ -294,14 +282,15 @@ def run(
 
     On the same CPU with as many threads, a resumed run ends byte for byte as if it had never stopped. Inputs, model,
     chunk and options must be the same as in the earlier run. A resumed run leaves out again what the earlier run left
-    out. The manifest has the counts of `told.left_out`, and the digests of the inputs: those of finished shards must be
-    the same in a resumed run.
+    out. The manifest has the counts of the reader's `events.left_out`, and the digests of the inputs: those of finished
+    shards must be the same in a resumed run.
 
     Raises ConfigError for invalid options and for a folder that is in use, DataError for no document or a damaged
     shard, LongNetError when a write fails. After an error there is no output file, and a folder keeps its finished
     shards.
     """
-    ranks, told = job.reader.all_ranks, told or Telling()
+    ranks = job.reader.all_ranks
+    events = job.reader.events
     in_folder = is_folder(output.path, resume=output.resume)
     names_apart = job.names_apart and inputs.id_column is None
     given = inputs.documents(digests=in_folder and ranks.writes, names_apart=names_apart)
@@ -313,17 +302,11 @@ def run(
     def sequences(
         ready: Callable[[], bool] = lambda: True,
     ) -> Iterator[InputSequence[Document] | None]:
-        config, left_out = job.reader.model.config, told.left_out
-        if (config.max_tokens is not None or config.pattern.chosen) and not left_out.skip:
-            told.on_stored(job.longest_window(job.longest(inputs.stored())))
-        yield from job.sequences(
-            documents,
-            left_out.skip,
-            left_out.pass_over,
-            lambda document: told.on_document(document, given.fraction),
-            apart,
-            ready,
-        )
+        config = job.reader.model.config
+        length_matters = config.max_tokens is not None or bool(config.pattern.chosen)
+        if length_matters and not events.left_out.skip:
+            events.longest(job.longest_window(job.longest(inputs.stored())))
+        yield from job.sequences(documents, apart, ready, lambda: given.fraction)
 
     if not in_folder:
         sink = output.sink or ShardWriter(output.path, job.schema)
@@ -346,7 +329,7 @@ def run(
             name=job.shard_name,
             format=output.shard_format,
             resume=output.resume,
-            left_out=told.left_out,
+            left_out=events.left_out,
             opened=given.opened,
         )
     with folder or nullcontext():

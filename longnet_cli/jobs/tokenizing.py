@@ -22,10 +22,11 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.events import Events, OnSkip
+from longnet_cli.basics.sizes import format_count
 from longnet_cli.data.documents import Unread
 from longnet_cli.data.formats import Text
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.manifest import LeftOut, OnSkip
 from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import (
     OUTPUT_SUFFIXES,
@@ -45,9 +46,6 @@ SHARD_TOKENS = 1 << 27
 BATCH_BYTES = 64 << 20  # of token ids in a record batch of a file
 SMALL_BATCH_BYTES = 4 << 20  # on stdout, where a reader waits, and as JSON, which takes much memory
 TEXT_CHARS = 4 << 20  # characters of text encoded together
-
-# Called with (documents, tokens, bytes) so far, including an earlier run
-OnProgress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,7 @@ def tokenize(
     shard_format: ShardFormat = "arrow",
     eos: str | int | bool = False,
     resume: bool = False,
-    left_out: LeftOut | None = None,
-    on_progress: OnProgress | None = None,
+    events: Events = Events(),  # noqa: B008
 ) -> TokenizeResult:
     """Write the inputs' texts as token ids: a row per document, or several with `part` 0, 1, ... past 64 MB.
 
@@ -89,8 +86,8 @@ def tokenize(
 
     `resume` continues a folder that an earlier run with the same inputs and options left unfinished. The result is byte
     for byte as if the run had never stopped, and finished shards are not tokenized again. A file or a row that cannot
-    be read ends the run, unless `left_out` counts it. A resumed run counts again what the earlier run left out, and the
-    manifest has the number.
+    be read ends the run, unless `events.left_out` counts it. A resumed run counts again what the earlier run left out,
+    and the manifest has the number.
 
     Raises ConfigError for options that do not fit together and for a folder that is in use, DataError for bad input or
     if everything is left out, LongNetError when a write fails. After an error there is no output file, and a folder
@@ -99,7 +96,6 @@ def tokenize(
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
     in_folder = is_folder(output, resume=resume)
-    left_out = left_out or LeftOut()
     # a folder that cannot be resumed is refused here, before a tokenizer is trained
     earlier = run_to_resume(output, resume=resume) if in_folder else None
     loaded = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)
@@ -109,7 +105,7 @@ def tokenize(
 
     given = inputs.texts(loaded, digests=in_folder)
     texts: Iterator[Any] = _readable(
-        given, left_out.skip, Apart() if inputs.id_column is None else None
+        given, events.left_out.skip, Apart() if inputs.id_column is None else None
     )
     kept: list[pa.Field] = []
     if inputs.keep:  # first_kept waits for the first document
@@ -130,13 +126,13 @@ def tokenize(
             "tokenizer": loaded.description,
         }
         folder = ShardFolder(
-            output, schema, **about, resume=resume, left_out=left_out, opened=given.opened
+            output, schema, **about, resume=resume, left_out=events.left_out, opened=given.opened
         )
     with folder or ShardWriter(output, schema) as opened:
         rows = TokenBatches(opened, shard_tokens, kept)
         if not (folder and folder.finished):
             remaining = folder.unread(texts) if folder else texts
-            _Work(loaded, appended, str(output) == "-", given.ready, on_progress).run(
+            _Work(loaded, appended, str(output) == "-", given.ready, events.progress).run(
                 remaining, rows
             )
     shards = folder.paths if folder else []
@@ -250,11 +246,12 @@ class _Work:
     eos_id: int | None
     prompt: bool
     ready: Callable[[], bool]
-    on_progress: OnProgress | None
+    progress: Callable[..., None]
 
     def run(self, texts: Iterator[Text], rows: TokenBatches) -> None:
         """Tokenize all texts into `rows`. Those before an error of reading are tokenized first."""
         failures: list[Exception] = []
+        told = rows.totals["bytes"]  # those of an earlier run
         parts = portions(
             self._pieces(texts, failures), TEXT_CHARS, length_of=lambda piece: len(piece.text or "")
         )
@@ -266,10 +263,13 @@ class _Work:
                         rows.end_document(piece)
                 if self.prompt:
                     rows.flush()
-                if self.on_progress:
-                    self.on_progress(
-                        rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"]
-                    )
+                done = rows.totals
+                self.progress(
+                    done["bytes"] - told,
+                    documents=done["documents"],
+                    tokens=format_count(done["tokens"]),
+                )
+                told = done["bytes"]
         rows.flush()
         for failure in failures:
             raise failure

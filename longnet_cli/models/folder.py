@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError, extra
+from longnet_cli.basics.events import Events
 from longnet_cli.basics.model_files import (
     CONFIG,
     GENERATION,
@@ -316,12 +317,12 @@ class ModelFolder:
         self,
         config: TransformersConfig,
         lora: Mapping[str, Any] | None,
-        on_note: Callable[[str], None],
+        note: Callable[[str], None],
     ) -> Net:
         """Load a Hugging Face model for training, with the pattern of `config`, on the CPU, not mapped.
 
         Weights are float32. `lora` holds the arguments of `add_lora`, for which matrices have the `stored_dtype`, or
-        is None to train all weights. `on_note` gets a line if the pattern shows distances that the model has never
+        is None to train all weights. `note` gets a line if the pattern shows distances that the model has never
         seen. Raises as `net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
         """
         dtype, pattern = (
@@ -331,7 +332,7 @@ class ModelFolder:
         net = cast("TransformersNet", self.net(pattern=pattern, dtype=dtype))
         net.check_trainable()
         if net.too_wide:
-            on_note(f"{self.name}: {net.too_wide}")
+            note(f"{self.name}: {net.too_wide}")
         for (
             parameter
         ) in net.parameters():  # mapped from files until now, which may vanish during a run
@@ -351,12 +352,12 @@ class ModelFolder:
         bos: str | None = None,
         chat: bool | None = False,
         vectors: bool = False,
-        on_note: Callable[[str], None] = lambda line: None,
+        events: Events = Events(),  # noqa: B008
     ) -> Loaded:
         """Load the model on `device` for `dtype` (--dtype), with `tokenizer` (--tokenizer) or its own.
 
         `bos` is --bos. `chat` loads the chat template, None the one that there may be. If the model `embeds`, the
-        modules of sentence-transformers are loaded too. `on_note` gets
+        modules of sentence-transformers are loaded too. `events.note` gets
         a line for each thing that the user should know about the way the model reads documents. Raises ConfigError for
         a tokenizer that is not the model's, unless `tokenizer_differs`; for a tokenizer with more ids than the model;
         for a model that reads vectors, unless `vectors`; for `bos` where nothing is read before a document; for modules
@@ -372,7 +373,7 @@ class ModelFolder:
 
         kind = resolve_dtype(dtype, device)
         if self.is_gguf:
-            on_note(
+            events.note(
                 f"{self.name}: converted for this run alone: `longnet convert {self.name} -o DIR` does it once"
             )
         if device.type == "cpu":
@@ -395,7 +396,7 @@ class ModelFolder:
                 and self.of_transformers
                 and (model or (words and not net.config.causal))
             ):
-                embedding = folder.embedding(model, words, net, on_note)
+                embedding = folder.embedding(model, words, net, events.note)
                 words = words or embedding.words
         of_tokens = bool(net.config.vocab_size)  # otherwise there is no --bos at all
         why = (
@@ -425,7 +426,7 @@ class ModelFolder:
         if net.note and (
             net.config.causal or net.dilated or not embedding
         ):  # otherwise it reads windows
-            on_note(f"{self.name}: {net.note}")
+            events.note(f"{self.name}: {net.note}")
         return Loaded(net, words, start, ends, template, self.origin, embedding)
 
     def sentence_model(self) -> SentenceModel | None:
@@ -451,7 +452,7 @@ class ModelFolder:
         model: SentenceModel | None,
         tokenizer: Tokenizer | None,
         net: Net,
-        on_note: Callable[[str], None],
+        note: Callable[[str], None],
     ) -> Embedding:
         """Return how the model reads texts, and put the `model`'s steps into the net.
 
@@ -462,10 +463,10 @@ class ModelFolder:
         if model is None:
             model = plain_model(self.path)
             what = "the vector is the mean over all tokens of a text, special ones included"
-            on_note(f"{self.name}: there is no {MODULES}: {what}")
+            note(f"{self.name}: there is no {MODULES}: {what}")
         elif model.unread_prompt:
             what = f"the prompt {model.unread_prompt!r} is not read, as in encode_document of sentence-transformers"
-            on_note(f"{self.name}: {what}: --prefix reads it")
+            note(f"{self.name}: {what}: --prefix reads it")
         if tokenizer is None or tokenizer.folder == self.path:
             words = read_words(self.path, model.lowercase)
         else:

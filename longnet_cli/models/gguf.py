@@ -76,16 +76,16 @@ MODEL, PRE, PREFIX = "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.gg
 
 
 class _Bar(io.StringIO):
-    """A file for a progress bar of tqdm to write to. `on_percent` gets how many more percent are done."""
+    """A file for a progress bar of tqdm to write to. `progress` gets how many more percent are done."""
 
-    def __init__(self, on_percent: Callable[[int], None]) -> None:
+    def __init__(self, progress: Callable[[int], None]) -> None:
         super().__init__()
-        self.on_percent = on_percent
+        self.progress = progress
         self.percent = 0
 
     def write(self, text: str) -> int:
         if percent := re.search(r"(\d+)%\|", text):
-            self.on_percent(int(percent[1]) - self.percent)
+            self.progress(int(percent[1]) - self.percent)
             self.percent = int(percent[1])
         return len(text)
 
@@ -95,12 +95,12 @@ def convert_gguf(
     folder: Path,
     dtype: torch.dtype | None = None,
     origin: str | None = None,
-    on_percent: Callable[[int], None] = lambda more: None,
+    progress: Callable[[int], None] = lambda more: None,
 ) -> str:
     """Write the model and the tokenizer of a GGUF file to a new folder: safetensors and JSON, whole or not at all.
 
     `dtype` is the type of the weights. None keeps the file's type, or takes bfloat16 if the weights are quantized.
-    `origin` names the file in config.json, if it is on a hub. `on_percent` gets how many more percent are unpacked.
+    `origin` names the file in config.json, if it is on a hub. `progress` gets how many more percent are unpacked.
     Returns a description such as `LlamaForCausalLM, of F32, Q4_1 weights as bfloat16`. Raises ConfigError if a library
     is missing or the folder is in use, CheckpointError for a file that cannot be converted.
     """
@@ -113,7 +113,7 @@ def convert_gguf(
     with whole_folder(folder, CONFIG, new=True) as place, ExitStack() as stack:
         try:
             reader = stack.enter_context(_read_once(path))
-            on_percent(0)
+            progress(0)
             types = {tensor.tensor_type.name for tensor in reader.tensors}
             widest = max(types & {"F16", "BF16"}, default="F32")
             stored = _PLAIN[widest] if types <= _PLAIN.keys() else torch.bfloat16
@@ -121,7 +121,7 @@ def convert_gguf(
             arch = architecture(reader)
             config = complete(hf.AutoConfig.from_pretrained(path.parent, **source), reader, arch)
             _check_size(config, reader.tensors, hf)
-            with redirect_stderr(_Bar(on_percent)):  # no option turns the library's bar off
+            with redirect_stderr(_Bar(progress)):  # no option turns the library's bar off
                 model, report = hf.AutoModelForCausalLM.from_pretrained(
                     path.parent,
                     config=config,

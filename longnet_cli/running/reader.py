@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.events import Events
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net, Readable
@@ -107,7 +108,7 @@ class Window:
 
     @property
     def counted(self) -> int:
-        """The tokens that `on_progress` counts for the window."""
+        """The tokens that `events.progress` counts for the window."""
         return self.stop - self.wanted
 
 
@@ -171,7 +172,7 @@ class Reader:
 
     With several ranks (`all_ranks`), all have one chunk. Those of a group (`ranks`) must read the same windows: they
     share every long window, `chunk` tokens each, and divide the forward passes over short windows. `dtype` is as in
-    `running.device`. On every rank, `on_progress` gets the number of wanted tokens of each forward pass.
+    `running.device`. On every rank, `events.progress` gets the number of wanted tokens of each forward pass.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class Reader:
         dtype: str = "auto",
         spill: str | Path | None = None,
         ranks: Ranks | None = None,
-        on_progress: Callable[[int], None] | None = None,
+        events: Events = Events(),  # noqa: B008
     ) -> None:
         """Raise ConfigError for a chunk below 1."""
         self.model, self.spill = model, spill
@@ -192,7 +193,7 @@ class Reader:
         self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), earlier_chunk, ranks)
         self.all_ranks = ranks or Ranks()
         self.ranks = self.all_ranks.of_group()
-        self.on_progress = on_progress or (lambda tokens: None)
+        self.events = events
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
         """Return the wanted hidden states of all windows, in order, as lists of pieces.
@@ -224,7 +225,7 @@ class Reader:
                     hidden.update(
                         zip(batch, self.model(to_device(padded, self.device), **more), strict=True)
                     )
-            self.on_progress(sum(windows[i].counted for i in batch))
+            self.events.progress(sum(windows[i].counted for i in batch))
         return [
             Piece(
                 w, w.wanted, w.stop, hidden[i][w.wanted - w.start : len(w)] if i in hidden else None
@@ -274,7 +275,7 @@ class Reader:
             """Report one token for as many of single layers as there are layers."""
             nonlocal done
             before, done = done // layers, done + tokens
-            self.on_progress(done // layers - before)
+            self.events.progress(done // layers - before)
 
         mine = hidden_in_chunks(
             cast(LongNet, self.model),  # no other net goes layer by layer
@@ -298,7 +299,7 @@ class Reader:
         return [self.ranks.edges(begin, min(chunk, window.stop - begin)) for begin in begins]
 
     def _shared(self, window: W, edges: Sequence[int], hidden: Tensor) -> list[Piece[W]]:
-        self.on_progress(max(0, edges[-1] - max(edges[0], window.wanted)))
+        self.events.progress(max(0, edges[-1] - max(edges[0], window.wanted)))
         return self._pieces(window, edges, hidden)
 
     def _pieces(self, window: W, edges: Sequence[int], hidden: Tensor | None) -> list[Piece[W]]:

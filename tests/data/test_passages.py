@@ -12,6 +12,7 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from files import write_lines, write_rows
@@ -19,6 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
+from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.passages import JUST_NOW, MARK, PassageIndex, open_index
 from longnet_cli.data.tables import Text
@@ -267,10 +269,14 @@ def test_what_was_left_out_of_a_known_file_is_said_again(tmp_path: Path) -> None
     said: list[list[tuple[str, bool]]] = []
     for _ in range(2):
         skipped: list[tuple[str, bool]] = []
+
+        def note(item: Any, why: Exception, skipped: list = skipped) -> None:
+            skipped.append((str(why), item.file))
+
         with open_index(str(tmp_path / "i.sqlite")) as index:
             index.update(
                 Inputs(inputs, skip_bad=True),
-                on_skip=lambda item, why, skipped=skipped: skipped.append((str(why), item.file)),
+                Events(left_out=LeftOut(note)),
             )
             assert [each.doc_id for each in index.find("one", 9)] == ["r.jsonl:0", "r.jsonl:2"]
         said.append(skipped)

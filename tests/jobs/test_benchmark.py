@@ -18,6 +18,7 @@ from longnet_cli.attention.cache import Outside
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.events import Events
 from longnet_cli.jobs import benchmark
 from longnet_cli.jobs.benchmark import Case, Measurement, Settings, bench, case_of
 
@@ -212,7 +213,7 @@ def test_what_will_not_run_is_left_out_of_the_tokens_to_come(
     monkeypatch.setattr(benchmark, "case_of", with_memory)
     totals, tokens = [], []
     settings = Settings.of(seq=[10, 400, 1000], max_dense_time=5.0)
-    rows = [*bench(settings, on_tokens=tokens.append, on_total=totals.append)]
+    rows = [*bench(settings, events=Events(progress=tokens.append, total=totals.append))]
     assert [row.status for row in rows] == ["ok", "ok", "ok", "skipped", "ok", "skipped"]
     assert totals == [10 + 10 + 400 + 400 + 1000, 10 + 10 + 400 + 1000]
     assert sum(tokens) == totals[-1]
@@ -233,7 +234,9 @@ def test_a_long_run_is_streamed_and_reports_every_decade(
 ) -> None:
     monkeypatch.setattr(benchmark, "FIRST_DECADE", 10)
     seen: list[int] = []
-    rows = list(bench(Settings.of(seq=[300], chunk=chunk, **LONG), on_tokens=seen.append))
+    rows = list(
+        bench(Settings.of(seq=[300], chunk=chunk, **LONG), events=Events(progress=seen.append))
+    )
     assert [(row.start, row.stop) for row in rows] == [(0, 10), (10, 100), (100, 300), (None, None)]
     assert {row.status for row in rows} == {"ok"}
     assert {row.cache_bytes for row in rows} == {2 * 3 * 8 * 4 * 32}
@@ -281,7 +284,7 @@ def test_ctrl_c_gives_what_a_streamed_run_had() -> None:
     def interrupt(tokens: int) -> None:
         raise KeyboardInterrupt
 
-    rows = bench(Settings.of(seq=[10**6], chunk=64, **LONG), on_tokens=interrupt)
+    rows = bench(Settings.of(seq=[10**6], chunk=64, **LONG), events=Events(progress=interrupt))
     row = next(rows)
     assert (row.status, row.stop) == ("stopped", 64)
     with pytest.raises(KeyboardInterrupt):
@@ -293,7 +296,9 @@ def test_memory_that_runs_out_in_a_streamed_run_is_a_row_and_not_the_end() -> No
         if tokens == 64:
             raise MemoryError
 
-    begun, other = bench(Settings.of(seq=[300, 20], chunk=64, **LONG), on_tokens=ran_out)
+    begun, other = bench(
+        Settings.of(seq=[300, 20], chunk=64, **LONG), events=Events(progress=ran_out)
+    )
     assert (begun.status, begun.stop, begun.reason) == ("oom", 64, "memory ran out after 64 tokens")
     assert other.status == "ok"
 

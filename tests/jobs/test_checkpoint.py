@@ -24,6 +24,7 @@ from processes import Start, contents, kill_training, wait_for
 from safetensors.torch import load_file
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
+from longnet_cli.basics.events import Events
 from longnet_cli.basics.sealed import write_sealed
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training import loop
@@ -124,7 +125,11 @@ def test_a_step_whose_evaluation_is_stopped_is_told(
     monkeypatch.setattr(loop, "evaluate", stopped)
     steps: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        train(recipe(corpus), tmp_path / "run", on_step=lambda tokens, line: steps.append(tokens))
+        train(
+            recipe(corpus),
+            tmp_path / "run",
+            events=Events(step=lambda tokens, line: steps.append(tokens)),
+        )
     assert (
         read_checkpoint(checkpoints_in(tmp_path / "run/checkpoints")[0])["progress"]["step"]
         == len(steps)
@@ -154,7 +159,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             raise LongNetError("stop")
 
     with pytest.raises(LongNetError, match="stop"):
-        train(found, folder / "run", on_step=stop)
+        train(found, folder / "run", events=Events(step=stop))
     assert [path.name for path in checkpoints_in(folder / "run/checkpoints")] == [
         "step-00000006",
         "step-00000004",
@@ -198,7 +203,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         victim.unlink()
     notes: list[str] = []
     began: list[int] = []
-    train(found, run, on_note=notes.append, on_begin=lambda step, tokens: began.append(step))
+    train(
+        found, run, events=Events(note=notes.append, begin=lambda step, tokens: began.append(step))
+    )
     assert began == [4]
     if damage == "no state":  # as if its writer was killed: it is none
         assert notes == []
@@ -233,7 +240,7 @@ def test_a_run_without_a_checkpoint_says_that_it_starts_again(
     (tmp_path / "a").mkdir()
     shutil.copy(run / "recipe.json", tmp_path / "a")  # what a run leaves that is killed at once
     notes: list[str] = []
-    train(found, tmp_path / "a", on_note=notes.append)
+    train(found, tmp_path / "a", events=Events(note=notes.append))
     assert (
         f"{tmp_path / 'a'}: a run that has saved no checkpoint, so it starts again (train.save_every)"
         in notes

@@ -18,6 +18,7 @@ from files import write_lines
 from processes import contents, invoke
 
 from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
+from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
@@ -59,7 +60,7 @@ def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
         documents,
         EncodeOptions(pool=pool, normalize=False),
         EncodeFacts(BOS),
-        on_progress=seen.append,
+        events=Events(progress=seen.append),
     )
     table = reader.read_all()
     assert table["doc_id"].to_pylist() == [document.doc_id for document in documents]
@@ -194,12 +195,11 @@ def test_a_document_may_come_without_bos(model: LongNet) -> None:
 
 def test_an_empty_document_has_no_vector(model: LongNet) -> None:
     """A zero vector would look like an answer."""
-    documents, empty = [make_document(5), make_document(0, "hollow"), make_document(7, "b")], []
-    table = encode(
-        model, documents, EncodeOptions(), EncodeFacts(BOS), on_empty=empty.append
-    ).read_all()
+    documents = [make_document(5), make_document(0, "hollow"), make_document(7, "b")]
+    events = Events()
+    table = encode(model, documents, EncodeOptions(), EncodeFacts(BOS), events=events).read_all()
     assert table["doc_id"].to_pylist() == ["a", "b"]
-    assert [document.doc_id for document in empty] == ["hollow"]
+    assert events.left_out.empty == 1
     with pytest.raises(DataError, match="nothing to encode: every document is empty"):
         encode(model, [make_document(0, "hollow")], EncodeOptions(), EncodeFacts(BOS)).read_all()
 
@@ -285,7 +285,7 @@ def test_a_folder_resumed_anywhere_has_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             write(model, place, stopped_at(stop), span=span)
         half = read_manifest(place)
-        write(model, place, span=span, resume=True, on_progress=seen.append)
+        write(model, place, span=span, resume=True, events=Events(progress=seen.append))
         assert contents(place) == contents(tmp_path / "whole")
         assert sum(seen) == sum(LENGTHS[half.totals["documents"] :])  # nothing is encoded twice
         assert half.totals["documents"] >= stop - 3
@@ -411,17 +411,12 @@ def test_a_document_is_told_before_any_of_it_is_read_and_a_refusal_is_not_skippe
             seen.append("read")
             return super().read(start, stop)
 
-    def refuse(document: Document) -> None:
+    def refuse(document: Document, fraction: float | None) -> None:
         seen.append("told")
         raise MemoryLimitError("no room")
 
-    job, documents = Encoder(Reader(model)), [Noted("a", np.arange(5), 5, "a")]
+    left_out = LeftOut((lambda *_: seen.append("skipped")) if skips else None)
+    job = Encoder(Reader(model, events=Events(document=refuse, left_out=left_out)))
     with pytest.raises(MemoryLimitError):
-        list(
-            job.sequences(
-                documents,
-                (lambda *_: seen.append("skipped")) if skips else None,
-                on_document=refuse,
-            )
-        )
+        list(job.sequences([Noted("a", np.arange(5), 5, "a")]))
     assert seen == ["told"]

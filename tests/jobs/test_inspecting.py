@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import invoke
 
+from longnet_cli.basics.events import Events
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs import inspecting
@@ -37,7 +38,7 @@ def test_counts_of_good_files(tmp_path):
     write(tmp_path / "a.arrow", rows, tokenizer_sha256=BYTES.sha256)
     write(tmp_path / "b.arrow", rows[:1], tokenizer_sha256=BYTES.sha256)
     seen: list[int] = []
-    found = inspect(Inputs([tmp_path], BYTES), on_progress=seen.append)
+    found = inspect(Inputs([tmp_path], BYTES), events=Events(progress=seen.append))
     assert found.as_dict() == {
         "documents": 5,
         "tokens": 15,

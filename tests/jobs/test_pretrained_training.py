@@ -22,6 +22,7 @@ from processes import contents
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.events import Events
 from longnet_cli.jobs.estimating import far_bytes
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, tensor_names
 from longnet_cli.jobs.training.costs import estimate_training
@@ -155,7 +156,7 @@ def train_four_steps(found: Recipe, output: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(found, output, on_step=stop)
+        train(found, output, events=Events(step=stop))
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
@@ -336,7 +337,7 @@ def test_a_first_level_wider_than_the_model_was_trained_is_named(
         train(
             recipe(llama, corpus, **stage, **{"model.pattern": pattern}),
             tmp_path / pattern,
-            on_note=notes.append,
+            events=Events(note=notes.append),
         )
         assert [line for line in notes if "are warm-up" not in line] == named
 

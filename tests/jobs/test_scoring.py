@@ -23,10 +23,11 @@ from builders import MadeInputs, Scored, make_document, scores, tiny_net
 from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
+from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.data.documents import Document
-from longnet_cli.data.manifest import LeftOut, read_manifest
+from longnet_cli.data.manifest import read_manifest
 from longnet_cli.jobs.options import ScoreOptions
-from longnet_cli.jobs.row_jobs import ModelFacts, Output, Telling, run
+from longnet_cli.jobs.row_jobs import ModelFacts, Output, run
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, ByPosition, Clusters, Score, Total
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.jobs.scoring.token_logprobs import logprob_schema, write_token_logprobs
@@ -58,7 +59,14 @@ def test_company_and_order_do_not_matter(model: LongNet, context: int | None) ->
     documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
     seen: list[int] = []
     together = list(
-        scores(model, documents, bos=BOS, context=context, chunk=CHUNK, on_progress=seen.append)
+        scores(
+            model,
+            documents,
+            bos=BOS,
+            context=context,
+            chunk=CHUNK,
+            events=Events(progress=seen.append),
+        )
     )
     assert [row.doc_id for row in together] == [document.doc_id for document in documents]
     assert [row.score.n_tokens for row in together] == lengths
@@ -74,8 +82,8 @@ def test_company_and_order_do_not_matter(model: LongNet, context: int | None) ->
 
 def test_token_logprobs_are_written_in_order_and_add_up(model: LongNet, tmp_path: Path) -> None:
     documents = [make_document(length, str(length)) for length in (300, 0, 5)]
-    with write_token_logprobs(tmp_path / "tokens.parquet") as on_tokens:
-        rows = list(scores(model, documents, bos=BOS, chunk=128, on_tokens=on_tokens))
+    with write_token_logprobs(tmp_path / "tokens.parquet") as take:
+        rows = list(scores(model, documents, bos=BOS, chunk=128, events=Events(logprobs=take)))
     table = pq.read_table(tmp_path / "tokens.parquet")
     assert table.schema.equals(logprob_schema())
     keys = ["doc_id", "part", "start"]
@@ -104,7 +112,7 @@ def test_log_probabilities_are_those_of_the_logits(
     model = tiny_net().double().eval()
     documents = [make_document(length, str(length)) for length in (130, 3)]
     for name, top in (("plain", False), ("top", True)):
-        with write_token_logprobs(tmp_path / f"{name}.parquet", top=top) as on_tokens:
+        with write_token_logprobs(tmp_path / f"{name}.parquet", top=top) as take:
             list(
                 scores(
                     model,
@@ -112,7 +120,7 @@ def test_log_probabilities_are_those_of_the_logits(
                     bos=bos,
                     context=context,
                     chunk=chunk,
-                    on_tokens=on_tokens,
+                    events=Events(logprobs=take),
                     top=top,
                 )
             )
@@ -216,17 +224,24 @@ def write(
     resume: bool = False,
 ) -> LeftOut:
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
-    left_out, inputs = (
-        LeftOut(lambda document, error: None),
-        MadeInputs((), keep=keep, made=documents),
-    )
-    run(
-        Scorer(Reader(model), OPTIONS, FACTS),
-        inputs,
-        Output(place, 150, resume=resume),
-        Telling(left_out),
-    )
+    left_out = LeftOut(lambda document, error: None)
+    job = Scorer(Reader(model, events=Events(left_out=left_out)), OPTIONS, FACTS)
+    run(job, MadeInputs((), keep=keep, made=documents), Output(place, 150, resume=resume))
     return left_out
+
+
+def test_documents_too_short_are_counted_also_in_the_manifest(
+    model: LongNet, tmp_path: Path
+) -> None:
+    documents = [make_document(n, str(n)) for n in (3, 9, 12, 0)]
+    for resume in (False, True):  # a finished folder gives its own count
+        events = Events()
+        job = Scorer(Reader(model, events=events), ScoreOptions(last=9), FACTS)
+        run(job, MadeInputs((), made=documents), Output(tmp_path / "out", resume=resume))
+        assert (events.left_out.short, events.left_out.empty) == (2, 0)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert (manifest.totals["short"], manifest.totals["documents"]) == (2, 2)
 
 
 def nats(model: LongNet, document: Document, context: int) -> np.ndarray:
@@ -238,7 +253,7 @@ def nats(model: LongNet, document: Document, context: int) -> np.ndarray:
             [document],
             bos=BOS,
             context=context,
-            on_tokens=lambda d, s, i, logprobs: found.append(-logprobs),
+            events=Events(logprobs=lambda d, s, i, logprobs: found.append(-logprobs)),
         )
     )
     return np.concatenate(found).astype(float)

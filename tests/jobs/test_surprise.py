@@ -41,13 +41,13 @@ def write(
     path: Path, texts: dict[str, str] = TEXTS, scale: float = 1, top: bool = True, **metadata: str
 ) -> str:
     """A file in which each token costs `nats_of` it, `scale` times, and `e` is always the likeliest, by 0.5 nats."""
-    with write_token_logprobs(path, METADATA | metadata, top) as on_tokens:
+    with write_token_logprobs(path, METADATA | metadata, top) as take:
         for name, text in texts.items():
             document = Document(name, tokens := Tokenizer.bytes().encode(text), len(tokens), name)
             for start in range(0, len(tokens), 20):
                 ids = tokens[start : start + 20].astype(np.int64)
                 likeliest = np.full(len(ids), ord("e")), np.full(len(ids), -0.5, np.float32)
-                on_tokens(document, start, ids, -scale * nats_of(ids), *(likeliest if top else ()))
+                take(document, start, ids, -scale * nats_of(ids), *(likeliest if top else ()))
     return str(path)
 
 
@@ -136,9 +136,9 @@ def test_the_tokenizer_is_the_one_of_the_scores(tmp_path: Path) -> None:
 
 
 def test_numbers_beyond_the_vocabulary_and_special_tokens_are_named(tmp_path: Path) -> None:
-    with write_token_logprobs(tmp_path / "x.arrow", METADATA, top=True) as on_tokens:
+    with write_token_logprobs(tmp_path / "x.arrow", METADATA, top=True) as take:
         ids, nats = np.array([97, 256, 999]), np.zeros(3, np.float32)
-        on_tokens(Document("x", ids.astype(np.int32), 3, "x"), 5, ids, nats, ids, nats)
+        take(Document("x", ids.astype(np.int32), 3, "x"), 5, ids, nats, ids, nats)
     surprise = read_surprise([str(tmp_path / "x.arrow")])
     assert surprise.documents[0].pieces == ["a", "<|endoftext|>", "[999]"]
     assert surprise.tops == ["a", "<|endoftext|>", "[999]"]

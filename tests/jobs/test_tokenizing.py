@@ -29,11 +29,13 @@ from processes import contents
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.events import Events, LeftOut
+from longnet_cli.basics.sizes import format_count
 from longnet_cli.data import formats
 from longnet_cli.data import inputs as inputs_module
 from longnet_cli.data import tokenizer as tokenizer_module
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.manifest import LeftOut, read_manifest
+from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import END_OF_TEXT, Tokenizer
 from longnet_cli.hub.model_names import model_path
 from longnet_cli.jobs import tokenizing
@@ -68,12 +70,13 @@ def test_written_is_read(corpus, tmp_path, output, train_vocab):
         Inputs([corpus]),
         tmp_path / output,
         train_vocab=train_vocab,
-        on_progress=lambda *done: progress.append(done),
+        events=Events(progress=lambda size, **counts: progress.append((size, counts))),
     )
     assert documents(tmp_path / output, result.tokenizer) == TEXTS
     size = sum(len(text.encode()) for text in TEXTS.values())
     assert (result.documents, result.bytes) == (3, size)
-    assert progress[-1] == (3, result.tokens, size)
+    assert sum(more for more, _ in progress) == size
+    assert progress[-1][1] == {"documents": 3, "tokens": format_count(result.tokens)}
     saved = tmp_path / (output if output == "shards" else f"{output}.tokenizer.json")
     assert Tokenizer.load(saved).sha256 == result.tokenizer.sha256
     assert all(shard.exists() for shard in result.shards)
@@ -309,11 +312,11 @@ def test_the_size_of_the_inputs_is_known_when_all_are_text(corpus, tmp_path):
     tokenize(
         Inputs([corpus]),
         tmp_path / "out.arrow",
-        on_progress=lambda documents, tokens, size: sizes.append(size),
+        events=Events(progress=lambda size, **counts: sizes.append(size)),
     )
     assert (
         Inputs([corpus]).num_bytes()
-        == sizes[-1]
+        == sum(sizes)
         == sum(len(text.encode()) for text in TEXTS.values())
     )
     assert Inputs([corpus, tmp_path / "out.arrow"]).num_bytes() is None
@@ -523,7 +526,7 @@ def test_of_a_long_text_that_ends_badly_nothing_is_written(tmp_path, monkeypatch
     found = tokenize(
         Inputs([bad, *texts], skip_bad=True),
         tmp_path / "out",
-        left_out=LeftOut(lambda text, error: skipped.append(str(error))),
+        events=Events(left_out=LeftOut(lambda text, error: skipped.append(str(error)))),
     )
     good = tokenize(Inputs(texts), tmp_path / "good")
     assert found.documents == good.documents == 2

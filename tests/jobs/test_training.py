@@ -20,6 +20,7 @@ from processes import refused
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import locked_folder
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
+from longnet_cli.basics.events import Events
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.model_names import preset_dir
@@ -247,7 +248,7 @@ def test_a_diverging_run_says_where_and_keeps_the_last_weights(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(calm, tmp_path / "stopped", on_step=poison)
+        train(calm, tmp_path / "stopped", events=Events(step=poison))
     assert torch.isfinite(LongNet.from_pretrained(tmp_path / "stopped").embedding.weight).all()
     with pytest.raises(
         LongNetError, match=r"not finite at step (\d+) .*, in windows \d+ to \d+, from .*corpus.txt"
@@ -278,7 +279,7 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(
     found = recipe(corpus, **settings)
     assert found.model.vocab_size == 258  # the byte tokenizer's, and the mask
     shares: list[float] = []
-    result = train(found, tmp_path / "a", on_evaluation=shares.append)
+    result = train(found, tmp_path / "a", events=Events(evaluation=shares.append))
     assert shares[-1] == 1
     assert shares == 2 * sorted(shares)[::2]  # of two evaluations
     lines = metrics_of(tmp_path / "a")
@@ -321,7 +322,7 @@ def test_held_out_documents_are_whole_or_in_windows_as_of_score(
     for every, dear in ((1, True), (500, False)):
         notes, stages = list[str](), [{"seq_len": 32, "steps": 1}]
         changes = settings | {"train.evaluate_every": every, "train.stages": stages}
-        train(recipe(corpus, **changes), tmp_path / str(every), on_note=notes.append)
+        train(recipe(corpus, **changes), tmp_path / str(every), events=Events(note=notes.append))
         assert sum("an evaluation takes" in line for line in notes) == dear
     model, documents = (
         LongNet.from_pretrained(tmp_path / "1"),

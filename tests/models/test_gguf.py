@@ -293,7 +293,7 @@ def test_progress_is_that_of_the_library(
         convert_gguf(
             source,
             tmp_path / "made",
-            on_percent=lambda percent: (more.append(percent), advance(percent)),
+            progress=lambda percent: (more.append(percent), advance(percent)),
         )
     assert (sum(more), min(more) >= 0, len(reads)) == (100, True, 1)
     lines = capfd.readouterr().err.splitlines()

@@ -25,6 +25,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from longnet_cli.basics.errors import ConfigError
+from longnet_cli.basics.events import Events
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_checkpoint
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.objective import backward
@@ -215,7 +216,7 @@ def train_once(dp: int, corpus: Path, output: Path, shard: str, stop: int = 0) -
             recipe(corpus, **SETTINGS, **{"parallel.shard": shard}),
             output,
             ranks=ranks,
-            on_step=on_step,
+            events=Events(step=on_step),
         )
 
     if stop:

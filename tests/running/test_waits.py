@@ -19,6 +19,7 @@ from builders import scores
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from longnet_cli.basics.events import Events
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs import generating
 from longnet_cli.jobs.scoring import scoring
@@ -76,7 +77,7 @@ def test_a_training_step_of_four_chunks_waits_once(
         monkeypatch.setattr(
             TokenStream, "read_into", lambda *x: reads.append(asked.number) or read_into(*x)
         )
-        train(recipe, tmp_path / "run", on_step=lambda *_: counts.append(asked.number))
+        train(recipe, tmp_path / "run", events=Events(step=lambda *_: counts.append(asked.number)))
     # the first step also finds the attention kernel
     assert [after - before for before, after in pairwise(counts)] == [1, 1, 1]
     # eleven reads without fetching: those of the first chunk become one, before the host waits for the step before

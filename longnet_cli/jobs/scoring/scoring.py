@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
+from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.data.documents import SPOOL_BYTES, Document
-from longnet_cli.data.manifest import OnSkip
 from longnet_cli.data.outputs import kept_columns, row_schema
 from longnet_cli.jobs.options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
@@ -104,10 +104,6 @@ class Cut:
         )
 
 
-# Called with (document, start, ids, log-probabilities) of the tokens [start, start + n): (n,) int64 and (n,) float32.
-# With `top`, two more are the most likely ids in their places, and their log-probabilities.
-OnTokens = Callable[..., None]
-
 ADVICE = "the model's weights are too large for its numbers, or damaged"
 
 
@@ -118,43 +114,38 @@ def score(
     facts: ModelFacts = ModelFacts(),  # noqa: B008
     *,
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
-    on_skip: OnSkip | None = None,
-    on_tokens: OnTokens | None = None,
+    events: Events = Events(),  # noqa: B008
     top: bool = False,
     ranks: Ranks | None = None,
     chunk: int | None = None,
     dtype: str = "auto",
     spill: str | Path | None = None,
-    on_progress: Callable[[int], None] | None = None,
 ) -> pa.RecordBatchReader:
     """Score `documents` lazily, in order; return a reader of record batches of their rows (`Scorer.schema`).
 
     Every token is scored exactly once, the first one of a document if the model has a `bos` (`facts`); otherwise the
     number of scored bytes is unknown. `count_bytes` gives the bytes of scored ids, for `last` (None: unknown). `ranks`,
-    `chunk`, `dtype`, `spill` and `on_progress` are as in `running.reader.Reader`: memory does
+    `chunk`, `dtype` and `spill` are as in `running.reader.Reader`: memory does
     not depend on the document's length, without chosen blocks, and none of them changes a number beyond rounding. All
     ranks need the same documents. In one group of ranks, which share each document, all get all rows. Several groups
     divide the documents between them; then rank 0 gets all rows and the others none.
 
-    A document that is too long for the model, or has invalid ids, ends the run. With `on_skip`, it is passed to
-    `on_skip` and left out instead.
+    A document that is too long for the model, or has invalid ids, ends the run, unless
+    `events.left_out` counts it.
 
-    An empty document scores 0 tokens. `on_tokens` gets the log-probabilities of all tokens in order, and with `top` the
-    most likely tokens in their places. `on_progress` gets the number of tokens that each forward pass has scored.
+    An empty document scores 0 tokens. `events.logprobs` gets the log-probabilities of all tokens in order, int64 ids
+    and float32 numbers, and with `top` the most likely tokens in their places. `events.progress` gets the number of
+    tokens that each forward pass has scored.
     Raises ConfigError for a model that cannot score and options that contradict each other. The reader raises
     ConfigError for a document with more tokens than the model reads, NoTokensError at the end if no document had a
     token to score, NotFiniteError for a log-probability that is NaN or infinite.
     """
-    if on_tokens and ranks and ranks.dp > 1:
+    if events.logprobs and ranks and ranks.dp > 1:
         raise ConfigError(
             "log-probabilities of tokens are written by one group of ranks: leave out --dp"
         )
-    reader = Reader(
-        model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, on_progress=on_progress
-    )
-    return Scorer(reader, options, facts, count_bytes, on_tokens, top).rows(
-        documents, on_skip=on_skip
-    )
+    reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, events=events)
+    return Scorer(reader, options, facts, count_bytes, top).rows(documents)
 
 
 def most_likely(model: Net, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +215,6 @@ class Scorer(RowJob):
         options: ScoreOptions = ScoreOptions(),  # noqa: B008
         facts: ModelFacts = ModelFacts(),  # noqa: B008
         count_bytes: Callable[[np.ndarray], int | None] | None = None,
-        on_tokens: OnTokens | None = None,
         top: bool = False,
     ) -> None:
         super().__init__(reader, options, facts)
@@ -234,11 +224,12 @@ class Scorer(RowJob):
             )
         if not reader.model.config.vocab_size:
             raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
-        if on_tokens and len(options.contexts) > 1:
+        if reader.events.logprobs and len(options.contexts) > 1:
             raise ConfigError("log-probabilities of tokens need one context: give only one")
         self.cut = Cut(bos_ids(facts.bos), options)
         self.nothing = self.cut.nothing
-        self.count_bytes, self.on_tokens, self.top = count_bytes, on_tokens, top
+        self.count_bytes = count_bytes
+        self.top = top
         self.open: deque[_Tally] = deque()  # documents whose windows are being read
 
     @cached_property
@@ -279,10 +270,14 @@ class Scorer(RowJob):
         return sequence.check(instead, self.cut.longest(len(document)) + more)
 
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
-        if not (self.options.last and tokens < self.cut.least):
-            for context in self.options.contexts:
-                for start, stop, wanted in self.cut.inputs(tokens, context):
-                    yield stop - start, stop - wanted
+        if self.is_short(tokens):
+            return
+        for context in self.options.contexts:
+            for start, stop, wanted in self.cut.inputs(tokens, context):
+                yield stop - start, stop - wanted
+
+    def is_short(self, tokens: int) -> bool:
+        return self.options.last is not None and tokens < self.cut.least
 
     def longest_window(self, tokens: int) -> int:
         return min(tokens, max(each or tokens for each in self.options.contexts))
@@ -333,8 +328,6 @@ class Scorer(RowJob):
         contexts = [context for context in self.options.contexts if context is not None]
         for sequence in sequences:
             document = sequence.document
-            if self.options.last and len(document) < self.cut.least:
-                continue
             gain = GainTally(contexts) if len(contexts) > 1 else None
             for context in self.options.contexts:
                 tally = self._tally(document, context, gain)
@@ -417,8 +410,8 @@ class Scorer(RowJob):
                 tally.by_position.add(piece.start - piece.window.start, nll)
             if tally.gain and tally.context is not None:
                 tally.gain.add(tally.context, nll)
-            if self.on_tokens and len(nll):
-                self.on_tokens(tally.document, start, self._targets(piece), -nll, *top)
+            if (take := self.reader.events.logprobs) and len(nll):
+                take(tally.document, start, self._targets(piece), -nll, *top)
 
     @staticmethod
     def _targets(piece: Piece[_ScoredWindow]) -> np.ndarray:

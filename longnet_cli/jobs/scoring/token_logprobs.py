@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +17,6 @@ from longnet_cli.data.formats import open_source
 from longnet_cli.data.names import Sources
 from longnet_cli.data.outputs import ShardWriter
 from longnet_cli.data.tables import Table, pick
-
-if TYPE_CHECKING:
-    from longnet_cli.jobs.scoring.scoring import OnTokens
 
 BATCH = 1 << 18  # tokens per record batch
 _COLUMNS = [
@@ -58,8 +55,8 @@ def logprob_schema(metadata: Mapping[str, str] | None = None, top: bool = False)
 @contextmanager
 def write_token_logprobs(
     path: str | Path, metadata: Mapping[str, str] | None = None, top: bool = False
-) -> Iterator[OnTokens]:
-    """Open a file for token log-probabilities (see `logprob_schema`), and yield the `on_tokens` of `score`."""
+) -> Iterator[Callable[..., None]]:
+    """Open a file for token log-probabilities (see `logprob_schema`), and yield what takes them."""
     rows: list[tuple[Any, ...]] = []
     size = part = 0
     places: TextPlaces | None = None
@@ -76,7 +73,7 @@ def write_token_logprobs(
                 writer.write(pa.record_batch(columns, schema=writer.schema))
             rows, size = [], 0
 
-        def on_tokens(document: Document, start: int, *lists: np.ndarray) -> None:
+        def take(document: Document, start: int, *lists: np.ndarray) -> None:
             nonlocal size, part, places
             part += 1
             if places is None or places.document is not document:
@@ -88,7 +85,7 @@ def write_token_logprobs(
             if size >= BATCH:
                 flush()
 
-        yield on_tokens
+        yield take
         flush()
 
 

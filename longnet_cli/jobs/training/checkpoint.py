@@ -106,10 +106,10 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(ended, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) -> Path | None:
+def newest_whole(folder: Path, ranks: Ranks, note: Callable[[str], None]) -> Path | None:
     """Return the newest undamaged checkpoint in a folder; None where none was ever written.
 
-    `on_damaged` gets a message about each damaged checkpoint that is skipped. Rank 0 looks, for all ranks. Raises
+    `note` gets a message about each damaged checkpoint that is skipped. Rank 0 looks, for all ranks. Raises
     CheckpointError when there are checkpoints and all are damaged.
     """
     newest_first, damaged = checkpoints_in(folder), 0
@@ -118,7 +118,7 @@ def newest_whole(folder: Path, ranks: Ranks, on_damaged: Callable[[str], None]) 
         and damaged < len(newest_first)
         and (damage := find_damage(newest_first[damaged]))
     ):
-        on_damaged(f"{newest_first[damaged]} is damaged ({damage}); the one before it is used")
+        note(f"{newest_first[damaged]} is damaged ({damage}); the one before it is used")
         damaged += 1
     damaged = ranks.from_first(damaged)
     if damaged < len(newest_first):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from longnet_cli.basics.atomic import locked_folder, write_file
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotFiniteError
+from longnet_cli.basics.events import Events
 from longnet_cli.jobs.scoring.scoring import Score
 from longnet_cli.running.device import check_kernel, peak_memory, random_state
 from longnet_cli.running.mapped import MappedMemory
@@ -54,11 +55,6 @@ from .start import (
     find_checkpoint,
 )
 from .windows import Batch
-
-OnStep = Callable[
-    [int, Metrics | None], None
-]  # (tokens of the step, a line of metrics every log_every steps)
-OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -117,10 +113,7 @@ def train(
     resume: Resume = True,
     ranks: Ranks | None = None,
     peak: float | None = None,
-    on_begin: Callable[[int, int], None] = lambda steps, tokens: None,
-    on_step: OnStep = lambda tokens, line: None,
-    on_evaluation: Callable[[float], None] = lambda share: None,
-    on_note: OnNote = lambda line: None,
+    events: Events = Events(),  # noqa: B008
 ) -> TrainResult:
     """Train a model by a recipe and write it to the directory `output`; continue an earlier run where it ended.
 
@@ -134,33 +127,29 @@ def train(
     on a CPU with as many processes.
     The tokenizer of the model `recipe.init` must be the recipe's, unless `tokenizer_differs`. The `ranks` of a group
     share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`,
-    the `matmul_peak` of a rank, is for the MFU. Prints nothing: `on_begin` gets the steps and tokens that are done
-    already, `on_evaluation` the share of the held-out tokens that an evaluation has read, `on_note` a line about each
-    damaged checkpoint, and those of `Recipe.notes` for a new run.
+    the `matmul_peak` of a rank, is for the MFU. Prints nothing: `events` are told of the begin, each
+    step and each evaluation; they get a note about each damaged checkpoint, and those of `Recipe.notes` for a new run.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
     something cannot be written.
     """
     ranks = ranks or Ranks()
-    run = _TrainingRun(
-        recipe, Path(output), torch.device(device), ranks, tokenizer_differs, on_note
-    )
-    run.on_evaluation, run.peak = on_evaluation, peak
+    run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, events)
+    run.peak = peak
     with locked_folder(run.output) if ranks.writes else nullcontext():
         run.resume(resume)
         for line in () if run.progress.step else recipe.notes():
-            on_note(line)
-        on_begin(run.progress.step, run.log.tokens)
+            events.note(line)
+        events.begin(run.progress.step, run.log.tokens)
         with noted_signals(ranks.largest) as signals:
-            return run.go(signals, on_step)
+            return run.go(signals)
 
 
 class _TrainingRun:
     """A run: its recipe, its data, its model, and its state, which is that of the last whole step."""
 
     signals: Signals  # while it goes
-    on_evaluation: Callable[[float], None]
     peak: float | None
 
     def __init__(
@@ -170,15 +159,13 @@ class _TrainingRun:
         device: torch.device,
         ranks: Ranks,
         tokenizer_differs: bool,
-        on_note: OnNote,
+        events: Events,
     ) -> None:
-        self.recipe, self.output, self.device, self.ranks, self.on_note = (
-            recipe,
-            output,
-            device,
-            ranks,
-            on_note,
-        )
+        self.recipe = recipe
+        self.output = output
+        self.device = device
+        self.ranks = ranks
+        self.events = events
         # first, what refuses a recipe before data are read, and then before weights are made
         check_memory(recipe)
         check_kernel(device, recipe.train.dtype, recipe.model.head_dim)
@@ -194,8 +181,8 @@ class _TrainingRun:
         )
         self.data = build_data(recipe, ranks, initial, tokenizer_differs)
         if line := costly_evaluation(recipe, [*map(len, self.data.held_out)]):
-            on_note(line)
-        self.model = build_model(recipe, initial, on_note).to(device).train()
+            events.note(line)
+        self.model = build_model(recipe, initial, events.note).to(device).train()
         self.frozen = frozen_digest(self.model)
         if recipe.parallel.shard == "full":
             fsdp.shard_weights(self.model, ranks)
@@ -211,9 +198,9 @@ class _TrainingRun:
 
     def resume(self, resume: Resume) -> None:
         """Restore a checkpoint, if there is one and `resume` allows it. Open the run's folder and log."""
-        checkpoint, log = find_checkpoint(self.output, resume, self.ranks, self.on_note), None
+        checkpoint, log = find_checkpoint(self.output, resume, self.ranks, self.events.note), None
         if checkpoint is None and (self.output / RECIPE).exists():
-            self.on_note(
+            self.events.note(
                 f"{self.output}: a run that has saved no checkpoint, so it starts again (train.save_every)"
             )
         if checkpoint:
@@ -249,7 +236,7 @@ class _TrainingRun:
                 f"{checkpoint} was trained with other weights than those now in {self.recipe.init}"
             )
 
-    def go(self, signals: Signals, on_step: OnStep) -> TrainResult:
+    def go(self, signals: Signals) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
         self.signals, line = signals, None
         gc.freeze()  # a collection need not walk the documents, the model and what was imported
@@ -265,7 +252,9 @@ class _TrainingRun:
                 try:
                     line = self._report() or line
                 finally:  # also if a signal ends its evaluation: the step is done, and is saved
-                    on_step(tokens, line if line and line.step == self.progress.step else None)
+                    self.events.step(
+                        tokens, line if line and line.step == self.progress.step else None
+                    )
                 signals.look()
                 if self._save_is_due():
                     self.save()
@@ -404,7 +393,7 @@ class _TrainingRun:
         def on_part(tokens: int) -> None:
             nonlocal read
             read += tokens
-            self.on_evaluation(min(1.0, read / total))
+            self.events.evaluation(min(1.0, read / total))
             if not sharded:
                 self.signals.look()
 

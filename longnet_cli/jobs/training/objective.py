@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longnet_cli.attention import Outside
 from longnet_cli.basics.errors import DataError
+from longnet_cli.basics.events import Events
 from longnet_cli.data.documents import Document
 from longnet_cli.jobs.options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts
@@ -295,7 +296,7 @@ def evaluate(
         "dtype": recipe.train.dtype,
         # One process chooses blocks: each rank then reads all documents.
         "ranks": ALONE if model.config.pattern.chosen else ranks.all_in_one(),
-        "on_progress": on_part,
+        "events": Events(progress=on_part),
     }
     model.eval()
     try:

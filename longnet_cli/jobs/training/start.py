@@ -166,18 +166,18 @@ def prepare_run(
 
 
 def find_checkpoint(
-    output: Path, resume: Resume, ranks: Ranks, on_note: Callable[[str], None]
+    output: Path, resume: Resume, ranks: Ranks, note: Callable[[str], None]
 ) -> Path | None:
     """Return the checkpoint from which a run in `output` continues; None for a run that starts from nothing.
 
-    `on_note` gets a line about each damaged checkpoint that is skipped. Raises ConfigError for a folder that holds
+    `note` gets a line about each damaged checkpoint that is skipped. Raises ConfigError for a folder that holds
     another run, CheckpointError where the path holds no checkpoint or all are damaged.
     """
     if not isinstance(resume, bool) and Path(resume).resolve() == output.resolve():
         resume = True
     if resume is True:
-        return newest_whole(output / CHECKPOINTS, ranks, on_note)
-    checkpoint = None if resume is False else _checkpoint_at(Path(resume), ranks, on_note)
+        return newest_whole(output / CHECKPOINTS, ranks, note)
+    checkpoint = None if resume is False else _checkpoint_at(Path(resume), ranks, note)
     for newest in checkpoints_in(output / CHECKPOINTS)[:1]:
         if checkpoint is None or checkpoint.resolve() != newest.resolve():
             raise ConfigError(
@@ -232,13 +232,13 @@ def _stored(recipe: str | Path, *keys: str) -> object:
     return None
 
 
-def _checkpoint_at(path: Path, ranks: Ranks, on_note: Callable[[str], None]) -> Path:
+def _checkpoint_at(path: Path, ranks: Ranks, note: Callable[[str], None]) -> Path:
     """Return the checkpoint at a path: itself, or the newest of a run. Raises CheckpointError."""
     if (path / STATE).exists():
         if damage := find_damage(path):
             raise CheckpointError(f"{path} is damaged: {damage}")
         return path
-    checkpoint = newest_whole(path / CHECKPOINTS, ranks, on_note)
+    checkpoint = newest_whole(path / CHECKPOINTS, ranks, note)
     if checkpoint is None:
         raise CheckpointError(
             f"--resume {path}: neither a checkpoint ({STATE} is missing) nor a run with {CHECKPOINTS}/{_LAST}"
@@ -342,16 +342,16 @@ def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
     return token_id
 
 
-def build_model(recipe: Recipe, initial: str | None, on_note: Callable[[str], None]) -> Net:
+def build_model(recipe: Recipe, initial: str | None, note: Callable[[str], None]) -> Net:
     """Return the net, with the weights of the model `initial`, or with random ones.
 
-    `on_note` gets lines for the user. Raises ConfigError where `initial` is another net than the recipe's; its
+    `note` gets lines for the user. Raises ConfigError where `initial` is another net than the recipe's; its
     pattern and positions, which have no weights, may differ.
     """
     torch.manual_seed(recipe.train.seed)
     if pretrained := recipe.pretrained:
         return ModelFolder.find(pretrained.init).trainable(
-            pretrained.model, pretrained.adapter, on_note
+            pretrained.model, pretrained.adapter, note
         )
     if initial is None:
         return LongNet(recipe.model)
