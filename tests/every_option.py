@@ -134,6 +134,7 @@ OPTIONS = {
 --token-logprobs      files      --token-logprobs x.arrow
 --top                 rows       --top 1 @ {READING} --format jsonl --token-logprobs x.arrow
 --output              files      -o gains.jsonl | -o gains.arrow @ {READING}
+--shard-format        files      --shard-format parquet @ {READING} -o out
 --shard-tokens        files      --shard-tokens 20 @ {READING} -o out
 --resume              code       --resume @ {READING} -o gains --shard-tokens 20 +gains
 --dry-run             stdout     --dry-run @ {READING}
@@ -174,6 +175,7 @@ OPTIONS = {
 --dry-run             stdout     --dry-run
 --sample              stdout     --sample 2 @ ../in/rows.jsonl -m ../in/native --dry-run
 --format              stdout     --format json @ {READING} --dry-run
+--format              stdout     --format jsonl @ {READING}
 {RANKS}{DEVICE}
 --dtype               rows       --dtype bf16
 --chunk               memory     --chunk 16Ki | --chunk 1Ki @ {LONG} -o out.jsonl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from longnet_cli.basics.errors import MemoryLimitError
 from longnet_cli.basics.events import Events
@@ -54,22 +54,19 @@ def show_reading(estimate: Estimate, format: Format, job: str, *more: Row) -> No
             "tokens in all forwards, with contexts and padding",
         ),
     ]
+    speed = f"at {format_count(facts['flops_per_second'])} FLOP/s (measured)"
+    if facts["tokens_per_second"]:
+        speed += f", {format_count(facts['tokens_per_second'])} tokens/s"
     after = [
-        ("FLOPs per token", format_count(facts["flops_per_token"]), "forward"),
+        ("FLOPs per token", format_count(facts["flops_per_token"]), "of those that are read"),
         ("FLOPs", format_count(facts["flops"]), ""),
-        (
-            "time",
-            _duration(facts["seconds"]),
-            f"at {format_count(facts['flops_per_second'])} FLOP/s (measured)",
-        ),
+        ("time", _duration(facts["seconds"]), speed),
         *more,
     ]
     _show(estimate, format, job, before, after)
 
 
-def plan(
-    opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format: Literal["text", "json"]
-) -> None:
+def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format: str) -> None:
     """Print the estimate of a job that would read `inputs`, of a `sample` of texts if given."""
     from longnet_cli.jobs.estimating import count_documents, estimate_reading
     from longnet_cli.running.ranks.ranks import leave
@@ -91,7 +88,7 @@ def plan(
         )
     leave()
     if opened.ranks.writes:
-        show_reading(estimate, format, job.doing)
+        show_reading(estimate, "json" if format == "json" else "text", job.doing)
 
 
 def _show(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import SAMPLE, check_pairs
 from longnet_cli.cli.dry_run import plan
@@ -12,7 +13,6 @@ from longnet_cli.cli.options import (
     OUTPUT,
     Computing,
     Documents,
-    Format,
     HelpPanel,
     Mesh,
     ModelChoice,
@@ -82,8 +82,10 @@ class EncodeCommand:
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     running: Running
-    format: Format = OUTPUT.option(
-        "--format text|json", "Print --dry-run in this format.", default="text"
+    format: Literal["text", "json", "jsonl"] = OUTPUT.option(
+        "--format text|json|jsonl",
+        "With jsonl, print a line of JSON per vector on stdout. Print --dry-run as text or json.",
+        default="text",
     )
     mesh: Mesh
     computing: Computing
@@ -105,12 +107,16 @@ def encode(options: EncodeCommand) -> None:
         **{each.name: getattr(options, each.name) for each in fields(EncodeOptions)}
     )
     check_pairs([SAMPLE], options)
+    lines, dry_run = options.format == "jsonl", options.running.dry_run
+    if lines and (dry_run or options.output != "-"):
+        why = "--dry-run prints one value" if dry_run else "a file is what its name says"
+        raise ConfigError(f"--format jsonl is for vectors on stdout, and {why}: leave it out")
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
     for_folder = {
         "--shard-rows": options.shard_rows,
         "--shard-format": options.shard_format != "arrow",
     }
-    opened = open_command(options, where_to, for_folder, embeds=True)
+    opened = open_command(options, "" if lines else where_to, for_folder, embeds=True)
     from longnet_cli.jobs.encoding import Encoder, for_model
     from longnet_cli.jobs.row_jobs import Output
 
@@ -121,7 +127,11 @@ def encode(options: EncodeCommand) -> None:
         plan(opened, job, inputs, options.running.sample, options.format)
         return
     output = Output(
-        options.output, options.shard_rows, options.shard_format, options.running.resume
+        options.output,
+        options.shard_rows,
+        options.shard_format,
+        options.running.resume,
+        lines=lines,
     )
     opened.run(job, inputs, output)
     opened.end()

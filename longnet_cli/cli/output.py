@@ -155,10 +155,10 @@ def check_output(
 ) -> None:
     """Raise ConfigError for an output that cannot be written, and for options that do not fit it.
 
-    `where_to` is the error for a terminal. `for_folder` maps the names of options for a folder of shards to their
-    values, and `resume` is for one.
+    `where_to` is the error for a terminal; without it, a terminal may show the output. `for_folder` maps the names of
+    options for a folder of shards to their values, and `resume` is for one.
     """
-    if output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():
+    if where_to and output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():
         raise ConfigError(where_to)
     from longnet_cli.data.outputs import is_folder
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from longnet_cli.basics.errors import ConfigError, one_line
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.basics.sizes import count_of
+from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
 from longnet_cli.cli.dry_run import plan
 from longnet_cli.cli.options import (
@@ -54,6 +55,7 @@ PAIRS: tuple[Needs | Excludes, ...] = (
     ),
     Needs("--resume", "-o", "is for a folder of rows", "-o FOLDER"),
     Needs("--shard-tokens", "-o", "is for a folder of rows", "-o FOLDER"),
+    Needs("--shard-format", "-o", "is for a folder of rows", "-o FOLDER"),
     Excludes("--token-logprobs", "-o", PRINTED),
 )
 
@@ -112,6 +114,7 @@ class ScoreCommand:
     shard_tokens: int | None = OUTPUT.size(
         "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 4Mi)"
     )
+    shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     running: Running
     mesh: Mesh
     computing: Computing
@@ -146,7 +149,11 @@ def score(options: ScoreCommand) -> None:
     where_to = (
         "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
     )
-    for_folder = {"--resume": options.running.resume, "--shard-tokens": options.shard_tokens}
+    for_folder = {
+        "--resume": options.running.resume,
+        "--shard-tokens": options.shard_tokens,
+        "--shard-format": options.shard_format != "arrow",
+    }
     also = {"--token-logprobs": options.token_logprobs}
     opened = open_command(replace(options, documents=documents), where_to, for_folder, also=also)
     loaded, words = opened.loaded, opened.loaded.tokenizer
@@ -166,16 +173,16 @@ def score(options: ScoreCommand) -> None:
     )
     inputs = opened.inputs(words.for_documents() if words and options.token_logprobs else words)
     if options.running.dry_run:
-        plan(
-            opened,
-            job,
-            inputs,
-            options.running.sample,
-            "json" if options.format == "json" else "text",
-        )
+        plan(opened, job, inputs, options.running.sample, options.format)
         return
     sink = _printing(options, opened) if output is None or output.endswith(".jsonl") else None
-    to = Output(output or "-", options.shard_tokens, resume=options.running.resume, sink=sink)
+    to = Output(
+        output or "-",
+        options.shard_tokens,
+        options.shard_format,
+        options.running.resume,
+        sink,
+    )
     with _token_logprobs(options, opened) as logprobs:
         opened.run(job, inputs, to, logprobs)
     opened.end()

@@ -148,22 +148,23 @@ class ShardWriter:
 
     `NAME.parquet` is Parquet. `NAME.jsonl` is JSON Lines: one object per row, null for a number that is not finite.
     `NAME.npy` has the column `embedding` alone, as an array of NumPy.
-    Any other name is an uncompressed Arrow IPC file, and `-` an Arrow IPC stream on stdout. After an error nothing is
-    left under the final name, and a stream on stdout ends in the middle of a message, so that its reader notices:
-    pyarrow takes the end of the data for the end of a stream. Raises ConfigError when stdout is a terminal or the path
-    cannot be opened, LongNetError when a write fails.
+    Any other name is an uncompressed Arrow IPC file, and `-` an Arrow IPC stream on stdout, or JSON Lines if `lines`.
+    After an error nothing is left under the final name, and a stream on stdout ends in the middle of a message, so that
+    its reader notices: pyarrow takes the end of the data for the end of a stream. Raises ConfigError when stdout is a
+    terminal or the path cannot be opened, LongNetError when a write fails.
     """
 
-    def __init__(self, output: str | Path, schema: pa.Schema) -> None:
+    def __init__(self, output: str | Path, schema: pa.Schema, *, lines: bool = False) -> None:
         self.output = output
         self.schema = schema
+        self.lines = lines
         self.rows = 0
         self._between_messages = True
         self._name = "stdout" if str(output) == "-" else str(output)  # in messages
 
     def __enter__(self) -> "ShardWriter":
         with ExitStack() as stack:
-            self._sink = stack.enter_context(_open_output(self.output))
+            self._sink = stack.enter_context(_open_output(self.output, self.lines))
             with writing(self._name):
                 self._writer = self._open_writer()
             self._file = stack.pop_all()
@@ -201,7 +202,7 @@ class ShardWriter:
                 self._sink.flush()
             return
         if str(self.output) == "-":
-            if self._between_messages:
+            if self._between_messages and not self.lines:
                 cast(_Stdout, self._sink).cut()
         else:  # otherwise a Parquet writer closes itself later, into a file that is gone
             with suppress(Exception):
@@ -209,6 +210,8 @@ class ShardWriter:
         self._file.__exit__(kind, error, traceback)
 
     def _open_writer(self) -> Any:  # each kind has write_batch and close
+        if self.lines or str(self.output).endswith(".jsonl"):
+            return _JsonLines(self._sink)
         if str(self.output) == "-":
             return ipc.new_stream(self._sink, self.schema)
         if str(self.output).endswith(".parquet"):
@@ -221,19 +224,17 @@ class ShardWriter:
             except pa.ArrowNotImplementedError as error:
                 problem = f"Parquet does not hold a column ({error}): write Arrow, or leave it out of --keep"
                 raise ConfigError(f"{self.output}: {problem}") from error
-        if str(self.output).endswith(".jsonl"):
-            return _JsonLines(self._sink)
         if str(self.output).endswith(".npy"):
             return _NumpyArray(self._sink, self.schema)
         return ipc.new_file(self._sink, self.schema)
 
 
-def _open_output(output: str | Path) -> AbstractContextManager[BinaryIO]:
+def _open_output(output: str | Path, lines: bool = False) -> AbstractContextManager[BinaryIO]:
     if str(output) != "-":
         return atomic_write(output)
     if sys.stdout is None:
         raise ConfigError("stdout is closed: name an output file")
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not lines:
         raise ConfigError(
             "Arrow data is binary and stdout is a terminal: pipe it, or name an output file"
         )

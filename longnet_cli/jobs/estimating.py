@@ -799,7 +799,7 @@ def estimate_reading(
             "sampled": plan.sampled,
             "tokens_read": plan.read,
             "parameters": config.num_parameters(),
-            "flops_per_token": flops / (plan.tokens or 1),
+            "flops_per_token": flops / (plan.read or 1),
             "tokens": plan.tokens,
             "flops": flops,
             "seconds": flops / (rate * reader.all_ranks.world) + plan.seconds,
@@ -807,6 +807,7 @@ def estimate_reading(
             "chunk": reader.chunk,
             "spill_bytes": on_disk if spill else 0,
             "flops_per_second": rate,
+            "tokens_per_second": plan.read * rate / flops if flops else None,
             "reading_seconds": plan.seconds,
         },
         chunk_that_fits=fitting_chunk(lambda n: sum(needed(n).values()), reader.chunk, free)

@@ -264,7 +264,8 @@ class Output:
 
     A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit` (None: the job's own size).
     `resume` continues a folder that an earlier run left unfinished, without reading the documents of finished shards
-    again. A `sink` gets the rows instead of a file or stream, each batch at once.
+    again. A `sink` gets the rows instead of a file or stream, each batch at once. A stream has `lines` of JSON, or else
+    it is Arrow.
     """
 
     path: str | Path
@@ -272,6 +273,7 @@ class Output:
     shard_format: ShardFormat = "arrow"
     resume: bool = False
     sink: AbstractContextManager[Sink] | None = None
+    lines: bool = False
 
 
 def run(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
@@ -309,7 +311,7 @@ def run(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
         yield from job.sequences(documents, apart, ready, lambda: given.fraction)
 
     if not in_folder:
-        sink = output.sink or ShardWriter(output.path, job.schema)
+        sink = output.sink or ShardWriter(output.path, job.schema, lines=output.lines)
         with sink if ranks.writes else nullcontext() as opened:
             return _write_stream(
                 job, sequences(given.ready), opened, 1 if output.sink else job.batch_rows

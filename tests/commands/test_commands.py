@@ -435,6 +435,33 @@ def test_other_text_than_the_default_models_is_noted(
 # --- encode ----------------------------------------------------------------------------------------------
 
 
+def test_encode_prints_the_lines_that_a_file_has(
+    run_longnet: RunLongnet, model: Path, prose: Path, tmp_path: Path
+) -> None:
+    command = ["encode", prose, "--model", model]
+    printed = run_longnet(*command, "--format", "jsonl", code=0)
+    run_longnet(*command, "-o", "out.jsonl", code=0)
+    assert printed.stdout == (tmp_path / "out.jsonl").read_text()
+    assert (
+        "a file is what its name says"
+        in run_longnet(*command, "--format", "jsonl", "-o", "x.arrow", code=2).stderr
+    )
+
+
+def test_score_writes_shards_of_parquet_and_says_what_is_too_short(
+    run_longnet: RunLongnet, model: Path, prose: Path, tmp_path: Path
+) -> None:
+    command = ["score", prose, "--model", model, "--last", "20", "-o"]
+    done = run_longnet(*command, "rows", "--shard-format", "parquet", code=0)
+    run_longnet(*command, "rows.arrow", code=0)
+    shard = pq.read_table(tmp_path / "rows/gains-00000.parquet")
+    alone = ipc.open_file(tmp_path / "rows.arrow").read_all()
+    assert shard.to_pylist() == alone.to_pylist()
+    short = sum(len(text.encode()) < 20 for text in PROSE.values())
+    assert short
+    assert f"longnet: note: {short} document{'s' * (short > 1)} too short" in done.stderr
+
+
 def test_encode_without_output_streams_and_to_a_name_writes_parquet(
     run_longnet: RunLongnet, model: Path, prose: Path, tmp_path: Path
 ) -> None:
