@@ -44,8 +44,8 @@ from longnet_cli.basics.sizes import (
 )
 from longnet_cli.jobs.estimating import ReadingPlan, reading_memory, spilled_bytes
 from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
+from longnet_cli.jobs.training.limits import check_ranks
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
-from longnet_cli.jobs.training.start import check_ranks
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import LongNetConfig, NetConfig
 from longnet_cli.nets.longnet import LongNet

@@ -213,7 +213,7 @@ def _divided(recipe: Recipe, options: TrainCommand) -> tuple[int, int]:
         # a run that goes on may have recorded other numbers of processes than there are now
         sp, dp = divide(world, options.mesh.sp, options.mesh.dp)
     if world > 1:
-        from longnet_cli.jobs.training.start import check_ranks
+        from longnet_cli.jobs.training.limits import check_ranks
         from longnet_cli.running.ranks.ranks import Ranks
 
         check_ranks(recipe, Ranks(0, world, sp))
@@ -236,7 +236,7 @@ def _check_stage(options: TrainCommand) -> None:
 def _recipe(options: TrainCommand) -> Recipe:
     """Return the recipe with the options in it."""
     from longnet_cli.jobs.training.recipe import parse_overrides
-    from longnet_cli.jobs.training.start import prepare_run
+    from longnet_cli.jobs.training.run_folder import prepare_run
 
     flags = {
         "init": options.initial,

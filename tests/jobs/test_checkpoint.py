@@ -37,7 +37,7 @@ from longnet_cli.jobs.training.checkpoint import (
 )
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
-from longnet_cli.jobs.training.start import prepare_run
+from longnet_cli.jobs.training.run_folder import prepare_run
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.ranks.ranks import Ranks
 

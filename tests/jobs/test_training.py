@@ -28,8 +28,8 @@ from longnet_cli.jobs.training import metrics
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_checkpoint
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.metrics import MetricsLog
+from longnet_cli.jobs.training.optimizers import build_optimizers
 from longnet_cli.jobs.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
-from longnet_cli.jobs.training.start import build_optimizers
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 

@@ -23,7 +23,7 @@ from longnet_cli.data.inputs import Inputs
 from longnet_cli.jobs.training import windows as module
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
-from longnet_cli.jobs.training.start import build_data
+from longnet_cli.jobs.training.training_data import build_data
 from longnet_cli.jobs.training.windows import LONGEST_PERIOD, Batch, Mix, TokenStream, TokenWindows
 from longnet_cli.running.ranks.ranks import Ranks
 

@@ -29,8 +29,8 @@ from longnet_cli.basics.events import Events
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_checkpoint
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.objective import backward
+from longnet_cli.jobs.training.optimizers import build_optimizers
 from longnet_cli.jobs.training.recipe import OptimizerRecipe
-from longnet_cli.jobs.training.start import build_optimizers
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.ranks.fsdp import (
     clip_gradients,

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from longnet_cli.attention import dilated, planning
 from longnet_cli.attention.cuda_kernels import CudaFlashKernel
 from longnet_cli.jobs.training.objective import backward
+from longnet_cli.jobs.training.optimizers import build_optimizers
 from longnet_cli.jobs.training.recipe import OptimizerRecipe
-from longnet_cli.jobs.training.start import build_optimizers
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import IGNORED

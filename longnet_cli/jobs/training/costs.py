@@ -39,8 +39,9 @@ from longnet_cli.running.reader import (
     fitting_chunk,
 )
 
+from .limits import check_ranks
+from .optimizers import build_optimizers
 from .recipe import OptimizerRecipe, Recipe, Stage
-from .start import build_optimizers, check_ranks
 
 GAPS = 2  # bytes of logits on a CPU, relative to those in use: the heap is kept, and cannot reuse all that is freed
 EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach

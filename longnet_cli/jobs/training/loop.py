@@ -38,22 +38,14 @@ from .checkpoint import (
     run_tensors,
 )
 from .costs import costly_evaluation, stored_bytes
+from .initial_model import build_model, change_layers
+from .limits import check_memory, check_ranks
 from .metrics import Metrics, MetricsLog
 from .objective import backward, evaluate, inputs_and_targets
+from .optimizers import build_optimizers
 from .recipe import Recipe, Stage
-from .start import (
-    BEST,
-    CHECKPOINTS,
-    RECIPE,
-    Resume,
-    build_data,
-    build_model,
-    build_optimizers,
-    change_layers,
-    check_memory,
-    check_ranks,
-    find_checkpoint,
-)
+from .run_folder import BEST, CHECKPOINTS, RECIPE, Resume, find_checkpoint
+from .training_data import build_data
 from .windows import Batch
 
 

@@ -35,7 +35,7 @@ from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.reader import Reader, Window, batches_by_length
 
 from .recipe import Recipe, Stage
-from .start import TrainingData
+from .training_data import TrainingData
 from .windows import Batch
 
 

@@ -1,0 +1,70 @@
+"""The optimizers of a run: AdamW and, for the matrices of the layers, Muon."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.nets.net import Net
+from longnet_cli.running.ranks.fsdp import is_sharded
+
+from .recipe import OptimizerRecipe
+
+
+def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
+    """Return fused AdamW and, if the recipe asks for it, Muon for the matrices of the layers. Only matrices decay.
+
+    If weights are to be sharded over ranks (`running.ranks.fsdp`), shard them first. Raises ConfigError for Muon on
+    sharded weights.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    of_layers = {id(p) for layer in model.layer_modules for p in layer.parameters()}
+    tables = [p for p in trained if p.dim() >= 2 and id(p) not in of_layers]
+    matrices = [p for p in trained if p.dim() >= 2 and id(p) in of_layers]
+    vectors = [p for p in trained if p.dim() < 2]
+    muon = recipe.name == "muon"
+    groups = [
+        {"params": tables if muon else tables + matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if muon and is_sharded(model):
+        raise ConfigError(
+            'optimizer.name = "muon" works on whole matrices: give --shard none, or take "adamw"'
+        )
+    adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+    if not muon:
+        return [adamw]
+    of_matrices = _Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return [of_matrices, adamw]
+
+
+class _Muon(torch.optim.Muon):
+    """Muon with torch's settings and state, but in fp32 on a CPU: most CPUs have no instructions for torch's bf16."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = _orthogonal(p.grad.lerp(mean, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # of the size of AdamW's updates, so one learning rate serves both
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def _orthogonal(x: Tensor) -> Tensor:
+    """Return a matrix with the singular vectors of `x`, and singular values near 1, by Newton-Schulz (Jordan 2024)."""
+    wide = (x if len(x) <= x.shape[1] else x.T).to(torch.float32 if x.is_cpu else torch.bfloat16)
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        square = wide @ wide.T
+        wide = torch.addmm(
+            wide, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), wide, beta=3.4445
+        )
+    return wide if len(x) <= x.shape[1] else wide.T

@@ -1,0 +1,104 @@
+"""The documents that a run reads, cut into windows, and the token before each of them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.data.documents import Document
+from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.names import Sources
+from longnet_cli.data.tokenizer import NO_END, Tokenizer
+from longnet_cli.models.folder import ModelFolder
+from longnet_cli.running.ranks.ranks import Ranks
+
+from .recipe import Recipe, naming
+from .windows import TokenStream, TokenWindows
+
+
+class TrainingData(NamedTuple):
+    """The documents that a run reads, as ids of its tokenizer."""
+
+    tokenizer: Tokenizer
+    eos_id: int  # the first token of each document
+    windows: list[TokenWindows]  # of each stage
+    held_out: list[Document]
+
+
+def build_data(
+    recipe: Recipe, ranks: Ranks, initial: str | None = None, tokenizer_differs: bool = False
+) -> TrainingData:
+    """Open the data of a recipe, and cut them into windows. The model `initial` must have their tokenizer.
+
+    Raises ConfigError where there are no data, or where their tokens are not the model's, DataError for too few.
+    """
+    data, train = recipe.data, recipe.train
+    with naming("data.tokenizer"):
+        tokenizer = Tokenizer.load(data.tokenizer)
+    with naming("data.eos"):
+        tokenizer = tokenizer.with_eos(data.eos)
+    eos_id = _before_documents(recipe, tokenizer)
+    check_vocabulary(recipe, tokenizer)
+    if initial:
+        ModelFolder.find(initial).tokenizer(data.tokenizer, differs=tokenizer_differs)
+
+    def documents(sources: Sources) -> list[Document]:
+        return list(
+            Inputs(sources, tokenizer, data.column, vocab_size=recipe.model.vocab_size).documents()
+        )
+
+    if not data.sources:
+        raise ConfigError(
+            "no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe"
+        )
+    streams = [TokenStream(documents(source.files), eos_id) for source in data.sources]
+    mix = [source.weight for source in data.sources]
+    shared: dict[str, Any] = {"weights": mix, "rank": ranks.dp_rank, "world": ranks.dp}
+    windows = [
+        TokenWindows(
+            streams, stage.seq_len, train.windows(stage) // ranks.dp, train.seed + index, **shared
+        )
+        for index, stage in enumerate(train.stages)
+    ]
+    held_out = documents(data.held_out_files) if data.held_out_files else []
+    if data.held_out_files and not any(map(len, held_out)):
+        raise DataError(
+            f"data.held_out, {', '.join(map(str, data.held_out_files.names))}: every document is empty"
+        )
+    longest, most = max(map(len, held_out), default=0), recipe.model.max_tokens
+    if (
+        most and min(longest, train.held_out_context or longest) > most
+    ):  # rather than at the first evaluation
+        why = (
+            f"data.held_out: a document has {longest:,} tokens, and the model reads {most} at most"
+        )
+        raise ConfigError(f"{why}: set train.held_out_context={most}")
+    return TrainingData(tokenizer, eos_id, windows, held_out)
+
+
+def check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where the net has no id for a token, or for the mask."""
+    masked = recipe.train.objective == "masked"
+    needed = tokenizer.vocab_size + masked
+    if recipe.model.vocab_size < needed:
+        what = "the tokens and the mask need" if masked else "the tokenizer needs"
+        raise ConfigError(
+            f"model.vocab_size = {recipe.model.vocab_size} is less than {what}, {needed}: set {needed}, or remove it"
+        )
+
+
+def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
+    """Return the id with which each document starts: end-of-text, or what a Hugging Face model was trained with."""
+    if recipe.pretrained is None or recipe.data.eos is not None:
+        token_id: int | tuple[int, ...] | None = tokenizer.eos_id
+    else:
+        token_id = ModelFolder.find(recipe.pretrained.init).bos(tokenizer)
+    if token_id is None:
+        raise ConfigError(
+            f"{NO_END}; training puts it between documents: name a token or an id (--eos, data.eos)"
+        )
+    if not isinstance(token_id, int):
+        raise ConfigError(
+            f"{recipe.init} starts a document with {len(token_id)} tokens, and training puts one there"
+        )
+    return token_id
