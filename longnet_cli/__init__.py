@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs import plotting
     from longnet_cli.jobs.asking import Answer, ask
+    from longnet_cli.jobs.batch_functions import embed, encode_batches, score_batches
     from longnet_cli.jobs.benchmark import Measurement, Settings, bench
     from longnet_cli.jobs.encoding import EncodeFacts, encode
-    from longnet_cli.jobs.engines import embed, encode_batches, score_batches
     from longnet_cli.jobs.generating import generate
     from longnet_cli.jobs.inspecting import inspect
-    from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
+    from longnet_cli.jobs.job_options import EncodeOptions, ScoreOptions
     from longnet_cli.jobs.row_jobs import ModelFacts
     from longnet_cli.jobs.scoring.measures import Score, Total
     from longnet_cli.jobs.scoring.scoring import score
@@ -66,10 +66,10 @@ _MODULES = {
     "jobs.asking": "Answer ask",
     "jobs.benchmark": "Measurement Settings bench",
     "jobs.encoding": "EncodeFacts encode",
-    "jobs.engines": "embed encode_batches score_batches",
+    "jobs.batch_functions": "embed encode_batches score_batches",
     "jobs.generating": "generate",
     "jobs.inspecting": "inspect",
-    "jobs.options": "EncodeOptions ScoreOptions",
+    "jobs.job_options": "EncodeOptions ScoreOptions",
     "jobs.row_jobs": "ModelFacts",
     "jobs.scoring.measures": "Score Total",
     "jobs.scoring.scoring": "score",

@@ -19,7 +19,7 @@ from torch import Tensor
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import DocumentPass, Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.options import ScoreOptions
+from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import TABLES, Gain, Score, column
 from longnet_cli.jobs.scoring.scoring import score

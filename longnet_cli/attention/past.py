@@ -155,7 +155,7 @@ class Blocks:
     """The blocks of keys and values of a document, for a batch, in memory that grows in pieces and is never copied.
 
     On a GPU, they move to one larger piece instead: a copy is fast there, and `take` is one call. Another class with
-    these methods may keep them elsewhere (`running.mapped.BlockFile`).
+    these methods may keep them elsewhere (`running.memory_maps.BlockFile`).
     """
 
     def __init__(self, allocate: Callable[..., Tensor] = torch.empty, room: int = 0) -> None:

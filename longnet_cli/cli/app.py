@@ -32,7 +32,7 @@ from longnet_cli.cli.data import data
 from longnet_cli.cli.encode import encode
 from longnet_cli.cli.generate import generate
 from longnet_cli.cli.output import printable, say_last_words
-from longnet_cli.cli.pattern import pattern
+from longnet_cli.cli.patterns import pattern
 from longnet_cli.cli.plot import plot
 from longnet_cli.cli.score import score
 from longnet_cli.cli.tokenize import tokenize

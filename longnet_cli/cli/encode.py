@@ -101,7 +101,7 @@ def encode(options: EncodeCommand) -> None:
     The columns are doc_id, span, start, end, n_tokens and embedding; for text also char_start and char_end, the place
     of a vector's tokens in it. Rows come in input order.
     """
-    from longnet_cli.jobs.options import EncodeOptions
+    from longnet_cli.jobs.job_options import EncodeOptions
 
     asked = EncodeOptions(
         **{each.name: getattr(options, each.name) for each in fields(EncodeOptions)}

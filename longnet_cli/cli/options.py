@@ -312,7 +312,7 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
-        from longnet_cli.jobs.options import check_sampling
+        from longnet_cli.jobs.job_options import check_sampling
 
         check_sampling(self.temperature, 1.0 if self.top_p is None else self.top_p)
         if self.seed is not None and not 0 <= self.seed < 1 << 63:

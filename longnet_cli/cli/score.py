@@ -129,7 +129,7 @@ def score(options: ScoreCommand) -> None:
     Memory grows with a document where a pattern chooses blocks (finding); with a window or levels, it does not.
     Without --pattern, a Hugging Face model is dense and reads no more tokens than it was trained on.
     """
-    from longnet_cli.jobs.options import ScoreOptions
+    from longnet_cli.jobs.job_options import ScoreOptions
 
     contexts, output = options.context or (), options.output
     asked = ScoreOptions(tuple(contexts) or None, options.stride, options.last, options.by_position)

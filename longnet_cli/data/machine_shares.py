@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.basics.sealed import unseal
+from longnet_cli.basics.sealed_manifests import unseal
 from longnet_cli.data.manifest import FINISHED, MANIFEST_VERSION, UNFINISHED, manifest_text
 
 

@@ -22,7 +22,7 @@ import pyarrow.ipc as ipc
 from longnet_cli.basics.configuration import read_text
 from longnet_cli.basics.errors import DataError
 from longnet_cli.basics.events import LeftOut
-from longnet_cli.basics.sealed import seal, unseal
+from longnet_cli.basics.sealed_manifests import seal, unseal
 from longnet_cli.data.files import read_error
 from longnet_cli.data.tables import first_line
 

@@ -20,7 +20,7 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.passages import Passage, PassageIndex
 from longnet_cli.data.tables import Text
-from longnet_cli.jobs.engines import tables
+from longnet_cli.jobs.batch_functions import tables
 from longnet_cli.jobs.generating import FinishReason, generate, load_model
 from longnet_cli.models.folder import Loaded
 

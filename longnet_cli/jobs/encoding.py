@@ -28,7 +28,7 @@ from longnet_cli.data.outputs import kept_columns, row_schema
 from longnet_cli.data.tables import numpy_dtype
 from longnet_cli.data.text_pieces import Unit
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.options import NO_PREFIX, ONE_STATE, EncodeOptions
+from longnet_cli.jobs.job_options import NO_PREFIX, ONE_STATE, EncodeOptions
 from longnet_cli.jobs.pooling import (
     SHORT,
     SUMMED,

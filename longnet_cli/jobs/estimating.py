@@ -61,7 +61,7 @@ from longnet_cli.running.device import (
     resolve_dtype,
 )
 from longnet_cli.running.layerwise import fits_beside, kept_bytes
-from longnet_cli.running.mapped import aligned
+from longnet_cli.running.memory_maps import aligned
 from longnet_cli.running.ranks.dealing import portions
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import (

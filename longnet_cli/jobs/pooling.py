@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longnet_cli.data.documents import Document
-from longnet_cli.jobs.options import ONE_STATE
+from longnet_cli.jobs.job_options import ONE_STATE
 from longnet_cli.running.device import to_device
 
 SUMS = {"mean", "sqrt", "weighted"}

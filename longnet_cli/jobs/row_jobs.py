@@ -31,7 +31,7 @@ from longnet_cli.data.names import Apart
 from longnet_cli.data.outputs import ShardWriter, first_kept, is_folder
 from longnet_cli.data.shards import ShardFolder, ShardFormat
 from longnet_cli.data.text_pieces import Unit
-from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
+from longnet_cli.jobs.job_options import EncodeOptions, ScoreOptions
 from longnet_cli.nets.net import Bos, InputSequence
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.device import check_kernel

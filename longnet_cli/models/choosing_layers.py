@@ -28,7 +28,7 @@ from longnet_cli.attention.past import Means, unrotated
 from longnet_cli.attention.pattern import SURE, VOTERS
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import InputWarning
-from longnet_cli.basics.verdicts import remembered
+from longnet_cli.basics.verdict_cache import remembered
 from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import digest_of
 
@@ -47,8 +47,8 @@ LEAST = 0.15  # SmolLM2: 0.19 to 1.2 at its peaks, and 0.12 at the next one
 def let_layers_choose(net: Net) -> None:
     """Find the layers that choose blocks, and let them, in place, unless the pattern names them.
 
-    What is found is kept for the next time (`basics.verdicts`), and a line says it. Without any evidence, the layer in
-    the middle chooses. A model whose layers cannot be watched keeps a pattern in which every layer chooses.
+    What is found is kept for the next time (`basics.verdict_cache`), and a line says it. Without any evidence, the
+    layer in the middle chooses. A model whose layers cannot be watched keeps a pattern in which every layer chooses.
     """
     pattern = net.config.pattern
     if (

@@ -26,7 +26,7 @@ from longnet_cli.attention.past import Seen
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.nets.named_blocks import NamedBlocks, ReadText, named_blocks
 from longnet_cli.nets.net import Net
-from longnet_cli.running.mapped import BlockFile, SpillFile, mapped_empty
+from longnet_cli.running.memory_maps import BlockFile, SpillFile, mapped_empty
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.saved_state import dtype_name, read_state, reader_facts, write_state
 

@@ -62,8 +62,8 @@ def backward_in_chunks(
     backward pass over all N tokens. Memory holds the activations of `chunk` tokens, and the far rows of the levels that
     chunks cut; the price is one more forward pass. Gradients of far rows are summed in fp32 (fp64 for fp64). `dtype` is
     as in `running.device`. `allocate` makes the memory of far rows and of these sums, as torch.empty does. That memory
-    may be on the host while the net is on a GPU (`running.mapped`). With chosen blocks, keys and values of all tokens
-    are kept, and the sums of their gradients; what a chunk has chosen is kept, and seen again.
+    may be on the host while the net is on a GPU (`running.memory_maps`). With chosen blocks, keys and values of all
+    tokens are kept, and the sums of their gradients; what a chunk has chosen is kept, and seen again.
 
     The `ranks` of a group share every chunk; each rank adds and returns its part. `final` says that no other backward
     pass of the step follows, which sharded weights need to know (`running.ranks.fsdp`). `on_chunk` is called after each

@@ -27,7 +27,7 @@ from longnet_cli.attention.views import strided_view
 from longnet_cli.basics.errors import MemoryLimitError
 from longnet_cli.nets.longnet import Layer, LongNet, Placement
 from longnet_cli.running.device import DTYPES, free_memory, precision, resolve_dtype, to_device
-from longnet_cli.running.mapped import MappedMemory, aligned
+from longnet_cli.running.memory_maps import MappedMemory, aligned
 from longnet_cli.running.ranks.ranks import Ranks
 
 ROWS_AT_A_TIME = 1 << 16  # of keys and values that ranks add up; a device holds them beside a chunk

@@ -32,7 +32,7 @@ from longnet_cli.basics.atomic import (
     writing,
 )
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError, one_line
-from longnet_cli.basics.sealed import find_mismatch, read_sealed, write_sealed
+from longnet_cli.basics.sealed_manifests import find_mismatch, read_sealed, write_sealed
 from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import TYPE_NAMES, model_digest, model_origin, write_tensors
 

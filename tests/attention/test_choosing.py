@@ -32,7 +32,7 @@ from longnet_cli.attention import pattern as pattern_module
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, backward_flops
 from longnet_cli.attention.chosen import Chosen
 from longnet_cli.attention.groups import GroupedPart, chosen_flops, groups_of
-from longnet_cli.running.mapped import BlockFile, SpillFile
+from longnet_cli.running.memory_maps import BlockFile, SpillFile
 
 WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 

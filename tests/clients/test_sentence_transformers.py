@@ -20,7 +20,7 @@ import longnet_cli.integrations.transformers
 from longnet_cli.data.documents import Document
 from longnet_cli.hub.model_names import model_path
 from longnet_cli.jobs.encoding import EncodeFacts, encode
-from longnet_cli.jobs.options import EncodeOptions
+from longnet_cli.jobs.job_options import EncodeOptions
 from longnet_cli.models.folder import ModelFolder
 
 assert longnet_cli.integrations.transformers  # which registers what SentenceTransformer opens

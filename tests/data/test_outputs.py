@@ -29,7 +29,7 @@ from longnet_cli.data.outputs import (
 )
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, encode
-from longnet_cli.jobs.options import EncodeOptions
+from longnet_cli.jobs.job_options import EncodeOptions
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 

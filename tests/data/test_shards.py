@@ -23,7 +23,7 @@ from files import write_rows
 from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.basics.sealed import seal
+from longnet_cli.basics.sealed_manifests import seal
 from longnet_cli.data.inputs import END, Inputs, content_digest
 from longnet_cli.data.manifest import UNFINISHED, read_manifest
 from longnet_cli.data.names import Source

@@ -23,9 +23,9 @@ from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.text_pieces import cut
+from longnet_cli.jobs.batch_functions import encode_batches
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
-from longnet_cli.jobs.engines import encode_batches
-from longnet_cli.jobs.options import POOLS, UNITS, EncodeOptions
+from longnet_cli.jobs.job_options import POOLS, UNITS, EncodeOptions
 from longnet_cli.jobs.pooling import SUMMED, Pooling, pool_together
 from longnet_cli.jobs.row_jobs import Output, run
 from longnet_cli.nets.config import LongNetConfig

@@ -31,7 +31,7 @@ from longnet_cli.jobs.training.objective import backward
 from longnet_cli.jobs.training.recipe import PretrainedRecipe, Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.chunked_backward import backward_in_chunks
-from longnet_cli.running.mapped import MappedMemory
+from longnet_cli.running.memory_maps import MappedMemory
 from longnet_cli.running.ranks.ranks import Ranks
 
 pytestmark = pytest.mark.full

@@ -38,7 +38,7 @@ from longnet_cli.jobs.estimating import (
     count_documents,
     estimate_reading,
 )
-from longnet_cli.jobs.options import EncodeOptions, ScoreOptions
+from longnet_cli.jobs.job_options import EncodeOptions, ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import ModelFolder

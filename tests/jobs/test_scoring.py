@@ -26,7 +26,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.data.documents import Document
 from longnet_cli.data.manifest import read_manifest
-from longnet_cli.jobs.options import ScoreOptions
+from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, Output, run
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, ByPosition, Clusters, Score, Total
 from longnet_cli.jobs.scoring.scoring import Scorer

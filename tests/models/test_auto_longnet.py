@@ -20,7 +20,7 @@ from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention
 from longnet_cli.jobs.encoding import EncodeFacts, encode
 from longnet_cli.jobs.generating import generate
-from longnet_cli.jobs.options import EncodeOptions
+from longnet_cli.jobs.job_options import EncodeOptions
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import TRANSFORMERS_KEYS

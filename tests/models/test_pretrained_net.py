@@ -49,7 +49,7 @@ from longnet_cli.attention.spans import Layout
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
-from longnet_cli.jobs.options import EncodeOptions
+from longnet_cli.jobs.job_options import EncodeOptions
 from longnet_cli.jobs.row_jobs import Output
 from longnet_cli.jobs.row_jobs import run as write
 from longnet_cli.models.folder import ModelFolder

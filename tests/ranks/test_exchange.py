@@ -36,7 +36,7 @@ from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.layerwise import hidden_in_chunks
-from longnet_cli.running.mapped import MappedMemory
+from longnet_cli.running.memory_maps import MappedMemory
 from longnet_cli.running.ranks import exchange as exchange_module
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import Ranks, even_edges

@@ -25,10 +25,10 @@ from strategies import chosen_patterns, cuts, split
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
-from longnet_cli.basics.sealed import read_sealed, write_sealed
+from longnet_cli.basics.sealed_manifests import read_sealed, write_sealed
 from longnet_cli.jobs.generating import generate
 from longnet_cli.models import choosing_layers
-from longnet_cli.running import mapped
+from longnet_cli.running import memory_maps as mapped
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.saved_state import STATE_VERSION
 

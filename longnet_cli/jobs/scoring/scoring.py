@@ -25,7 +25,7 @@ from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.data.documents import SPOOL_BYTES, Document
 from longnet_cli.data.outputs import kept_columns, row_schema
-from longnet_cli.jobs.options import ScoreOptions
+from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.measures import TABLES, ByPosition, Gain, GainTally, Score, column
 from longnet_cli.nets.net import LOGITS_LIMIT, InputSequence, Net, bos_ids

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longnet_cli.basics import sealed
+from longnet_cli.basics import sealed_manifests as sealed
 from longnet_cli.basics.atomic import remove_leftovers
 from longnet_cli.basics.errors import CheckpointError, LongNetError
 from longnet_cli.nets.weights import sort_metadata, tensor_digest, write_tensors

@@ -24,7 +24,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotF
 from longnet_cli.basics.events import Events
 from longnet_cli.jobs.scoring.scoring import Score
 from longnet_cli.running.device import check_kernel, peak_memory, random_state
-from longnet_cli.running.mapped import MappedMemory
+from longnet_cli.running.memory_maps import MappedMemory
 from longnet_cli.running.ranks import fsdp
 from longnet_cli.running.ranks.launch import Signals, noted_signals
 from longnet_cli.running.ranks.ranks import Ranks

@@ -22,7 +22,7 @@ from longnet_cli.attention import Outside
 from longnet_cli.basics.errors import DataError
 from longnet_cli.basics.events import Events
 from longnet_cli.data.documents import Document
-from longnet_cli.jobs.options import ScoreOptions
+from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import Score
 from longnet_cli.jobs.scoring.scoring import score

@@ -3,8 +3,8 @@
 It is the model that was loaded, with all its settings: an architecture's name says little about its attention. It is
 compared with transformers' own eager attention, on one token more than the smallest window or chunk in its
 configuration. What differs is refused, in one line that names the architecture and the difference. The answer is kept
-by all settings and some of the weights (`basics.verdicts`), so a model is tried once: attention of new weights is so
-even that it hides what trained ones show.
+by all settings and some of the weights (`basics.verdict_cache`), so a model is tried once: attention of new weights is
+so even that it hides what trained ones show.
 
 B batch, N tokens.
 """
@@ -28,7 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import InputWarning, LongNetError, one_line
-from longnet_cli.basics.verdicts import remembered
+from longnet_cli.basics.verdict_cache import remembered
 from longnet_cli.nets.weights import tensor_digest
 
 Run = Callable[[Tensor], Tensor]  # ids (B, N) -> hidden states (B, N, dim)

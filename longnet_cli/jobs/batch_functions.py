@@ -31,7 +31,7 @@ from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tables import Table, find_column, numpy_dtype, plain
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, for_model
-from longnet_cli.jobs.options import UNITS, EncodeOptions, ScoreOptions
+from longnet_cli.jobs.job_options import UNITS, EncodeOptions, ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import Loaded, ModelFolder

@@ -21,7 +21,7 @@ from longnet_cli.jobs.estimating import cache_bytes, far_bytes
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
-from longnet_cli.running.mapped import MappedMemory
+from longnet_cli.running.memory_maps import MappedMemory
 
 
 class Measured(MappedMemory):

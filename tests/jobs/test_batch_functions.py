@@ -15,7 +15,7 @@ from conftest import ROOT, RunLongnet
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.jobs.engines import Reading, embed, encode_batches, score_batches
+from longnet_cli.jobs.batch_functions import Reading, embed, encode_batches, score_batches
 
 TEXTS = ["one two three " * 40, "x", "", "def f():\n    return 1\n" * 30, "four five " * 20]
 TABLE = pa.table({"id": [7, 8, 9, 10, 11], "text": TEXTS, "lang": ["a", None, "c", "d", "e"]})

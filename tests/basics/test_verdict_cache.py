@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from longnet_cli.basics import verdicts
-from longnet_cli.basics.verdicts import cache_folder, remembered
+from longnet_cli.basics import verdict_cache as verdicts
+from longnet_cli.basics.verdict_cache import cache_folder, remembered
 
 
 @pytest.fixture
