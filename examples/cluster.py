@@ -42,7 +42,8 @@ from longnet_cli.basics.sizes import (
     format_size,
     parse_size,
 )
-from longnet_cli.jobs.estimating import ReadingPlan, reading_memory, spilled_bytes
+from longnet_cli.jobs.estimating import reading_memory, spilled_bytes
+from longnet_cli.jobs.reading_plan import ReadingPlan
 from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
 from longnet_cli.jobs.training.limits import check_ranks
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides

@@ -223,8 +223,9 @@ def _estimate(
     job: _TextGenerator, documents: Iterable[Document], reader: Reader, free: Room
 ) -> None:
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
-    from longnet_cli.jobs.estimating import estimate_reading, seconds_of_new_token
+    from longnet_cli.jobs.estimating import estimate_reading
     from longnet_cli.jobs.generating import plan_generation
+    from longnet_cli.jobs.reading_speed import seconds_of_new_token
 
     net, save_state = job.loaded.net, job.options.save_state
     plan = plan_generation(

@@ -30,8 +30,8 @@ from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.basics.events import Events
 from longnet_cli.data.documents import Document
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
-from longnet_cli.jobs.estimating import ReadingPlan
 from longnet_cli.jobs.job_options import check_sampling
+from longnet_cli.jobs.reading_plan import ReadingPlan
 from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream

@@ -35,10 +35,10 @@ from longnet_cli.jobs.estimating import (
     Estimate,
     Room,
     cache_bytes,
-    count_documents,
     estimate_reading,
 )
 from longnet_cli.jobs.job_options import EncodeOptions, ScoreOptions
+from longnet_cli.jobs.reading_plan import count_documents
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import ModelFolder

@@ -18,7 +18,6 @@ from longnet_cli.data.inputs import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating import (
     Estimate,
-    ReadingPlan,
     activation_bytes,
     cache_bytes,
     far_bytes,
@@ -26,6 +25,7 @@ from longnet_cli.jobs.estimating import (
     logits_bytes,
     transient_memory,
 )
+from longnet_cli.jobs.reading_plan import ReadingPlan
 from longnet_cli.nets.config import LongNetConfig, NetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT
