@@ -227,16 +227,23 @@ def keys_seen(
     pattern: Pattern, level: int, queries: np.ndarray, seq: int, causal: bool
 ) -> list[tuple[Any, Any]]:
     """Return the intervals [low, high) of keys, one or two, that a level adds for queries at these positions."""
-    w, b = pattern.segment_lengths[level], pattern.look_backs[level]
+    width, back = pattern.segment_lengths[level], pattern.look_backs[level]
+    segments = queries // width
     first = pattern.sinks if level else 0
-    low = np.maximum((queries // w - b) * w, first)
-    high = queries + 1 if causal else np.minimum((queries // w + b + 1) * w, seq)
-    if level and pattern.overlap == "once":
-        u, near = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
-        before = (low, np.maximum(low, (queries // u - near) * u))
-        after = np.minimum(high, (queries // u + near + 1) * u)
-        return [before] if causal else [before, (np.maximum(after, first), high)]
-    return [(low, high)]
+    low = np.maximum((segments - back) * width, first)
+    high = queries + 1
+    if not causal:
+        high = np.minimum((segments + back + 1) * width, seq)
+    if not level or pattern.overlap != "once":
+        return [(low, high)]
+    # the level before covers the middle
+    width, back = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
+    segments = queries // width
+    before = (low, np.maximum(low, (segments - back) * width))
+    if causal:
+        return [before]
+    after = np.minimum(high, (segments + back + 1) * width)
+    return [before, (np.maximum(after, first), high)]
 
 
 def picture(

@@ -80,10 +80,14 @@ class _BytesInUse(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self._sizes:
-                self._sizes[key] = x.untyped_storage().nbytes()
-                weakref.finalize(x.untyped_storage(), self._sizes.pop, key)
+        for leaf in tree_leaves(out):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            key = storage._cdata
+            if key not in self._sizes:
+                self._sizes[key] = storage.nbytes()
+                weakref.finalize(storage, self._sizes.pop, key)
         self.moments.append(sum(self._sizes.values()))
         return out
 

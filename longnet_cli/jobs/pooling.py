@@ -165,19 +165,22 @@ class Pooling:
 
 def pool_together(poolings: Sequence[Pooling], states: Sequence[Tensor]) -> None:
     """Give poolings that end with their states (n, dim) their vectors, in as many calls as one document needs."""
-    counts, device = [len(x) for x in states], states[0].device
-    rows, sizes = torch.cat([*states]).double(), to_device(torch.tensor(counts), device)
-    all_divisors = [pooling.divisors(n) for pooling, n in zip(poolings, counts, strict=True)]
+    counts = [len(hidden) for hidden in states]
+    device = states[0].device
+    rows = torch.cat([*states]).double()
+    sizes = to_device(torch.tensor(counts), device)
+    sized = [*zip(poolings, counts, strict=True)]
+    # (documents, pools) float64
+    divisors = torch.tensor([pooling.divisors(n) for pooling, n in sized], dtype=torch.float64)
+    divisors = to_device(divisors, device)
     vectors = []
-    for pool, divisors in zip(poolings[0].pools, zip(*all_divisors, strict=True), strict=True):
+    for index, pool in enumerate(poolings[0].pools):
         weighed = rows
         if pool == "weighted":
-            weights = [pooling.weights(n) for pooling, n in zip(poolings, counts, strict=True)]
-            weighed = rows * to_device(torch.cat(weights), device)[:, None]
+            weights = torch.cat([pooling.weights(n) for pooling, n in sized])
+            weighed = rows * to_device(weights, device)[:, None]
         sums = torch.segment_reduce(weighed, "sum", lengths=sizes, axis=0)
-        vectors.append(
-            (sums / to_device(torch.tensor(divisors, dtype=torch.float64), device)[:, None]).float()
-        )
+        vectors.append((sums / divisors[:, index, None]).float())
     for pooling, vector in zip(poolings, torch.cat(vectors, 1), strict=True):
         pooling.vector = vector
 

@@ -73,22 +73,19 @@ class ByPosition:
 
     def add(self, start: int, nll: np.ndarray) -> None:
         """Add the (n,) nats of targets whose inputs are the positions start, start + 1, ... of a window."""
-        i = np.arange(start, start + len(nll))
-        places = (
-            np.frexp(i + 1.0)[1] - 1,
-            i % self.segment * 8 // self.segment,
-        )  # frexp: exact floor of log2
-        for table, place in zip((self.seen, self.inside), places, strict=True):
-            table[:, 0] += np.bincount(place, nll, len(table))
-            table[:, 1] += np.bincount(place, minlength=len(table))
+        inputs = np.arange(start, start + len(nll))
+        powers = np.frexp(inputs + 1.0)[1] - 1  # exact floors of log2
+        eighths = inputs % self.segment * 8 // self.segment
+        for table, rows in ((self.seen, powers), (self.inside, eighths)):
+            table[:, 0] += np.bincount(rows, nll, len(table))
+            table[:, 1] += np.bincount(rows, minlength=len(table))
 
     def as_dict(self) -> dict[str, list[Row]]:
         """Return TABLES for the machine formats: the first, last, count and mean nats of each range with tokens."""
         starts = [-(-part * self.segment // 8) for part in range(9)]
         inside = [(a, b - 1) for a, b in pairwise(starts)]
-        return dict(
-            zip(TABLES, (_rows(self.seen, POWERS), _rows(self.inside, inside)), strict=True)
-        )
+        by_position, by_place = TABLES
+        return {by_position: _rows(self.seen, POWERS), by_place: _rows(self.inside, inside)}
 
 
 def _rows(table: np.ndarray, ranges: Sequence[Range]) -> list[Row]:
@@ -123,10 +120,8 @@ class Clusters:
 
     def __init__(self, size: int) -> None:
         self.documents = 0
-        self.sums, self.spread = (
-            np.zeros(size),
-            np.zeros((size, size)),
-        )  # spread: products of deviations from the mean
+        self.sums = np.zeros(size)
+        self.spread = np.zeros((size, size))  # products of deviations from the mean
 
     def add(self, values: Sequence[float]) -> None:
         """Add the (size,) quantities of the next document."""
@@ -136,13 +131,14 @@ class Clusters:
         """Add the (documents, size) float64 quantities of the next documents (Chan, Golub and LeVeque's update)."""
         if not len(values):
             return
-        before, mean = self.documents, values.mean(0)
-        shift, inside = mean - self.sums / max(1, before), values - mean
+        before = self.documents
+        mean = values.mean(0)
+        shift = mean - self.sums / max(1, before)
+        deviations = values - mean
         self.documents += len(values)
         self.sums += values.sum(0)
-        self.spread += inside.T @ inside + np.outer(shift, shift) * (
-            before * len(values) / self.documents
-        )
+        self.spread += deviations.T @ deviations
+        self.spread += np.outer(shift, shift) * (before * len(values) / self.documents)
 
     def error(self, numerator: np.ndarray, denominator: int) -> float | None:
         """Return the standard error of sum x / sum y.
@@ -154,9 +150,8 @@ class Clusters:
         residual = numerator.copy()
         residual[denominator] -= numerator @ self.sums / self.sums[denominator]
         squares = max(0.0, float(residual @ self.spread @ residual))
-        return math.sqrt(squares * self.documents / (self.documents - 1)) / float(
-            self.sums[denominator]
-        )
+        variance = squares * self.documents / (self.documents - 1)
+        return math.sqrt(variance) / float(self.sums[denominator])
 
 
 BYTES, TOKENS = -2, -1  # indices among a document's quantities, after the nats at each context

@@ -183,15 +183,21 @@ class _Tally:
 
 def _row(tallies: Sequence[_Tally]) -> dict[str, object]:
     """Return the row of a document, from its tallies at all contexts. Columns that it lacks are null."""
-    first, contexts = tallies[0], [tally.context for tally in tallies]
+    first = tallies[0]
+    contexts = [tally.context for tally in tallies]
     row: dict[str, Any] = {"doc_id": first.document.doc_id}
     for tally in tallies:
         score = Score(tally.nll_sum, tally.n_tokens, tally.n_bytes if tally.n_tokens else 0)
-        row |= {"n_tokens": score.n_tokens, "n_bytes": score.n_bytes}
+        row["n_tokens"] = score.n_tokens
+        row["n_bytes"] = score.n_bytes
         of_context: dict[str, Any] = {"nll_sum": score.nll_sum, "ppl": score.ppl, "bpb": score.bpb}
-        of_context |= tally.by_position.as_dict() if tally.by_position else {}
-        row |= {column(name, tally.context, contexts): value for name, value in of_context.items()}
-    return row | (first.gain.result()._asdict() if first.gain else {})
+        if tally.by_position:
+            of_context |= tally.by_position.as_dict()
+        for name, value in of_context.items():
+            row[column(name, tally.context, contexts)] = value
+    if first.gain:
+        row |= first.gain.result()._asdict()
+    return row
 
 
 @dataclass(frozen=True)
@@ -316,11 +322,9 @@ class Scorer(RowJob):
             yield [self.open.popleft() for _ in range(contexts)]
 
     def _record_batch(self, documents: Sequence[Sequence[_Tally]]) -> pa.RecordBatch:
-        rows, own = (
-            [_row(tallies) for tallies in documents],
-            list(self.schema)[: -len(self.kept_fields) or None],
-        )
-        columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in own]
+        rows = [_row(tallies) for tallies in documents]
+        scored = list(self.schema)[: len(self.schema) - len(self.kept_fields)]
+        columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in scored]
         kept = kept_columns([tallies[0].document for tallies in documents], self.kept_fields)
         return pa.record_batch([*columns, *kept], schema=self.schema)
 

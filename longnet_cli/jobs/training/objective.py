@@ -318,16 +318,21 @@ class _MaskedWindow(Window):
 
 
 def _masked_windows(data: TrainingData, recipe: Recipe, stage: Stage) -> Iterator[_MaskedWindow]:
-    length, rate = recipe.train.held_out_context or stage.seq_len, recipe.train.mask_rate
-    mask_id = recipe.model.vocab_size - 1
-    places = (
-        (document, start) for document in data.held_out for start in range(0, len(document), length)
-    )
-    for turn, (document, start) in enumerate(places):
-        ids = torch.from_numpy(document.read(start, start + length))[None]
-        seen, targets = mask_tokens(ids, rate, mask_id=mask_id, eos_id=data.eos_id, seeds=[(turn,)])
-        hidden = Document(document.doc_id, seen[0].numpy(), None, document.where)
-        yield _MaskedWindow(hidden, 0, len(hidden), 0, targets[0])
+    length = recipe.train.held_out_context or stage.seq_len
+    number = 0
+    for document in data.held_out:
+        for start in range(0, len(document), length):
+            ids = torch.from_numpy(document.read(start, start + length))[None]
+            masked, targets = mask_tokens(
+                ids,
+                recipe.train.mask_rate,
+                mask_id=recipe.model.vocab_size - 1,
+                eos_id=data.eos_id,
+                seeds=[(number,)],
+            )
+            hidden = Document(document.doc_id, masked[0].numpy(), None, document.where)
+            yield _MaskedWindow(hidden, 0, len(hidden), 0, targets[0])
+            number += 1
 
 
 def _score_masked(reader: Reader, windows: Iterator[_MaskedWindow]) -> Score:

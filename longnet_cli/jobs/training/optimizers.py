@@ -60,11 +60,12 @@ class _Muon(torch.optim.Muon):
 
 def _orthogonal(x: Tensor) -> Tensor:
     """Return a matrix with the singular vectors of `x`, and singular values near 1, by Newton-Schulz (Jordan 2024)."""
-    wide = (x if len(x) <= x.shape[1] else x.T).to(torch.float32 if x.is_cpu else torch.bfloat16)
+    is_tall = len(x) > x.shape[1]
+    wide = x.T if is_tall else x
+    wide = wide.to(torch.float32 if x.is_cpu else torch.bfloat16)
     wide = wide / wide.norm().clamp(min=1e-7)
     for _ in range(5):
         square = wide @ wide.T
-        wide = torch.addmm(
-            wide, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), wide, beta=3.4445
-        )
-    return wide if len(x) <= x.shape[1] else wide.T
+        powers = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
+        wide = torch.addmm(wide, powers, wide, beta=3.4445)
+    return wide.T if is_tall else wide

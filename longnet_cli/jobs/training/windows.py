@@ -39,14 +39,12 @@ class TokenStream:
     """The tokens `eos doc eos doc ...` of one source, by position. It holds 8 bytes per document, and no tokens."""
 
     def __init__(self, documents: Sequence[Document], eos_id: int) -> None:
-        self.documents, self.eos_id = documents, eos_id
-        self.starts = np.zeros(
-            len(documents) + 1, np.int64
-        )  # of the eos before each document, and the end
-        np.cumsum(
-            np.fromiter((len(document) + 1 for document in documents), np.int64),
-            out=self.starts[1:],
-        )
+        self.documents = documents
+        self.eos_id = eos_id
+        lengths = [len(document) + 1 for document in documents]
+        # of the eos before each document, and the end
+        self.starts = np.zeros(len(documents) + 1, np.int64)
+        np.cumsum(np.array(lengths, np.int64), out=self.starts[1:])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -86,7 +84,9 @@ class Batch:
     def __init__(
         self, starts: Sequence[tuple[TokenStream, int]], tokens: int, numbers: Sequence[int]
     ) -> None:
-        self.starts, self.shape, self.numbers = starts, (len(starts), tokens), numbers
+        self.starts = starts
+        self.shape = (len(starts), tokens)
+        self.numbers = numbers
         self._fetched = np.empty((len(starts), 0), np.int64)
 
     def fetch(self, tokens: int) -> None:
