@@ -159,7 +159,7 @@ class PassageIndex:
     def update(
         self,
         inputs: Inputs,
-        events: Events = Events(),  # noqa: B008
+        events: Events | None = None,
     ) -> None:
         """Let the index hold the passages of the inputs' texts, and no others. A file that it knows is not read again.
 
@@ -167,6 +167,7 @@ class PassageIndex:
         have `skip_bad`.
         Raises as `Inputs` does.
         """
+        events = events or Events()
         rows = self._run("SELECT file, read_as, state, digest, left_out FROM files")
         known = {file: KnownFile(*row) for file, *row in rows}
         files, left_out = dict[str, KnownFile](), defaultdict[str, list[str]](list)

@@ -372,7 +372,7 @@ def _cases(s: Settings) -> Iterator[Case]:
 def bench(
     settings: Settings,
     *,
-    events: Events = Events(),  # noqa: B008
+    events: Events | None = None,
 ) -> Iterator[Measurement]:
     """Measure every case of the settings, row by row.
 
@@ -381,6 +381,7 @@ def bench(
     run, as far as it is known: before the first one, and again where one would take too long.
     """
     s = settings
+    events = events or Events()
     cases = [*_cases(s)]
     waiting = [case for case in cases if not _lacks_memory(case, s)]
     total = sum(case.row.seq for case in waiting)

@@ -21,7 +21,7 @@ def convert(
     source: str | Path,
     output: str | Path,
     dtype: str = "auto",
-    events: Events = Events(),  # noqa: B008
+    events: Events | None = None,
     **given: Any,
 ) -> str:
     """Write the model `source` to the new folder `output`. Return a few words about what was done.
@@ -51,7 +51,9 @@ def convert(
     if is_gguf(path):
         from longnet_cli.models.gguf import convert_gguf
 
-        return convert_gguf(path, Path(output), DTYPES.get(dtype), origin, events.progress)
+        return convert_gguf(
+            path, Path(output), DTYPES.get(dtype), origin, (events or Events()).progress
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     raise CheckpointError(

@@ -202,7 +202,7 @@ def encode(
     options: EncodeOptions = EncodeOptions(),  # noqa: B008
     facts: EncodeFacts = EncodeFacts(),
     *,
-    events: Events = Events(),  # noqa: B008
+    events: Events | None = None,
     ranks: Ranks | None = None,
     chunk: int | None = None,
     dtype: str = "auto",

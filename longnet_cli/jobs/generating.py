@@ -115,7 +115,7 @@ def generate(
     dtype: str = "auto",
     spill: str | Path | None = None,
     stream: CausalStream | None = None,
-    events: Events = Events(),  # noqa: B008
+    events: Events | None = None,
 ) -> Iterator[Step]:
     """Yield up to `max_tokens` tokens that continue `bos` and `prompt`, each as soon as it is known.
 
@@ -175,7 +175,7 @@ def generate(
         check_sources(net)
         reader = stream or CausalStream(net, spill=spill)
         watch = SourceWatch(reader, cast(Tokenizer, tokenizer))
-    how = texts, StopTexts(stop), chunk, dtype, reader, watch, events.progress
+    how = texts, StopTexts(stop), chunk, dtype, reader, watch, (events or Events()).progress
     return _Generator(net, sampler, ends, *how).run(
         sequence, max_tokens, reads_all=stream is not None
     )

@@ -96,12 +96,13 @@ class Inspection:
         }
 
 
-def inspect(inputs: Inputs, *, events: Events = Events()) -> Inspection:  # noqa: B008
+def inspect(inputs: Inputs, *, events: Events | None = None) -> Inspection:
     """Read every document of every input; a problem ends its document or its file, never the inspection.
 
     Text without a tokenizer counts one token per byte. `events.progress` gets the tokens of each document. Raises
     ConfigError for no input and for a web address.
     """
+    events = events or Events()
     if not inputs.sources.names:
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
     inspection, types = Inspection(), TokenTypes()

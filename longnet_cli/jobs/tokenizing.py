@@ -73,7 +73,7 @@ def tokenize(
     shard_format: ShardFormat = "arrow",
     eos: str | int | bool = False,
     resume: bool = False,
-    events: Events = Events(),  # noqa: B008
+    events: Events | None = None,
 ) -> TokenizeResult:
     """Write the inputs' texts as token ids: a row per document, or several with `part` 0, 1, ... past 64 MB.
 
@@ -96,6 +96,7 @@ def tokenize(
     if shard_tokens < 1:
         raise ConfigError(f"shard_tokens must be 1 or more, not {shard_tokens}")
     in_folder = is_folder(output, resume=resume)
+    events = events or Events()
     # a folder that cannot be resumed is refused here, before a tokenizer is trained
     earlier = run_to_resume(output, resume=resume) if in_folder else None
     loaded = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)

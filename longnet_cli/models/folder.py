@@ -352,7 +352,7 @@ class ModelFolder:
         bos: str | None = None,
         chat: bool | None = False,
         vectors: bool = False,
-        events: Events = Events(),  # noqa: B008
+        events: Events | None = None,
     ) -> Loaded:
         """Load the model on `device` for `dtype` (--dtype), with `tokenizer` (--tokenizer) or its own.
 
@@ -371,6 +371,7 @@ class ModelFolder:
             resolve_dtype,
         )
 
+        events = events or Events()
         kind = resolve_dtype(dtype, device)
         if self.is_gguf:
             events.note(

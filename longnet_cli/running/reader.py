@@ -184,7 +184,7 @@ class Reader:
         dtype: str = "auto",
         spill: str | Path | None = None,
         ranks: Ranks | None = None,
-        events: Events = Events(),  # noqa: B008
+        events: Events | None = None,
     ) -> None:
         """Raise ConfigError for a chunk below 1."""
         self.model, self.spill = model, spill
@@ -193,7 +193,7 @@ class Reader:
         self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), earlier_chunk, ranks)
         self.all_ranks = ranks or Ranks()
         self.ranks = self.all_ranks.of_group()
-        self.events = events
+        self.events = events or Events()
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
         """Return the wanted hidden states of all windows, in order, as lists of pieces.

@@ -114,7 +114,7 @@ def score(
     facts: ModelFacts = ModelFacts(),  # noqa: B008
     *,
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
-    events: Events = Events(),  # noqa: B008
+    events: Events | None = None,
     top: bool = False,
     ranks: Ranks | None = None,
     chunk: int | None = None,
@@ -140,7 +140,7 @@ def score(
     ConfigError for a document with more tokens than the model reads, NoTokensError at the end if no document had a
     token to score, NotFiniteError for a log-probability that is NaN or infinite.
     """
-    if events.logprobs and ranks and ranks.dp > 1:
+    if events and events.logprobs and ranks and ranks.dp > 1:
         raise ConfigError(
             "log-probabilities of tokens are written by one group of ranks: leave out --dp"
         )

@@ -105,7 +105,7 @@ def train(
     resume: Resume = True,
     ranks: Ranks | None = None,
     peak: float | None = None,
-    events: Events = Events(),  # noqa: B008
+    events: Events | None = None,
 ) -> TrainResult:
     """Train a model by a recipe and write it to the directory `output`; continue an earlier run where it ended.
 
@@ -127,6 +127,7 @@ def train(
     something cannot be written.
     """
     ranks = ranks or Ranks()
+    events = events or Events()
     run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, events)
     run.peak = peak
     with locked_folder(run.output) if ranks.writes else nullcontext():
