@@ -222,7 +222,7 @@ def test_an_index_in_a_file_follows_its_inputs(tmp_path: Path) -> None:
         fresh, read = PassageIndex(), []
         fresh.update(Inputs(inputs, **options))
         with open_index(str(path)) as kept:
-            kept.update(Inputs(inputs, **options), read.append)
+            kept.update(Inputs(inputs, **options), Events(progress=read.append))
             found = [kept.find(word, 9) for word in ("dog", "cat", "horse", "one")]
         assert found == [fresh.find(word, 9) for word in ("dog", "cat", "horse", "one")]
         return found, sum(read)
