@@ -90,7 +90,7 @@ FROM_SCRATCH = {"anew": True, "steps": 471, "lr": 3e-3, "warmup": 40, "beside": 
 LONGER = {"steps": 384, "beside": "window-384"}
 # Every residue of rate 12 has a head, as in the paper; its levels end at the length of the window
 TABLE = {"anew": True, "net": WIDE, "kinds": KINDS[1:], "table": True}
-TABLE |= {"steps": 192, "lr": 2e-3, "warmup": 20, "beside": "window-16Ki"}
+TABLE |= {"steps": 128, "lr": 2e-3, "warmup": 20, "beside": "window-16Ki"}
 SHORT = {"window": 2048, "position": "xpos"}
 ARMS = {
     "trunk": Arm("1Ki/1", anew=True, **BLOCKS, lr=3e-3, warmup=40, final=0.3),
