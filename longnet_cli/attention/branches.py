@@ -106,12 +106,16 @@ def branches(
     level `SINKS`, unless they are `turned`. Raises ValueError for far keys that the shard cannot attend to, and for
     sinks that are not given.
     """
-    pattern, shard = layout.pattern, _ShardGeometry(layout, start, start + tokens, causal)
-    covering = next((i for i, r in enumerate(pattern.dilation_rates) if r == 1), None)
+    shard = _ShardGeometry(layout, start, start + tokens, causal)
+    rates = layout.pattern.dilation_rates
+    covering = rates.index(1) if 1 in rates else None
+    zero_keys = 0
+    if padding == "zero_key" and not causal:
+        zero_keys = total or shard.stop
+    held_far = [span.level for span in spans if shard.holds(span)]
     calls: list[Branch] = []
-    for level in range(len(pattern.levels)):
-        zero_keys = (total or start + tokens) if padding == "zero_key" and not causal else 0
-        if not any(span.level == level and shard.holds(span) for span in spans):
+    for level in range(len(rates)):
+        if level not in held_far:
             calls += shard.near_calls(level, level == covering, zero_keys)
     for index, span in enumerate(spans):
         shard.check(span)
@@ -130,32 +134,29 @@ def united(layout: Layout, tokens: int, causal: bool) -> tuple[Branch, ...] | No
     to scores. On one CPU thread, 8 heads of the paper's pattern then take 1 / 1.6 of the time for 1,024 tokens, forward
     and backward, and 1 / 2.5 for 200.
     """
-    whole = any(w >= tokens > 1 and r == 1 for w, r in layout.pattern.levels)
-    if not whole or layout.num_heads * _table_size(tokens) ** 2 > UNION_LIMIT:
+    # A power of two, so that few tables serve all lengths.
+    size = max(256, 1 << (tokens - 1).bit_length())
+    whole = max((w for w, r in layout.pattern.levels if r == 1), default=0)
+    if not 1 < tokens <= whole or layout.num_heads * size**2 > UNION_LIMIT:
         return None
     apart = branches(layout, 0, tokens, causal, "exact", ())
-    if layout.num_heads * tokens**2 * (2 - causal) >= sum(map(pairs, apart)):
+    products = layout.num_heads * tokens**2 * (1 if causal else 2)
+    if products >= sum(map(pairs, apart)):
         return None
-    union = Union(layout, causal, _table_size(tokens))
-    calls = _ShardGeometry(layout, 0, tokens, causal).on_rows((0, tokens), 0, tokens)
-    return tuple(branch._replace(causal=causal, covers=True, union=union) for branch in calls)
-
-
-def _table_size(tokens: int) -> int:
-    """Return the size of the table of counts for a sequence: a power of two, so that few tables serve all lengths."""
-    return max(256, 1 << (tokens - 1).bit_length())
+    shard = _ShardGeometry(layout, 0, tokens, causal)
+    union = Union(layout, causal, size)
+    calls: list[Branch] = []
+    for call in shard.on_rows((0, tokens), 0, tokens):
+        calls.append(call._replace(causal=causal, covers=True, union=union))
+    return tuple(calls)
 
 
 def pairs(branch: Branch) -> int:
     """Return twice the number of scores of a branch; a causal branch has half of its square, and so has one token."""
-    half = branch.causal or (branch.far_index is None and branch.queries.row_heads)
-    return (
-        branch.queries.segments
-        * branch.queries.heads
-        * branch.queries.rows
-        * branch.keys.rows
-        * (1 if half else 2)
-    )
+    queries = branch.queries
+    scores = queries.segments * queries.heads * queries.rows * branch.keys.rows
+    half = branch.causal or (branch.far_index is None and queries.row_heads)
+    return scores if half else 2 * scores
 
 
 def attention_flops(
@@ -344,7 +345,8 @@ class _ShardGeometry(NamedTuple):
 
     def check(self, span: FarSpan) -> None:
         """Raise ValueError for far keys that the shard cannot attend to."""
-        start, stop, where = span.start, span.stop, f"far keys [{span.start}, {span.stop})"
+        start, stop = span.start, span.stop
+        where = f"far keys [{start}, {stop})"
         if start == stop:
             return
         if span.level == SINKS:
@@ -485,11 +487,14 @@ def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Rectangl
     back = pattern.look_backs[level]
     low, high = -back * w, (back + 1) * w
     if pattern.overlap == "once" and level:
-        inner, inner_back = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
+        inner = pattern.segment_lengths[level - 1]
+        covered = (
+            pattern.look_backs[level - 1] * inner
+        )  # on each side of a block, by the level before
         blocks = [(start, start + inner) for start in range(0, w, inner)]
-        zones = [_Rectangle(block, (low, block[0] - inner_back * inner)) for block in blocks]
+        zones = [_Rectangle(block, (low, block[0] - covered)) for block in blocks]
         if not causal:
-            zones += [_Rectangle(block, (block[1] + inner_back * inner, high)) for block in blocks]
+            zones += [_Rectangle(block, (block[1] + covered, high)) for block in blocks]
     elif causal:
         square = _Rectangle((0, w), (0, w), square=True, own=True)
         zones = [square, _Rectangle((0, w), (low, 0))]

@@ -20,7 +20,8 @@ class CudaFlashKernel(Kernel):
     2.6, names are not.
     """
 
-    name, device = "cuda_flash", "cuda"
+    name = "cuda_flash"
+    device = "cuda"
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     _MAX_ELEMENTS = 1 << 31  # beyond it, the backward addresses memory out of bounds
     _MAX_SEGMENTS = 65_535  # the batch is a grid dimension
@@ -39,26 +40,35 @@ class CudaFlashKernel(Kernel):
         return max(1, min(self._MAX_SEGMENTS, (self._MAX_ELEMENTS - 1) // elements))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         """Return out like q, and lse (batch, heads, rows), given views (batch, rows, heads, head_dim)."""
-        out, lse, *_ = torch.ops.aten._flash_attention_forward.default(
-            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
-        )
+        op = torch.ops.aten._flash_attention_forward.default
+        sizes = (None, None, q.shape[1], k.shape[1])
+        out, lse, *_ = op(q, k, v, *sizes, 0.0, causal, False, scale=scale)
         return out, lse
 
-    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Sequence[Tensor]:
+    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
         """Return dq, dk and dv, given dout, q, k, v, out and a contiguous lse, in the shapes of `attend`."""
         _, q, k, *_ = tensors
+        op = torch.ops.aten._flash_attention_backward.default
         no_rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only with dropout
         sizes = (None, None, q.shape[1], k.shape[1])
-        grads: Sequence[Tensor] = torch.ops.aten._flash_attention_backward.default(
-            *tensors, *sizes, 0.0, causal, no_rng, no_rng[:0], scale=scale
-        )
-        return grads
+        dq, dk, dv = op(*tensors, *sizes, 0.0, causal, no_rng, no_rng[:0], scale=scale)
+        return dq, dk, dv
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = self.attend(q, k, v, causal, scale)
@@ -68,9 +78,8 @@ class CudaFlashKernel(Kernel):
         *of_rows, lse = tensors
         rows_first = [x.transpose(1, 2) for x in of_rows]
         # Kernels ignore the strides of the lse.
-        grads = self.gradients([*rows_first, lse.contiguous()], causal, scale)
-        dq, dk, dv = (x.transpose(1, 2) for x in grads)
-        return dq, dk, dv
+        dq, dk, dv = self.gradients([*rows_first, lse.contiguous()], causal, scale)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 class CudaEfficientKernel(CudaFlashKernel):
@@ -80,7 +89,8 @@ class CudaEfficientKernel(CudaFlashKernel):
     lse has a multiple of 32 rows.
     """
 
-    name, dtypes = "cuda_efficient", (torch.float32, torch.bfloat16, torch.float16)
+    name = "cuda_efficient"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if refusal := Kernel.refusal(self, device, dtype, head_dim):
@@ -89,27 +99,41 @@ class CudaEfficientKernel(CudaFlashKernel):
         return "it needs compute capability 8.0 for bf16" if old else None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
-        rows, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+        op = torch.ops.aten._efficient_attention_forward.default
         padded = [_whole_lines(x) for x in (q, k, v)]
-        out, lse, *_ = torch.ops.aten._efficient_attention_forward.default(
-            *padded, None, None, None, rows, keys, 0.0, int(causal), True, scale=scale
-        )
+        rows, head_dim = q.shape[1], q.shape[-1]
+        sizes = (None, None, rows, k.shape[1])
+        mask = int(causal)
+        out, lse, *_ = op(*padded, None, *sizes, 0.0, mask, True, scale=scale)
         return out[..., :head_dim], lse[..., :rows]
 
-    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Sequence[Tensor]:
+    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
+        op = torch.ops.aten._efficient_attention_backward.default
         dout, q, k, v, out, lse = tensors
-        rows, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
-        # In half precision, the rows of out are read as if they followed each other.
-        dout, q, k, v, out = (_whole_lines(x) for x in (dout, q, k, v, out.contiguous()))
+        rows, head_dim = q.shape[1], q.shape[-1]
+        sizes = (None, None, rows, k.shape[1])
+        out = (
+            out.contiguous()
+        )  # in half precision, its rows are read as if they followed each other
+        dout, q, k, v, out = (_whole_lines(x) for x in (dout, q, k, v, out))
         lse = pad(lse, (0, -rows % 32), value=float("inf"))
         no_rng = torch.empty((), dtype=torch.int64, device=q.device)  # read only with dropout
-        grads = torch.ops.aten._efficient_attention_backward.default(
-            dout, q, k, v, None, out, None, None, rows, keys, lse, 0.0, no_rng, no_rng, int(causal), False,
-            scale=scale,
-        )  # fmt: skip
-        return [x[..., :head_dim] for x in grads[:3]]
+        no_dropout = (0.0, no_rng, no_rng)
+        inputs = (dout, q, k, v, None, out)
+        mask = int(causal)
+        dq, dk, dv, _ = op(*inputs, *sizes, lse, *no_dropout, mask, False, scale=scale)
+        return (
+            dq[..., :head_dim],
+            dk[..., :head_dim],
+            dv[..., :head_dim],
+        )
 
 
 def _whole_lines(x: Tensor) -> Tensor:
@@ -142,7 +166,12 @@ class FlashAttnKernel(CudaFlashKernel):
         return None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         forward, _ = self.functions()
         out, lse, *_ = forward(
@@ -150,7 +179,7 @@ class FlashAttnKernel(CudaFlashKernel):
         )
         return out, lse
 
-    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Sequence[Tensor]:
+    def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
         dout, q, k, v, out, lse = tensors
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         _, backward = self.functions()

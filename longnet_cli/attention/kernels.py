@@ -26,7 +26,8 @@ class CpuFlashKernel(Kernel):
     It reads all keys once for each tile of queries. Rows more than a page apart are copied first, side by side.
     """
 
-    name, device = "cpu_flash", "cpu"
+    name = "cpu_flash"
+    device = "cpu"
     takes_counts = True
     _MAX_ELEMENTS = 1 << 21  # bounds the scratch memory of one call: 8 MiB per tensor in fp32
     _STEP = 128  # rows
@@ -56,13 +57,19 @@ class CpuFlashKernel(Kernel):
         parts = []
         for end, rows in zip(ends, q.split(self._STEP, 2), strict=True):
             mask = self._seen(rows, end, counts)
-            keys, values = k[:, :, :end], v[:, :, :end]
-            parts.append(op(rows, keys, values, 0.0, False, attn_mask=mask, scale=scale))
+            keys = k[:, :, :end]
+            values = v[:, :, :end]
+            part = op(rows, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+            parts.append(part)
         out, lse = (torch.cat(of_steps, 2) for of_steps in zip(*parts, strict=True))
         return out, lse
 
     def backward(
-        self, tensors: Sequence[Tensor], causal: bool, scale: float, counts: Tensor | None = None
+        self,
+        tensors: Sequence[Tensor],
+        causal: bool,
+        scale: float,
+        counts: Tensor | None = None,
     ) -> Gradients:
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
         dout, q, k, v, out, lse = map(wide, tensors)
@@ -74,20 +81,20 @@ class CpuFlashKernel(Kernel):
             options = (0.0, causal and mask is None)
             dq, dk, dv = op(dout, q, k, v, out, lse, *options, attn_mask=mask, scale=scale)
             return dq, dk, dv
-        steps = zip(ends, *(x.split(self._STEP, 2) for x in (dout, q, out, lse)), strict=True)
-        of_rows: list[Tensor] = []
+        dq = torch.empty_like(q)
         # The last rows come first: they see all keys, so the other gradients are added to theirs.
-        for end, dout_, q_, out_, lse_ in reversed([*steps]):
+        for end in reversed(ends):
+            rows = slice((end - 1) // self._STEP * self._STEP, end)
+            dout_, q_, out_, lse_ = (x[:, :, rows] for x in (dout, q, out, lse))
             mask = self._seen(q_, end, counts)
             seen = (dout_, q_, k[:, :, :end], v[:, :, :end], out_, lse_)
-            part, dk_, dv_ = op(*seen, 0.0, False, attn_mask=mask, scale=scale)
-            if not of_rows:
+            dq[:, :, rows], dk_, dv_ = op(*seen, 0.0, False, attn_mask=mask, scale=scale)
+            if end == ends[-1]:
                 dk, dv = dk_, dv_
-            else:
-                dk[:, :, :end] += dk_
-                dv[:, :, :end] += dv_
-            of_rows.append(part)
-        return torch.cat(of_rows[::-1], 2), dk, dv
+                continue
+            dk[:, :, :end] += dk_
+            dv[:, :, :end] += dv_
+        return dq, dk, dv
 
     def _side_by_side(self, x: Tensor) -> Tensor:
         """Return x (.., rows, head_dim) with its rows beside each other if they lie more than a page apart."""
@@ -102,18 +109,21 @@ class CpuFlashKernel(Kernel):
     def _seen(self, q: Tensor, end: int, counts: Tensor | None) -> Tensor:
         """Return the mask (1, 1 or heads, rows, end) to add to scores of a step whose last row sees `end` keys."""
         rows = q.shape[2]
+        first_row = end - rows
         if counts is not None:
-            return counts[None, :, end - rows : end, :end]
+            return counts[None, :, first_row:end, :end]
         before = self._STEP * (2 * self._MAX_STEPS - 1)  # keys that all rows of the last step see
-        first = before + rows - end
-        return _triangle(self._STEP, before, q.dtype)[:, :, :rows, first : first + end]
+        first = before - first_row
+        triangle = _triangle(self._STEP, before, q.dtype)
+        return triangle[:, :, :rows, first : first + end]
 
 
 @lru_cache(maxsize=4)
 def _triangle(rows: int, before: int, dtype: torch.dtype) -> Tensor:
     """Return a mask (1, 1, rows, before + rows) to add to scores: row i sees the keys up to `before + i`."""
     with torch.inference_mode(False):  # the cached mask outlives the caller's inference mode
-        return torch.full((1, 1, rows, before + rows), float("-inf"), dtype=dtype).triu_(before + 1)
+        mask = torch.full((1, 1, rows, before + rows), float("-inf"), dtype=dtype)
+        return mask.triu_(before + 1)
 
 
 _IN_ORDER = (  # the first that works is taken
@@ -135,7 +145,8 @@ def select_kernel(
     name that does not exist or cannot serve.
     """
     name = name or os.environ.get("LONGNET_KERNEL") or None
-    return _select(device, dtype, head_dim, name, torch.are_deterministic_algorithms_enabled())
+    always_equal = torch.are_deterministic_algorithms_enabled()
+    return _select(device, dtype, head_dim, name, always_equal)
 
 
 @lru_cache(maxsize=256)  # results last for the life of the process
@@ -185,25 +196,39 @@ def _difference(kernel: Kernel, x: Tensor) -> str | None:
     There are two calls, a causal square and one in which heads share a key head. As in real calls, the backward gets
     the merged out and lse of both, which are strided views, too.
     """
-    math, scale = KERNELS["math"], x.shape[-1] ** -0.5
+    math = KERNELS["math"]
+    scale = x.shape[-1] ** -0.5
     rows = slice(None, None, 2)
     q, k, v, dout = x[:, :, rows].transpose(2, 3)  # (segments, heads, rows, head_dim)
-    shared_k, shared_v = x[1:3, :, 1::3, :1].transpose(2, 3).expand(-1, -1, q.shape[1], -1, -1)
+    of_one_head = x[1:3, :, 1::3, :1].transpose(2, 3)
+    shared_k, shared_v = of_one_head.expand(-1, -1, q.shape[1], -1, -1)
     out, lse = math.forward(q, k, v, True, scale)
     other, other_lse = math.forward(q, shared_k, shared_v, False, scale)
     of_both = torch.logaddexp(lse, other_lse)
-    merged = torch.lerp(out, other, (other_lse - of_both).exp()[..., None])
-    whole, whole_lse = x.new_empty(x.shape[1:]), lse.new_empty(x.shape[1:4])
+    share = (other_lse - of_both).exp()
+    merged = torch.lerp(out, other, share[..., None])
+    whole = x.new_empty(x.shape[1:])
+    whole_lse = lse.new_empty(x.shape[1:4])
     out = whole[:, rows].transpose(1, 2).copy_(merged)
     lse = whole_lse[:, rows].transpose(1, 2).copy_(of_both)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(x.dtype, 3e-2)
     for keys, values, causal in ((k, v, True), (shared_k, shared_v, False)):
-        inputs, options = (q, keys, values), (causal, scale)
-        backward = (dout, *inputs, out, lse)
-        found = (*kernel.forward(*inputs, *options), *kernel.backward(backward, *options))
-        expected = (*math.forward(*inputs, *options), *math.backward(backward, *options))
-        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
-            error = ((wide(a) - b).norm() / b.norm()).item()
+        tensors = (dout, q, keys, values, out, lse)
+        found = _results(kernel, tensors, causal, scale)
+        expected = _results(math, tensors, causal, scale)
+        for name, of_math in expected.items():
+            off = (wide(found[name]) - of_math).norm() / of_math.norm()
+            error = off.item()
             if not error <= tolerance:
                 return f"its {name} is off by {error:.1e}"
     return None
+
+
+def _results(
+    kernel: Kernel, tensors: Sequence[Tensor], causal: bool, scale: float
+) -> dict[str, Tensor]:
+    """Return what a kernel makes of the tensors of a backward, in its forward and its backward."""
+    _, q, k, v, *_ = tensors
+    out, lse = kernel.forward(q, k, v, causal, scale)
+    dq, dk, dv = kernel.backward(tensors, causal, scale)
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}

@@ -41,7 +41,12 @@ class Kernel:
         raise NotImplementedError
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
@@ -87,7 +92,11 @@ class MathKernel(Kernel):
         return out, lse
 
     def backward(
-        self, tensors: Sequence[Tensor], causal: bool, scale: float, counts: Tensor | None = None
+        self,
+        tensors: Sequence[Tensor],
+        causal: bool,
+        scale: float,
+        counts: Tensor | None = None,
     ) -> Gradients:
         dout, q, k, v, out, lse = map(wide, tensors)
         delta = (dout * out).sum(-1, keepdim=True)

@@ -406,7 +406,8 @@ class _Gradients:
         calls = kernel_calls(placed, kernel, query_like, key_like, self._far_tensors, layouts)
         for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
             tensors = dout, q, k, v, out, lse[..., 0]
-            part, *parts = kernel.backward(tensors, branch.causal, scale, *_counts(branch, q))
+            counts = _counts(branch, q)
+            part, *parts = kernel.backward(tensors, branch.causal, scale, *counts)
             self.q.add(dq, part, branch.queries, fresh=branch.covers and not self._far_first)
             fresh = branch.covers and branch.queries == branch.keys and not self._shared_heads
             sums = [self.k, self.v]

@@ -54,9 +54,8 @@ class Heads(NamedTuple):
 
     def of(self, others: Sequence[int]) -> Heads:
         """Return the progression of the values of `others` at these heads, such as the key head of each query head."""
-        return Heads(
-            self.number, others[self.first], self.growth(others) if self.number > 1 else self.step
-        )
+        step = self.growth(others) if self.number > 1 else self.step
+        return Heads(self.number, others[self.first], step)
 
 
 class HeadRows(NamedTuple):
@@ -84,23 +83,28 @@ class HeadRows(NamedTuple):
     ) -> HeadRows:
         """Return the rows at positions [start, stop) of one segment. Tokens count from position `origin`."""
         segment = start // w * w
-        before, until = (
-            [rows_before(edge - segment, o, r) for o in offsets] for edge in (start, stop)
-        )
-        first_tokens = [segment - origin + o + b * r for o, b in zip(offsets, before, strict=True)]
-        return cls(heads, first_tokens, [b - a for a, b in zip(before, until, strict=True)], w, r)
+        first_tokens: list[int] = []
+        counts: list[int] = []
+        for offset in offsets:
+            before = rows_before(start - segment, offset, r)
+            first_tokens.append(segment - origin + offset + before * r)
+            counts.append(rows_before(stop - segment, offset, r) - before)
+        return cls(heads, first_tokens, counts, w, r)
 
     def view(self, run: Heads, segments: int = 1) -> Rows:
         """Return the view that shows the rows of a run in this order, in so many segments."""
-        first_token, skew = self.first_tokens[run.first], run.growth(self.first_tokens)
-        sizes = (
-            segments,
-            self.segment_step,
-            *run.of(self.heads),
-            self.counts[run.first],
-            self.row_step,
+        of_heads = run.of(self.heads)
+        return Rows(
+            segments=segments,
+            segment_step=self.segment_step,
+            heads=of_heads.number,
+            first_head=of_heads.first,
+            head_step=of_heads.step,
+            rows=self.counts[run.first],
+            row_step=self.row_step,
+            first_token=self.first_tokens[run.first],
+            skew=run.growth(self.first_tokens),
         )
-        return Rows(*sizes, first_token, skew)
 
 
 def rows_before(position: int, offset: int, dilation_rate: int) -> int:
@@ -296,8 +300,9 @@ class Layout(NamedTuple):
 
     def of_span(self, span: FarSpan, origin: int = 0) -> HeadRows:
         """Return the rows of `span` in each lane. Tokens count from position `origin`."""
-        (w, r), (heads, offsets, _) = level_of(self.pattern, span.level), self.lanes(span.level)
-        return HeadRows.at(span.start, span.stop, heads, offsets, w, r, origin)
+        w, r = level_of(self.pattern, span.level)
+        lanes = self.lanes(span.level)
+        return HeadRows.at(span.start, span.stop, lanes.kv_heads, lanes.offsets, w, r, origin)
 
     def counts(self, span: FarSpan) -> Sequence[int]:
         """Return how many rows of `span` each lane has; lanes differ by at most one."""
@@ -305,10 +310,10 @@ class Layout(NamedTuple):
 
     def positions(self, span: FarSpan) -> list[range]:
         """Return the positions of the rows of `span`, for each lane."""
-        _, starts, counts, _, r = self.of_span(span)
-        return [
-            range(start, start + count * r, r) for start, count in zip(starts, counts, strict=True)
-        ]
+        rows = self.of_span(span)
+        firsts_and_counts = zip(rows.first_tokens, rows.counts, strict=True)
+        r = rows.row_step
+        return [range(first, first + count * r, r) for first, count in firsts_and_counts]
 
     def views(self, span: FarSpan, start: int) -> Iterator[SpanViews]:
         """Yield views of the rows of `span` for a shard that starts at `start` and holds them; none if it is empty."""
@@ -330,19 +335,17 @@ class Layout(NamedTuple):
 
 @lru_cache(maxsize=1 << 10)  # decoding asks several times per layer and token
 def _lanes(layout: Layout, level: int) -> Lanes:
-    group = layout.num_heads // layout.kv_heads
-    offsets = (
-        (0,) * layout.num_heads
-        if level == SINKS
-        else layout.pattern.offsets(level, layout.num_heads)
-    )
-    places: dict[tuple[int, int], int] = {}
-    of_head = [
-        places.setdefault((h // group, offset), len(places)) for h, offset in enumerate(offsets)
-    ]
-    return Lanes(
-        tuple(head for head, _ in places), tuple(offset for _, offset in places), tuple(of_head)
-    )
+    heads = layout.num_heads
+    group = heads // layout.kv_heads
+    offsets = (0,) * heads
+    if level != SINKS:
+        offsets = layout.pattern.offsets(level, heads)
+    lanes: dict[tuple[int, int], int] = {}
+    of_head: list[int] = []
+    for head, offset in enumerate(offsets):
+        of_head.append(lanes.setdefault((head // group, offset), len(lanes)))
+    kv_heads, offsets = zip(*lanes, strict=True)
+    return Lanes(kv_heads, offsets, tuple(of_head))
 
 
 def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> FarSpan:

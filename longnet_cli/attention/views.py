@@ -18,6 +18,7 @@ from .spans import Rows
 
 # rows and tokens of a batch, and the calls of each of these rows
 PlacedCalls = tuple[slice, slice, tuple[Branch, ...]]
+_Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset of a view
 KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
 # index of far keys -> their key-like tensors, once they are there
 FarTensors = Callable[[int], Sequence[Tensor]]
@@ -39,7 +40,8 @@ def kernel_calls(
     `far` returns as many tensors for far keys as `key_like` has. It is called right before a call that needs them.
     `layouts` are kept from one call to the next, if they are the plan's.
     """
-    tensors, queries = (*query_like, *key_like), len(query_like)
+    tensors = (*query_like, *key_like)
+    queries = len(query_like)
     of_calls: dict[Any, _CallLayout] = {}
     if layouts is not None:
         strides = tuple([(x.stride(), x.shape[-1]) for x in tensors])
@@ -59,13 +61,7 @@ def kernel_calls(
                     branch, run, columns.start, kernel, near[:queries], near[queries:]
                 )
                 of_calls[place] = layout
-            # A branch on far keys has layouts for its queries alone.
-            views = [
-                x.as_strided(size, stride, begin + offset)
-                for x, (size, stride, offset), begin in zip(
-                    near, layout.views, begins, strict=False
-                )
-            ]
+            views = layout.shown(near, begins)
             single = layout.single
             if branch.far_index is not None:
                 assert far is not None
@@ -78,10 +74,10 @@ def kernel_calls(
 class _CallLayout(NamedTuple):
     """The layouts of a branch's views in one place, without those of far keys, and how many rows a call takes.
 
-    views: size, stride and offset of each. single: one call takes all.
+    single: one call takes all.
     """
 
-    views: list[tuple[Any, Any, int]]
+    views: list[_Layout]
     limit: int
     single: bool
 
@@ -100,9 +96,19 @@ class _CallLayout(NamedTuple):
         if branch.far_index is None:
             views += [_layout_of_call(x, keys, run, column) for x in key_like]
         rows = max(queries.rows, keys.rows)
-        limit = kernel.max_batch(queries.heads, rows, query_like[0].shape[-1])
+        head_dim = query_like[0].shape[-1]
+        limit = kernel.max_batch(queries.heads, rows, head_dim)
         size, *_ = views[0]
-        return cls(views, limit, single=len(size) == 4 and size[0] <= limit)
+        single = len(size) == 4 and size[0] <= limit
+        return cls(views, limit, single)
+
+    def shown(self, near: Sequence[Tensor], begins: Sequence[int]) -> list[Tensor]:
+        """Return the views of tensors that begin there in their storages: of far keys, those of queries alone."""
+        layouts = zip(near, self.views, begins, strict=False)
+        return [
+            x.as_strided(size, stride, begin + offset)
+            for x, (size, stride, offset), begin in layouts
+        ]
 
 
 def of_level(x: Tensor, level: int) -> Tensor:
@@ -120,7 +126,13 @@ def strided_view(x: Tensor, rows: Rows, first_row: int = 0, batch: int | None = 
     return x.as_strided(size, stride, x.storage_offset() + offset)
 
 
-def view(x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False) -> Tensor:
+def view(
+    x: Tensor,
+    rows: Rows,
+    run: slice,
+    column: int,
+    apart: bool = False,
+) -> Tensor:
     """View the rows `run` of a batch x, tokens counted from `column`, like `strided_view`.
 
     The result is (batch or segments, heads, rows, last dim) if batch or segments is 1. If both are, and heads shall be
@@ -131,9 +143,13 @@ def view(x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False) ->
 
 
 def _layout_of_call(
-    x: Tensor, rows: Rows, run: slice, column: int, apart: bool = False
-) -> tuple[Any, Any, int]:
-    """Return size, stride and offset of `view`."""
+    x: Tensor,
+    rows: Rows,
+    run: slice,
+    column: int,
+    apart: bool = False,
+) -> _Layout:
+    """Return the layout of `view`."""
     size, stride, offset = _layout(x, rows, run.start, run.stop, column)
     dimensions = [0, 1, 2, 3, 4]  # batch, segments, heads, rows, last dim
     if apart and size[0] == 1:
@@ -146,8 +162,8 @@ def _layout_of_call(
     return shown(size), shown(stride), offset
 
 
-def _layout(x: Tensor, rows: Rows, start: int, stop: int, column: int) -> tuple[Any, Any, int]:
-    """Return size, stride and offset of `strided_view`, for rows [start, stop) of a batch, from token `column` on."""
+def _layout(x: Tensor, rows: Rows, start: int, stop: int, column: int) -> _Layout:
+    """Return the layout of `strided_view`, for rows [start, stop) of a batch, from token `column` on."""
     batch, token, head, last = x.stride()
     size = (stop - start, rows.segments, rows.heads, rows.rows, x.shape[3])
     stride = (
@@ -175,7 +191,10 @@ def _batched(views: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
         walked = 0 if batch <= segments else 1
         groups = _together([x.unbind(walked) for x in views])
     for group in groups:
-        yield from [group] if len(group[0]) <= limit else _together([x.split(limit) for x in group])
+        if len(group[0]) <= limit:
+            yield group
+        else:
+            yield from _together([x.split(limit) for x in group])
 
 
 def _together(parts_of_views: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
