@@ -51,8 +51,12 @@ class Document:
         there was none. `places` are those of its tokens in the text, if they are kept (see `TextPlaces`). `ends` are
         the characters after the units of the text, if it was cut into some.
         """
-        self.doc_id, self.kept, self.tokenizer, self.places = doc_id, kept or {}, tokenizer, places
-        self.where, self.ends = where, ends
+        self.doc_id = doc_id
+        self.where = where
+        self.kept = kept or {}
+        self.tokenizer = tokenizer
+        self.places = places
+        self.ends = ends
         self._n_bytes = n_bytes
         self._limit = limit
         self._place = place
@@ -82,8 +86,8 @@ class Document:
         start, stop, _ = slice(start, stop).indices(self._length)
         out = np.empty(max(0, stop - start), np.int64)
         for done, part, offset, ids in self._stretches(start, stop):
-            bad = part.valid is not None and part.valid.slice(offset, len(ids)).false_count
-            if bad or int(np.maximum.reduce(ids.view(self._unsigned))) > self._highest:
+            nulls = 0 if part.valid is None else part.valid.slice(offset, len(ids)).false_count
+            if nulls or int(np.maximum.reduce(ids.view(self._unsigned))) > self._highest:
                 raise self._refuse(part, offset, ids)
             out[done : done + len(ids)] = ids
         return out
@@ -93,13 +97,13 @@ class Document:
 
         A tuple has the number of tokens before, the part, the step's offset in it in tokens, and its numbers.
         """
-        index, place = bisect_right(self._starts, start) - 1, start
+        index = bisect_right(self._starts, start) - 1
+        place = start
         while place < stop:
             part = self.parts[index]
             offset = place - self._starts[index]
-            stored = part.ids[
-                offset * self.width : (offset + min(stop - place, self.step)) * self.width
-            ]
+            end = offset + min(stop - place, self.step)
+            stored = part.ids[offset * self.width : end * self.width]
             if not len(stored):
                 index += 1
                 continue
@@ -170,20 +174,21 @@ def collect(parts: Iterable[Part]) -> list[Part]:
     Whenever the parts in memory exceed SPOOL_BYTES and another part follows, they are moved to an unnamed temporary
     file. So a document that comes through a pipe in pieces takes disk, not memory.
     """
-    kept: list[Part] = []
-    in_memory: list[int] = []
-    size = 0
+    collected: list[Part] = []
+    in_memory: list[int] = []  # indices
+    size = 0  # bytes of these
     for part in parts:
         if size > SPOOL_BYTES:
-            spooled = _spool([np.asarray(kept[index].ids) for index in in_memory])
+            spooled = _spool([np.asarray(collected[index].ids) for index in in_memory])
             for index, ids in zip(in_memory, spooled, strict=True):
-                kept[index] = kept[index]._replace(ids=ids)
-            in_memory, size = [], 0
+                collected[index] = collected[index]._replace(ids=ids)
+            in_memory = []
+            size = 0
         if isinstance(part.ids, np.ndarray):
-            in_memory.append(len(kept))
+            in_memory.append(len(collected))
             size += part.ids.nbytes
-        kept.append(part)
-    return kept
+        collected.append(part)
+    return collected
 
 
 def _spool(arrays: list[np.ndarray]) -> list[np.ndarray]:
@@ -210,8 +215,10 @@ class TextPlaces:
 
     def __init__(self, document: Document) -> None:
         self.document = document
-        self._position = self._begun = 0
-        self._counts, words = False, document.tokenizer
+        self._position = 0  # tokens so far
+        self._begun = 0  # characters that begin in these
+        self._counts = False
+        words = document.tokenizer
         if words is not None and document.places is None and words.spells:
             steps = range(0, len(document), STEP)
             sizes = (words.n_bytes(document.read(i, i + STEP)) or 0 for i in steps)
@@ -232,7 +239,7 @@ class TextPlaces:
         self._count(end)
         return begin, self._begun
 
-    def each(self, start: int, stop: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def of_tokens(self, start: int, stop: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Return the same of each of the tokens [start, stop), two of (n,); None if not known."""
         if self.document.places is not None:
             begin, after = self.document.places[start:stop].T
@@ -246,13 +253,13 @@ class TextPlaces:
 
     def tokens_before(self, characters: Sequence[int]) -> np.ndarray | None:
         """Return how many tokens end before each of the characters, in order, or at it; None if not known."""
-        found = np.zeros(len(characters), np.int64)
+        counts = np.zeros(len(characters), np.int64)
         for start in range(0, len(self.document), STEP):
-            _, after = self.each(start, min(start + STEP, len(self.document)))
+            _, after = self.of_tokens(start, min(start + STEP, len(self.document)))
             if after is None:
                 return None
-            found += np.searchsorted(after, characters, "right")
-        return found
+            counts += np.searchsorted(after, characters, "right")
+        return counts
 
     def _count(self, stop: int) -> None:
         """Count the characters that begin before token `stop`."""

@@ -47,7 +47,8 @@ class StoredFile(io.RawIOBase):
         self._handle = -1
         self._handle = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(self._handle)
-        self.size, self._written = status.st_size, status.st_mtime_ns
+        self.size = status.st_size
+        self._written = status.st_mtime_ns
         self._position = 0
 
     def read_at(self, offset: int, out: Any) -> None:
@@ -63,15 +64,10 @@ class StoredFile(io.RawIOBase):
         except OSError as error:
             raise read_error(self.where, error) from error
         if missing or status.st_mtime_ns != self._written or status.st_size != self.size:
-            size = status.st_size
-            how = (
-                f"it had {self.size} bytes and has {size}"
-                if size != self.size
-                else "it was written to"
-            )
-            reason = (
-                f"the file changed while it was read ({how}): let its writer end, and start again"
-            )
+            change = "it was written to"
+            if status.st_size != self.size:
+                change = f"it had {self.size} bytes and has {status.st_size}"
+            reason = f"the file changed while it was read ({change}): let its writer end, and start again"
             raise FileChangedError(self.where, reason)
 
     def map(self) -> mmap.mmap:
@@ -109,16 +105,18 @@ class StoredIds:
     __slots__ = ("_file", "_length", "_offset", "dtype")
 
     def __init__(self, file: StoredFile, offset: int, dtype: np.dtype, length: int) -> None:
-        self._file, self._offset, self.dtype, self._length = file, offset, dtype, length
+        self._file = file
+        self._offset = offset
+        self.dtype = dtype
+        self._length = length
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: slice) -> "StoredIds":
         start, stop, _ = index.indices(self._length)
-        return StoredIds(
-            self._file, self._offset + start * self.dtype.itemsize, self.dtype, max(0, stop - start)
-        )
+        offset = self._offset + start * self.dtype.itemsize
+        return StoredIds(self._file, offset, self.dtype, max(0, stop - start))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         ids = np.empty(self._length, self.dtype)

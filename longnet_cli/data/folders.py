@@ -146,20 +146,28 @@ def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> st
         alike.setdefault(PurePosixPath(bare_name(file)).suffix, []).append(file)
     if not alike:
         return ""
-    firsts = [f"{of[0]} and {len(of) - 1} like it" if of[1:] else of[0] for of in alike.values()]
-    named = ", ".join([*firsts[:MOST_NAMED], *["..."] * (len(firsts) > MOST_NAMED)])
+    examples = []
+    for files in alike.values():
+        more = f" and {len(files) - 1} like it" if len(files) > 1 else ""
+        examples.append(f"{files[0]}{more}")
+    if len(examples) > MOST_NAMED:
+        examples = [*examples[:MOST_NAMED], "..."]
     suffixes = (*SHARD_SUFFIXES, *JSON_SUFFIXES, ".json")
-    readable = [of for suffix, of in alike.items() if suffix in suffixes or is_named_text(of[0])]
-    unread, how = max(readable, key=len, default=[]), ""
-    if unread:
-        pattern = f"{folder}/{'**/' * any('/' in file for file in unread)}*{PurePosixPath(unread[0]).suffix}"
-        how = f"; '{pattern}' reads files of that kind"
-    beside = f"the {len(chosen)} files like {chosen[0]}" if chosen[1:] else chosen[0]
+    readable = [
+        files for suffix, files in alike.items() if suffix in suffixes or is_named_text(files[0])
+    ]
+    advice = ""
+    if readable:
+        most = max(readable, key=len)
+        below = "**/" if any("/" in file for file in most) else ""
+        pattern = f"{folder}/{below}*{PurePosixPath(most[0]).suffix}"
+        advice = f"; '{pattern}' reads files of that kind"
+    beside = f"the {len(chosen)} files like {chosen[0]}" if len(chosen) > 1 else chosen[0]
     count = sum(map(len, alike.values()))
     what = f"{count} files are" if count > 1 else "1 file is"
-    said = f"{what} not read beside {beside}: {named}{how}"
-    warnings.warn(f"{folder}: {said}", InputWarning, stacklevel=2)
-    return said
+    sentence = f"{what} not read beside {beside}: {', '.join(examples)}{advice}"
+    warnings.warn(f"{folder}: {sentence}", InputWarning, stacklevel=2)
+    return sentence
 
 
 def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
@@ -167,15 +175,12 @@ def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
     shards_of: dict[str, list[str]] = {}
     for shard in shards:
         top, _, name = shard.rpartition("/")
-        words = [
-            word for word in re.split(r"[-_. 0-9]+|of", bare_name(name).rpartition(".")[0]) if word
-        ]
-        split = next(
-            (_SPLITS[word] for word in (*words[:1], *words[-1:], top.lower()) if word in _SPLITS),
-            None,
-        )
-        if split:
-            shards_of.setdefault(split, []).append(shard)
+        stem = bare_name(name).rpartition(".")[0]
+        words = [word for word in re.split(r"[-_. 0-9]+|of", stem) if word]
+        for word in (*words[:1], *words[-1:], top.lower()):
+            if word in _SPLITS:
+                shards_of.setdefault(_SPLITS[word], []).append(shard)
+                break
     if len(shards_of) > 1:
         raise _several(folder, [_glob(shards_of[split]) for split in sorted(shards_of)])
 

@@ -183,12 +183,11 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
         with reading(where):
             return pipe.read(size)
 
-    position, data = 0, read(TEXT_PART)
+    position = 0
+    data = read(TEXT_PART)
     if data.startswith(BYTE_ORDER_MARK):
-        position, data = (
-            len(BYTE_ORDER_MARK),
-            data[len(BYTE_ORDER_MARK) :] + read(len(BYTE_ORDER_MARK)),
-        )
+        position = len(BYTE_ORDER_MARK)
+        data = data[position:] + read(position)
         if not data:
             yield ""
     while data:
@@ -200,7 +199,7 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
             bad = error.start if bad < 0 else min(bad, error.start)
         if bad >= 0:
             what = f"the byte at offset {position + bad} is 0x{data[bad]:02x}"
-            advice = next((said for magic, said in _ADVICE.items() if data.startswith(magic)), "")
+            advice = next((text for magic, text in _ADVICE.items() if data.startswith(magic)), "")
             raise DataError(f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}{advice}")
         yield text
         position, data = position + used, data[used:] + following
@@ -218,33 +217,32 @@ def _open_parquet(source: Source, file: Any) -> Table:
         raise DataError(
             f"{source.where}: the data is damaged or truncated (its row groups do not add up)"
         )
-    rows = (
-        PARQUET_BATCH_BYTES
-        * metadata.num_rows
-        // max(1, sum(group.total_byte_size for group in groups))
-    )
+    size = sum(group.total_byte_size for group in groups)
+    rows = PARQUET_BATCH_BYTES * metadata.num_rows // max(1, size)
     rows = min(max(1, rows), PARQUET_BATCH_ROWS)
 
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
         reader = parquet.iter_batches(batch_size=rows, columns=columns, use_threads=False)
-        index = seen = values = 0
+        index = 0  # of the batch
+        rows_so_far = 0
+        values = 0  # in the documents' column
         while True:
-            with reading(f"{source.where}, batch {index}", row=seen):
+            with reading(f"{source.where}, batch {index}", row=rows_so_far):
                 batch = next(reader, None)
                 if batch is None:
                     break
                 values += _leaf_values(pick(batch, columns[0]))
             yield batch
             index += 1
-            seen += batch.num_rows
+            rows_so_far += batch.num_rows
         paths = (metadata.schema.column(leaf).path for leaf in range(metadata.num_columns))
         names = [*parquet.schema_arrow.names, columns[0]]
         leaves = [leaf for leaf, path in enumerate(paths) if _root(path, names) == columns[0]]
         expected = sum(group.column(leaves[0]).num_values for group in groups)
         # A damaged page may hold fewer values than its column declares, which Parquet's reader does not report.
-        if (seen, values) != (metadata.num_rows, expected):
+        if (rows_so_far, values) != (metadata.num_rows, expected):
             raise DataError(
-                f"{source.where}: truncated: {seen} rows of {values} values, of the {metadata.num_rows} rows of "
+                f"{source.where}: truncated: {rows_so_far} rows of {values} values, of the {metadata.num_rows} rows of "
                 f"{expected} that it should hold"
             )
 
@@ -303,8 +301,9 @@ class _Unpacked(io.RawIOBase):
         except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None and error.strerror:
                 raise  # an error of the disk
-            said = f"{self._where}: the {self._kind} data is damaged or truncated ({first_line(error)})"
-            self._damage = DataError(said)
+            self._damage = DataError(
+                f"{self._where}: the {self._kind} data is damaged or truncated ({first_line(error)})"
+            )
             raise self._damage from error
         out[: len(data)] = data
         return len(data)

@@ -42,8 +42,8 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
         wanted = {key: datasets[key] for key in names if key in datasets}
         counts = {key: rows.count for key, rows in wanted.items()}
         if len({*counts.values()}) > 1:
-            said = ", ".join(f"{key} {count}" for key, count in counts.items())
-            raise DataError(f"{where}: its datasets have different numbers of rows: {said}")
+            sizes = ", ".join(f"{key} {count}" for key, count in counts.items())
+            raise DataError(f"{where}: its datasets have different numbers of rows: {sizes}")
         total = next(iter(counts.values()), 0)
         for key, rows in wanted.items():
             with _reading(f"{where}: {key}"):

@@ -158,9 +158,9 @@ class _OpenedLines:
                 yield _batch(rows, schema)
             raise
         if self._missing:  # in a small file, before any document has been read
-            known = ", ".join(self._keys)
+            keys = ", ".join(self._keys)
             raise ConfigError(
-                f"{self.where}: there is no column {self._missing[0]!r}; its columns are {known}"
+                f"{self.where}: there is no column {self._missing[0]!r}; its columns are {keys}"
             )
         if rows:
             yield _batch(rows, schema)

@@ -104,14 +104,14 @@ def find_sources(names: Sequence[str | Path]) -> tuple[list[Source], list[DataEr
         raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
     if sum(str(name) in ("-", "@-") for name in names) > 1:
         raise ConfigError("stdin (-) can be read only once")
-    found = [*_expand_all([_as_text(str(name)) for name in names], in_list=False)]
-    sources = once(each for each in found if isinstance(each, Source))
+    expanded = [*_expand_all([_as_text(str(name)) for name in names], in_list=False)]
+    sources = once(item for item in expanded if isinstance(item, Source))
+    missing = [item for item in expanded if isinstance(item, DataError)]
     times = Counter(source.name for source in sources)
-    missing = [each for each in found if isinstance(each, DataError)]
-    return [
-        source if times[source.name] == 1 else replace(source, name=source.where)
-        for source in sources
-    ], missing
+    for index, source in enumerate(sources):
+        if times[source.name] > 1:
+            sources[index] = replace(source, name=source.where)
+    return sources, missing
 
 
 def once(sources: Iterable[Source]) -> list[Source]:
@@ -244,13 +244,16 @@ def _listed(name: str) -> list[str]:
 
 def _folder_files(folder: Path) -> tuple[list[str], str]:
     """Return what `choose_files` does. Folders that are links are followed, after all others, and each folder once."""
-    paths, tops, seen = list[Path](), [str(folder)], set[tuple[int, int]]()
+    paths: list[Path] = []
+    tops = [str(folder)]
+    walked: set[tuple[int, int]] = set()  # folders, by device and inode
     for root, folders, names in chain.from_iterable(map(os.walk, tops)):  # tops grows
         status = os.stat(root)
-        if (place := (status.st_dev, status.st_ino)) in seen:
+        identity = status.st_dev, status.st_ino
+        if identity in walked:
             folders.clear()
             continue
-        seen.add(place)
+        walked.add(identity)
         folders[:] = [name for name in folders if not is_hidden(name)]
         tops += sorted(filter(os.path.islink, (os.path.join(root, name) for name in folders)))
         paths += [Path(root, name) for name in names]

@@ -142,7 +142,6 @@ def _telling(uri: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise read_error(uri, error) from error
-        said = first_line(error).partition(" error_info=")[
-            0
-        ]  # of Google's library, which says all twice
-        raise DataError(f"{uri}: cannot read: {said}") from error
+        # Google's library says all twice
+        reason = first_line(error).partition(" error_info=")[0]
+        raise DataError(f"{uri}: cannot read: {reason}") from error

@@ -208,14 +208,13 @@ def cut(parts: Iterable[str], unit: Unit) -> TextCutter:
     def end_of(text: str, start: int) -> int:
         window = text[start : start + size].encode()[:size].decode(errors="ignore")
         if unit != "passage":
-            found = ENDS[unit].search(window)
-            return start + (found.end() if found else len(window))
-        late = (
-            [found.end() for found in kind.finditer(window, len(window) // 2)]
-            for kind in PASSAGE_ENDS
-        )
-        ends = next(filter(None, late), [len(window)])
-        return start + (ends[-1] if start + len(window) < len(text) else len(window))
+            end = ENDS[unit].search(window)
+            return start + (end.end() if end else len(window))
+        if start + len(window) < len(text):
+            for kind in PASSAGE_ENDS:
+                if ends := list(kind.finditer(window, len(window) // 2)):
+                    return start + ends[-1].end()
+        return start + len(window)
 
     return TextCutter(parts, end_of, size)
 

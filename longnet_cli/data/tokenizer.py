@@ -274,8 +274,8 @@ class Tokenizer:
         settings: dict[str, Any] = {}
         try:
             if Path(path).name in FINISHED:
-                kept = getattr(read_manifest(Path(path).parent), "tokenizer", None) or {}
-                text, settings = kept.get("json", ""), kept
+                settings = getattr(read_manifest(Path(path).parent), "tokenizer", None) or {}
+                text = settings.get("json", "")
             else:
                 text = read_text(path)
         except (OSError, ValueError) as error:
@@ -296,9 +296,9 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def from_description(cls, kept: Mapping[str, str]) -> Tokenizer:
+    def from_description(cls, description: Mapping[str, str]) -> Tokenizer:
         """Return the tokenizer with this `description`."""
-        return cls(tokenizers.Tokenizer.from_str(kept["json"]), kept)
+        return cls(tokenizers.Tokenizer.from_str(description["json"]), description)
 
     @classmethod
     def load(cls, spec: str | Path) -> Tokenizer:
@@ -361,7 +361,8 @@ class Tokenizer:
         )
         cutters = (cut_text(parts, words) for parts in texts)
         inner.train_from_iterator(
-            chain.from_iterable(iter(partial(each.take, GROUP), []) for each in cutters), trainer
+            chain.from_iterable(iter(partial(cutter.take, GROUP), []) for cutter in cutters),
+            trainer,
         )
         return cls(inner)
 
@@ -472,13 +473,13 @@ class Tokenizer:
         """The UTF-8 bytes of each id, none for a special token; None if the tokenizer is not byte-level."""
         if not decodes_bytes(self._description):
             return None
-        found = [b""] * self.vocab_size
+        bytes_of = [b""] * self.vocab_size
         for token, index in self._vocab.items():
-            known = all(character in BYTE_OF for character in token)
-            found[index] = bytes(map(BYTE_OF.__getitem__, token)) if known else token.encode()
+            of_bytes = all(character in BYTE_OF for character in token)
+            bytes_of[index] = bytes(map(BYTE_OF.__getitem__, token)) if of_bytes else token.encode()
         for added in self.added_tokens:  # these are written as text
-            found[added["id"]] = b"" if added["special"] else added["content"].encode()
-        return found
+            bytes_of[added["id"]] = b"" if added["special"] else added["content"].encode()
+        return bytes_of
 
     @cached_property
     def characters(self) -> tuple[np.ndarray, np.ndarray]:
@@ -599,8 +600,8 @@ class TextStream:
     def add(self, token_id: int) -> str:
         """Return the characters that this id completes."""
         if self._tokenizer.bytes_of is not None:
-            known = token_id < self._tokenizer.vocab_size
-            return self._decoder.decode(self._tokenizer.bytes_of[token_id] if known else b"")
+            has_bytes = token_id < self._tokenizer.vocab_size
+            return self._decoder.decode(self._tokenizer.bytes_of[token_id] if has_bytes else b"")
         self._waiting.append(token_id)
         return self._text(final=len(self._waiting) >= LONGEST_WAIT)
 

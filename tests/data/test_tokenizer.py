@@ -400,8 +400,8 @@ def test_places_are_the_tokenizers_offsets(kind: str, pieces: list[str]) -> None
     places = TextPlaces(found)
     spoken = [places.of(i, i + 1) for i in range(len(found))]
     halves = (
-        TextPlaces(found).each(0, len(found) // 2),
-        TextPlaces(found).each(len(found) // 2, len(found)),
+        TextPlaces(found).of_tokens(0, len(found) // 2),
+        TextPlaces(found).of_tokens(len(found) // 2, len(found)),
     )
     assert [
         place for half in halves for place in zip(*(x.tolist() for x in half), strict=True)

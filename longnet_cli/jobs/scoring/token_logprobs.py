@@ -79,7 +79,13 @@ def write_token_logprobs(
             if places is None or places.document is not document:
                 part, places = 0, TextPlaces(document)
             rows.append(
-                (document.doc_id, part, start, *lists, *places.each(start, start + len(lists[0])))
+                (
+                    document.doc_id,
+                    part,
+                    start,
+                    *lists,
+                    *places.of_tokens(start, start + len(lists[0])),
+                )
             )
             size += len(lists[0])
             if size >= BATCH:
