@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,16 @@ def test_what_was_opened_is_saved_as_it_was(folder: Path, tmp_path: Path) -> Non
     assert config_of(tmp_path / "own") == {
         key: value for key, value in own.items() if key != "dilated_attention"
     } | {"model_type": "llama"}
+
+
+@pytest.mark.parametrize("asked", ["sdpa", "eager"])
+def test_a_folder_that_is_opened_dense_says_so(folder: Path, asked: str) -> None:
+    with pytest.warns(UserWarning, match=f"attn_implementation='{asked}' runs it dense") as noted:
+        hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=asked)
+    assert len(noted) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        hf.AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_whoever_put_a_pattern_there_it_is_saved_as_one(tmp_path: Path) -> None:

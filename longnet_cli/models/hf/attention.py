@@ -496,8 +496,8 @@ def dilated_mask(
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
-            "dilated attention has no masks but causal, bidirectional and padding: for position_ids that restart "
-            "(packed sequences), pass attention_mask"
+            "dilated attention has no masks but causal, bidirectional and padding: give texts whose position_ids "
+            "restart (packed sequences) a row each; torch.export and torch.jit.trace are not supported"
         )
     if kv_offset or q_offset + q_length != kv_length:
         raise ValueError(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -292,8 +293,14 @@ def _prepared(own: type, prepare: Prepare) -> type:
     def from_pretrained(cls: Any, *args: Any, **options: Any) -> Any:
         returned = own.from_pretrained(*args, **options)  # type: ignore[attr-defined]
         model = returned[0] if isinstance(returned, tuple) else returned
-        if model.config._attn_implementation == ATTENTION_NAME:
+        asked = model.config._attn_implementation
+        if asked == ATTENTION_NAME:
             prepare(model)
+        else:
+            warnings.warn(
+                f"{model.name_or_path}: attn_implementation={asked!r} runs it dense, without its pattern; leave it out",
+                stacklevel=2,
+            )
         return returned
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
