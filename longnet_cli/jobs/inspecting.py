@@ -3,18 +3,17 @@
 import math
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
-from longnet_cli.basics.errors import ConfigError, DataError, one_line, refuse_web_address
+from longnet_cli.basics.errors import ConfigError, DataError, one_line
 from longnet_cli.basics.events import Events
 from longnet_cli.data.columns import Columns, TokenTypes, token_type
-from longnet_cli.data.documents import STEP, Document
-from longnet_cli.data.formats import open_source
-from longnet_cli.data.inputs import Inputs, encode_text
-from longnet_cli.data.names import Source, Sources, once
+from longnet_cli.data.documents import STEP, Document, Unread
+from longnet_cli.data.inputs import DocumentPass, Inputs, encode_text
 from longnet_cli.data.tables import Table, Text
 from longnet_cli.data.tokenizer import Tokenizer
 
@@ -97,51 +96,50 @@ class Inspection:
 
 
 def inspect(inputs: Inputs, *, events: Events | None = None) -> Inspection:
-    """Read every document of every input; a problem ends its document or its file, never the inspection.
+    """Read every document of every input. A problem ends its document or its file, and a file that changes the reading.
 
     Text without a tokenizer counts one token per byte. `events.progress` gets the tokens of each document. Raises
     ConfigError for no input and for a web address.
     """
     events = events or Events()
-    if not inputs.sources.names:
-        raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
-    inspection, types = Inspection(), TokenTypes()
-    sources: list[Source] = []
-    for item in inputs.sources.names:
-        refuse_web_address(str(item))
+    inspection = Inspection()
+    inputs = replace(inputs, skip_bad=True)
+    words = inputs.tokenizer or Tokenizer.bytes()
+
+    def read(opened: Text | Table, types: TokenTypes) -> Iterator[Any]:
         with _noting(inspection):
-            sources += Sources([item])
-    for source in once(sources):
-        with _noting(inspection):
-            for document, in_bytes in _open(inspection, source, types, inputs):
-                with _noting(inspection):
-                    _count(inspection, document, in_bytes)
-                    events.progress(len(document))
+            yield from _items(inspection, inputs, opened, types)
+
+    def finish(item: Text | Document) -> Document:
+        return encode_text(item, words, inputs.vocab_size) if isinstance(item, Text) else item
+
+    with _noting(inspection):  # a file that changes ends the pass
+        for document in DocumentPass(inputs, read, finish=finish):
+            with _noting(inspection):
+                if isinstance(document, Unread):
+                    raise document.error
+                _count(inspection, document, bool(document.tokenizer) and words.is_bytes)
+                events.progress(len(document))
     if not inspection.documents:
         inspection.n_bytes = None
     return inspection
 
 
-def _open(
-    inspection: Inspection, source: Source, types: TokenTypes, inputs: Inputs
-) -> Iterator[tuple[Document, bool]]:
-    """Record the format of a source, and yield its documents, each with whether its tokens are bytes."""
-    opened = open_source(source, inputs.wanted)
-    kind = None
+def _items(
+    inspection: Inspection, inputs: Inputs, opened: Text | Table, types: TokenTypes
+) -> Iterable[Any]:
+    """Record the format of an opened file, and return its items (see `Inputs.items`)."""
     if isinstance(opened, Text):
         inspection.formats["text"] += 1
-    else:
-        inspection.formats[opened.format] += 1
-        _note_metadata(inspection, opened.where, opened.schema.metadata or {})
-        inputs, columns = _columns(inputs, opened)
-        kind = token_type(columns.type)
-        inspection.token_types["vectors" if inputs.vectors else str(kind or "text")] += 1
-        with _noting(inspection):
-            types.check(opened, columns)
-    words = inputs.tokenizer or Tokenizer.bytes()
-    for item in inputs.items(opened):
-        document = encode_text(item, words, inputs.vocab_size) if isinstance(item, Text) else item
-        yield document, isinstance(item, Text) and words.is_bytes
+        return inputs.items(opened)
+    inspection.formats[opened.format] += 1
+    _note_metadata(inspection, opened.where, opened.schema.metadata or {})
+    inputs, columns = _columns(inputs, opened)
+    kind = token_type(columns.type)
+    inspection.token_types["vectors" if inputs.vectors else str(kind or "text")] += 1
+    with _noting(inspection):
+        types.check(opened, columns)
+    return inputs.items(opened)
 
 
 def _columns(inputs: Inputs, table: Table) -> tuple[Inputs, Columns]:

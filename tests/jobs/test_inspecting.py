@@ -147,6 +147,17 @@ def test_every_problem_is_found_and_what_is_good_is_counted(tmp_path):
     assert found.num_problems == 7
 
 
+def test_rows_after_a_bad_one_are_read_too(tmp_path):
+    lines = ['{"text": "ab"}', '{"text": null}', '{"text": 3}', '{"text": "c"}']
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    found = inspect(Inputs([tmp_path / "x.jsonl"]))
+    assert (found.documents, found.tokens, found.num_problems) == (2, 3, 2)
+    assert [problem.rpartition(", ")[2] for problem in found.problems] == [
+        "line 2: 'text' is null",
+        "line 3: 'text' is not text",
+    ]
+
+
 def test_problems_without_end_are_counted_but_not_all_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(inspecting, "MAX_PROBLEMS", 3)
     found = inspect(Inputs([write(tmp_path / "a.arrow", [[-1]] * 10)]))
