@@ -96,12 +96,12 @@ class ModelFolder:
         *,
         embeds: bool = False,
     ) -> None:
-        self.path, self.name = path, name or str(path)
+        self.path = _transformer_of(path) if embeds else path
+        self.name = name or str(path)
         self.origin = origin or self.name
         self.is_gguf = is_gguf(path)
-        self.embeds, self.modules = embeds, path / MODULES
-        if embeds:
-            self.path = _transformer_of(path)
+        self.embeds = embeds
+        self.modules = path / MODULES
 
     @classmethod
     def find(cls, name: str, *, gguf: bool = False, embeds: bool = False) -> ModelFolder:
@@ -110,10 +110,10 @@ class ModelFolder:
         Raises ConfigError for a name that is not shipped; CheckpointError for a path that holds no complete model, for
         a model that cannot be downloaded and, unless `gguf`, for a GGUF file.
         """
-        place, origin = (
-            Located(Path(name), name) if is_gguf(Path(name)) else find_model(name, embeds)
-        )
-        folder = cls(place, name, origin, embeds=embeds)
+        located = Located(Path(name), name)
+        if not is_gguf(located.path):
+            located = find_model(name, embeds)
+        folder = cls(located.path, name, located.name, embeds=embeds)
         if not folder.is_gguf:
             folder._check_complete()
         elif not gguf:
@@ -155,31 +155,31 @@ class ModelFolder:
         purpose. Raises CheckpointError for a tokenizer.json that is not the one the weights were saved with and,
         without `spec`, for a missing one. Raises ConfigError for another tokenizer.
         """
-        own, saved = self.path / TOKENIZER, self.metadata.get(TOKENIZER_SHA256)
         if spec and differs:
             return Tokenizer.load(spec)
-        mine = Tokenizer.from_file(own) if own.exists() else None
-        if mine and saved and json_sha256(parse(read_text(own))) != saved:
+        path = self.path / TOKENIZER
+        digest_at_saving = self.metadata.get(TOKENIZER_SHA256)
+        in_folder = Tokenizer.from_file(path) if path.exists() else None
+        if in_folder and digest_at_saving:
+            if json_sha256(parse(read_text(path))) != digest_at_saving:
+                raise CheckpointError(
+                    f"{path}: not the tokenizer that the model was saved with: put that one back, or add "
+                    f"--tokenizer {path} --tokenizer-differs to use this one"
+                )
+        elif digest_at_saving and not spec:
             raise CheckpointError(
-                f"{own}: not the tokenizer that the model was saved with: put that one back, or add "
-                f"--tokenizer {own} --tokenizer-differs to use this one"
+                f"{path} is missing, which the model was saved with: put it back, or name it"
             )
         if not spec:
-            if saved and not mine:
-                raise CheckpointError(
-                    f"{own} is missing, which the model was saved with: put it back, or name it"
-                )
-            return mine
-        given = Tokenizer.load(spec)
-        if (
-            given.sha256 not in (own_ones := {mine.sha256 if mine else saved, saved} - {None})
-            and own_ones
-        ):
+            return in_folder
+        named = Tokenizer.load(spec)
+        digests = {digest_at_saving, in_folder.sha256 if in_folder else None} - {None}
+        if digests and named.sha256 not in digests:
             raise ConfigError(
                 f"{spec}: not the tokenizer of the model in {self.path}, so its ids stand for other tokens: add "
                 "--tokenizer-differs to use it"
             )
-        return mine or given
+        return in_folder or named
 
     def bos(
         self, tokenizer: Tokenizer | None, written: str | None = None
@@ -213,19 +213,15 @@ class ModelFolder:
         For a Hugging Face model, they are the `eos_token_id`, one or several, of generation_config.json, otherwise of
         config.json. Without it, and for a LongNet, it is the end-of-text id of the tokenizer.
         """
-        for settings in (
-            (_read(self.path / GENERATION, dict), self.config) if self.of_transformers else ()
-        ):
-            value = settings.get("eos_token_id")
-            if ids := {
-                x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)
-            }:
-                return frozenset(ids)
-        return (
-            frozenset()
-            if tokenizer is None or tokenizer.eos_id is None
-            else frozenset({tokenizer.eos_id})
-        )
+        ends: list[Any] = []
+        if self.of_transformers:
+            for settings in (self.config, _read(self.path / GENERATION, dict)):
+                value = settings.get("eos_token_id")
+                ids = value if isinstance(value, list) else [value]
+                ends = [end for end in ids if isinstance(end, int)] or ends
+        if not ends and tokenizer:
+            ends = [tokenizer.eos_id]
+        return frozenset(ends) - {None}
 
     @property
     def eos(self) -> str | None:
@@ -250,14 +246,14 @@ class ModelFolder:
         `lora` holds the arguments of `add_lora`, for a Hugging Face model. Raises ConfigError and CheckpointError
         as `net` does.
         """
-        if self.of_transformers:
-            how = {"lora": lora, "dtype": self.stored_dtype()} if lora is not None else {}
-            return self._transformers().read_facts(
-                self.path, self.config, pattern, **how, embeds=self.embeds
-            )
-        from longnet_cli.nets.weights import load_config
+        if not self.of_transformers:
+            from longnet_cli.nets.weights import load_config
 
-        return load_config(self.path, pattern)
+            return load_config(self.path, pattern)
+        options: dict[str, Any] = {"embeds": self.embeds}
+        if lora is not None:
+            options |= {"lora": lora, "dtype": self.stored_dtype()}
+        return self._transformers().read_facts(self.path, self.config, pattern, **options)
 
     def net(
         self,
@@ -275,13 +271,14 @@ class ModelFolder:
         import torch
 
         if self.of_transformers:
-            load = self._transformers().load_transformers
-            how: dict[str, Any] = {
-                "pattern": pattern,
-                "device": device,
-                "dtype": dtype or torch.float32,
-            }
-            net = load(self.path, self.config, **how, embeds=self.embeds)
+            net = self._transformers().load_transformers(
+                self.path,
+                self.config,
+                pattern=pattern,
+                device=device,
+                dtype=dtype or torch.float32,
+                embeds=self.embeds,
+            )
         else:
             net = self.native().from_pretrained(self.path, device, torch.float32, pattern=pattern)
         if pattern and pattern.chosen:
@@ -305,13 +302,14 @@ class ModelFolder:
         from safetensors import SafetensorError, safe_open
 
         types = set()
-        for name in weight_files(self.path):
+        for file_name in weight_files(self.path):
             with (
                 suppress(OSError, SafetensorError),
-                safe_open(self.path / name, framework="numpy") as file,
+                safe_open(self.path / file_name, framework="numpy") as file,
             ):
-                types |= {file.get_slice(each).get_dtype() for each in file.keys()}  # noqa: SIM118 (not a mapping)
-        return {("BF16",): torch.bfloat16, ("F16",): torch.float16}.get((*types,), torch.float32)
+                types |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        half = {"BF16": torch.bfloat16, "F16": torch.float16}
+        return half.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
 
     def trainable(
         self,
@@ -325,17 +323,14 @@ class ModelFolder:
         is None to train all weights. `note` gets a line if the pattern shows distances that the model has never
         seen. Raises as `net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
         """
-        dtype, pattern = (
-            None if lora is None else self.stored_dtype(),
-            None if config.as_trained else config.pattern,
-        )
+        pattern = None if config.as_trained else config.pattern
+        dtype = None if lora is None else self.stored_dtype()
         net = cast("TransformersNet", self.net(pattern=pattern, dtype=dtype))
         net.check_trainable()
         if net.too_wide:
             note(f"{self.name}: {net.too_wide}")
-        for (
-            parameter
-        ) in net.parameters():  # mapped from files until now, which may vanish during a run
+        # the weights are mapped from files until now, which may vanish during a run
+        for parameter in net.parameters():
             parameter.data = parameter.data.clone()
         if lora is not None:
             net.add_lora(lora)
@@ -372,61 +367,54 @@ class ModelFolder:
         )
 
         events = events or Events()
-        kind = resolve_dtype(dtype, device)
+        dtype_name = resolve_dtype(dtype, device)
         if self.is_gguf:
             events.note(
                 f"{self.name}: converted for this run alone: `longnet convert {self.name} -o DIR` does it once"
             )
         if device.type == "cpu":
             keep_freed_memory()
-        with self._unpacked(kind) as folder:
+        with self._unpacked(dtype_name) as folder:
             words = folder.tokenizer(tokenizer, differs=tokenizer_differs)
-            start, ends = folder.bos(words, bos), folder.ends(words)
+            start = folder.bos(words, bos)
+            ends = folder.ends(words)
             if chat is None:
-                from longnet_cli.data.chat import (
-                    chat_settings,
-                )  # loads Jinja, which other commands do not need
+                from longnet_cli.data.chat import chat_settings  # loads Jinja: for chats only
 
                 chat = bool(chat_settings(words))
             template = folder.chat(words) if chat else None
             model = folder.sentence_model() if self.embeds else None
-            net = folder.net(pattern=pattern, device=device, dtype=DTYPES[kind])
+            net = folder.net(pattern=pattern, device=device, dtype=DTYPES[dtype_name])
             embedding = None
-            if (
-                self.embeds
-                and self.of_transformers
-                and (model or (words and not net.config.causal))
-            ):
+            makes_vectors = model or (words and not net.config.causal)
+            if makes_vectors and self.embeds and self.of_transformers:
                 embedding = folder.embedding(model, words, net, events.note)
                 words = words or embedding.words
-        of_tokens = bool(net.config.vocab_size)  # otherwise there is no --bos at all
-        why = (
-            "its tokenizer's template says what stands before a text"
-            if embedding
-            else "it looks in both directions"
-        )
-        if bos and (embedding or (bos != NO_BOS and of_tokens and not net.config.causal)):
-            raise ConfigError(f"{self.name}: {why}: leave out --bos")
-        if not net.config.causal:
-            start = None
         check_kernel(device, dtype, net.config.head_dim)
-        if not of_tokens:
-            if not vectors:
-                raise ConfigError(
-                    f"{self.name}: this model has no vocabulary: it reads vectors, not tokens"
-                )
-            words = start = None
-        if words and words.vocab_size > net.config.vocab_size:
+        size = net.config.vocab_size
+        if not size and not vectors:
+            what = "this model has no vocabulary: it reads vectors, not tokens"
+            raise ConfigError(f"{self.name}: {what}")
+        if not size:
+            words = None
+        if bos and embedding:
+            why = "its tokenizer's template says what stands before a text"
+            raise ConfigError(f"{self.name}: {why}: leave out --bos")
+        if not size or not net.config.causal:
+            if size and bos not in (None, NO_BOS):
+                raise ConfigError(f"{self.name}: it looks in both directions: leave out --bos")
+            start = None
+        if words and words.vocab_size > size:
             raise ConfigError(
                 f"{tokenizer or self.path / TOKENIZER}: the tokenizer has {words.vocab_size} ids and the model "
-                f"{net.config.vocab_size}: they do not belong together"
+                f"{size}: they do not belong together"
             )
-        if outside := [x for x in bos_ids(start) if not 0 <= x < net.config.vocab_size]:
-            what = f"it reads the id {outside[0]} before a text, and its vocabulary has {net.config.vocab_size}"
-            raise ConfigError(f"{self.name}: {what}: give --bos")
-        if net.note and (
-            net.config.causal or net.dilated or not embedding
-        ):  # otherwise it reads windows
+        for bos_id in bos_ids(start):
+            if not 0 <= bos_id < size:
+                what = f"it reads the id {bos_id} before a text, and its vocabulary has {size}"
+                raise ConfigError(f"{self.name}: {what}: give --bos")
+        in_windows = embedding and not net.config.causal and not net.dilated
+        if net.note and not in_windows:
             events.note(f"{self.name}: {net.note}")
         return Loaded(net, words, start, ends, template, self.origin, embedding)
 
@@ -529,37 +517,36 @@ class ModelFolder:
         if not folder.is_dir():
             what = "not a folder" if folder.exists() else "no such folder"
             raise CheckpointError(f"{folder}: {what}; expected a model")
-        for path in (folder / CONFIG, folder / WEIGHTS):
-            if path.exists() and not path.is_file():
+        missing = []
+        for name in (CONFIG, WEIGHTS):
+            path = folder / name
+            if not path.exists():
+                missing.append(name)
+            elif not path.is_file():
                 raise CheckpointError(f"{path}: not a file: a folder, a pipe or a device")
-        if outside := [name for name in weight_files(folder) if not is_within(name)]:
-            raise ConfigError(f"{folder / SHARDED}: the file {outside[0]} is outside of the folder")
-        missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-        if missing and (folder / SHARDED).is_file() and self.of_transformers:
+        for name in weight_files(folder):
+            if not is_within(name):
+                raise ConfigError(f"{folder / SHARDED}: the file {name} is outside of the folder")
+        if not missing or ((folder / SHARDED).is_file() and self.of_transformers):
             return
-        if missing and any(folder.glob(PICKLED)):
+        if any(folder.glob(PICKLED)):
             raise CheckpointError(
                 f"{folder}: pickled weights are never read, since a pickle can run code: save them as safetensors"
             )
-        if missing:
-            adapter = (
-                "; save an adapter of peft merged (merge_and_unload)"
-                * (folder / "adapter_config.json").is_file()
-            )
-            raise CheckpointError(
-                f"{folder}: not a complete model, {' and '.join(missing)} missing{adapter}"
-            )
+        what = f"not a complete model, {' and '.join(missing)} missing"
+        if (folder / "adapter_config.json").is_file():
+            what += "; save an adapter of peft merged (merge_and_unload)"
+        raise CheckpointError(f"{folder}: {what}")
 
 
 def _transformer_of(folder: Path) -> Path:
     """Return the folder of a model's Transformer: a subfolder if modules.json names one first that is there."""
     modules = _read(folder / MODULES, list)
-    inner = modules[0].get("path") if modules and isinstance(modules[0], dict) else None
-    return (
-        folder / inner
-        if isinstance(inner, str) and is_within(inner) and (folder / inner).is_dir()
-        else folder
-    )
+    with suppress(IndexError, KeyError, TypeError, AttributeError):  # of no list of modules
+        subfolder = modules[0]["path"]
+        if is_within(subfolder) and (folder / subfolder).is_dir():
+            return folder / subfolder
+    return folder
 
 
 def is_gguf(path: Path) -> bool:
