@@ -33,12 +33,11 @@ class _Constructor(NamedTuple):
     """A constructor of patterns, with the sizes and the words that it takes."""
 
     make: Callable[..., Pattern]
-    sizes: str = ""  # the name of its size; empty if it takes none
-    needed: bool = True  # whether the size has no default
+    size: str = ""  # the name of its size; empty if it takes none
+    needed: bool = False  # whether the size has no default
     words: tuple[str, ...] = ()  # its options besides those of `Pattern`
-    fields: tuple[
-        str, ...
-    ] = ()  # options of `Pattern` that it takes itself: its defaults may not fit its size
+    # options of `Pattern` that it takes itself, as its defaults may not fit its size
+    fields: tuple[str, ...] = ()
 
 
 PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
@@ -47,10 +46,10 @@ _CHOSEN = tuple(name for name in PATTERN_FIELDS if name.startswith("chosen"))
 _FIELDS = sorted(PATTERN_FIELDS[2:], key=lambda name: (name in _CHOSEN, name == "head_offsets"))
 _CONSTRUCTORS = {
     "paper": _Constructor(Pattern.paper),
-    "geometric": _Constructor(Pattern.geometric, "length", words=("base", "ratio")),
-    "window": _Constructor(Pattern.window, "width"),
-    "pretrained": _Constructor(Pattern.pretrained, "width", needed=False),
-    "finding": _Constructor(Pattern.finding, "width", needed=False, fields=_CHOSEN),
+    "geometric": _Constructor(Pattern.geometric, "length", needed=True, words=("base", "ratio")),
+    "window": _Constructor(Pattern.window, "width", needed=True),
+    "pretrained": _Constructor(Pattern.pretrained, "width"),
+    "finding": _Constructor(Pattern.finding, "width", fields=_CHOSEN),
     "dense": _Constructor(Pattern.dense),
 }
 FORMS = (
@@ -104,13 +103,9 @@ def read_pattern(written: str | Pattern | Mapping[str, Any] | None, name: str) -
     if isinstance(written, Pattern):
         return written
     try:
-        return (
-            parse_pattern(written)
-            if isinstance(written, str)
-            else from_fields(written)
-            if written
-            else None
-        )
+        if isinstance(written, str):
+            return parse_pattern(written)
+        return from_fields(written) if written else None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -122,31 +117,34 @@ def parse_pattern(text: str) -> Pattern:
     """
     text = text.strip()
     if re.match(r"\.?\d", text):
-        levels, given = _read("a list of levels", text.split(","), ())
-        return replace(_of_levels(levels), **given)
+        levels, options = _read("a list of levels", text.split(","), ())
+        return replace(_of_levels(levels), **options)
     name, colon, rest = (part.strip() for part in text.partition(":"))
     if name not in _CONSTRUCTORS:
-        first, comma, second = name.partition(",")
-        if comma and first in _CONSTRUCTORS and second in _CONSTRUCTORS:
-            raise ValueError(f"one pattern is needed, and these are two: {text}")
-        if comma and first in _CONSTRUCTORS:
-            raise ValueError(f"a colon follows the name: {text.replace(',', ':', 1)}")
-        hint = _nearest(name, _CONSTRUCTORS) or "."
-        raise ValueError(f"unknown pattern '{name}'{hint} Write {FORMS}")
+        raise ValueError(_unknown(name, text))
     constructor = _CONSTRUCTORS[name]
-    sizes, given = _read(name, rest.split(",") if colon else [], constructor.words)
-    if constructor.sizes and constructor.needed and not sizes:
-        raise ValueError(f"{name} needs a {constructor.sizes}, as {name}:64Ki")
-    if len(sizes) > bool(constructor.sizes):
-        takes = f"takes one {constructor.sizes}" if constructor.sizes else "takes no size"
-        raise ValueError(
-            f"{name} {takes}, and '{sizes[-1]}' is one more{_nearest(sizes[-1], constructor.words, OPTIONS)}"
-        )
-    own = {
-        name: given.pop(name) for name in (*constructor.words, *constructor.fields) if name in given
-    }
-    made = constructor.make(*map(parse_size, sizes), **own)
-    return replace(made, **given)
+    sizes, options = _read(name, rest.split(",") if colon else [], constructor.words)
+    if constructor.needed and not sizes:
+        raise ValueError(f"{name} needs a {constructor.size}, as {name}:64Ki")
+    if len(sizes) > bool(constructor.size):
+        takes = f"takes one {constructor.size}" if constructor.size else "takes no size"
+        hint = _nearest(sizes[-1], constructor.words, OPTIONS)
+        raise ValueError(f"{name} {takes}, and '{sizes[-1]}' is one more{hint}")
+    taken = options.keys() & {*constructor.words, *constructor.fields}
+    of_constructor = {key: options.pop(key) for key in taken}
+    made = constructor.make(*map(parse_size, sizes), **of_constructor)
+    return replace(made, **options)
+
+
+def _unknown(name: str, text: str) -> str:
+    """Return what is wrong with a text that begins with no constructor's name."""
+    first, _, second = name.partition(",")
+    if first in _CONSTRUCTORS and second in _CONSTRUCTORS:
+        return f"one pattern is needed, and these are two: {text}"
+    if first in _CONSTRUCTORS:
+        return f"a colon follows the name: {text.replace(',', ':', 1)}"
+    hint = _nearest(name, _CONSTRUCTORS) or "."
+    return f"unknown pattern '{name}'{hint} Write {FORMS}"
 
 
 def _read(
@@ -181,13 +179,17 @@ def _read(
 
 
 def _of_levels(items: Sequence[str]) -> Pattern:
-    pairs = [item.split("/") for item in items]
-    for item, pair in zip(items, pairs, strict=True):
-        if len(pair) != 2:
+    lengths: list[int] = []
+    rates: list[int] = []
+    for item in items:
+        length, slash, rate = item.partition("/")
+        if not slash or "/" in rate:
             raise ValueError(
                 f"'{item}' is not a level: write segment length / dilation rate, as 4Ki/4"
             )
-    return Pattern(tuple(parse_size(w) for w, _ in pairs), tuple(parse_size(r) for _, r in pairs))
+        lengths.append(parse_size(length))
+        rates.append(parse_size(rate))
+    return Pattern(tuple(lengths), tuple(rates))
 
 
 def _nearest(word: str, *names: Iterable[str]) -> str:
