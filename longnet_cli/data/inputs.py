@@ -110,10 +110,10 @@ class Inputs:
     With a `unit`, each document of a text knows where its sentences, paragraphs or passages end. With a `share`, only
     the documents of that share are read.
 
-    Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, and for a
-    tokenizer other than the one that made the tokens; DataError for missing, empty or damaged data and for inputs with
-    different types of token. With `skip_bad`, each file and row that would raise DataError becomes an `Unread`
-    document. Raises ConfigError for an `eos_id` that no token can have.
+    Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, for a tokenizer
+    other than the one that made the tokens, and for an `eos_id` that no token can have; DataError for missing, empty
+    or damaged data and for inputs with different types of token. With `skip_bad`, each file and row that would raise
+    DataError becomes an `Unread` document.
     """
 
     names: Sequence[str | Path] | Sources
@@ -128,14 +128,6 @@ class Inputs:
     coords: bool = True
     unit: Unit | None = None
     share: Share | None = None
-
-    def __post_init__(self) -> None:
-        if self.eos_id is not None:
-            fitting(
-                "--eos",
-                self.eos_id,
-                self.vocab_size or (self.tokenizer.vocab_size if self.tokenizer else None),
-            )
 
     @cached_property
     def sources(self) -> Sources:
