@@ -217,9 +217,11 @@ hello -m ../in/native -n 6 --format jsonl
 --id-column           rows       --id-column name @ ../in/rows.jsonl fox -m ../in/native -n 6 --format json
 --skip-bad            code       --skip-bad @ ../in/bad.jsonl good -m ../in/native -n 1
 --index               files      --index i.sqlite
+--vectors             rows       --vectors vectors @ ../in/t.txt ../in/u.txt "the bear" --format json +vectors
 --model               rows       -m ../in/init | -m ../in/native @ ../in/t.txt ../in/u.txt "the bear" -n 6 --format json
 --update              asked      --update @ ../in/t.txt lazy -m org/tiny -n 2
 --passages            rows       --passages 1
+--system              rows       --system "Say no." @ ../in/t.txt ../in/u.txt "the bear" -m ../in/init -n 6 --format json
 --max-tokens          rows       -n 3 | -n 6 @ {ASKED} --format json
 --temperature         rows       --temperature 9 --seed 1
 --top-p               rows       --top-p 0.01 @ {ASKED} -n 6 --format json --temperature 9 --seed 1

@@ -1,4 +1,4 @@
-"""`longnet ask`: answers to questions from the passages of any texts that have their words."""
+"""`longnet ask`: the passages of any texts that have a question's words, and a model's answer from them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import count_of
 from longnet_cli.cli import options as shared
-from longnet_cli.cli.command import TOP_P, check_pairs
+from longnet_cli.cli.command import TOP_P, Needs, check_pairs
 from longnet_cli.cli.options import (
     INPUT,
-    MISSING,
     MODEL,
     OUTPUT,
     SAMPLING,
@@ -22,14 +21,23 @@ from longnet_cli.cli.options import (
     Format,
     Sampling,
 )
-from longnet_cli.cli.output import emit_json, emit_jsonl, tell, write_text
+from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, tell, write_text
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ModelAndInputs, refuse_torchrun
 
 if TYPE_CHECKING:
+    from longnet_cli.basics.events import LeftOut
+    from longnet_cli.data.names import Sources
+    from longnet_cli.data.passages import Passage
     from longnet_cli.jobs.asking import Answer
+    from longnet_cli.models.folder import Loaded
 
 FIRST_WORDS = 60  # characters of a source
+OF_A_MODEL = "--update --system --max-tokens --temperature --top-p --seed --stop --device --dtype --chunk --spill"
+PAIRS = [
+    *(Needs(name, "--model", "is for a model's answer") for name in OF_A_MODEL.split()),
+    TOP_P,
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,77 +60,138 @@ class AskCommand:
     index: str | None = INPUT.option(
         "--index FILE", "Keep the index here. Inputs that stay are read once.", common=True
     )
-    model: str = shared.model_option(default=MISSING)
+    passages: int = INPUT.option(
+        "--passages N",
+        "Print, or let the model read, the N best passages at most.",
+        default=3,
+        common=True,
+    )
+    vectors: str | None = INPUT.option(
+        "--vectors FILE",
+        "Search by meaning too: in the vectors that `encode --span passage` made of the same inputs.",
+        common=True,
+    )
+    model: str | None = shared.model_option(absent="none, the passages are printed")
     update: bool = shared.update_flag()
-    passages: int = MODEL.option(
-        "--passages N", "Let the model read the N best passages at most.", default=3, common=True
+    system: str | None = MODEL.option(
+        "--system TEXT",
+        "Tell the model this before the passages. (default: to answer from them, in one sentence)",
     )
     max_tokens: int = SAMPLING.option(
         "--max-tokens -n N", "Generate at most this many tokens.", default=256, common=True
     )
     sampling: Sampling
     format: Format = OUTPUT.option(
-        "--format text|json", "Print the answer as it comes, or JSON.", default="text", common=True
+        "--format text|json", "Print text as it comes, or JSON.", default="text", common=True
     )
     computing: Computing
 
 
 def ask(options: AskCommand) -> None:
-    """Answer a question from texts of any length: search them, and let a model read the best passages.
+    """Find the passages of any texts that answer a question, and let a model answer from them.
 
-    The passages are those that have the words of the question (BM25), of some 200 tokens each; stderr names them.
-    If there are none, nothing is answered, and the exit code is 1.
+    The passages are those that have the words of the question (BM25), of some 200 tokens each. Without --model, they
+    are printed; with it, the answer is, and stderr names them. If there are none, the exit code is 1.
     """
-    check_pairs([TOP_P], options)
+    check_pairs(PAIRS, options)
     refuse_torchrun("ask")
     names, questions = _inputs_and_questions(options)
-    documents = shared.Documents(
-        names, column=options.column, id_column=options.id_column, skip_bad=options.skip_bad
-    )
-    named = ModelAndInputs(documents, shared.ModelChoice(options.model, options.update))
-    opened = named.open(shared.Mesh(), options.computing, dry_run=False, chat=None)
-    from longnet_cli.data.outputs import refuse_overwriting
-    from longnet_cli.data.passages import open_index
-    from longnet_cli.jobs.asking import answer
+    loaded = _load(options, names) if options.model else None
+    from longnet_cli.data.names import Sources
 
-    inputs, quiet = opened.inputs(None), opened.quiet
-    if options.index:
-        refuse_overwriting("--index", [options.index], opened.sources, [options.questions])
-    with open_index(options.index) as index:
-        with progress("indexing", inputs.num_bytes(), "B", quiet=quiet) as advance:
-            index.update(inputs, Events(progress=advance, left_out=opened.left_out))
-        found = [index.find(question, options.passages) for _, question in questions]
-    several, without = options.questions is not None, sum(not passages for passages in found)
-    streams, how = options.format == "text" and not several, options.sampling.arguments()
-    how |= {name: getattr(options.computing, name) for name in ("chunk", "dtype", "spill")}
-    write = write_text if streams else lambda text: None
+    quiet = options.computing.quiet
+    left_out = count_left_out(options.skip_bad, quiet)
+    sources = Sources(names, skip_bad=options.skip_bad)
+    found = _search(options, sources, [question for _, question in questions], left_out)
+    several = options.questions is not None
     for number, ((name, question), passages) in enumerate(zip(questions, found, strict=True)):
-        if not passages and not several:
-            break
-        answered = answer(
-            opened.loaded,
-            question,
-            passages,
-            write,
-            max_tokens=options.max_tokens,
-            number=number,
-            **how,
-        )
-        if streams:
-            write_text("\n")
-            _tell_sources(
-                answered, f", seed {how['seed']}" * bool(options.sampling.temperature), quiet
-            )
-        elif several:
+        if several:
+            answered = _answer(options, loaded, question, passages, number)
             emit_jsonl({"id": name} | answered.row())
-        else:
-            emit_json(answered.row())
+        elif passages:
+            answered = _answer(options, loaded, question, passages)
+            if options.format == "json":
+                emit_json(answered.row())
+    without = sum(not passages for passages in found)
     if without:
         what = f"{without} of {count_of(len(questions), 'question')}"
         raise LongNetError(
             f"no passage has a word of {what}, which nothing answers: ask in words that the text has"
         )
-    opened.end()
+    end(left_out, first=True, quiet=quiet)
+
+
+def _load(options: AskCommand, names: list[str]) -> Loaded:
+    """Return the model, which is found before any text is read. Raises as `ModelAndInputs` does."""
+    choice = shared.ModelChoice(options.model, options.update)
+    named = ModelAndInputs(shared.Documents(names, skip_bad=options.skip_bad), choice)
+    return named.open(shared.Mesh(), options.computing, dry_run=False, chat=None).loaded
+
+
+def _search(
+    options: AskCommand, sources: Sources, questions: list[str], left_out: LeftOut
+) -> list[list[Passage]]:
+    """Return the best passages for each question."""
+    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.outputs import refuse_overwriting
+    from longnet_cli.data.passages import open_index
+
+    inputs = Inputs(
+        sources,
+        column=options.column,
+        id_column=options.id_column,
+        skip_bad=options.skip_bad,
+    )
+    if options.index:
+        refuse_overwriting(
+            "--index", [options.index], sources, [options.questions, options.vectors]
+        )
+    size, quiet = inputs.num_bytes(), options.computing.quiet
+    with open_index(options.index) as index:
+        with progress("indexing", size, "B", quiet=quiet) as advance:
+            index.update(inputs, Events(progress=advance, left_out=left_out))
+        find = index.find
+        if options.vectors:
+            from longnet_cli.jobs.passage_vectors import PassageVectors
+
+            find = PassageVectors(options.vectors, index).find
+        return [find(question, options.passages) for question in questions]
+
+
+def _answer(
+    options: AskCommand,
+    loaded: Loaded | None,
+    question: str,
+    passages: list[Passage],
+    number: int = 0,
+) -> Answer:
+    """Return what answers the `number`th question. One question's answer is printed as it comes, unless as JSON."""
+    from longnet_cli.jobs.asking import Answer, answer
+
+    prints = options.format == "text" and options.questions is None
+    if loaded is None:
+        if prints:
+            write_text("\n".join(f"{_place(each)}:\n{each.text}\n" for each in passages))
+        return Answer(question, None, passages, None)
+    how = options.sampling.arguments()
+    answered = answer(
+        loaded,
+        question,
+        passages,
+        write_text if prints else lambda text: None,
+        system=options.system,
+        max_tokens=options.max_tokens,
+        number=number,
+        chunk=options.computing.chunk,
+        dtype=options.computing.dtype,
+        spill=options.computing.spill,
+        **how,
+    )
+    if prints:
+        write_text("\n")
+        drawn = f", seed {how['seed']}" if options.sampling.temperature else ""
+        _tell_sources(answered, drawn, options.computing.quiet)
+    return answered
 
 
 def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[tuple[str, str]]]:
@@ -161,9 +230,12 @@ def _read_questions(file: str) -> Iterator[tuple[str, str]]:
         yield row.doc_id, "".join(row.parts)
 
 
+def _place(passage: Passage) -> str:
+    return f"{passage.doc_id}, characters {passage.char_start:,} to {passage.char_end:,}"
+
+
 def _tell_sources(answered: Answer, drawn: str, quiet: bool) -> None:
     for number, source in enumerate(answered.sources, 1):
-        where = f"{source.doc_id}, characters {source.char_start:,} to {source.char_end:,}"
-        tell(f"source {number}: {where}: {one_line(source.text)[:FIRST_WORDS]} ...", quiet)
+        tell(f"source {number}: {_place(source)}: {one_line(source.text)[:FIRST_WORDS]} ...", quiet)
     read = count_of(answered.n_prompt, "token")
     tell(f"{read} read, {answered.n_tokens} generated ({answered.finish_reason}{drawn})", quiet)

@@ -15,7 +15,7 @@ import sqlite3
 import time
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -229,6 +229,10 @@ class PassageIndex:
 
         Raises ConfigError for a question that is not UTF-8.
         """
+        return self.passages(self.rank(question, most))
+
+    def rank(self, question: str, most: int) -> dict[int, float]:
+        """Return the numbers of the passages that `find` finds, the best first, with their scores."""
         if most < 1:
             raise ConfigError(f"the passages must be 1 or more, not {most}")
         check_question(question)
@@ -239,13 +243,25 @@ class PassageIndex:
             asked += [" ".join(run[at : at + size]) for at in range(max(1, len(run) - size + 1))]
         match = " OR ".join(f'"{word}"' for word in dict.fromkeys(asked))
         if not match:
-            return []
-        best = (
-            "SELECT doc_id, char_start, char_end, -rank, coalesce(text, compared), place(file) AS place, "
-            "rowid AS number FROM passages WHERE passages MATCH ? ORDER BY rank, place, number LIMIT ?"
+            return {}
+        query = "SELECT rowid, -rank FROM passages WHERE passages MATCH ? ORDER BY rank, place(file), rowid LIMIT ?"
+        return dict(self._run(query, (match, most)))
+
+    def passages(self, scores: Mapping[int, float]) -> list[Passage]:
+        """Return the passages of these numbers, with their scores, in the order of the texts."""
+        columns = "rowid, doc_id, char_start, char_end, coalesce(text, compared)"
+        numbers = ", ".join(map(str, scores))
+        rows = self._run(
+            f"SELECT {columns} FROM passages WHERE rowid IN ({numbers}) ORDER BY place(file), rowid"
         )
-        found = self._run(f"SELECT * FROM ({best}) ORDER BY place, number", (match, most))
-        return [Passage(*row[:5]) for row in found]
+        return [
+            Passage(doc_id, start, end, scores[number], text)
+            for number, doc_id, start, end, text in rows
+        ]
+
+    def places(self) -> list[tuple[int, str, int, int]]:
+        """Return the number, document, and first and last character of each passage, in order."""
+        return self._run("SELECT rowid, doc_id, char_start, char_end FROM passages ORDER BY rowid")
 
 
 def check_question(question: str) -> None:

@@ -3,14 +3,14 @@
     question --PassageIndex.find--> passages --prompt of the best that fit--> tokens --generate--> answer
 
 The model does not read the texts that are asked: a search takes a second where reading takes minutes, and a short
-prompt is answered better than a long one.
+prompt is answered better than a long one. Without a model, the passages are all there is, and torch is not loaded.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -18,33 +18,35 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.columns import ID_COLUMNS
 from longnet_cli.data.documents import Document
 from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.passages import Passage, PassageIndex
+from longnet_cli.data.passages import Passage, PassageIndex, open_index
 from longnet_cli.data.tables import Text
-from longnet_cli.jobs.batch_functions import tables
-from longnet_cli.jobs.generating import FinishReason, generate, load_model
-from longnet_cli.models.folder import Loaded
+
+if TYPE_CHECKING:
+    from longnet_cli.jobs.generating import FinishReason
+    from longnet_cli.models.folder import Loaded
 
 SYSTEM = "Answer the question from the passages."
-PLAIN_STOP = (
-    "\n\n",
-    "\nQuestion:",
-)  # after an answer without a chat template, which a text would follow
+BRIEFLY = "Answer in one short sentence."  # after the question: small models then end
+ASKED_AGAIN = "\nQuestion:"  # what a model goes on with that does not end
+PLAIN_STOP = "\n\n"  # after an answer without a chat template, which a text would follow
+SENTENCE_END = ".!?\n"
+REPEATED_WORDS = 5  # of a sentence that ends an answer where it comes back
 
 
 class Answer(NamedTuple):
     """An answer, and the passages that the model read for it, in the order of the texts.
 
-    `n_prompt` and `n_tokens` count tokens of the prompt and of the answer. If no passage has a word of the question,
-    nothing is read, and `answer` and `finish_reason` are None.
+    `n_prompt` and `n_tokens` count tokens of the prompt and of the answer. Without a model, and if no passage has a
+    word of the question, nothing is read, and `answer` and `finish_reason` are None.
     """
 
     question: str
     answer: str | None
     sources: list[Passage]
-    model: str
-    n_prompt: int
-    n_tokens: int
-    finish_reason: FinishReason | None
+    model: str | None
+    n_prompt: int = 0
+    n_tokens: int = 0
+    finish_reason: FinishReason | None = None
 
     def row(self) -> dict[str, Any]:
         """Return the object that `--format json` prints."""
@@ -57,40 +59,76 @@ def answer(
     found: Sequence[Passage],
     on_text: Callable[[str], None] = lambda text: None,
     *,
+    system: str | None = None,
     max_tokens: int = 256,
     stop: Sequence[str] = (),
     **how: Any,
 ) -> Answer:
     """Answer a question from the passages that were found: the best that leave room for `max_tokens`.
 
-    The prompt is in the model's chat template, if it is loaded. `on_text` gets the answer as it comes. `how` are more
+    The prompt is that of `prompt`. The answer ends where `generate` ends it, at a line that begins with "Question:",
+    and before a sentence of five words or more that it has already. `on_text` gets it as it comes. `how` are more
     arguments of `generate`, and it raises as that does; also ConfigError for a model without a tokenizer.
     """
+    from longnet_cli.jobs.generating import StopTexts, generate
+
     if not found:
-        return Answer(question, None, [], loaded.origin, 0, 0, None)
-    asked, sources = prompt(loaded, question, found, max_tokens)
-    how |= {"bos": None, "stop": stop} if loaded.chat else {"stop": (*stop, *PLAIN_STOP)}
+        return Answer(question, None, [], loaded.origin)
+    asked, sources = prompt(loaded, question, found, max_tokens, system)
+    how |= {"bos": None} if loaded.chat else {}
+    stop = [*stop, ASKED_AGAIN] if loaded.chat else [*stop, ASKED_AGAIN, PLAIN_STOP]
     said, tokens, reason = "", 0, None
-    for step in generate(loaded, asked, max_tokens=max_tokens, **how):
-        text, reason = step.text if said else step.text.lstrip(), step.finish_reason
+    repeated = StopTexts(sentences := list[str]())
+    for step in generate(loaded, asked, max_tokens=max_tokens, stop=stop, **how):
+        text, reason = "", step.finish_reason
+        for sign in step.text:
+            text += repeated.add(sign)
+            if repeated.reached:
+                break
+            if sign in SENTENCE_END:
+                sentences[:] = long_sentences(said + text)
+        if repeated.reached:
+            reason = "stop"
+        elif reason:
+            text += repeated.end()
+        text = text if said else text.lstrip()
         said, tokens = said + text, tokens + 1
         on_text(text)
+        if reason:
+            break
     return Answer(question, said.rstrip(), sources, loaded.origin, len(asked), tokens, reason)
 
 
+def long_sentences(text: str) -> list[str]:
+    """Return the sentences and lines of a text that have REPEATED_WORDS or more."""
+    sentences = re.split(rf"(?<=[{SENTENCE_END}])\s+|\n", text)
+    return [sentence for sentence in sentences if len(sentence.split()) >= REPEATED_WORDS]
+
+
 def prompt(
-    loaded: Loaded, question: str, found: Sequence[Passage], max_tokens: int
+    loaded: Loaded,
+    question: str,
+    found: Sequence[Passage],
+    max_tokens: int,
+    system: str | None = None,
 ) -> tuple[Document, list[Passage]]:
-    """Return the prompt, and the passages in it. If they leave no room for `max_tokens`, the worst are left out."""
+    """Return the prompt, and the passages in it. If they leave no room for `max_tokens`, the worst are left out.
+
+    It is in the model's chat template, if that is loaded. `system` replaces SYSTEM before the passages, and BRIEFLY
+    after the question.
+    """
     words, most, passages = loaded.tokenizer, loaded.net.config.max_tokens, list(found)
     if words is None:
         raise ConfigError(f"{loaded.origin}: there is no tokenizer, which reads a question")
+    asked = f"Question: {question}"
+    if system is None:
+        system, asked = SYSTEM, f"{asked}\n{BRIEFLY}"
     while True:
-        text = "\n\n".join([*(passage.text for passage in passages), f"Question: {question}"])
+        text = "\n\n".join([*(passage.text for passage in passages), asked])
         ids = (
-            loaded.chat.encode(text, SYSTEM)
+            loaded.chat.encode(text, system)
             if loaded.chat
-            else words.encode(f"{SYSTEM}\n\n{text}\nAnswer:")
+            else words.encode(f"{system}\n\n{text}\nAnswer:")
         )
         if (
             not passages[1:] or most is None or len(ids) + max_tokens < most
@@ -103,32 +141,70 @@ def ask(
     texts: Any,
     question: str,
     *,
-    model: str,
+    model: str | None = None,
     passages: int = 3,
+    vectors: str | None = None,
+    system: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    chunk: int | None = None,
+    spill: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    **how: Any,
 ) -> Answer:
     """Answer a question from texts: a list of them, a table or frame with a column `text`, or `Inputs` of files.
 
-    The model reads the best `passages` at most. Names of documents are in a column `doc_id` or `id`, otherwise they are
-    row numbers. A model is loaded once. `how` are more arguments of `answer`. Raises what `Inputs`, `ModelFolder.load`
-    and `generate` raise.
+    The `sources` are the best `passages` at most, in the order of the texts. Names of documents are in a column
+    `doc_id` or `id`, otherwise they are row numbers. A `model`, which is loaded once, reads the sources and answers.
+    `vectors` is a file that `encode --span passage` made of the same texts. The other arguments are those of `longnet
+    ask`, and of no use without a model.
+
+    Raises ConfigError for texts of another kind, and for a question that is not UTF-8; and what `Inputs`,
+    `ModelFolder.load` and `generate` raise.
     """
-    with closing(PassageIndex()) as index:
-        if isinstance(texts, Inputs):
-            index.update(texts)
-        else:
-            table = tables(texts)
-            if not isinstance(table, pa.Table) or "text" not in table.column_names:
-                raise ConfigError(
-                    "a list of texts, or a table with a column 'text', is needed to ask"
-                )
-            names = next(
-                (table[name].to_pylist() for name in ID_COLUMNS if name in table.column_names),
-                range(len(table)),
-            )
-            for name, text in zip(names, table["text"].to_pylist(), strict=True):
-                index.add(Text(str(name), text or "", "table"))
-        found = index.find(question, passages)
-    return answer(load_model(model, device, dtype), question, found, dtype=dtype, **how)
+    with open_index(None) as index:
+        _fill(index, texts)
+        find = index.find
+        if vectors is not None:
+            from longnet_cli.jobs.passage_vectors import PassageVectors
+
+            find = PassageVectors(vectors, index).find
+        found = find(question, passages)
+    if model is None:
+        return Answer(question, None, found, None)
+    from longnet_cli.jobs.generating import load_model
+
+    return answer(
+        load_model(model, device, dtype),
+        question,
+        found,
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        chunk=chunk,
+        spill=spill,
+        dtype=dtype,
+    )
+
+
+def _fill(index: PassageIndex, texts: Any) -> None:
+    if isinstance(texts, Inputs):
+        index.update(texts)
+        return
+    from longnet_cli.jobs.batch_functions import tables
+
+    table = tables(texts)
+    if not isinstance(table, pa.Table) or "text" not in table.column_names:
+        raise ConfigError("a list of texts, or a table with a column 'text', is needed to ask")
+    names = next(
+        (table[name].to_pylist() for name in ID_COLUMNS if name in table.column_names),
+        range(len(table)),
+    )
+    for name, text in zip(names, table["text"].to_pylist(), strict=True):
+        index.add(Text(str(name), text or "", "table"))

@@ -11,8 +11,12 @@ import io
 import json
 import re
 import subprocess
+import sys
 import tarfile
 import zipfile
+from collections import Counter
+from inspect import Parameter, signature
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +29,15 @@ from files import write_lines, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from places import ROOT
+from processes import invoke, refused
+from pyarrow.dataset import dataset
 
-from longnet_cli import Inputs, ModelFolder, ask
+from longnet_cli import Inputs, ModelFolder, ask, embed
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents import Document
-from longnet_cli.data.passages import Passage
+from longnet_cli.data.passages import Passage, PassageIndex
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.asking import SYSTEM, Answer, answer, prompt
+from longnet_cli.jobs.asking import BRIEFLY, SYSTEM, Answer, answer, prompt
 from longnet_cli.jobs.encoding import TextPlaces
 from longnet_cli.models.folder import Loaded
 
@@ -63,7 +69,7 @@ def test_an_answer_is_that_of_transformers_to_the_same_prompt(llama: Path) -> No
     assert [(each.doc_id, TEXTS[int(each.doc_id)][each.char_start : each.char_end]) for each in made.sources] == [
         ("0", made.sources[0].text), ("2", TEXTS[2]),
     ]  # fmt: skip
-    asked = f"{made.sources[0].text}\n\n{TEXTS[2]}\n\nQuestion: {QUESTION}"
+    asked = f"{made.sources[0].text}\n\n{TEXTS[2]}\n\nQuestion: {QUESTION}\n{BRIEFLY}"
     text = {
         "chat": f"[system] {SYSTEM}\n[user] {asked}\n[assistant] ",
         "strict": f"[user] {SYSTEM}\n\n{asked}\n[assistant] ",
@@ -98,21 +104,83 @@ def test_nothing_is_made_up_and_nothing_is_read_without_a_passage(llama: Path) -
     )
 
 
+def rounds(text: str, folder: Path, *, chats: bool) -> Loaded:
+    """A model that says a text of different characters over and over, after a colon."""
+    net = tiny_net(vocab_size=257, position="none", dim=512, tie_embeddings=False, num_layers=1)
+    after = {ord(one): ord(other) for one, other in pairwise(f":{text}{text[0]}")}
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            if name.startswith("layers") and weight.ndim < 3:
+                weight.zero_()
+        said = net.final_norm(net.embedding.weight)
+        net.output.weight.zero_()
+        for token, following in after.items():
+            net.output.weight[following] += said[token]
+    net.save_pretrained(folder, Tokenizer.bytes().to_json())
+    if chats:
+        (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}:")
+    return loaded_of(folder)
+
+
+@pytest.mark.parametrize("chats", [False, True])
+@pytest.mark.parametrize(
+    ("text", "said", "reason"),
+    [
+        ("ab cd\tef\x0bgh\x0cij.\n", "ab cd\tef\x0bgh\x0cij.", "stop"),  # five words
+        ("ab cd\tef\x0bghij.\n", "ab cd\tef\x0bghij.\n" * 3, "length"),  # four
+        ("x\nQuestion:", "x", "stop"),
+    ],
+)
+def test_an_answer_ends_where_it_repeats_itself_or_asks(
+    text: str, said: str, reason: str, chats: bool, tmp_path: Path
+) -> None:
+    loaded, streamed = rounds(text, tmp_path / "rounds", chats=chats), list[str]()
+    found = [Passage("a", 0, 1, 1.0, "x")]
+    made = answer(loaded, "?", found, streamed.append, max_tokens=3 * len(text))
+    assert (made.answer, made.finish_reason) == (said.rstrip(), reason)
+    assert "".join(streamed).rstrip() == made.answer
+    assert made.n_tokens <= 2 * len(text) or reason == "length"
+
+
+def test_without_a_model_the_passages_are_the_answer() -> None:
+    made = ask(TEXTS, QUESTION, passages=2)
+    assert [each.doc_id for each in made.sources] == ["0", "2"]
+    assert made[3:] == (None, 0, 0, None)
+    assert made.answer is None
+
+
+def test_the_message_of_the_prompt_is_as_asked(llama: Path) -> None:
+    loaded = loaded_of(llama)
+    document, _ = prompt(loaded, "Which?", [Passage("a", 0, 1, 1.0, "x")], 9, "Say no.")
+    said = bytes(document.read().tolist()).decode()
+    assert said.index("Say no.") < said.index("x\n\nQuestion: Which?")
+    assert SYSTEM not in said
+    assert BRIEFLY not in said
+    made = [ask(TEXTS, QUESTION, model=f"{llama}/", system=text, **HOW) for text in ("A", "BBBB")]
+    assert made[1].n_prompt - made[0].n_prompt == 3
+
+
+def test_help_of_ask_names_its_arguments() -> None:
+    kinds = {parameter.kind for parameter in signature(ask).parameters.values()}
+    assert Parameter.VAR_KEYWORD not in kinds
+    assert {"model", "max_tokens", "system", "temperature", "dtype"} < {*signature(ask).parameters}
+
+
 def test_a_question_in_python_must_be_utf_8(llama: Path) -> None:
     with pytest.raises(ConfigError, match="the question is not UTF-8"):
         ask(["violet"], "violet \ud800", model=f"{llama}/")
 
 
 def test_the_worst_passages_are_left_out_where_all_do_not_fit(tmp_path: Path) -> None:
-    loaded = loaded_of(tiny_llama(tmp_path / "llama", max_position_embeddings=400))
+    loaded = loaded_of(tiny_llama(tmp_path / "llama", max_position_embeddings=430))
     found = [Passage("a", 0, 100, score, str(score) * 50) for score in (1.0, 3.0, 2.0)]
     for room, scores in ((20, [3.0, 2.0]), (40, [3.0]), (999, [3.0])):
         document, kept = prompt(loaded, "Which?", found, room)
         assert [each.score for each in kept] == scores
-        assert len(document) + room < 400 or len(kept) == 1
+        assert len(document) + room < 430 or len(kept) == 1
     streamed: list[str] = []
     made = answer(loaded, "Which?", found, streamed.append, max_tokens=500)
-    assert made.n_prompt + made.n_tokens <= 401
+    assert made.n_prompt + made.n_tokens <= 431
     assert "".join(streamed).rstrip() == made.answer
 
 
@@ -195,6 +263,42 @@ def test_several_questions_have_a_line_each_and_one_without_a_passage_has_no_ans
     assert (one.returncode, one.stdout) == (1, "")
     again = run_longnet("ask", words[0], ODD_QUESTION, *words[1:], "--format", "json")
     assert {"id": "q.jsonl:0"} | json.loads(again.stdout) == rows[0]
+
+
+def test_without_a_model_the_passages_are_printed(model: Path, run_longnet: RunLongnet) -> None:
+    words = ["ask", "texts", "shed's key", "--passages", "1"]
+    done = run_longnet(*words, code=0)
+    begin, end = re.findall(r"a.txt, characters ([\d,]+) to ([\d,]+):\n", done.stdout)[0]
+    passage = TEXT[int(begin.replace(",", "")) : int(end.replace(",", ""))]
+    assert done.stdout == f"a.txt, characters {begin} to {end}:\n{passage}\n"
+    row = json.loads(run_longnet(*words, "--format", "json", code=0).stdout)
+    with_a_model = run_longnet(*words, "--format", "json", "-m", model, "-n", "1", code=0)
+    assert row.keys() == json.loads(with_a_model.stdout).keys()
+    assert row["sources"][0]["text"] == passage
+    assert [row[name] for name in ("answer", "model", "finish_reason")] == [None] * 3
+    nothing = run_longnet("ask", "texts", "xyzzy", code=1)
+    assert nothing.stdout == ""
+    for option in ("--max-tokens 9", "--temperature 1", "--stop x", "--chunk 9", "--system x"):
+        refused = run_longnet(*words, *option.split(), code=2)
+        assert f"{option.split()[0]} is for a model's answer: give --model" in refused.stderr
+
+
+def test_passages_need_no_torch(model: Path, command_env: dict[str, str]) -> None:
+    program = (
+        "import sys; from longnet_cli.cli.app import app; "
+        "app(['ask', 'texts', 'shed', '-q', '--index', 'i.sqlite'], standalone_mode=False); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=model.parent,
+        env=command_env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "shed" in done.stdout
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -307,6 +411,81 @@ def test_nearest_answers_a_query(
     assert done.stdout.splitlines()[:2] == ["1.000  1, tokens 0 to 6", "       blue whale"]
     command[5:] = []
     assert all(map(str.strip, ask().stdout.splitlines()))
+
+
+@pytest.fixture
+def encoded(tmp_path: Path) -> Path:
+    """Texts of several passages each, and a small model of sentence-transformers beside them."""
+    pytest.importorskip("transformers")
+    from sentence_models import save_model
+
+    save_model(tmp_path / "minilm")
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        sentences = [f"Sentence {i} of {name} speaks of word{i % 7}. " for i in range(90)]
+        (tmp_path / f"texts/{name}.txt").write_text("\n\n  ".join(sentences))
+    return tmp_path
+
+
+@pytest.mark.parametrize("written", ["v.arrow", "v.parquet", "v"])
+def test_vectors_and_words_are_joined_by_their_ranks(
+    encoded: Path, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(encoded)
+    invoke("encode", "texts", "-m", "./minilm", "--span", "passage", "-o", written, "-q", code=0)
+    question, inputs = "word3 of b", Inputs(["texts"])
+    files = sorted(Path(written).glob("*.arrow")) or [Path(written)]
+    kind = "parquet" if written == "v.parquet" else "ipc"
+    rows = dataset(files, format=kind).to_table().to_pylist()
+    (asked,) = embed([question], model="./minilm")
+    near = sorted(rows, key=lambda row: -float(np.dot(row["embedding"], asked)))[:100]
+    index = PassageIndex()
+    index.update(inputs)
+    words = sorted(index.find(question, 100), key=lambda passage: -passage.score)
+    scores: Counter[tuple[str, int]] = Counter()
+    for place, passage in enumerate(words, 1):
+        scores[passage.doc_id, passage.char_start] += 1 / (60 + place)
+    starts = {(each.doc_id, each.char_start): each.char_end for each in index.find("sentence", 999)}
+    for place, row in enumerate(near, 1):
+        (own,) = [
+            (name, start)
+            for (name, start), end in starts.items()
+            if name == row["doc_id"] and start < (row["char_start"] + row["char_end"]) / 2 < end
+        ]
+        scores[own] += 1 / (60 + place)
+    found = ask(inputs, question, vectors=written, passages=4).sources
+    assert sorted((each.score for each in found), reverse=True) == pytest.approx(
+        [score for _, score in scores.most_common(4)]
+    )
+    assert all(each.score == pytest.approx(scores[each.doc_id, each.char_start]) for each in found)
+    places = [(each.doc_id, each.char_start) for each in found]
+    assert places == sorted(places)
+    row = json.loads(
+        invoke("ask", "texts", question, "--vectors", written, "--format", "json", "-q").stdout
+    )
+    assert len(row["sources"]) == 3
+    assert ask(inputs, "zzz", vectors=written).sources  # no word of it is there
+
+
+def test_vectors_of_other_texts_are_refused(encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(encoded)
+    for span in ("passage", "7"):
+        invoke("encode", "texts", "-m", "./minilm", "--span", span, "-o", f"{span}.arrow", code=0)
+    error = refused("ask", "texts", "word3", "--vectors", "7.arrow")
+    assert re.search(
+        r"7.arrow: the vector of a.txt, characters 0 to \d+, is of no passage", str(error)
+    )
+    assert "no vectors of passages" in str(
+        refused("ask", "texts", "word3", "--vectors", "texts/a.txt")
+    )
+    text = Path("texts/a.txt").read_text()
+    Path("texts/a.txt").write_text(f"{'A new beginning. ' * 15}\n\n{text}")
+    error = refused("ask", "texts", "word3", "--vectors", "passage.arrow")
+    assert "is of no passage of these texts" in str(error)
+    Path("texts/a.txt").write_text(text)
+    Path("texts/c.txt").write_text("word3")
+    error = refused("ask", "texts", "word3", "--vectors", "passage.arrow")
+    assert "passage.arrow: it has no vector of c.txt" in str(error)
 
 
 def write_archives(folder: Path) -> list[Path]:

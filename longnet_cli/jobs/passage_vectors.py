@@ -1,0 +1,114 @@
+"""Passages by meaning: the vectors that `longnet encode --span passage` made of the texts, joined with their words.
+
+    question --embed--> its vector --cosine--> passages, the nearest first \
+    question --PassageIndex.rank-------------> passages, the best first     +--reciprocal ranks--> the best of both
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect
+from collections import defaultdict
+
+import numpy as np
+import pyarrow as pa
+
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.data.columns import Wanted
+from longnet_cli.data.formats import open_source
+from longnet_cli.data.names import Sources
+from longnet_cli.data.passages import Passage, PassageIndex
+from longnet_cli.data.tables import Table
+from longnet_cli.jobs.batch_functions import embed
+from longnet_cli.jobs.job_options import NO_PREFIX
+
+COLUMNS = ["embedding", "doc_id", "char_start", "char_end"]
+RANKED = 100  # passages of each list that are joined
+DAMPING = 60  # of reciprocal ranks: the first place counts 1/61, the hundredth 1/160
+
+
+class PassageVectors:
+    """The vectors of an index's passages, in a file or a folder `name`.
+
+    Raises ConfigError for a file without vectors, places or a model, and for one of other texts than the index has.
+    """
+
+    def __init__(self, name: str, index: PassageIndex) -> None:
+        table = _read(name)
+        facts = table.schema.metadata or {}
+        self._facts = {key.decode(): value.decode() for key, value in facts.items()}
+        if "longnet.model" not in self._facts:
+            raise ConfigError(f"{name}: its metadata name no model, which a question needs too")
+        self._index = index
+        self._numbers = _numbers(name, index, table)
+        column = table["embedding"].combine_chunks()
+        vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+        # those of a net that was made to predict tokens, not for vectors, share a large common part
+        of_tokens = (
+            "longnet.modules" not in self._facts and "longnet.tokenizer_sha256" in self._facts
+        )
+        self._mean = vectors.mean(0, dtype=np.float32) if of_tokens else np.float32(0)
+        self._vectors = vectors.astype(np.float32) - self._mean
+        self._vectors /= np.linalg.norm(self._vectors, axis=1, keepdims=True) + 1e-12
+
+    def find(self, question: str, most: int) -> list[Passage]:
+        """Return the best passages by words and vectors, `most` at most, in the order of the texts.
+
+        A passage's score is the sum of 1 / (DAMPING + its place) over both lists.
+        """
+        scores = defaultdict[int, float](float)
+        for ranked in (self._index.rank(question, RANKED), self._nearest(question)):
+            for place, number in enumerate(ranked, 1):
+                scores[number] += 1 / (DAMPING + place)
+        best = sorted(scores, key=lambda number: -scores[number])[:most]
+        return self._index.passages({number: scores[number] for number in best})
+
+    def _nearest(self, question: str) -> list[int]:
+        facts = self._facts
+        windows = "longnet.context" in facts  # which a model reads by its own attention
+        vector = embed(
+            [question],
+            model=facts["longnet.model"],
+            pool=facts["longnet.pooling"],
+            prefix=facts.get("longnet.query_prompt") or NO_PREFIX,
+            pattern=None if windows else facts.get("longnet.pattern"),
+            normalize=facts.get("longnet.normalized") != "false",
+            dims=self._vectors.shape[1],
+        )
+        cosines = self._vectors @ (vector[0] - self._mean)
+        return [self._numbers[row] for row in np.argsort(-cosines, kind="stable")[:RANKED]]
+
+
+def _read(name: str) -> pa.Table:
+    """Return the vectors and places of a file or a folder, with the metadata of its files."""
+    batches = list[pa.RecordBatch]()
+    for source in Sources([name]):
+        opened = open_source(source, Wanted())
+        if not isinstance(opened, Table) or not {*COLUMNS} <= {*opened.schema.names}:
+            raise ConfigError(
+                f"{source.where}: no vectors of passages, which longnet encode --span passage writes"
+            )
+        metadata = opened.schema.metadata
+        batches += [batch.select(COLUMNS) for batch in opened.read(COLUMNS)]
+    return pa.Table.from_batches(batches).replace_schema_metadata(metadata)
+
+
+def _numbers(name: str, index: PassageIndex, table: pa.Table) -> list[int]:
+    """Return the number of the passage of each vector: the one that has its middle, if most of both is the same."""
+    passages = defaultdict[str, list[tuple[int, int, int]]](list)
+    for number, doc_id, start, end in index.places():
+        passages[doc_id].append((start, end, number))
+    numbers = []
+    for doc_id, first, last in zip(*(table[key].to_pylist() for key in COLUMNS[1:]), strict=True):
+        first, last = first or 0, last or 0  # null where a tokenizer tells no places
+        before = bisect(passages[doc_id], ((first + last) // 2, math.inf))
+        start, end, number = passages[doc_id][before - 1] if before else (0, 0, 0)
+        if 4 * (min(end, last) - max(start, first)) <= 3 * max(end - start, last - first):
+            raise ConfigError(
+                f"{name}: the vector of {doc_id}, characters {first} to {last}, is of no passage of these texts: "
+                "encode them as they are, with --span passage"
+            )
+        numbers.append(number)
+    if missing := passages.keys() - {*table["doc_id"].to_pylist()}:
+        raise ConfigError(f"{name}: it has no vector of {min(missing)}: encode the same texts")
+    return numbers
