@@ -81,15 +81,16 @@ class Reading:
 
 def _with_options_of(*kinds: type) -> Callable[[Callable[..., object]], Callable[..., object]]:
     """Give a function the signature of one that takes the fields of these dataclasses as keyword arguments."""
-    given = [
-        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
-        for kind in kinds
-        for each in fields(kind)
-        if each.name != "embeds"
+    options = [field for kind in kinds for field in fields(kind) if field.name != "embeds"]
+    named = [
+        Parameter(
+            option.name, Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type
+        )
+        for option in options
     ]
 
     def decorate(function: Callable[..., object]) -> Callable[..., object]:
-        parameters = [Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD), *given]
+        parameters = [Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD), *named]
         function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         return function
 
@@ -106,25 +107,19 @@ def embed(
     a text that the model cannot read is NaN. Raises ConfigError for what is no list of texts, and what `encode_batches`
     raises.
     """
-    given = texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else [*texts]
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in given):
+    words = texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else [*texts]
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in words):
         raise ConfigError(
             "a list of texts is needed, each a str: [text] for one, encode_batches for a table"
         )
-    named = pa.table(
-        {
-            "doc_id": pa.array(range(len(given)), pa.int64()),
-            "text": pa.array(given, pa.large_string()),
-        }
-    )
-    rows: Any = encode_batches(named, model=model, span=None, keep=(), **options)
-    found = rows["embedding"].combine_chunks()
-    vectors = np.full(
-        (len(given), found.type.list_size), np.nan, numpy_dtype(found.type.value_type)
-    )
-    vectors[rows["doc_id"].to_numpy().astype(int)] = (
-        found.flatten().to_numpy().reshape(-1, vectors.shape[1])
-    )
+    numbers = pa.array(range(len(words)), pa.int64())
+    table = pa.table({"doc_id": numbers, "text": pa.array(words, pa.large_string())})
+    rows: Any = encode_batches(table, model=model, span=None, keep=(), **options)
+    embeddings = rows["embedding"].combine_chunks()
+    kind = embeddings.type
+    vectors = np.full((len(words), kind.list_size), np.nan, numpy_dtype(kind.value_type))
+    places = rows["doc_id"].to_numpy().astype(int)
+    vectors[places] = embeddings.flatten().to_numpy().reshape(-1, kind.list_size)
     return vectors
 
 
@@ -144,13 +139,13 @@ def encode_batches(batches: Any, **options: Any) -> Any:
     Raises ConfigError for invalid options, for what is no table and no batches, and for a batch without the id column
     or the document column, DataError for bad values, and what `encode` raises.
     """
-    asked, how = _read(options, EncodeOptions, embeds=True)
+    asked, reading = _read(options, EncodeOptions, embeds=True)
 
     def job_and_words() -> tuple[RowJob, Tokenizer | None]:
-        own, facts, words = _encoding(how.model, how.load(), asked)
-        return Encoder(how.reader(), own, facts), words
+        options, facts, words = _encoding(reading.model, reading.load(), asked)
+        return Encoder(reading.reader(), options, facts), words
 
-    return _mapped(batches, how, job_and_words)
+    return _mapped(batches, reading, job_and_words)
 
 
 @_with_options_of(ScoreOptions, Reading)
@@ -165,35 +160,33 @@ def score_batches(batches: Any, **options: Any) -> Any:
     or the document column, DataError for bad values, and what `score` raises.
     """
     context = options.get("context")
-    context = (
-        context.split(",")
-        if isinstance(context, str)
-        else [context]
-        if isinstance(context, int)
-        else context
-    )
+    if isinstance(context, str):
+        context = context.split(",")
+    elif isinstance(context, int):
+        context = [context]
     options["context"] = context and tuple(_size("context", size) for size in context)
-    asked, how = _read(options, ScoreOptions)
+    asked, reading = _read(options, ScoreOptions)
 
     def job_and_words() -> tuple[RowJob, Tokenizer | None]:
-        loaded, words = how.load(), how.load().tokenizer
-        return Scorer(
-            how.reader(), asked, ModelFacts.of(loaded), words.n_bytes if words else None
-        ), words
+        loaded = reading.load()
+        words = loaded.tokenizer
+        count_bytes = words.n_bytes if words else None
+        return Scorer(reading.reader(), asked, ModelFacts.of(loaded), count_bytes), words
 
-    return _mapped(batches, how, job_and_words)
+    return _mapped(batches, reading, job_and_words)
 
 
 def _read(
-    given: Mapping[str, Any], kind: Callable[..., Options], **more: Any
+    options: Mapping[str, Any], kind: Callable[..., Options], **more: Any
 ) -> tuple[Options, Reading]:
     """Return what is asked of a job, and of the reading. Raises TypeError for a name that neither has."""
-    sizes = {name: _size(name, value) for name, value in given.items() if name in SIZES}
-    chosen = {**given, **sizes, "keep": tuple(given.get("keep", ())), **more}
-    of_reading = {
-        each.name: chosen.pop(each.name) for each in fields(Reading) if each.name in chosen
-    }
-    return kind(**chosen), Reading(**of_reading)
+    sizes = {name: _size(name, value) for name, value in options.items() if name in SIZES}
+    of_job = {**options, **sizes, "keep": tuple(options.get("keep", ())), **more}
+    of_reading = {}
+    for field in fields(Reading):
+        if field.name in of_job:
+            of_reading[field.name] = of_job.pop(field.name)
+    return kind(**of_job), Reading(**of_reading)
 
 
 def _size(name: str, size: int | str | None) -> int | str | None:
@@ -201,23 +194,26 @@ def _size(name: str, size: int | str | None) -> int | str | None:
 
     Raises ConfigError, with the option's name, for other texts.
     """
+    if not isinstance(size, str) or (name == "span" and size in UNITS):
+        return size
     try:
-        return (
-            parse_size(size)
-            if isinstance(size, str) and not (name == "span" and size in UNITS)
-            else size
-        )
+        return parse_size(size)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
 
 
 @cache
-def _load(how: Reading) -> Loaded:
-    given: dict[str, Any] = {"dtype": how.dtype, "tokenizer": how.tokenizer, "bos": how.bos}
-    pattern, notes = read_pattern(how.pattern, "pattern"), list[str]()
-    folder = ModelFolder.find(how.model, gguf=True, embeds=how.embeds)
+def _load(reading: Reading) -> Loaded:
+    notes = list[str]()
+    pattern = read_pattern(reading.pattern, "pattern")
+    folder = ModelFolder.find(reading.model, gguf=True, embeds=reading.embeds)
     loaded = folder.load(
-        device=select_device(how.device), events=Events(note=notes.append), pattern=pattern, **given
+        device=select_device(reading.device),
+        dtype=reading.dtype,
+        tokenizer=reading.tokenizer,
+        pattern=pattern,
+        bos=reading.bos,
+        events=Events(note=notes.append),
     )
     for line in notes if loaded.embedding else ():
         warnings.warn(line, InputWarning, stacklevel=2)
@@ -230,54 +226,49 @@ def _encoding(
     model: str, loaded: Loaded, asked: EncodeOptions
 ) -> tuple[EncodeOptions, EncodeFacts, Tokenizer | None]:
     """Return the options of `encode`, what it knows of the model, and what tokenizes texts, once per process."""
-    own, facts = for_model(asked, ModelFolder.find(model, gguf=True, embeds=True), loaded)
-    return own, facts, facts.tokenizer_for(loaded)
+    folder = ModelFolder.find(model, gguf=True, embeds=True)
+    options, facts = for_model(asked, folder, loaded)
+    return options, facts, facts.tokenizer_for(loaded)
 
 
-def _mapped(batches: Any, how: Reading, job_and_words: JobAndWords) -> Any:
+def _mapped(batches: Any, reading: Reading, job_and_words: JobAndWords) -> Any:
     """Apply a job, with what tokenizes texts for it, to a table or to batches, and return the same kind."""
-    given = tables(batches)
-    if isinstance(given, pa.Table):
+    arrow = tables(batches)
+    if isinstance(arrow, pa.Table):
         numbered = not isinstance(batches, pa.Table | pa.RecordBatch)
-        return pa.Table.from_batches(_rows(given, "table", how, job_and_words, numbered))
+        return pa.Table.from_batches(_rows(arrow, "table", reading, job_and_words, numbered))
 
     def rows() -> Iterator[pa.RecordBatch]:
-        for index, batch in enumerate(given):
-            yield from _rows(
-                pa.Table.from_batches([_checked_batch(batch)]), f"batch {index}", how, job_and_words
-            )
+        for index, batch in enumerate(arrow):
+            table = pa.Table.from_batches([_checked_batch(batch)])
+            yield from _rows(table, f"batch {index}", reading, job_and_words)
 
     return (batch for batch in rows() if batch.num_rows)
 
 
-def tables(given: Any) -> pa.Table | Iterable[Any]:
+def tables(data: Any) -> pa.Table | Iterable[Any]:
     """Return a table for what has whole Arrow data, an iterable for batches. Raises ConfigError for all else."""
-    kind = type(given).__name__
+    kind = type(data).__name__
     if kind in _MAKES_A_TABLE:
         raise ConfigError(_NO_TABLE.format(kind, _MAKES_A_TABLE[kind]))
-    if isinstance(given, pa.RecordBatchReader):
-        return given
-    if hasattr(given, "with_format") and hasattr(given, "__getitem__"):  # a Dataset of Hugging Face
-        given = given.with_format("arrow")[:]
-    texts = (
-        isinstance(given, list | tuple) and given and all(isinstance(text, str) for text in given)
-    )
-    if texts or isinstance(given, pa.RecordBatch) or hasattr(given, "__arrow_c_stream__"):
+    if isinstance(data, pa.RecordBatchReader):
+        return data
+    if hasattr(data, "with_format") and hasattr(data, "__getitem__"):  # a Dataset of Hugging Face
+        data = data.with_format("arrow")[:]
+    is_list = isinstance(data, list | tuple)
+    are_texts = is_list and data and all(isinstance(text, str) for text in data)
+    if are_texts or isinstance(data, pa.RecordBatch) or hasattr(data, "__arrow_c_stream__"):
         try:
-            return pa.table({"text": given} if texts else given)
-        except (
-            pa.ArrowException,
-            TypeError,
-            ValueError,
-        ) as error:  # pandas' columns may have values of any types
-            raise DataError(
-                f"the table cannot be Arrow data: {'; '.join(map(str, error.args))}"
-            ) from error
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return [*map(_checked_batch, given)]  # at once, rather than in the middle of the work
-    if not isinstance(given, Iterator):
+            return pa.table({"text": data} if are_texts else data)
+        # pandas' columns may have values of any types
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            why = "; ".join(map(str, error.args))
+            raise DataError(f"the table cannot be Arrow data: {why}") from error
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        return [*map(_checked_batch, data)]  # at once, rather than in the middle of the work
+    if not isinstance(data, Iterator):
         raise ConfigError(_NO_TABLE.format(kind, "pyarrow.table"))
-    return given
+    return data
 
 
 def _checked_batch(batch: object) -> pa.RecordBatch:
@@ -301,39 +292,50 @@ _MAKES_A_TABLE = {
 
 
 def _rows(
-    table: pa.Table, where: str, how: Reading, job_and_words: JobAndWords, numbered: bool = False
+    table: pa.Table,
+    where: str,
+    reading: Reading,
+    job_and_words: JobAndWords,
+    numbered: bool = False,
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a table whose rows are documents, then an empty batch, so that the schema is known if none are.
 
     If it is `numbered`, its row numbers are the names of the documents unless a column is. Raises ConfigError and
     DataError for a table that cannot be read this way.
     """
-    wanted, names = [how.id_column] if how.id_column else ID_COLUMNS, table.schema.names
+    wanted = [reading.id_column] if reading.id_column else ID_COLUMNS
+    names = table.schema.names
     if not {*wanted} & {*names}:
-        if how.id_column or not numbered:
+        if reading.id_column or not numbered:
             raise ConfigError(
                 f"{where}: there is no column {' or '.join(map(repr, wanted))} that names the documents: choose one "
                 f"(id_column); its columns are {', '.join(names)}"
             )
         table = table.append_column("doc_id", pa.array(range(len(table)), pa.int64()))
-    (job, words), batches = job_and_words(), table.to_batches()
+    job, words = job_and_words()
+    batches = table.to_batches()
     opened = Table(where, where, table.schema, lambda names: iter(batches), rows_alone=True)
-    vocab_size = job.reader.model.config.vocab_size
-    given: dict[str, Any] = {"vocab_size": vocab_size, "skip_bad": how.skip_bad, "unit": job.unit}
-    inputs = Inputs((), words, how.column, how.id_column, how.keep, **given)
+    inputs = Inputs(
+        (),
+        words,
+        reading.column,
+        reading.id_column,
+        reading.keep,
+        vocab_size=job.reader.model.config.vocab_size,
+        skip_bad=reading.skip_bad,
+        unit=job.unit,
+    )
     columns = inputs.columns_of(opened)
     if columns.type in INTEGERS:
         raise ConfigError(
             f"{where}: column {columns.documents!r} has one id per row: in batches a row is a document, a list of ids "
             "or a text"
         )
-    places = {name: find_column(table.schema, name) for name in how.keep}
-    kept = [
-        pa.field(name, plain(pa.nulls(0, place.type)).type)
-        for name, place in places.items()
-        if place
-    ]
-    job.kept_fields = [*(job.text_fields if is_text(columns.type) else ()), *kept]
+    carried = [*job.text_fields] if is_text(columns.type) else []
+    for name in reading.keep:
+        if place := find_column(table.schema, name):
+            carried.append(pa.field(name, plain(pa.nulls(0, place.type)).type))
+    job.kept_fields = carried
     with suppress(NoTokensError):  # there may be tokens in other batches
         documents = inputs.documents_of(opened) if len(table) else ()
         yield from job.rows(documents)

@@ -86,36 +86,41 @@ class TextCut:
     """
 
     def __init__(self, options: EncodeOptions, facts: EncodeFacts) -> None:
-        context, stride, span = options.context, options.stride, options.span_tokens
-        self.room = room = None if context is None else context - facts.around
-        self.one_state = room is not None and not ONE_STATE.isdisjoint(
-            (options.pool or "").split("+")
-        )
-        spans = self.one_state and span is not None  # each span is a window
-        if room is not None and room < 1:
+        self.room: int | None = None
+        self.one_state = False
+        self.size = self.stride = 0  # of windows, in tokens of a document
+        if options.context is not None:
+            self._cut(options, options.context, facts)
+        elif options.stride is not None:
+            raise ConfigError(
+                f"--stride {options.stride}: the model reads a document in one piece: leave it out, or give --context"
+            )
+
+    def _cut(self, options: EncodeOptions, context: int, facts: EncodeFacts) -> None:
+        """Cut into windows of `context` tokens."""
+        stride = options.stride
+        span = options.span_tokens
+        self.room = room = context - facts.around
+        self.one_state = not ONE_STATE.isdisjoint((options.pool or "").split("+"))
+        if room < 1:
             raise ConfigError(
                 f"a window of {context} tokens has no room for a document beside its prompt and special tokens, "
                 f"which are {facts.around}: give a longer --context, or a shorter --prefix"
             )
-        if stride is not None and (room is None or spans):
-            what = (
-                "the model reads a document in one piece"
-                if room is None
-                else "each span is a window"
-            )
-            raise ConfigError(
-                f"--stride {stride}: {what}: leave it out" + ", or give --context" * (room is None)
-            )
-        if room is not None and (stride or 1) > room:
+        if stride is not None and self.one_state and span is not None:
+            raise ConfigError(f"--stride {stride}: each span is a window: leave it out")
+        if stride is not None and stride > room:
             raise ConfigError(
                 f"--stride {stride}: a window holds {room} tokens of a document: give as many, or less"
             )
-        if room is not None and spans and isinstance(options.span, int) and options.span > room:
+        if self.one_state and isinstance(options.span, int) and options.span > room:
             raise ConfigError(
                 f"--span {span}: with --pool {options.pool}, a span is a window, which holds {room} tokens of a "
                 "document: give as many, or less"
             )
-        self.size = min(room or 0, span or 0) if spans else room or 0
+        self.size = room
+        if self.one_state and span is not None:
+            self.size = min(room, span)
         self.stride = stride or self.size
 
     def windows(self, tokens: int) -> Iterator[DocumentWindow]:
@@ -133,40 +138,40 @@ def for_model(
     Raises ConfigError for a prefix if the model has no tokenizer, and for `context` and `stride` if the model reads no
     windows.
     """
-    net, tokenizer, own = loaded.net, loaded.tokenizer, loaded.embedding and loaded.embedding.model
-    given = None if options.prefix == NO_PREFIX else options.prefix
-    if given and tokenizer is None:
+    net = loaded.net
+    tokenizer = loaded.tokenizer
+    embedding = loaded.embedding
+    prefix = None if options.prefix == NO_PREFIX else options.prefix
+    if prefix and tokenizer is None:
         if net.row_size is not None:
             raise ConfigError(
                 f"{folder.name} reads vectors, which have no tokens: leave out --prefix"
             )
         raise ConfigError(f"{folder.name} has no tokenizer, which --prefix needs: give --tokenizer")
-    if (options.context or options.stride) and (own is None or net.config.causal):
+    if (options.context or options.stride) and (embedding is None or net.config.causal):
         raise ConfigError(
             f"{folder.name} reads a document in one piece, not in windows: leave out --context, --stride"
         )
-    if own is None or loaded.embedding is None:
-        prefix = tokenizer.encode(given).tolist() if given and tokenizer else None
-        return options.with_defaults(), EncodeFacts(**ModelFacts.of(loaded).__dict__, prefix=prefix)
-    if options.normalize is False and "Normalize" in own.modules:
+    if embedding is None:
+        ids = tokenizer.encode(prefix).tolist() if prefix and tokenizer else None
+        return options.with_defaults(), EncodeFacts(**ModelFacts.of(loaded).__dict__, prefix=ids)
+    model = embedding.model
+    if options.normalize is False and "Normalize" in model.modules:
         raise ConfigError(
-            f"{folder.name} scales vectors amid its modules ({own.modules}): leave out --no-normalize"
+            f"{folder.name} scales vectors amid its modules ({model.modules}): leave out --no-normalize"
         )
-    most = [
-        limit
-        for limit in (options.context or own.window, net.config.max_tokens)
-        if limit is not None
-    ]
-    reads_windows = not net.config.causal and (options.context or not net.dilated)
+    context = options.context
+    if context is None and not net.config.causal and not net.dilated:
+        limits = [limit for limit in (model.window, net.config.max_tokens) if limit is not None]
+        context = min(limits, default=None)
     options = replace(
         options,
-        pool=options.pool or own.pool,
-        normalize=own.normalized if options.normalize is None else options.normalize,
-        context=options.context or (min(most, default=None) if reads_windows else None),
+        pool=options.pool or model.pool,
+        normalize=model.normalized if options.normalize is None else options.normalize,
+        context=context,
     )
-    facts = _facts(
-        loaded, loaded.embedding, own.document_prompt if options.prefix is None else given or ""
-    )
+    prompt = model.document_prompt if options.prefix is None else prefix or ""
+    facts = _facts(loaded, embedding, prompt)
     TextCut(options, facts)  # before a document is read
     return options, facts
 
@@ -265,11 +270,12 @@ class Encoder(RowJob):
 
     def _check(self) -> None:
         """Raise ConfigError for options that the net does not support."""
-        options, net = self.options, self.reader.model
-        pools, framed = (options.pool or "").split("+"), self.facts.closing is not None
-        if options.prefix not in (None, "", NO_PREFIX) and not (
-            self.facts.prefix or self.facts.prompt
-        ):
+        options = self.options
+        facts = self.facts
+        net = self.reader.model
+        pools = (options.pool or "").split("+")
+        framed = facts.closing is not None
+        if options.prefix not in (None, "", NO_PREFIX) and not (facts.prefix or facts.prompt):
             raise ConfigError(
                 "a prefix becomes ids with the model's tokenizer: take the options of `for_model`"
             )
@@ -281,7 +287,7 @@ class Encoder(RowJob):
             raise ConfigError(
                 "a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone"
             )
-        if self.facts.prefix and not net.config.causal and not framed:
+        if facts.prefix and not net.config.causal and not framed:
             raise ConfigError(
                 "a bidirectional model reads nothing before a document: leave out --prefix"
             )
@@ -289,12 +295,9 @@ class Encoder(RowJob):
             raise ConfigError(
                 f"--pool {apart.pop()} of a document is not shared by ranks: give each rank its own documents (--dp)"
             )
-        if options.context is not None and options.context > (
-            net.config.max_tokens or options.context
-        ):
-            raise ConfigError(
-                f"--context {options.context}: the model reads {net.config.max_tokens} tokens at most"
-            )
+        most = net.config.max_tokens
+        if options.context is not None and most and options.context > most:
+            raise ConfigError(f"--context {options.context}: the model reads {most} tokens at most")
         size = net.vector_size(net.config.dim * len(pools))
         if options.dims is not None and not 1 <= options.dims <= size:
             raise ConfigError(
@@ -350,21 +353,13 @@ class Encoder(RowJob):
             raise ConfigError(
                 f"{document.where}: this is no text with a {self.unit}: give texts, or --span 256"
             )
-        opening, closing = bos_ids(facts.bos), tuple(facts.closing or ())
-        if (
-            facts.closing is not None
-            and document.tokenizer is None
-            and 0 < len(opening + closing) <= len(document)
-        ):
-            ends = (
-                document.read(0, len(opening)),
-                document.read(len(document) - len(closing), len(document)),
+        opening = bos_ids(facts.bos)
+        closing = tuple(facts.closing or ())
+        if facts.closing is not None and _is_framed(document, opening, closing):
+            raise ConfigError(
+                f"{document.where}: the ids {opening} and {closing} stand around the document, and encode adds "
+                "them itself: leave them out when you tokenize (longnet tokenize does)"
             )
-            if (tuple(ends[0].tolist()), tuple(ends[1].tolist())) == (opening, closing):
-                raise ConfigError(
-                    f"{document.where}: the ids {opening} and {closing} stand around the document, and encode adds "
-                    "them itself: leave them out when you tokenize (longnet tokenize does)"
-                )
         sequence = net.sequence(
             document, (*opening, *(facts.prefix or ())), self.options.tile_size, facts.closing
         )
@@ -375,12 +370,10 @@ class Encoder(RowJob):
             )
         if self.cut.room is not None:
             return sequence
-        windows = (
-            ", or in windows (--context)"
-            if facts.closing is not None and not net.config.causal
-            else ""
-        )
-        return sequence.check(f"encode it in shorter documents{windows}")
+        advice = "encode it in shorter documents"
+        if facts.closing is not None and not net.config.causal:
+            advice += ", or in windows (--context)"
+        return sequence.check(advice)
 
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
         facts = self.facts
@@ -400,17 +393,19 @@ class Encoder(RowJob):
         tokens, span, room = len(document), self.options.span, self.cut.room
         if not isinstance(span, str):
             return range(span or tokens, tokens + (span or tokens), span or tokens)
-        found = TextPlaces(document).tokens_before(document.ends or ())
-        if found is None:
+        counts = TextPlaces(document).tokens_before(document.ends or ())
+        if counts is None:
             raise ConfigError(
                 f"{document.where}: its tokens have no places in the text: give a size (--span 256)"
             )
-        found[-1] = tokens
-        ends = [0, *np.unique(found[found > 0]).tolist()]
+        counts[-1] = tokens
+        ends = [0, *np.unique(counts[counts > 0]).tolist()]
         most = room if room and self.cut.one_state else tokens
-        return [
-            stop for start, end in pairwise(ends) for stop in (*range(start + most, end, most), end)
-        ]
+        stops: list[int] = []
+        for start, end in pairwise(ends):
+            stops += range(start + most, end, most)
+            stops.append(end)
+        return stops
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         head, windows = torch.inference_mode()(self.reader.model.head), self._windows(sequences)
@@ -425,7 +420,9 @@ class Encoder(RowJob):
         """Yield the windows of each document, in order, with one pooling or one mean for all of them."""
         cut, pool = self.cut, self.options.pool or ""
         for sequence in sequences:
-            document, before, after = sequence.document, sequence.own_start, len(sequence.end_rows)
+            document = sequence.document
+            before = sequence.own_start
+            after = len(sequence.end_rows)
             ends = self._ends(document)
             skipped = self._skipped(before, ends[0])
             mean = WindowMean() if cut.one_state and self.options.span is None else None
@@ -437,27 +434,19 @@ class Encoder(RowJob):
                 )
             for number, window in enumerate(windows):
                 rows = sequence.window(window.start, window.stop)
-                wanted, taken = (
-                    before + window.taken - window.start,
-                    before + window.taken_stop - window.start,
-                )
+                wanted = before + window.taken - window.start
+                taken = before + window.taken_stop - window.start
+                if window.start == 0 or cut.one_state:
+                    wanted = skipped
+                if window.stop == len(document) or cut.one_state:
+                    taken = len(rows)
                 if cut.one_state:
                     lead = {"skipped": skipped, "begin": window.start, "number": number}
                     pooling = Pooling(
                         document, pool, [window.stop], before - skipped, after, **lead
                     )
-                wanted = skipped if window.start == 0 or cut.one_state else wanted
-                taken = len(rows) if window.stop == len(document) or cut.one_state else taken
-                yield _PooledWindow(
-                    rows,
-                    0,
-                    len(rows),
-                    wanted,
-                    pooling,
-                    taken,
-                    mean,
-                    window.taken_stop - window.taken,
-                )
+                tokens = window.taken_stop - window.taken
+                yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, tokens)
 
     def _skipped(self, before: int, first: int) -> int:
         """Return how many rows of a document are not pooled, of those `before` its own and the `first` span's."""
@@ -470,13 +459,16 @@ class Encoder(RowJob):
     def _pool_together(self, pieces: Sequence[Piece[_PooledWindow]]) -> None:
         """Pool the whole documents among the pieces in a few calls. A CPU adds long ones faster one by one."""
         limit = SHORT if self.reader.device.type == "cpu" else self.reader.chunk
-        read = [
-            (x.window.pooling, x.hidden)
-            for x in pieces
-            if x.hidden is not None and len(x.hidden) <= limit
-        ]
-        if whole := [(pooling, hidden) for pooling, hidden in read if pooling.ends_with(hidden)]:
-            pool_together(*zip(*whole, strict=True))
+        poolings, states = [], []
+        for piece in pieces:
+            hidden = piece.hidden
+            if hidden is None or len(hidden) > limit:
+                continue
+            if piece.window.pooling.ends_with(hidden):
+                poolings.append(piece.window.pooling)
+                states.append(hidden)
+        if poolings:
+            pool_together(poolings, states)
 
     def _pooled(self, piece: Piece[_PooledWindow]) -> Iterable[Row]:
         """Return the rows that a piece finishes."""
@@ -499,26 +491,40 @@ class Encoder(RowJob):
     def _record_batch(
         self, rows: Sequence[Row], head: Callable[[Tensor], Tensor]
     ) -> pa.RecordBatch:
-        schema, options = self.schema, self.options
+        schema = self.schema
         pooled = torch.stack([row.vector for row in rows])  # (rows, dim)
-        vectors = head(pooled)[:, : options.dims]
-        embeddings = _array(schema.field("embedding").type, rows, vectors, bool(options.normalize))
-        cells = [
-            (row.document.doc_id, row.span, row.start, row.end, row.end - row.start) for row in rows
+        vectors = head(pooled)[:, : self.options.dims]
+        normalize = bool(self.options.normalize)
+        columns = [
+            pa.array([row.document.doc_id for row in rows], pa.string()),
+            pa.array([row.span for row in rows], pa.int32()),
+            pa.array([row.start for row in rows], pa.int64()),
+            pa.array([row.end for row in rows], pa.int64()),
+            pa.array([row.end - row.start for row in rows], pa.int64()),
+            _array(schema.field("embedding").type, rows, vectors, normalize),
         ]
-        columns = [pa.array([cell[i] for cell in cells], schema.field(i).type) for i in range(5)]
         carried = [field for field in self.kept_fields if field not in PLACE_FIELDS]
-        kept = kept_columns([row.document for row in rows], carried)
         if len(carried) < len(self.kept_fields):
-            places = zip(*map(self._place, rows), strict=True)
-            kept = [pa.array(each, pa.int64()) for each in places] + kept
-        return pa.record_batch([*columns, embeddings, *kept], schema=schema)
+            starts, ends = zip(*map(self._place, rows), strict=True)
+            columns += [pa.array(starts, pa.int64()), pa.array(ends, pa.int64())]
+        columns += kept_columns([row.document for row in rows], carried)
+        return pa.record_batch(columns, schema=schema)
 
     def _place(self, row: Row) -> tuple[int | None, int | None]:
         """Return where a row's span is in the text of its document. The rows of a document come in order."""
         if self.places is None or self.places.document is not row.document:
             self.places = TextPlaces(row.document)
         return self.places.of(row.start, row.end)
+
+
+def _is_framed(document: Document, opening: tuple[int, ...], closing: tuple[int, ...]) -> bool:
+    """Return whether the ids `opening` and `closing` stand around a document of ids."""
+    size = len(document)
+    if document.tokenizer is not None or not 0 < len(opening + closing) <= size:
+        return False
+    first = document.read(0, len(opening)).tolist()
+    last = document.read(size - len(closing), size).tolist()
+    return (tuple(first), tuple(last)) == (opening, closing)
 
 
 def _array(kind: pa.DataType, rows: Sequence[Row], vectors: Tensor, normalize: bool) -> pa.Array:

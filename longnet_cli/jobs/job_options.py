@@ -98,25 +98,21 @@ class ScoreOptions:
         return self.context or (None,)
 
     def __post_init__(self) -> None:
-        given = [
-            *(("context", each) for each in self.contexts),
-            ("stride", self.stride),
-            ("last", self.last),
-        ]
-        for name, value in given:
+        sizes = [("context", context) for context in self.contexts]
+        for name, value in (*sizes, ("stride", self.stride), ("last", self.last)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be 1 or more, not {value}")
         if len(set(self.contexts)) < len(self.contexts):
             raise ConfigError(
                 f"each context may be given once: {', '.join(map(str, self.contexts))}"
             )
-        if self.stride and (
-            small := [each for each in self.contexts if each is None or each < self.stride]
-        ):
-            raise ConfigError(
-                f"a stride of {self.stride} tokens needs a context"
-                + (f" of {self.stride} or more, not {small[0]}" if small[0] else "")
-            )
+        for context in self.contexts if self.stride else ():
+            if context is None:
+                raise ConfigError(f"a stride of {self.stride} tokens needs a context")
+            if context < (self.stride or 0):
+                raise ConfigError(
+                    f"a stride of {self.stride} tokens needs a context of {self.stride} or more, not {context}"
+                )
 
 
 def check_sampling(temperature: float, top_p: float) -> None:

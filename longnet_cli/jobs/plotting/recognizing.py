@@ -76,9 +76,8 @@ class Bench(_Measurements):
         none of them has measured is called dense alone.
         Dense attention that was skipped is extrapolated from its longest run: its FLOPs grow with the squared length.
         """
-        differing = [
-            key for key in _DIFFERENCES if len({str(row.get(key)) for row in self.rows}) > 1
-        ]
+        values = {key: {str(row.get(key)) for row in self.rows} for key in _DIFFERENCES}
+        differing = [key for key in _DIFFERENCES if len(values[key]) > 1]
         alone = {"dense"}.difference(row["impl"] for other in others for row in other.rows)
         several = len({row["impl"] for row in self.rows} - alone) > 1
         groups: dict[str, list[Row]] = {}
@@ -112,14 +111,9 @@ def _length(row: Row) -> float | None:
 def _extrapolated(curve: Curve, rows: list[Row], power: int) -> Curve:
     """Return the continuation of a curve to the lengths that were skipped."""
     last = curve.points[-1]
-    skipped = sorted(
-        {
-            float(row["seq"])
-            for row in rows
-            if row.get("status") == "skipped" and row["seq"] > last.x
-        }
-    )
-    further = [Point(x, last.y * (x / last.x) ** power) for x in skipped]
+    skipped = {float(row["seq"]) for row in rows if row.get("status") == "skipped"}
+    lengths = sorted(length for length in skipped if length > last.x)
+    further = [Point(x, last.y * (x / last.x) ** power) for x in lengths]
     return Curve(curve.name, [last, *further] if further else [], extrapolated=True)
 
 
@@ -190,49 +184,41 @@ class Scores(_Measurements):
                 continue
             totals = row.get("totals") or [row.get("total", row)]
             for total in totals if isinstance(totals, list) else [totals]:
-                lists = (
-                    [total.get(key) or [] for key, _ in LISTS]
-                    if isinstance(total, dict)
-                    else [None]
-                )
-                if not all(
-                    isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-                    for rows in lists
-                ):
+                if not _is_total(total):
                     raise DataError(f"{where}: not a score: its total has other types")
                 all_totals.append(total)
         if all_totals and all_totals[0].get("context") is not None:
-            first = {
-                "ppl_ratio": 1.0,
-                "ppl_ratio_se": 0.0,
-            }  # ratios are relative to the first context
-            all_totals[0] = first | all_totals[0]
+            # ratios are relative to the first context
+            all_totals[0] = {"ppl_ratio": 1.0, "ppl_ratio_se": 0.0, **all_totals[0]}
         return cls(name, all_totals)
 
     def panels(self, others: Sequence[Scores]) -> Iterator[Panel]:
         """Yield a panel for perplexity by context, one for its ratio to the first context, and one for each list."""
         for key, axis, error in TOTALS:
-            found = points(self.rows, (CONTEXT, axis), "context", key, error)
-            yield Panel(
-                key,
-                CONTEXT,
-                axis,
-                [Curve(self.name, found)] if key == "ppl" or len(found) > 1 else [],
-            )
+            curve = Curve(self.name, points(self.rows, (CONTEXT, axis), "context", key, error))
+            is_drawn = key == "ppl" or len(curve.points) > 1
+            yield Panel(key, CONTEXT, axis, [curve] if is_drawn else [])
         for key, place in LISTS:
             curves = []
             for total in self.rows:
                 context = number(total.get("context"))
                 words = [self.name] if others or context is None else []
-                name = ", ".join(
-                    words if context is None else [*words, f"context {format_size(round(context))}"]
-                )
-                curves.append(
-                    Curve(
-                        name, points(total.get(key) or (), (place, NATS), "from", "nll", "nll_se")
-                    )
-                )
+                if context is not None:
+                    words.append(f"context {format_size(round(context))}")
+                ranges = total.get(key) or ()
+                losses = points(ranges, (place, NATS), "from", "nll", "nll_se")
+                curves.append(Curve(", ".join(words), losses))
             yield Panel(key, place, NATS, curves)
+
+
+def _is_total(value: object) -> bool:
+    """Return whether a value may be a total of scores: its tables, if it has any, are lists of objects."""
+    if not isinstance(value, dict):
+        return False
+    tables = [value.get(key) or [] for key, _ in LISTS]
+    if not all(isinstance(table, list) for table in tables):
+        return False
+    return all(isinstance(row, dict) for table in tables for row in table)
 
 
 Measured = Run | Bench | Scores
@@ -265,10 +251,10 @@ def read(path: str | Path) -> Measured:
 def read_all(paths: Sequence[str | Path]) -> list[Measured]:
     """Read several files. Each is named by its path if another one has the same name."""
     measured = [read(path) for path in paths]
-    times = Counter(each.name for each in measured)
+    times = Counter(file.name for file in measured)
     return [
-        each if times[each.name] == 1 else replace(each, name=str(path))
-        for each, path in zip(measured, paths, strict=True)
+        file if times[file.name] == 1 else replace(file, name=str(path))
+        for file, path in zip(measured, paths, strict=True)
     ]
 
 
@@ -278,38 +264,36 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
     Raises DataError if there is nothing to draw, ConfigError for a key that no panel has.
     """
     every: dict[str, Panel] = {}
-    for each in measured:
-        others: list[Any] = [
-            other for other in measured if other is not each and type(other) is type(each)
-        ]
-        for panel in each.panels(others):
+    for file in measured:
+        others: list[Any] = [x for x in measured if x is not file and type(x) is type(file)]
+        for panel in file.panels(others):
             curves = every.setdefault(panel.key, panel._replace(curves=[])).curves
             curves.extend(curve for curve in panel.curves if curve.points)
-    known = {key: panel for key, panel in every.items() if panel.curves}
-    if not known:
-        names = ", ".join(each.name for each in measured)
+    drawable = {key: panel for key, panel in every.items() if panel.curves}
+    if not drawable:
+        names = ", ".join(file.name for file in measured)
         raise DataError(
             f"{names}: nothing to draw; of scores, give several contexts, or --by-position"
         )
     for key in show:
-        if key not in known:
-            meant = nearest(key, known)
-            also = f"did you mean {meant}?" if meant else f"choose from {', '.join(known)}"
+        if key not in drawable:
+            meant = nearest(key, drawable)
+            also = f"did you mean {meant}?" if meant else f"choose from {', '.join(drawable)}"
             raise ConfigError(f"--show: there is no {key!r} to draw: {also}")
-    return [known[key] for key in show or known]
+    return [drawable[key] for key in show or drawable]
 
 
 def title(measured: Sequence[Measured]) -> str:
     """Return what a picture is of: a layer, models, machines and dates in the files, or else the names of the files."""
-    rows = [row for each in measured for row in each.rows]
-    attention = (row for row in rows if row.get("op") == "attention")
-    said = dict.fromkeys(
-        f"one attention layer of {row['heads']} heads x {row['head_dim']}" for row in attention
-    )
-    said |= dict.fromkeys(
-        str(row[key]) for key in ("model", "machine", "date") for row in rows if row.get(key)
-    )
-    return ", ".join(said or dict.fromkeys(each.name for each in measured))
+    rows = [row for file in measured for row in file.rows]
+    words = [
+        f"one attention layer of {row['heads']} heads x {row['head_dim']}"
+        for row in rows
+        if row.get("op") == "attention"
+    ]
+    for key in ("model", "machine", "date"):
+        words += [str(row[key]) for row in rows if row.get(key)]
+    return ", ".join(dict.fromkeys(words or [file.name for file in measured]))
 
 
 def _text(path: str | Path, file: Path) -> str:

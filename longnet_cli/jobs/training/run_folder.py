@@ -52,8 +52,9 @@ def prepare_run(
     overwrite its data, recipe, tokenizer or initial model.
     """
     folder = Path(output)
-    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
-        raise ConfigError(f"{file} is a file, and -o names the folder of a run: name another")
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise ConfigError(f"{path} is a file, and -o names the folder of a run: name another")
     earlier = _recipe_of_run(folder, resume)
     named = earlier if recipe is None else recipe
     if named is None and not isinstance(resume, bool):
@@ -128,16 +129,14 @@ def _refuse_others(folder: Path) -> None:
         raise ConfigError(
             f"{folder} already holds a model: name another folder with -o, or remove it"
         )
-    if any(
-        all(isinstance(run(table), dict) for table in ("model", "data", "train")) for run in runs
-    ):
-        return
-    if other := next(
-        (name for name in (*MODEL_FILES, *RUN_FILES) if (folder / name).exists()), None
-    ):
-        raise ConfigError(
-            f"{folder} holds {other}, which no run has written: name another folder with -o"
-        )
+    for stored in runs:
+        if all(isinstance(stored(table), dict) for table in ("model", "data", "train")):
+            return
+    for name in (*MODEL_FILES, *RUN_FILES):
+        if (folder / name).exists():
+            raise ConfigError(
+                f"{folder} holds {name}, which no run has written: name another folder with -o"
+            )
 
 
 def _stored(recipe: str | Path, *keys: str) -> object:
@@ -167,11 +166,9 @@ def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
     A recipe.json and a tokenizer.json beside metrics.jsonl belong to the run itself, which continues with them.
     """
     data, again = recipe.data, (output / "metrics.jsonl").exists()
-    files = [
-        *(output / name for name in MODEL_FILES),
-        *(output / BEST / name for name in MODEL_FILES),
-    ]
-    files += [output / RECIPE, output / "metrics.jsonl", output / CHECKPOINTS]
+    files = [output / RECIPE, output / "metrics.jsonl", output / CHECKPOINTS]
+    for name in MODEL_FILES:
+        files += [output / name, output / BEST / name]
     also: list[Path | None] = []
     if not again:
         also += [ModelFolder.find(recipe.init).path if recipe.init else None]
