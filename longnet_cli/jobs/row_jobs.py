@@ -383,34 +383,30 @@ def _text_of_earlier_run(folder: str | Path, pattern: str | None) -> str | None:
 
 def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]:
     """Return what decides the bytes of a folder, which a resumed run must share."""
-    from longnet_cli.data.chat import (
-        chat_settings,
-    )  # loads Jinja, which files and streams do not need
+    from longnet_cli.data.chat import chat_settings  # loads Jinja; files and streams need none
 
     reader = job.reader
-    return {
-        "inputs": inputs.fingerprint(),
-        **({"share": str(inputs.share)} if inputs.share else {}),
-        "column": inputs.column,
-        **({"id_column": inputs.id_column} if inputs.id_column or job.says_no_id_column else {}),
-        "eos": inputs.eos_id,
-        **chat_settings(inputs.tokenizer),
-        "pattern": job.facts.pattern,  # before the model, whose digest then differs too: errors name the first
-        "model": job.digest[:16],
-        "kernel": check_kernel(reader.device, reader.dtype, reader.model.config.head_dim),
-        **job.option_settings(),
-        **(
-            {"keep": [f"{field.name}: {field.type}" for field in job.kept_fields]}
-            if job.kept_fields
-            else {}
-        ),
-        "chunk": reader.chunk,
-        "dtype": reader.dtype,
-        f"shard_{job.shard_unit}": shard_size,
-        **(
-            {"ranks": reader.ranks.world} if reader.ranks.world > 1 else {}
-        ),  # more ranks sum in another order
-    }
+    settings: dict[str, object] = {"inputs": inputs.fingerprint()}
+    if inputs.share:
+        settings["share"] = str(inputs.share)
+    settings["column"] = inputs.column
+    if inputs.id_column or job.says_no_id_column:
+        settings["id_column"] = inputs.id_column
+    settings["eos"] = inputs.eos_id
+    settings |= chat_settings(inputs.tokenizer)
+    # before the model, whose digest then differs too: errors name the first
+    settings["pattern"] = job.facts.pattern
+    settings["model"] = job.digest[:16]
+    settings["kernel"] = check_kernel(reader.device, reader.dtype, reader.model.config.head_dim)
+    settings |= job.option_settings()
+    if job.kept_fields:
+        settings["keep"] = [f"{field.name}: {field.type}" for field in job.kept_fields]
+    settings["chunk"] = reader.chunk
+    settings["dtype"] = reader.dtype
+    settings[f"shard_{job.shard_unit}"] = shard_size
+    if reader.ranks.world > 1:  # more ranks sum in another order
+        settings["ranks"] = reader.ranks.world
+    return settings
 
 
 def _write_folder(
@@ -423,9 +419,8 @@ def _write_folder(
     ranks = job.reader.all_ranks
     if ranks.any(folder is not None and folder.finished):
         return
-    done, tokens = (
-        ranks.from_first(folder.totals[kind] if folder else 0) for kind in ("documents", "tokens")
-    )
+    done = ranks.from_first(folder.totals["documents"] if folder else 0)
+    tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
     remaining = folder.unread(sequences) if folder else islice(sequences, done, None)
     for portion, batches in job.rows_by_portion(remaining, shard_size):
         for batch in batches:

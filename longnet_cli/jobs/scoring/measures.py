@@ -137,8 +137,8 @@ class Clusters:
         deviations = values - mean
         self.documents += len(values)
         self.sums += values.sum(0)
-        self.spread += deviations.T @ deviations
-        self.spread += np.outer(shift, shift) * (before * len(values) / self.documents)
+        between = np.outer(shift, shift) * (before * len(values) / self.documents)
+        self.spread += deviations.T @ deviations + between
 
     def error(self, numerator: np.ndarray, denominator: int) -> float | None:
         """Return the standard error of sum x / sum y.

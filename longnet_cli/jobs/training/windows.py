@@ -124,12 +124,12 @@ class Mix:
 
     def __init__(self, weights: Sequence[float]) -> None:
         """Set up the order of `weights`, all above 0. Raises ConfigError for a period over LONGEST_PERIOD."""
-        exact = [
-            Fraction(repr(float(weight))) for weight in weights
-        ]  # 0.7 is 7/10, not the double next to it
-        scale = lcm(*(weight.denominator for weight in exact))
-        shares = [int(weight * scale) for weight in exact]
-        self.shares = [share // gcd(*shares) for share in shares]
+        # 0.7 is 7/10, not the double next to it
+        fractions = [Fraction(repr(float(weight))) for weight in weights]
+        scale = lcm(*(fraction.denominator for fraction in fractions))
+        shares = [int(fraction * scale) for fraction in fractions]
+        divisor = gcd(*shares)
+        self.shares = [share // divisor for share in shares]
         self.period = sum(self.shares)
         if self.period > LONGEST_PERIOD:
             raise ConfigError(
@@ -138,17 +138,22 @@ class Mix:
             )
         # Proportionate fair scheduling: of the sources that would be less than one window ahead of their share after
         # this window, take the one with the earliest deadline. Meeting every deadline keeps each within one window.
-        given = [0] * len(self.shares)
-        self._turns: list[
-            tuple[int, int]
-        ] = []  # of each window, the source, and what that has given before
+        taken = [0] * len(self.shares)  # windows of each source so far
+        # of each window, its source, and how many windows of that source come before it
+        self._turns: list[tuple[int, int]] = []
+
+        def deadline(source: int) -> int:
+            return ((taken[source] + 1) * self.period - 1) // self.shares[source]
+
         for n in range(self.period):
-            ready = (
-                s for s, share in enumerate(self.shares) if given[s] * self.period < share * (n + 1)
-            )
-            source = min(ready, key=lambda s: ((given[s] + 1) * self.period - 1) // self.shares[s])
-            self._turns.append((source, given[source]))
-            given[source] += 1
+            behind = [
+                source
+                for source, share in enumerate(self.shares)
+                if taken[source] * self.period < share * (n + 1)
+            ]
+            source = min(behind, key=deadline)
+            self._turns.append((source, taken[source]))
+            taken[source] += 1
 
     def source(self, n: int) -> tuple[int, int]:
         """Return the source of window n, and how many of the n windows before it came from that source."""
