@@ -84,21 +84,22 @@ def _common(options: Any) -> Iterator[str]:
 
 def _parameters(options: Any) -> Iterator[Parameter]:
     kinds = get_type_hints(options)
-    for each in fields(options):
-        if is_dataclass(kind := kinds[each.name]):
+    for field in fields(options):
+        kind = kinds[field.name]
+        if is_dataclass(kind):
             yield from _parameters(kind)
         else:
-            yield Parameter(
-                each.name, Parameter.KEYWORD_ONLY, default=each.metadata["typer"], annotation=kind
-            )
+            default = field.metadata["typer"]
+            yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
 def _filled(options: Any, values: Mapping[str, Any]) -> Any:
     kinds = get_type_hints(options)
-    groups = {name: _filled(kind, values) for name, kind in kinds.items() if is_dataclass(kind)}
-    return options(
-        **{each.name: groups.get(each.name) or values[each.name] for each in fields(options)}
-    )
+    arguments = {}
+    for field in fields(options):
+        kind = kinds[field.name]
+        arguments[field.name] = _filled(kind, values) if is_dataclass(kind) else values[field.name]
+    return options(**arguments)
 
 
 class CommandGroup(TyperGroup):
@@ -138,23 +139,22 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of a command line. Raises ConfigError for an option that took an argument."""
         options = [parameter for parameter in self.params if parameter.param_type_name == "option"]
-        optional = {
-            name
-            for option in options
-            if str(option.metavar).startswith("[")
-            for name in option.opts
-        }
+        optional: set[str] = set()  # options whose value may be omitted
+        for option in options:
+            if str(option.metavar).startswith("["):
+                optional.update(option.opts)
         words = args[: args.index("--")] if "--" in args else args
         marked = list(_mark_bare(words, optional))
-        name, value = next(
-            (words[i : i + 2] for i, word in enumerate(marked) if word in optional), ("", "")
-        )
+        name = value = ""
+        for index, word in enumerate(marked):
+            if word in optional:
+                name, value = words[index : index + 2]
+                break
         try:
             return super().parse_args(ctx, [*marked, *args[len(words) :]])
         except typer.BadParameter as error:
-            error.message = error.message.removeprefix(
-                "Value error, "
-            )  # pydantic's, by which typer parses
+            # pydantic's words, by which typer parses
+            error.message = error.message.removeprefix("Value error, ")
             missing: Any = error.param
             if not name or missing is None or missing.param_type_name != "argument":
                 raise
@@ -162,30 +162,24 @@ class Command(TyperCommand):
                 f"{name} took '{value}' as its value, and no {missing.metavar} is left: write {name} last"
             ) from None
         except USAGE_ERROR as error:
-            said = ELSEWHERE.get(getattr(error, "option_name", ""), ())
-            for meant in (
-                meant
-                for meant in said
-                if any(meant.split()[-1] in option.opts for option in options)
-            ):
-                raise ConfigError(f"there is no {error.option_name} here: {meant}") from None
+            names = {name for option in options for name in option.opts}
+            for advice in ELSEWHERE.get(getattr(error, "option_name", ""), ()):
+                if advice.split()[-1] in names:
+                    raise ConfigError(f"there is no {error.option_name} here: {advice}") from None
             raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Raises ConfigError for a refused value, LongNetError for a closed stdout."""
         for parameter in self.params:
-            name = (
-                max(parameter.opts, key=len)
-                if parameter.param_type_name == "option"
-                else str(parameter.metavar)
-            )
-            given = ctx.params.get(parameter.name or "")
-            for value in given if isinstance(given, list | tuple) else [given]:
-                _check(name, value)
+            name = str(parameter.metavar)
+            if parameter.param_type_name == "option":
+                name = max(parameter.opts, key=len)
+            value = ctx.params.get(parameter.name or "")
+            for single in value if isinstance(value, list | tuple) else [value]:
+                _check(name, single)
         if ctx.params.get("quiet"):
-            os.environ.setdefault(
-                "HF_HUB_DISABLE_PROGRESS_BARS", "1"
-            )  # of downloads; read when they are imported
+            # of downloads; read when they are imported
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if sys.stdout is None and _prints(ctx.params):  # closed by `>&-`
             raise LongNetError(
                 "stdout is closed, and what this command finds goes there: nothing was done"
@@ -218,15 +212,21 @@ def _short_row(parameter: Any) -> list[str]:
     """Return the lines of an argument or an option: its names, the first sentence of its help, and a short default."""
     names = str(parameter.metavar)
     if parameter.param_type_name == "option":
-        shown = [*sorted(parameter.opts, key=len), *parameter.secondary_opts]
-        names = " ".join([", ".join(shown), parameter.metavar or ""]).strip()
+        spellings = [*sorted(parameter.opts, key=len), *parameter.secondary_opts]
+        names = f"{', '.join(spellings)} {parameter.metavar or ''}".strip()
     sentence = re.match(r".*?\.(?= |$)", parameter.help)
     default = re.search(r" \(default: [^)]{,40}\)$", parameter.help)
-    text = (sentence or [parameter.help])[0] + (default[0] if default else "")
-    rows = textwrap.wrap(text, 80 - SHORT_COLUMN)
-    if len(names) + 2 < SHORT_COLUMN:
-        return [names.ljust(SHORT_COLUMN) + rows[0], *(" " * SHORT_COLUMN + x for x in rows[1:])]
-    return [names, *(" " * SHORT_COLUMN + row for row in rows)]
+    text = sentence[0] if sentence else parameter.help
+    if default:
+        text += default[0]
+    indent = " " * SHORT_COLUMN
+    lines = textwrap.wrap(
+        text, 80, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    if len(names) < SHORT_COLUMN:
+        lines[0] = names.ljust(SHORT_COLUMN) + lines[0].lstrip()
+        return lines
+    return [names, *lines]
 
 
 def _plain(params: list[Any]) -> list[Any]:
@@ -295,22 +295,21 @@ def check_pairs(pairs: Sequence[Needs | Excludes], options: Any) -> None:
 
     An option counts as given unless it has its default or is `--dp 1`, which changes nothing.
     """
-    given = {*_given(options)}
+    names = {*_given_names(options)}
     for pair in pairs:
-        beside = not given.isdisjoint(pair.other.split("|"))
-        if pair.option in given and beside is isinstance(pair, Excludes):
-            advice = (
-                f"give {pair.give or pair.other}"
-                if isinstance(pair, Needs)
-                else f"leave out {pair.other}"
-            )
-            raise ConfigError(f"{pair.option} {pair.why}: {advice}")
+        is_beside = not names.isdisjoint(pair.other.split("|"))
+        if pair.option not in names or is_beside is isinstance(pair, Needs):
+            continue
+        advice = f"leave out {pair.other}"
+        if isinstance(pair, Needs):
+            advice = f"give {pair.give or pair.other}"
+        raise ConfigError(f"{pair.option} {pair.why}: {advice}")
 
 
-def _given(options: Any) -> Iterator[str]:
+def _given_names(options: Any) -> Iterator[str]:
     for field in fields(options):
         value = getattr(options, field.name)
         if is_dataclass(value):
-            yield from _given(value)
+            yield from _given_names(value)
         elif value != field.default and (field.name, value) != ("dp", 1):
             yield from field.metadata["typer"].param_decls or ()

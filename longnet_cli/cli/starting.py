@@ -227,13 +227,11 @@ class Opened:
         from longnet_cli.data.inputs import Inputs
         from longnet_cli.data.tokenizer import end_of_text
 
-        given, net = self.documents, self.loaded.net
+        documents = self.documents
+        net = self.loaded.net
         reads_vectors = net.row_size is not None
-        of_tokens = [
-            name
-            for name in ("tokenizer", "tokenizer_differs", "eos", "bos")
-            if getattr(given, name)
-        ]
+        names = ("tokenizer", "tokenizer_differs", "eos", "bos")
+        of_tokens = [name for name in names if getattr(documents, name)]
         if reads_vectors and of_tokens:
             unread = ", ".join(f"--{name.replace('_', '-')}" for name in of_tokens)
             raise ConfigError(
@@ -242,15 +240,15 @@ class Opened:
         return Inputs(
             self.sources,
             words,
-            given.column,
-            given.id_column,
-            tuple(given.keep or ()),
+            documents.column,
+            documents.id_column,
+            tuple(documents.keep or ()),
             vocab_size=net.config.vocab_size,
-            eos_id=end_of_text(given.eos, self.loaded.tokenizer),
-            skip_bad=given.skip_bad,
+            eos_id=end_of_text(documents.eos, self.loaded.tokenizer),
+            skip_bad=documents.skip_bad,
             vectors=reads_vectors,
             coords=net.has_grid,
-            share=given.share,
+            share=documents.share,
         )
 
     def run(
@@ -415,7 +413,7 @@ class ModelAndInputs:
         from longnet_cli.running.ranks.ranks import join
 
         freeze_imports()
-        given = self.documents
+        documents = self.documents
         ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp, planned=planned)
         quiet = computing.quiet or not ranks.writes
         room = None
@@ -427,10 +425,10 @@ class ModelAndInputs:
         loaded = self.folder.load(
             device=where,
             dtype=computing.dtype,
-            tokenizer=given.tokenizer,
-            tokenizer_differs=given.tokenizer_differs,
+            tokenizer=documents.tokenizer,
+            tokenizer_differs=documents.tokenizer_differs,
             pattern=self.pattern,
-            bos=given.bos,
+            bos=documents.bos,
             chat=chat,
             vectors=self.embeds,
             events=Events(note=lambda line: tell(line, quiet)),
@@ -439,12 +437,12 @@ class ModelAndInputs:
         return Opened(
             folder=self.folder,
             loaded=loaded,
-            documents=given,
+            documents=documents,
             sources=self.sources,
             computing=computing,
             ranks=ranks,
             quiet=quiet,
-            left_out=count_left_out(given.skip_bad, quiet),
+            left_out=count_left_out(documents.skip_bad, quiet),
             earlier=earlier,
             room=room,
             named=self.named,
