@@ -32,6 +32,7 @@ def show_training(estimate: Estimate, format: Format) -> None:
         ("tokens", format_count(facts["tokens"]), facts["steps"]),
         ("FLOPs", format_count(facts["flops"]), ""),
         ("time", _duration(facts["seconds"]), f"at {peak} (measured, {facts['dtype']})"),
+        ("speed", format_count(facts["tokens"] / facts["seconds"]), "tokens/s"),
     ]
     _show(estimate, format, "training", [], after)
 
@@ -54,13 +55,15 @@ def show_reading(estimate: Estimate, format: Format, job: str, *more: Row) -> No
             "tokens in all forwards, with contexts and padding",
         ),
     ]
-    speed = f"at {format_count(facts['flops_per_second'])} FLOP/s (measured)"
-    if facts["tokens_per_second"]:
-        speed += f", {format_count(facts['tokens_per_second'])} tokens/s"
     after = [
         ("FLOPs per token", format_count(facts["flops_per_token"]), "of those that are read"),
         ("FLOPs", format_count(facts["flops"]), ""),
-        ("time", _duration(facts["seconds"]), speed),
+        (
+            "time",
+            _duration(facts["seconds"]),
+            f"at {format_count(facts['flops_per_second'])} FLOP/s (measured)",
+        ),
+        ("speed", format_count(facts["tokens_per_second"]), "tokens/s, of those that are read"),
         *more,
     ]
     _show(estimate, format, job, before, after)

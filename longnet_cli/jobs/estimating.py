@@ -527,7 +527,7 @@ def estimate_reading(
             "chunk": reader.chunk,
             "spill_bytes": on_disk if spill else 0,
             "flops_per_second": rate,
-            "tokens_per_second": plan.read * rate / flops if flops else None,
+            "tokens_per_second": plan.read * rate / (flops or 1),
             "reading_seconds": plan.seconds,
         },
         chunk_that_fits=fitting_chunk(lambda n: sum(needed(n).values()), reader.chunk, free)
