@@ -1,8 +1,9 @@
 """Files and folders that are there whole or not at all, and folders with a single writer.
 
 There are two protocols. A file is written under a temporary name, flushed and renamed: `atomic_write`. A folder's files
-are written first and its manifest, itself such a file, last: `whole_folder` for models (config.json), `sealed.py` for
-checkpoints and states, `data/shards.py` for shards. A folder without its manifest does not count.
+are written first and its manifest, itself such a file, last: `whole_folder` for models (config.json),
+`sealed_manifests.py` for checkpoints and states, `data/shards.py` for shards. Without its manifest, a folder does not
+count.
 """
 
 from __future__ import annotations

@@ -64,19 +64,20 @@ def read_sealed(path: Path, version: int) -> dict[str, Any]:
 
 def _is_file_of(item: tuple[str, Any]) -> bool:
     """Return whether an item of a manifest's files has a plain name, a size and a digest."""
-    name, known = item
+    name, facts = item
     plain = name not in ("", ".", "..") and "/" not in name and "\0" not in name
-    return plain and type(known["bytes"]) is int and isinstance(known["sha256"], str)
+    return plain and type(facts["bytes"]) is int and isinstance(facts["sha256"], str)
 
 
 def find_mismatch(path: Path, version: int) -> str | None:
     """Compare the files of a manifest with their sizes and SHA-256; return what is wrong, or None."""
     try:
-        for name, known in read_sealed(path, version)["files"].items():
-            size = (path.parent / name).stat().st_size
-            if size != known["bytes"]:
-                return f"{name} has {size:,} bytes of {known['bytes']:,}"
-            if file_sha256(path.parent / name) != known["sha256"]:
+        for name, facts in read_sealed(path, version)["files"].items():
+            file = path.with_name(name)
+            size = file.stat().st_size
+            if size != facts["bytes"]:
+                return f"{name} has {size:,} bytes of {facts['bytes']:,}"
+            if file_sha256(file) != facts["sha256"]:
                 return f"the SHA-256 of {name} is not the one it was saved with"
     except OSError as error:
         return f"{Path(error.filename or path.parent).name}: {error.strerror}"

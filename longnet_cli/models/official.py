@@ -37,9 +37,7 @@ from longnet_cli.nets.slide import VectorNet
 from longnet_cli.nets.weights import TYPE_NAMES, NetT, check_finite, empty_net, list_names
 
 _PREFIX = re.compile(r"(module|model|slide_encoder|encoder|decoder)\.")
-DERIVED_BUFFERS = re.compile(
-    r"(.*\.)?(xpos\.scale|version)"
-)  # buffers that the configuration determines
+DERIVED_BUFFERS = re.compile(r"(.*\.)?(xpos\.scale|version)")  # the configuration determines them
 
 
 def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> LongNet:
@@ -71,23 +69,18 @@ def renamed_net(
     """
     state = {name: tensor for name, tensor in state.items() if not DERIVED_BUFFERS.fullmatch(name)}
     if config.vocab_size and config.tie_embeddings:
-        output, table = (
-            state.pop("output_projection.weight", None),
-            state.get("embed_tokens.weight"),
-        )
+        output = state.pop("output_projection.weight", None)
+        table = state.get("embed_tokens.weight")
         if output is not None and table is not None and not torch.equal(output, table):
             raise CheckpointError(
                 f"{where}: output_projection.weight is not embed_tokens.weight; set tie_embeddings=false"
             )
     net = empty_net(build, config, state, where, "the others need", name_of)
     # our own copy: training the net must not change the caller's dict
-    weights = {
-        ours: state[name_of(ours)].detach().to(torch.float32, copy=True)
-        for ours in net.state_dict()
-    }
-    net.load_state_dict(
-        {name: tensor.contiguous() for name, tensor in weights.items()}, assign=True
-    )
+    weights = {}
+    for name in net.state_dict():
+        weights[name] = state[name_of(name)].detach().to(torch.float32, copy=True).contiguous()
+    net.load_state_dict(weights, assign=True)
     return net.eval()
 
 
@@ -108,6 +101,12 @@ def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _INSIDE = ("model", "module", "state_dict")  # keys of the state dict in training checkpoints
+# settings that no checkpoint says, and the options that give them
+_OPTIONS = {
+    "num_heads": "--heads",
+    "segment_lengths": "--segment-lengths",
+    "dilation_rates": "--dilation-rates",
+}
 
 CARD = """# {what}
 
@@ -149,8 +148,8 @@ def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given:
     state = read_state_dict(path)
     contents = _Contents(path, state, given)
     net = contents.build()
-    kinds = Counter(tensor.dtype for tensor in state.values() if tensor.dtype in TYPE_NAMES)
-    net = net.to(dtype or kinds.most_common(1)[0][0])
+    stored = Counter(tensor.dtype for tensor in state.values() if tensor.dtype in TYPE_NAMES)
+    net = net.to(dtype or stored.most_common(1)[0][0])
     check_finite(net.state_dict(), str(path))
     with whole_folder(output, CONFIG, new=True) as place:
         net.save_pretrained(place)
@@ -163,95 +162,88 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError for a file that is not a plain state dict.
     """
-    with path.open("rb") as file:
-        pickled = file.read(9)[8:] != b"{"
     try:
-        content: Any
-        if pickled:  # a Namespace, such as a run's options, is plain data
-            _check_pickle(path)
-            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-                warnings.simplefilter(
-                    "ignore"
-                )  # about pickle protocols; an unknown one raises below
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            content = load_file(path)
+        content = _read_content(path)
     except (pickle.UnpicklingError, SafetensorError) as error:
-        asks = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"it asks for {asks[1]}, and nothing is run" if asks else "damaged, or of another kind"
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        why = (
+            f"it asks for {asked[1]}, and nothing is run"
+            if asked
+            else "damaged, or of another kind"
         )
-        raise CheckpointError(
-            f"{path}: not a plain state dict ({reason}): save its state_dict(), or safetensors"
-        ) from None
+        raise _not_plain(path, f" ({why}): save its state_dict(), or safetensors") from None
     except Exception as error:  # a damaged pickle may fail in any way
-        raise CheckpointError(
-            f"{path}: damaged or not a checkpoint ({one_line(error)[:80]})"
-        ) from None
+        what = f"damaged or not a checkpoint ({one_line(error)[:80]})"
+        raise CheckpointError(f"{path}: {what}") from None
     for name in _INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(
-            f"{path}: not a plain state dict: it holds {type(content).__name__}, not tensors by name"
-        )
+        raise _not_plain(path, f": it holds {type(content).__name__}, not tensors by name")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"{path}: not a plain state dict: {name} is of type {type(tensor).__name__}"
-            )
+            raise _not_plain(path, f": {name} is of type {type(tensor).__name__}")
         plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
         if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise CheckpointError(
-                f"{path}: {name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
-            )
+            what = f"{name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
+            raise CheckpointError(f"{path}: {what}")
     return without_prefix(dict(content))
+
+
+def _not_plain(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path}: not a plain state dict{why}")
+
+
+def _read_content(path: Path) -> Any:
+    """Return what a file of safetensors or of `torch.save` holds. A Namespace, as a run's options, is plain data."""
+    with path.open("rb") as file:
+        is_safetensors = file.read(9)[8:] == b"{"
+    if is_safetensors:
+        return load_file(path)
+    _check_pickle(path)
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        warnings.simplefilter("ignore")  # about pickle protocols; an unknown one is an error
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _check_pickle(path: Path) -> None:
     """Raise ValueError or UnpicklingError for a file of `torch.save` that declares more data than it has."""
     with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):  # the older format: four pickles, then the numbers
-            file.seek(0)
-            pickles: list[Any] = [file] * 4
-        else:
+        if zipfile.is_zipfile(file):
             archive = zipfile.ZipFile(file)
             records = archive.infolist()
             size = sum(record.file_size for record in records)
             if size > path.stat().st_size or any(record.compress_type for record in records):
-                raise ValueError(
-                    "its records are compressed, or lie in each other, as torch.save never does"
-                )
-            pickles = [
-                archive.open(record) for record in records if record.filename.endswith("data.pkl")
-            ]
+                what = "its records are compressed, or lie in each other"
+                raise ValueError(f"{what}, as torch.save never does")
+            stored = [record for record in records if record.filename.endswith("data.pkl")]
+            pickles = [archive.open(record) for record in stored]
+        else:  # the older format: four pickles, then the numbers
+            file.seek(0)
+            pickles = [file] * 4
         for stream in pickles:
             with suppress(ValueError):  # damage, which torch reports
                 for operation, argument, _ in pickletools.genops(stream):
-                    # torch allows this one, of any size
-                    if operation.name == "GLOBAL" and (asked := str(argument)).endswith(
-                        " bytearray"
-                    ):
-                        raise pickle.UnpicklingError(
-                            f"GLOBAL {asked.replace(' ', '.')} was asked for"
-                        )
+                    # torch allows a bytearray, of any size
+                    asked = str(argument).replace(" ", ".")
+                    if operation.name == "GLOBAL" and asked.endswith(".bytearray"):
+                        raise pickle.UnpicklingError(f"GLOBAL {asked} was asked for")
 
 
 class _Contents:
     """The contents of a state dict: the kind of net, and its sizes."""
 
     def __init__(self, path: Path, state: Mapping[str, Tensor], given: Given) -> None:
-        self.path, self.state, self.given = path, state, given
+        self.path = path
+        self.state = state
+        self.given = given
         self.slide = "patch_embed.proj.weight" in state or "cls_token" in state
         self.prefix = "encoder." if self.slide else ""
-        self.scales = [t for name, t in state.items() if name.endswith("xpos.scale")]
-        self.decoder = f"{self.prefix}output_projection.weight" in state or bool(self.scales)
-        kind = "decoder" if self.decoder else "encoder"
-        self.what = (
-            "a slide encoder as Prov-GigaPath's"
-            if self.slide
-            else f"a LongNet {kind} of torchscale"
-        )
+        self.scales = [tensor for name, tensor in state.items() if name.endswith("xpos.scale")]
+        self.decoder = bool(self.scales) or f"{self.prefix}output_projection.weight" in state
+        self.what = f"a LongNet {'decoder' if self.decoder else 'encoder'} of torchscale"
+        if self.slide:
+            self.what = "a slide encoder as Prov-GigaPath's"
         self.config = self._config()
 
     def build(self) -> LongNet:
@@ -265,69 +257,80 @@ class _Contents:
         """Return the text of the folder's README.md."""
         names = ("num_layers", "dim", "num_heads", "segment_lengths", "dilation_rates", "padding")
         settings = [f"- {name}: {getattr(self.config, name)}" for name in names]
-        what, sha256 = self.what[0].upper() + self.what[1:], file_sha256(self.path)
         return CARD.format(
-            what=what, name=self.path.name, sha256=sha256, settings="\n".join(settings)
+            what=self.what[0].upper() + self.what[1:],
+            name=self.path.name,
+            sha256=file_sha256(self.path),
+            settings="\n".join(settings),
         )
 
     def _config(self) -> LongNetConfig:
         """Return the configuration, from names and shapes, the given values and the official model's defaults."""
-        dim, ffn = self._size("self_attn.q_proj.weight"), self._size("ffn.fc1.weight")
-        layers = {
-            int(match[1])
-            for name in self.state
-            if (match := re.match(rf"{self.prefix}layers\.(\d+)\.", name))
-        }
-        data: dict[str, Any] = {
+        dim = self._size("self_attn.q_proj.weight")
+        ffn_dim = self._size("ffn.fc1.weight")
+        has_inner_norms = any(".inner_attn_ln." in name for name in self.state)
+        has_final_norm = f"{self.prefix}layer_norm.weight" in self.state
+        if not (has_inner_norms or has_final_norm or self.slide):
+            what = "a net without norms inside and at its end, as with deepnorm, is not read"
+            raise CheckpointError(f"{self.path}: {what}")
+        settings: dict[str, Any] = {
             "vocab_size": 0,
             "dim": dim,
-            "ffn_dim": ffn,
-            "num_layers": len(layers),
-            "norm": "subln" if any(".inner_attn_ln." in name for name in self.state) else "pre",
-            "final_norm": f"{self.prefix}layer_norm.weight" in self.state,
+            "ffn_dim": ffn_dim,
+            "num_layers": self._num_layers(),
+            "norm": "subln" if has_inner_norms else "pre",
+            "final_norm": has_final_norm,
             "head_offsets": "grouped",
             "causal": self.decoder,
             "position": "xpos" if self.scales else "none",
-            "padding": self.given.padding or ("exact" if self.decoder else "zero_key"),
+            "padding": "exact" if self.decoder else "zero_key",
         }
-        if data["norm"] == "pre" and not data["final_norm"] and not self.prefix:
-            raise CheckpointError(
-                f"{self.path}: a net without norms inside and at its end, as with deepnorm, is not read"
-            )
-        # of torchscale's nets, only xPos's scales tell a default
-        heads: int = dim // (2 * len(self.scales[0])) if self.scales else 0
-        lengths, rates = tuple[int, ...](), tuple[int, ...]()
-        if self.slide:
-            patches = self.state.get("patch_embed.proj.weight")
-            data["in_features"] = 1536 if patches is None else patches.shape[-1]
-            heads, lengths, rates = HEADS, SlideConfig.gigapath().segment_lengths, RATES
-        else:
-            if (table := self.state.get("embed_tokens.weight")) is not None and table.ndim:
-                output = self.state.get("output_projection.weight")
-                data |= {
-                    "vocab_size": len(table),
-                    "tie_embeddings": output is None or torch.equal(output, table),
-                }
-        data["num_heads"] = self.given.heads or heads
-        data["segment_lengths"] = tuple(self.given.segment_lengths or lengths)
-        data["dilation_rates"] = tuple(self.given.dilation_rates or rates)
-        if missing := [
-            name for name in ("num_heads", "segment_lengths", "dilation_rates") if not data[name]
-        ]:
-            options = ", ".join(
-                f"--{name.removeprefix('num_').replace('_', '-')}" for name in missing
-            )
-            raise ConfigError(
-                f"{self.path}: {self.what}, and no file says the pattern of one: give {options}"
-            )
-        return validate(SlideConfig if self.slide else LongNetConfig, data, str(self.path))
+        settings |= self._slide_settings() if self.slide else self._torchscale_settings(dim)
+        given = {
+            "num_heads": self.given.heads,
+            "segment_lengths": self.given.segment_lengths,
+            "dilation_rates": self.given.dilation_rates,
+            "padding": self.given.padding,
+        }
+        settings |= {name: value for name, value in given.items() if value}
+        if missing := [option for name, option in _OPTIONS.items() if name not in settings]:
+            what = f"{self.what}, and no file says the pattern of one"
+            raise ConfigError(f"{self.path}: {what}: give {', '.join(missing)}")
+        return validate(SlideConfig if self.slide else LongNetConfig, settings, str(self.path))
+
+    def _num_layers(self) -> int:
+        layer = re.compile(rf"{self.prefix}layers\.\d+\.")
+        return len({match[0] for match in map(layer.match, self.state) if match})
+
+    def _slide_settings(self) -> dict[str, Any]:
+        """Return the official model's settings, and the width of its features."""
+        patches = self.state.get("patch_embed.proj.weight")
+        return {
+            "in_features": 1536 if patches is None else patches.shape[-1],
+            "num_heads": HEADS,
+            "segment_lengths": SlideConfig.gigapath().segment_lengths,
+            "dilation_rates": RATES,
+        }
+
+    def _torchscale_settings(self, dim: int) -> dict[str, Any]:
+        """Return what the weights of a net of torchscale tell: its vocabulary, and its heads by the scales of xPos."""
+        settings: dict[str, Any] = {}
+        if self.scales:
+            settings["num_heads"] = dim // (2 * len(self.scales[0]))
+        table = self.state.get("embed_tokens.weight")
+        if table is not None and table.ndim:
+            output = self.state.get("output_projection.weight")
+            settings["vocab_size"] = len(table)
+            settings["tie_embeddings"] = output is None or torch.equal(output, table)
+        return settings
 
     def _size(self, name: str) -> int:
         """Return the number of rows that the matrices of this name have in most layers."""
-        pattern = re.compile(rf"{self.prefix}layers\.\d+\.{re.escape(name)}")
-        sizes = Counter(
-            t.shape[0] for n, t in self.state.items() if pattern.fullmatch(n) and t.ndim == 2
-        )
+        matrix = re.compile(rf"{self.prefix}layers\.\d+\.{re.escape(name)}")
+        sizes: Counter[int] = Counter()
+        for key, tensor in self.state.items():
+            if matrix.fullmatch(key) and tensor.ndim == 2:
+                sizes[tensor.shape[0]] += 1
         if not sizes:
             raise CheckpointError(
                 f"{self.path}: not a slide encoder of Prov-GigaPath or a LongNet of torchscale: it has no "

@@ -153,13 +153,13 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 def _check_facts(saved: Mapping[str, Any]) -> None:
     """Raise CheckpointError for facts that no state has."""
-    tokens, texts = saved.get("tokens"), [saved.get(key) for key in (READER, "longnet.pattern")]
-    texts += [saved.get(key, "") for key in ("longnet.model", "longnet.tokenizer_sha256")]
+    tokens = saved.get("tokens")
     if type(tokens) is not int or not 0 < tokens <= MOST_TOKENS:
         raise CheckpointError(f"{tokens!r:.40} is not a number of tokens")
-    if not all(isinstance(text, str) for text in texts) or saved.get("dtype") not in [
-        *map(dtype_name, TYPE_NAMES)
-    ]:
+    texts = [saved.get(READER), saved.get("longnet.pattern")]
+    texts += [saved.get("longnet.model", ""), saved.get("longnet.tokenizer_sha256", "")]
+    known_dtype = saved.get("dtype") in [dtype_name(dtype) for dtype in TYPE_NAMES]
+    if not known_dtype or not all(isinstance(text, str) for text in texts):
         raise CheckpointError(f"{MANIFEST} does not say what has read the tokens")
     try:
         parse_pattern(saved["longnet.pattern"])

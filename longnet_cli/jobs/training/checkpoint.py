@@ -45,7 +45,8 @@ class Checkpoints:
         """Write the checkpoint of a step, if there is none of it. Raises LongNetError if it cannot be written."""
         if step == self.saved:
             return
-        final, failure = self.folder / f"step-{step:08d}", None
+        final = self.folder / f"step-{step:08d}"
+        failure = None
         try:
             self._write(final, tensors, facts)
         except Exception as error:
@@ -112,21 +113,20 @@ def newest_whole(folder: Path, ranks: Ranks, note: Callable[[str], None]) -> Pat
     `note` gets a message about each damaged checkpoint that is skipped. Rank 0 looks, for all ranks. Raises
     CheckpointError when there are checkpoints and all are damaged.
     """
-    newest_first, damaged = checkpoints_in(folder), 0
-    while (
-        ranks.writes
-        and damaged < len(newest_first)
-        and (damage := find_damage(newest_first[damaged]))
-    ):
-        note(f"{newest_first[damaged]} is damaged ({damage}); the one before it is used")
-        damaged += 1
-    damaged = ranks.from_first(damaged)
-    if damaged < len(newest_first):
-        return newest_first[damaged]
+    newest_first = checkpoints_in(folder)
+    number_damaged = 0
+    for checkpoint in newest_first if ranks.writes else ():
+        damage = find_damage(checkpoint)
+        if not damage:
+            break
+        note(f"{checkpoint} is damaged ({damage}); the one before it is used")
+        number_damaged += 1
+    number_damaged = ranks.from_first(number_damaged)
+    if number_damaged < len(newest_first):
+        return newest_first[number_damaged]
     if newest_first:
-        raise CheckpointError(
-            f"{folder}: all {len(newest_first)} checkpoints are damaged; start again with -o and another folder"
-        )
+        what = f"all {len(newest_first)} checkpoints are damaged"
+        raise CheckpointError(f"{folder}: {what}; start again with -o and another folder")
     return None
 
 
@@ -157,9 +157,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # torch warns that there is only one process
+            warnings.simplefilter("ignore", UserWarning)  # torch warns of a single process
             reader = HuggingFaceStorageReader(str(checkpoint))
             dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:
@@ -200,15 +198,16 @@ def run_tensors(
     model: nn.Module, optimizers: Optimizers, random: Sequence[Tensor], ranks: Ranks
 ) -> dict[str, Tensor]:
     """Return the tensors to save: `model.NAME` and `optimizer.NAME.KEY` of trained weights, `random.RANK.INDEX`."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    tensors = {f"model.{name}": p.detach() for name, p in trained}
-    tensors |= {
-        f"optimizer.{name}.{key}": value
-        for name, p in trained
-        for key, value in _state_of(p, optimizers).items()
-        if isinstance(value, Tensor)
-    }
-    return tensors | {f"random.{ranks.rank}.{index}": state for index, state in enumerate(random)}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"model.{name}"] = parameter.detach()
+            for key, value in _state_of(parameter, optimizers).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{name}.{key}"] = value
+    for index, state in enumerate(random):
+        tensors[f"random.{ranks.rank}.{index}"] = state
+    return tensors
 
 
 def frozen_digest(model: nn.Module) -> str | None:
@@ -226,26 +225,25 @@ def restore(
     CheckpointError for a checkpoint of another net.
     """
     names = tensor_names(checkpoint)
-    trained = {f"optimizer.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    for saved in names:
-        name, _, key = saved.rpartition(".")
-        if name in trained:
-            p = trained[name]
-            value = (
-                torch.zeros_like(p.detach()) if key != "step" else torch.zeros((), device=p.device)
-            )
-            _state_of(p, optimizers)[key] = value
+    parameters = {f"optimizer.{name}": p for name, p in model.named_parameters()}
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        parameter = parameters.get(owner)
+        if parameter is not None and parameter.requires_grad:
+            empty = torch.zeros_like(parameter.detach())
+            if key == "step":
+                empty = torch.zeros((), device=parameter.device)
+            _state_of(parameter, optimizers)[key] = empty
     random = random_state(device)
-    known = all(f"random.{ranks.rank}.{index}" in names for index in range(len(random)))
-    load_tensors(checkpoint, run_tensors(model, optimizers, random if known else (), ranks))
+    has_random = all(f"random.{ranks.rank}.{index}" in names for index in range(len(random)))
+    load_tensors(checkpoint, run_tensors(model, optimizers, random if has_random else (), ranks))
     set_random_state(random, device)
 
 
 def _state_of(p: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
     """Return the state of a parameter in its optimizer: the dict itself, empty before the first step."""
-    owner = next(
-        o
-        for o in optimizers
-        if any(p is mine for group in o.param_groups for mine in group["params"])
-    )
-    return owner.state[p]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if any(parameter is p for parameter in group["params"]):
+                return optimizer.state[p]
+    raise KeyError("no optimizer has this parameter")
