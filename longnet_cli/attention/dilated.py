@@ -153,21 +153,21 @@ class _Sinks(NamedTuple):
     kept: dict[tuple[int, ...], tuple[Tensor, ...]] | None  # by distances
 
     def collect(self, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return self.rows.collect(k, far_rows[::2], self.number), self.rows.collect(
-            v, far_rows[1::2], self.number
-        )
+        of_k = self.rows.collect(k, far_rows[::2], self.number)
+        of_v = self.rows.collect(v, far_rows[1::2], self.number)
+        return of_k, of_v
 
     def turned(self, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return k and v of the sinks as every segment sees them, packed."""
-        if self.kept is not None and self.rows.distances in self.kept:
-            return self.kept[self.rows.distances]
-        both = tuple(
-            unit_stride(x) for x in self.rows.spread(*self.collect(k, v, far_rows), self.turn)
-        )
+        distances = self.rows.distances
+        if self.kept is not None and distances in self.kept:
+            return self.kept[distances]
+        of_k, of_v = self.collect(k, v, far_rows)
+        packed = tuple(map(unit_stride, self.rows.spread(of_k, of_v, self.turn)))
         if self.kept is not None:
             self.kept.clear()
-            self.kept[self.rows.distances] = both
-        return both
+            self.kept[distances] = packed
+        return packed
 
 
 def _sinks(
@@ -202,14 +202,14 @@ class _ShardCall(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Return out and LSE of all branches, as `merged_forward` does."""
         waiting = [keys.ready for keys in self.far_keys if keys.ready]
-        there = [unit_stride(x) for x in far_rows]
+        rows = [unit_stride(x) for x in far_rows]
 
         def arrived(index: int) -> list[Tensor]:
             while waiting:
                 waiting.pop()()
-            if self.sinks and 2 * index == len(there):
-                there.extend(self.sinks.turned(k, v, far_rows))
-            return there[2 * index : 2 * index + 2]
+            if self.sinks and 2 * index == len(rows):
+                rows.extend(self.sinks.turned(k, v, far_rows))
+            return rows[2 * index : 2 * index + 2]
 
         merged = merged_forward(self.plan, self.scale, q, k, v, arrived, self.chosen)
         while (
@@ -235,23 +235,24 @@ class _ShardCall(NamedTuple):
         def on_far(dfar: Sequence[Tensor]) -> None:
             nonlocal of_sinks
             if sinks:
-                of_sinks = sinks.rows.gradients(
-                    *sinks.collect(k, v, far_rows), sinks.turn, *dfar[-2:]
-                )
-                for i, d in enumerate(of_sinks):
-                    sinks.rows.give_far(d, dfar[i::2])
-            for i, tell in enumerate(back):
-                if tell:
-                    tell(dfar[2 * i], dfar[2 * i + 1])
+                of_k, of_v = sinks.collect(k, v, far_rows)
+                of_sinks = sinks.rows.gradients(of_k, of_v, sinks.turn, *dfar[-2:])
+                for which, d in enumerate(of_sinks):
+                    sinks.rows.give_far(d, dfar[which::2])
+            for index, give_back in enumerate(back):
+                if give_back:
+                    give_back(dfar[2 * index], dfar[2 * index + 1])
 
-        there = [*far_rows, *(sinks.turned(k, v, far_rows) if sinks else ())]
+        there = [*far_rows]
+        if sinks:
+            there += sinks.turned(k, v, far_rows)
         far_first = on_far if any(back) else None
         grads = merged_backward(self.plan, self.scale, tensors, there, far_first, self.chosen)
         if not far_first:
             on_far(grads[3:])
-        for d, dx in zip(of_sinks, grads[1:3], strict=False):  # there may be no sinks
-            assert sinks is not None
-            sinks.rows.give_own(d, dx)
+        if sinks:
+            for d, dx in zip(of_sinks, grads[1:3], strict=True):
+                sinks.rows.give_own(d, dx)
         return grads
 
 
@@ -342,17 +343,19 @@ class DilatedAttention(nn.Module):
             raise ValueError(
                 "dilated attention takes (batch, tokens, embed_dim): batch_first must be True"
             )
-        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
-        self.pattern, self.padding, self.dropout = pattern, padding, dropout
-        self.in_proj_weight = nn.Parameter(
-            torch.empty(3 * embed_dim, embed_dim, device=device, dtype=dtype)
-        )
-        self.in_proj_bias = (
-            nn.Parameter(torch.zeros(3 * embed_dim, device=device, dtype=dtype)) if bias else None
-        )
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.pattern = pattern
+        self.padding = padding
+        self.dropout = dropout
+        weight = torch.empty(3 * embed_dim, embed_dim, device=device, dtype=dtype)
+        self.in_proj_weight = nn.Parameter(weight)
+        self.in_proj_bias: nn.Parameter | None = None
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         nn.init.xavier_uniform_(self.in_proj_weight)
         if bias:
+            self.in_proj_bias = nn.Parameter(weight.new_zeros(3 * embed_dim))
             nn.init.zeros_(self.out_proj.bias)
 
     def forward(
@@ -395,9 +398,8 @@ class DilatedAttention(nn.Module):
         if key_padding_mask is not None:
             lengths = true_lengths(_is_padding(key_padding_mask, query.shape[:2]).logical_not())
         heads = (self.num_heads, self.head_dim)
-        q, k, v = (
-            x.unflatten(-1, heads) for x in self._project(query, key, value)
-        )  # (B, N, H, D) views
+        projected = self._project(query, key, value)
+        q, k, v = (x.unflatten(-1, heads) for x in projected)  # (B, N, H, D) views
         mixed = dilated_attention(
             q, k, v, self.pattern, causal=is_causal, lengths=lengths, padding=self.padding
         )
@@ -408,9 +410,8 @@ class DilatedAttention(nn.Module):
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         weights = self.in_proj_weight.chunk(3)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return tuple(
-            F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
+        parts = zip((query, key, value), weights, biases, strict=True)
+        return tuple(F.linear(x, weight, bias) for x, weight, bias in parts)
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads}, {self.pattern}"
@@ -422,11 +423,10 @@ def true_lengths(tokens: Tensor) -> Tensor:
     Raises ValueError for a row with padding before a token.
     """
     lengths = tokens.sum(-1)
-    right = (
-        tokens == (torch.arange(tokens.shape[-1], device=tokens.device) < lengths[:, None])
-    ).all(-1)
-    if not right.all():
-        row = int(right.logical_not().nonzero()[0])
+    columns = torch.arange(tokens.shape[-1], device=tokens.device)
+    wrong = (tokens != (columns < lengths[:, None])).any(-1)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
         raise ValueError(
             f"dilated attention takes padding on the right only, and row {row} has tokens after padding"
         )
@@ -455,11 +455,9 @@ def _check_causal(mask: Tensor, tokens: int, is_causal: bool) -> None:
             "dilated attention takes no attn_mask but the causal one: pass is_causal=True with it"
         )
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).triu(1)
-    expected = (
-        later
-        if mask.dtype is torch.bool
-        else torch.zeros(tokens, tokens).to(mask).masked_fill(later, -torch.inf)
-    )
+    expected = later
+    if mask.dtype is not torch.bool:
+        expected = torch.zeros(tokens, tokens).to(mask).masked_fill(later, -torch.inf)
     if mask.shape != later.shape or not torch.equal(mask, expected):
         raise ValueError(
             f"dilated attention takes no attn_mask but the causal one of {tokens} tokens, True or -inf above the "

@@ -166,20 +166,23 @@ def _plan(
     _check_shard(shard, pattern, q.shape[1], spans)
     for i, span in enumerate(spans):
         _check_far(span, of_far[2 * i : 2 * i + 2], q, k, pattern)
-    (batch, tokens), heads, by_level = q.shape[:2], q.shape[-2], len(q.shape) == 5
+    batch, tokens = q.shape[:2]
+    heads, by_level = q.shape[-2], len(q.shape) == 5
     layout = Layout(pattern, heads, k.shape[-2])
     placed, sinks, chosen = [], dict(turned), []
     unites = kernel.takes_counts and not by_level and shard.padding == "exact"
     for rows, columns in shard.places(batch, tokens):
-        # only the first document may have started before the shard
-        start, outside = (shard.start, spans) if columns.start == 0 else (0, ())
-        length, row = columns.stop - columns.start, sinks.get(columns.start)
-        calls = None
-        if unites and start == 0 and not outside and row is None:
-            calls = united(layout, length, shard.causal)
+        start = 0
+        outside: tuple[FarSpan, ...] = ()
+        if columns.start == 0:  # only the first document may have started before the shard
+            start, outside = shard.start, spans
+        length = columns.stop - columns.start
+        row = sinks.get(columns.start)
+        alone = start == 0 and not outside and row is None
+        calls = united(layout, length, shard.causal) if unites and alone else None
         if calls is None:
-            seen = None if row is None else Turned(far_index=len(spans), row=row)
-            options = shard.causal, shard.padding, outside, shard.total or 0, seen
+            turned_sinks = None if row is None else Turned(far_index=len(spans), row=row)
+            options = shard.causal, shard.padding, outside, shard.total or 0, turned_sinks
             calls = branches(layout, start, length, *options)
         placed.append((rows, columns, calls))
         if pattern.chosen:
@@ -304,12 +307,11 @@ def _single_token(
 ) -> Merge:
     """Return a merge that starts with the result of `branch`, which has all heads of a single token."""
     q, k, v = (of_level(x, branch.level) for x in (q, k, v))
-    k, v = (k, v) if branch.far_index is None or not far else far(branch.far_index)
-    rows = plan.placed[0][0]
-    q_, k_, v_ = (
-        view(x, shown, rows, 0, True)
-        for x, shown in ((q, branch.queries), (k, branch.keys), (v, branch.keys))
-    )
+    if branch.far_index is not None and far:
+        k, v = far(branch.far_index)
+    rows, _, _ = plan.placed[0]
+    q_ = view(q, branch.queries, rows, 0, apart=True)
+    k_, v_ = (view(x, branch.keys, rows, 0, apart=True) for x in (k, v))
     out, lse = plan.kernel.forward(q_, k_, v_, False, scale)
     return Merge(q, True, (out, lse))
 
