@@ -217,7 +217,7 @@ hello -m ../in/native -n 6 --format jsonl
 --id-column           rows       --id-column name @ ../in/rows.jsonl fox -m ../in/native -n 6 --format json
 --skip-bad            code       --skip-bad @ ../in/bad.jsonl good -m ../in/native -n 1
 --index               files      --index i.sqlite
---vectors             rows       --vectors vectors @ ../in/t.txt ../in/u.txt "the bear" --format json +vectors
+--vectors             rows       --vectors ../in/passages.arrow @ ../in/t.txt ../in/u.txt "the bear" --format json
 --model               rows       -m ../in/init | -m ../in/native @ ../in/t.txt ../in/u.txt "the bear" -n 6 --format json
 --update              asked      --update @ ../in/t.txt lazy -m org/tiny -n 2
 --passages            rows       --passages 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
 from longnet_cli.basics.events import Events
-from longnet_cli.basics.sizes import count_of
+from longnet_cli.basics.sizes import count_of, format_count
 from longnet_cli.cli import options as shared
 from longnet_cli.cli.command import TOP_P, Needs, check_pairs
 from longnet_cli.cli.options import (
@@ -21,7 +21,15 @@ from longnet_cli.cli.options import (
     Format,
     Sampling,
 )
-from longnet_cli.cli.output import count_left_out, emit_json, emit_jsonl, end, tell, write_text
+from longnet_cli.cli.output import (
+    count_left_out,
+    emit_json,
+    emit_jsonl,
+    end,
+    note,
+    tell,
+    write_text,
+)
 from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ModelAndInputs, refuse_torchrun
 
@@ -33,6 +41,9 @@ if TYPE_CHECKING:
     from longnet_cli.models.folder import Loaded
 
 FIRST_WORDS = 60  # characters of a source
+SMALL = 10**9  # parameters, below which a model is often wrong
+# measured by docs/measurements/answers.py
+RIGHT_BY_SMALL = "SmolLM2-135M answered 18 of 40 questions about Python right"
 OF_A_MODEL = "--update --system --max-tokens --temperature --top-p --seed --stop --device --dtype --chunk --spill"
 PAIRS = [
     *(Needs(name, "--model", "is for a model's answer") for name in OF_A_MODEL.split()),
@@ -125,7 +136,12 @@ def _load(options: AskCommand, names: list[str]) -> Loaded:
     """Return the model, which is found before any text is read. Raises as `ModelAndInputs` does."""
     choice = shared.ModelChoice(options.model, options.update)
     named = ModelAndInputs(shared.Documents(names, skip_bad=options.skip_bad), choice)
-    return named.open(shared.Mesh(), options.computing, dry_run=False, chat=None).loaded
+    loaded = named.open(shared.Mesh(), options.computing, dry_run=False, chat=None).loaded
+    parameters = sum(weight.numel() for weight in loaded.net.parameters())
+    if parameters < SMALL:
+        size = f"{loaded.origin} has {format_count(parameters)} parameters"
+        note(f"{size}: {RIGHT_BY_SMALL}: read the sources", options.computing.quiet)
+    return loaded
 
 
 def _search(

@@ -437,6 +437,11 @@ def make_inputs(folder: Path) -> None:
     pq.write_table(
         pa.table({"doc_id": ["a", "b"], "input_ids": ids, **kept}), folder / "kept.parquet"
     )
+    places = {"char_start": [0, 0], "char_end": [len(text.strip()) for text in texts]}
+    vectors = pa.array([[1.0] * 16, [-1.0] * 16], pa.list_(pa.float32(), 16))
+    table = pa.table({"doc_id": ["t.txt", "u.txt"], **places, "embedding": vectors})
+    facts = {"longnet.model": "../in/native", "longnet.pooling": "mean"}
+    write_file(folder / "passages.arrow", table.replace_schema_metadata(facts))
     (folder / "bad.jsonl").write_text('{"text": "good enough"}\n{"text": 5}\n')
     ids = pa.array([*b"some wordsAmore wordsAthe endB"], pa.int32())
     pq.write_table(pa.table({"ids": ids}), folder / "flat.parquet")

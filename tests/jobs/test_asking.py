@@ -217,6 +217,7 @@ def test_an_answer_goes_to_stdout_and_its_sources_to_stderr(
     assert passage.startswith(shown)
     row = json.loads(run_longnet(*words, "--passages", "1", "--format", "json").stdout)
     assert done.stdout.strip() == row.pop("answer")
+    assert re.findall("note: .* parameters: .* of 40 questions .* read the sources", done.stderr)
     assert row.pop("n_prompt") > len(passage)
     assert row.pop("sources")[0].items() >= {"doc_id": "a.txt", "text": passage}.items()
     assert row == {
