@@ -101,6 +101,8 @@ class AskCommand:
 def ask(options: AskCommand) -> None:
     """Find the passages of any texts that answer a question, and let a model answer from them.
 
+    Example: longnet ask docs/*.md "How does a stopped run go on?"
+
     The passages are those that have the words of the question (BM25), of some 200 tokens each. Without --model, they
     are printed; with it, the answer is, and stderr names them. If there are none, the exit code is 1.
     """
