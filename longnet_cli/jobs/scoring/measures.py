@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -175,38 +175,48 @@ class Total:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add the row of the next document, with the columns of `Scorer.schema`."""
-        tokens, n_bytes = row["n_tokens"], row["n_bytes"]
+        tokens = row["n_tokens"]
+        n_bytes = row["n_bytes"]
         nats = [row[column("nll_sum", context, self.contexts)] for context in self.contexts]
         if tokens:
             self.clusters.add([*nats, n_bytes or 0, tokens])
         for index, context in enumerate(self.contexts):
             self.scores[index] += Score(nats[index], tokens, n_bytes)
             for key in TABLES:
-                for part in row.get(column(key, context, self.contexts)) or ():
-                    of_table = self.places[index].setdefault(key, {})
-                    clusters = of_table.setdefault((part["from"], part["to"]), Clusters(2))
-                    clusters.add([part["nll"] * part["n_tokens"], part["n_tokens"]])
+                table = row.get(column(key, context, self.contexts)) or ()
+                self._add_table(self.places[index].setdefault(key, {}) if table else {}, table)
+
+    def _add_table(self, clusters: dict[Range, Clusters], table: Iterable[Row]) -> None:
+        """Add the rows of a document's table, each to the sums of its range."""
+        for row in table:
+            of_range = clusters.setdefault((row["from"], row["to"]), Clusters(2))  # type: ignore[arg-type]
+            count = row["n_tokens"] or 0
+            of_range.add([(row["nll"] or 0.0) * count, count])
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return a dict for each context, with the keys of the machine formats."""
         return [self._as_dict(index) for index in range(len(self.contexts))]
 
     def _as_dict(self, index: int) -> dict[str, object]:
-        score, clusters, units = self.scores[index], self.clusters, np.eye(len(self.contexts) + 2)
-        nats, more = units[index], units[index] - units[0]
-        ratio = Score(float(more @ clusters.sums), int(clusters.sums[TOKENS]), None).ppl
-        compared = {"ppl_ratio": ratio, "ppl_ratio_se": _times(ratio, clusters.error(more, TOKENS))}
-        return {
-            **score.as_dict(),
-            "context": self.contexts[index],
-            "n_docs": clusters.documents,
-            "ppl_se": _times(score.ppl, clusters.error(nats, TOKENS)),
-            "bpb_se": None
-            if score.bpb is None
-            else _times(1 / math.log(2), clusters.error(nats, BYTES)),
-            **(compared if index else {}),  # the others are compared with the first context
-            **{key: _cluster_rows(parts) for key, parts in self.places[index].items()},
-        }
+        score = self.scores[index]
+        clusters = self.clusters
+        units = np.eye(len(self.contexts) + 2)
+        nats = units[index]
+        total: dict[str, object] = {**score.as_dict()}
+        total["context"] = self.contexts[index]
+        total["n_docs"] = clusters.documents
+        total["ppl_se"] = _times(score.ppl, clusters.error(nats, TOKENS))
+        total["bpb_se"] = None
+        if score.bpb is not None:
+            total["bpb_se"] = _times(1 / math.log(2), clusters.error(nats, BYTES))
+        if index:  # the others are compared with the first context
+            more = nats - units[0]
+            ratio = Score(float(more @ clusters.sums), int(clusters.sums[TOKENS]), None).ppl
+            total["ppl_ratio"] = ratio
+            total["ppl_ratio_se"] = _times(ratio, clusters.error(more, TOKENS))
+        for key, parts in self.places[index].items():
+            total[key] = _cluster_rows(parts)
+        return total
 
 
 def column(name: str, context: int | None, contexts: Sequence[int | None]) -> str:
@@ -246,9 +256,8 @@ class GainTally:
 
     def __init__(self, contexts: Sequence[int]) -> None:
         self.longest = max(contexts)
-        self._ends = sorted(
-            (min(contexts), self.longest), key=contexts.index
-        )  # in the order in which they come
+        # in the order in which they come
+        self._ends = sorted((min(contexts), self.longest), key=contexts.index)
         self._kept: Any = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 (float32 nats, closed at the end)
         self._open = np.empty(0)  # gains in the block that is not full yet
         self._blocks = Clusters(2)  # of each, the sum of gains and the number of tokens
@@ -263,10 +272,9 @@ class GainTally:
                 raise no_place(error) from error
         elif context == self._ends[1] and len(nats):
             self._kept.seek(nats.itemsize * self.tokens)
-            saved = (
-                np.frombuffer(self._kept.read(nats.nbytes), np.float32).astype(np.float64) - nats
-            )
-            self._compare(saved if context == self.longest else -saved)
+            earlier = np.frombuffer(self._kept.read(nats.nbytes), np.float32)
+            less = earlier.astype(np.float64) - nats
+            self._compare(less if context == self.longest else -less)
 
     def result(self) -> Gain:
         """Return the gain. Call it when all tokens have been compared."""

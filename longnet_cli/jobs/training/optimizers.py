@@ -18,11 +18,19 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
     If weights are to be sharded over ranks (`running.ranks.fsdp`), shard them first. Raises ConfigError for Muon on
     sharded weights.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    of_layers = {id(p) for layer in model.layer_modules for p in layer.parameters()}
-    tables = [p for p in trained if p.dim() >= 2 and id(p) not in of_layers]
-    matrices = [p for p in trained if p.dim() >= 2 and id(p) in of_layers]
-    vectors = [p for p in trained if p.dim() < 2]
+    in_layers: set[int] = set()
+    for layer in model.layer_modules:
+        in_layers.update(map(id, layer.parameters()))
+    tables, matrices, vectors = list[Tensor](), list[Tensor](), list[Tensor]()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dim() < 2:
+            vectors.append(parameter)
+        elif id(parameter) in in_layers:
+            matrices.append(parameter)
+        else:
+            tables.append(parameter)
     muon = recipe.name == "muon"
     groups = [
         {"params": tables if muon else tables + matrices, "weight_decay": recipe.weight_decay},

@@ -172,17 +172,20 @@ class _Epoch:
 
     def __init__(self, key: tuple[int, int, int], stream_len: int, seq_len: int) -> None:
         """`key` is (seed, source, epoch); `stream_len` is seq_len + 1 or more."""
-        self.key, self.seq_len = key, seq_len
+        self.key = key
+        self.seq_len = seq_len
         self.windows, rest = divmod(stream_len - 1, seq_len)
         self.run = max(1, RUN_TOKENS // seq_len)
         bits = self._bits()
         self.phase = int(bits.random_raw()) % (rest + 1)
-        self.runs = _shuffled(bits, -(-self.windows // self.run))
-        last = np.flatnonzero(self.runs == len(self.runs) - 1)[0]
-        sizes = np.full(len(self.runs), self.run)
-        sizes[last] = self.windows - self.run * (len(self.runs) - 1)
+        runs = -(-self.windows // self.run)
+        self.runs = _shuffled(bits, runs)
+        # the last run of the stream may be shorter
+        sizes = np.full(runs, self.run)
+        sizes[self.runs == runs - 1] = self.windows - self.run * (runs - 1)
         self.ends = np.cumsum(sizes)  # of the runs in the order they are visited, in windows
-        self._pool, self._members = -1, np.empty(0, np.int64)
+        self._pool = -1
+        self._members = np.empty(0, np.int64)
 
     def start(self, position: int) -> int:
         """Return where in the stream the window visited at `position` (0 .. windows - 1) starts."""
@@ -240,13 +243,11 @@ class TokenWindows:
         `rank` of `world` counts data-parallel ranks. Raises ConfigError for weights with too many digits, DataError for
         a source without a whole window.
         """
-        self.sources, self.seq_len, self.rows, self.rank, self.world = (
-            sources,
-            seq_len,
-            rows,
-            rank,
-            world,
-        )
+        self.sources = sources
+        self.seq_len = seq_len
+        self.rows = rows
+        self.rank = rank
+        self.world = world
         for index, stream in enumerate(sources):
             if len(stream) < seq_len + 1:
                 name = "the data" if len(sources) == 1 else f"source {index} of the mix"
