@@ -40,12 +40,16 @@ class Score:
     @property
     def bpb(self) -> float | None:
         """Bits per byte of text: unlike perplexity, it compares models with different tokenizers."""
-        return self.nll_sum / math.log(2) / self.n_bytes if self.n_bytes else None
+        if not self.n_bytes:
+            return None
+        return self.nll_sum / math.log(2) / self.n_bytes
 
     def __add__(self, other: Score) -> Score:
-        known = self.n_bytes is not None and other.n_bytes is not None
-        n_bytes = self.n_bytes + other.n_bytes if known else None  # type: ignore[operator]
-        return Score(self.nll_sum + other.nll_sum, self.n_tokens + other.n_tokens, n_bytes)
+        n_bytes = None
+        if self.n_bytes is not None and other.n_bytes is not None:
+            n_bytes = self.n_bytes + other.n_bytes
+        nll_sum = self.nll_sum + other.nll_sum
+        return Score(nll_sum, self.n_tokens + other.n_tokens, n_bytes)
 
     def as_dict(self) -> dict[str, float | int | None]:
         """Return a dict with the keys of the machine formats."""
@@ -221,7 +225,9 @@ class Total:
 
 def column(name: str, context: int | None, contexts: Sequence[int | None]) -> str:
     """Return the name of a column that a row has once for each of `contexts`."""
-    return name if len(contexts) == 1 else f"{name}_{context}"
+    if len(contexts) == 1:
+        return name
+    return f"{name}_{context}"
 
 
 def _cluster_rows(parts: Mapping[Range, Clusters]) -> list[Row]:
@@ -240,7 +246,9 @@ def _cluster_rows(parts: Mapping[Range, Clusters]) -> list[Row]:
 
 
 def _times(factor: float | None, error: float | None) -> float | None:
-    return None if factor is None or error is None else factor * error
+    if factor is None or error is None:
+        return None
+    return factor * error
 
 
 GAIN_BLOCK = 128  # neighbouring tokens gain together; blocks are taken as independent
