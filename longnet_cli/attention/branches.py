@@ -425,7 +425,8 @@ class _ShardGeometry(NamedTuple):
         self, level: int, w: int, positions: _Positions, heads: Sequence[int]
     ) -> HeadRows:
         """Return the rows that a level keeps at some positions, for each query head in one of the `heads`."""
-        offsets, r = self.pattern.offsets(level, self.num_heads), self.pattern.dilation_rates[level]
+        offsets = self.pattern.offsets(level, self.num_heads)
+        r = self.pattern.dilation_rates[level]
         return HeadRows.at(*positions, heads, offsets, w, r, self.start)
 
     def _packed_rows(self, span: FarSpan, positions: _Positions) -> HeadRows:

@@ -48,11 +48,11 @@ class Merge:
     def add(self, branch: Branch, places: Sequence[Tensor], part: Tensor, lse: Tensor) -> None:
         """Merge one call in place into `places`, its views of out (.., rows, D) and lse (.., rows, 1)."""
         (out, total), lse = places, lse[..., None]
-        if (
-            branch.zero_keys
-        ):  # n keys with score 0 and value 0: a branch with out 0 and lse log n, merged first
+        if branch.zero_keys:
+            # n keys with score 0 and value 0 are a branch with out 0 and lse log n, which is merged first.
             with_zeros = torch.logaddexp(lse, torch.full_like(lse, log(branch.zero_keys)))
-            part, lse = part * (lse - with_zeros).exp(), with_zeros
+            part = part * (lse - with_zeros).exp()
+            lse = with_zeros
         if branch.covers:
             out.copy_(part)
             total.copy_(lse)
@@ -85,15 +85,15 @@ class GradientSum:
 
 def apart(total: Tensor, part: Tensor, keys: Rows) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield views of `total` (batch, heads, rows, D) and the parts to add to them; no view shows a number twice."""
-    if (
-        keys.heads > 1 and keys.head_step == keys.skew == 0
-    ):  # all heads of the call read the same rows
-        total, part = total[:, :1], part.sum(1, keepdim=True)
-    # if segments look back over each other, one segment's rows at a time
-    if keys.segments > 1 and keys.rows > (rows := -(-keys.segment_step // keys.row_step)):
-        yield from zip(total.split(rows, 2), part.split(rows, 2), strict=True)
-    else:
-        yield total, part
+    if keys.heads > 1 and keys.head_step == keys.skew == 0:
+        # All heads of the call read the same rows.
+        total = total[:, :1]
+        part = part.sum(1, keepdim=True)
+    # If segments look back over each other, the rows of one segment come at a time.
+    rows = keys.rows
+    if keys.segments > 1:
+        rows = min(rows, -(-keys.segment_step // keys.row_step))
+    yield from zip(total.split(rows, 2), part.split(rows, 2), strict=True)
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:

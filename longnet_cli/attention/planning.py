@@ -66,8 +66,8 @@ class Shard(NamedTuple):
         Call it on what `hashable` returns. Raises ValueError for wrong lengths.
         """
         if self.documents is not None:
-            shortest, together = min(self.documents, default=0), sum(self.documents)
-            if shortest < 1 or together != tokens:
+            shortest = min(self.documents, default=0)
+            if shortest < 1 or sum(self.documents) != tokens:
                 raise ValueError(
                     f"documents need lengths of at least 1 that make {tokens} tokens, got {[*self.documents]}"
                 )
@@ -75,8 +75,8 @@ class Shard(NamedTuple):
                 yield slice(0, batch), slice(start, stop)
             return
         lengths = (tokens,) * batch if self.lengths is None else (*self.lengths,)
-        extremes = min(lengths, default=0), max(lengths, default=0)
-        if len(lengths) != batch or not 0 <= extremes[0] <= extremes[1] <= tokens:
+        shortest, longest = min(lengths, default=0), max(lengths, default=0)
+        if len(lengths) != batch or not 0 <= shortest <= longest <= tokens:
             raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {[*lengths]}")
         row = 0
         for length, equal in groupby(lengths):  # neighbours of equal length go together

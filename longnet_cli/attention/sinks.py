@@ -98,7 +98,8 @@ def sink_rows(
 
     Raises ValueError for sinks before the shard that are not given as far keys.
     """
-    sinks, w, look_back = pattern.sinks, pattern.segment_lengths[0], pattern.look_backs[0]
+    sinks = pattern.sinks
+    w, look_back = pattern.segment_lengths[0], pattern.look_backs[0]
     starts: list[int] = []
     of_segment: list[int] = []
     distances: list[int] = []

@@ -179,7 +179,7 @@ class Lanes(NamedTuple):
 
 
 def level_of(pattern: Pattern, level: int) -> tuple[int, int]:
-    """(segment length, dilation rate) of a span's level; sinks lie in one segment, at rate 1."""
+    """Return the segment length and the dilation rate of a span's level; sinks lie in one segment, at rate 1."""
     if level == SINKS:
         return pattern.segment_lengths[0], 1
     return pattern.segment_lengths[level], pattern.dilation_rates[level]
@@ -200,24 +200,30 @@ def far_spans(
 
     `total` is the length of the sequence; bidirectional attention needs it.
     """
-    seen: list[FarSpan] = []
-    for level, (w, b) in enumerate(zip(pattern.segment_lengths, pattern.look_backs, strict=True)):
-        first_segment, last_segment = start // w, (stop - 1) // w
-        low, until, after = max(0, first_segment - b) * w, start, stop
+    spans: list[FarSpan] = []
+    last = stop - 1
+    for level, w in enumerate(pattern.segment_lengths):
+        look_back = pattern.look_backs[level]
+        # The level shows the positions [low, before) that lie before the shard, and [after, high) that lie after it.
+        low = max(0, start // w - look_back) * w
+        before = start
+        after = stop
+        high = (last // w + look_back + 1) * w
         if level:
-            low, after = max(low, pattern.sinks), max(after, pattern.sinks)
+            low = max(low, pattern.sinks)
+            after = max(after, pattern.sinks)
         if pattern.overlap == "once" and level:
-            inner, near = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
-            until = min(until, ((stop - 1) // inner - near) * inner)
-            after = max(after, (start // inner + near + 1) * inner)
-        if low < until:
-            seen += _by_segment(level, w, low, until)
+            inner = pattern.segment_lengths[level - 1]
+            inner_back = pattern.look_backs[level - 1]
+            before = min(before, (last // inner - inner_back) * inner)
+            after = max(after, (start // inner + inner_back + 1) * inner)
+        spans += _by_segment(level, w, low, before)
         if not causal:
             assert total is not None
-            seen += _by_segment(level, w, after, min(total, (last_segment + b + 1) * w))
-    if pattern.sinks and start and len(sink_segments(pattern, start, stop)):
-        seen.append(FarSpan(SINKS, 0, min(pattern.sinks, start)))
-    return seen
+            spans += _by_segment(level, w, after, min(total, high))
+    if pattern.sinks and start and sink_segments(pattern, start, stop):
+        spans.append(FarSpan(SINKS, 0, min(pattern.sinks, start)))
+    return spans
 
 
 def open_spans(pattern: Pattern, start: int, own: int = 0) -> list[FarSpan]:
@@ -225,12 +231,13 @@ def open_spans(pattern: Pattern, start: int, own: int = 0) -> list[FarSpan]:
 
     Levels, but not sinks, also have the `own` positions that follow.
     """
-    kept: list[FarSpan] = []
-    for level, (w, b) in enumerate(zip(pattern.segment_lengths, pattern.look_backs, strict=True)):
-        kept += _by_segment(level, w, max(0, start // w - b) * w, start + own)
+    spans: list[FarSpan] = []
+    for level, w in enumerate(pattern.segment_lengths):
+        low = max(0, start // w - pattern.look_backs[level]) * w
+        spans += _by_segment(level, w, low, start + own)
     if pattern.sinks and start + own:
-        kept.append(FarSpan(SINKS, 0, min(pattern.sinks, start)))
-    return kept
+        spans.append(FarSpan(SINKS, 0, min(pattern.sinks, start)))
+    return spans
 
 
 def spans_of_sinks(spans: Sequence[FarSpan], number: int, start: int) -> list[tuple[int, FarSpan]]:
@@ -238,29 +245,31 @@ def spans_of_sinks(spans: Sequence[FarSpan], number: int, start: int) -> list[tu
 
     Raises ValueError if they do not hold these, each once.
     """
-    given = sorted(
-        ((index, span) for index, span in enumerate(spans) if span.level == SINKS),
-        key=itemgetter(1),
-    )
-    if [0, *(span.stop for _, span in given)] != [*(span.start for _, span in given), number]:
+    of_sinks = [(index, span) for index, span in enumerate(spans) if span.level == SINKS]
+    of_sinks.sort(key=itemgetter(1))
+    starts = [span.start for _, span in of_sinks]
+    stops = [span.stop for _, span in of_sinks]
+    if [*starts, number] != [0, *stops]:
         raise ValueError(
             f"the sinks [0, {number}) lie before the shard that starts at {start}: give them as far keys"
         )
-    return given
+    return of_sinks
 
 
 def sink_segments(pattern: Pattern, start: int, stop: int) -> range:
     """Return the first level's segments in [start, stop) that need a call for sinks, as the level covers no sink."""
-    w, first = pattern.segment_lengths[0], pattern.look_backs[0] + 1
-    return (
-        range(max(start // w, first), (stop - 1) // w + 1)
-        if pattern.sinks and start < stop
-        else range(0)
-    )
+    if not pattern.sinks or start >= stop:
+        return range(0)
+    w = pattern.segment_lengths[0]
+    first = max(start // w, pattern.look_backs[0] + 1)
+    return range(first, (stop - 1) // w + 1)
 
 
 def _by_segment(level: int, w: int, start: int, stop: int) -> list[FarSpan]:
-    segments = range(start // w * w, stop, w) if start < stop else ()
+    """Return the spans of the positions [start, stop), one for each segment of w; none if there is no position."""
+    if start >= stop:
+        return []
+    segments = range(start // w * w, stop, w)
     return [FarSpan(level, max(start, segment), min(stop, segment + w)) for segment in segments]
 
 
@@ -325,8 +334,10 @@ class Layout(NamedTuple):
         sizes = zip(rows.counts, before, strict=True)
         equal = [counts if counts[0] else None for counts in sizes]
         even = [*zip(rows.first_tokens, rows.heads, strict=True)]
-        number, r = len(rows.heads), rows.row_step
-        steps = (1, r, -(-number // r), number // len({*rows.heads}))
+        number = len(rows.heads)
+        r = rows.row_step
+        of_key_head = number // len({*rows.heads})
+        steps = (1, r, -(-number // r), of_key_head)
         packed_rows = rows._replace(heads=range(number), first_tokens=[0] * number, row_step=1)
         for run in progressions(equal, even, steps):
             packed = packed_rows.view(run)
@@ -354,4 +365,5 @@ def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: in
     For level `SINKS`, the segment is the first `pattern.sinks` positions.
     """
     end = pattern.sinks if level == SINKS else segment + pattern.segment_lengths[level]
-    return FarSpan(level, max(segment, start), max(max(segment, start), min(end, stop)))
+    first = max(segment, start)
+    return FarSpan(level, first, max(first, min(end, stop)))
