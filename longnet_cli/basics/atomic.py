@@ -39,10 +39,7 @@ def writing(what: str | Path) -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # safetensors has an error of its own for a full disk
+    except (OSError, SafetensorError) as error:  # of safetensors for a full disk
         raise LongNetError(
             f"{what}: cannot write: {getattr(error, 'strerror', None) or error}"
         ) from error
@@ -63,9 +60,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     with _opening(path):
         direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)
         if not direct:
-            target = Path(
-                os.path.realpath(path)
-            )  # not for >(command), whose real path does not exist
+            # not for >(command), whose real path does not exist
+            target = Path(os.path.realpath(path))
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target.parent, target.name)
         temporary, handle = (target, None) if direct else _new_temporary(target)
@@ -175,7 +171,7 @@ def whole_folder(path: str | Path, last: str, *, new: bool = False) -> Iterator[
     write.
     """
     target = Path(os.path.abspath(path))
-    made = missing_folders(target)
+    new_folders = missing_folders(target)
     with _opening(path):
         if new:
             check_unused(path)
@@ -198,7 +194,7 @@ def whole_folder(path: str | Path, last: str, *, new: bool = False) -> Iterator[
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(handle)
-        remove_empty(made)
+        remove_empty(new_folders)
 
 
 def check_unused(path: str | Path) -> None:

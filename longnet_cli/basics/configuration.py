@@ -113,26 +113,27 @@ def _is_text(value: str) -> bool:
 
 def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
     """Return one phrase per mistake, unknown keys first. A misspelt key is not reported again as a missing key."""
-    unknown, mistakes, meant = [], [], set()
+    unknown: list[str] = []
+    mistakes: list[tuple[str, str]] = []
+    meant: set[str] = set()
     for item in error.errors(include_url=False):
         *parents, name = item["loc"] or ("",)
-        path = ".".join(str(part) for part in item["loc"])
+        path = ".".join(map(str, item["loc"]))
         if item["type"] == "extra_forbidden":
-            match = nearest(str(name), _field_names(cls, parents))
-            full = ".".join([*map(str, parents), match]) if match else None
-            unknown.append(f"unknown key '{path}'" + (f": did you mean '{full}'?" if full else ""))
-            meant.add(full)
+            line = f"unknown key '{path}'"
+            if match := nearest(str(name), _field_names(cls, parents)):
+                key = ".".join(map(str, [*parents, match]))
+                line += f": did you mean '{key}'?"
+                meant.add(key)
+            unknown.append(line)
         elif item["type"] == "missing":
             mistakes.append((path, f"missing key '{path}'"))
         else:
             # a validator's own ValueError is already a sentence; pydantic's messages need the value beside them
-            message = " ".join(item["msg"].removeprefix("Value error, ").split())
-            shown = (
-                message
-                if item["type"] == "value_error"
-                else f"{message} (got {_short(item['input'])})"
-            )
-            mistakes.append((path, f"{path}: {shown}" if path else shown))
+            line = " ".join(item["msg"].removeprefix("Value error, ").split())
+            if item["type"] != "value_error":
+                line += f" (got {_short(item['input'])})"
+            mistakes.append((path, f"{path}: {line}" if path else line))
     return unknown + [line for path, line in mistakes if path not in meant]
 
 
@@ -140,25 +141,27 @@ def _field_names(cls: type[BaseModel], parents: Sequence[int | str]) -> list[str
     """Return the keys that exist at the path of an error. List indices and union tags in the path name no field."""
     models: list[type[BaseModel]] = [cls]
     for part in parents:
-        fields = [
-            model.model_fields[part]
-            for model in models
-            if isinstance(part, str) and part in model.model_fields
-        ]
-        if fields:
-            models = [model for field in fields for model in _models_in(field.annotation)]
-    return [field.alias or name for model in models for name, field in model.model_fields.items()]
+        inner = []
+        for model in models:
+            field = model.model_fields.get(str(part))
+            inner += _models_in(field.annotation) if field else []
+        models = inner or models
+    names = []
+    for model in models:
+        names += [field.alias or name for name, field in model.model_fields.items()]
+    return names
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     """Return every pydantic model in an annotation such as `Inner | None` or `dict[str, Inner]`."""
-    if arguments := get_args(
-        annotation
-    ):  # first: in Python 3.10, list[Inner] is also an instance of type
-        return [model for argument in arguments for model in _models_in(argument)]
-    return (
-        [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
-    )
+    arguments = get_args(annotation)
+    if not arguments:  # in Python 3.10, list[Inner] is also an instance of type
+        is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        return [annotation] if is_model else []
+    models = []
+    for argument in arguments:
+        models += _models_in(argument)
+    return models
 
 
 def _short(value: object) -> str:

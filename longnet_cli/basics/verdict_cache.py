@@ -34,9 +34,9 @@ def remembered(asked: Mapping[str, Any], find: Callable[[], Any]) -> Any:
     question = {**asked, "versions": {name: _version(name) for name in _LIBRARIES}}
     path = cache_folder() / "verdicts" / f"{json_sha256(question)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
-        known = parse(read_text(path))
-        if known["asked"] == question:
-            return known["found"]
+        answer = parse(read_text(path))
+        if answer["asked"] == question:
+            return answer["found"]
     verdict = find()
     with suppress(LongNetError, OSError):
         write_file(path, to_json({"asked": question, "found": verdict}, indent=1).encode() + b"\n")

@@ -155,8 +155,7 @@ def _checked_etags(name: str) -> Iterator[None]:
 
     def make_checked_client() -> Any:
         client = make_client()
-        checks = [*client.event_hooks["response"], check]
-        client.event_hooks = {**client.event_hooks, "response": checks}
+        client.event_hooks["response"].append(check)
         return client
 
     set_client_factory(make_checked_client)

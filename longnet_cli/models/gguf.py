@@ -237,9 +237,9 @@ def architecture(reader: Any) -> str:
     """Return the architecture of a file. Raises CheckpointError for one that is not among ARCHITECTURES."""
     arch = str(value_of(reader.fields["general.architecture"]))
     if arch not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+        names = ", ".join(ARCHITECTURES)
         raise CheckpointError(
-            f"general.architecture = {arch}: of GGUF files, {known} are read: name a folder of safetensors"
+            f"general.architecture = {arch}: of GGUF files, {names} are read: name a folder of safetensors"
         )
     return arch
 

@@ -22,15 +22,17 @@ from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import Attention, FeedForward, Layer
 from longnet_cli.nets.slide import VectorNet
 
-HEADS, RATES, SHORTEST = 16, (1, 2, 4, 8, 16), 1024  # of all official architectures
+# of all official architectures
+HEADS = 16
+RATES = (1, 2, 4, 8, 16)
+SHORTEST = 1024
 
 
 class _Official(nn.Module):
     """A module of ours whose children have official names, in the official order. Our code finds them by our names."""
 
-    official: ClassVar[
-        dict[str, str]
-    ]  # our name of a child -> the official one, with that of a module around it
+    # our name of a child -> the official one, with that of a module around it
+    official: ClassVar[dict[str, str]]
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__(config)
@@ -154,7 +156,8 @@ class LongNetViT(_Official, VectorNet):
         self._build(validate(SlideConfig, settings, "LongNetViT"))
         if not self.cls_token.is_meta:
             _draw(self)
-        self.tile_size, self.global_pool = tile_size, global_pool
+        self.tile_size = tile_size
+        self.global_pool = global_pool
 
     @classmethod
     def of(cls, net: VectorNet, *, global_pool: bool = False) -> LongNetViT:
@@ -166,7 +169,8 @@ class LongNetViT(_Official, VectorNet):
         with torch.device("meta"):
             model._build(net.config)
         model.take(net)
-        model.tile_size, model.global_pool = net.config.tile_size, global_pool
+        model.tile_size = net.config.tile_size
+        model.global_pool = global_pool
         return model.train(net.training)
 
     def _build(self, config: SlideConfig) -> None:

@@ -66,12 +66,12 @@ def reader_facts(
 def check_place(folder: Path) -> None:
     """Raise ConfigError for a folder that cannot be made, or that holds anything else than a state."""
     try:
-        if made := missing_folders(folder):
+        if new_folders := missing_folders(folder):
             folder.mkdir(parents=True)
-            remove_empty(made)
+            remove_empty(new_folders)
         elif _listed(folder) is None:  # a killed save may have left pieces without a manifest
-            others = [name for name in os.listdir(folder) if not PIECE.fullmatch(name)]
-            if not all(map(is_temporary, others)):
+            names = [name for name in os.listdir(folder) if not PIECE.fullmatch(name)]
+            if not all(map(is_temporary, names)):
                 raise ConfigError(f"{folder}: neither an empty folder nor a state: name a new one")
     except OSError as error:
         raise ConfigError(f"{folder}: a state cannot be saved here: {error.strerror}") from None
