@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         NotFiniteError,
     )
     from longnet_cli.basics.events import Events, LeftOut
-    from longnet_cli.data.documents import Document
-    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.input_documents import Inputs
+    from longnet_cli.data.token_documents import Document
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs import plotting
     from longnet_cli.jobs.asking import Answer, ask
@@ -59,8 +59,8 @@ _MODULES = {
     "basics.errors": "CheckpointError ConfigError DataError LongNetError MemoryLimitError NotFiniteError",
     "basics.events": "Events LeftOut",
     "attention.notation": "format_pattern parse_pattern",
-    "data.documents": "Document",
-    "data.inputs": "Inputs",
+    "data.token_documents": "Document",
+    "data.input_documents": "Inputs",
     "data.tokenizer": "Tokenizer",
     "jobs": "plotting",
     "jobs.asking": "Answer ask",

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.documents import Document
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.token_documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()

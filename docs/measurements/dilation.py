@@ -47,8 +47,8 @@ import torch
 from by_recall import distances
 
 from longnet_cli import LongNet, LongNetError, ModelFacts
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.names import Sources
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.input_files import InputFiles
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.benchmark import device_name
 from longnet_cli.jobs.converting import convert
@@ -201,7 +201,9 @@ def write_data(folder: Path, packages: Sequence[str]) -> None:
 
 def tokens_of(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the name and the ids (n,) of each document of a folder of tokens."""
-    for document in Inputs(Sources([str(folder)]), Tokenizer.load(str(folder)), None).documents():
+    for document in Inputs(
+        InputFiles([str(folder)]), Tokenizer.load(str(folder)), None
+    ).documents():
         yield document.doc_id, document.read(0, len(document))
 
 
@@ -305,7 +307,7 @@ def rows() -> list[dict[str, Any]]:
 def foreign_past(net: LongNet, folder: Path, contexts: Sequence[int]) -> dict[str, Any]:
     """Return what a row holds of held-out windows of Python, by context and with a foreign past."""
     tokenizer = Tokenizer.load(str(folder / "mix"))
-    inputs = Inputs(Sources([str(folder / f"{KINDS[1]}-held-out")]), tokenizer, None)
+    inputs = Inputs(InputFiles([str(folder / f"{KINDS[1]}-held-out")]), tokenizer, None)
     windows = foreign.windows([*inputs.documents()], WINDOW, FOREIGN)
     facts = ModelFacts(tokenizer.eos_id)
     nats = foreign.nats(net, facts, windows, contexts, "bf16")

@@ -39,7 +39,7 @@ from longnet_cli import (
     score,
 )
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.data.names import Sources
+from longnet_cli.data.input_files import InputFiles
 from longnet_cli.jobs.scoring.measures import Clusters
 
 SCORED = 2048
@@ -185,7 +185,7 @@ def main() -> None:
     for text in args.patterns:
         pattern = None if text == OWN else parse_pattern(text)
         loaded = ModelFolder.find(args.model).load(device=torch.device("cpu"), pattern=pattern)
-        inputs = Inputs(Sources([args.documents]), loaded.tokenizer, None)
+        inputs = Inputs(InputFiles([args.documents]), loaded.tokenizer, None)
         found = windows([*inputs.documents()], args.window, args.windows)
         facts = ModelFacts.of(loaded)
         of_windows = nats(loaded.net, facts, found, args.contexts, args.dtype)

@@ -35,7 +35,7 @@ from longnet_cli.cli.starting import ModelAndInputs, refuse_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.basics.events import LeftOut
-    from longnet_cli.data.names import Sources
+    from longnet_cli.data.input_files import InputFiles
     from longnet_cli.data.passages import Passage
     from longnet_cli.jobs.asking import Answer
     from longnet_cli.models.folder import Loaded
@@ -110,11 +110,11 @@ def ask(options: AskCommand) -> None:
     refuse_torchrun("ask")
     names, questions = _inputs_and_questions(options)
     loaded = _load(options, names) if options.model else None
-    from longnet_cli.data.names import Sources
+    from longnet_cli.data.input_files import InputFiles
 
     quiet = options.computing.quiet
     left_out = count_left_out(options.skip_bad, quiet)
-    sources = Sources(names, skip_bad=options.skip_bad)
+    sources = InputFiles(names, skip_bad=options.skip_bad)
     found = _search(options, sources, [question for _, question in questions], left_out)
     several = options.questions is not None
     for number, ((name, question), passages) in enumerate(zip(questions, found, strict=True)):
@@ -147,11 +147,11 @@ def _load(options: AskCommand, names: list[str]) -> Loaded:
 
 
 def _search(
-    options: AskCommand, sources: Sources, questions: list[str], left_out: LeftOut
+    options: AskCommand, sources: InputFiles, questions: list[str], left_out: LeftOut
 ) -> list[list[Passage]]:
     """Return the best passages for each question."""
-    from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.outputs import refuse_overwriting
+    from longnet_cli.data.input_documents import Inputs
+    from longnet_cli.data.output_paths import refuse_overwriting
     from longnet_cli.data.passages import open_index
 
     inputs = Inputs(
@@ -235,8 +235,8 @@ def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[tuple[st
 
 def _read_questions(file: str) -> Iterator[tuple[str, str]]:
     """Yield the id and the text of each row of a file. Neighbours of one id are not joined."""
-    from longnet_cli.data.inputs import DocumentPass, Inputs
-    from longnet_cli.data.tables import Table, Text
+    from longnet_cli.data.input_documents import DocumentPass, Inputs
+    from longnet_cli.data.opened_inputs import Table, Text
 
     inputs = Inputs([file], column="question")
 

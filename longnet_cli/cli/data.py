@@ -57,7 +57,7 @@ def inspect(options: InspectCommand) -> None:
     """
     from longnet_cli.basics.errors import DataError
     from longnet_cli.basics.events import Events
-    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.input_documents import Inputs
     from longnet_cli.data.tokenizer import Tokenizer, end_of_text
     from longnet_cli.jobs.inspecting import inspect as run
 

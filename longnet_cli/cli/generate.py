@@ -33,8 +33,8 @@ from longnet_cli.cli.starting import ModelAndInputs, Opened, refuse_torchrun, st
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
-    from longnet_cli.data.documents import Document
-    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.input_documents import Inputs
+    from longnet_cli.data.token_documents import Document
     from longnet_cli.jobs.estimating import Room
     from longnet_cli.jobs.generating import ChosenPassage, Step
     from longnet_cli.models.folder import Loaded
@@ -330,7 +330,7 @@ def _documents(
     if options.save_state:
         return _only(documents), False
     # the first line of a pipe waits for none
-    if options.format == "text" and text is None and inputs.sources.names != ["-"]:
+    if options.format == "text" and text is None and inputs.all_files.names != ["-"]:
         return _look_ahead(documents)
     return documents, False
 
@@ -341,8 +341,8 @@ def _each_document(
     """Yield the prompt or, if it is None, each document of the inputs, with the question after it."""
     import numpy as np
 
-    from longnet_cli.data.documents import Document
-    from longnet_cli.data.tables import Text
+    from longnet_cli.data.opened_inputs import Text
+    from longnet_cli.data.token_documents import Document
 
     if template and prompt != "":
         texts = inputs.texts() if prompt is None else [Text("prompt", prompt, "PROMPT")]

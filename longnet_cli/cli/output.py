@@ -160,7 +160,7 @@ def check_output(
     """
     if where_to and output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():
         raise ConfigError(where_to)
-    from longnet_cli.data.outputs import is_folder
+    from longnet_cli.data.output_paths import is_folder
 
     for name in (name for name, value in for_folder.items() if value and not is_folder(output)):
         why = (
@@ -180,7 +180,7 @@ def say_what_is_kept(output: str, quiet: bool) -> Iterator[None]:
     error of that rank is all there is to say.
     """
     from longnet_cli.data.manifest import read_manifest
-    from longnet_cli.data.outputs import is_folder
+    from longnet_cli.data.output_paths import is_folder
     from longnet_cli.running.ranks.launch import under_torchrun
 
     try:

@@ -60,7 +60,7 @@ def pattern(options: PatternCommand) -> None:
     )
 
     if options.output:
-        from longnet_cli.data.outputs import refuse_overwriting
+        from longnet_cli.data.output_paths import refuse_overwriting
 
         refuse_overwriting(
             "-o", [options.output], also=[name for name in options.patterns if os.path.isfile(name)]

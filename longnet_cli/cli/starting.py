@@ -40,11 +40,11 @@ from longnet_cli.running.ranks.launch import (
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
-    from longnet_cli.data.documents import Document
-    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.input_documents import Inputs
+    from longnet_cli.data.input_files import InputFiles
     from longnet_cli.data.machine_shares import Share
     from longnet_cli.data.manifest import Manifest
-    from longnet_cli.data.names import Sources
+    from longnet_cli.data.token_documents import Document
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.estimating import Room
     from longnet_cli.jobs.row_jobs import Output, RowJob
@@ -200,7 +200,7 @@ class Opened:
     folder: ModelFolder
     loaded: Loaded
     documents: Documents
-    sources: Sources
+    input_files: InputFiles
     computing: Computing
     ranks: Ranks
     quiet: bool
@@ -224,7 +224,7 @@ class Opened:
 
     def inputs(self, words: Tokenizer | None) -> Inputs:
         """Return the documents as the model reads them, texts by the tokenizer `words`."""
-        from longnet_cli.data.inputs import Inputs
+        from longnet_cli.data.input_documents import Inputs
         from longnet_cli.data.tokenizer import end_of_text
 
         documents = self.documents
@@ -238,7 +238,7 @@ class Opened:
                 f"{self.folder.name} reads vectors, which have no tokens: leave out {unread}"
             )
         return Inputs(
-            self.sources,
+            self.input_files,
             words,
             documents.column,
             documents.id_column,
@@ -263,7 +263,7 @@ class Opened:
 
         quiet, expected, path = self.quiet, ExpectedTokens(), str(output.path)
         tell_state = state_teller(job.reader, quiet=quiet)
-        files = [source.path for source in self.sources.found if source.path]
+        files = [source.path for source in self.input_files.found if source.path]
         if not self.named and any(path.suffix != ".py" for path in files):
             note(
                 f"{DEFAULT_MODEL}, the default model, {KNOWS}: for other text, give --model", quiet
@@ -335,7 +335,7 @@ def open_command(
     For `where_to` and `for_folder`, see `output.check_output`; `also` are other paths that are written, by the names of
     their options. For `embeds`, see `ModelAndInputs`.
     """
-    from longnet_cli.data.outputs import is_folder, refuse_other_suffix
+    from longnet_cli.data.output_paths import is_folder, refuse_other_suffix
     from longnet_cli.data.shards import run_to_resume
 
     output, running = options.output, options.running
@@ -369,7 +369,7 @@ class ModelAndInputs:
         *,
         embeds: bool = False,
     ) -> None:
-        from longnet_cli.data.names import Sources
+        from longnet_cli.data.input_files import InputFiles
         from longnet_cli.data.tokenizer import Tokenizer
         from longnet_cli.hub.model_names import as_stored
         from longnet_cli.models.folder import ModelFolder
@@ -383,19 +383,19 @@ class ModelAndInputs:
         self.named = choice.model is not None
         self.folder = ModelFolder.find(model, gguf=True, embeds=embeds)
         self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
-        self.sources = Sources(documents.inputs, skip_bad=documents.skip_bad)
+        self.input_files = InputFiles(documents.inputs, skip_bad=documents.skip_bad)
 
     def check_outputs(self, outputs: Mapping[str, str | None]) -> None:
         """Raise ConfigError for paths, by the options that name them, that cannot be written.
 
         Such a path is, or holds, a file that the command reads, or it has the ending of another kind of file.
         """
-        from longnet_cli.data.outputs import refuse_other_suffix, refuse_overwriting
+        from longnet_cli.data.output_paths import refuse_other_suffix, refuse_overwriting
 
         for option, path in outputs.items():
             if path is not None:
                 refuse_other_suffix(option, path, self.embeds)
-                refuse_overwriting(option, [path], self.sources, self._files)
+                refuse_overwriting(option, [path], self.input_files, self._files)
 
     def open(
         self,
@@ -438,7 +438,7 @@ class ModelAndInputs:
             folder=self.folder,
             loaded=loaded,
             documents=documents,
-            sources=self.sources,
+            input_files=self.input_files,
             computing=computing,
             ranks=ranks,
             quiet=quiet,

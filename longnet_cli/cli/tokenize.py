@@ -15,7 +15,7 @@ from longnet_cli.cli.progress import progress
 from longnet_cli.cli.starting import ask_hub, refuse_read_once, refuse_torchrun
 
 if TYPE_CHECKING:
-    from longnet_cli.data.inputs import Inputs
+    from longnet_cli.data.input_documents import Inputs
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.jobs.tokenizing import TokenizeResult
 
@@ -75,8 +75,8 @@ def tokenize(options: TokenizeCommand) -> None:
 
     Every command also reads text. If you read the same data often, tokenize it once.
     """
-    from longnet_cli.data.inputs import Inputs
-    from longnet_cli.data.outputs import is_folder, refuse_overwriting
+    from longnet_cli.data.input_documents import Inputs
+    from longnet_cli.data.output_paths import is_folder, refuse_overwriting
     from longnet_cli.data.shards import run_to_resume
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.tokenizing import tokenizer_beside
@@ -91,7 +91,7 @@ def tokenize(options: TokenizeCommand) -> None:
     names = options.column, options.id_column, tuple(options.keep or ())
     data = Inputs(options.inputs, None, *names, skip_bad=options.skip_bad, share=options.share)
     words = options.tokenizer and Tokenizer.find(options.tokenizer)
-    refuse_overwriting("-o", [output, *([beside] if beside else [])], data.sources, [words])
+    refuse_overwriting("-o", [output, *([beside] if beside else [])], data.all_files, [words])
     for_folder = {
         "--shard-tokens": options.shard_tokens,
         "--shard-format": options.shard_format != "arrow",

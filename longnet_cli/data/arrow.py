@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.files import StoredFile, StoredIds
-from longnet_cli.data.tables import Table, numpy_dtype, reading
+from longnet_cli.data.opened_inputs import Table, numpy_dtype, reading
+from longnet_cli.data.stored_files import StoredFile, StoredIds
 
 MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its start
 INDEX_BYTES = 256 << 20  # more than any index of a file, which takes 24 bytes per batch
@@ -39,8 +39,8 @@ def open_ipc_stream(name: str, where: str, stream: Any) -> Table:
                 f"{where}: more data follows the end of the Arrow stream; put each into its own file"
             )
 
-    source = _ArrowBytes(where, stream)
-    return source.table(name, "Arrow IPC stream", *source.sequence(end))
+    arrow_bytes = _ArrowBytes(where, stream)
+    return arrow_bytes.table(name, "Arrow IPC stream", *arrow_bytes.sequence(end))
 
 
 def open_pipe(name: str, where: str, pipe: Any, expected: pa.Schema | None = None) -> Table:
@@ -62,11 +62,11 @@ def open_pipe(name: str, where: str, pipe: Any, expected: pa.Schema | None = Non
             )
 
     pipe.read(8)
-    source = _ArrowBytes(where, pipe)
-    schema, batches = source.sequence(end)
+    arrow_bytes = _ArrowBytes(where, pipe)
+    schema, batches = arrow_bytes.sequence(end)
     if expected is not None and not schema.equals(expected, check_metadata=True):
         raise ValueError("the file has two different schemas")
-    return source.table(name, "Arrow IPC file", schema, batches)
+    return arrow_bytes.table(name, "Arrow IPC file", schema, batches)
 
 
 def open_file(name: str, where: str, file: StoredFile) -> Table:
@@ -79,8 +79,8 @@ def open_file(name: str, where: str, file: StoredFile) -> Table:
     file.seek(0)
     if sequential:
         return open_pipe(name, where, file, index.schema)
-    source = _ArrowBytes(where, file)
-    return source.table(name, "Arrow IPC file", *source.listed())
+    arrow_bytes = _ArrowBytes(where, file)
+    return arrow_bytes.table(name, "Arrow IPC file", *arrow_bytes.listed())
 
 
 def _index_bytes(tail: bytes) -> int:

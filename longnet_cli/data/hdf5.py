@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError, extra
-from longnet_cli.data.tables import Table, first_line, reading
+from longnet_cli.data.opened_inputs import Table, first_line, reading
 
 BATCH_BYTES = 16 << 20
 MOST_CHUNK_BYTES = 1 << 30  # HDF5 unpacks a chunk whole, whatever its size in the file

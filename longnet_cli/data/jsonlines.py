@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.columns import ID_COLUMNS, Wanted
-from longnet_cli.data.folders import JSON_SUFFIXES, bare_name
-from longnet_cli.data.names import Source
-from longnet_cli.data.tables import (
+from longnet_cli.data.column_choice import ID_COLUMNS, Wanted
+from longnet_cli.data.file_kinds import JSON_SUFFIXES, bare_name
+from longnet_cli.data.input_files import InputFile
+from longnet_cli.data.opened_inputs import (
     BYTE_ORDER_MARK,
     CHAT_COLUMN,
     TOKEN_COLUMNS,
@@ -38,7 +38,7 @@ _Reader = Callable[[dict[str, Any]], Any]
 
 
 # Not pyarrow.json: one bad line ends its file, without its number, and rows of a pipe wait for a whole block.
-def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
+def open_json_lines(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Table | None:
     """Open a JSON Lines input as a table. Return None for plain text, and leave all of it in the pipe.
 
     An input is JSON Lines if its name says so, or if its first line that is not blank begins with `{` and one of the
@@ -49,15 +49,17 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
     DataError for JSON Lines that begin without such a line. Reading to the end raises ConfigError, listing the keys,
     for a column to carry along that no line has.
     """
-    named = bare_name(source.name).endswith(JSON_SUFFIXES)
+    named = bare_name(input_file.name).endswith(JSON_SUFFIXES)
     beginning = _beginning(pipe, wanted, named)
     if beginning is None:
         return None
     fields, problem = beginning
     pipe.by_lines = True
     if not fields:
-        beside = f" ({source.beside})" if source.beside else ""
-        raise DataError(f"{source.where}, line 1: not JSON Lines of documents: {problem}{beside}")
+        beside = f" ({input_file.beside})" if input_file.beside else ""
+        raise DataError(
+            f"{input_file.where}, line 1: not JSON Lines of documents: {problem}{beside}"
+        )
     documents = (wanted.column, *TOKEN_COLUMNS)
     unsure = (pa.string(), _IDS)  # an empty list may be one of anything
     names = [
@@ -65,12 +67,20 @@ def open_json_lines(source: Source, pipe: Pipe, wanted: Wanted) -> Table | None:
         for name in wanted.keep
         if name not in documents and fields.get(name, unsure[0]) in unsure
     ]
-    fields |= _kept_types(pipe, source.where, names, fields)
-    rows = _OpenedLines(source.where, pipe, wanted, pa.schema(list(fields.items())))
+    fields |= _kept_types(pipe, input_file.where, names, fields)
+    rows = _OpenedLines(input_file.where, pipe, wanted, pa.schema(list(fields.items())))
     return Table(
-        source.name, source.where, rows.schema, rows.batches, "JSON Lines", numbered="line", typed=False, bad=rows.bad,
-        blank=rows.blank, begins=rows.begins,
-    )  # fmt: skip
+        input_file.name,
+        input_file.where,
+        rows.schema,
+        rows.batches,
+        "JSON Lines",
+        numbered="line",
+        typed=False,
+        bad=rows.bad,
+        blank=rows.blank,
+        begins=rows.begins,
+    )
 
 
 def _beginning(

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.basics.events import Events
-from longnet_cli.data.documents import Unread
-from longnet_cli.data.inputs import DocumentPass, Inputs, content_digest
-from longnet_cli.data.names import Source
-from longnet_cli.data.tables import Table, Text, reading
+from longnet_cli.data.input_documents import DocumentPass, Inputs, content_digest
+from longnet_cli.data.input_files import InputFile
+from longnet_cli.data.opened_inputs import Table, Text, reading
 from longnet_cli.data.text_pieces import cut
+from longnet_cli.data.token_documents import Unread
 
 # Writing in which no space ends a word: Thai, Lao, Burmese and Khmer; kana, Chinese characters and hangul
 UNSPACED = re.compile(
@@ -173,7 +173,7 @@ class PassageIndex:
         files, left_out = dict[str, KnownFile](), defaultdict[str, list[str]](list)
 
         def read(opened: Text | Table, types: Any) -> Iterable[Any]:
-            source = inputs.sources.found[len(documents.opened) - 1]
+            source = inputs.all_files.found[len(documents.opened) - 1]
             earlier, read_as = known.get(source.where), f"{inputs.wanted} {source.name}"
             files[source.where] = now = _known_now(source, read_as, earlier)
             contents = read_as, now.digest
@@ -294,7 +294,7 @@ def _in_word(sign: str) -> str:
     return "" if 10 <= above <= 36 or above >= 200 else sign
 
 
-def _known_now(source: Source, read_as: str, earlier: KnownFile | None) -> KnownFile:
+def _known_now(source: InputFile, read_as: str, earlier: KnownFile | None) -> KnownFile:
     """Return what is known of a file now. It is read only if its size and times are not those of `earlier`."""
     state = None
     if source.path is not None and source.size is not None:
@@ -306,7 +306,7 @@ def _known_now(source: Source, read_as: str, earlier: KnownFile | None) -> Known
     return KnownFile(read_as, state, earlier.digest if same and earlier else _digest(source))
 
 
-def _digest(source: Source) -> str | None:
+def _digest(source: InputFile) -> str | None:
     """Return a digest of all bytes of a file; of one in a store, of its version; None of a pipe."""
     if source.path is None or source.size is None:
         return content_digest(source)

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.fs as fs
 
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
-from longnet_cli.data.files import read_error
-from longnet_cli.data.folders import choose_files, natural_order
-from longnet_cli.data.tables import first_line
+from longnet_cli.data.folder_files import choose_files, natural_order
+from longnet_cli.data.opened_inputs import first_line
+from longnet_cli.data.stored_files import read_error
 
 # Google's library repeats a failed request for 15 minutes: too long to say that there is no network. That is right for
 # reading, so that a long read outlives a short failure.

@@ -31,10 +31,10 @@ from longnet_cli.basics.atomic import (
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.basics.events import LeftOut
 from longnet_cli.data import arrow
-from longnet_cli.data.files import StoredFile, read_error
 from longnet_cli.data.manifest import KEY, UNFINISHED, Manifest, marked, read_manifest
-from longnet_cli.data.outputs import ShardWriter
-from longnet_cli.data.tables import first_line
+from longnet_cli.data.opened_inputs import first_line
+from longnet_cli.data.row_writer import ShardWriter
+from longnet_cli.data.stored_files import StoredFile, read_error
 
 ShardFormat = Literal["arrow", "parquet"]
 T = TypeVar("T")

@@ -33,8 +33,8 @@ from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import ConfigError, RefusedError, one_line, refuse_web_address
 from longnet_cli.basics.model_files import END_OF_TEXT, TOKENIZER
-from longnet_cli.data.files import Part
 from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
+from longnet_cli.data.stored_files import Part
 from longnet_cli.data.text_pieces import (
     AT_SIGN,
     TextCutter,

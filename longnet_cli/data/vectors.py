@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.columns import (
+from longnet_cli.data.column_choice import (
     FLOATS,
     INTEGERS,
     Columns,
@@ -25,16 +25,16 @@ from longnet_cli.data.columns import (
     list_bounds,
     numbers,
 )
-from longnet_cli.data.documents import STEP, Document, collect
-from longnet_cli.data.files import Part, StoredIds
-from longnet_cli.data.tables import Table
-from longnet_cli.data.token_columns import (
+from longnet_cli.data.column_documents import (
     BadRowError,
     Batch,
     DocumentRows,
     group_rows,
     read_documents,
 )
+from longnet_cli.data.opened_inputs import Table
+from longnet_cli.data.stored_files import Part, StoredIds
+from longnet_cli.data.token_documents import STEP, Document, collect
 
 
 class Vectors(Document):

@@ -26,9 +26,9 @@ from longnet_cli.attention.notation import read_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, NoTokensError
 from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.data.columns import ID_COLUMNS, INTEGERS, is_text
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tables import Table, find_column, numpy_dtype, plain
+from longnet_cli.data.column_choice import ID_COLUMNS, INTEGERS, is_text
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.opened_inputs import Table, find_column, numpy_dtype, plain
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, for_model
 from longnet_cli.jobs.job_options import UNITS, EncodeOptions, ScoreOptions

@@ -23,10 +23,10 @@ from torch import Tensor
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.basics.events import Events
-from longnet_cli.data.documents import Document, TextPlaces
-from longnet_cli.data.outputs import kept_columns, row_schema
-from longnet_cli.data.tables import numpy_dtype
+from longnet_cli.data.opened_inputs import numpy_dtype
+from longnet_cli.data.row_writer import kept_columns, row_schema
 from longnet_cli.data.text_pieces import Unit
+from longnet_cli.data.token_documents import Document, TextPlaces
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.job_options import NO_PREFIX, ONE_STATE, EncodeOptions
 from longnet_cli.jobs.pooling import (

@@ -28,7 +28,7 @@ from torch import Tensor
 from longnet_cli.attention.past import Seen
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.basics.events import Events
-from longnet_cli.data.documents import Document
+from longnet_cli.data.token_documents import Document
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
 from longnet_cli.jobs.job_options import check_sampling
 from longnet_cli.jobs.reading_plan import ReadingPlan

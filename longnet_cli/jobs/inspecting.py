@@ -11,10 +11,10 @@ from typing import Any
 
 from longnet_cli.basics.errors import ConfigError, DataError, one_line
 from longnet_cli.basics.events import Events
-from longnet_cli.data.columns import Columns, TokenTypes, token_type
-from longnet_cli.data.documents import STEP, Document, Unread
-from longnet_cli.data.inputs import DocumentPass, Inputs, encode_text
-from longnet_cli.data.tables import Table, Text
+from longnet_cli.data.column_choice import Columns, TokenTypes, token_type
+from longnet_cli.data.input_documents import DocumentPass, Inputs, encode_text
+from longnet_cli.data.opened_inputs import Table, Text
+from longnet_cli.data.token_documents import STEP, Document, Unread
 from longnet_cli.data.tokenizer import Tokenizer
 
 MAX_PROBLEMS = 1000  # problems whose lines are kept

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.columns import Wanted
-from longnet_cli.data.formats import open_source
-from longnet_cli.data.names import Sources
+from longnet_cli.data.column_choice import Wanted
+from longnet_cli.data.input_files import InputFiles
+from longnet_cli.data.opened_inputs import Table
+from longnet_cli.data.opening import open_input
 from longnet_cli.data.passages import Passage, PassageIndex
-from longnet_cli.data.tables import Table
 from longnet_cli.jobs.batch_functions import embed
 from longnet_cli.jobs.job_options import NO_PREFIX
 
@@ -82,8 +82,8 @@ class PassageVectors:
 def _read(name: str) -> pa.Table:
     """Return the vectors and places of a file or a folder, with the metadata of its files."""
     batches = list[pa.RecordBatch]()
-    for source in Sources([name]):
-        opened = open_source(source, Wanted())
+    for source in InputFiles([name]):
+        opened = open_input(source, Wanted())
         if not isinstance(opened, Table) or not {*COLUMNS} <= {*opened.schema.names}:
             raise ConfigError(
                 f"{source.where}: no vectors of passages, which longnet encode --span passage writes"

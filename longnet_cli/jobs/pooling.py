@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longnet_cli.data.documents import Document
+from longnet_cli.data.token_documents import Document
 from longnet_cli.jobs.job_options import ONE_STATE
 from longnet_cli.running.device import to_device
 

@@ -14,8 +14,8 @@ import numpy as np
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import DataError
 from longnet_cli.basics.events import OnSkip
-from longnet_cli.data.documents import Document, Unread
-from longnet_cli.data.tables import Text
+from longnet_cli.data.opened_inputs import Text
+from longnet_cli.data.token_documents import Document, Unread
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.running.ranks.dealing import portions

@@ -24,21 +24,19 @@ import pyarrow as pa
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.basics.events import Events, OnSkip
 from longnet_cli.basics.sizes import format_count
-from longnet_cli.data.documents import Unread
-from longnet_cli.data.formats import Text
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.names import Apart
-from longnet_cli.data.outputs import (
-    OUTPUT_SUFFIXES,
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.opened_inputs import numpy_dtype
+from longnet_cli.data.opening import Text
+from longnet_cli.data.output_paths import OUTPUT_SUFFIXES, is_folder
+from longnet_cli.data.row_writer import (
     ShardWriter,
     first_kept,
-    is_folder,
     kept_columns,
     token_batch,
     token_schema,
 )
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
-from longnet_cli.data.tables import numpy_dtype
+from longnet_cli.data.token_documents import Apart, Unread
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
 from longnet_cli.running.ranks.dealing import Portion, portions
 
@@ -194,7 +192,7 @@ def _tokenizer(
         )
     if earlier is not None:
         return Tokenizer.from_description(earlier)
-    if any(str(item) == "-" for item in inputs.sources.names):
+    if any(str(item) == "-" for item in inputs.all_files.names):
         raise ConfigError(
             "training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file"
         )

@@ -32,7 +32,7 @@ from processes import Start, invoke
 from typer.testing import Result
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.longnet import LongNet
 

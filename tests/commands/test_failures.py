@@ -40,8 +40,8 @@ from processes import contents, invoke, kill_and_resume, refused, wait_for
 from longnet_cli import LongNet
 from longnet_cli.basics.errors import CheckpointError, DataError
 from longnet_cli.cli.output import say_what_is_kept
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.outputs import ShardWriter
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.row_writer import ShardWriter
 from longnet_cli.data.shards import ShardFolder
 from longnet_cli.data.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from files import write_rows
 from processes import invoke
 
 from longnet_cli.cli.progress import ExpectedTokens, progress
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 
 PROGRAM = """

@@ -13,8 +13,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
 from longnet_cli.data.chat import ChatTemplate, _renamed
-from longnet_cli.data.documents import Document, Unread
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.token_documents import Document, Unread
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.tokenizing import tokenize
 

@@ -20,7 +20,7 @@ from conftest import RunLongnet
 from files import FORMATS, IDS, read, tokens, write_file, write_parquet, write_rows, write_stream
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 
 

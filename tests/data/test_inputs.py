@@ -39,11 +39,11 @@ from files import (
 )
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, LongNetError
-from longnet_cli.data import documents as documents_module
-from longnet_cli.data import token_columns as id_columns
-from longnet_cli.data.files import StoredFile
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tables import Pipe, Table
+from longnet_cli.data import column_documents as id_columns
+from longnet_cli.data import token_documents as documents_module
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.opened_inputs import Pipe, Table
+from longnet_cli.data.stored_files import StoredFile
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -92,7 +92,7 @@ def test_stdin_gives_the_same_documents(tmp_path, name):
 def test_stdin_text_and_a_redirected_file(tmp_path):
     assert pipe(TEXTS[1].encode(), texts=True) == [TEXTS[1]]
     script = (
-        "from longnet_cli.data.inputs import *\n"
+        "from longnet_cli.data.input_documents import *\n"
         "document, *_ = Inputs(['-']).documents()\n"
         "print(document.doc_id, document.read().tolist(), type(document.parts[0].ids).__name__)"
     )
@@ -143,7 +143,7 @@ def test_any_slice_of_a_document_in_parts_is_the_slice_of_the_whole(tmp_path):
 
 def test_a_document_in_pieces_that_is_not_mapped_lives_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(documents_module, "SPOOL_BYTES", 16)
-    monkeypatch.setattr("longnet_cli.data.formats.PARQUET_BATCH_BYTES", 16)
+    monkeypatch.setattr("longnet_cli.data.opening.PARQUET_BATCH_BYTES", 16)
     for path, on_disk in (
         (FORMATS["split documents"](tmp_path), False),
         (FORMATS["split documents in parquet"](tmp_path), True),
@@ -356,7 +356,7 @@ def test_a_folder_of_compressed_files_is_read(suffix: str, tmp_path: Path) -> No
     with pytest.warns(
         InputWarning, match=rf": 1 file is not read beside the 2 .*: code.tar{suffix}$"
     ):
-        assert [source.name for source in Inputs([tmp_path]).sources] == [
+        assert [source.name for source in Inputs([tmp_path]).all_files] == [
             f"a.txt{suffix}",
             f"b.txt{suffix}",
         ]
@@ -364,7 +364,7 @@ def test_a_folder_of_compressed_files_is_read(suffix: str, tmp_path: Path) -> No
     with pytest.warns(
         InputWarning, match=rf": 3 files are not read beside c.jsonl{suffix}: a.txt{suffix} and 1 "
     ):
-        assert [source.name for source in Inputs([tmp_path]).sources] == [f"c.jsonl{suffix}"]
+        assert [source.name for source in Inputs([tmp_path]).all_files] == [f"c.jsonl{suffix}"]
     for name in "ab":
         (tmp_path / f"{name}.txt{suffix}").unlink()
     (tmp_path / f"c.jsonl{suffix}").write_bytes(pack(b"hello"))
@@ -424,7 +424,7 @@ def test_the_refusal_of_another_compression_says_what_unpacks_it(
 
 
 def test_a_long_text_goes_through_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longnet_cli.data.formats.TEXT_PART", 7)
+    monkeypatch.setattr("longnet_cli.data.opening.TEXT_PART", 7)
     path = tmp_path / "x.txt"
     path.write_text("\ufeff" + TEXT)
     (text,) = Inputs([path]).texts()

@@ -14,7 +14,7 @@ import pytest
 from files import BYTES, pipe, read, write_lines
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.input_documents import Inputs
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from conftest import RunLongnet
 from files import write_rows
 
 from longnet_cli.basics.errors import DataError, InputWarning
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.machine_shares import Share
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.shards import ShardFolder
@@ -34,7 +34,7 @@ JOBS = {
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of all shards that `longnet` reads in a folder, in its order."""
-    tables = [pa.ipc.open_file(source.path).read_all() for source in Inputs([folder]).sources]
+    tables = [pa.ipc.open_file(source.path).read_all() for source in Inputs([folder]).all_files]
     return pa.concat_tables(tables).to_pylist()
 
 
@@ -96,7 +96,7 @@ def test_the_shares_together_are_one_run(
         assert read_manifest(tmp_path / f"out/{number}").settings["share"] == f"{number}/3"
     run_longnet(*command, "in", "-o", "whole", code=0)
     check_equal(rows_of(tmp_path / "out"), rows_of(tmp_path / "whole"))
-    names = [source.name for source in Inputs([tmp_path / "out"]).sources]
+    names = [source.name for source in Inputs([tmp_path / "out"]).all_files]
     assert names == sorted(names)
     assert {name[:2] for name in names} == {"1/", "2/", "3/"}
     if kind == "documents" and job != "score":  # names are made apart before shares are cut
@@ -132,7 +132,7 @@ def test_documents_keep_their_numbers_though_a_text_cannot_be_read_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The share that has the text sees its damage. The others do not, and count on from the same number."""
-    monkeypatch.setattr("longnet_cli.data.formats.TEXT_PART", 4)
+    monkeypatch.setattr("longnet_cli.data.opening.TEXT_PART", 4)
     (tmp_path / "a.txt").write_bytes(b"some text, then \xff and more")
     write_rows(tmp_path / "b.jsonl", [{"id": str(number), "text": "x"} for number in range(5)])
     names = [tmp_path / "a.txt", tmp_path / "missing.txt", tmp_path / "b.jsonl"]

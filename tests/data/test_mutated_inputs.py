@@ -36,10 +36,10 @@ import torch
 from files import write_file, write_stream
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
-from longnet_cli.data import files
-from longnet_cli.data.columns import Wanted
-from longnet_cli.data.formats import open_source
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data import stored_files as files
+from longnet_cli.data.column_choice import Wanted
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.opening import open_input
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.converting import convert
 
@@ -193,7 +193,7 @@ def mutations(name: str) -> list[Mutation]:
 # Reads each (place, how) of a list and says at once what came of it, so that after a crash it is known where.
 READER = """
 import json, os, resource, sys
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.input_documents import Inputs
 from longnet_cli.basics.errors import LongNetError
 
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a damaged size may ask for any amount
@@ -571,8 +571,8 @@ def test_ids_of_a_file_that_changes_after_it_was_opened(tmp_path, kind, change):
 @pytest.mark.parametrize("kind", ["list", "flat", "stream", "parquet", "json lines"])
 def test_a_table_that_changes_before_it_is_read(tmp_path, kind, change):
     path = write(tmp_path / "x.arrow", kind)
-    (source,) = Inputs([path]).sources
-    opened = open_source(source, Wanted())
+    (source,) = Inputs([path]).all_files
+    opened = open_input(source, Wanted())
     CHANGES[change](path)
     with pytest.raises(DataError, match=r"x\.arrow.*: the file changed while it was read"):
         list(Inputs((), eos_id=249).documents_of(opened))

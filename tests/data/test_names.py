@@ -22,11 +22,11 @@ from files import write_stream
 from processes import invoke
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, MemoryLimitError
-from longnet_cli.data import names as names_module
+from longnet_cli.data import input_files as names_module
 from longnet_cli.data import remote
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.names import find_sources
-from longnet_cli.data.tables import reading
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.input_files import find_files
+from longnet_cli.data.opened_inputs import reading
 from longnet_cli.data.tokenizer import Tokenizer
 
 
@@ -107,7 +107,7 @@ def test_every_ending_of_a_kind_is_read_in_any_case(tmp_path, kind):
     (tmp_path / "_SUCCESS").touch()  # a text without an ending
     expected |= {"_SUCCESS"} if kind == "texts" else set()
     with pytest.warns(InputWarning, match="_SUCCESS") if kind != "texts" else nullcontext():
-        assert {source.name for source in Inputs([tmp_path]).sources} == expected
+        assert {source.name for source in Inputs([tmp_path]).all_files} == expected
 
 
 def test_linked_folders_are_followed_each_once_after_all_others(tmp_path):
@@ -280,7 +280,7 @@ def test_names_are_expanded_once(tmp_path, monkeypatch, command):
     Path("out.arrow").write_text("")  # an output that exists is compared with the inputs
     expanded = []
     monkeypatch.setattr(
-        names_module, "find_sources", lambda *items: expanded.append(items) or find_sources(*items)
+        names_module, "find_files", lambda *items: expanded.append(items) or find_files(*items)
     )
     done = invoke(*command.split(), "*.txt", "-q")
     assert (done.exit_code, len(expanded)) == (0, 1), done.output
@@ -308,7 +308,7 @@ def test_what_runs_out_is_not_bad_data(tmp_path, command_env):
         write_stream(tmp_path / f"{number:02}.arrow", pa.table({"ids": [[1, 2]]}))
     script = """if True:
         import resource
-        from longnet_cli.data.inputs import Inputs
+        from longnet_cli.data.input_documents import Inputs
         resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
         try:
             list(Inputs(["."]).documents())
@@ -392,18 +392,18 @@ def test_folders_and_globs_are_as_on_a_disk(store):
     names = ["part-2.arrow", "part-10.arrow", "stream.arrow", "x.parquet"]
     beside = r": 4 files are not read beside the 4 files like part-2.arrow: deep/part-10.arrow, .*; '.*/\*\*/\*.arrow'"
     with pytest.warns(InputWarning, match=beside):
-        found = [*Inputs(["store://bucket/"]).sources]
+        found = [*Inputs(["store://bucket/"]).all_files]
     with pytest.warns(InputWarning, match=beside):
         assert (
             [source.name for source in found]
             == names
-            == [source.name for source in Inputs([store]).sources]
+            == [source.name for source in Inputs([store]).all_files]
         )
     assert found[0].where == "store://bucket/part-2.arrow"
     assert [
-        source.name for source in Inputs(["store://bucket/p*.arrow?region=x"]).sources
+        source.name for source in Inputs(["store://bucket/p*.arrow?region=x"]).all_files
     ] == names[:2]
-    assert len(Inputs(["store://bucket/**/*.arrow"]).sources.found) == 4
+    assert len(Inputs(["store://bucket/**/*.arrow"]).all_files.found) == 4
     assert read("store://bucket/part*.arrow") == IDS * 2
 
 
@@ -434,7 +434,7 @@ def test_a_failure_is_one_line_that_names_the_uri(store):
             read(uri)
         assert str(caught.value).startswith(uri)
         assert "\n" not in str(caught.value)
-    (found,) = Inputs(["store://bucket/x.parquet"]).sources
+    (found,) = Inputs(["store://bucket/x.parquet"]).all_files
     (store / "x.parquet").unlink()
     with pytest.raises(DataError, match=r"^store://bucket/x.parquet: cannot read: "):
         remote.open_remote(found.filesystem, str(found.path), found.where)
@@ -449,7 +449,7 @@ def test_file_uris_are_local_files(tmp_path):
     assert "%20" in uri
     assert read(f"{uri}/part-2.arrow") == read(f"{uri}/part-1*.arrow") == IDS
     with pytest.warns(InputWarning, match="4 files are not read .*: deep"):
-        (source, *_) = Inputs([uri]).sources
+        (source, *_) = Inputs([uri]).all_files
     assert (source.path, source.filesystem) == (folder / "part-2.arrow", None)  # so it is mapped
 
 
@@ -472,5 +472,5 @@ def test_fsspec_reaches_what_pyarrow_cannot():
     memory = pytest.importorskip("fsspec", reason="fsspec is not installed").filesystem("memory")
     fill(fs.PyFileSystem(fs.FSSpecHandler(memory)), "/bucket")
     assert read("memory://bucket/part-2.arrow") == read("memory://bucket/x.parquet") == IDS
-    names = [source.name for source in Inputs(["memory://bucket/part*.arrow"]).sources]
+    names = [source.name for source in Inputs(["memory://bucket/part*.arrow"]).all_files]
     assert names == ["part-2.arrow", "part-10.arrow"]

@@ -18,15 +18,10 @@ from builders import scores, tiny_net
 
 from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, NotFiniteError
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.names import Sources
-from longnet_cli.data.outputs import (
-    ShardWriter,
-    is_folder,
-    refuse_overwriting,
-    token_batch,
-    token_schema,
-)
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.input_files import InputFiles
+from longnet_cli.data.output_paths import is_folder, refuse_overwriting
+from longnet_cli.data.row_writer import ShardWriter, token_batch, token_schema
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, encode
 from longnet_cli.jobs.job_options import EncodeOptions
@@ -193,8 +188,8 @@ def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[st
     with pytest.raises(
         ConfigError, match=r"^-o .*arrow is .*arrow, which this command reads: name another output$"
     ):
-        refuse_overwriting("-o", [output], Sources(inputs))
-    refuse_overwriting("-o", ["b.arrow.new", "new"], Sources(inputs))
+        refuse_overwriting("-o", [output], InputFiles(inputs))
+    refuse_overwriting("-o", ["b.arrow.new", "new"], InputFiles(inputs))
 
 
 @pytest.mark.parametrize(
@@ -215,12 +210,12 @@ def test_lists_folders_and_models_count(
     with pytest.raises(
         ConfigError, match=r"^-o .* (is|holds) .*, which this command reads: name another output$"
     ):
-        refuse_overwriting("-o", [output], Sources(inputs), also)
+        refuse_overwriting("-o", [output], InputFiles(inputs), also)
 
 
 def test_what_is_not_read_may_be_replaced(files: Path) -> None:
-    refuse_overwriting("-o", ["b.arrow", "model", "new", "/dev/null", "-"], Sources(["a.arrow"]))
-    refuse_overwriting("-o", ["folder"], Sources(["a.arrow", "model/config.json"]))
+    refuse_overwriting("-o", ["b.arrow", "model", "new", "/dev/null", "-"], InputFiles(["a.arrow"]))
+    refuse_overwriting("-o", ["folder"], InputFiles(["a.arrow", "model/config.json"]))
 
 
 def small() -> LongNet:

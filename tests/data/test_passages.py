@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.basics.events import Events, LeftOut
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.opened_inputs import Text
 from longnet_cli.data.passages import JUST_NOW, MARK, PassageIndex, open_index
-from longnet_cli.data.tables import Text
 from longnet_cli.data.text_pieces import SIZES, Unit, cut
 
 PROSE = st.lists(

@@ -24,9 +24,9 @@ from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.basics.sealed_manifests import seal
-from longnet_cli.data.inputs import END, Inputs, content_digest
+from longnet_cli.data.input_documents import END, Inputs, content_digest
+from longnet_cli.data.input_files import InputFile
 from longnet_cli.data.manifest import UNFINISHED, read_manifest
-from longnet_cli.data.names import Source
 from longnet_cli.data.shards import ShardFolder
 
 FINISHED = "_manifest.arrow"
@@ -263,12 +263,12 @@ def test_a_reader_takes_no_half_of_a_data_set(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", fail_at=5)
     with pytest.raises(DataError, match="--resume"):
-        iter(Inputs([tmp_path / "out"]).sources)
+        iter(Inputs([tmp_path / "out"]).all_files)
     folder = write(tmp_path / "out", resume=True)
-    assert [source.path for source in Inputs([tmp_path / "out"]).sources] == folder.paths
+    assert [source.path for source in Inputs([tmp_path / "out"]).all_files] == folder.paths
     folder.paths[1].unlink()
     with pytest.raises(DataError, match=r"vectors-00001\.arrow: no such file"):
-        iter(Inputs([tmp_path / "out"]).sources)
+        iter(Inputs([tmp_path / "out"]).all_files)
 
 
 def test_a_finished_folder_of_parquet_resumes_too(tmp_path):
@@ -281,7 +281,7 @@ def test_a_finished_folder_of_parquet_resumes_too(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     names = ["_manifest.parquet", *(f"vectors-0000{index}.parquet" for index in range(4))]
     assert sorted(os.listdir(tmp_path / "out")) == names
-    assert [source.name for source in Inputs([tmp_path / "out"]).sources] == names[1:]
+    assert [source.name for source in Inputs([tmp_path / "out"]).all_files] == names[1:]
     assert read_manifest(tmp_path / "out").totals["rows"] == 21
     os.truncate(tmp_path / "out/vectors-00001.parquet", 100)
     (tmp_path / "out/_unfinished.json").write_text(read_manifest(tmp_path / "out").to_json())
@@ -338,25 +338,25 @@ def test_only_other_contents_are_refused(
 def test_a_file_is_known_by_its_size_and_its_ends(tmp_path: Path) -> None:
     path, data = tmp_path / "large.arrow", bytearray(np.random.default_rng(0).bytes(3 * END))
     path.write_bytes(data)
-    digest = content_digest(Source(path, "large", "large"))
+    digest = content_digest(InputFile(path, "large", "large"))
     for position, is_seen in ((100, True), (len(data) - 100, True), (len(data) // 2, False)):
         data[position] ^= 1
         path.write_bytes(data)
-        assert (content_digest(Source(path, "large", "large")) != digest) == is_seen
+        assert (content_digest(InputFile(path, "large", "large")) != digest) == is_seen
         data[position] ^= 1
     path.write_bytes(data[:END] + data[END - 1 :])
-    assert content_digest(Source(path, "large", "large")) != digest
-    assert content_digest(Source(None, "-", "-")) is None
+    assert content_digest(InputFile(path, "large", "large")) != digest
+    assert content_digest(InputFile(None, "-", "-")) is None
 
 
 def test_a_file_in_a_store_is_known_by_its_tag_or_its_time(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a")
     store = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
-    first = content_digest(Source(Path("a"), "a", "store://a", store))
-    assert first == content_digest(Source(Path("a"), "a", "store://a", store))
+    first = content_digest(InputFile(Path("a"), "a", "store://a", store))
+    assert first == content_digest(InputFile(Path("a"), "a", "store://a", store))
     os.utime(tmp_path / "a", (1, 1))
-    assert content_digest(Source(Path("a"), "a", "store://a", store)) not in (None, first)
-    assert content_digest(Source(Path("b"), "b", "store://b", store)) is None
+    assert content_digest(InputFile(Path("a"), "a", "store://a", store)) not in (None, first)
+    assert content_digest(InputFile(Path("b"), "b", "store://b", store)) is None
 
     class Tagged(fs.FSSpecHandler):
         def __init__(self, tag: str) -> None:
@@ -365,7 +365,7 @@ def test_a_file_in_a_store_is_known_by_its_tag_or_its_time(tmp_path: Path) -> No
             )()
 
     tags = [
-        content_digest(Source(Path("a"), "a", "a", fs.PyFileSystem(Tagged(tag))))
+        content_digest(InputFile(Path("a"), "a", "a", fs.PyFileSystem(Tagged(tag))))
         for tag in ("1", "1", "2")
     ]
     assert tags[0] == tags[1] != tags[2]

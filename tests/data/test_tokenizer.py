@@ -25,9 +25,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data import text_pieces
 from longnet_cli.data import tokenizer as module
-from longnet_cli.data.documents import Document, TextPlaces
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tables import Text
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.opened_inputs import Text
+from longnet_cli.data.token_documents import Document, TextPlaces
 from longnet_cli.data.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
 from longnet_cli.models.folder import ModelFolder
 

@@ -14,9 +14,9 @@ import pytest
 from files import write_file, write_stream
 
 from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
-from longnet_cli.data import documents
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.tables import numpy_dtype
+from longnet_cli.data import token_documents as documents
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.opened_inputs import numpy_dtype
 from longnet_cli.data.vectors import Vectors
 
 WIDTH, FLOAT = 5, pa.float32()

@@ -29,7 +29,7 @@ from processes import invoke
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training.costs import step_flops, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from longnet_cli.attention import Pattern, groups
 from longnet_cli.basics.errors import DataError, MemoryLimitError, TooLongError
 from longnet_cli.cli.dry_run import show_reading
-from longnet_cli.data.documents import Document
-from longnet_cli.data.tables import Text
+from longnet_cli.data.opened_inputs import Text
+from longnet_cli.data.token_documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.estimating import (

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from longnet_cli.attention import Pattern, chosen
 from longnet_cli.attention.choosing import Choice, Voting
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
-from longnet_cli.data.documents import Document, Part
+from longnet_cli.data.token_documents import Document, Part
 from longnet_cli.data.vectors import Vectors
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.nets.longnet import LongNet

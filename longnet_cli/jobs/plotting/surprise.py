@@ -33,7 +33,7 @@ import numpy as np
 
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
-from longnet_cli.data.folders import ARROW_KINDS, sniff
+from longnet_cli.data.file_kinds import ARROW_KINDS, sniff
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
 from longnet_cli.jobs.scoring.token_logprobs import Logged, LogprobFile
 

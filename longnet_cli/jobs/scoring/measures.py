@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from longnet_cli.data.documents import SPOOL_BYTES
-from longnet_cli.data.files import no_place
+from longnet_cli.data.stored_files import no_place
+from longnet_cli.data.token_documents import SPOOL_BYTES
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.columns import Wanted
-from longnet_cli.data.documents import Document, TextPlaces
-from longnet_cli.data.formats import open_source
-from longnet_cli.data.names import Sources
-from longnet_cli.data.outputs import ShardWriter
-from longnet_cli.data.tables import Table, pick
+from longnet_cli.data.column_choice import Wanted
+from longnet_cli.data.input_files import InputFiles
+from longnet_cli.data.opened_inputs import Table, pick
+from longnet_cli.data.opening import open_input
+from longnet_cli.data.row_writer import ShardWriter
+from longnet_cli.data.token_documents import Document, TextPlaces
 
 BATCH = 1 << 18  # tokens per record batch
 _COLUMNS = [
@@ -111,8 +111,8 @@ class LogprobFile:
 
     def __init__(self, name: str) -> None:
         """Open a file. Raises DataError for one that is missing, damaged or has no log-probabilities."""
-        sources = [*Sources([name])]
-        table = open_source(sources[0], Wanted()) if len(sources) == 1 else None
+        sources = [*InputFiles([name])]
+        table = open_input(sources[0], Wanted()) if len(sources) == 1 else None
         if not isinstance(table, Table) or not {*_COLUMNS} <= {*table.schema.names}:
             raise DataError(
                 f"{name}: not a file of log-probabilities, which `longnet score --token-logprobs` writes"

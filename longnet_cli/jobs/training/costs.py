@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from longnet_cli.basics.errors import LongNetError
-from longnet_cli.data.inputs import Inputs
+from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating import (
     Estimate,

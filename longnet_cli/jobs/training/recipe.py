@@ -18,7 +18,7 @@ from longnet_cli.basics.configuration import StrictModel, parse, read_text, vali
 from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_address
 from longnet_cli.basics.model_files import TOKENIZER
 from longnet_cli.basics.sizes import DTYPES_OF_TORCH, parse_size
-from longnet_cli.data.names import Sources
+from longnet_cli.data.input_files import InputFiles
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
 from longnet_cli.models.folder import ModelFolder
@@ -49,8 +49,8 @@ class MixedInputs(StrictModel):
     weight: float = Field(gt=0)
 
     @cached_property
-    def files(self) -> Sources:
-        return Sources(self.inputs)
+    def files(self) -> InputFiles:
+        return InputFiles(self.inputs)
 
 
 class DataRecipe(StrictModel):
@@ -81,8 +81,8 @@ class DataRecipe(StrictModel):
         return self.mix or [MixedInputs(inputs=names, weight=1) for names in (self.train,) if names]
 
     @cached_property
-    def held_out_files(self) -> Sources | None:
-        return Sources(self.held_out) if self.held_out else None
+    def held_out_files(self) -> InputFiles | None:
+        return InputFiles(self.held_out) if self.held_out else None
 
 
 class OptimizerRecipe(StrictModel):

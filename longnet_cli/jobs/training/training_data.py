@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.documents import Document
-from longnet_cli.data.inputs import Inputs
-from longnet_cli.data.names import Sources
+from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.input_files import InputFiles
+from longnet_cli.data.token_documents import Document
 from longnet_cli.data.tokenizer import NO_END, Tokenizer
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.ranks.ranks import Ranks
@@ -42,7 +42,7 @@ def build_data(
     if initial:
         ModelFolder.find(initial).tokenizer(data.tokenizer, differs=tokenizer_differs)
 
-    def documents(sources: Sources) -> list[Document]:
+    def documents(sources: InputFiles) -> list[Document]:
         return list(
             Inputs(sources, tokenizer, data.column, vocab_size=recipe.model.vocab_size).documents()
         )

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.documents import Document
+from longnet_cli.data.token_documents import Document
 
 POSITION_VERSION = 2
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.files import FileChangedError, Part, no_place
+from longnet_cli.data.stored_files import FileChangedError, Part, no_place
 from longnet_cli.data.tokenizer import Tokenizer
 
 STEP = (
@@ -166,6 +166,20 @@ class Unread(Document):
     def __init__(self, error: DataError, *, file: bool = False) -> None:
         super().__init__("", np.empty(0, np.int64), 0, str(error))
         self.error, self.file = error, file
+
+
+class Apart:
+    """Names of documents, one after the other: a name that repeats the one before would be read back with it as one."""
+
+    last = written = ""
+    repeats = 0
+
+    def name(self, doc_id: str) -> str:
+        """Return the name of the next document: `doc_id`, or `doc_id#1`, `doc_id#2` where it repeats."""
+        self.repeats = self.repeats + 1 if doc_id == self.last else 0
+        name = f"{doc_id}#{self.repeats}" if self.repeats else doc_id
+        self.last, self.written = doc_id, f"{name}#1" if name == self.written else name
+        return self.written
 
 
 def collect(parts: Iterable[Part]) -> list[Part]:

@@ -1,64 +1,25 @@
-"""The data files of a folder, local or in a store: the shards of a data set in its order, or every text.
-
-Kinds of files are known by their first bytes and by their names.
-"""
+"""The data files of a folder, local or in a store: the shards of a data set in its order, or every text."""
 
 import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from mimetypes import MimeTypes
 from os.path import commonprefix
 from pathlib import PurePosixPath
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
+from longnet_cli.data.file_kinds import (
+    HDF5_SUFFIXES,
+    JSON_SUFFIXES,
+    PACKED_SUFFIXES,
+    SHARD_SUFFIXES,
+    bare_name,
+    compression,
+    is_named_text,
+    sniff,
+)
 from longnet_cli.data.machine_shares import shards_of_shares
 from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
-
-SHARD_SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather")
-JSON_SUFFIXES = (".jsonl", ".ndjson")
-HDF5_SUFFIXES = (".h5", ".hdf5")
-FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")  # which are refused
-PACKED_SUFFIXES = (".gz", ".zst")
-ARROW_KINDS = ("file", "stream", "parquet")  # results of `sniff` for tables with typed columns
-
-_KINDS = MimeTypes()  # without those of the system, which differ
-_PACKED = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_MAGIC = {
-    b"ARROW1\0\0": "file",
-    b"\xff\xff\xff\xff": "stream",
-    b"\x89HDF\r\n\x1a\n": "hdf5",
-    b"PAR1": "parquet",
-}
-
-
-def sniff(head: bytes) -> str:
-    """Return `file`, `stream` (Arrow IPC), `parquet`, `hdf5` or `text`, by at least the first 8 bytes."""
-    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "text")
-
-
-def compression(head: bytes) -> str | None:
-    """Return the compression of an input, by at least its first 8 bytes; None if it is not compressed."""
-    if (
-        head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5
-    ):  # a skippable frame, with which pzstd's files start
-        return "zstd"
-    return next((name for magic, name in _PACKED.items() if head.startswith(magic)), None)
-
-
-def bare_name(name: str) -> str:
-    """Return the name of a file in lower case, without the suffix of its compression: `a.jsonl` for `A.jsonl.GZ`."""
-    name = name.lower()
-    return next(
-        (name.removesuffix(suffix) for suffix in PACKED_SUFFIXES if name.endswith(suffix)), name
-    )
-
-
-def is_named_text(name: str) -> bool:
-    """Return whether the suffix of a file names a kind of text."""
-    bare = bare_name(name)
-    return (_KINDS.guess_type(bare)[0] or "").startswith("text/") or bare.endswith((".md", ".rst"))
-
 
 # The words by which Hugging Face knows a split in the name of a file
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}

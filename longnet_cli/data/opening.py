@@ -1,7 +1,7 @@
 """File formats, known by contents: Arrow IPC file or stream, Parquet, HDF5, JSON Lines, UTF-8 text.
 
 Any of them may be compressed: the unpacked data is then read as from a pipe. A new format is one more case of
-`open_source`, in `_open_file` and `_open_pipe`. Every failure is one line that names the file and the batch.
+`open_input`, in `_open_file` and `_open_pipe`. Every failure is one line that names the file and the batch.
 """
 
 import codecs
@@ -19,9 +19,8 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data import arrow
-from longnet_cli.data.columns import Wanted
-from longnet_cli.data.files import StoredFile, no_place
-from longnet_cli.data.folders import (
+from longnet_cli.data.column_choice import Wanted
+from longnet_cli.data.file_kinds import (
     FASTA_SUFFIXES,
     JSON_SUFFIXES,
     SHARD_SUFFIXES,
@@ -30,9 +29,9 @@ from longnet_cli.data.folders import (
     sniff,
 )
 from longnet_cli.data.hdf5 import open_hdf5
+from longnet_cli.data.input_files import STDIN, InputFile
 from longnet_cli.data.jsonlines import open_json_lines
-from longnet_cli.data.names import STDIN, Source
-from longnet_cli.data.tables import (
+from longnet_cli.data.opened_inputs import (
     BYTE_ORDER_MARK,
     Pipe,
     Stdin,
@@ -42,6 +41,7 @@ from longnet_cli.data.tables import (
     pick,
     reading,
 )
+from longnet_cli.data.stored_files import StoredFile, no_place
 
 PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
@@ -58,36 +58,36 @@ _ADVICE = {
 STEP = 1 << 12  # bytes unpacked at a time: so many or fewer are lost before damage
 
 
-def open_source(source: Source, wanted: Wanted) -> Text | Table:
+def open_input(input_file: InputFile, wanted: Wanted) -> Text | Table:
     """Open one input. JSON Lines are recognised by the column in `wanted`, otherwise by the usual keys.
 
     Raises DataError for an input that is missing, empty, damaged, or neither a table nor UTF-8 text.
     """
-    if source.path is None:
+    if input_file.path is None:
         stdin = Stdin()
         pipe = Pipe(io.BufferedReader(stdin, TEXT_BUFFER), stdin)
-        opened = _open_pipe(source, pipe, wanted)
+        opened = _open_pipe(input_file, pipe, wanted)
         return replace(opened, ready=pipe.ready) if isinstance(opened, Table) else opened
-    with reading(source.where):
-        if source.filesystem is not None:
+    with reading(input_file.where):
+        if input_file.filesystem is not None:
             from longnet_cli.data.remote import (
                 open_remote,
             )  # imported late: 20 ms that local input does not need
 
-            file = open_remote(source.filesystem, str(source.path), source.where)
+            file = open_remote(input_file.filesystem, str(input_file.path), input_file.where)
             # A store that is busy answers with some lines. pyarrow tries again only if they fit what it asked for.
             kind = sniff(file.read(BUSY_ANSWER)[:8])
             file.seek(0)
             if kind == "parquet":
                 # Its reader asks for the columns that it needs; a buffer would read more.
-                return _open_parquet(source, file)
-            return _open_file(source, io.BufferedReader(file, REMOTE_BUFFER), wanted)
+                return _open_parquet(input_file, file)
+            return _open_file(input_file, io.BufferedReader(file, REMOTE_BUFFER), wanted)
         # A named pipe, the shell's <(command), or a kernel file (/proc), whose size is 0.
-        if not source.path.is_file() or source.path.stat().st_size == 0:
-            return _open_pipe(source, Pipe(open(source.path, "rb")), wanted)
-        stored = StoredFile(source.path, source.where)
-        opened = _open_file(source, stored, wanted)
-        if isinstance(opened, Table) and source.path == STDIN:
+        if not input_file.path.is_file() or input_file.path.stat().st_size == 0:
+            return _open_pipe(input_file, Pipe(open(input_file.path, "rb")), wanted)
+        stored = StoredFile(input_file.path, input_file.where)
+        opened = _open_file(input_file, stored, wanted)
+        if isinstance(opened, Table) and input_file.path == STDIN:
             opened = replace(opened, ready=lambda: True)
         if isinstance(opened, Table) and opened.format not in (
             "Parquet",
@@ -97,7 +97,7 @@ def open_source(source: Source, wanted: Wanted) -> Text | Table:
         return opened
 
 
-def _open_file(source: Source, stream: Any, wanted: Wanted) -> Text | Table:
+def _open_file(input_file: InputFile, stream: Any, wanted: Wanted) -> Text | Table:
     """Open `stream`, a binary file that can seek: a StoredFile, or a buffered one."""
     kind = sniff(stream.read(8))
     stream.seek(0)
@@ -105,39 +105,39 @@ def _open_file(source: Source, stream: Any, wanted: Wanted) -> Text | Table:
         buffered = (
             io.BufferedReader(stream, TEXT_BUFFER) if isinstance(stream, StoredFile) else stream
         )
-        return _open_pipe(source, Pipe(buffered), wanted)
+        return _open_pipe(input_file, Pipe(buffered), wanted)
     if kind == "parquet":
-        return _open_parquet(source, stream)
+        return _open_parquet(input_file, stream)
     if kind == "hdf5":
-        return open_hdf5(source.name, source.where, stream)
+        return open_hdf5(input_file.name, input_file.where, stream)
     if kind == "file":
         if isinstance(stream, StoredFile):
-            return arrow.open_file(source.name, source.where, stream)
-        return _open_pipe(source, Pipe(stream), wanted)
-    return arrow.open_ipc_stream(source.name, source.where, stream)
+            return arrow.open_file(input_file.name, input_file.where, stream)
+        return _open_pipe(input_file, Pipe(stream), wanted)
+    return arrow.open_ipc_stream(input_file.name, input_file.where, stream)
 
 
 def _open_pipe(
-    source: Source, pipe: Pipe, wanted: Wanted, *, unpacked: bool = False
+    input_file: InputFile, pipe: Pipe, wanted: Wanted, *, unpacked: bool = False
 ) -> Text | Table:
     """Open a pipe, or text in a file. `unpacked` data is not unpacked again: a file may unpack to itself, for ever."""
-    with reading(source.where):
+    with reading(input_file.where):
         kind = sniff(pipe.peek(8))
         if not unpacked and (packed := compression(pipe.peek(8))):
-            unpacking = io.BufferedReader(_Unpacked(packed, pipe, source.where), TEXT_BUFFER)
-            return _open_pipe(source, Pipe(unpacking), wanted, unpacked=True)
+            unpacking = io.BufferedReader(_Unpacked(packed, pipe, input_file.where), TEXT_BUFFER)
+            return _open_pipe(input_file, Pipe(unpacking), wanted, unpacked=True)
         if kind == "text":
-            return _open_text(source, pipe, wanted)
+            return _open_text(input_file, pipe, wanted)
         if kind == "stream":
-            return arrow.open_ipc_stream(source.name, source.where, pipe)
+            return arrow.open_ipc_stream(input_file.name, input_file.where, pipe)
         if kind == "file" and arrow.is_sequential(pipe.peek(12)):
-            return arrow.open_pipe(source.name, source.where, pipe)
+            return arrow.open_pipe(input_file.name, input_file.where, pipe)
         whole = (
             pa.BufferReader(pipe.read())
             if kind == "parquet"
-            else StoredFile(_copy(pipe), source.where)
+            else StoredFile(_copy(pipe), input_file.where)
         )
-        return _open_file(source, whole, wanted)  # its index is at its end
+        return _open_file(input_file, whole, wanted)  # its index is at its end
 
 
 def _copy(pipe: Pipe) -> int:
@@ -151,29 +151,29 @@ def _copy(pipe: Pipe) -> int:
         raise no_place(error) from error
 
 
-def _open_text(source: Source, pipe: Pipe, wanted: Wanted) -> Text | Table:
+def _open_text(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Table:
     """Open JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
-    if bare_name(source.name).endswith(
+    if bare_name(input_file.name).endswith(
         FASTA_SUFFIXES
     ):  # as a text, its headers would be read as if they were letters
         raise DataError(
-            f"{source.where}: FASTA is not read: make JSON Lines of it, an object for each record"
+            f"{input_file.where}: FASTA is not read: make JSON Lines of it, an object for each record"
         )
-    table = open_json_lines(source, pipe, wanted)
+    table = open_json_lines(input_file, pipe, wanted)
     if table:
         return table
-    parts = _decoded(pipe, source.where)
+    parts = _decoded(pipe, input_file.where)
     beginning = next(parts, None)
     if beginning is None:
-        is_file = source.path is not None and (
-            source.filesystem is not None or source.path.is_file()
+        is_file = input_file.path is not None and (
+            input_file.filesystem is not None or input_file.path.is_file()
         )
-        if not is_file or bare_name(source.name).endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
+        if not is_file or bare_name(input_file.name).endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
             raise DataError(
-                f"{source.where}: {'the file is empty (0 bytes)' if is_file else 'nothing came'}"
+                f"{input_file.where}: {'the file is empty (0 bytes)' if is_file else 'nothing came'}"
             )
-        return Text(source.name, "", source.where)  # an empty text is a document too
-    return Text(source.name, beginning, source.where, rest=parts)
+        return Text(input_file.name, "", input_file.where)  # an empty text is a document too
+    return Text(input_file.name, beginning, input_file.where, rest=parts)
 
 
 def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
@@ -205,7 +205,7 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
         position, data = position + used, data[used:] + following
 
 
-def _open_parquet(source: Source, file: Any) -> Table:
+def _open_parquet(input_file: InputFile, file: Any) -> Table:
     import pyarrow.parquet as pq  # imported late: 30 ms that Arrow input does not need
 
     # Threads of pyarrow would read ahead, and one that still holds `file` when the interpreter ends aborts the process.
@@ -215,7 +215,7 @@ def _open_parquet(source: Source, file: Any) -> Table:
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     if sum(group.num_rows for group in groups) != metadata.num_rows:
         raise DataError(
-            f"{source.where}: the data is damaged or truncated (its row groups do not add up)"
+            f"{input_file.where}: the data is damaged or truncated (its row groups do not add up)"
         )
     size = sum(group.total_byte_size for group in groups)
     rows = PARQUET_BATCH_BYTES * metadata.num_rows // max(1, size)
@@ -227,7 +227,7 @@ def _open_parquet(source: Source, file: Any) -> Table:
         rows_so_far = 0
         values = 0  # in the documents' column
         while True:
-            with reading(f"{source.where}, batch {index}", row=rows_so_far):
+            with reading(f"{input_file.where}, batch {index}", row=rows_so_far):
                 batch = next(reader, None)
                 if batch is None:
                     break
@@ -242,15 +242,20 @@ def _open_parquet(source: Source, file: Any) -> Table:
         # A damaged page may hold fewer values than its column declares, which Parquet's reader does not report.
         if (rows_so_far, values) != (metadata.num_rows, expected):
             raise DataError(
-                f"{source.where}: truncated: {rows_so_far} rows of {values} values, of the {metadata.num_rows} rows of "
-                f"{expected} that it should hold"
+                f"{input_file.where}: truncated: {rows_so_far} rows of {values} values, of the "
+                f"{metadata.num_rows} rows of {expected} that it should hold"
             )
 
     def fraction(rows: int) -> float:
         return rows / max(1, metadata.num_rows)
 
     return Table(
-        source.name, source.where, parquet.schema_arrow, batches, "Parquet", fraction=fraction
+        input_file.name,
+        input_file.where,
+        parquet.schema_arrow,
+        batches,
+        "Parquet",
+        fraction=fraction,
     )
 
 

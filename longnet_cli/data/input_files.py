@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, refuse_web_address
-from longnet_cli.data.files import read_error
-from longnet_cli.data.folders import choose_files, is_hidden, natural_order
+from longnet_cli.data.folder_files import choose_files, is_hidden, natural_order
+from longnet_cli.data.stored_files import read_error
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -26,22 +26,8 @@ if TYPE_CHECKING:
 STDIN = Path("/dev/stdin")  # where stdin can seek
 
 
-class Apart:
-    """Names of documents, one after the other: a name that repeats the one before would be read back with it as one."""
-
-    last = written = ""
-    repeats = 0
-
-    def name(self, doc_id: str) -> str:
-        """Return the name of the next document: `doc_id`, or `doc_id#1`, `doc_id#2` where it repeats."""
-        self.repeats = self.repeats + 1 if doc_id == self.last else 0
-        name = f"{doc_id}#{self.repeats}" if self.repeats else doc_id
-        self.last, self.written = doc_id, f"{name}#1" if name == self.written else name
-        return self.written
-
-
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """One file to read, or stdin where `path` is None. `name` becomes the doc_id, `where` goes into messages.
 
     Both are the path's UTF-8 text, in any locale. `filesystem` holds the path, None on this machine; the listing of a
@@ -64,7 +50,7 @@ class Source:
         return self.stored_size
 
 
-class Sources:
+class InputFiles:
     """The files that `names` stand for, in order. Names are expanded when the files are first needed, and only once.
 
     Iterating raises the DataError of the first missing input, unless `skip_bad`.
@@ -73,17 +59,17 @@ class Sources:
     def __init__(self, names: Sequence[str | Path], *, skip_bad: bool = False) -> None:
         self.names, self.skip_bad = names, skip_bad
 
-    def __iter__(self) -> Iterator[Source]:
+    def __iter__(self) -> Iterator[InputFile]:
         if self.missing and not self.skip_bad:
             raise self.missing[0]
         return iter(self.found)
 
     @cached_property
-    def _expanded(self) -> tuple[list[Source], list[DataError]]:
-        return find_sources(self.names)
+    def _expanded(self) -> tuple[list[InputFile], list[DataError]]:
+        return find_files(self.names)
 
     @property
-    def found(self) -> list[Source]:
+    def found(self) -> list[InputFile]:
         """The files that are there."""
         return self._expanded[0]
 
@@ -93,7 +79,7 @@ class Sources:
         return self._expanded[1]
 
 
-def find_sources(names: Sequence[str | Path]) -> tuple[list[Source], list[DataError]]:
+def find_files(names: Sequence[str | Path]) -> tuple[list[InputFile], list[DataError]]:
     """Expand folders, globs, lists and URIs into files; return these, and the errors of inputs that cannot be found.
 
     A name that occurs twice becomes the whole path. A file that is reached more than once, by another name or through a
@@ -105,29 +91,31 @@ def find_sources(names: Sequence[str | Path]) -> tuple[list[Source], list[DataEr
     if sum(str(name) in ("-", "@-") for name in names) > 1:
         raise ConfigError("stdin (-) can be read only once")
     expanded = [*_expand_all([_as_text(str(name)) for name in names], in_list=False)]
-    sources = once(item for item in expanded if isinstance(item, Source))
+    files = once(item for item in expanded if isinstance(item, InputFile))
     missing = [item for item in expanded if isinstance(item, DataError)]
-    times = Counter(source.name for source in sources)
-    for index, source in enumerate(sources):
-        if times[source.name] > 1:
-            sources[index] = replace(source, name=source.where)
-    return sources, missing
+    times = Counter(input_file.name for input_file in files)
+    for index, input_file in enumerate(files):
+        if times[input_file.name] > 1:
+            files[index] = replace(input_file, name=input_file.where)
+    return files, missing
 
 
-def once(sources: Iterable[Source]) -> list[Source]:
-    """Return the sources, but leave out files that repeat an earlier one (same device and inode), with a warning."""
-    first: dict[object, Source] = {}
+def once(files: Iterable[InputFile]) -> list[InputFile]:
+    """Return the files, but leave out files that repeat an earlier one (same device and inode), with a warning."""
+    first: dict[object, InputFile] = {}
     again: list[str] = []
-    for source in sources:
-        key: object = source.where
-        if source.path is not None and source.filesystem is None:
+    for input_file in files:
+        key: object = input_file.where
+        if input_file.path is not None and input_file.filesystem is None:
             with suppress(OSError):
-                status = source.path.stat()
+                status = input_file.path.stat()
                 key = status.st_dev, status.st_ino
-        earlier = first.setdefault(key, source)
-        if earlier is not source:
-            same = earlier.where == source.where
-            again.append(source.where if same else f"{source.where}, which is {earlier.where},")
+        earlier = first.setdefault(key, input_file)
+        if earlier is not input_file:
+            same = earlier.where == input_file.where
+            again.append(
+                input_file.where if same else f"{input_file.where}, which is {earlier.where},"
+            )
     if again:
         more = f" (and {len(again) - 1} more)" if again[1:] else ""
         warnings.warn(
@@ -138,17 +126,17 @@ def once(sources: Iterable[Source]) -> list[Source]:
     return list(first.values())
 
 
-def _expand_all(items: Iterable[str], *, in_list: bool) -> Iterator[Source | DataError]:
+def _expand_all(items: Iterable[str], *, in_list: bool) -> Iterator[InputFile | DataError]:
     """Yield the files that inputs name, and an error for each input that cannot be found."""
     for item in items:
         try:
-            for source in _expand(item, in_list=in_list):
-                if isinstance(source, Source) and any(
-                    "\ud800" <= character <= "\udfff" for character in source.where
+            for input_file in _expand(item, in_list=in_list):
+                if isinstance(input_file, InputFile) and any(
+                    "\ud800" <= character <= "\udfff" for character in input_file.where
                 ):
-                    yield DataError(f"{source.where!a}: the name is not UTF-8: rename it")
+                    yield DataError(f"{input_file.where!a}: the name is not UTF-8: rename it")
                 else:
-                    yield source
+                    yield input_file
         except DataError as error:
             yield error
 
@@ -166,7 +154,7 @@ def _as_path(text: str) -> str:
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
-def _expand(item: str, *, in_list: bool) -> Iterable[Source | DataError]:
+def _expand(item: str, *, in_list: bool) -> Iterable[InputFile | DataError]:
     if not item:  # such as an unset variable in a script
         raise ConfigError(
             "an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin"
@@ -182,33 +170,36 @@ def _expand(item: str, *, in_list: bool) -> Iterable[Source | DataError]:
 
         filesystem, remote = find_remote(item)
         return [
-            Source(Path(path), name, where, filesystem, size) for path, name, where, size in remote
+            InputFile(Path(path), name, where, filesystem, size)
+            for path, name, where, size in remote
         ]
     path = Path(_as_path(item))
     if item == "-":
-        return [_stdin_source()]
+        return [_stdin_file()]
     if path.is_dir():
         names, beside = _folder_files(path)
         paths = [path / _as_path(name) for name in names]
         return [
-            Source(file, name, _as_text(str(file)), beside=beside)
+            InputFile(file, name, _as_text(str(file)), beside=beside)
             for file, name in zip(paths, names, strict=True)
         ]
     if path.exists():
-        return [Source(path, _as_text(path.name), item)]
+        return [InputFile(path, _as_text(path.name), item)]
     if item.startswith("@") and not in_list:
         return _expand_all(_listed(item[1:]), in_list=True)
     if glob.has_magic(item):
         matches = filter(os.path.isfile, glob.glob(_as_path(item), recursive=True))
         files = sorted(map(_as_text, matches), key=natural_order)
         if files:
-            return [Source(Path(_as_path(file)), file.rpartition("/")[2], file) for file in files]
+            return [
+                InputFile(Path(_as_path(file)), file.rpartition("/")[2], file) for file in files
+            ]
         raise DataError(f"{item}: no file matches")
     raise DataError(f"{item}: no such file or folder")
 
 
-def _stdin_source() -> Source:
-    """Return the source for stdin. `< file` can seek, like any other file; anything else is read once, forwards."""
+def _stdin_file() -> InputFile:
+    """Return the input_file for stdin. `< file` can seek, like any other file; anything else is read once, forwards."""
     if sys.stdin is None:
         raise DataError("stdin is closed")
     try:
@@ -216,7 +207,7 @@ def _stdin_source() -> Source:
         regular = stat.S_ISREG(os.fstat(handle).st_mode) and os.lseek(handle, 0, os.SEEK_CUR) == 0
     except (OSError, ValueError):
         regular = False
-    return Source(STDIN if regular else None, "stdin", "stdin")
+    return InputFile(STDIN if regular else None, "stdin", "stdin")
 
 
 def _listed(name: str) -> list[str]:

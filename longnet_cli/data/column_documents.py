@@ -13,12 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
-from longnet_cli.data.columns import Columns, is_chat, list_bounds, numbers
-from longnet_cli.data.documents import Unread, collect
-from longnet_cli.data.files import Part
+from longnet_cli.data.column_choice import Columns, is_chat, list_bounds, numbers
 from longnet_cli.data.manifest import is_manifest
-from longnet_cli.data.names import Apart
-from longnet_cli.data.tables import Table, Text, pick, plain, reading
+from longnet_cli.data.opened_inputs import Table, Text, pick, plain, reading
+from longnet_cli.data.stored_files import Part
+from longnet_cli.data.token_documents import Apart, Unread, collect
 from longnet_cli.data.tokenizer import Tokenizer
 
 T = TypeVar("T")

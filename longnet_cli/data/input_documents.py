@@ -1,6 +1,6 @@
 """Input documents: the rows of tables and the texts of files, as text, as token ids or as vectors.
 
-    names --Sources--> Source --open_source--> Text | Table --DocumentPass--> Text | Document | Vectors
+    names --InputFiles--> InputFile --open_input--> Text | Table --DocumentPass--> Text | Document | Vectors
 
 Token columns stay in their file and are sliced, never joined: Arrow's 32-bit list offsets overflow at 2^31 tokens. A
 resumed run knows its inputs again by digests of their contents.
@@ -32,7 +32,7 @@ from longnet_cli.basics.errors import (
     LongNetError,
     RefusedError,
 )
-from longnet_cli.data.columns import (
+from longnet_cli.data.column_choice import (
     INTEGERS,
     VECTOR_COLUMNS,
     Columns,
@@ -44,42 +44,42 @@ from longnet_cli.data.columns import (
     is_text,
     stays_in_file,
 )
-from longnet_cli.data.documents import Document, Unread, collect
-from longnet_cli.data.files import FileChangedError, Part, no_place
-from longnet_cli.data.folders import ARROW_KINDS, compression, sniff
-from longnet_cli.data.formats import open_source
-from longnet_cli.data.machine_shares import Share
-from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.names import Apart, Source, Sources
-from longnet_cli.data.tables import Stdin, Table, Text, reading
-from longnet_cli.data.text_pieces import Unit, note_ends
-from longnet_cli.data.token_columns import (
+from longnet_cli.data.column_documents import (
     DocumentRows,
     flat_documents,
     list_documents,
     read_documents,
     table_texts,
 )
+from longnet_cli.data.file_kinds import ARROW_KINDS, compression, sniff
+from longnet_cli.data.input_files import InputFile, InputFiles
+from longnet_cli.data.machine_shares import Share
+from longnet_cli.data.manifest import read_manifest
+from longnet_cli.data.opened_inputs import Stdin, Table, Text, reading
+from longnet_cli.data.opening import open_input
+from longnet_cli.data.stored_files import FileChangedError, Part, no_place
+from longnet_cli.data.text_pieces import Unit, note_ends
+from longnet_cli.data.token_documents import Apart, Document, Unread, collect
 from longnet_cli.data.tokenizer import Tokenizer, fitting
 from longnet_cli.data.vectors import vector_documents
 
 END = 1 << 20  # bytes at each end of a file, by which a resumed run knows it again
 
 
-def content_digest(source: Source) -> str | None:
+def content_digest(input_file: InputFile) -> str | None:
     """Return a digest of a file's size and of its first and last END bytes, which a table's footer is among.
 
     Of a file in a store, it is of the ETag, or of size and time. It is None for a pipe, and for what cannot be read,
     which its reader reports.
     """
-    if source.filesystem is not None and source.filesystem.type_name != "local":
+    if input_file.filesystem is not None and input_file.filesystem.type_name != "local":
         from longnet_cli.data.remote import version  # imported late: 20 ms for stores alone
 
-        state = version(source.filesystem, str(source.path))
+        state = version(input_file.filesystem, str(input_file.path))
         return state and hashlib.sha256(state.encode()).hexdigest()[:16]
-    if source.path is None or not source.path.is_file():
+    if input_file.path is None or not input_file.path.is_file():
         return None
-    with suppress(OSError), open(source.path, "rb") as file:
+    with suppress(OSError), open(input_file.path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(b"%d" % size)
         digest.update(file.read(END))
@@ -116,7 +116,7 @@ class Inputs:
     DataError becomes an `Unread` document.
     """
 
-    names: Sequence[str | Path] | Sources
+    names: Sequence[str | Path] | InputFiles
     tokenizer: Tokenizer | None = None
     column: str | None = None
     id_column: str | None = None
@@ -130,22 +130,22 @@ class Inputs:
     share: Share | None = None
 
     @cached_property
-    def sources(self) -> Sources:
-        """The files."""
+    def all_files(self) -> InputFiles:
+        """The files that the names stand for, those of other shares too."""
         return (
             self.names
-            if isinstance(self.names, Sources)
-            else Sources(self.names, skip_bad=self.skip_bad)
+            if isinstance(self.names, InputFiles)
+            else InputFiles(self.names, skip_bad=self.skip_bad)
         )
 
     @cached_property
-    def files(self) -> list[Source]:
+    def files(self) -> list[InputFile]:
         """The files that are read: those of the share, but all files if they are fewer than the shares."""
-        files = [*self.sources]
+        files = [*self.all_files]
         if self.share is None:
             return files
         if not self.shares_documents:
-            sizes = [(source.where, source.size or 0) for source in files]
+            sizes = [(input_file.where, input_file.size or 0) for input_file in files]
             return [files[index] for index in self.share.of_files(sizes)]
         which = f"documents {self.share.number}, {self.share.number + self.share.count}, ..."
         warnings.warn(
@@ -159,7 +159,7 @@ class Inputs:
     @property
     def shares_documents(self) -> bool:
         """Whether a share is one of documents: there are fewer files than shares."""
-        return self.share is not None and len(self.sources.found) < self.share.count
+        return self.share is not None and len(self.all_files.found) < self.share.count
 
     @property
     def wanted(self) -> Wanted:
@@ -171,17 +171,19 @@ class Inputs:
         A resumed run must find it again.
         """
         digest = hashlib.sha256()
-        sources = self.sources.found
-        for source in sources:
-            digest.update(f"{source.name}\0{source.size}\0".encode("utf-8", "surrogateescape"))
-        return f"{len(sources)} file{'s' * (len(sources) != 1)}, {digest.hexdigest()[:16]}"
+        files = self.all_files.found
+        for input_file in files:
+            digest.update(
+                f"{input_file.name}\0{input_file.size}\0".encode("utf-8", "surrogateescape")
+            )
+        return f"{len(files)} file{'s' * (len(files) != 1)}, {digest.hexdigest()[:16]}"
 
     def totals(self) -> Counter[str] | None:
         """Return the numbers of `tokens` and `documents` if all names are folders of tokens, otherwise None."""
         totals = Counter[str]()
         if self.share:
             return None
-        for folder in self.sources.names:
+        for folder in self.all_files.names:
             try:
                 manifest = read_manifest(folder)
             except LongNetError:  # the reader of the data reports it
@@ -196,12 +198,16 @@ class Inputs:
         if self.shares_documents:
             return None
         total = 0
-        for source in self.files:
-            if source.path is None or source.filesystem or (size := source.size) is None:
+        for input_file in self.files:
+            if (
+                input_file.path is None
+                or input_file.filesystem
+                or (size := input_file.size) is None
+            ):
                 return None
             with (
                 suppress(OSError),
-                open(source.path, "rb") as file,
+                open(input_file.path, "rb") as file,
             ):  # reading it will report its error
                 head = file.read(8)
                 if sniff(head) != "text" or compression(head):
@@ -237,13 +243,17 @@ class Inputs:
 
         They are the token ids or vectors in Arrow and Parquet files on this machine: no text, no JSON, no pipe, no URI.
         """
-        for source in self.files:
-            if source.path is None or source.filesystem is not None or not source.path.is_file():
+        for input_file in self.files:
+            if (
+                input_file.path is None
+                or input_file.filesystem is not None
+                or not input_file.path.is_file()
+            ):
                 continue
-            with reading(source.where), open(source.path, "rb") as file:
+            with reading(input_file.where), open(input_file.path, "rb") as file:
                 if sniff(file.read(8)) not in ARROW_KINDS:
                     continue
-            opened = open_source(source, self.wanted)
+            opened = open_input(input_file, self.wanted)
             if isinstance(opened, Table) and stays_in_file(self.columns_of(opened).type):
                 yield from self.documents_of(opened)
 
@@ -370,20 +380,22 @@ class DocumentPass:
     def _items(self) -> Iterator[Any]:
         """Yield the items of the share, and errors in place of what cannot be read."""
         inputs, types = self._inputs, TokenTypes()
-        sizes = [source.size for source in inputs.files]
+        sizes = [input_file.size for input_file in inputs.files]
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
         if inputs.share is None or inputs.shares_documents or inputs.share.number == 1:
-            for error in inputs.sources.missing:
+            for error in inputs.all_files.missing:
                 yield from self._of_share(Unread(error, file=True))
-        for source, size, following in zip(
+        for input_file, size, following in zip(
             inputs.files, sizes, [*inputs.files[1:], None], strict=False
         ):
             self._ready = Stdin().ready if following and following.path is None else None
-            self.opened.append((source.where, content_digest(source) if self._digests else None))
+            self.opened.append(
+                (input_file.where, content_digest(input_file) if self._digests else None)
+            )
             self._before, self._size = self._before + self._size, size or 0
             self._batch(0.0, 0.0, 0)
             try:
-                for item in self._read(self._watched(open_source(source, inputs.wanted)), types):
+                for item in self._read(self._watched(open_input(input_file, inputs.wanted)), types):
                     self._given += 1
                     yield from self._of_share(item)
             except DataError as error:

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.files import StoredIds
-from longnet_cli.data.tables import CHAT_COLUMN, TOKEN_COLUMNS, Table, find_column
+from longnet_cli.data.opened_inputs import CHAT_COLUMN, TOKEN_COLUMNS, Table, find_column
+from longnet_cli.data.stored_files import StoredIds
 
 
 def list_bounds(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:

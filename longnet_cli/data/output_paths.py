@@ -1,0 +1,123 @@
+"""The names of outputs: a file, a folder of shards or `-`, and what they may replace."""
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.data.input_files import InputFiles
+
+# Names of one file, the last of vectors; any other name is a folder
+OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl", ".npy")
+# Endings of files that we do not write. Any other ending, as in run.v2, may be a folder's.
+_OTHER_SUFFIX = re.compile(
+    r"\.(csv|tsv|txt|json|ndjson|npz|pt|pth|bin|safetensors|h5|hdf5|pkl|pickle|gz|bz2|xz|zst|zip|tar|tgz|7z|ipc|pq|orc"
+    r"|avro|lance|db|sqlite3?|duckdb|xlsx?|html|md|ya?ml|toml|xml|log)",
+    re.IGNORECASE,
+)
+
+
+def is_folder(output: str | Path, *, resume: bool = False) -> bool:
+    """Return whether an output names a folder of shards, and not `-`, a file (by its suffix), a pipe or a device.
+
+    Raises ConfigError for an empty name, for an address in a store, for the name of a file of another kind, and where
+    something else than a folder is to `resume`.
+    """
+    if not str(output):  # such as an unset variable in a script
+        raise ConfigError("-o is empty: name a folder or a file")
+    if "://" in str(output):
+        raise ConfigError(
+            f"{output}: outputs are written to this machine's disks: name a folder, and copy it "
+            "afterwards, for one with `aws s3 sync FOLDER s3://...`"
+        )
+    refuse_other_suffix("-o", output)
+    path = Path(output)
+    special = path.exists() and not (path.is_file() or path.is_dir())
+    folder = str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special
+    if resume and not folder:
+        raise ConfigError(
+            f"{output}: only a folder of shards can be resumed: a single file or stream has no parts"
+        )
+    return folder
+
+
+def refuse_other_suffix(option: str, output: str | Path, vectors: bool = True) -> None:
+    """Raise ConfigError if an output, of `vectors` or not, has the name of a kind of file that is not written.
+
+    A file that exists has any name.
+    """
+    suffix, written = Path(output).suffix, OUTPUT_SUFFIXES if vectors else OUTPUT_SUFFIXES[:-1]
+    other = _OTHER_SUFFIX.fullmatch(suffix) or (
+        suffix not in written and suffix.lower() in OUTPUT_SUFFIXES
+    )
+    if other and not Path(output).exists():
+        kinds = f"{', '.join(written[:-1])} or {written[-1]}"
+        raise ConfigError(
+            f"{option} {output}: {suffix} is not written: the name of a file ends in {kinds}"
+        )
+
+
+def refuse_overwriting(
+    option: str,
+    outputs: Sequence[str | Path],
+    inputs: InputFiles | None = None,
+    also: Iterable[str | Path | None] = (),
+) -> None:
+    """Raise ConfigError where writing to one of `outputs` would change or replace a file that the command reads.
+
+    An output file must not be one of the inputs; an output folder must not contain one, at any depth; `-` is the file
+    behind stdout. `also` are other files that are read, or model folders, whose own files count; None is ignored.
+    `option` is the name of the output's option, for the message. Raises as `inputs` do.
+    """
+    places = {
+        place: output for output in outputs if (place := _identity(output))
+    }  # the outputs that exist
+    if not places:
+        return
+    folders = {
+        place for place, output in places.items() if str(output) != "-" and Path(output).is_dir()
+    }
+    for path in _read_files(inputs, also):
+        identity = _identity(path)
+        if identity not in places:
+            identity = next(
+                filter(folders.__contains__, _folders_of(os.path.realpath(path.parent))), None
+            )
+        if identity:
+            output = places[identity]
+            shown = "stdout" if str(output) == "-" else f"{option} {output}"
+            what = f"holds {path}" if identity in folders else f"is {path}"
+            raise ConfigError(f"{shown} {what}, which this command reads: name another output")
+
+
+def _read_files(inputs: InputFiles | None, also: Iterable[str | Path | None]) -> Iterator[Path]:
+    if inputs:
+        yield from (Path(str(name)[1:]) for name in inputs.names if str(name).startswith("@"))
+        yield from (source.path for source in inputs if source.path and not source.filesystem)
+    for path in (Path(name) for name in also if name is not None):
+        if path.is_dir():
+            yield from (entry for entry in path.iterdir() if entry.is_file())
+        else:
+            yield path
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """Return the identity of a file or folder; None if missing, and for pipes and devices, which keep nothing."""
+    try:
+        status = os.fstat(1) if str(path) == "-" else os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (
+        (status.st_dev, status.st_ino)
+        if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+        else None
+    )
+
+
+@lru_cache(maxsize=1024)
+def _folders_of(folder: str) -> tuple[tuple[int, int] | None, ...]:
+    """Return the identities of a folder and of all folders around it."""
+    return tuple(_identity(path) for path in (Path(folder), *Path(folder).parents))
