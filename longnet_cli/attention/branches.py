@@ -418,7 +418,8 @@ class _ShardGeometry(NamedTuple):
         return self._level_rows(level, w, queries, range(self.num_heads))
 
     def _all_rows(self, w: int, positions: _Positions) -> HeadRows:
-        heads, (start, stop) = self.num_heads, positions
+        heads = self.num_heads
+        start, stop = positions
         return HeadRows(range(heads), [start - self.start] * heads, [stop - start] * heads, w, 1)
 
     def _level_rows(
@@ -432,10 +433,11 @@ class _ShardGeometry(NamedTuple):
     def _packed_rows(self, span: FarSpan, positions: _Positions) -> HeadRows:
         """Return the rows at some positions of a span in its packed far keys, for each query head in its lane."""
         w, _ = level_of(self.pattern, span.level)
+        segment = span.start // w * w
         lane_of = self.layout.lanes(span.level).of_head
         edges = (span.start, *positions)
         before, start, stop = (
-            self.layout.rows_before(span.level, edge - span.start // w * w) for edge in edges
+            self.layout.rows_before(span.level, edge - segment) for edge in edges
         )
         first_rows = [start[lane] - before[lane] for lane in lane_of]
         counts = [stop[lane] - start[lane] for lane in lane_of]
@@ -444,8 +446,9 @@ class _ShardGeometry(NamedTuple):
     def _missing_rows(self, level: int, w: int, tokens: int) -> list[int]:
         """Return how many rows each head of a segment of `tokens` lacks, to have as many as one of w can have."""
         r = self.pattern.dilation_rates[level]
+        most = -(-w // r)
         offsets = self.pattern.offsets(level, self.num_heads)
-        return [-(-w // r) - rows_before(tokens, offset, r) for offset in offsets]
+        return [most - rows_before(tokens, offset, r) for offset in offsets]
 
     def _calls(
         self,
@@ -465,8 +468,9 @@ class _ShardGeometry(NamedTuple):
         sizes = zip(queries.counts, keys.counts, zeros, strict=True)
         equal = [of_head if all(of_head[:2]) else None for of_head in sizes]
         even = [*zip(queries.first_tokens, keys.first_tokens, keys.heads, strict=True)]
-        single_token = self.start + 1 == self.stop
-        folded = single_token and group > 1 and _in_groups(equal, group) and _in_groups(even, group)
+        folded = False
+        if self.start + 1 == self.stop and group > 1:
+            folded = _in_groups(equal, group) and _in_groups(even, group)
         every = group if folded else 1
         steps = (1, r, -(-heads // r), group)
         for run in progressions(equal[::every], even[::every], steps):
@@ -489,9 +493,8 @@ def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Rectangl
     low, high = -back * w, (back + 1) * w
     if pattern.overlap == "once" and level:
         inner = pattern.segment_lengths[level - 1]
-        covered = (
-            pattern.look_backs[level - 1] * inner
-        )  # on each side of a block, by the level before
+        # positions on each side of a block that the level before covers
+        covered = pattern.look_backs[level - 1] * inner
         blocks = [(start, start + inner) for start in range(0, w, inner)]
         zones = [_Rectangle(block, (low, block[0] - covered)) for block in blocks]
         if not causal:
@@ -503,7 +506,7 @@ def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Rectangl
         zones = [_Rectangle((0, w), (low, high), own=True)]
     if w % pattern.dilation_rates[level]:
         # The spacing of rows breaks between segments, so no view shows rows of two.
-        zones = [part for zone in zones for part in zone.by_segment(w)]
+        zones = [*chain(*(zone.by_segment(w) for zone in zones))]
     return [zone for zone in zones if zone.keys[0] < zone.keys[1]]
 
 
@@ -516,9 +519,10 @@ def _joined(parts: list[_Rectangle]) -> list[_Rectangle]:
     joined: list[_Rectangle] = []
     for part in sorted(parts, key=lambda part: (part.square, part.own, part.keys, part.queries)):
         last = joined[-1] if joined else part
-        neighbours = last.queries[1] == part.queries[0] and not part.square
-        if neighbours and last == part._replace(queries=last.queries):
-            joined[-1] = last._replace(queries=(last.queries[0], part.queries[1]))
+        first, stop = last.queries
+        alike = last == part._replace(queries=last.queries) and not part.square
+        if alike and stop == part.queries[0]:
+            joined[-1] = last._replace(queries=(first, part.queries[1]))
         else:
             joined.append(part)
     return joined
