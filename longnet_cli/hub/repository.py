@@ -112,10 +112,11 @@ class Repository:
         seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
         answer = HfApi().model_info(self.repo, revision=self.revision, timeout=seconds)
         commit = str(answer.sha)
+        what = f"{self.name}: the hub names the commit {commit!r}, which is not"
         if not COMMIT.fullmatch(commit):
-            raise CheckpointError(
-                f"{self.name}: the hub names the commit {commit!r}, which is not 40 hexadecimal digits"
-            )
+            raise CheckpointError(f"{what} 40 hexadecimal digits")
+        if COMMIT.fullmatch(self.revision) and commit != self.revision:
+            raise CheckpointError(f"{what} the one that was asked for")
         names = sorted(file.rfilename for file in answer.siblings or ())
         wanted = list(filter_repo_objects(names, allow_patterns=[*self.needed, *self.optional]))
         if self.needed[0] not in wanted:

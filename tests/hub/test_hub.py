@@ -318,6 +318,15 @@ def test_what_a_hub_names_leads_nowhere_else(run_longnet, tmp_path, home, hub, t
     assert not [name for name in {*after} - {*before} if not name.startswith(of_library)]
 
 
+def test_another_commit_than_was_asked_for_is_not_taken(run_longnet, home, hub, tiny):
+    name = f"{TINY}@{hub.push(TINY, tiny)}"
+    hub.told = {"sha": "a" * 40}
+    said = refusal(run_longnet("score", "a.txt", "-m", name))
+    named = f"the hub names the commit '{'a' * 40}'"
+    assert said == f"{name}: {named}, which is not the one that was asked for"
+    assert not home.exists()
+
+
 def test_a_file_outside_of_the_snapshot_is_not_taken(run_longnet, tmp_path, hub, tiny):
     for name in ("../../../victim.safetensors", "/victim.safetensors", "a/../../b.safetensors"):
         index = json.dumps({"weight_map": {"x": name}}).encode()
