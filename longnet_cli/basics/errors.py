@@ -72,6 +72,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` means that memory ran out. Torch's error is known by name: importing torch is slow."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
+    if isinstance(error, ImportError):  # the loader adds why, unless memory was short
+        return str(error).endswith("failed to map segment from shared object")
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(
         error
     )

@@ -206,6 +206,7 @@ def test_unknown_command_is_exit_2_with_a_suggestion(act):
 
 
 ROW = "('row 7:\\n  bad [token] id')"
+LITTLE = "import resource as r\nr.setrlimit(r.RLIMIT_AS, (300 << 20, 300 << 20))\n"  # ulimit -v
 BUG = "KeyError: 'key' (run with LONGNET_TRACEBACK=1 for the traceback)"
 
 
@@ -224,6 +225,7 @@ BUG = "KeyError: 'key' (run with LONGNET_TRACEBACK=1 for the traceback)"
             "out of memory: of CUDA",
         ),
         ("import torch\ntorch.empty(1 << 60, dtype=torch.uint8)", 5, None),
+        (f"{LITTLE}import torch", 5, None),
         ("open('/nowhere/to/be.found')", 1, "No such file or directory: /nowhere/to/be.found"),
         ("{}['key']", 1, BUG),
     ],

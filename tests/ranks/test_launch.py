@@ -221,7 +221,10 @@ def test_ranks_meet_on_a_machine_whose_name_cannot_be_looked_up(
 
 
 @pytest.mark.slow
-def test_thirty_kills_of_ranks_and_launchers(folder: Path, command_env: dict[str, str]) -> None:
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_thirty_kills_of_ranks_and_launchers(
+    shard: str, folder: Path, command_env: dict[str, str]
+) -> None:
     """With dropout: two ranks on a CPU end with the same bytes each time, and so does what is resumed."""
     begun = itertools.count()
 
@@ -245,11 +248,12 @@ def test_thirty_kills_of_ranks_and_launchers(folder: Path, command_env: dict[str
             "train.stages=[{seq_len=256, steps=200}]",
             "train.save_every=5",
             "model.dropout=0.1",
+            f'parallel.shard="{shard}"',
         ):
             command += ["--set", setting]
         return subprocess.Popen(command, env=command_env, stderr=subprocess.DEVNULL)
 
-    hits = kill_training(begin, folder, 30)
+    hits = kill_training(begin, folder, 15)
     print(hits)
     assert {process for process, _ in hits} == {"launcher", "rank"}
 
