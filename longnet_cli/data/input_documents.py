@@ -178,6 +178,24 @@ class Inputs:
             )
         return f"{len(files)} file{'s' * (len(files) != 1)}, {digest.hexdigest()[:16]}"
 
+    def settings(self, words: Tokenizer | None, kept: Sequence[pa.Field]) -> dict[str, object]:
+        """Return the settings of a folder that decide its documents, which a resumed run must share.
+
+        `words` is the tokenizer of texts, `kept` are the columns that documents carry along.
+        """
+        from longnet_cli.data.chat import chat_settings  # loads Jinja; files and streams need none
+
+        settings: dict[str, object] = {"inputs": self.fingerprint()}
+        if self.share:
+            settings["share"] = str(self.share)
+        settings["column"] = self.column
+        if self.id_column:
+            settings["id_column"] = self.id_column
+        settings |= chat_settings(words)
+        if kept:
+            settings["keep"] = [f"{field.name}: {field.type}" for field in kept]
+        return settings
+
     def totals(self) -> Counter[str] | None:
         """Return the numbers of `tokens` and `documents` if all names are folders of tokens, otherwise None."""
         totals = Counter[str]()

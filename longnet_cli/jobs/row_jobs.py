@@ -98,9 +98,6 @@ class RowJob(ABC):
     names_apart: ClassVar[bool] = (
         False  # neighbouring documents of one name get names of their own in an output
     )
-    says_no_id_column: ClassVar[bool] = (
-        False  # its folders have the setting `id_column` even if it is None
-    )
     failure: LongNetError | None = None  # of a document; it is raised after the rows before it
 
     def __init__(
@@ -383,24 +380,14 @@ def _text_of_earlier_run(folder: str | Path, pattern: str | None) -> str | None:
 
 def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]:
     """Return what decides the bytes of a folder, which a resumed run must share."""
-    from longnet_cli.data.chat import chat_settings  # loads Jinja; files and streams need none
-
     reader = job.reader
-    settings: dict[str, object] = {"inputs": inputs.fingerprint()}
-    if inputs.share:
-        settings["share"] = str(inputs.share)
-    settings["column"] = inputs.column
-    if inputs.id_column or job.says_no_id_column:
-        settings["id_column"] = inputs.id_column
+    settings = inputs.settings(inputs.tokenizer, job.kept_fields)
     settings["eos"] = inputs.eos_id
-    settings |= chat_settings(inputs.tokenizer)
     # before the model, whose digest then differs too: errors name the first
     settings["pattern"] = job.facts.pattern
     settings["model"] = job.digest[:16]
     settings["kernel"] = check_kernel(reader.device, reader.dtype, reader.model.config.head_dim)
     settings |= job.option_settings()
-    if job.kept_fields:
-        settings["keep"] = [f"{field.name}: {field.type}" for field in job.kept_fields]
     settings["chunk"] = reader.chunk
     settings["dtype"] = reader.dtype
     settings[f"shard_{job.shard_unit}"] = shard_size

@@ -99,13 +99,13 @@ def tokenize(
     earlier = run_to_resume(output, resume=resume) if in_folder else None
     loaded = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)
     appended = end_of_text(eos, loaded)
-    own, eos_id = loaded.eos_id, loaded.eos_id if appended is None else appended
+    own_eos = loaded.eos_id
+    eos_id = own_eos if appended is None else appended
     loaded = loaded.with_eos(eos_id)
 
-    given = inputs.texts(loaded, digests=in_folder)
-    texts: Iterator[Any] = _readable(
-        given, events.left_out.skip, Apart() if inputs.id_column is None else None
-    )
+    documents = inputs.texts(loaded, digests=in_folder)
+    apart = Apart() if inputs.id_column is None else None
+    texts: Iterator[Any] = _readable(documents, events.left_out.skip, apart)
     kept: list[pa.Field] = []
     if inputs.keep:  # first_kept waits for the first document
         kept, texts = first_kept(texts)
@@ -114,58 +114,35 @@ def tokenize(
     )
     folder: ShardFolder | None = None
     if in_folder:
-        said = (
-            appended is not None if appended in (None, own) else str(appended)
-        )  # 1 would equal True
-        settings = _settings(inputs, loaded, train_vocab, said, shard_tokens)
-        settings |= {"keep": [f"{field.name}: {field.type}" for field in kept]} if kept else {}
-        about: dict[str, Any] = {
-            "settings": settings,
-            "format": shard_format,
-            "tokenizer": loaded.description,
-        }
+        named_eos = appended not in (None, own_eos)
+        settings = inputs.settings(loaded, kept)
+        settings["tokenizer"] = loaded.sha256
+        settings["train_vocab"] = train_vocab
+        settings["eos"] = str(appended) if named_eos else appended is not None  # 1 would equal True
+        settings["shard_tokens"] = shard_tokens
         folder = ShardFolder(
-            output, schema, **about, resume=resume, left_out=events.left_out, opened=given.opened
+            output,
+            schema,
+            settings=settings,
+            format=shard_format,
+            tokenizer=loaded.description,
+            resume=resume,
+            left_out=events.left_out,
+            opened=documents.opened,
         )
     with folder or ShardWriter(output, schema) as opened:
         rows = TokenBatches(opened, shard_tokens, kept)
         if not (folder and folder.finished):
             remaining = folder.unread(texts) if folder else texts
-            _Work(loaded, appended, str(output) == "-", given.ready, events.progress).run(
-                remaining, rows
-            )
+            to_stdout = str(output) == "-"
+            work = _Work(loaded, appended, to_stdout, documents.ready, events.progress)
+            work.run(remaining, rows)
     shards = folder.paths if folder else []
     if beside := tokenizer_beside(output):
         loaded.save(beside)
         shards = [Path(output)]
-    return TokenizeResult(
-        rows.totals["documents"], rows.totals["tokens"], rows.totals["bytes"], shards, loaded
-    )
-
-
-def _settings(
-    inputs: Inputs,
-    tokenizer: Tokenizer,
-    train_vocab: int | None,
-    eos: bool | str,
-    shard_tokens: int,
-) -> dict[str, object]:
-    """Return what decides the bytes of a folder, which a resumed run must share."""
-    from longnet_cli.data.chat import (
-        chat_settings,
-    )  # loads Jinja, which files and streams do not need
-
-    return {
-        "inputs": inputs.fingerprint(),
-        **({"share": str(inputs.share)} if inputs.share else {}),
-        "column": inputs.column,
-        **({"id_column": inputs.id_column} if inputs.id_column else {}),
-        "tokenizer": tokenizer.sha256,
-        "train_vocab": train_vocab,
-        "eos": eos,
-        "shard_tokens": shard_tokens,
-        **chat_settings(tokenizer),
-    }
+    totals = rows.totals
+    return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, loaded)
 
 
 def tokenizer_beside(output: str | Path) -> Path | None:

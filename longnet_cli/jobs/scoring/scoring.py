@@ -213,7 +213,7 @@ class Scorer(RowJob):
     options: ScoreOptions
     doing, row_name = "scoring", "row"
     shard_name, shard_unit, shard_size = "gains", "tokens", 1 << 22
-    batch_rows, says_no_id_column, scores = 1 << 12, True, True
+    batch_rows, scores = 1 << 12, True
 
     def __init__(
         self,
