@@ -74,8 +74,10 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, ImportError):  # the loader adds why, unless memory was short
         return str(error).endswith("failed to map segment from shared object")
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(
-        error
+    said = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator: can't allocate memory" in said
+        or said == "could not create a primitive"  # of oneDNN, which got no memory for its code
     )
 
 

@@ -226,6 +226,7 @@ BUG = "KeyError: 'key' (run with LONGNET_TRACEBACK=1 for the traceback)"
         ),
         ("import torch\ntorch.empty(1 << 60, dtype=torch.uint8)", 5, None),
         (f"{LITTLE}import torch", 5, None),
+        ("raise RuntimeError('could not create a primitive')", 5, None),
         ("open('/nowhere/to/be.found')", 1, "No such file or directory: /nowhere/to/be.found"),
         ("{}['key']", 1, BUG),
     ],
