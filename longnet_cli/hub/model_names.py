@@ -20,13 +20,7 @@ from typing import Any
 
 from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, refuse_web_address
-from longnet_cli.basics.model_files import (
-    BESIDE_MODEL,
-    BESIDE_TOKENIZER,
-    CONFIG,
-    MODULES,
-    TOKENIZER,
-)
+from longnet_cli.basics.model_files import CONFIG, MODULES, TOKENIZER
 from longnet_cli.hub.repository import COMMIT, Located, Repository
 
 
@@ -64,12 +58,11 @@ def _on_hub(name: str, *needed: str) -> Repository | None:
 
     The files `needed` are those of a model, or TOKENIZER alone: a tokenizer may be a folder here, without a slash.
     """
-    of_tokenizer = needed == (TOKENIZER,)
     if "/" not in name:
         shipped = [path.stem for path in preset_dir().iterdir()]
-        if nearest(name, shipped) or (of_tokenizer and "@" not in name):
+        if nearest(name, shipped) or (needed == (TOKENIZER,) and "@" not in name):
             return None
-    return Repository.of(name, needed, BESIDE_TOKENIZER if of_tokenizer else BESIDE_MODEL)
+    return Repository.of(name, *needed)
 
 
 def find_model(name: str, embeds: bool = False) -> Located:

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.errors import CheckpointError, LongNetError, extra, one_line
-from longnet_cli.basics.model_files import CONFIG, MODULES, TOKENIZER, WEIGHTS, weight_files
+from longnet_cli.basics.model_files import (
+    BESIDE_MODEL,
+    BESIDE_TOKENIZER,
+    CONFIG,
+    MODULES,
+    TOKENIZER,
+    WEIGHTS,
+    weight_files,
+)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r'(W/)?"?[0-9a-fA-F]+"?')
@@ -26,6 +34,7 @@ _NAME = re.compile(
     re.ASCII,
 )
 _FILES = (".json", ".jsonl", ".toml", ".gguf", ".safetensors", ".pth", ".pt", ".bin")
+_READ_TOO = {CONFIG: BESIDE_MODEL, TOKENIZER: BESIDE_TOKENIZER}  # the files beside the first one
 _LOG_IN = "log in (hf auth login) or set HF_TOKEN"
 _REASONS = {  # by the names of the errors of huggingface_hub and of Python
     "GatedRepoError": f"it is gated: ask for access on its page, then {_LOG_IN}",
@@ -46,7 +55,7 @@ class Located(NamedTuple):
 
 @dataclass(frozen=True)
 class Repository:
-    """A `name` on a hub, taken apart into `repo`, `revision` and `file`, and the names of the files that are read.
+    """A `name` on a hub, taken apart into `repo`, `revision` and `file`, and the names of files that are `needed`.
 
     The cache must have the first of the `needed` files. It must have the others too, or know that there are none.
     """
@@ -56,20 +65,15 @@ class Repository:
     revision: str
     file: str
     needed: tuple[str, ...]
-    optional: tuple[str, ...]
 
     @classmethod
-    def of(
-        cls, name: str, needed: tuple[str, ...] = (CONFIG,), optional: tuple[str, ...] = ()
-    ) -> Repository | None:
+    def of(cls, name: str, *needed: str) -> Repository | None:
         """Return the repository that a name stands for; None for a path that exists and for other names."""
         match = _NAME.fullmatch(name)
         if match is None or match[1].endswith(_FILES) or os.path.exists(name):
             return None
         file = match[3] or ""
-        if file:
-            needed, optional = (file,), ()
-        return cls(name, match[1], match[2] or "main", file, needed, optional)
+        return cls(name, match[1], match[2] or "main", file, (file,) if file else needed)
 
     def find(self, *, update: bool = False) -> Located:
         """Return the folder or the file in the cache, downloaded if it is not there. `update` asks the hub first.
@@ -118,16 +122,18 @@ class Repository:
         if COMMIT.fullmatch(self.revision) and commit != self.revision:
             raise CheckpointError(f"{what} the one that was asked for")
         names = sorted(file.rfilename for file in answer.siblings or ())
-        wanted = list(filter_repo_objects(names, allow_patterns=[*self.needed, *self.optional]))
-        if self.needed[0] not in wanted:
-            raise CheckpointError(f"{self.name}: the repository has no {self.needed[0]}")
+        first = self.needed[0]
+        if first not in names:
+            raise CheckpointError(f"{self.name}: the repository has no {first}")
+        patterns = [*self.needed, *_READ_TOO.get(first, ())]
+        wanted = filter_repo_objects(names, allow_patterns=patterns)
         cache = Path(constants.HF_HUB_CACHE, f"models--{self.repo.replace('/', '--')}")
         snapshot = cache / "snapshots" / commit
         with _checked_etags(self.name):
             # one by one: the threads of `snapshot_download` keep Ctrl-C waiting until a whole file has come
             for file in wanted:
                 hf_hub_download(self.repo, file, revision=commit)
-            if CONFIG in self.needed:
+            if first == CONFIG:
                 for file in [WEIGHTS] if WEIGHTS in names else weight_files(snapshot):
                     hf_hub_download(self.repo, file, revision=commit)
         for file in {TOKENIZER, MODULES}.difference(names):
