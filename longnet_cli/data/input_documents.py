@@ -83,7 +83,7 @@ def content_digest(input_file: InputFile) -> str | None:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(b"%d" % size)
         digest.update(file.read(END))
-        file.seek(max(0, size - END))
+        file.seek(max(END, size - END))
         digest.update(file.read(END))
         return digest.hexdigest()[:16]
     return None
