@@ -75,7 +75,9 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     time for `flops` when each rank reaches `EFFICIENCY` times `matmul_peak` (FLOP/s of one rank). Raises ConfigError as
     `check_ranks` does.
     """
-    ranks, config, train = ranks or Ranks(), recipe.model, recipe.train
+    ranks = ranks or Ranks()
+    config = recipe.model
+    train = recipe.train
     check_ranks(recipe, ranks)
     dtype = resolve_dtype(train.dtype, device)
     memory = training_memory(recipe, device, ranks)
@@ -83,14 +85,14 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     # a chunk of a bidirectional net cannot be shorter than a window
     longest = max(stage.seq_len for stage in train.stages)
     shortest = SHORTEST_CHUNK if config.causal else -(-longest // ranks.sp)
-    # of each stage: its tokens, the FLOPs per token of one forward and one backward pass, and those that are executed
-    tokens = [stage.steps * recipe.step_tokens(stage) for stage in train.stages]
-    of_passes = [
-        config.training_flops([stage.seq_len], train.predicted) / stage.seq_len
-        for stage in train.stages
-    ]
-    executed = [step_flops(recipe, stage, ranks).all for stage in train.stages]
-    flops = sum(n * per_token for n, per_token in zip(tokens, executed, strict=True))
+    # FLOPs of one forward and one backward pass over all tokens, and those that are executed
+    tokens = flops_of_passes = flops = 0.0
+    for stage in train.stages:
+        tokens_of_stage = stage.steps * recipe.step_tokens(stage)
+        window = config.training_flops([stage.seq_len], train.predicted)
+        tokens += tokens_of_stage
+        flops_of_passes += tokens_of_stage * (window / stage.seq_len)
+        flops += tokens_of_stage * step_flops(recipe, stage, ranks).all
     peak = ranks.own(matmul_peak(device, dtype), device)
     return Estimate(
         memory={"program": program, **memory},
@@ -98,9 +100,8 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
         others={
             "parameters": config.num_parameters(),
             "trained": config.trained,
-            "flops_per_token": sum(n * each for n, each in zip(tokens, of_passes, strict=True))
-            / sum(tokens),
-            "tokens": sum(tokens),
+            "flops_per_token": flops_of_passes / tokens,
+            "tokens": recipe.tokens,
             "steps": recipe.steps_in_words,
             "flops": flops,
             "seconds": flops / (peak * EFFICIENCY * ranks.world),
@@ -147,7 +148,8 @@ def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int
 
 def costly_evaluation(recipe: Recipe, lengths: Sequence[int]) -> str | None:
     """Return a line if held-out documents of these lengths cost more FLOPs than the steps between two evaluations."""
-    config, train = recipe.model, recipe.train
+    config = recipe.model
+    train = recipe.train
     step = min(
         config.training_flops([stage.seq_len], train.predicted) * train.windows(stage)
         for stage in train.stages
@@ -209,17 +211,16 @@ def pass_flops(
     computed again chooses no blocks again. The share `predicted` of the tokens has logits.
     """
     chunks = -(-tokens // chunk)
-    forwards, logits = 1 + (chunks - 1) * chunk / tokens + more, predicted * (1 + logits_again)
-    one_pass, backward = (
-        config.attention_flops(tokens) / tokens,
-        config.attention_backward_flops(tokens) / tokens,
-    )
+    forwards = 1 + (chunks - 1) * chunk / tokens + more
+    logits = predicted * (1 + logits_again)
+    one_pass = config.attention_flops(tokens) / tokens
+    backward = config.attention_backward_flops(tokens) / tokens
     votes = config.vote_flops(tokens) / tokens
-    matrices = config.training_flops([tokens], predicted) / tokens - one_pass - backward
+    products = config.training_flops([tokens], predicted) / tokens - one_pass - backward
+    products += (forwards - 1) * config.layer_flops()
+    products += (logits - predicted) * config.vocabulary_flops()
     return StepFlops(
-        products=matrices
-        + (forwards - 1) * config.layer_flops()
-        + (logits - predicted) * config.vocabulary_flops(),
+        products=products,
         attention=forwards * one_pass - (forwards - 1) * votes,
         attention_backward=backward,
         forwards=forwards,
@@ -239,38 +240,41 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     in float32, take beyond a step's activations, logits and cache, which are gone by then. A checkpoint is written from
     the tensors themselves, and takes nothing.
     """
-    config, itemsize = recipe.model, itemsize_of(recipe.train.dtype, device)
-    trained, layer_matrices = config.trained, config.layer_weights
-    weights, table = 4 * trained + config.frozen_bytes, config.vocab_size * config.dim
-    copies = 0 if itemsize == 4 else itemsize * (layer_matrices + table)
+    config = recipe.model
+    stages = recipe.train.stages
+    itemsize = itemsize_of(recipe.train.dtype, device)
+    table = config.vocab_size * config.dim
+    weights = 4 * config.trained + config.frozen_bytes
+    gradients = 4 * config.trained
+    with_one_moment = 0
+    if recipe.optimizer.name == "muon":
+        with_one_moment = config.trained if config.frozen else config.layer_weights
+    moments = 8 * config.trained - 4 * with_one_moment
+    if recipe.parallel.shard == "full":
+        moments //= ranks.world
+        if ranks.world > 1:
+            weights += weights // ranks.world
+            gradients += gradients // ranks.world
     if config.frozen:
         are_narrow = config.frozen_bytes < 4 * config.num_parameters()
-        copies = itemsize * table if are_narrow is (itemsize == 4) else 0
-    of_muon = (
-        (trained if config.frozen else layer_matrices) if recipe.optimizer.name == "muon" else 0
+        weights += itemsize * table if are_narrow is (itemsize == 4) else 0
+    elif itemsize < 4:
+        weights += itemsize * (config.layer_weights + table)
+    rows = max(recipe.train.windows(stage) // ranks.dp * stage.seq_len for stage in stages)
+    if rows > recipe.train.chunk * ranks.sp and not config.frozen:
+        gradients += 4 * table  # that of the table, while another chunk's is added to it
+    largest = max(
+        (_stage_memory(recipe, stage, device, ranks) for stage in stages),
+        key=lambda kinds: sum(kinds.values()),
     )
-    moments = 8 * trained - 4 * of_muon
-    share = ranks.world if recipe.parallel.shard == "full" else 1
-    own_weights, own_gradients = (n // share if share > 1 else 0 for n in (weights, 4 * trained))
-    stages = [_stage_memory(recipe, stage, device, ranks) for stage in recipe.train.stages]
-    largest = max(stages, key=lambda kinds: sum(kinds.values()))
-    rows = max(
-        recipe.train.windows(stage) // ranks.dp * stage.seq_len for stage in recipe.train.stages
-    )
-    # the gradient of the table, while another chunk's is added to it
-    added = 4 * table if rows > recipe.train.chunk * ranks.sp and not config.frozen else 0
-    merged = 4 * config.num_parameters() if config.frozen and device.type == "cpu" else 0
-    later = {"evaluation": _evaluation_bytes(recipe, device, ranks), "merged": merged}
-    beyond = {kind: size - sum(largest.values()) for kind, size in later.items()}
-    return {
-        "weights": weights + own_weights + copies,
-        "gradients": 4 * trained + own_gradients + added,
-        "optimizer": moments // share,
-        **largest,
-        **{
-            kind: size for kind, size in beyond.items() if size > 0 and size == max(beyond.values())
-        },
-    }
+    memory = {"weights": weights, "gradients": gradients, "optimizer": moments, **largest}
+    later = {"evaluation": _evaluation_bytes(recipe, device, ranks)}
+    if config.frozen and device.type == "cpu":
+        later["merged"] = 4 * config.num_parameters()
+    kind = max(later, key=lambda kind: later[kind])
+    if later[kind] > sum(largest.values()):
+        memory[kind] = later[kind] - sum(largest.values())
+    return memory
 
 
 def _evaluation_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
@@ -279,11 +283,9 @@ def _evaluation_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int
     They are those of a document of two chunks, or of the text's bytes if these are fewer: no document is opened. As for
     any reading, they are activations or logits (two numbers each), hidden states and, in a causal net, the cache.
     """
-    config, chunk, itemsize = (
-        recipe.model,
-        recipe.train.chunk,
-        itemsize_of(recipe.train.dtype, device),
-    )
+    config = recipe.model
+    chunk = recipe.train.chunk
+    itemsize = itemsize_of(recipe.train.dtype, device)
     if not recipe.data.held_out_files:
         return 0
     most = recipe.train.held_out_context or 2 * chunk
@@ -306,7 +308,9 @@ def _stage_memory(
     are predicted, with `GAPS`. cache: rows that pass from chunk to chunk, of each window of the forward pass, and rows
     that are stored for the backward pass, with their gradients. With `train.spill`, what is stored is on a disk.
     """
-    config, train, itemsize = recipe.model, recipe.train, itemsize_of(recipe.train.dtype, device)
+    config = recipe.model
+    train = recipe.train
+    itemsize = itemsize_of(train.dtype, device)
     tokens = tokens_at_once(recipe, stage, ranks)
     windows = max(1, tokens * ranks.sp // stage.seq_len)
     far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize)
@@ -314,26 +318,27 @@ def _stage_memory(
     saved = activation_bytes(config, itemsize, train.activation_checkpointing, lora)  # per token
     sizes = config.num_heads, config.head_dim, stage.seq_len, itemsize
     transient = transient_memory(config.pattern, *sizes, device.type)
+    logits = logits_bytes(config, round(tokens * train.predicted))
     return {
         "activations": tokens * saved + transient,
-        "logits": logits_bytes(config, round(tokens * train.predicted))
-        * (GAPS if device.type == "cpu" else 1),
+        "logits": GAPS * logits if device.type == "cpu" else logits,
         "cache": windows * far.passing + (0 if train.spill else far.stored),
     }
 
 
 def tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     """Return the most tokens of a forward pass on one rank, as `objective.backward` groups or cuts sequences."""
-    chunk, rows = recipe.train.chunk * ranks.sp, max(1, recipe.train.windows(stage) // ranks.dp)
+    chunk = recipe.train.chunk * ranks.sp
+    rows = max(1, recipe.train.windows(stage) // ranks.dp)
     if recipe.train.across_documents:
         rows = min(rows, max(1, chunk // stage.seq_len))
-    return -(
-        -min(chunk, rows * stage.seq_len) // ranks.sp
-    )  # documents of several windows may fill a chunk
+    # documents of several windows may fill a chunk
+    return -(-min(chunk, rows * stage.seq_len) // ranks.sp)
 
 
 def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
     """Return the bytes of far rows and their gradients that one rank stores, in memory or in `train.spill`'s file."""
-    itemsize, chunk = itemsize_of(recipe.train.dtype, device), recipe.train.chunk * ranks.sp
+    itemsize = itemsize_of(recipe.train.dtype, device)
+    chunk = recipe.train.chunk * ranks.sp
     lengths = [stage.seq_len for stage in recipe.train.stages]
     return max(far_bytes(recipe.model, length, chunk, itemsize).stored for length in lengths)
