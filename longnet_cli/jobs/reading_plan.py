@@ -48,14 +48,15 @@ class ReadingPlan:
     sampled: int | None = None
 
     def __init__(self, config: NetConfig, chunk: int) -> None:
-        self.config, self.chunk = config, chunk
-        self._lengths: Counter[int] = (
-            Counter()
-        )  # of the rows of all forward passes; a long window is one row
+        self.config = config
+        self.chunk = chunk
+        # of the rows of all forward passes; a long window is one row
+        self._lengths = Counter[int]()
 
     def add_document(self, tokens: int) -> None:
         """Count a document; `add` counts its windows."""
-        self.documents, self.tokens = self.documents + 1, self.tokens + tokens
+        self.documents += 1
+        self.tokens += tokens
         self.longest_document = max(self.longest_document, tokens)
 
     def add(self, windows: Iterable[tuple[int, int]]) -> None:
@@ -84,9 +85,8 @@ class ReadingPlan:
     @property
     def usual(self) -> int:
         """The tokens of the row in which a token is read, on average over all tokens."""
-        return round(
-            sum(rows * length**2 for length, rows in self._lengths.items()) / (self.read or 1)
-        )
+        squares = sum(rows * length**2 for length, rows in self._lengths.items())
+        return round(squares / (self.read or 1))
 
     def product_flops(self, scores: bool) -> float:
         """Return the FLOPs of the matrices in all forward passes, with the logits of wanted tokens if `scores`.
@@ -138,14 +138,15 @@ def count_documents(
     Without `skip_bad`, raises what the job raises for documents that it cannot read. Raises DataError if there is
     nothing to read.
     """
-    plan, began = ReadingPlan(job.reader.model.config, job.reader.chunk), time.perf_counter()
+    plan = ReadingPlan(job.reader.model.config, job.reader.chunk)
+    began = time.perf_counter()
     drawn = Sample(sample, tokenizer) if sample and tokenizer else None
 
     def leave_out(document: Document, error: Exception) -> None:
         plan.left_out += 1
 
     lengths = _lengths(job, documents, drawn, leave_out if skip_bad else None)
-    lengths = islice(filter(None, lengths) if job.skips_empty else lengths, done, None)
+    with_rows = (n for n in lengths if not job.is_empty(n) and not job.is_short(n))
 
     def windows(lengths: Iterable[int]) -> Iterator[tuple[int, int]]:
         for length in lengths:
@@ -153,16 +154,15 @@ def count_documents(
             yield from job.window_sizes(length)
             job.reader.events.progress(length)
 
-    for portion in portions(lengths, PORTION_CHUNKS * plan.chunk, length_of=lambda length: length):
+    to_come = islice(with_rows, done, None)
+    for portion in portions(to_come, PORTION_CHUNKS * plan.chunk, length_of=lambda length: length):
         plan.add(windows(portion))
     if not plan.read and not done:
         raise DataError("there is nothing to read: every document is empty, too short or left out")
     plan.seconds = time.perf_counter() - began
     if drawn and drawn.bytes:
-        plan.sampled, plan.seconds = (
-            min(drawn.size, len(drawn.bytes)),
-            plan.seconds + drawn.seconds_of_others,
-        )
+        plan.sampled = min(drawn.size, len(drawn.bytes))
+        plan.seconds += drawn.seconds_of_others
     return plan
 
 
@@ -192,21 +192,19 @@ class Sample:
 
     def add(self, text: Text) -> Unread | None:
         """Count the next text, and tokenize it if it is drawn. Return one that cannot be read."""
-        place = (
-            len(self.bytes)
-            if len(self.bytes) < self.size
-            else int(self._random.integers(len(self.bytes) + 1))
-        )
-        tokens, size, began = 0, 0, time.perf_counter()
+        place = len(self.bytes)
+        if place >= self.size:
+            place = int(self._random.integers(place + 1))
+        tokens = size = 0
+        began = time.perf_counter()
         try:
             if place < self.size:
                 for part in self.tokenizer.encode_long(text.parts):
-                    tokens, size = tokens + len(part.ids), size + part.n_bytes
+                    tokens += len(part.ids)
+                    size += part.n_bytes
                 self._drawn[place : place + 1] = [(tokens, size)]
-                self._seconds, self._tokenized = (
-                    self._seconds + time.perf_counter() - began,
-                    self._tokenized + size,
-                )
+                self._seconds += time.perf_counter() - began
+                self._tokenized += size
             else:
                 size = sum(len(part.encode()) for part in text.parts)
         except DataError as error:
@@ -216,9 +214,8 @@ class Sample:
 
     def lengths(self) -> Iterator[int]:
         """Yield the tokens of each text so far, by its bytes."""
-        tokens, size = (
-            (sum(each) for each in zip(*self._drawn, strict=True)) if self._drawn else (0, 0)
-        )
+        tokens = sum(tokens for tokens, _ in self._drawn)
+        size = sum(size for _, size in self._drawn)
         for length in self.bytes:
             yield round(length * tokens / (size or 1))
 
