@@ -91,7 +91,7 @@ class Cut:
             return 0
         return max(
             0,
-            min(tokens - self.first_target, max(each or tokens for each in self.options.contexts)),
+            min(tokens - self.first_target, max(size or tokens for size in self.options.contexts)),
         )
 
     @property
@@ -258,13 +258,12 @@ class Scorer(RowJob):
             pa.field("doc_id", pa.string()),
             pa.field("n_tokens", pa.int64()),
             pa.field("n_bytes", pa.int64()),
-            *(
-                pa.field(column(name, context, options.contexts), kind)
-                for name, kind in of_contexts.items()
-                for context in options.contexts
-            ),
-            *(pa.field(name, pa.float64()) for name in Gain._fields if len(options.contexts) > 1),
         ]
+        for name, kind in of_contexts.items():
+            for context in options.contexts:
+                fields.append(pa.field(column(name, context, options.contexts), kind))
+        if len(options.contexts) > 1:
+            fields += [pa.field(name, pa.float64()) for name in Gain._fields]
         return row_schema(fields, self.kept_fields, known)
 
     def sequence(self, document: Document) -> InputSequence[Document]:
@@ -286,7 +285,7 @@ class Scorer(RowJob):
         return self.options.last is not None and tokens < self.cut.least
 
     def longest_window(self, tokens: int) -> int:
-        return min(tokens, max(each or tokens for each in self.options.contexts))
+        return min(tokens, max(size or tokens for size in self.options.contexts))
 
     def counted(self, tokens: int, documents: int = 1) -> int:
         scored = min(tokens, documents * self.options.last) if self.options.last else tokens
@@ -301,9 +300,7 @@ class Scorer(RowJob):
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of the documents in order, each as soon as its document is scored at all contexts."""
-        measured: deque[tuple[Sequence[Piece[_ScoredWindow]], Sequence[Callable[[], Tensor]]]] = (
-            deque()
-        )
+        measured = deque[tuple[Sequence[Piece[_ScoredWindow]], Sequence[Callable[[], Tensor]]]]()
         for pieces in self.reader.read(self._windows(sequences)):
             measured.append((pieces, self._measure(pieces)))
             # within a window, the device computes the next chunk while the host sums the previous one
@@ -343,9 +340,8 @@ class Scorer(RowJob):
 
     def _tally(self, document: Document, context: int | None, gain: GainTally | None) -> _Tally:
         expected = max(0, len(document) - self.cut.first_target)
-        n_bytes = (
-            document.n_bytes if self.cut.bos else None
-        )  # without bos, the first token is not scored
+        # without bos, the first token is not scored
+        n_bytes = document.n_bytes if self.cut.bos else None
         if self.options.last:
             expected = self.options.last
             ids = document.read(len(document) - expected, len(document))
@@ -396,14 +392,13 @@ class Scorer(RowJob):
             for column in columns
         ]
         for piece, nll, *top in zip(pieces, *parts, strict=True):
-            tally, start = piece.window.tally, piece.start + 1 - len(self.cut.bos)
+            tally = piece.window.tally
+            start = piece.start + 1 - len(self.cut.bos)
             if not np.isfinite(nll).all():
                 token = start + int(np.argmin(np.isfinite(nll)))
-                advice = (
-                    "--dtype fp16 overflows, take bf16 or fp32"
-                    if self.reader.dtype == "fp16"
-                    else ADVICE
-                )
+                advice = ADVICE
+                if self.reader.dtype == "fp16":
+                    advice = "--dtype fp16 overflows, take bf16 or fp32"
                 raise NotFiniteError(
                     f"{tally.document.where}: document {tally.document.doc_id!r}: the log-probability of token {token} "
                     f"is not finite: {advice}"
