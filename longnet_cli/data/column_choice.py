@@ -161,32 +161,42 @@ def choose_columns(
         raise DataError(
             f"{table.where}: {doc_id} has type {id_type}: text or whole numbers are needed"
         )
-    flat = kind in INTEGERS
-    if flat and (asked := [wanted.id_column] * (wanted.id_column is not None) + list(wanted.keep)):
-        raise ConfigError(
-            f"{table.where}: column {documents!r} is one stream of ids, in which a document has no row for {asked[0]!r}"
-        )
-    counting = ("part", "span") if form == "vectors" else ("part",)
-    counts = [
-        name
-        for name in counting
-        if name in table.schema.names and pa.types.is_integer(_type(table, name))
-    ]
-    part = counts[0] if counts and doc_id is not None and not flat else None
     for name in wanted.keep:
         _type(table, name)
-    places = [
-        names
-        for names in COORDS
-        if form == "vectors" and coords and {*names} <= {*table.schema.names}
-    ]
-    chosen = Columns(documents, kind, None if flat else doc_id, part, wanted.keep, *places[:1])
+    if kind in INTEGERS:
+        beside = [*filter(None, (wanted.id_column,)), *wanted.keep]
+        if beside:
+            raise ConfigError(
+                f"{table.where}: column {documents!r} is one stream of ids, in which a document has no row for "
+                f"{beside[0]!r}"
+            )
+        chosen = Columns(documents, kind, None, None, ())
+    else:
+        part = _part(table, form) if doc_id is not None else None
+        places = _places(table) if form == "vectors" and coords else ()
+        chosen = Columns(documents, kind, doc_id, part, wanted.keep, places)
     for used in (*chosen.names, "doc_id", "part"):
         if table.schema.names.count(used) > 1:
             raise DataError(
                 f"{table.where}: several columns are named {used!r}: rename them, or leave the others out"
             )
     return chosen
+
+
+def _part(table: Table, form: Form) -> str | None:
+    """Return the column that counts the rows of a document; None without one."""
+    for name in ("part", "span") if form == "vectors" else ("part",):
+        if name in table.schema.names and pa.types.is_integer(_type(table, name)):
+            return name
+    return None
+
+
+def _places(table: Table) -> tuple[str, ...]:
+    """Return the columns of coordinates; none without any."""
+    for names in COORDS:
+        if {*names} <= {*table.schema.names}:
+            return names
+    return ()
 
 
 def _is_name(kind: pa.DataType) -> bool:

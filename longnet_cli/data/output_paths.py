@@ -72,34 +72,36 @@ def refuse_overwriting(
     behind stdout. `also` are other files that are read, or model folders, whose own files count; None is ignored.
     `option` is the name of the output's option, for the message. Raises as `inputs` do.
     """
-    places = {
-        place: output for output in outputs if (place := _identity(output))
-    }  # the outputs that exist
-    if not places:
+    existing = {_identity(output): output for output in outputs}
+    existing.pop(None, None)  # what is not there, and what keeps nothing
+    if not existing:
         return
-    folders = {
-        place for place, output in places.items() if str(output) != "-" and Path(output).is_dir()
-    }
     for path in _read_files(inputs, also):
-        identity = _identity(path)
-        if identity not in places:
-            identity = next(
-                filter(folders.__contains__, _folders_of(os.path.realpath(path.parent))), None
+        around = _folders_of(os.path.realpath(path.parent))
+        for identity in (_identity(path), *around):
+            if identity not in existing:
+                continue
+            output = existing[identity]
+            name = "stdout" if str(output) == "-" else f"{option} {output}"
+            relation = "holds" if identity in around else "is"
+            raise ConfigError(
+                f"{name} {relation} {path}, which this command reads: name another output"
             )
-        if identity:
-            output = places[identity]
-            shown = "stdout" if str(output) == "-" else f"{option} {output}"
-            what = f"holds {path}" if identity in folders else f"is {path}"
-            raise ConfigError(f"{shown} {what}, which this command reads: name another output")
 
 
 def _read_files(inputs: InputFiles | None, also: Iterable[str | Path | None]) -> Iterator[Path]:
     if inputs:
-        yield from (Path(str(name)[1:]) for name in inputs.names if str(name).startswith("@"))
-        yield from (source.path for source in inputs if source.path and not source.filesystem)
-    for path in (Path(name) for name in also if name is not None):
+        lists = (str(name) for name in inputs.names if str(name).startswith("@"))
+        yield from (Path(name[1:]) for name in lists)
+        for file in inputs:
+            if file.path and not file.filesystem:
+                yield file.path
+    for name in also:
+        if name is None:
+            continue
+        path = Path(name)
         if path.is_dir():
-            yield from (entry for entry in path.iterdir() if entry.is_file())
+            yield from filter(Path.is_file, path.iterdir())
         else:
             yield path
 

@@ -86,8 +86,11 @@ class Document:
         start, stop, _ = slice(start, stop).indices(self._length)
         out = np.empty(max(0, stop - start), np.int64)
         for done, part, offset, ids in self._stretches(start, stop):
-            nulls = 0 if part.valid is None else part.valid.slice(offset, len(ids)).false_count
-            if nulls or int(np.maximum.reduce(ids.view(self._unsigned))) > self._highest:
+            valid = part.valid
+            if valid is not None and valid.slice(offset, len(ids)).false_count:
+                raise self._refuse(part, offset, ids)
+            highest = np.maximum.reduce(ids.view(self._unsigned))
+            if int(highest) > self._highest:
                 raise self._refuse(part, offset, ids)
             out[done : done + len(ids)] = ids
         return out

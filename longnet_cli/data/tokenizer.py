@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property, partial
-from itertools import chain, takewhile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -250,11 +250,13 @@ class Tokenizer:
         """Return the ids of a prompt that are the same whatever follows it. Those of a space at its end are not."""
         texts = [f"{prompt}{sample}" for sample in ("a", "A", "1", ".", "\u4e00", " a", "\na")]
         encoded = self._inner.encode_batch(texts, add_special_tokens=False)
-        alone = sum(end <= len(prompt.rstrip()) for _, end in encoded[0].offsets)
-        columns = zip(
-            *(encoding.ids[:alone] for encoding in encoded), strict=False
-        )  # up to the shortest
-        return tuple(ids[0] for ids in takewhile(lambda ids: len({*ids}) == 1, columns))
+        first = encoded[0]
+        alone = sum(end <= len(prompt.rstrip()) for _, end in first.offsets)
+        for place in range(alone):
+            here = {tuple(encoding.ids[place : place + 1]) for encoding in encoded}
+            if len(here) > 1:
+                return tuple(first.ids[:place])
+        return tuple(first.ids[:alone])
 
     @classmethod
     def bytes(cls) -> Tokenizer:

@@ -121,18 +121,24 @@ def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator
     document that has a null, vectors of several sizes, or coordinates that do not fit its vectors; with `skip_bad`, it
     is Unread.
     """
-    nested, tile_size = is_vectors(columns.type), _tile_size(table)
+    nested = is_vectors(columns.type)
+    tile_size = _tile_size(table)
     for name in columns.coords:
         _check_type(table, name, lists=nested + (name == "coords"))
 
     def rows(start: int, arrays: Batch) -> Iterator[_VectorRow]:
-        lists = arrays[columns.documents]
-        values, valid = numbers(table, (lists.values if nested else lists).values)
-        return (_VectorRow(start, arrays, values, valid, index) for index in range(len(lists)))
+        column = arrays[columns.documents]
+        vectors = column.values if nested else column
+        values, valid = numbers(table, vectors.values)
+        for index in range(len(column)):
+            yield _VectorRow(start, arrays, values, valid, index)
 
-    whole = table.document or (None if nested or columns.doc_id else table.name)
+    whole = table.document
+    if whole is None and not nested and not columns.doc_id:
+        whole = table.name
     groups = group_rows(table, columns, rows, whole)
-    return read_documents(groups, partial(_document, table, columns, tile_size), skip_bad)
+    read = partial(_document, table, columns, tile_size)
+    return read_documents(groups, read, skip_bad)
 
 
 def _document(
