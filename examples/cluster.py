@@ -417,8 +417,8 @@ def reading_plans(
     """Return plans for reading `documents` of so many tokens, each by one group of devices, in order."""
     config, rates = net.config, machine.rates
     chunk = chunk or chunk_beside(config, int(rates["memory"]) if machine.device == "cuda" else 0)
-    # one forward pass is one device's, and so is a document with chosen blocks
-    shareable = net.layer_by_layer and tokens > chunk and not config.pattern.chosen
+    # one forward pass is one device's
+    shareable = net.layer_by_layer and tokens > chunk
     read, plans = ReadingPlan(config, chunk), []
     read.add([(tokens, tokens * scores)])
     flops, attention = read.product_flops(scores) / tokens, read.attention_flops() / tokens
@@ -433,7 +433,7 @@ def reading_plans(
             **reading_memory(net, read, chunk, machine.dtype, ranks, **how),
         }
         # what a bidirectional net keeps between its layers: on the device, in the host's memory, or on a disk
-        kept = 0 if config.causal else spilled_bytes(net, read, chunk, machine.dtype, ranks)
+        kept = 0 if config.causal else spilled_bytes(net, read, chunk, ranks)
         beside = not spill and (
             machine.device == "cpu" or sum(memory.values()) + kept <= 0.5 * rates["memory"]
         )

@@ -26,9 +26,7 @@ except ImportError as error:
 
 from longnet_cli.attention.notation import OPTIONS, read_pattern
 from longnet_cli.integrations.transformers import use_dilated_attention
-from longnet_cli.models.choosing_layers import let_layers_choose
 from longnet_cli.models.folder import ModelFolder
-from longnet_cli.models.hf.pretrained_net import TransformersNet
 from longnet_cli.running.device import DTYPES, resolve_dtype
 
 
@@ -70,14 +68,8 @@ class LongNetLM(HFLM):
         if self.pattern and not self.folder.of_transformers:
             options |= asdict(self.pattern)  # keys of a LongNet's config.json
         super()._create_model(*args, **options)
-        if not self.pattern:
-            return
-        if self.folder.of_transformers:
+        if self.pattern and self.folder.of_transformers:
             use_dilated_attention(self._model, self.pattern)
-        if self.pattern.chosen:
-            let_layers_choose(
-                TransformersNet(self._model) if self.folder.of_transformers else self._model.net
-            )
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval adds to its results: the model as well, with the commit of one that is on a hub."""

@@ -142,7 +142,7 @@ OPTIONS = {
 {RANKS}{DEVICE}
 --dtype               rows       --dtype bfloat16
 --chunk               memory     --chunk 16Ki | --chunk 1Ki @ {LONG}
---spill               opened     --spill ../in/spill @ {READING} --format jsonl --chunk 32 {CHOSEN}
+--spill               code       --spill ../in/spill @ {READING} --format jsonl
 --quiet               stderr     -q @ {READING} --format jsonl --pattern window:8
 """,
     "encode": f"""
@@ -179,7 +179,7 @@ OPTIONS = {
 {RANKS}{DEVICE}
 --dtype               rows       --dtype bf16
 --chunk               memory     --chunk 16Ki | --chunk 1Ki @ {LONG} -o out.jsonl
---spill               opened     --spill ../in/spill @ {READING} -o out.jsonl --chunk 32 {CHOSEN}
+--spill               opened     --spill ../in/spill @ ../in/t.txt -m ../in/both -o out.jsonl --chunk 7
 --quiet               stderr     -q
 """,
     "generate": f"""
@@ -203,11 +203,10 @@ hello -m ../in/native -n 6 --format jsonl
 --format              stdout     --format jsonl | --format text @ hello -m ../in/native -n 6
 --save-state          files      --save-state s
 --dry-run             stdout     --dry-run @ hello -m ../in/native -n 6
---sources             rows       --sources @ -i ../in/t.txt -m ../in/native -n 6 --format jsonl {CHOSEN}
 {DEVICE}
 --dtype               rows       --dtype bf16
 --chunk               memory     --chunk 16Ki | --chunk 1Ki @ -i {LONG} -n 1
---spill               opened     --spill ../in/spill @ -i ../in/t.txt -m ../in/native -n 6 --format jsonl {CHOSEN}
+--spill               code       --spill ../in/spill
 --quiet               stderr     -q
 """,
     "ask": f"""
@@ -286,10 +285,9 @@ model.look_back               rows       model.look_back=1
 model.overlap                 rows       model.overlap=once @ model.look_back=1
 model.queries                 rows       model.queries=all @ {ONCE}
 model.sinks                   rows       model.sinks=2 @ {ONCE}
-model.chosen                  rows       model.chosen=2 | model.chosen=3 @ {WINDOW} model.chosen_block=4 model.chosen_every=4
-model.chosen_block            rows       model.chosen_block=8 | model.chosen_block=4 @ {WINDOW} model.chosen=2 model.chosen_every=4
-model.chosen_layers           rows       model.chosen_layers=[0] | model.chosen_layers=[1] @ {WINDOW} model.num_layers=2 model.chosen=2 model.chosen_block=4 model.chosen_every=4
-model.chosen_every            rows       model.chosen_every=8 | model.chosen_every=4 @ {WINDOW} model.chosen=2 model.chosen_block=8
+model.chosen                  code       model.chosen=2 @ {WINDOW}
+model.chosen_block            code       model.chosen_block=8 @ {WINDOW}
+model.chosen_every            code       model.chosen_every=8 @ {WINDOW}
 model.padding                 rows       model.padding=zero_key @ {MASKED} model.segment_lengths=[5,12]
 model.causal                  rows       {MASKED}
 model.position                rows       model.position=none
@@ -371,7 +369,6 @@ score {READING} --top 1 --token-logprobs x.arrow
 
 score {READING} --format jsonl {CHOSEN}
 * --chunk 7
-* --chunk 7 --spill ../in/spill
 
 score ../in/kept.parquet -m ../in/native --keep maps,large,times,bytes --format jsonl
 * --chunk 7 --dp 2

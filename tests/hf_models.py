@@ -41,11 +41,7 @@ FAR = Pattern(
     (16, 16), (1, 4), "modulo", (1, 3), "once", "all", 4
 )  # a window, and a far level before it
 TILED = Pattern((8, 32, 128), (1, 4, 16), look_back=1, overlap="once", queries="all")
-CHOSEN = Pattern((16,), (1,), look_back=1, chosen=2, chosen_block=8, chosen_every=4)
-# the first layer chooses, also by the text, and the second one sees the same blocks
-FOLLOWED = Pattern(
-    (16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4, chosen_layers=(0,)
-)
+CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 GROUPED = Pattern((8, 20), (1, 3), "grouped", look_back=1, sinks=2)
 
 

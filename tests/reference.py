@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import inf
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from longnet_cli.attention.groups import stages
-from longnet_cli.attention.pattern import MEAN_OF, NEIGHBOUR, SURE, VOTERS, Padding, Pattern
+from longnet_cli.attention.pattern import Padding, Pattern
 from longnet_cli.attention.sinks import Turn
 
 
@@ -26,15 +23,15 @@ def dilated_attention_reference(
     padding: Padding = "exact",
     scale: float | None = None,
     turn: Turn | None = None,
-    choice: Choice | None = None,
+    choice: Choice = (),
 ) -> Tensor:
     """Return dilated attention of (batch, tokens, heads, head_dim) tensors, in O(tokens^2) memory; differentiable.
 
     Or of (batch, tokens, levels, heads, head_dim), without sinks, chosen blocks and padding.
 
     A key counts once for every level at which the query sees it (a multiset, paper Eq. 9-10). k and v may have fewer
-    heads. Sinks are the first rows given, and blocks are chosen among the rows given, so `start` must be 0 with sinks
-    or chosen blocks. A choice has no gradient. `choice` gives another one than `chosen_blocks` makes.
+    heads. Sinks are the first rows given, and blocks are among the rows given, so `start` must be 0 with sinks or
+    chosen blocks. `choice` says which blocks are seen.
     """
     if lengths is not None:
         out = (
@@ -45,6 +42,7 @@ def dilated_attention_reference(
                 q_, k_, v_ = (x[b : b + 1, :n] for x in (q, k, v))
                 alone = dilated_attention_reference(
                     q_, k_, v_, pattern, causal=causal, start=start, padding=padding, scale=scale, turn=turn,
+                    choice=[(0, queries, blocks) for row, queries, blocks in choice if row == b and queries.stop <= n],
                 )  # fmt: skip
                 out = out.index_put((torch.tensor(b), torch.arange(n)), alone[0])
         return out
@@ -53,8 +51,6 @@ def dilated_attention_reference(
         return _by_level(
             q, k, v, [*level_counts(pattern, q.shape[3], q.shape[1], causal, start, padding)], scale
         )
-    if choice is None:
-        choice = chosen_blocks(q, k, pattern, scale, turn) if pattern.chosen else []
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     counts, zeros = key_counts(pattern, q.shape[2], q.shape[1], causal, start, padding)
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k)
@@ -122,94 +118,8 @@ def _by_level(
     return torch.einsum("bhnlm,bmlhd->bnhd", weights.unflatten(-1, scores.shape[-2:]), v)
 
 
-Choice = list[
-    tuple[int, range, list[int]]
-]  # of each group: row of the batch, its queries, the blocks that they see
-
-
-@torch.no_grad()
-def chosen_blocks(
-    q: Tensor,
-    k: Tensor,
-    pattern: Pattern,
-    scale: float,
-    turn: Turn | None,
-    named: Callable[[int, int], Sequence[int]] = lambda row, first: (),
-    earlier: Choice | None = None,
-) -> Choice:
-    """Return the blocks that each group of queries sees, if it sees any, in a layer that chooses.
-
-    q (B, N, H, D) and k (B, N, K, D) are rotated, if at all, by `turn`. `named` takes a row and the first query of a
-    group, and returns the blocks that its text names, the best first. `earlier` is the choice of the layer that chose
-    before.
-    """
-    before = {(row, queries.start): blocks for row, queries, blocks in earlier or []}
-    w, b, every, size = (
-        pattern.segment_lengths[0],
-        pattern.look_backs[0],
-        pattern.chosen_every,
-        pattern.chosen_block,
-    )
-    tokens = q.shape[1]
-    if turn:  # un-rotated: by minus the position
-        q, k = (turn(x[:, :, None], -torch.arange(tokens))[:, :, 0] for x in (q, k))
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-    choice = []
-    for row, start in itertools.product(range(len(q)), range(0, tokens, every)):
-        near = max(0, (start // w - b) * w)
-        blocks = list(range(near // size))
-        if len(blocks) > pattern.chosen:
-            scanned = start // w * w + start % w // pattern.scan_every * pattern.scan_every
-            scanners, voters = (
-                q[row, first - VOTERS + 1 : first + 1] * scale for first in (scanned, start)
-            )
-            keys = k[row, :near].unflatten(0, (-1, size))
-            blocks = _voted(
-                scanners, voters, keys, pattern, named(row, start), before.get((row, start), [])
-            )
-        if blocks:
-            choice.append((row, range(start, min(start + every, tokens)), blocks))
-    return choice
-
-
-def _voted(
-    scanners: Tensor,
-    voters: Tensor,
-    keys: Tensor,
-    pattern: Pattern,
-    named: Sequence[int],
-    before: Sequence[int],
-) -> list[int]:
-    """Return the blocks that voters (VOTERS, H, D) see among those of keys (blocks, size, H, D), in order.
-
-    The voters `scanners` (VOTERS, H, D) choose the candidates; those of the layer `before` are candidates, too.
-    """
-
-    def votes(
-        own: Tensor, blocks: list[int], keys_of: Tensor, means: int, power: int = 1
-    ) -> dict[int, float]:
-        """Return a score for each block, whose keys are in `keys_of` (blocks, keys, H, D), by `means` means of each."""
-        of_blocks = keys_of[blocks].unflatten(1, (means, -1)).mean(2)
-        scores = torch.einsum("vhd,cmhd->vhcm", own, of_blocks)
-        shares = scores.logsumexp(-1).softmax(-1).pow(power).mean((0, 1)) ** (1 / power)
-        found = dict(zip(blocks, shares.tolist(), strict=True))
-        return {
-            block: max(score, NEIGHBOUR * found.get(block - 1, 0.0))
-            for block, score in found.items()
-        }
-
-    def best(scores: Mapping[int, float], number: int) -> list[int]:
-        return sorted(
-            sorted(scores, key=lambda block: -scores[block])[:number]
-        )  # stable: the earlier one of equals
-
-    finest = pattern.chosen_block // MEAN_OF
-    candidates = [*range(1, len(keys))]
-    for stage in stages(pattern, len(candidates)):
-        candidates = best(votes(scanners[1::2], candidates, keys, stage.means), stage.blocks)
-    candidates = sorted({*candidates, *before} - {0})
-    shares = votes(voters, candidates, keys, finest, SURE)
-    return [0, *best(shares | dict.fromkeys(named, inf), pattern.chosen - 1)]
+# of each group: row of the batch, its queries, the blocks that they see
+Choice = Sequence[tuple[int, range, Sequence[int]]]
 
 
 def key_counts(

@@ -47,7 +47,6 @@ import torch
 from longnet_cli import ConfigError, LongNetError, ModelFolder, Net, open_stream, parse_pattern
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.integrations.transformers import write_pattern
 
 PREFACE = 200  # tokens before the first passage
 NATURAL = "natural"
@@ -66,7 +65,7 @@ def nats_of(net: Net, stream: Any, ids: np.ndarray) -> list[float]:
 def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = None) -> Any:
     """Return what `read()` returns (JSON), but leave the stream as it was: a forked process reads.
 
-    With `every`, a model of transformers chooses blocks every so many tokens there.
+    With `every`, blocks are chosen every so many tokens there.
     """
     source, sink = os.pipe()
     child = os.fork()
@@ -74,16 +73,7 @@ def apart(net: Net, stream: Any, read: Callable[[], Any], every: int | None = No
         try:
             os.close(source)
             if every:
-                before = net.config.pattern.chosen_every
-                pattern = replace(net.config.pattern, chosen_every=every)
-                write_pattern(net.model.config, pattern)
-                net.config = net.config.model_copy(
-                    update={"pattern": pattern}
-                )  # which names blocks, and counts them
-                for cache in stream.caches:
-                    cache.pattern = cache.past.pattern = pattern
-                    cache.past.held = None
-                    cache.past.convert_counts(before)
+                stream.pattern = replace(stream.pattern, chosen_every=every)
             os.write(sink, json.dumps(read()).encode())
             os._exit(0)
         except BaseException:

@@ -46,7 +46,6 @@ from longnet_cli import (
     parse_pattern,
 )
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.jobs.generating import SourceWatch
 
 NOISE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
@@ -215,10 +214,10 @@ class Writer:
 
 def answer(
     net: Net, stream: Any, tokenizer: Tokenizer, question: Question
-) -> list[tuple[bool, float, int, bool]]:
+) -> list[tuple[bool, float, int]]:
     """Read a question and its answer.
 
-    Return of each value if all its tokens are ranked first, nats, tokens, and if a source of the answer contains it.
+    Return of each value if all its tokens are ranked first, nats and tokens.
     """
     parts, places = [tokenizer.encode(question.text)], []
     for number, value in enumerate(question.values):
@@ -229,20 +228,12 @@ def answer(
         places.append(slice(start - 1, start - 1 + len(ids)))
         parts.append(ids)
     ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-    watch = SourceWatch(stream, tokenizer) if net.config.pattern.chosen else None
     with torch.inference_mode():
         hidden = [stream(ids[None, : len(parts[0])])]
-        if watch:
-            watch.begin()
         hidden.append(stream(ids[None, len(parts[0]) :]))
         logprobs = net.logits(torch.cat(hidden, 1)[0, :-1]).float().log_softmax(-1)
     nats, right = -logprobs.gather(1, ids[1:, None])[:, 0], logprobs.argmax(-1) == ids[1:]
-    said = [passage.text for passage in watch.found()] if watch else []
-    shown = [any(value.strip() in text for text in said) for value in question.values]
-    return [
-        (bool(right[at].all()), float(nats[at].sum()), at.stop - at.start, source)
-        for at, source in zip(places, shown, strict=True)
-    ]
+    return [(bool(right[at].all()), float(nats[at].sum()), at.stop - at.start) for at in places]
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -11,9 +11,7 @@ from .spans import SINKS, FarSpan
 
 if TYPE_CHECKING:
     from .cache import FarKeys, KVCache, Outside, far_keys
-    from .choosing import LayerChoices
     from .dilated import DilatedAttention, dilated_attention
-    from .past import Past
 
 __all__ = [
     "SINKS",
@@ -21,10 +19,8 @@ __all__ = [
     "FarKeys",
     "FarSpan",
     "KVCache",
-    "LayerChoices",
     "Level",
     "Outside",
-    "Past",
     "Pattern",
     "dilated_attention",
     "far_keys",
@@ -34,9 +30,7 @@ _MODULES = {
     "DilatedAttention": "dilated",
     "FarKeys": "cache",
     "KVCache": "cache",
-    "LayerChoices": "choosing",
     "Outside": "cache",
-    "Past": "past",
     "dilated_attention": "dilated",
     "far_keys": "cache",
 }

@@ -29,8 +29,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
-from .groups import chosen_flops
-from .pattern import LayerKind, Padding, Pattern
+from .pattern import Padding, Pattern
 from .spans import (
     SINKS,
     FarSpan,
@@ -165,14 +164,12 @@ def attention_flops(
     head_dim: int,
     tokens: int,
     causal: bool,
-    kind: LayerKind = "chooses",
 ) -> int:
     """Return the executed FLOPs of a forward pass over one document, summed over branches.
 
-    Each head and segment takes 4 * rows * keys * head_dim; a causal square takes half. With chosen blocks, this depends
-    on the `kind` of the layer.
+    Each head and segment takes 4 * rows * keys * head_dim; a causal square takes half.
     """
-    return sum(level_flops(pattern, heads, head_dim, tokens, causal, kind))
+    return sum(level_flops(pattern, heads, head_dim, tokens, causal))
 
 
 def level_flops(
@@ -181,32 +178,20 @@ def level_flops(
     head_dim: int,
     tokens: int,
     causal: bool,
-    kind: LayerKind = "chooses",
 ) -> list[int]:
-    """Return the share of each level in `attention_flops`, and last that of calls on sinks alone or chosen blocks."""
+    """Return the share of each level in `attention_flops`, and last that of calls on what lies apart from them.
+
+    Chosen blocks count as if the text names as many as it may."""
     shard = _ShardGeometry(Layout(pattern, heads, heads), 0, tokens, causal)
-    parts = [
-        *(shard.near_calls(level, False, 0) for level in range(len(pattern.levels))),
-        shard.sink_calls((), None),
-    ]
-    flops = [2 * head_dim * sum(map(pairs, part)) for part in parts]
-    flops[-1] += sum(chosen_flops(pattern, heads, head_dim, tokens, kind))
-    return flops
+    levels = [shard.near_calls(level, False, 0) for level in range(len(pattern.levels))]
+    beyond = max(0, tokens - (1 + pattern.look_backs[0]) * pattern.segment_lengths[0])
+    apart = 4 * heads * head_dim * beyond * pattern.apart_keys
+    return [*(2 * head_dim * sum(map(pairs, calls)) for calls in levels), apart]
 
 
-def backward_flops(
-    pattern: Pattern,
-    heads: int,
-    head_dim: int,
-    tokens: int,
-    causal: bool,
-    kind: LayerKind = "chooses",
-) -> float:
+def backward_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool) -> float:
     """Return the executed FLOPs of a backward pass over one document."""
-    votes = chosen_flops(pattern, heads, head_dim, tokens, kind).votes
-    return BACKWARD_FLOPS * (
-        attention_flops(pattern, heads, head_dim, tokens, causal, kind) - votes
-    )
+    return BACKWARD_FLOPS * attention_flops(pattern, heads, head_dim, tokens, causal)
 
 
 _Positions = tuple[int, int]  # [start, stop)

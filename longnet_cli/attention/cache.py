@@ -3,9 +3,9 @@
 These are the rows of the level's open segment and of the `look_back` segments before it. Later queries read only these
 rows and the sinks. So a sequence of any length needs `sum of (1 + look_back) ceil(w / r)` rows per lane, and the sinks:
 40,960 rows per head for a billion tokens of `Pattern.geometric(2**30)`. With chosen blocks, the cache also keeps all
-rows of the past (`past`), and grows with the document.
+rows of the past, and grows with the document.
 
-What a shard attends to outside itself is `Outside`: far keys of its levels, and the past whose blocks it chooses from.
+What a shard attends to outside itself is `Outside`: far keys of its levels, and chosen blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .past import Blocks, Past, Shape
+from .chosen import Chosen, ChosenCall, PastRows
 from .pattern import Pattern
 from .spans import (
     SINKS,
@@ -35,7 +35,7 @@ from .spans import (
     segment_start,
     sink_segments,
 )
-from .views import accumulator, of_level, strided_view
+from .views import of_level, strided_view
 
 
 @dataclass(eq=False)  # a frozen one takes longer to make, and every layer makes some per token
@@ -71,13 +71,13 @@ class FarKeys:
 
 
 class Outside(NamedTuple):
-    """All that a shard sees outside itself: far keys, and for chosen blocks the past before it, which has no gradient.
+    """All that a shard sees outside its own keys: far keys, and chosen blocks, which have no gradient.
 
     `KVCache.far` gives it. A `FarProvider` of `longnet_cli.nets` returns it for each layer.
     """
 
     keys: Sequence[FarKeys] = ()
-    past: Past | None = None
+    chosen: Chosen | None = None
 
 
 def far_keys(
@@ -134,18 +134,15 @@ class KVCache:
         cache = KVCache(pattern, batch, heads, head_dim)
         for q, k, v in shards:
             out = dilated_attention(q, k, v, pattern, start=cache.position, far=cache.far(k, v))
-            cache.append(k, v, q=q)  # q is for chosen blocks alone
+            cache.append(k, v)
 
     `kv_heads` is the number of heads of k and v, by default `num_heads`. `position` is the number of tokens so far.
     `nbytes` is the size of the allocated rows, at most batch * head_dim * 2 * `cached_rows` numbers. A segment
     with more than FIRST_ROWS rows starts with FIRST_ROWS, and gets the others on demand.
 
     Pass `keep`, the length that the sequence may reach, if earlier far keys must stay valid, as for a backward pass
-    over all shards. Then every segment gets new memory for all its rows at once, and takes over no older segment's. Of
-    chosen blocks, the past is the next shard's, and `Past.before` gives earlier ones.
-    `allocate` makes the memory; it takes the arguments of torch.empty. `layer` is the number of the layer, on which it
-    depends what chosen blocks need of the past. The blocks of the past, if they are chosen, are
-    kept in `blocks`, by default in memory.
+    over all shards. Then every segment gets new memory for all its rows at once, and takes over no older segment's.
+    `allocate` makes the memory; it takes the arguments of torch.empty.
     """
 
     def __init__(
@@ -160,8 +157,6 @@ class KVCache:
         device: torch.device | str = "cpu",
         keep: int = 0,
         allocate: Callable[..., Tensor] = torch.empty,
-        blocks: Blocks | None = None,
-        layer: int | None = None,
     ) -> None:
         self.pattern, self.keep = pattern, keep
         self.layout = Layout(pattern, num_heads, kv_heads or num_heads)
@@ -188,7 +183,7 @@ class KVCache:
         self._turned: dict[
             tuple[int, ...], tuple[Tensor, ...]
         ] = {}  # sinks as they were turned last
-        self.past = Past(pattern, blocks, allocate, keep, layer) if pattern.chosen else None
+        self.past = PastRows() if pattern.chosen else None
 
     @property
     def batch(self) -> int:
@@ -203,11 +198,12 @@ class KVCache:
         rows = sum(x.numel() * x.element_size() for x in (*chain(*self._levels), self._sinks))
         return rows + (self.past.nbytes if self.past else 0)
 
-    def far(self, *shard: Tensor) -> Outside:
+    def far(self, *shard: Tensor, named: Sequence[ChosenCall] = ()) -> Outside:
         """Return what the next shard sees of the past: views, valid until the next `append`, or always with `keep`.
 
         Its k and v may be given, to be appended later. The rows of a single token are then stored at once, unless they
-        need a gradient, and are the last of the far keys, which saves a call per level.
+        need a gradient, and are the last of the far keys, which saves a call per level. With chosen blocks, k and v
+        must be given; `named` says which blocks the shard sees.
         """
         kept = self.keep or (torch.is_grad_enabled() and any(x.requires_grad for x in shard))
         own, position = int(not kept and bool(shard) and shard[0].shape[1] == 1), self.position
@@ -221,31 +217,28 @@ class KVCache:
                 whole = span.level == SINKS and self.position >= self.pattern.sinks
                 turned = self._turned if whole else None
                 far_keys.append(FarKeys(*span, *_halves(self._rows(span), rows), turned=turned))
-        return Outside(far_keys, self.past)
+        if self.past is None:
+            return Outside(far_keys)
+        if shard:
+            self.past.put(position, *shard)
+        return Outside(far_keys, Chosen(named, self.past.rows))
 
     def append(
         self,
         k: Tensor,
         v: Tensor,
         *,
-        q: Tensor | None = None,
         start: int | None = None,
         stop: int | None = None,
         others: Iterable[FarKeys] = (),
     ) -> None:
         """Store the next shard's keys and values (batch, tokens, key heads, head_dim); gradients do not flow.
 
-        Chosen blocks need its queries q (batch, tokens, heads, head_dim) as well; without them, raises ValueError.
-
         If several ranks hold shards of one chunk that ends at `stop`, each rank stores its own shard, which starts at
         `start`, and the rows of the `others`.
         """
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
-        if self.past:
-            if q is None:
-                raise ValueError("chosen blocks need the queries of earlier tokens: give q")
-            self.past.append(q, k, v)
         if k is not self._stored:
             with torch.no_grad():
                 held = _held(self.layout, stop, 0, start, start + k.shape[1])
@@ -285,14 +278,14 @@ class KVCache:
         self._sinks = _selected(self._sinks, index)
         self._turned = {}
         if self.past:
-            self.past.select(index)
+            self.past = PastRows(self.past.rows[:, index])
 
     def fork(self) -> KVCache:
-        """Return another cache, with the same rows so far: copies, but the blocks of the past are shared."""
+        """Return another cache, with the same rows so far: copies."""
         new = copy.copy(self)
         new._levels = [[rows.clone() for rows in places] for places in self._levels]
         new._sinks, new._turned = self._sinks.clone(), {}
-        new.past = self.past and self.past.fork()
+        new.past = self.past and PastRows(self.past.rows.clone())
         return new
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
@@ -304,7 +297,7 @@ class KVCache:
                 rows[:, :, count:, lane] = 0  # no key, but whatever was in memory
             yield f"rows.{number}", rows
         if self.past:
-            yield from self.past.state()
+            yield "past", self.past.rows
 
     def restore(self, position: int, saved: Mapping[str, Tensor]) -> None:
         """Become, if new, the cache of `position` tokens whose `state` was saved.
@@ -317,35 +310,24 @@ class KVCache:
             rows = saved[f"rows.{number}"]
             self._rows(span, rows.shape[2])[:, : rows.shape[2]] = rows.flatten(0, 1)
         if self.past:
-            self.past.restore(position, saved)
+            self.past = PastRows(saved["past"])
 
     def _check(self, position: int, saved: Mapping[str, Tensor]) -> None:
-        shapes: dict[str, Shape] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for number, span in enumerate(open_spans(self.pattern, position)):
             counts = self.layout.counts(span)
             shapes[f"rows.{number}"] = (2, self.batch, max(counts), len(counts), self.head_dim)
         if self.past:
-            shapes |= self.past.shapes(
-                position, saved, (self.batch, *self.layout[1:], self.head_dim)
-            )
-        types = {
-            "fine": accumulator(self.dtype),
-            "counts": torch.int32,
-            "held": torch.int32,
-            "held_at": torch.int64,
-        }
-        types |= {"scanned": torch.int32, "scanned_at": torch.int64}
+            shapes["past"] = (2, self.batch, position, self.layout.kv_heads, self.head_dim)
         if other := saved.keys() ^ shapes.keys():
             raise ValueError(
                 f"{min(other)} is {'missing' if min(other) in shapes else 'not of it'}"
             )
         for name, shape in shapes.items():
-            if tuple(saved[name].shape) != shape or saved[name].dtype != types.get(
-                name, self.dtype
-            ):
+            if tuple(saved[name].shape) != shape or saved[name].dtype != self.dtype:
                 given = f"{tuple(saved[name].shape)} of {saved[name].dtype}"
                 raise ValueError(
-                    f"{name} is {given}, for {position} tokens and {shape} of {types.get(name, self.dtype)}"
+                    f"{name} is {given}, for {position} tokens and {shape} of {self.dtype}"
                 )
 
     def _new_rows(self, number: int, level: int) -> Tensor:
@@ -416,7 +398,7 @@ def cached_rows(layout: Layout, tokens: int = sys.maxsize) -> int:
     That is `pattern.cache_rows` for each head, if no lane is shared.
     """
     pattern = layout.pattern
-    rows = pattern.sinks * layout.kv_heads
+    rows = pattern.apart_rows(tokens) * layout.kv_heads
     for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True)):
         whole = -(-w // r)
         have = min(whole, FIRST_ROWS)

@@ -18,7 +18,7 @@ rate.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import FarKeys, Outside
-from .choosing import LayerChoices
-from .chosen import Chosen
+from .chosen import add_blocks
 from .kernels import select_kernel
 from .pattern import Padding, Pattern
 from .planning import (
@@ -61,7 +60,6 @@ def dilated_attention(
     scale: float | None = None,
     kernel: str | None = None,
     turn: Turn | None = None,
-    choices: LayerChoices | None = None,
 ) -> Tensor:
     """Attend from q (B, N, H, D) to k, v (B, N, K, D) by `pattern`; return (B, N, H, D) like q. Differentiable.
 
@@ -75,7 +73,7 @@ def dilated_attention(
 
     far: keys from outside the shard; in causal attention, they lie before it. If the shard is a single token, its own
         row may be the last of some levels' far keys; then k and v are not read there. For chosen blocks, an `Outside`
-        that also has the past before the shard, as a `KVCache` gives it.
+        that also says which ones, as a `KVCache` gives it.
     lengths: true length of each row of a right-padded batch, 0 to tokens. Each row gets what it would get alone, and
         zeros beyond its length.
     documents: lengths of the documents that follow each other in every row, `tokens` in all. Each document attends only
@@ -87,11 +85,9 @@ def dilated_attention(
     turn: function that moves sinks to the place where a segment sees them, for k that is rotated by position:
         (keys (B, S, n, K, D), distances (S,) int64) -> the same keys, that many positions further on. Linear and
         differentiable. Without it, every segment sees the sinks as they are.
-    choices: what the layers of a forward pass choose, and this layer's place in it. Without them, a layer chooses for
-        itself, whatever the pattern's `chosen_layers`, and nothing is named.
 
-    Chosen blocks are moved by `turn` in the same way, and un-rotated by minus their positions (`choosing`). The choice
-    of blocks has no gradient. torch.compile compiles what is around attention: its graph breaks here.
+    Chosen blocks are moved by `turn` in the same way (`chosen`). They have no gradient: a backward pass through them
+    raises ValueError. torch.compile compiles what is around attention: its graph breaks here.
 
     Sinks are the document's own first rows if the shard has them, otherwise far keys of level `SINKS`.
 
@@ -102,7 +98,7 @@ def dilated_attention(
     shard = Shard(start, lengths, documents, total, padding, causal)
     # a graph cannot trace the integers of a plan, nor data that decide
     attend = torch.compiler.disable(_attend) if torch.compiler.is_compiling() else _attend
-    return attend(q, k, v, pattern, shard, outside, scale, kernel, turn, choices)
+    return attend(q, k, v, pattern, shard, outside, scale, kernel, turn)
 
 
 def _attend(
@@ -115,7 +111,6 @@ def _attend(
     scale: float | None,
     kernel: str | None,
     turn: Turn | None,
-    choices: LayerChoices | None,
 ) -> Tensor:
     refuse_capture(q)
     if not q.shape[-1]:
@@ -124,19 +119,21 @@ def _attend(
         # Rotated q and k come in float32, and v in the type of its projection. Autocast leaves float64 alone.
         autocast_dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(autocast_dtype) for x in (q, k, v))
-    far_keys, past = outside
-    if pattern.chosen and shard.start != (before := past.position if past else 0):
-        raise ValueError(
-            f"chosen={pattern.chosen}: the shard starts at {shard.start}, and far keys hold the past of {before} "
-            "tokens: give that of a KVCache"
-        )
+    far_keys, chosen = outside
     sinks = _sinks(pattern, shard, q.shape[1], far_keys, turn)
     selected = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
     plan = plan_calls(selected, q, k, v, pattern, shard, far_keys, sinks.rows if sinks else None)
-    chosen = Chosen(pattern, plan.chosen, turn, past, choices) if plan.chosen else None
-    call = _ShardCall(
-        plan, q.shape[-1] ** -0.5 if scale is None else scale, far_keys, sinks, chosen
-    )
+    if pattern.chosen and (
+        chosen is None or shard.documents or (shard.start and chosen.rows is None)
+    ):
+        raise ValueError(
+            f"chosen={pattern.chosen}: which blocks a document's queries see is not given: far keys of a KVCache say so"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    add = None
+    if chosen and chosen.calls:
+        add = partial(add_blocks, selected, scale, chosen, pattern.chosen_block, turn)
+    call = _ShardCall(plan, scale, far_keys, sinks, add)
     far_rows = [x for keys in far_keys for x in (keys.k, keys.v)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far_rows)):
         inputs = [unit_stride(x) for x in (q, k, v, *far_rows)]
@@ -189,13 +186,13 @@ def _sinks(
 
 
 class _ShardCall(NamedTuple):
-    """All that a call of a shard has besides its tensors."""
+    """All that a call of a shard has besides its tensors. `add` merges chosen blocks."""
 
     plan: AttentionPlan
     scale: float
     far_keys: Sequence[FarKeys]
     sinks: _Sinks | None
-    chosen: Chosen | None
+    add: Callable[..., None] | None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]
@@ -211,12 +208,14 @@ class _ShardCall(NamedTuple):
                 rows.extend(self.sinks.turned(k, v, far_rows))
             return rows[2 * index : 2 * index + 2]
 
-        merged = merged_forward(self.plan, self.scale, q, k, v, arrived, self.chosen)
+        out, lse = merged_forward(self.plan, self.scale, q, k, v, arrived)
         while (
             waiting
         ):  # also for keys that no query needed: their buffers must not be freed in flight
             waiting.pop()()
-        return merged
+        if self.add:
+            self.add(q, k, v, out, lse)
+        return out, lse
 
     def gradients(
         self,
@@ -247,7 +246,7 @@ class _ShardCall(NamedTuple):
         if sinks:
             there += sinks.turned(k, v, far_rows)
         far_first = on_far if any(back) else None
-        grads = merged_backward(self.plan, self.scale, tensors, there, far_first, self.chosen)
+        grads = merged_backward(self.plan, self.scale, tensors, there, far_first)
         if not far_first:
             on_far(grads[3:])
         if sinks:
@@ -277,6 +276,10 @@ class _MergedBranches(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *far_rows = ctx.saved_tensors
         refuse_capture(q)
+        if ctx.call.add:
+            raise ValueError(
+                "chosen blocks have no gradient: train with a window (--pattern window:1Ki)"
+            )
         inputs = (q, k, v, *far_rows)
         with torch.no_grad():
             sums = ctx.call.gradients((dout, q, k, v, out, lse), far_rows, ctx.back)

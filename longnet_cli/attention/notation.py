@@ -4,7 +4,6 @@
     geometric:1e9,base=2048,ratio=2          with its size
     window:1Ki,look_back=1,sinks=4           with options of `Pattern`, which go with every constructor
     window:1Ki,chosen=32x32,chosen_every=4   32 blocks of 32 tokens, chosen every 4 tokens
-    finding:layers=5/7/14                    chosen by these layers
     pretrained                               a window and sinks, for models that were trained with dense attention
     finding                                  a window and chosen blocks
     dense                                    every key, at any length
@@ -66,28 +65,16 @@ def _counts(text: str) -> int | tuple[int, ...]:
     return found if len(found) > 1 else found[0]
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(map(int, text.split("/")))
-    except ValueError:
-        raise ValueError(f"numbers of layers are needed, as 5/7/14, not '{text}'") from None
-
-
 def _chosen(text: str) -> tuple[int, int]:
     """Return the number of chosen blocks and their size."""
     number, times, block = text.partition("x")
     return _count(number), parse_size(block) if times else Pattern.chosen_block
 
 
-_WRITTEN = {"chosen_layers": "layers"}  # fields with another name in a text
 _READERS: dict[str, Callable[[str], Any]] = {"look_back": _counts, "chosen": _chosen}
-_BY_TYPE: dict[type, Callable[[str], Any]] = {
-    int: _count,
-    str: str,
-    tuple: _layers,
-}  # of the default
+_BY_TYPE: dict[type, Callable[[str], Any]] = {int: _count, str: str}  # of the default
 OPTIONS = {
-    _WRITTEN.get(name, name): _READERS.get(name) or _BY_TYPE[type(getattr(Pattern, name))]
+    name: _READERS.get(name) or _BY_TYPE[type(getattr(Pattern, name))]
     for name in _FIELDS
     if name != "chosen_block"  # a part of chosen
 }
@@ -174,7 +161,6 @@ def _read(
             raise ValueError(f"{key}: {error}") from None
     if "chosen" in given:
         given["chosen"], given["chosen_block"] = given["chosen"]
-    given |= {field: given.pop(name) for field, name in _WRITTEN.items() if name in given}
     return sizes, given
 
 
@@ -233,9 +219,7 @@ def _options(made: Pattern, pattern: Pattern, separator: str) -> str:
     changed = {name: _value(getattr(pattern, name)) for name in _changed(made, pattern)}
     if changed.pop("chosen_block", None) or "chosen" in changed:
         changed["chosen"] = f"{_value(pattern.chosen)}x{_value(pattern.chosen_block)}"
-    if "chosen_layers" in changed:
-        changed["chosen_layers"] = "/".join(map(str, pattern.chosen_layers))
-    words = ",".join(f"{_WRITTEN.get(name, name)}={value}" for name, value in changed.items())
+    words = ",".join(f"{name}={value}" for name, value in changed.items())
     return separator + words if words else ""
 
 

@@ -11,8 +11,8 @@ starting at the head's offset. With w = 8, r = 2 and four heads, one segment loo
 
 In the paper, queries are sampled exactly as keys are, and the kept rows of a segment attend to each other. Other
 options of `Pattern` let a level look back over earlier segments, count each key once, let every row query, and let
-every query see the first tokens of a document (attention sinks) or, beyond a window, the blocks of keys that the
-content of the document chooses.
+every query see the first tokens of a document (attention sinks) or, beyond a window, the blocks of tokens that the text
+names (`chosen`).
 
 The rest of the geometry is in `spans` (the rows that one strided view shows, and rows that lie outside a shard) and in
 `branches` (the attention calls of a shard). It is pure integer arithmetic.
@@ -21,8 +21,7 @@ The rest of the geometry is in `spans` (the rows that one strided view shows, an
 from __future__ import annotations
 
 import operator
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -30,21 +29,6 @@ HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
 Queries = Literal["dilated", "all"]
 Padding = Literal["exact", "zero_key"]
-LayerKind = Literal[
-    "chooses", "follows", "sees_block_0"
-]  # of a layer with chosen blocks: see `Pattern.kind`
-
-# of chosen blocks. Measured on SmolLM2-135M, with passages that are read again: fewer or averaged voters, coarser means
-# and no neighbours find less; twice as many find little more. Rarer scans lose nothing
-VOTERS = 8  # positions whose queries choose, those that end with the group's first
-MEAN_OF = 4  # keys per mean that a query is compared with at last
-NEIGHBOUR = 0.99  # share of a block's score that the next block has at least: text goes on there
-SURE = 3  # power of the shares in a vote
-NAMED = 4  # one block of so many is chosen because the text names it, at most
-SCAN = 128  # tokens for which one scan finds the candidates
-# (mean keys per block, blocks that remain): with more candidates than that, a stage of the scan. The last stage leaves
-# the candidates of a scan
-FUNNEL = ((1, 4096), (4, 256))
 MAX_LEVELS = 64  # enough to double from 1 to 2^63; every layer computes every level
 
 
@@ -70,12 +54,10 @@ class Pattern:
     queries: with "dilated", only the rows that a level keeps query its keys; with "all", every row does.
     sinks: number of first tokens of a document that every query sees, once. A query sees them at the first level if
         that covers them, otherwise in a call of their own. Other levels leave them out.
-    chosen: number of blocks of `chosen_block` tokens before a window that every query sees: the first block of the
-        document, and those that the last queries vote for or that the text names (`choosing`). All query heads of a
-        layer see the same blocks, and so do the queries of a group of `chosen_every` tokens. Causal attention with one
-        level at rate 1 only.
-    chosen_layers: the layers that choose, from 0; the layers after each see the same blocks, and those before the first
-        see block 0 alone. With (), every layer chooses.
+    chosen: number of blocks of `chosen_block` tokens that every query sees before its window, at most: the first block
+        of the document, and those that the text names (`longnet_cli.nets.named_blocks`). All layers and heads see the
+        same ones, and so do the queries of a group of `chosen_every` tokens. Causal attention with one level at rate 1
+        only, for reading: nothing is trained through the choice.
 
     Raises ValueError for levels that no attention can have, and for options that do not go together.
     """
@@ -90,7 +72,6 @@ class Pattern:
     chosen: int = 0
     chosen_block: int = 32
     chosen_every: int = 16
-    chosen_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("segment_lengths", "dilation_rates"):
@@ -171,8 +152,9 @@ class Pattern:
     def finding(cls, width: int = 1024, chosen: int = 32, **options: Any) -> Pattern:
         """Return a window and chosen blocks: what a pretrained model can find again in all of the past.
 
-        A query sees 1.5 * width + chosen_block * chosen keys on average (2,560 by default), and half a width more at
-        most. This must not exceed the length that the model was trained on. The keys of the whole document are kept.
+        A query sees 1.5 * width + chosen_block * chosen keys on average (2,560 by default) where the text names so many
+        blocks, and half a width more at most. This must not exceed the length that the model was trained on. The keys
+        of the whole document are kept.
         docs/finding.md says what is found, and what it costs. `options` are those of the blocks, by their names.
         """
         return cls((width,), (1,), look_back=1, chosen=chosen, **options)
@@ -199,11 +181,7 @@ class Pattern:
 
         A causal query has half as many keys, and all of the sinks and chosen blocks.
         """
-        return (
-            sum(map(self.level_keys, range(len(self.segment_lengths))))
-            + self.sinks
-            + self.chosen_keys
-        )
+        return sum(map(self.level_keys, range(len(self.segment_lengths)))) + self.apart_keys
 
     @property
     def chosen_keys(self) -> int:
@@ -211,37 +189,23 @@ class Pattern:
         return self.chosen * self.chosen_block
 
     @property
-    def scan_every(self) -> int:
-        """The tokens whose groups have the candidates of one scan: SCAN, in whole groups."""
-        return max(1, SCAN // self.chosen_every) * self.chosen_every
+    def apart_keys(self) -> int:
+        """The most keys that a query sees apart from its levels: sinks or chosen blocks."""
+        return self.sinks + self.chosen_keys
 
     @property
-    def last_queries(self) -> int:
-        """The number of a document's last queries that still matter: those since the last scan, and its voters."""
-        return self.scan_every + VOTERS - 2  # of the open group, the last token may be missing
+    def apart(self) -> str:
+        """What these keys are; empty if there are none."""
+        return "blocks by name" if self.chosen else "sinks" if self.sinks else ""
 
-    def source(self, layer: int) -> int | None:
-        """Return the layer that chooses the blocks that `layer` sees: itself, or one before; None for block 0 alone."""
-        if not self.chosen_layers:
-            return layer
-        return max((chooser for chooser in self.chosen_layers if chooser <= layer), default=None)
-
-    def kind(self, layer: int | None) -> LayerKind:
-        """Return whether a layer chooses its blocks, follows an earlier layer's choice, or sees the first block alone.
-
-        None is a layer that belongs to no net, and chooses.
-        """
-        source = None if layer is None else self.source(layer)
-        return "chooses" if source == layer else "sees_block_0" if source is None else "follows"
-
-    def kinds(self, layers: int) -> Counter[LayerKind]:
-        """Return how many of a net's layers are of each kind."""
-        return Counter(map(self.kind, range(layers)))
+    def apart_rows(self, tokens: int) -> int:
+        """Return the rows among which these keys are, in `tokens` before a query: the sinks, or all of them."""
+        return tokens if self.chosen else self.sinks
 
     @property
     def moves_keys(self) -> bool:
         """True if some keys are seen at another distance than their own: those of sinks and of chosen blocks."""
-        return bool(self.sinks or self.chosen)
+        return self.apart_keys > 0
 
     @property
     def cache_rows(self) -> int:
@@ -274,19 +238,13 @@ class Pattern:
 
     def farthest(self, layers: int) -> int | None:
         """Return a distance in tokens that no link through so many layers exceeds; None if content or sinks choose."""
-        if self.chosen or self.sinks:
+        if self.moves_keys:
             return None
         if not any(self.look_backs):
             return max(self.segment_lengths)  # shorter segments lie within longer ones
         return layers * max(
             w * (1 + back) for w, back in zip(self.segment_lengths, self.look_backs, strict=True)
         )
-
-    def continues(self, saved: Pattern) -> bool:
-        """Return whether a cache of `saved` will do: the same pattern, or one that chooses less often."""
-        if not (self.chosen and saved.chosen) or saved.chosen_every % self.chosen_every:
-            return self == saved
-        return replace(self, chosen_every=saved.chosen_every) == saved
 
     def refusal(self, causal: bool, padding: Padding) -> str | None:
         """Return one line that says why attention cannot have this pattern with these options, or None if it can."""
@@ -297,10 +255,8 @@ class Pattern:
             and max(self.dilation_rates) > 1
         ):
             return 'queries="all" needs overlap="once" in causal attention'
-        if self.chosen and padding == "zero_key":
-            return 'padding="zero_key" goes with no chosen blocks'
         if self.chosen and not causal:
-            return f"chosen={self.chosen} is for causal attention: later keys choose nothing"
+            return f"chosen={self.chosen} is for causal attention: later tokens name nothing"
         plain = (0,) * len(self.segment_lengths), "repeat", "dilated", 0
         if padding == "zero_key" and plain != (
             self.look_backs,
@@ -309,12 +265,6 @@ class Pattern:
             self.sinks,
         ):
             return 'padding="zero_key" goes with no look_back, overlap, queries or sinks but the paper\'s'
-        return None
-
-    def refusal_of_layers(self, layers: int) -> str | None:
-        """Return one line that says why a net of so many layers cannot have this pattern, or None if it can."""
-        if self.chosen_layers and self.chosen_layers[-1] >= layers:
-            return f"layer {self.chosen_layers[-1]} is to choose blocks, and the layers are 0 to {layers - 1}"
         return None
 
     def _covered(self, level: int) -> int:
@@ -359,46 +309,27 @@ class Pattern:
         names = ("chosen", "chosen_block", "chosen_every")
         for name in names:
             self._set(name, *_whole_numbers(name, [getattr(self, name)]))
-        self._set("chosen_layers", _whole_numbers("chosen_layers", self.chosen_layers))
-        n, block, every, w = (
-            self.chosen,
-            self.chosen_block,
-            self.chosen_every,
-            self.segment_lengths[0],
-        )
-        if not n:
-            given = [
-                name
-                for name in (*names, "chosen_layers")
-                if getattr(self, name) != getattr(Pattern, name)
-            ]
-            if given:
-                raise ValueError(
-                    f"{given[0]} says how blocks are chosen: give their number, chosen"
-                )
+        w, block, every = self.segment_lengths[0], self.chosen_block, self.chosen_every
+        if not self.chosen:
+            for name in names[1:]:
+                if getattr(self, name) != getattr(Pattern, name):
+                    raise ValueError(f"{name} is of chosen blocks: give their number, chosen")
             return
-        if n < 0:
-            raise ValueError(f"chosen must be 0 or more blocks, got {n}")
-        if len(self.segment_lengths) > 1 or self.dilation_rates[0] > 1 or not self.look_backs[0]:
+        if self.chosen < 0:
+            raise ValueError(f"chosen must be 0 or more blocks, got {self.chosen}")
+        if self.levels != (Level(w, 1),) or not self.look_backs[0]:
             raise ValueError(
-                f"chosen={n} needs a window: one level at rate 1 that looks back, got {self.segment_lengths} at "
-                f"{self.dilation_rates} with look_back {self.look_backs}"
+                f"chosen={self.chosen} needs a window: one level at rate 1 that looks back, got "
+                f"{self.segment_lengths} at {self.dilation_rates} with look_back {self.look_backs}"
             )
         if self.sinks:
             raise ValueError(
-                f"chosen={n} excludes sinks: the first block, which is always seen, holds them"
+                f"chosen={self.chosen} excludes sinks: the first block, which is always seen, holds them"
             )
-        if block < 1 or block % MEAN_OF or w % block:
-            raise ValueError(
-                f"chosen_block must be a multiple of {MEAN_OF} that divides the segment length {w}, got {block}"
-            )
+        if block < 1 or w % block:
+            raise ValueError(f"chosen_block must divide the segment length {w}, got {block}")
         if every < 1 or block % every:
             raise ValueError(f"chosen_every must divide chosen_block, {block}, got {every}")
-        layers = self.chosen_layers
-        if any(a >= b for a, b in pairwise((-1, *layers))):
-            raise ValueError(
-                f"chosen_layers needs the numbers of layers from 0 on, ascending, got {layers}"
-            )
 
 
 def _whole_numbers(name: str, numbers: object) -> tuple[int, ...]:

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from .branches import Branch, Turned, Union, branches, united
 from .cache import FarKeys
-from .chosen import Chosen
-from .groups import GroupedPart, groups_of
 from .merging import GradientSum, Merge
 from .pattern import Padding, Pattern
 from .plain_call import Kernel
@@ -102,8 +100,8 @@ class AttentionPlan:
     """All calls of a batch, for a kernel, by their places.
 
     `covered`: the branches that cover reach every row. `squares`: besides, in each of these, queries and keys are the
-        same rows of the same heads (H = K). `chosen`: the groups of queries that see chosen
-        blocks. `start`: the branch that a forward starts with, without a merge, as it has all heads of a single token.
+        same rows of the same heads (H = K). `start`: the branch that a forward starts with, without a merge, as it has
+        all heads of a single token.
         `layouts`: those of the views of near rows, as `kernel_calls` has found them.
     """
 
@@ -111,7 +109,6 @@ class AttentionPlan:
     placed: Sequence[PlacedCalls]
     covered: bool = False
     squares: bool = False
-    chosen: Sequence[GroupedPart] = ()
     start: Branch | None = None
     layouts: Layouts = field(default_factory=dict)
 
@@ -169,7 +166,7 @@ def _plan(
     batch, tokens = q.shape[:2]
     heads, by_level = q.shape[-2], len(q.shape) == 5
     layout = Layout(pattern, heads, k.shape[-2])
-    placed, sinks, chosen = [], dict(turned), []
+    placed, sinks = [], dict(turned)
     unites = kernel.takes_counts and not by_level and shard.padding == "exact"
     for rows, columns in shard.places(batch, tokens):
         start = 0
@@ -185,9 +182,6 @@ def _plan(
             options = shard.causal, shard.padding, outside, shard.total or 0, turned_sinks
             calls = branches(layout, start, length, *options)
         placed.append((rows, columns, calls))
-        if pattern.chosen:
-            groups = groups_of(pattern, start, start + length)
-            chosen += [GroupedPart(rows, columns, start, each) for each in groups]
     full = sum(
         (rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in placed
     )
@@ -198,7 +192,7 @@ def _plan(
     first = placed[0][2][0] if covered and len(placed) == tokens == 1 else None
     whole = first and first.queries.heads * first.queries.rows == heads and not first.zero_keys
     squares = covered and even and heads == layout.kv_heads
-    return AttentionPlan(kernel, placed, covered, squares, chosen, first if whole else None)
+    return AttentionPlan(kernel, placed, covered, squares, first if whole else None)
 
 
 def _check_tensors(q: _Facts, k: _Facts, v: _Facts, pattern: Pattern) -> None:
@@ -209,7 +203,7 @@ def _check_tensors(q: _Facts, k: _Facts, v: _Facts, pattern: Pattern) -> None:
             "q, k and v need one shape (batch, tokens, heads, head_dim), where the heads of k and v may be a divisor, "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if len(q.shape) == 5 and (q.shape[2] != len(pattern.levels) or pattern.sinks or pattern.chosen):
+    if len(q.shape) == 5 and (q.shape[2] != len(pattern.levels) or pattern.moves_keys):
         raise ValueError(
             f"q, k and v of {q.shape[2]} levels need a pattern of so many, without sinks and blocks, got {pattern}"
         )
@@ -269,15 +263,14 @@ def merged_forward(
     k: Tensor,
     v: Tensor,
     far: FarTensors | None = None,
-    chosen: Chosen | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (out, LSE): (B, N, H, D) like q, and (B, N, H) in fp32 (fp64 for fp64).
 
-    `far` returns far k and v. `chosen` chooses the blocks of `plan.chosen`, and keeps the choice for the backward pass.
+    `far` returns far k and v.
     """
     if autocasts(q.device):
         with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
-            return merged_forward(plan, scale, q, k, v, far, chosen)
+            return merged_forward(plan, scale, q, k, v, far)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     kernel, placed = plan.kernel, plan.placed
     if plan.start:
@@ -290,9 +283,6 @@ def merged_forward(
         for branch, (q_, *places), (k_, v_) in calls:
             out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_counts(branch, q_))
             merge.add(branch, places, out, lse)
-    if chosen:
-        chosen.choose(q, k, scale)
-        chosen.merge(kernel, scale, q, k, v, merge)
     return merge.result()
 
 
@@ -322,7 +312,6 @@ def merged_backward(
     tensors: Sequence[Tensor],
     far: Sequence[Tensor],
     on_far: Callable[[Sequence[Tensor]], None] | None = None,
-    chosen: Chosen | None = None,
 ) -> list[Tensor]:
     """Return dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...), all in fp32 or fp64.
 
@@ -332,7 +321,7 @@ def merged_backward(
     device = tensors[0].device
     if autocasts(device):
         with torch.autocast(device.type, enabled=False):
-            return merged_backward(plan, scale, tensors, far, on_far, chosen)
+            return merged_backward(plan, scale, tensors, far, on_far)
     dout, q, k, v, out, lse = map(unit_stride, tensors)
     of_queries, keys = (dout, q, out, lse[..., None]), (k, v)
     sums = _Gradients(plan, scale, of_queries, keys, far, far_first=on_far is not None)
@@ -342,10 +331,7 @@ def merged_backward(
         sums.add_calls(_only(plan.placed, far=False))
     else:
         sums.add_calls(plan.placed)
-    of_chosen = chosen.gradients(plan.kernel, scale, of_queries, keys, sums.q) if chosen else ()
     dq, *of_keys = (total.place for total in (sums.q, sums.k, sums.v))
-    for index, more in enumerate(of_chosen):
-        of_keys[index] = of_keys[index] + more
     return [dq, *of_keys, *sums.of_far]
 
 

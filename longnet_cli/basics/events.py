@@ -63,7 +63,6 @@ class Events:
     note: a line for a person.
     left_out: counts the documents that have no row, and says whether those that cannot be read end the run.
     document: a document, before any of it is read, and the fraction of the inputs up to its end; None if unknown.
-    longest: the tokens of the longest window of the documents whose length is known at once.
     logprobs: a document, a place in it, the ids from there on and their log-probabilities (n,), and, if the job was
         asked for them, the most likely ids and their log-probabilities. None: they are not computed.
     begin: the steps and tokens that an earlier run has trained.
@@ -76,7 +75,6 @@ class Events:
     note: Callable[[str], None] = _nothing
     left_out: LeftOut = field(default_factory=LeftOut)
     document: Callable[[Any, float | None], None] = _nothing
-    longest: Callable[[int], None] = _nothing
     logprobs: Callable[..., None] | None = None
     begin: Callable[[int, int], None] = _nothing
     step: Callable[[int, Any], None] = _nothing

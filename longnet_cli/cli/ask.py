@@ -202,7 +202,6 @@ def _answer(
         number=number,
         chunk=options.computing.chunk,
         dtype=options.computing.dtype,
-        spill=options.computing.spill,
         **how,
     )
     if prints:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
+from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import DTYPES_OF_TORCH, count_of, format_bytes, format_duration
 from longnet_cli.cli import options as shared
@@ -29,14 +29,14 @@ from longnet_cli.cli.options import (
 )
 from longnet_cli.cli.output import emit_jsonl, note, printable, tell, write_text
 from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ModelAndInputs, Opened, refuse_torchrun, state_teller
+from longnet_cli.cli.starting import ModelAndInputs, Opened, refuse_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
     from longnet_cli.data.input_documents import Inputs
     from longnet_cli.data.token_documents import Document
     from longnet_cli.jobs.estimating import Room
-    from longnet_cli.jobs.generating import ChosenPassage, Step
+    from longnet_cli.jobs.generating import Step
     from longnet_cli.models.folder import Loaded
     from longnet_cli.running.causal_stream import CausalStream
     from longnet_cli.running.reader import Reader
@@ -103,11 +103,6 @@ class GenerateCommand:
         "Save in this folder what was read and generated, for --state. One prompt only.",
         common=True,
     )
-    sources: bool = OUTPUT.flag(
-        "--sources",
-        "Print on stderr, or in the line of JSON, the passages that the answer chose more than the text "
-        "before it did. It needs a pattern with chosen blocks.",
-    )
     dry_run: bool = OUTPUT.flag(
         "--dry-run",
         "Read the prompts, print tokens, FLOPs, memory and time, and stop. The exit code is 5 if it does not fit.",
@@ -136,12 +131,7 @@ def generate(options: GenerateCommand) -> None:
         _estimate(job, documents, opened.reader(), opened.room)
         return
     stream = _stream(options, loaded)
-    more = job.max_tokens + (stream.position if stream else 0)
-    tell_state = state_teller(opened.reader(), more=more, quiet=quiet)
-    if loaded.net.config.pattern.chosen:
-        tell_state(max(map(len, inputs.stored() if text is None else ()), default=0))
     for index, document in enumerate(documents):
-        tell_state(len(document))
         forked = stream.fork() if stream and text is None and not save_state else stream
         job.run(document, forked, index, named=several)
     if stream and save_state:
@@ -155,8 +145,7 @@ def generate(options: GenerateCommand) -> None:
 def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
     """Return the options with the model, pattern and dtype of a saved state where none is given. Loads no model.
 
-    A given pattern gets the layers that choose in the state, unless it names its own. Raises ConfigError for one that
-    cannot continue the state's.
+    Raises ConfigError for a pattern that is not the state's.
     """
     from longnet_cli.attention.notation import format_pattern, parse_pattern
     from longnet_cli.basics.configuration import parse, read_text
@@ -178,10 +167,8 @@ def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
         TypeError,
     ):  # reading the state says what is wrong with it
         return options
-    if given and given.chosen and not given.chosen_layers:
-        given = replace(given, chosen_layers=saved.chosen_layers)
     # a model may have its own offsets
-    if given and not replace(given, head_offsets=saved.head_offsets).continues(saved):
+    if given and replace(given, head_offsets=saved.head_offsets) != saved:
         raise ConfigError(
             f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {choice.pattern}: leave out "
             "--pattern"
@@ -204,14 +191,8 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     named = ModelAndInputs(Documents(inputs, **words), options.choice)
     refuse_torchrun("generate")
     opened = named.open(Mesh(), options.computing, dry_run=options.dry_run, chat=options.chat)
-    if options.sources:
-        from longnet_cli.jobs.generating import check_sources
-
-        check_sources(opened.loaded.net)
     tokenizer, has_text = opened.loaded.tokenizer, options.prompt is not None or text is not None
-    if tokenizer is None and (
-        options.format == "text" or options.sampling.stop or options.sources or has_text
-    ):
+    if tokenizer is None and (options.format == "text" or options.sampling.stop or has_text):
         raise ConfigError(
             f"{options.choice.name}: there is no tokenizer: give --tokenizer, or token ids with --input and --format "
             "jsonl"
@@ -273,14 +254,12 @@ class _TextGenerator:
             steps = run(
                 self.loaded,
                 document,
-                sources=options.sources,
                 bos=self.bos_ids,
                 max_tokens=self.max_tokens,
                 number=number,
                 **self.sampling,
                 chunk=computing.chunk,
                 dtype=computing.dtype,
-                spill=computing.spill,
                 stream=stream,
                 events=Events(progress=advance),
             )
@@ -368,7 +347,6 @@ def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
     from longnet_cli.running.saved_state import check_place
 
     net, state, save_state = loaded.net, options.state, options.save_state
-    spill = options.computing.spill
     if (state or save_state) and net.stream():
         raise ConfigError(
             "this model keeps a cache of its own, which is not saved: leave out --state and --save-state"
@@ -377,15 +355,13 @@ def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
         check_place(Path(save_state))
     if state:
         keys = DTYPES[resolve_dtype(options.computing.dtype, next(net.parameters()).device)]
-        stream = CausalStream.load(
-            net, state, tokenizer_sha256=loaded.tokenizer_sha256, dtype=keys, spill=spill
-        )
+        stream = CausalStream.load(net, state, tokenizer_sha256=loaded.tokenizer_sha256, dtype=keys)
         if stream.batch != 1:
             raise ConfigError(
                 f"{state}: it was saved after a batch of {stream.batch} documents: name one of a document"
             )
         return stream
-    return CausalStream(net, spill=spill) if save_state else None
+    return CausalStream(net) if save_state else None
 
 
 def _only(documents: Iterator[Document]) -> Iterator[Document]:
@@ -425,16 +401,15 @@ class _Printer:
         origin: Mapping[str, str | None],
     ) -> None:
         self.document, self.seed, self.format, self.origin = document, seed, options.format, origin
-        self.quiet, self.tells_sources = options.computing.quiet, options.sources
+        self.quiet = options.computing.quiet
         self.steps: list[Step] = []
-        self.sources: Sequence[ChosenPassage] = ()
         self.number, self.text_ends, self.reason = 0, "", "length"
         self.began = time.monotonic()
 
     def print(self, step: Step) -> None:
         """Print the next token, or keep it for the line of JSON."""
         self.number += 1
-        self.reason, self.sources = step.finish_reason or self.reason, step.sources
+        self.reason = step.finish_reason or self.reason
         if self.format == "jsonl":
             self.steps.append(step)
         elif step.text:
@@ -442,7 +417,7 @@ class _Printer:
             write_text(step.text)
 
     def end(self) -> None:
-        """Finish the output, with the sources that are asked for, and report counts and speed on stderr."""
+        """Finish the output, and report counts and speed on stderr."""
         if self.format == "jsonl":
             emit_jsonl(
                 {
@@ -456,23 +431,10 @@ class _Printer:
                     "finish_reason": self.reason,
                     "seed": self.seed,
                     **self.origin,
-                    **(
-                        {"sources": [source._asdict() for source in self.sources]}
-                        if self.tells_sources
-                        else {}
-                    ),
                 }
             )
         elif self.number and self.text_ends != "\n":
             print(flush=True)
-        if self.tells_sources and self.format == "text":
-            for number, source in enumerate(self.sources, 1):
-                where = f"characters {source.start:,} to {source.end:,}, {source.share:.0%} of the choices"
-                tell(
-                    f"source {number}: {where} ({source.share_before:.0%} before): {one_line(source.text)}"
-                )
-            if not self.sources:
-                tell("no sources: nothing was chosen more than before")
         if not self.quiet and not self.number:
             tell(f"{count_of(len(self.document), 'token')} read")
         elif not self.quiet:

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from longnet_cli.basics.sizes import format_bytes, format_count
+from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli.options import OUTPUT, Format, HelpPanel, argument
 from longnet_cli.cli.output import emit_json, printable
 
@@ -86,6 +86,8 @@ def pattern(options: PatternCommand) -> None:
 
 
 def _print(shown: Description) -> None:
+    from longnet_cli.attention.notation import parse_pattern
+
     direction = "causal" if shown.causal else "bidirectional"
     print(printable(f"{shown.name}: {direction}, {shown.seq:,} tokens, {shown.heads} heads"))
     print()
@@ -97,19 +99,12 @@ def _print(shown: Description) -> None:
             f"{index:<5}{level.segment_length:>13,}{level.dilation_rate:>8,}{level.look_back:>11,}"
         )
         print(shape + _costs(level, f"{level.flops_share:.0%}"))
-    for name, costs in (("sinks", shown.sinks), ("chosen", shown.chosen)):
-        if costs.keys_per_query:
-            print(f"{name:<37}" + _costs(costs, f"{costs.flops / (shown.total.flops or 1):.0%}"))
+    if shown.apart.keys_per_query:
+        share = shown.apart.flops / (shown.total.flops or 1)
+        name = parse_pattern(shown.pattern).apart
+        print(f"{name:<37}" + _costs(shown.apart, f"{share:.0%}"))
     for name, costs in (("total", shown.total), ("dense", shown.dense)):
         print(f"{name:<37}" + _costs(costs, format_count(costs.flops)))
-    if shown.chosen.keys_per_query:
-        print()
-        print(
-            f"blocks are chosen from the whole past: at the end, a voter is compared with {shown.compared:,} means"
-        )
-        print(
-            f"for it, and for the blocks, a query reads {format_bytes(shown.read_bytes)} per layer and key head (fp32)"
-        )
 
 
 def _costs(costs: PatternCosts | LevelCosts, flops: str) -> str:

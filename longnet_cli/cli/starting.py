@@ -9,16 +9,15 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from longnet_cli.basics.errors import ConfigError, MemoryLimitError
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.events import Events, LeftOut
-from longnet_cli.basics.sizes import format_bytes, format_count
+from longnet_cli.basics.sizes import format_count
 from longnet_cli.cli.options import (
     DEFAULT_MODEL,
     KNOWS,
@@ -32,14 +31,12 @@ from longnet_cli.cli.options import (
 from longnet_cli.cli.output import check_output, count_left_out, end, note, say_what_is_kept, tell
 from longnet_cli.cli.progress import ExpectedTokens, progress
 from longnet_cli.running.ranks.launch import (
-    check_shared,
     start_ranks,
     started_by_torchrun,
     under_torchrun,
 )
 
 if TYPE_CHECKING:
-    from longnet_cli.attention import Pattern
     from longnet_cli.data.input_documents import Inputs
     from longnet_cli.data.input_files import InputFiles
     from longnet_cli.data.machine_shares import Share
@@ -93,21 +90,17 @@ def processes(mesh: Mesh) -> int:
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else _asked(mesh) or 1
 
 
-def refuse_sharing(
-    mesh: Mesh, pattern: Callable[[], Pattern], folder: ModelFolder | None = None
-) -> None:
-    """Raise ConfigError if processes are to share a sequence, and a Hugging Face model or a `pattern` cannot.
+def refuse_sharing(mesh: Mesh, folder: ModelFolder) -> None:
+    """Raise ConfigError if processes are to share a sequence, and a Hugging Face model cannot.
 
     Call it before any rank is started.
     """
     sp = mesh.sp or processes(mesh) // (mesh.dp or 1)
-    if sp > 1 and folder and folder.of_transformers:
+    if sp > 1 and folder.of_transformers:
         raise ConfigError(
             f"{folder.name}: a Hugging Face model reads a document in one process: give every process its own "
             f"documents (--dp {processes(mesh)})"
         )
-    if sp > 1:
-        check_shared(pattern(), sp)
 
 
 def refuse_torchrun(command: str) -> None:
@@ -147,45 +140,10 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
     """Raise ConfigError for a --spill that is no folder, and for a `net` that would keep nothing there."""
     if spill and not os.path.isdir(spill):
         raise ConfigError(f"--spill {spill}: no such folder")
-    if spill and net and net.config.causal and not net.config.pattern.chosen:
+    if spill and net and net.config.causal:
         raise ConfigError(
-            "--spill is for keys and values of chosen blocks, and the pattern has none: leave it out"
+            "--spill is for hidden states of bidirectional models, and this one is causal: leave it out"
         )
-
-
-def state_teller(reader: Reader, *, more: int = 0, quiet: bool) -> Callable[[int], None]:
-    """Return a function of the tokens of a window, which says on stderr what it will keep for chosen blocks.
-
-    The longest window so far has a line, and later one that is twice as long. `more` tokens follow each window. The
-    function raises MemoryLimitError if the part in the folder of --spill is larger than what was free there at first.
-    """
-    config, spill = reader.model.config, reader.spill
-    free = shutil.disk_usage(spill).free if spill else 0
-    said = reader.chunk / 2
-
-    def tell_state(tokens: int) -> None:
-        nonlocal said
-        if not config.pattern.chosen:
-            return
-        from longnet_cli.jobs.estimating import cache_bytes, itemsize_of
-
-        tokens += more
-        kept = cache_bytes(config, tokens, itemsize_of(reader.dtype, reader.device))
-        size, blocks = sum(kept), kept.blocks
-        if spill and blocks > free and tokens > reader.chunk:
-            raise MemoryLimitError(
-                f"--spill {spill}: {tokens:,} tokens keep {format_bytes(blocks)} there, and {format_bytes(free)} are "
-                "free"
-            )
-        if tokens <= 2 * said:
-            return
-        said = tokens
-        where = f"{format_bytes(size)} of memory"
-        if spill:
-            where = f"{format_bytes(size - blocks)} of memory and {format_bytes(blocks)} in {spill}"
-        tell(f"{tokens:,} tokens keep {where} for chosen blocks", quiet)
-
-    return tell_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +220,6 @@ class Opened:
         from longnet_cli.jobs.row_jobs import run
 
         quiet, expected, path = self.quiet, ExpectedTokens(), str(output.path)
-        tell_state = state_teller(job.reader, quiet=quiet)
         files = [source.path for source in self.input_files.found if source.path]
         if not self.named and any(path.suffix != ".py" for path in files):
             note(
@@ -271,7 +228,6 @@ class Opened:
 
         def on_document(document: Document, fraction: float | None) -> None:
             expected.count(job.counted(len(document)), fraction)
-            tell_state(job.longest_window(len(document)))
 
         def counted(totals: Counter[str] | None) -> int:
             return job.counted(totals["tokens"], totals["documents"]) if totals else 0
@@ -288,7 +244,6 @@ class Opened:
                 progress=advance,
                 left_out=self.left_out,
                 document=on_document,
-                longest=tell_state,
                 logprobs=logprobs,
             )
             written = run(job, inputs, output)
@@ -408,7 +363,7 @@ class ModelAndInputs:
     ) -> Opened:
         """Start the ranks, and load the model on each of them. For `chat`, see `ModelFolder.load`."""
         check_spill(computing.spill)
-        refuse_sharing(mesh, lambda: self.folder.net_config(self.pattern).pattern, self.folder)
+        refuse_sharing(mesh, self.folder)
         planned = launch(mesh, self.documents.inputs, share=self.documents.share, dry_run=dry_run)
         from longnet_cli.running.ranks.ranks import join
 

@@ -36,7 +36,6 @@ from longnet_cli.cli.starting import (
     freeze_imports,
     launch,
     processes,
-    refuse_sharing,
 )
 from longnet_cli.running.ranks.launch import LAUNCHED, divide
 
@@ -164,9 +163,8 @@ def train(options: TrainCommand) -> None:
     read_pattern(options.pattern)  # so that an error names --pattern, not the recipe
     recipe = _recipe(options)
     check_spill(recipe.train.spill)
-    # now: one process downloads, and refuses what every rank would refuse
-    mesh, parallel = options.mesh, recipe.parallel
-    refuse_sharing(replace(mesh, sp=parallel.sp, dp=parallel.dp), lambda: recipe.model.pattern)
+    # now: one process refuses what every rank would refuse
+    mesh = options.mesh
     sp, dp = _divided(recipe, options)
     planned = launch(mesh, dry_run=options.dry_run)
     from longnet_cli.jobs.training.costs import estimate_training, is_too_large, settle_chunk

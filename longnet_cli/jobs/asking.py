@@ -151,7 +151,6 @@ def ask(
     seed: int = 0,
     stop: Sequence[str] = (),
     chunk: int | None = None,
-    spill: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> Answer:
@@ -188,7 +187,6 @@ def ask(
         seed=seed,
         stop=stop,
         chunk=chunk,
-        spill=spill,
         dtype=dtype,
     )
 

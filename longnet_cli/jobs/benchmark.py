@@ -36,7 +36,6 @@ from torch import Tensor
 
 from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.branches import attention_flops, backward_flops
-from longnet_cli.attention.groups import past_bytes
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.notation import format_levels
 from longnet_cli.basics.configuration import validate
@@ -123,6 +122,8 @@ class Settings(BaseModel):
                 raise ValueError(
                     f"a segment of {w} tokens, dilated {r} times, is longer than any sequence"
                 )
+        if self.pattern and self.pattern.chosen:
+            raise ValueError("--pattern: a text names chosen blocks, and bench reads none")
         if "flex" in self.impl:
             self._check_flex(os.environ.get("CXX", "g++"))
         machines.check_kernel(self.device, self.dtype, self.head_dim)
@@ -138,8 +139,6 @@ class Settings(BaseModel):
             raise ValueError(
                 f"--impl flex needs a C++ compiler, and there is no {compiler}: install one, or set CXX"
             )
-        if self.pattern and self.pattern.chosen:
-            raise ValueError("--impl flex cannot choose blocks by their content: leave out chosen=")
 
     def pattern_for(self, seq: int) -> Pattern:
         """Return the requested pattern, otherwise one that suits `seq` tokens.
@@ -259,7 +258,7 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
             def read(tokens: int) -> None:
                 q_, k_, v_ = (x[:, :tokens] for x in (q, k, v))
                 dilated_attention(q_, k_, v_, pattern, start=past.position, far=past.far())
-                past.append(k_, v_, q=q_)
+                past.append(k_, v_)
 
             return read
         attend: Callable[[], Tensor] = partial(
@@ -278,9 +277,7 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
     cache = 0
     if streamed:
         rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
-        cache = s.batch * (
-            rows + sum(past_bytes(pattern, s.heads, s.head_dim, seq, dtype.itemsize))
-        )
+        cache = s.batch * rows
     # q, k, v, out and their gradients, float32 copies of narrower ones, and what a pattern's largest kernel call copies
     wide = 0 if dtype == torch.float32 else 4
     number = (

@@ -17,7 +17,6 @@ import numpy as np
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import level_flops
-from longnet_cli.attention.groups import comparisons
 from longnet_cli.attention.notation import (
     format_levels,
     format_pattern,
@@ -67,18 +66,13 @@ class PatternCosts:
 class Description:
     """A description of a pattern for sequences of `seq` tokens.
 
-    `cache_rows` is None for bidirectional attention, which keeps no cache. With chosen blocks, `compared` counts the
-    mean keys that each voter is compared with at the end of the sequence, and `read_bytes` the bytes, in float32, that
-    a query there reads of them and of blocks, per layer and key head. A group of queries reads them once.
+    `cache_rows` is None for bidirectional attention, which keeps no cache.
     """
 
     name: str
     pattern: str
     levels: list[LevelCosts]
-    sinks: PatternCosts
-    chosen: PatternCosts
-    compared: int
-    read_bytes: int
+    apart: PatternCosts
     total: PatternCosts
     dense: PatternCosts
     seq: int
@@ -168,38 +162,23 @@ def describe(subject: Subject, seq: int) -> Description:
         )
         for level, (w, r) in enumerate(pattern.levels)
     ]
-    keys = sum(level.keys_per_query for level in levels) + pattern.sinks + pattern.chosen_keys
-    kept = seq if pattern.chosen else 0
+    keys = sum(level.keys_per_query for level in levels) + pattern.apart_keys
+    kept = pattern.apart_rows(seq)
     dense = sum(level_flops(Pattern((seq,), (1,)), heads, head_dim, seq, causal))
-    compared = _compared(pattern, seq) if pattern.chosen else 0
     return Description(
         name=subject.name,
         pattern=written,
         levels=levels,
-        sinks=PatternCosts(
-            pattern.sinks, 0 if pattern.chosen else of_others, pattern.sinks if causal else None
+        apart=PatternCosts(pattern.apart_keys, of_others, kept if causal else None),
+        total=PatternCosts(
+            keys, total, pattern.cache_rows - pattern.sinks + kept if causal else None
         ),
-        chosen=PatternCosts(
-            pattern.chosen_keys, of_others if pattern.chosen else 0, kept if causal else None
-        ),
-        compared=compared,
-        read_bytes=4 * head_dim * (compared + 2 * pattern.chosen_keys) // pattern.chosen_every
-        if compared
-        else 0,
-        total=PatternCosts(keys, total, pattern.cache_rows + kept if causal else None),
         dense=PatternCosts(seq / half, dense, seq if causal else None),
         seq=seq,
         heads=heads,
         head_dim=head_dim,
         causal=causal,
     )
-
-
-def _compared(pattern: Pattern, seq: int) -> int:
-    """Return how many mean keys the last group of a sequence compares, with its share of a scan."""
-    (w,), (back,) = pattern.segment_lengths, pattern.look_backs
-    scan, group = comparisons(pattern, ((seq - 1) // w - back) * w)
-    return scan * pattern.chosen_every // pattern.scan_every + group
 
 
 def _refuse_the_boundless(pattern: Pattern, seq: int) -> None:
@@ -258,7 +237,7 @@ def picture(
 
     The picture is (n, n) with n at most `size`. A cell stands for neighbouring queries and neighbouring keys. It holds
     the first level by which some head of one of the queries sees one of the keys. If only sinks are seen, it holds the
-    number of levels, and also if the key may be chosen; if nothing is seen, NOTHING. With `first_key`, it is of the
+    number of levels, and also if the text may name the key; if nothing is seen, NOTHING. With `first_key`, it is of the
     last `size` queries and of the `size` keys from this one on, each a cell of its own.
     """
     size = min(size, seq)
@@ -282,12 +261,10 @@ def picture(
                 key = _next_kept(np.maximum(keys[None, :-1], begin), w, r, offset)
                 seen = (asking < high)[:, None] & (key < np.minimum(keys[None, 1:], end))
                 drawn[seen & (drawn == NOTHING)] = level
-    if pattern.sinks or pattern.chosen:
-        # blocks of all the past; or sinks, by queries whose first level covers none of them
-        asks = (
-            pattern.chosen > 0 or low[:, None] // pattern.segment_lengths[0] > pattern.look_backs[0]
-        )
-        seen = asks & (keys[None, :-1] < (low[:, None] if pattern.chosen else pattern.sinks))
+    if pattern.apart:  # seen by queries whose first level covers none of them
+        asks = low[:, None] // pattern.segment_lengths[0] > pattern.look_backs[0]
+        among = np.array([pattern.apart_rows(int(position)) for position in low])
+        seen = asks & (keys[None, :-1] < among[:, None])
         drawn[seen & (drawn == NOTHING)] = len(pattern.levels)
     return drawn
 
@@ -311,14 +288,9 @@ def draw_text(subject: Subject, seq: int) -> Iterator[str]:
     """
     cells = picture(subject.pattern, seq, _TEXT_SIZE, subject.heads, subject.causal).tolist()
     levels = len(subject.pattern.levels)
-    names = [*(f"level {i}" for i in range(levels)), *_besides_levels(subject.pattern)]
+    names = [*(f"level {i}" for i in range(levels)), *filter(None, [subject.pattern.apart])]
     yield from ("".join(_letter(cell, levels) for cell in row).rstrip() for row in cells)
     yield "  ".join(f"{_letter(i, levels)} {name}" for i, name in enumerate(names))
-
-
-def _besides_levels(pattern: Pattern) -> list[str]:
-    """Return the names of what queries see besides levels."""
-    return ["sinks"] * (pattern.sinks > 0) + ["some, chosen"] * (pattern.chosen > 0)
 
 
 def _letter(cell: int, levels: int) -> str:
@@ -369,7 +341,8 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
             (f"{format_size(w)}, rate {r}", colors[i + 1])
             for i, (w, r) in enumerate(subject.pattern.levels)
         ]
-        marks += [(name, "crimson") for name in _besides_levels(subject.pattern)]
+        if subject.pattern.apart:
+            marks.append((subject.pattern.apart, "crimson"))
         handles = [Patch(color=c, label=n) for n, c in marks]
         axes.legend(
             handles=handles,

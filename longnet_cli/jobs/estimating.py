@@ -33,10 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from longnet_cli.attention import Pattern, groups
 from longnet_cli.attention.cache import cached_rows
-from longnet_cli.attention.groups import chosen_flops, past_bytes, transient_bytes
-from longnet_cli.attention.notation import PATTERN_FIELDS
 from longnet_cli.attention.spans import SINKS, Layout, segment_rows
 from longnet_cli.jobs.reading_plan import ReadingPlan
 from longnet_cli.jobs.reading_speed import read_noise, reading_rate
@@ -185,9 +182,8 @@ def _step(
 
 
 def _unwritten(config: LongNetConfig, layers: int) -> LongNet:
-    """Return a net of so many layers and one token on the CPU. It chooses no blocks: what that takes is counted."""
+    """Return a net of so many layers and one token on the CPU."""
     plain = {"num_layers": layers, "vocab_size": min(1, config.vocab_size)}
-    plain |= {name: getattr(Pattern, name) for name in PATTERN_FIELDS if name.startswith("chosen")}
     with torch.device("meta"):
         net = LongNet(config.model_copy(update=plain))
     unwritten = {name: torch.empty(x.shape) for name, x in net.state_dict().items()}
@@ -200,50 +196,14 @@ def itemsize_of(dtype: str, device: torch.device) -> int:
     return DTYPES[resolve_dtype(dtype, device)].itemsize
 
 
-class CacheBytes(NamedTuple):
-    """Bytes that a causal sequence keeps between its chunks; only `blocks` can be in a file (`--spill`).
-
-    rows: keys and values of the segments that later tokens see, or of all tokens, and the mean keys by which blocks are
-    chosen. blocks: of blocks that may be chosen.
-    """
-
-    rows: int
-    blocks: int = 0
-
-
-def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> CacheBytes:
+def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> int:
     """Return what a stream has allocated after `tokens`. Training keeps more (`far_bytes`)."""
-    number, blocks = 2 * config.head_dim * itemsize, 0
+    number = 2 * config.head_dim * itemsize
     if isinstance(config, TransformersConfig) and config.memory != "segments":
-        return CacheBytes(
-            (config.num_layers + 1) * config.kv_heads * tokens * number
-        )  # one layer is being copied
-    rows = (
-        config.num_layers
-        * number
-        * cached_rows(Layout(config.pattern, config.num_heads, config.kv_heads), tokens)
-    )
-    for kind, layers in config.pattern.kinds(config.num_layers).items():
-        kept, means = past_bytes(
-            config.pattern, config.kv_heads, config.head_dim, tokens, itemsize, kind
-        )
-        rows, blocks = rows + layers * means, blocks + layers * kept
-    return CacheBytes(rows, blocks)
-
-
-def transient_memory(
-    pattern: Pattern, heads: int, head_dim: int, tokens: int, itemsize: int, device: str
-) -> int:
-    """Return the bytes that one layer takes for a time for the chosen blocks of a document."""
-    flops = chosen_flops(pattern, heads, head_dim, tokens)
-    if not flops.attention:
-        return 0
-    most = groups.CPU if device == "cpu" else groups.GPU
-    gathered = itemsize * flops.attention // (4 * pattern.chosen_every)  # once for each group
-    sizes = most._replace(
-        gathered=min(most.gathered, gathered), scores=min(most.scores, flops.votes // 2)
-    )
-    return transient_bytes(sizes)
+        # one layer is being copied
+        return (config.num_layers + 1) * config.kv_heads * tokens * number
+    layout = Layout(config.pattern, config.num_heads, config.kv_heads)
+    return config.num_layers * number * cached_rows(layout, tokens)
 
 
 def forward_memory(
@@ -289,8 +249,7 @@ class FarBytes(NamedTuple):
     """Bytes that chunks of one sequence keep for each other. `stored` can be spilled to a disk, `passing` cannot.
 
     `stored`: keys and values that later chunks see, until the backward pass is past them, and the sums of their
-    gradients. `passing`: temporaries of one chunk and layer for its far rows and, on a GPU, copies of these rows; what
-    chooses blocks, and the choices.
+    gradients. `passing`: temporaries of one chunk and layer for its far rows and, on a GPU, copies of these rows.
     """
 
     stored: int
@@ -299,7 +258,7 @@ class FarBytes(NamedTuple):
 
 def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> FarBytes:
     """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key."""
-    pattern, size, cut = config.pattern, config.pattern.chosen_block, seq_len > chunk
+    pattern, cut = config.pattern, seq_len > chunk
     layout = Layout(pattern, config.num_heads, config.kv_heads)
     stored = passing = 0
     backs = dict(enumerate(pattern.look_backs)) if cut else {}
@@ -314,19 +273,6 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> Far
         sums = aligned(max(4, itemsize) * numbers)
         stored += config.num_layers * (aligned(itemsize * numbers) * seen + sums * at_once)
         passing += (itemsize + 4) * numbers * at_once
-    if pattern.chosen and cut:
-        last = seq_len - 1 - (seq_len - 1) % chunk
-        whole, earlier = (n // size * size for n in (seq_len, last + size - 1))
-        kinds, of_layer = (
-            pattern.kinds(config.num_layers),
-            (pattern, config.kv_heads, config.head_dim),
-        )
-        for kind, layers in kinds.items():
-            kept, means = past_bytes(*of_layer, whole, itemsize, kind)
-            sums, _ = past_bytes(*of_layer, earlier, max(4, itemsize), kind)
-            stored += layers * (aligned(kept) + aligned(sums))
-            passing += layers * means
-        passing += kinds["chooses"] * 4 * pattern.chosen * -(-seq_len // pattern.chosen_every)
     return FarBytes(stored, passing)
 
 
@@ -351,29 +297,26 @@ def reading_memory(
 
     hidden: float32 hidden states that wait, in pieces and joined: of windows that are read together, or of two chunks
     of a longer one. In a bidirectional net also all that `spilled_bytes` counts, unless they are on a disk or, because
-    a GPU has no room, in the host's memory. cache: of the longest window in a causal net, without what is on a disk.
+    a GPU has no room, in the host's memory. cache: of the longest window in a causal net.
     """
     config, device = net.config, next(net.parameters()).device
-    in_chunks, spillable = plan.in_chunks(chunk), spilled_bytes(net, plan, chunk, dtype, ranks)
+    in_chunks, spillable = plan.in_chunks(chunk), spilled_bytes(net, plan, chunk, ranks)
     tokens = min(plan.largest, chunk) if config.streams else plan.largest
     together = min(plan.together, 2 * chunk)
     itemsize = itemsize_of(dtype, device)
-    sizes = config.num_heads, config.head_dim, plan.longest, itemsize
-    transient = transient_memory(config.pattern, *sizes, device.type)
+    transient = 0
     if (
         in_chunks and config.causal
     ):  # the keys of each level, and values, of a layer are stored when the next one asks
         by_level = isinstance(config, LongNetConfig) and config.position == "rope_by_level"
         keys = len(config.pattern.levels) if by_level else 1
-        late = (keys + 1) * config.kv_heads + keys * config.num_heads * bool(config.pattern.chosen)
-        transient += itemsize * tokens * config.head_dim * late
+        transient = itemsize * tokens * config.head_dim * (keys + 1) * config.kv_heads
     kinds = forward_memory(
         net, tokens, dtype, max(tokens, together) * scores, transient, once=plan.read <= tokens
     )
     kinds["hidden"] = 2 * 4 * config.dim * (2 * chunk if in_chunks else together)
     if in_chunks and config.causal:
-        cache = cache_bytes(config, plan.longest, itemsize)
-        kinds["cache"] = sum(cache) - (spillable if spill else 0)
+        kinds["cache"] = cache_bytes(config, plan.longest, itemsize)
     elif not spill and (
         device.type == "cpu" or fits_beside(config.forward_bytes(chunk), spillable, device)
     ):
@@ -381,17 +324,11 @@ def reading_memory(
     return kinds
 
 
-def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ranks) -> int:
-    """Return the bytes of one rank's file of `--spill`; 0 if no window is read in chunks.
-
-    A bidirectional net keeps hidden states there between its layers, a causal one the blocks that are chosen from.
-    """
-    if not plan.in_chunks(chunk):
+def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, ranks: Ranks) -> int:
+    """Return the bytes of hidden states that one rank keeps between layers; 0 if no window is read so."""
+    if net.config.causal or not net.layer_by_layer or not plan.in_chunks(chunk):
         return 0
-    if net.config.causal:
-        itemsize = itemsize_of(dtype, next(net.parameters()).device)
-        return cache_bytes(net.config, plan.longest, itemsize).blocks
-    return kept_bytes(cast(LongNet, net), plan.longest, chunk, ranks) if net.layer_by_layer else 0
+    return kept_bytes(cast(LongNet, net), plan.longest, chunk, ranks)
 
 
 WARM_UP = 64  # tokens of a read after which torch and its libraries are loaded
@@ -505,7 +442,7 @@ def estimate_reading(
         memory.values()
     ):  # for files whose weights were converted to another type
         memory["loading"] = most_while_loading - sum(memory.values())
-    flops, on_disk = plan.flops(scores), spilled_bytes(net, plan, reader.chunk, dtype, reader.ranks)
+    flops, on_disk = plan.flops(scores), spilled_bytes(net, plan, reader.chunk, reader.ranks)
     instructions = (
         machines.bf16_instructions() if reader.device.type == "cpu" and dtype == "fp32" else None
     )
@@ -533,7 +470,7 @@ def estimate_reading(
         chunk_that_fits=fitting_chunk(lambda n: sum(needed(n).values()), reader.chunk, free)
         if config.streams
         else None,
-        spillable=("cache", "hidden") if on_disk and not spill else (),
+        spillable=("hidden",) if on_disk and not spill else (),
         hint=f"this CPU has {instructions}: try --dtype bf16, which is often faster"
         if instructions
         else "",

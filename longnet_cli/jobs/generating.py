@@ -18,14 +18,12 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_cli.attention.past import Seen
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.basics.events import Events
 from longnet_cli.data.token_documents import Document
@@ -78,14 +76,13 @@ class Step(NamedTuple):
     """One new token: its id, its log-probability under the model in nats, and the text that it completes.
 
     `finish_reason` says why the token is the last: an end-of-text id, a stop text, or the number of tokens. For any
-    other token it is None. The last one has the `sources`, if they are asked for.
+    other token it is None.
     """
 
     id: int
     logprob: float
     text: str
     finish_reason: FinishReason | None
-    sources: Sequence[ChosenPassage] = ()
 
 
 @cache
@@ -101,7 +98,6 @@ def generate(
     prompt: Document | str | Sequence[Mapping[str, str]],
     *,
     chat: bool = False,
-    sources: bool = False,
     bos: Bos | Literal["own"] = "own",
     tokenizer: Tokenizer | None = None,
     max_tokens: int = 256,
@@ -113,7 +109,6 @@ def generate(
     stop: Sequence[str] = (),
     chunk: int | None = None,
     dtype: str = "auto",
-    spill: str | Path | None = None,
     stream: CausalStream | None = None,
     events: Events | None = None,
 ) -> Iterator[Step]:
@@ -132,13 +127,12 @@ def generate(
     whole characters; without it, they are empty.
 
     `stream` reads the prompt after all that it has read before. When the iterator ends, it has read the new tokens,
-    too, and is ready for the next prompt. With it, the prompt may be empty, and `max_tokens` 0. With `sources`, the
-    last token has the passages that the answer chose more than what was read before it did, as `--sources`.
+    too, and is ready for the next prompt. With it, the prompt may be empty, and `max_tokens` 0.
 
-    `chunk`, `dtype` and `spill` are as in `running.reader.Reader`. `events.progress` gets the number of prompt tokens
-    that each forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, a chat
-    without a template, and a prompt longer than the model reads; DataError if there is nothing to continue;
-    NotFiniteError for a logit that is NaN.
+    `chunk` and `dtype` are as in `running.reader.Reader`. `events.progress` gets the number of prompt tokens that each
+    forward pass has read. Raises ConfigError for a model that cannot generate, invalid options, a chat without a
+    template, and a prompt longer than the model reads; DataError if there is nothing to continue; NotFiniteError for a
+    logit that is NaN.
     """
     loaded = _loaded(model, dtype, bos)
     net, tokenizer = loaded.net, tokenizer or loaded.tokenizer
@@ -147,8 +141,8 @@ def generate(
     before = bos if bos != "own" else None if begun else loaded.bos
     _check(net, max_tokens, least=0 if stream else 1)
     check_sampling(temperature, top_p)
-    if "" in stop or ((stop or sources) and not tokenizer):
-        raise ConfigError("a stop text needs characters, and a tokenizer, as sources do")
+    if "" in stop or (stop and not tokenizer):
+        raise ConfigError("a stop text needs characters, and a tokenizer")
     if chats or not isinstance(prompt, Document):
         prompt = _prompt(loaded.chat if chats else tokenizer, prompt, chats)
     chunk = chunk_of(chunk, default_chunk(net.config, next(net.parameters()).device))
@@ -166,16 +160,8 @@ def generate(
         Sampler(temperature, top_p, seed, number),
         TextStream(tokenizer) if tokenizer else None,
     )
-    ends, reader, watch = (
-        loaded.ends if end_ids is None else end_ids,
-        stream or open_stream(net, spill=spill),
-        None,
-    )
-    if sources:
-        check_sources(net)
-        reader = stream or CausalStream(net, spill=spill)
-        watch = SourceWatch(reader, cast(Tokenizer, tokenizer))
-    how = texts, StopTexts(stop), chunk, dtype, reader, watch, (events or Events()).progress
+    ends, reader = loaded.ends if end_ids is None else end_ids, stream or open_stream(net)
+    how = texts, StopTexts(stop), chunk, dtype, reader, (events or Events()).progress
     return _Generator(net, sampler, ends, *how).run(
         sequence, max_tokens, reads_all=stream is not None
     )
@@ -268,7 +254,6 @@ class _Generator:
     chunk: int
     dtype: str
     stream: Callable[..., Tensor]
-    watch: SourceWatch | None
     progress: Callable[..., None]
 
     def run(
@@ -286,8 +271,6 @@ class _Generator:
             logits = self._read(torch.from_numpy(sequence.read(start, stop)))
             self.progress(stop - start)
         assert logits is not None
-        if self.watch:
-            self.watch.begin()
         for number in range(1, max_tokens + 1):
             token, logprob = self.sampler(logits)
             step = self._step(token, logprob, number == max_tokens)
@@ -329,9 +312,7 @@ class _Generator:
             if self.stops.reached:
                 reason = "stop"
             text += self.stops.end()
-        return Step(
-            token, logprob, text, reason, self.watch.found() if self.watch and reason else ()
-        )
+        return Step(token, logprob, text, reason)
 
 
 def _check(model: Net, max_tokens: int, least: int) -> None:
@@ -346,121 +327,3 @@ def _check(model: Net, max_tokens: int, least: int) -> None:
         )
     if max_tokens < least:
         raise ConfigError(f"max_tokens must be {least} or more, not {max_tokens}")
-
-
-PASSAGES = 3
-LEAST_SHARE = 1e-3  # so that one choice of a block that nothing chose before says little
-NEIGHBOURING = (
-    1 / 3
-)  # of a passage's most evidence, that a neighbouring block needs to belong to it
-
-
-def check_sources(model: Net) -> None:
-    """Raise ConfigError for a model whose choices of blocks cannot be told."""
-    if not model.config.pattern.chosen:
-        raise ConfigError("the pattern has no chosen blocks to tell about: add --pattern finding")
-    if model.stream():
-        raise ConfigError(
-            "this model keeps a cache of its own, which does not tell what was chosen"
-        )
-
-
-class ChosenPassage(NamedTuple):
-    """A passage: characters [start, end) of all text read, its share of the answer's choices, and of those before."""
-
-    start: int
-    end: int
-    share: float
-    share_before: float
-    text: str
-
-
-class SourceWatch:
-    """A watch over the choices of one stream, row 0. Call `begin` when the prompt is read; `found` at the end.
-
-    Sources are passages of what was read that were chosen while the answer was generated, more often than before. The
-    evidence for a block is its vote by all of its keys, on average over the tokens of the answer and the layers that
-    choose, times the negative log of how often it was chosen before: the least common of what the answer looks at
-    comes first, as with the weights of rare words in a search (tf-idf). The blocks with the most evidence, and
-    neighbours with a third of it, are passages.
-    """
-
-    def __init__(self, stream: CausalStream, tokenizer: Tokenizer) -> None:
-        self.stream, self.tokenizer, self.pattern = stream, tokenizer, stream.model.config.pattern
-        # by layer: the blocks that the last token sees, and their votes; it predicts the first token of the answer
-        self._last: dict[int, tuple[Tensor, Tensor]] = {}
-        self._seen: list[tuple[Tensor, Tensor]] = []  # of the answer: those of each token and layer
-        self._before: np.ndarray | None = None
-        stream.watch(self._on_choice)
-
-    def begin(self) -> None:
-        """Count from now on what the answer sees."""
-        self._seen = [*self._last.values()]
-        pasts = [
-            cache.past
-            for cache in self.stream.caches
-            if cache.past and cache.past.kind == "chooses"
-        ]
-        counts = [past.counts[0] for past in pasts if past.counts is not None]
-        longest = max(map(len, counts), default=0)
-        total = sum(np.pad(x.cpu().numpy(), (0, longest - len(x))) for x in counts)
-        self._before = (
-            total / (len(counts) * self._choosers(longest).clip(1)) if longest else np.zeros(0)
-        )
-
-    def found(self) -> list[ChosenPassage]:
-        """Return up to PASSAGES passages, the most telling one first; [] if all that was read was always seen."""
-        if not self._seen or self._before is None:
-            return []
-        seen, votes = (torch.cat(each).cpu().numpy() for each in zip(*self._seen, strict=True))
-        number = max(int(seen.max()) + 1, len(self._before))
-        share, vote = (
-            np.bincount(seen, weights, number) / len(self._seen) for weights in (None, votes)
-        )
-        before = np.pad(self._before, (0, number - len(self._before)))
-        more, passages = (
-            np.where(share > before, -vote * np.log(before.clip(LEAST_SHARE, 1)), 0),
-            list[ChosenPassage](),
-        )
-        ids, size = torch.cat(self.stream.ids, 1)[0].cpu().numpy(), self.pattern.chosen_block
-        while len(passages) < PASSAGES and more.max() > 0:
-            best = int(more.argmax())
-            least, first, last = more[best] * NEIGHBOURING, best, best
-            while first and more[first - 1] >= least:
-                first -= 1
-            while last + 1 < number and more[last + 1] >= least:
-                last += 1
-            ends = first * size, (last + 1) * size  # at which a character may be cut
-            before_it, text = (
-                self.tokenizer.decode(ids[:end], special=False).rstrip("\ufffd") for end in ends
-            )
-            start = len(before_it)
-            passages.append(
-                ChosenPassage(
-                    start, len(text), float(share[best]), float(before[best]), text[start:]
-                )
-            )
-            more[first : last + 1] = 0
-        return passages
-
-    def _on_choice(self, layer: int, seen: Seen) -> None:
-        if (
-            self.pattern.kind(layer) != "chooses"
-            or seen.part.groups.near <= self.pattern.chosen_keys
-        ):
-            return  # it sees what another layer has chosen, or all blocks
-        some = slice(-1, None) if self._before is None else slice(None)
-        for blocks, votes in zip(seen.blocks[0][some], seen.votes(some)[0], strict=True):
-            if self._before is None:
-                self._last[layer] = blocks, votes
-            else:
-                self._seen += [(blocks, votes)] * seen.part.groups.queries
-
-    def _choosers(self, blocks: int) -> np.ndarray:
-        """Return how many groups so far could choose each of the first blocks."""
-        pattern, (w,), (back,) = self.pattern, self.pattern.segment_lengths, self.pattern.look_backs
-        ends = np.maximum(np.arange(blocks) * pattern.chosen_block, pattern.chosen_keys)
-        first = (ends // w + back + 1) * w  # the first query that sees blocks beyond the end
-        return (
-            -(-self.stream.position // pattern.chosen_every) - -(-first // pattern.chosen_every)
-        ).clip(0)

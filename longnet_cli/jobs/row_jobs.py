@@ -129,10 +129,6 @@ class RowJob(ABC):
         """Return whether a document of so many tokens has no row because it is too short."""
         return False
 
-    def longest_window(self, tokens: int) -> int:
-        """Return about how many tokens of a document of so many are read in one piece at most."""
-        return tokens
-
     def counted(self, tokens: int, documents: int = 1) -> int:
         """Return how many tokens `events.progress` gets of documents of so many tokens in all."""
         return tokens
@@ -177,9 +173,10 @@ class RowJob(ABC):
             return None
         return sequence
 
-    def longest(self, stored: Iterable[Document]) -> int:
-        """Return the tokens of the longest of some documents. Raises the error of one that the job refuses."""
-        return max((len(self.sequence(document).document) for document in stored), default=0)
+    def check_stored(self, stored: Iterable[Document]) -> None:
+        """Raise the error of a document, whose length is known at once, that the job refuses."""
+        for document in stored:
+            self.sequence(document)
 
     def sequences(
         self,
@@ -301,10 +298,8 @@ def run(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
     def sequences(
         ready: Callable[[], bool] = lambda: True,
     ) -> Iterator[InputSequence[Document] | None]:
-        config = job.reader.model.config
-        length_matters = config.max_tokens is not None or bool(config.pattern.chosen)
-        if length_matters and not events.left_out.skip:
-            events.longest(job.longest_window(job.longest(inputs.stored())))
+        if job.reader.model.config.max_tokens is not None and not events.left_out.skip:
+            job.check_stored(inputs.stored())
         yield from job.sequences(documents, apart, ready, lambda: given.fraction)
 
     if not in_folder:

@@ -264,7 +264,6 @@ class ModelFolder:
     ) -> Net:
         """Load the net, a `Net` in eval mode, on `device`. `pattern` replaces the model's own.
 
-        If a pattern with chosen blocks does not name the layers that choose, they are found (`models.choosing_layers`).
         The weights of a Hugging Face model are of type `dtype` (default: float32). A LongNet's are float32 always.
         Raises ConfigError or CheckpointError, in one line that names the folder, also if transformers is not installed.
         """
@@ -281,10 +280,6 @@ class ModelFolder:
             )
         else:
             net = self.native().from_pretrained(self.path, device, torch.float32, pattern=pattern)
-        if pattern and pattern.chosen:
-            from longnet_cli.models.choosing_layers import let_layers_choose
-
-            let_layers_choose(net)
         return net
 
     def native(self) -> type[Any]:

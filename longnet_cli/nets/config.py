@@ -5,7 +5,7 @@ From it follow the FLOPs of a net. A multiply and an add count as two FLOPs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -24,7 +24,6 @@ from pydantic import (
 )
 
 from longnet_cli.attention import Pattern, branches
-from longnet_cli.attention.groups import chosen_flops
 from longnet_cli.attention.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
 from longnet_cli.attention.pattern import HeadOffsets, Padding
 from longnet_cli.basics.configuration import StrictModel, validate
@@ -96,16 +95,13 @@ class NetConfig:
 
     def attention_flops(self, tokens: int) -> int:
         """Return the FLOPs of the attention of all layers, over one document of `tokens` tokens."""
-        return round(self._sum_over_layers(_attention_flops, tokens))
+        sizes = self.pattern, self.num_heads, self.head_dim, tokens, self.causal
+        return self.num_layers * _attention_flops(*sizes)
 
     def attention_backward_flops(self, tokens: int) -> float:
         """Return the FLOPs of the attention in a backward pass of all layers, over one document of `tokens` tokens."""
-        return self._sum_over_layers(_backward_flops, tokens)
-
-    def vote_flops(self, tokens: int) -> int:
-        """Return the part of `attention_flops` that chooses blocks."""
-        choosing = self.pattern.kinds(self.num_layers)["chooses"]
-        return choosing * chosen_flops(self.pattern, self.num_heads, self.head_dim, tokens).votes
+        sizes = self.pattern, self.num_heads, self.head_dim, tokens, self.causal
+        return self.num_layers * _backward_flops(*sizes)
 
     def training_flops(self, documents: Sequence[int], predicted: float = 1.0) -> float:
         """Return the FLOPs of a forward and a backward pass over documents of these lengths.
@@ -123,13 +119,6 @@ class NetConfig:
     def forward_bytes(self, tokens: int) -> int:
         """Return the bytes of one layer's activations at their peak, without gradients, in float32."""
         return 4 * tokens * (10 * self.dim + 2 * self.ffn_dim)
-
-    def _sum_over_layers(self, flops: Callable[..., float], tokens: int) -> float:
-        sizes = self.pattern, self.num_heads, self.head_dim, tokens, self.causal
-        return sum(
-            layers * flops(*sizes, kind=kind)
-            for kind, layers in self.pattern.kinds(self.num_layers).items()
-        )
 
 
 # zeta^(pos / 512) with the paper's smallest zeta, 0.4 / 1.4, spans e^+-80 here; float32 ends at e^88
@@ -259,9 +248,7 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
                 'padding="zero_key" is only for causal=false: a causal net never sees the zero keys'
             )
         pattern = self.pattern  # itself raises ValueError
-        if refusal := pattern.refusal(self.causal, self.padding) or pattern.refusal_of_layers(
-            self.num_layers
-        ):
+        if refusal := pattern.refusal(self.causal, self.padding):
             raise ValueError(refusal)
         if self.position == "xpos":
             self._check_xpos()
@@ -289,7 +276,7 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
                 f'position="xpos" needs segments that nest, and {odd[0]} does not divide {longest}; use position="rope"'
             )
         if any(self.pattern.look_backs) or self.sinks:
-            name = "chosen blocks" if self.chosen else "sinks" if self.sinks else "look_back"
+            name = "sinks" if self.sinks else "look_back"
             raise ValueError(
                 f'position="xpos" has no {name}: its keys are only seen from their own segment; use position="rope"'
             )

@@ -24,12 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longnet_cli.attention import LayerChoices, Outside, Pattern, dilated_attention
-from longnet_cli.attention.choosing import Choices, Names
-from longnet_cli.attention.sinks import Turn
+from longnet_cli.attention import Outside, Pattern, dilated_attention
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig
-from longnet_cli.nets.named_blocks import named_blocks
+from longnet_cli.nets.named_blocks import whole_text
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.positions import PositionTable, position_table, rotate, sink_turn
 from longnet_cli.nets.weights import load_pretrained, save_pretrained
@@ -44,7 +42,6 @@ class Placement(NamedTuple):
     lengths: Sequence[int] | Tensor | None = None
     documents: Sequence[int] | None = None
     total: int | None = None
-    choices: LayerChoices | None = None
 
 
 class Norm(nn.LayerNorm):
@@ -234,7 +231,6 @@ class LongNet(Net):
         documents: Sequence[int] | None = None,
         far: FarProvider | None = None,
         total: int | None = None,
-        named: Names | None = None,
     ) -> Tensor:
         """Return hidden states (B, N, dim) after the final norm, of token ids (B, N) or of vectors (B, N, dim).
 
@@ -242,9 +238,8 @@ class LongNet(Net):
         tokens come out as they would alone, outputs at padding have no meaning. `documents` gives the lengths of the
         documents that follow each other in every row: each comes out as it would alone, the first from `start` on.
         `far` makes the input one shard of a longer sequence, see FarProvider; for zero keys, give the length of that
-        sequence as `total`. `named` gives the blocks that the text names, for chosen blocks; without it, the text is
-        that of the tokens, if they begin their documents. Raises ConfigError for tokens given to a net without
-        embedding.
+        sequence as `total`. Raises ConfigError for tokens given to a net without embedding, and for vectors given to
+        one with chosen blocks, which the text names.
         """
         x = self.embed(tokens, embeddings)
         if isinstance(lengths, Tensor):
@@ -253,26 +248,11 @@ class LongNet(Net):
             self.positions(x, start, documents),
             Placement(start, lengths, documents, total),
         )
-        pattern = self.config.pattern
-        choices = Choices(named or (None if start else named_blocks(pattern, tokens)))
+        if self.config.pattern.chosen and not far:
+            far = whole_text(self.config.pattern, tokens)
         for index, layer in enumerate(self.layers):
-            if pattern.chosen:
-                place = place._replace(choices=LayerChoices(choices, pattern, index))
             x = layer(x, table, place, partial(far, index) if far else None)
         return self.final_norm(x)
-
-    @property
-    def turns(self) -> Sequence[Turn | None]:
-        return [attention.turn for attention in self._attentions]
-
-    def choose_in(self, layers: tuple[int, ...]) -> None:
-        self.config, self.digest = self.config.model_copy(update={"chosen_layers": layers}), None
-        for attention in self._attentions:
-            attention.config, attention.pattern = self.config, self.config.pattern
-
-    @property
-    def _attentions(self) -> list[Attention]:
-        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def embed(self, tokens: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
         """Return the input of the first layer, (B, N, dim), from exactly one of the two inputs of `forward`."""

@@ -1,207 +1,129 @@
-"""The blocks that a text names: those in which rare n-grams of its last tokens stood before.
+"""The blocks that a text names: those in which rare pairs and triples of its last tokens stood before.
 
-Attention chooses blocks by queries and keys (`attention.choosing`). Among many places of the same form, these often
-rank the wrong one first. The text itself tells the places apart: a name that is asked for stood in the right one.
+A group of queries sees the first block of the document and `chosen - 1` others at most. They are found by the last
+SPAN tokens, up to the group's first one. Each pair and each triple of these that stood in at most MOST_PLACES places
+before the group's window adds the log of its rarity to the blocks in which it stood. Where it ends in the second half
+of a block, NEXT times that goes to the next block, where the text goes on. The blocks with the highest sums are named.
 
-The last SPAN tokens of a group of queries, its first one included, have pairs and triples of tokens. Each of them that
-stood in at most MOST_PLACES places before the group's near keys adds log(all blocks / blocks in which it stood) to the
-scores of these blocks. Where it ends in the last quarter of a block, NEXT times that goes to the next block, where the
-text goes on. The blocks with the highest scores are named; of equals, the earlier ones.
+This takes no queries and no keys: a text names the same blocks for every layer, in any chunks and in any process.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_cli.attention.groups import GroupedPart, Groups
-from longnet_cli.attention.pattern import NAMED, Pattern
+from longnet_cli.attention import Outside, Pattern
+from longnet_cli.attention.chosen import Chosen, ChosenCall, Group, chosen_calls, groups_of
+from longnet_cli.basics.errors import ConfigError
+from longnet_cli.nets.net import FarProvider
 
 SPAN = 64
 MOST_PLACES = 256
 NEXT = 0.9
-_FACTORS = np.int64(6364136223846793005), np.int64(1442695040888963407)
+FACTOR = np.int64(6364136223846793005)  # of hashes
 
 
 class ReadText:
-    """The tokens of a text so far, and an index of their pairs and triples.
+    """The token ids of a text so far, and an index of their pairs and triples, of 32 bytes per token.
 
-    The index takes 32 bytes per token, in sorted pieces of growing sizes: adding a token costs a logarithm of the
-    length. It grows with the near keys of the groups that are asked for, which therefore come in order.
+    The index grows with the windows of the groups that are asked for, which therefore come in order. Its arrays are
+    replaced, and never written to, so a fork shares them.
     """
 
-    def __init__(self, ids: Iterable[Tensor] = ()) -> None:
-        self.length = 0
-        self._new: list[
-            Tensor
-        ] = []  # tokens (n,) that are not in `_tail` yet: asking a GPU for them would wait
-        self._tail = np.zeros(
-            0, np.int64
-        )  # the last tokens, at least those that are not in the index
+    def __init__(self, ids: Tensor | None = None) -> None:
+        self.ids = torch.zeros(0, dtype=torch.int64)
+        if ids is not None:
+            self.put(0, ids)
         self._indexed = 0
-        self._pieces: list[
-            tuple[np.ndarray, np.ndarray]
-        ] = []  # hashes, ascending, and where each n-gram ends
-        for some in ids:
-            self.append(some)
-
-    def append(self, ids: Tensor) -> None:
-        """Add the next tokens (n,)."""
-        self._new.append(ids)
-        self.length += len(ids)
+        self._hashes = np.zeros(0, np.int64)  # of all pairs and triples, ascending
+        self._ends = np.zeros(0, np.int64)  # the position at which each one ends
+        self._last: tuple[int, list[int]] = (-1, [])  # a group's first position, and its blocks
 
     def fork(self) -> ReadText:
-        """Return another text with the same tokens so far; the index is shared."""
-        new = copy.copy(self)
-        new._new, new._pieces = [*self._new], [*self._pieces]
-        return new
+        """Return another text with the same tokens so far."""
+        return copy.copy(self)
 
-    def named(self, pattern: Pattern, groups: Groups) -> np.ndarray:
-        """Return the blocks (groups, n) that each group names, the best first, and -1 for none; int64."""
-        every, size = pattern.chosen_every, pattern.chosen_block
-        blocks = np.full((groups.number, pattern.chosen // NAMED), -1)
-        self._grow(groups.near)
-        begin = groups.start // every * every - SPAN + 1  # of the first group's tokens
-        stop = begin + SPAN + (groups.number - 1) * every
-        hashes, ends = _ngrams(self._tokens(max(0, begin - 2), stop), min(2, max(0, begin)))
-        ends += max(0, begin - 2)
-        grams, inverse = np.unique(hashes, return_inverse=True)
-        which, places = self._found(grams)
-        which, worth, of = _worth(which, places, groups.near, size)
-        firsts = np.searchsorted(which, np.arange(len(grams) + 1))
-        for group in range(groups.number):
-            last = begin + SPAN - 1 + group * every
-            own = np.unique(inverse[(ends > last - SPAN) & (ends <= last)])
-            rows = _ranges(firsts[own], firsts[own + 1])
-            candidates, at = np.unique(of[rows], return_inverse=True)
-            scores = np.bincount(at, worth[rows], len(candidates)).round(
-                6
-            )  # sums in another order stay equal
-            best = np.argsort(-scores, kind="stable")[: blocks.shape[1]]
-            best = best[scores[best] > 0]
-            blocks[group, : len(best)] = candidates[best]
-        return blocks
+    def put(self, start: int, ids: Tensor) -> None:
+        """Take the tokens (n,) from position `start` on."""
+        self.ids = torch.cat([self.ids[:start], ids.cpu().long()])
 
-    def _tokens(self, start: int, stop: int) -> np.ndarray:
-        """Return the tokens at positions [start, stop), which are in the tail."""
-        if self._new:
-            self._tail = np.concatenate(
-                [self._tail, *(ids.cpu().numpy().astype(np.int64) for ids in self._new)]
-            )
-            self._new = []
-        begin = self.length - len(self._tail)
-        return self._tail[start - begin : stop - begin]
+    def named(self, pattern: Pattern, first: int, near: int) -> list[int]:
+        """Return the blocks, ascending, that the group sees whose first position and whose window's are given."""
+        if self._last[0] != first:
+            if near > self._indexed:
+                self._grow(near)
+            best = self._best(first, near // pattern.chosen_block, pattern.chosen_block)
+            self._last = first, [0, *sorted(best[: pattern.chosen - 1].tolist())]
+        return self._last[1]
+
+    def _best(self, first: int, blocks: int, size: int) -> np.ndarray:
+        """Return those of the first `blocks` blocks, without block 0, that are named at all, the best first."""
+        hashes, _ = _ngrams(self.ids[max(0, first - SPAN + 1) : first + 1])
+        hashes = np.unique(hashes)
+        begins, stops = (np.searchsorted(self._hashes, hashes, side) for side in ("left", "right"))
+        rare = stops - begins <= MOST_PLACES
+        begins, counts = begins[rare], (stops - begins)[rare]
+        found = [self._ends[begin : begin + n] for begin, n in zip(begins, counts, strict=True)]
+        places = np.concatenate([self._ends[:0], *found])
+        worth = np.repeat(np.log1p(blocks / counts.clip(1)), counts)
+        late = places % size >= size // 2
+        of_next = np.bincount(places[late] // size + 1, worth[late], blocks + 1)
+        sums = np.bincount(places // size, worth, blocks + 1) + NEXT * of_next
+        named = 1 + np.flatnonzero(sums[1:blocks])
+        # rounded, sums are equal in any order of adding; of equals, the earlier block comes first
+        return named[np.argsort(-sums[named].round(6), kind="stable")]
 
     def _grow(self, stop: int) -> None:
         """Put the tokens before position `stop` into the index."""
-        if stop < self._indexed:
-            raise ValueError(f"a text is asked in order: {stop} comes after {self._indexed}")
-        if stop == self._indexed:
-            return
-        known = min(2, self._indexed)
-        hashes, ends = _ngrams(self._tokens(self._indexed - known, stop), known)
+        begin = max(0, self._indexed - 2)
+        hashes, ends = _ngrams(self.ids[begin:stop])
+        new = ends + begin >= self._indexed
+        hashes = np.concatenate([self._hashes, hashes[new]])
         order = np.argsort(hashes, kind="stable")
-        self._pieces.append((hashes[order], ends[order] + self._indexed - known))
-        while len(self._pieces) > 1 and len(self._pieces[-2][0]) <= 2 * len(self._pieces[-1][0]):
-            (old, older), (new, newer) = self._pieces[-2:]
-            both = np.concatenate([old, new])
-            order = np.argsort(
-                both, kind="stable"
-            )  # of equal hashes, the earlier place stays first
-            self._pieces[-2:] = [(both[order], np.concatenate([older, newer])[order])]
+        self._hashes = hashes[order]
+        self._ends = np.concatenate([self._ends, ends[new] + begin])[order]
         self._indexed = stop
-        self._tail = self._tokens(max(self.length - len(self._tail), stop - SPAN - 2), self.length)
-
-    def _found(self, grams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return pairs (index of an n-gram, place) of all n-grams with at most MOST_PLACES places."""
-        bounds = [
-            (np.searchsorted(piece, grams), np.searchsorted(piece, grams, "right"))
-            for piece, _ in self._pieces
-        ]
-        total = sum((stop - begin for begin, stop in bounds), np.zeros(len(grams), np.int64))
-        rare = total <= MOST_PLACES
-        which, places = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for (begin, stop), (_, ends) in zip(bounds, self._pieces, strict=True):
-            stop = np.where(rare, stop, begin)
-            which.append(np.repeat(np.arange(len(grams)), stop - begin))
-            places.append(ends[_ranges(begin, stop)])
-        return np.concatenate(which), np.concatenate(places)
 
 
-def _ngrams(ids: np.ndarray, known: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return hashes of the pairs and triples that end at ids (n,) from index `known` on, and these indices."""
+def _ngrams(tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return hashes of all pairs and triples of tokens (n,), and the index at which each one ends."""
+    ids = tokens.numpy() + 1  # so that no pair is as a triple that begins with 0
     with np.errstate(over="ignore"):
-        pairs = (ids[:-1] * _FACTORS[0] + ids[1:]) * _FACTORS[1]
-        triples = (
-            (ids[:-2] * _FACTORS[0] + ids[1:-1] + _FACTORS[1]) * _FACTORS[0] + ids[2:]
-        ) * _FACTORS[1]
-    hashes = np.concatenate([pairs, triples])
-    ends = np.concatenate([np.arange(1, len(pairs) + 1), np.arange(2, len(triples) + 2)])
-    return hashes[ends >= known], ends[ends >= known]
+        pairs = ids[:-1] * FACTOR + ids[1:]
+        triples = pairs[:-1] * FACTOR + ids[2:]
+    ends = np.arange(1, len(ids)), np.arange(2, len(ids))
+    return np.concatenate([pairs, triples]), np.concatenate(ends)
 
 
-def _worth(
-    which: np.ndarray, places: np.ndarray, near: int, size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return what n-grams add to blocks: n-grams (n,), ascending, worth (n,) and blocks (n,); each pair is there once.
+def named_calls(
+    pattern: Pattern, tokens: Tensor | None, texts: Sequence[ReadText], start: int = 0
+) -> list[ChosenCall]:
+    """Return which blocks the groups of a shard see. Its tokens (B, n), from `start` on, are added to the `texts`.
 
-    `which` n-gram ends at each of `places`. The first block is left out, which is seen anyway.
+    Raises ConfigError for vectors, which name nothing.
     """
-    late = (places % size >= size - size // 4) & (places // size + 2 <= near // size)
-    which = np.concatenate([which, which[late]])
-    blocks = np.concatenate([places // size, places[late] // size + 1])
-    worth = np.repeat([1.0, NEXT], [len(places), late.sum()])
-    order = np.lexsort((-worth, blocks, which))
-    which, blocks, worth = which[order], blocks[order], worth[order]
-    once = np.r_[True, (which[1:] != which[:-1]) | (blocks[1:] != blocks[:-1])][: len(which)]
-    which, blocks, worth = which[once], blocks[once], worth[once]
-    stood = np.bincount(which)[which] if len(which) else which
-    worth = worth * np.log(near // size / np.maximum(stood, 1))
-    inside = blocks > 0
-    return which[inside], worth[inside], blocks[inside]
+    if tokens is None or tokens.is_floating_point():
+        raise ConfigError(
+            "chosen blocks are named by token ids, and these are vectors: take a window"
+        )
+
+    def seen() -> Iterator[tuple[Group, list[int]]]:
+        for row, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
+            text.put(start, ids)
+            for group in groups_of(pattern, row, start, start + len(ids)):
+                first = group.start // pattern.chosen_every * pattern.chosen_every
+                yield group, text.named(pattern, first, group.near)
+
+    return chosen_calls(pattern, start, seen(), tokens.device)
 
 
-def _ranges(firsts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Return the numbers of all ranges [first, stop), one range after the other."""
-    lengths = stops - firsts
-    return np.arange(lengths.sum()) + np.repeat(firsts - np.cumsum(lengths) + lengths, lengths)
-
-
-class NamedBlocks:
-    """The blocks that the text of a shard names: `choosing.Names` for one forward pass.
-
-    tokens (B, N) are the shard's. `texts` are those of the rows' first documents, if these began before the shard; they
-    hold the shard's tokens, too. All other documents begin in the shard.
-    """
-
-    def __init__(
-        self, pattern: Pattern, tokens: Tensor, texts: Sequence[ReadText] | None = None
-    ) -> None:
-        self.pattern, self.tokens = pattern, tokens
-        self._texts = {
-            (row, 0): text for row, text in enumerate(texts or ())
-        }  # by row and first column
-        self._named: dict[tuple[int, int, int], Tensor] = {}
-
-    def __call__(self, row: int, part: GroupedPart) -> Tensor:
-        begin = row, part.columns.start
-        if begin not in self._texts:
-            self._texts[begin] = ReadText([self.tokens[row, part.columns]])
-        key = *begin, part.groups.start
-        if key not in self._named:
-            blocks = self._texts[begin].named(self.pattern, part.groups)
-            self._named[key] = torch.from_numpy(blocks).to(self.tokens.device)
-        return self._named[key]
-
-
-def named_blocks(
-    pattern: Pattern, tokens: Tensor | None, texts: Sequence[ReadText] | None = None
-) -> NamedBlocks | None:
-    """Return the names of a shard's text; None for vectors, and if the pattern has no places for blocks by name."""
-    if tokens is None or tokens.is_floating_point() or pattern.chosen < NAMED:
-        return None
-    return NamedBlocks(pattern, tokens, texts)
+def whole_text(pattern: Pattern, tokens: Tensor | None) -> FarProvider:
+    """Return what gives each layer the chosen blocks of whole documents (B, n), which start with these tokens."""
+    texts = [ReadText() for _ in (() if tokens is None else tokens)]
+    outside = Outside((), Chosen(named_calls(pattern, tokens, texts)))
+    return lambda layer, q, k, v: outside

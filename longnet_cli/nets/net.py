@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Outside
-from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import ConfigError, DataError, TooLongError
 from longnet_cli.nets.config import NetConfig
 
@@ -129,8 +128,8 @@ class InputSequence(Generic[D]):
 
 
 # Called once per layer with (layer index, q, k, v): this shard's queries and keys, rotated, and values, (B, N, H, D)
-# each, in the autograd graph. Returns the far keys that the shard attends to in that layer, and the past from which it
-# chooses blocks. It may keep q, k and v for later shards.
+# each, in the autograd graph. Returns what the shard attends to in that layer besides its own keys. It may keep
+# k and v for later shards.
 FarProvider = Callable[[int, Tensor, Tensor, Tensor], Outside]
 
 LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at a time: 256 MiB in float32
@@ -151,15 +150,6 @@ class Net(nn.Module):
     layer_by_layer: bool = (
         False  # whether jobs can run its layers one by one, and see the states between them
     )
-
-    @property
-    def turns(self) -> Sequence[Turn | None]:
-        """The functions that turn the keys of each layer by positions; None where nothing is turned."""
-        return []
-
-    def choose_in(self, layers: tuple[int, ...]) -> None:
-        """Let these layers choose blocks (`Pattern.chosen_layers`), in place."""
-        raise NotImplementedError
 
     def start_rows(self, bos: Bos) -> np.ndarray:
         """Return the rows that the net reads before each document: the ids of `bos`, (n,) int64, if it is causal."""

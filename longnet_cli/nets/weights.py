@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
@@ -240,19 +239,9 @@ def load_pretrained(
     return model.eval()
 
 
-def model_digest(model: Net, *, every: bool = True) -> str:
-    """Return a SHA-256 of configuration and weights, 64 hex digits: equal for models that compute the same.
-
-    Without `every`, it is equal also for models that choose blocks more often (`chosen_every`).
-    """
-    if model.digest and every:
-        return model.digest
-    config = model.config.model_dump_json()
-    if (
-        model.config.pattern.chosen and not every
-    ):  # in the JSON of a Hugging Face model, it stands in a string as well
-        config = re.sub(r', ?\\?"chosen_every\\?": ?\d+', "", config)
-    return digest_of(config, model.state_dict())
+def model_digest(model: Net) -> str:
+    """Return a SHA-256 of configuration and weights, 64 hex digits: equal for models that compute the same."""
+    return model.digest or digest_of(model.config.model_dump_json(), model.state_dict())
 
 
 def digest_of(config: str, weights: Mapping[str, Tensor]) -> str:

@@ -2,8 +2,8 @@
 
 Every way to cut a sequence gives the same numbers, up to rounding. `running/chunked_backward.py` goes back the same
 way. Bidirectional nets are in `running/layerwise.py`. The state of a net that has read is its LayerCaches: each layer's
-KVCache, the ids, and the texts of rows that began together. `CausalStream` is one, with its net; a `LongNetCache` has
-one for each group of rows that start at the same column.
+KVCache, and for chosen blocks the texts of rows that began together. `CausalStream` is one, with its net; a
+`LongNetCache` has one for each group of rows that start at the same column.
 
 B batch, n tokens of a chunk.
 """
@@ -21,25 +21,20 @@ import torch
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, KVCache, Outside, Pattern
-from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.attention.past import Seen
+from longnet_cli.attention.chosen import ChosenCall
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.nets.named_blocks import NamedBlocks, ReadText, named_blocks
-from longnet_cli.nets.net import Net
-from longnet_cli.running.memory_maps import BlockFile, SpillFile, mapped_empty
+from longnet_cli.nets.named_blocks import ReadText, named_calls
+from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.saved_state import dtype_name, read_state, reader_facts, write_state
 
 C = TypeVar("C", bound="LayerCaches")
-OnChoice = Callable[[int, Seen], None]  # layer, and what it sees
 
 
 class LayerCaches:
     """The KV caches of a net's layers, by layer; each is made with the layer's first keys.
 
-    `keep` and `allocate` go to KVCache; for chosen blocks, memory is in maps by default, and with `spill` all keys and
-    values go to one file in that folder. With chosen blocks, `ids` has the token ids that were read, (B, n) int32 each,
-    and `texts` those of the rows, unless there were vectors among them.
+    `keep` and `allocate` go to KVCache. With chosen blocks, `texts` has the token ids of each row.
     """
 
     def __init__(
@@ -47,16 +42,12 @@ class LayerCaches:
         pattern: Pattern,
         *,
         keep: int = 0,
-        allocate: Callable[..., Tensor] | None = None,
-        spill: str | Path | None = None,
+        allocate: Callable[..., Tensor] = torch.empty,
     ) -> None:
-        self.pattern, self.keep = pattern, keep
-        self.file = SpillFile(spill) if spill and pattern.chosen else None
-        self.allocate = allocate or (mapped_empty if pattern.chosen else torch.empty)
+        self.pattern, self.keep, self.allocate = pattern, keep, allocate
         self.by_layer: dict[int, KVCache] = {}
-        self.ids: list[Tensor] = []
         self.texts: list[ReadText] = []
-        self.on_choice: OnChoice | None = None
+        self._named: Sequence[ChosenCall] = ()
         self._late: Callable[[], None] | None = None  # stores the keys of the layer before
 
     @property
@@ -72,55 +63,43 @@ class LayerCaches:
     def cache_bytes(self) -> int:
         return sum(cache.nbytes for cache in self.caches)
 
-    def name_blocks(self, tokens: Tensor | None) -> NamedBlocks | None:
-        """Return the blocks that the next tokens (B, n), None for vectors, name. Call it before layers see them."""
-        if not self.pattern.chosen:
-            return None
-        if tokens is None or tokens.is_floating_point():
-            self.texts = []
-            return None
-        self.ids.append(tokens.int())
-        if not self.by_layer:
-            self.texts = [ReadText() for _ in tokens]
-        for text, row in zip(self.texts, tokens, strict=bool(self.texts)):
-            text.append(row)
-        return named_blocks(self.pattern, tokens, self.texts) if self.texts else None
-
     def of_layer(self, layer: int, q: Tensor, k: Tensor) -> KVCache:
         """Return the cache of a layer, to which queries q (B, n, H, D) and keys k (B, n, K, D) come."""
         if layer in self.by_layer:
             return self.by_layer[layer]
-        blocks = BlockFile(self.file) if self.file else None
-        options: dict[str, Any] = {
-            "kv_heads": k.shape[-2],
-            "dtype": k.dtype,
-            "device": k.device,
-            "layer": layer,
-        }
-        options |= {"keep": self.keep, "allocate": self.allocate, "blocks": blocks}
-        cache = self.by_layer[layer] = KVCache(self.pattern, len(k), *q.shape[-2:], **options)
-        if cache.past and self.on_choice:
-            cache.past.on_choice = partial(self.on_choice, layer)
-        return cache
+        options: dict[str, Any] = {"kv_heads": k.shape[-2], "dtype": k.dtype, "device": k.device}
+        options |= {"keep": self.keep, "allocate": self.allocate}
+        self.by_layer[layer] = KVCache(self.pattern, len(k), *q.shape[-2:], **options)
+        return self.by_layer[layer]
 
-    def provide(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange | None = None
-    ) -> Outside:
-        """Return what the next tokens see of the past, as a `FarProvider` does; cached rows come to their device.
+    def provider(self, tokens: Tensor | None, exchange: Exchange | None = None) -> FarProvider:
+        """Return what gives each layer all that the next tokens (B, n), None for vectors, see of the past.
 
-        Their keys are stored when the next layer asks, or in `store`. With an `exchange`, they are a rank's shard.
+        With an `exchange`, they are a rank's shard. Their keys are stored when the next layer asks, or in `store`.
+        Raises ConfigError for chosen blocks with vectors or with an exchange.
         """
+        if self.pattern.chosen:
+            if exchange:
+                raise ConfigError(
+                    "a pattern with chosen blocks is read by one process: give each rank documents of its own (--dp)"
+                )
+            self.texts = self.texts or [ReadText() for _ in (() if tokens is None else tokens)]
+            self._named = named_calls(self.pattern, tokens, self.texts, self.position)
+        return partial(self._provide, exchange)
+
+    def _provide(
+        self, exchange: Exchange | None, layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> Outside:
+        """Return what the next tokens see of the past in a layer; cached rows come to their device."""
         self.store()  # only now: this may overwrite far keys that the layer before has just read
         cache = self.of_layer(layer, q, k)
         near, others = exchange.run(k, v) if exchange else ([], [])
         place: dict[str, Any] = (
             {"start": exchange.start, "stop": exchange.edges[-1]} if exchange else {}
         )
-        self._late = partial(
-            cache.append, k, v, q=q if cache.past else None, others=others, **place
-        )
-        kept = cache.far() if exchange else cache.far(k, v)
-        return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], cache.past)
+        self._late = partial(cache.append, k, v, others=others, **place)
+        kept = cache.far() if exchange else cache.far(k, v, named=self._named)
+        return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], kept.chosen)
 
     def store(self) -> None:
         """Store the keys of the last layer that `provide` was called for."""
@@ -128,30 +107,16 @@ class LayerCaches:
             self._late()
         self._late = None
 
-    def watch(self, on_choice: OnChoice) -> None:
-        """Call `on_choice` from now on with what each layer sees of chosen blocks."""
-        self.on_choice = on_choice
-        for layer, cache in self.by_layer.items():
-            if cache.past:
-                cache.past.on_choice = partial(on_choice, layer)
-
     def select(self, rows: Sequence[int]) -> None:
         """Reorder the batch: row i becomes what row `rows[i]` was."""
         for cache in self.caches:
             cache.select(rows)
-        self.ids = [torch.cat(self.ids, 1)[rows]] if self.ids else []
         self.texts = [self.texts[row].fork() for row in rows] if self.texts else []
 
     def fork(self: C) -> C:
-        """Return another one that has read the same tokens: what one reads from now on is not in the other.
-
-        Blocks of the past are shared; other rows are copied.
-        """
+        """Return another one that has read the same tokens: what one reads from now on is not in the other."""
         new = copy.copy(self)
-        new.by_layer, new.ids = (
-            {layer: cache.fork() for layer, cache in self.by_layer.items()},
-            [*self.ids],
-        )
+        new.by_layer = {layer: cache.fork() for layer, cache in self.by_layer.items()}
         new.texts = [text.fork() for text in self.texts]
         return new
 
@@ -162,16 +127,9 @@ def _on(device: torch.device, keys: FarKeys) -> FarKeys:
     )
 
 
-def open_stream(net: Net, spill: str | Path | None = None) -> Callable[..., Tensor]:
-    """Return a function that reads a causal sequence in chunks (B, n) and returns each chunk's hidden states.
-
-    With `spill`, keys and values of chosen blocks are kept in a file in that folder. Raises ConfigError for a net that
-    has a cache of its own, in memory.
-    """
-    own = net.stream()
-    if own and spill and net.config.pattern.chosen:
-        raise ConfigError("this model keeps a cache of its own, in memory: leave out --spill")
-    return own or CausalStream(net, spill=spill)
+def open_stream(net: Net) -> Callable[..., Tensor]:
+    """Return a function that reads a causal sequence in chunks (B, n) and returns each chunk's hidden states."""
+    return net.stream() or CausalStream(net)
 
 
 class CausalStream(LayerCaches):
@@ -185,8 +143,7 @@ class CausalStream(LayerCaches):
     except with chosen blocks, which need all keys. The ranks of a group may share chunks: each passes its own shard and
     the chunk's `exchange`, and holds the whole state. Cached rows on another device than the net's are copied for each
     chunk. `options` are those of `LayerCaches`. `last_hidden` (B, dim) is the last token's hidden state, from which the
-    next token can be drawn; None if ranks have shared the chunk. Raises ConfigError for a bidirectional net, and what
-    `mapped.SpillFile` raises.
+    next token can be drawn; None if ranks have shared the chunk. Raises ConfigError for a bidirectional net.
 
         stream.save("book.state")
         stream = CausalStream.load(model, "book.state")
@@ -215,9 +172,9 @@ class CausalStream(LayerCaches):
 
         With an `exchange`, whose first edge is `position`, they are this rank's shard of the chunk.
         """
-        named, far = self.name_blocks(tokens), partial(self.provide, exchange=exchange)
         start = exchange.start if exchange else self.position
-        hidden = self.model(tokens, embeddings=embeddings, start=start, far=far, named=named)
+        far = self.provider(tokens, exchange)
+        hidden = self.model(tokens, embeddings=embeddings, start=start, far=far)
         self.store()
         if exchange:
             self.last_hidden = self.last_tokens = None
@@ -262,8 +219,8 @@ class CausalStream(LayerCaches):
     ) -> CausalStream:
         """Return a stream that has read what was saved in a folder; it never changes the folder.
 
-        Chosen blocks are mapped from there, unless there is `spill`. `options` are those of a new stream. Raises
-        ConfigError for a state of another model or pattern, or, if they are given, of another tokenizer or `dtype` of
+        `options` are those of a new stream. Raises ConfigError for a state of another model or pattern, or, if they are
+        given, of another tokenizer or `dtype` of
         keys; DataError for a damaged one.
         """
         place = Path(folder)
@@ -306,8 +263,8 @@ class CausalStream(LayerCaches):
             ):
                 raise ValueError(f"{last!r:.40} are not its last tokens")
             self.last_tokens = torch.tensor(last, device=device)
-        if ids is None and self.pattern.chosen and last is not None:
-            raise ValueError("ids is missing")
+        if (ids is None) == bool(self.pattern.chosen):
+            raise ValueError("ids is missing" if ids is None else "ids is not of it")
         known = [x for x in (self.last_tokens, ids) if x is not None and x.numel()]
         if any(not 0 <= int(bound) < config.vocab_size for x in known for bound in x.aminmax()):
             raise ValueError("it has ids that the model does not know")
@@ -325,13 +282,12 @@ class CausalStream(LayerCaches):
                 ids.dtype != torch.int32
                 or ids.dim() != 2
                 or len(ids) != self.batch
-                or ids.shape[1] > tokens
+                or ids.shape[1] != tokens
             ):
                 raise ValueError(
                     f"ids has shape {tuple(ids.shape)}, for {self.batch} x {tokens} tokens"
                 )
-            self.ids = [ids.to(device)]
-            self.texts = [ReadText([row]) for row in ids] if ids.shape[1] == tokens else []
+            self.texts = [ReadText(row) for row in ids]
         heads = config.num_heads, config.kv_heads
         q, k = (torch.empty(self.batch, 0, number, config.head_dim, **like) for number in heads)
         for layer in range(config.num_layers):
@@ -342,15 +298,13 @@ class CausalStream(LayerCaches):
                 if name.startswith(begin)
             }
             cache.restore(tokens, own)
-            if cache.past:
-                cache.past.convert_counts(parse_pattern(facts["longnet.pattern"]).chosen_every)
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all that `load` needs beside the facts, by name: tensors that are valid until more is read."""
         assert self.last_hidden is not None
         yield "last_hidden", self.last_hidden
-        if self.ids:
-            yield "ids", torch.cat(self.ids, 1)
+        if self.texts:
+            yield "ids", torch.stack([text.ids for text in self.texts]).int()
         for layer, cache in self.by_layer.items():
             for name, tensor in cache.state():
                 yield f"{layer}.{name}", tensor

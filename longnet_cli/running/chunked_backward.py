@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_cli.attention import FarKeys, FarSpan, Outside, Past
-from longnet_cli.attention.choosing import Names
+from longnet_cli.attention import FarKeys, FarSpan, Outside
 from longnet_cli.attention.spans import Layout, common_span, open_spans, segment_rows
 from longnet_cli.attention.views import accumulator, of_level, strided_view
 from longnet_cli.nets.config import NetConfig
@@ -62,8 +61,7 @@ def backward_in_chunks(
     backward pass over all N tokens. Memory holds the activations of `chunk` tokens, and the far rows of the levels that
     chunks cut; the price is one more forward pass. Gradients of far rows are summed in fp32 (fp64 for fp64). `dtype` is
     as in `running.device`. `allocate` makes the memory of far rows and of these sums, as torch.empty does. That memory
-    may be on the host while the net is on a GPU (`running.memory_maps`). With chosen blocks, keys and values of all
-    tokens are kept, and the sums of their gradients; what a chunk has chosen is kept, and seen again.
+    may be on the host while the net is on a GPU (`running.memory_maps`).
 
     The `ranks` of a group share every chunk; each rank adds and returns its part. `final` says that no other backward
     pass of the step follows, which sharded weights need to know (`running.ranks.fsdp`). `on_chunk` is called after each
@@ -81,10 +79,6 @@ def backward_in_chunks(
             with precision(dtype, device):
                 stream(tokens[:, part.mine], exchange=part.exchange)
             on_chunk()
-    named = None
-    if model.config.pattern.chosen:  # only the last chunk still chooses
-        named = stream.name_blocks(tokens[:, chunks[-1].mine])
-    pasts = [cache.past for cache in stream.caches if cache.past] or new_pasts(model.config)
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
     gradients = FarGradients(model.config, tokens.shape[1], ranks, allocate)
@@ -94,22 +88,13 @@ def backward_in_chunks(
         set_random_state(state, device)
         final_backward(model, final and not chunks)
         total += part.backward(
-            tokens[:, part.mine], targets[:, part.mine], far, pasts, gradients, scale, dtype, named
+            tokens[:, part.mine], targets[:, part.mine], far, gradients, scale, dtype
         )
-        named = None
-        for past in pasts:
-            past.means = None  # all has been chosen
         if not after:
             after = random_state(device)  # after the last chunk, as one forward pass leaves it
         on_chunk()
     set_random_state(after, device)
     return total
-
-
-def new_pasts(config: NetConfig) -> list[Past]:
-    """Return the past of a document's first tokens in each layer, which keeps what they choose; [] without a choice."""
-    layers = range(config.num_layers if config.pattern.chosen else 0)
-    return [Past(config.pattern, keep=1, layer=layer) for layer in layers]
 
 
 class _Chunk:
@@ -128,11 +113,9 @@ class _Chunk:
         tokens: Tensor,
         targets: Tensor,
         far: Sequence[Sequence[FarKeys]],
-        pasts: list[Past],
         gradients: FarGradients,
         scale: float,
         dtype: str,
-        named: Names | None,
     ) -> Tensor:
         """Compute the chunk again with `far` as leaves, run its backward pass, and return its loss."""
         made: list[tuple[Tensor, Tensor]] = []  # keys and values, per layer
@@ -142,14 +125,13 @@ class _Chunk:
             if layer == len(made):  # otherwise activation checkpointing computes it again
                 made.append((k, v))
                 keys = [gradients.leaves(layer, x, k.device) for x in far[layer]]
-                past = gradients.past(layer, pasts[layer], self.start, k) if pasts else None
-                leaves.append(Outside(keys, past))
+                leaves.append(Outside(keys))
             if not self.exchange:
                 return leaves[layer]
             return Outside([*leaves[layer].keys, *self.exchange.run(k, v)[0]])
 
         with precision(dtype, tokens.device):
-            hidden = self.model(tokens, start=self.mine.start, far=provide, named=named)
+            hidden = self.model(tokens, start=self.mine.start, far=provide)
             total = self.model.nll(hidden, targets).sum(dtype=torch.float64)
         roots, grads = [total], [torch.full_like(total, scale)]
         for layer, (k, v) in enumerate(made):
@@ -172,7 +154,7 @@ class FarGradients:
     """The gradients of far rows in one sequence of `tokens`, whose chunks come from last to first.
 
     There is one sum per layer, level and segment, (k and v, B, rows, lanes, D), packed as in KVCache, in fp32 (fp64 for
-    fp64). With chosen blocks, there is one more per layer, for all tokens before the last chunk. `allocate` makes its
+    fp64). `allocate` makes its
     memory, as torch.empty does. In a group, each rank sums the gradients of its own shards. These sums are reduced over
     the ranks when the chunk that made the rows asks for them.
     """
@@ -184,7 +166,6 @@ class FarGradients:
         self.layout = Layout(config.pattern, config.num_heads, config.kv_heads)
         self.ranks, self.allocate = ranks, allocate
         self.sums: dict[Key, Tensor] = {}
-        self.of_pasts: dict[int, Tensor] = {}  # by layer: (k and v, B, tokens, K, D)
 
     def leaves(self, layer: int, keys: FarKeys, device: torch.device) -> FarKeys:
         """Return far keys of a chunk on `device`, as leaves of its graph.
@@ -197,21 +178,6 @@ class FarGradients:
                 partial(self._add, (layer, keys.level, keys.start), index)
             )
         return replace(keys, k=k, v=v)
-
-    def past(self, layer: int, past: Past, start: int, k: Tensor) -> Past:
-        """Return the past of the chunk at `start`, which adds the gradients of its rows to their sum.
-
-        `past` is that of a later chunk or of this one; k (B, n, K, D) is the chunk's.
-        """
-        if start and layer not in self.of_pasts:
-            size, last = self.pattern.chosen_block, start
-            if past.kind == "sees_block_0":
-                last = min(last, self.pattern.chosen_keys)
-            shape = (2, k.shape[0], -(-last // size) * size, *k.shape[2:])
-            self.of_pasts[layer] = self.allocate(
-                shape, dtype=accumulator(k.dtype), device=k.device
-            ).zero_()
-        return past.before(start, self.of_pasts.get(layer))
 
     def _add(self, key: Key, index: int, leaf: Tensor) -> None:
         """Add the gradient of k or v (`index` 0 or 1), (B, rows, lanes, D), to its sum, and free it."""
@@ -235,10 +201,6 @@ class FarGradients:
         Sums that no earlier chunk needs are freed. All ranks of a group must ask, once for each chunk.
         """
         total = None
-        if layer in self.of_pasts:
-            rows = self.of_pasts[layer][:, :, start:stop].to(k.device)
-            total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)
-            total[:, :, : rows.shape[2]] = rows
         for span in open_spans(self.pattern, stop):
             key = (layer, span.level, span.start)
             if key not in self.sums or span.stop <= start:

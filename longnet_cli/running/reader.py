@@ -166,8 +166,8 @@ class Reader:
     `chunk` is the most tokens of one forward pass; the default is `earlier_chunk`, that of the run which this one
     continues, otherwise `default_chunk`. Short windows share a forward pass.
     A longer window goes chunk by chunk, with the same result. A causal net needs no more memory for it, unless its
-    pattern has chosen blocks: then it keeps the window's keys and values, and a bidirectional net keeps the hidden
-    states, in memory or, with `spill`, in a file in that folder. A net that does not stream reads any window in one
+    pattern has chosen blocks: then it keeps the window's keys and values. A bidirectional net keeps the hidden states,
+    in memory or, with `spill`, in a file in that folder. A net that does not stream reads any window in one
     forward pass.
 
     With several ranks (`all_ranks`), all have one chunk. Those of a group (`ranks`) must read the same windows: they
@@ -239,7 +239,7 @@ class Reader:
         Nothing here waits for a GPU: while it computes a chunk, the ids of the next chunk are read and sent to it.
         Reading takes less than a hundredth of the computing time, too little for a thread of its own.
         """
-        stream, ranks = open_stream(self.model, self.spill), self.ranks
+        stream, ranks = open_stream(self.model), self.ranks
         for edges in self._chunks(window):
             ids = to_device(
                 self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None], self.device

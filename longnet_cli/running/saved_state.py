@@ -2,7 +2,7 @@
 
     FOLDER/
         manifest.json         digests of model and tokenizer, pattern, dtype, tokens; size and SHA-256 of each piece
-        piece-*.safetensors   keys, values and what chooses among them, by layer
+        piece-*.safetensors   keys and values by layer, and the token ids that name blocks
 
 A new state of the same folder has pieces of other names. When they are on the disk, its manifest replaces the old one,
 in one step. Then all pieces are removed that it does not list, also those that a killed save has left: who has mapped
@@ -37,7 +37,7 @@ from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import TYPE_NAMES, model_digest, model_origin, write_tensors
 
 MANIFEST, PIECE = "manifest.json", re.compile(r"piece-[0-9a-f]{8}-\d{5,}\.safetensors")
-STATE_VERSION = 3
+STATE_VERSION = 4
 KIND = "longnet state"
 READER = "reader_sha256"
 MOST_TOKENS = 1 << 53
@@ -57,10 +57,9 @@ def reader_facts(
 ) -> dict[str, str]:
     """Return what a state notes of the model that has read it, without unknown values.
 
-    `reader_sha256` is a digest of all that the state depends on: weights and configuration, but not how often blocks
-    are chosen (`chosen_every`). So it is not the `longnet.model_sha256` of other outputs.
+    `reader_sha256` is a digest of all that the state depends on: weights and configuration.
     """
-    return model_origin(model, name, tokenizer_sha256, {READER: model_digest(model, every=False)})
+    return model_origin(model, name, tokenizer_sha256, {READER: model_digest(model)})
 
 
 def check_place(folder: Path) -> None:
@@ -117,7 +116,7 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
     """Return the facts of a state, and its tensors by name, which are mapped from its files.
 
     `facts` are those of the caller. Raises ConfigError for a folder without a state, and if they are not those of the
-    state, though blocks may be chosen more often; DataError for a state that is not as it was written.
+    state; DataError for a state that is not as it was written.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -130,10 +129,6 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
         for key, why in _SAME.items():
             known, given = saved.get(key), facts.get(key)
             if known and given and known != given:
-                if key == "longnet.pattern" and parse_pattern(given).continues(
-                    parse_pattern(known)
-                ):
-                    continue
                 model = saved.get("longnet.model")
                 names = {
                     "name": f", {model}" if model else "",

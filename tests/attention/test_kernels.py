@@ -9,13 +9,12 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from strategies import PAPER_64TH, turn
+from strategies import PAPER_64TH
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -23,20 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longnet_cli.attention import (
-    KVCache,
-    LayerChoices,
-    Past,
     Pattern,
-    choosing,
+    chosen,
     cuda_kernels,
     dilated_attention,
-    groups,
     kernels,
 )
-from longnet_cli.attention.chosen import Chosen
-from longnet_cli.attention.groups import GroupedPart, groups_of, transient_bytes
+from longnet_cli.attention.chosen import Chosen, add_blocks, chosen_calls, groups_of
 from longnet_cli.attention.kernels import KERNELS
-from longnet_cli.attention.merging import GradientSum, Merge
 from longnet_cli.attention.plain_call import Kernel
 from longnet_cli.attention.planning import Shard, merged_backward, plan_calls
 from longnet_cli.nets.config import LongNetConfig
@@ -376,90 +369,28 @@ def rope_of(heads: int, head_dim: int) -> Any:
     )
 
 
+def blocks_of(pattern: Pattern, tokens: int) -> Chosen:
+    """All groups see the first blocks, as many as they may."""
+    groups = groups_of(pattern, 0, 0, tokens)
+    seen = [(x, range(min(pattern.chosen, x.near // pattern.chosen_block))) for x in groups]
+    return Chosen(chosen_calls(pattern, 0, seen, torch.device("cpu")))
+
+
 def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """For 65,536 tokens of 12 heads x 64 in bf16, tried with a quarter of them, of one head x 8 in fp32.
 
-    The limits are so much less, too.
+    The limit is so much less, too.
     """
-    less = groups.GPU._replace(
-        gathered=groups.GPU.gathered * 2 // (4 * 96), scores=groups.GPU.scores // (4 * 12)
-    )
-    monkeypatch.setattr(groups, "CPU", less)
-    pattern, tokens, choices = (
-        replace(Pattern.finding(), chosen_layers=(0, 2)),
-        16_384,
-        choosing.Choices(),
-    )
-    rope = rope_of(1, 8)
-    parts = [
-        GroupedPart(slice(0, 1), slice(0, tokens), 0, each)
-        for each in groups_of(pattern, 0, tokens)
-    ]
-    for layer, most in enumerate((1700, 1300, 1700)):  # a hundred calls of 64 MiB of keys each
-        q, k = torch.randn(
-            2, 1, tokens, 1, 8, generator=torch.Generator().manual_seed(layer)
-        ).unbind()
-        call, merge = (
-            Chosen(pattern, parts, rope, choices=LayerChoices(choices, pattern, layer)),
-            Merge(q, False),
-        )
-        with torch.no_grad(), Waits() as waits, Launches() as launches:
-            call.choose(q, k, 0.5)
-            call.merge(FlashOfAGpu(), 0.5, q, k, k, merge)
-        assert 0 < launches.number <= most
-        assert waits.by_name.total() <= 2
-
-
-@pytest.mark.parametrize("before", [0, 1501])
-def test_limits_of_a_gpu_give_the_same_bits(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers that choose and that follow, from the first token on and with a past that was read in shards."""
-    pattern = Pattern(
-        (64,), (1,), look_back=1, chosen=4, chosen_block=16, chosen_every=8, chosen_layers=(1, 3)
-    )
-    monkeypatch.setattr("longnet_cli.attention.groups.FUNNEL", ((2, 40),))
-    results = []
-    for sizes in (groups.CPU, groups.GPU):
-        monkeypatch.setattr(groups, "CPU", sizes)
-        choices, of_sizes = choosing.Choices(), []
-        for layer in range(4):
-            q, k, v = torch.randn(
-                3, 1, before + 1200, 4, 16, generator=torch.Generator().manual_seed(layer)
-            ).unbind()
-            cache = KVCache(pattern, 1, 4, 16, layer=layer)
-            for part in zip(*(x[:, :before].split(400, 1) for x in (q, k, v)), strict=True):
-                if before:
-                    cache.append(*part[1:], q=part[0])
-            options = {
-                "start": before,
-                "far": cache.far(),
-                "turn": turn,
-                "choices": LayerChoices(choices, pattern, layer),
-            }
-            of_sizes.append(
-                dilated_attention(*(x[:, before:] for x in (q, k, v)), pattern, **options)
-            )
-        results.append((of_sizes, choices.made))
-    (outs, made), (others, others_made) = results
-    assert all(map(torch.equal, outs, others))
-    for layer in pattern.chosen_layers:
-        of_parts = zip(made[layer], others_made[layer], strict=True)
-        assert all(
-            torch.equal(*each) for of_part in of_parts for each in zip(*of_part, strict=True)
-        )
-
-
-def test_a_past_on_a_gpu_is_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "CPU", groups.GPU)
-    pattern = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
-    x, past = torch.randn(1, 4000, 2, 4), Past(pattern)
-    past.settle(None)
-    for some in x.split(700, 1):
-        past.append(some, some, some)
-    blocks, into = torch.tensor([0, 7, 499]), torch.empty(2, 3, 8, 2, 4)
-    with Launches() as launches:
-        past.blocks.take(0, blocks, into)
-    assert launches.number == 2  # of keys, of values
-    assert torch.equal(into[0], x[0].unflatten(0, (-1, 8))[blocks])
+    limit = chosen.GATHERED["cuda"] * 2 // (4 * 96)
+    monkeypatch.setattr(chosen, "GATHERED", {"cpu": limit})
+    pattern, tokens = Pattern.finding(), 16_384
+    q, k = torch.randn(2, 1, tokens, 1, 8).unbind()
+    blocks, rope = blocks_of(pattern, tokens), rope_of(1, 8)
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3])
+    with torch.no_grad(), Waits() as waits, Launches() as launches:
+        add_blocks(FlashOfAGpu(), 0.5, blocks, 32, rope, q, k, k, out, lse)
+    assert 0 < launches.number <= 1700
+    assert not waits.by_name.total()
 
 
 class Live(TorchDispatchMode):
@@ -486,39 +417,18 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("before", [0, 32_768])
-def test_what_chosen_blocks_take_for_a_time(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With limits that are a 64th of a GPU's; on one, it is at most 2 GiB."""
-    less = groups.GPU._replace(gathered=groups.GPU.gathered // 64, scores=groups.GPU.scores // 64)
-    monkeypatch.setattr(groups, "CPU", less)
-    pattern, tokens, past, heads = Pattern.finding(), 4096, None, (2, 64)
-    rope = rope_of(*heads)
-    if before:
-        past = Past(pattern, keep=before + tokens)
-        past.settle(rope)
-        x = torch.randn(1, before, *heads).bfloat16()
-        past.append(x, x, x)
-    parts = [
-        GroupedPart(slice(0, 1), slice(0, tokens), before, each)
-        for each in groups_of(pattern, before, before + tokens)
-    ]
-    q, k, dout = torch.randn(3, 1, tokens, *heads).bfloat16().unbind()
-    call, merge, total = Chosen(pattern, parts, rope, past), Merge(q, False), GradientSum(q)
-    kept = [*past.blocks.pieces(), *past.means.of.values()] if past else []
-    known = [q, k, dout, *merge.places, total.place, *kept]
-    most = transient_bytes(less)
-    with torch.no_grad(), Live(*known) as choosing_:
-        call.choose(q, k, 0.125)
-    with torch.no_grad(), Live(*known) as attending:
-        call.merge(FlashOfAGpu(), 0.125, q, k, k, merge)
-    out, lse = merge.result()
-    with torch.no_grad(), Live(*known, out, lse) as backward:
-        gradients = call.gradients(
-            FlashOfAGpu(), 0.125, (dout, q, out, lse[..., None]), (k, k), total
-        )
-    backward.peak -= sum(x.nbytes for x in gradients)  # results
-    assert most / 3 < max(choosing_.peak, attending.peak, backward.peak) <= most
-    assert transient_bytes(groups.GPU) <= 2 << 30
+def test_what_chosen_blocks_take_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of a call, the keys turned in fp32, and their product."""
+    limit = 4 << 20
+    monkeypatch.setattr(chosen, "GATHERED", {"cpu": limit})
+    pattern, tokens, heads = Pattern.finding(), 4096, (2, 64)
+    q, k = torch.randn(2, 1, tokens, *heads).bfloat16().unbind()
+    blocks, rope = blocks_of(pattern, tokens), rope_of(*heads)
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:3])
+    known = [out, lse, *(x for call in blocks.calls for x in call[1:])]
+    with torch.no_grad(), Live(q, k, *known) as live:
+        add_blocks(FlashOfAGpu(), 0.125, blocks, 32, rope, q, k, k, out, lse)
+    assert limit < live.peak <= 6 * limit
 
 
 def test_memory_of_a_forward_and_a_backward() -> None:

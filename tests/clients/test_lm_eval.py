@@ -118,7 +118,7 @@ def test_a_pattern_is_as_if_it_stood_in_the_folder(make: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("make", [native, dilated])
 def test_a_whole_document_costs_what_score_says(make: Any, tmp_path: Path) -> None:
-    """Also where the layers that choose blocks are found first."""
+    """Also with chosen blocks."""
     folder = make(tmp_path)
     for text in (None, "window:128,chosen=2x8,chosen_every=8"):
         net = ModelFolder(folder).net(pattern=text and parse_pattern(text))

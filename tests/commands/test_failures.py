@@ -103,13 +103,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ffn_dim": 8,
         "position": "rope",
     }
-    shared = {"model": sizes | {"pattern": "window:16,chosen=2x16"}, "parallel": {"sp": 2}}
+    shared = {"model": sizes | {"pattern": "window:16,chosen=2x16"}, "parallel": {"sp": 1}}
     shared |= {
         "data": {"train": "x.parquet", "tokenizer": "bytes"},
         "train": {"stages": [{"seq_len": 64, "steps": 1}]},
     }
-    (folder / "shared-run").mkdir()
-    (folder / "shared-run/recipe.json").write_text(json.dumps(shared))
+    (folder / "chosen-run").mkdir()
+    (folder / "chosen-run/recipe.json").write_text(json.dumps(shared))
     ids = pa.table({"input_ids": [[1] * 5, [1] * 60, [1] * 70, [1, 300]], "doc_id": [*"abcd"]})
     pq.write_table(ids, folder / "ids.parquet")
     write_file(folder / "ids.arrow", ids)
@@ -151,7 +151,7 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
         "train --data x.parquet --seq-len 256 --steps 5 --pattern window:8 -o run", 2,
         "there is no model: give a RECIPE (longnet-1m,",
     ),
-    ("train none", 2, "longnet-tiny-chosen; a path ends in .toml"),
+    ("train none", 2, "longnet-tiny; a path ends in .toml"),
     ("train other/my.toml", 2, "no recipe 'other/my.toml': no such file. Shipped recipes: "),
     ("train -o run", 2, "there is no run in run"),
     (
@@ -190,23 +190,20 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     ("encode x.parquet -m ./encoder --dims 33 -o y.arrow", 2, "--dims 33: a vector of this model has 1 to 16 numbers"),
     ("score x.parquet --token-logprobs y.arrow --dp 2", 2, "leave out --dp"),
     ("score - --dp 2", 2, "stdin can be read by one process"),
-    ("generate x -m ./model --sources", 2, "no chosen blocks to tell about: add --pattern finding"),
     ("convert longnet-tiny -o y", 2, "give the type"),
     ("convert longnet-nosuch --dtype bf16 -o y", 4, "no such file"),
     ("convert ./llama --dtype bf16 -o y", 2, "already a Hugging Face model folder"),
     ("generate", 3, "stdin: nothing came"),
     (
-        "score x.parquet --sp 2 --pattern finding", 2,
-        "and 2 are to share a document: give each its own documents (--dp 2), or take a pattern without chosen blocks "
-        "(--pattern window:1Ki)",
+        "score x.parquet -m ./model --sp 2 --pattern finding:8,chosen=2x8 --chunk 2", 2,
+        "a pattern with chosen blocks is read by one process: give each rank documents of its own (--dp)",
     ),
-    ("encode x.parquet --nproc 4 --pattern finding -o out.arrow", 2, "own documents (--dp 4)"),
     (
         "train --init longnet-tiny --pattern finding --data x.parquet --seq-len 64 --steps 1 -o run --nproc 2", 2,
-        "and 2 are to share a document",
+        "chosen blocks have no gradient: train with a window (model.pattern)",
     ),
     ("train small.json -o run --dry-run --spill none", 2, "--spill none: no such folder"),
-    ("train -o shared-run --dry-run", 2, "and 2 are to share a document"),  # by its recipe
+    ("train -o chosen-run --dry-run", 2, "chosen blocks have no gradient"),  # by its recipe
     ("score ids.parquet -m ./model --sp 1e18", 2, "1000000000000000000 processes, and this machine has"),
     ("encode ids.parquet --span sentence -o out.arrow", 2, "ids.parquet, row 0: this is no text with a sentence"),
     ("generate - -i y.txt", 2, "PROMPT - is stdin, and --input is given"),

@@ -269,7 +269,7 @@ ALONE = [
     ),
     (
         ["generate", "--state", "choosing", "--pattern", "window:1Ki"],
-        "choosing: it was saved with the pattern window:1Ki,chosen=32x32,layers=1, and",
+        "choosing: it was saved with the pattern window:1Ki,chosen=32x32, and",
     ),
 ]
 
@@ -278,7 +278,7 @@ def test_what_options_alone_decide_is_refused_before_torch_is_loaded(tmp_path, c
     (tmp_path / "text.txt").write_text("text")
     for name, pattern in (
         ("state", "window:1Ki"),
-        ("choosing", "window:1Ki,chosen=32x32,layers=1"),
+        ("choosing", "window:1Ki,chosen=32x32"),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(json.dumps({"longnet.pattern": pattern}))

@@ -46,7 +46,7 @@ for words in WORDS:
     except SystemExit as end:
         assert not end.code, (words, end.code)
 """
-CHOSEN = ["--pattern", "window:16,chosen=4x8,chosen_every=4", "--spill", ".", "--chunk", "64"]
+CHOSEN = ["--pattern", "window:16,chosen=4x8,chosen_every=4", "--chunk", "64"]
 MODEL = [word for key in (
     "train.spill=.", "train.chunk=64", "train.batch_tokens=256", "model.dim=16", "model.num_layers=1",
     "model.num_heads=2", "model.ffn_dim=16", "model.pattern=window:32", "model.position=rope",

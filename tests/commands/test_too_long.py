@@ -79,7 +79,9 @@ def test_a_window_that_reaches_farther_than_the_model_was_trained_is_named(
     llama: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "long.txt").write_text("x" * 100)
-    words = "its first level reaches 66 tokens back, and the model was trained on 64: window:32,sinks=4 stays within"
+    words = (
+        "it reaches 66 tokens back, and the model was trained on 64: window:32,sinks=4 stays within"
+    )
     for pattern, named in (
         ("window:33,sinks=4", True),
         ("window:32,sinks=4", False),
@@ -89,16 +91,9 @@ def test_a_window_that_reaches_farther_than_the_model_was_trained_is_named(
             words
             in invoke("score", tmp_path / "long.txt", "-m", llama, "--pattern", pattern).stderr
         ) is named
-    words = (
-        "its chosen blocks reach {} tokens back, and the model was trained on 64: {} stays within"
-    )
-    for pattern, reach, within in (
-        ("window:16,chosen=4x16", 96, "window:32,sinks=4"),  # no window is left
-        ("window:32,chosen=2x16", 96, "window:16,chosen=2x16"),
-    ):
-        done = invoke("score", tmp_path / "long.txt", "-m", llama, "--pattern", pattern)
-        assert words.format(reach, within) in done.stderr
-        assert done.exit_code == 0
+    done = invoke("score", tmp_path / "long.txt", "-m", llama, "--pattern", "window:32,chosen=2x16")
+    assert words.replace("66", "96") in done.stderr
+    assert done.exit_code == 0
 
 
 def test_bad_documents_are_left_out_and_counted(llama: Path, tmp_path: Path) -> None:

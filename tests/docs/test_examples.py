@@ -560,7 +560,7 @@ def test_a_plan_that_does_not_fit_names_an_option_that_would(
             f"train.batch_tokens={length}",
             "model.position=rope",
         )
-        pattern = "model.pattern=window:1Ki,chosen=32x32,layers=1"
+        pattern = "model.pattern=dense"
         words = [word for setting in (*sets, pattern) for word in ("--set", setting)]
         assert (
             cluster.app(["plan", "longnet-125m", "--on", "h100x1", *words], standalone_mode=False)

@@ -22,7 +22,6 @@ from strategies import Choice, choices
 
 from longnet_cli.attention import KVCache, Pattern
 from longnet_cli.attention.branches import attention_flops
-from longnet_cli.attention.groups import groups_of
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.describing import (
@@ -41,7 +40,7 @@ EVEN = [
     Pattern((16, 32, 64), (1, 2, 4), look_back=1, overlap="once", queries="all", sinks=4),
     Pattern((16, 64), (1, 4), **TILED, queries="all"),
 ]
-KEYS = {"name", "pattern", "levels", "sinks", "chosen", "compared", "read_bytes", "total", "dense", "seq", "heads",
+KEYS = {"name", "pattern", "levels", "apart", "total", "dense", "seq", "heads",
         "head_dim", "causal"}  # fmt: skip
 TINY = "512/1,2048/4,8192/16,look_back=1,overlap=once,queries=all"  # of longnet-tiny
 ROW = {
@@ -62,7 +61,7 @@ def test_costs_are_the_counted_ones(pattern: Pattern, causal: bool) -> None:
     found = describe(Subject("", pattern, heads, 8, causal), seq)
     assert found.total.flops == attention_flops(pattern, heads, 8, seq, causal)
     assert found.dense.flops == attention_flops(Pattern((seq,), (1,)), heads, 8, seq, causal)
-    assert sum(level.flops for level in found.levels) + found.sinks.flops == found.total.flops
+    assert sum(level.flops for level in found.levels) + found.apart.flops == found.total.flops
     counts = key_counts(pattern, heads, seq, causal, 0, "exact")[0].double()
     if causal:  # a query and its own key make half a pair, as in the FLOPs of a causal square
         counts -= counts.diagonal(dim1=1, dim2=2).diag_embed() / 2
@@ -91,28 +90,13 @@ def test_a_picture_has_what_the_reference_counts(choice: Choice) -> None:
 
 
 def test_chosen_blocks() -> None:
-    """The keys, what is compared, and what is kept, as the operator has it."""
+    """The keys that a text may name at most, and what is kept."""
     pattern = Pattern((128,), (1,), look_back=2, chosen=4, chosen_block=32, chosen_every=4)
-    for seq in (60, 384, 700, 20_000, 200_000, 400_011):
+    for seq in (60, 384, 700, 400_011):
         found = describe(Subject("", pattern, 3, 4), seq)
-        attended = compared = 0
-        for groups in groups_of(pattern, 0, seq):
-            attended += groups.number * groups.queries * min(groups.near, 128)
-            blocks = groups.near // 32 - 1
-            scanned = blocks if blocks > 4096 else 0
-            scanned += 4 * min(blocks, 4096) if blocks > 256 else 0
-            if groups.near > 128:
-                starts = groups.start % 128 == 0  # of a segment, which has one scan
-                compared += groups.number * 8 * 8 * min(blocks, 256) + starts * 4 * scanned
-        assert found.chosen.flops == pytest.approx(3 * 4 * (4 * attended + 2 * compared), rel=1e-5)
-    assert found.total.flops == sum(level.flops for level in found.levels) + found.chosen.flops
-    last = (399_744 // 32 - 1 + 4 * 4096) // 32 + 8 * 256
-    assert (found.chosen.keys_per_query, found.chosen.cache_rows, found.compared) == (
-        128,
-        400_011,
-        last,
-    )
-    assert found.read_bytes == 4 * 4 * (found.compared + 2 * 128) // 4
+        assert found.apart.flops == 3 * 4 * 4 * max(0, seq - 384) * 4 * 32
+        assert found.total.flops == sum(level.flops for level in found.levels) + found.apart.flops
+    assert (found.apart.keys_per_query, found.apart.cache_rows) == (128, 400_011)
     assert found.total.cache_rows == 3 * 128 + 400_011
     cells = picture(pattern, 800, 800, 3)
     assert (cells[799, :512] == 1).all()

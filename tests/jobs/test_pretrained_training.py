@@ -39,7 +39,6 @@ pytestmark = pytest.mark.full
 SIZES = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
 WINDOW = "window:16,sinks=3"
-CHOSEN = "window:16,chosen=2x8,chosen_every=4"
 NESTED = Pattern((8, 32), (1, 4), look_back=1, overlap="once", queries="all", sinks=2)
 
 
@@ -88,7 +87,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         Pattern.window(16, sinks=3),
         NESTED,
         Pattern((8, 32), (1, 2)),
-        parse_pattern(CHOSEN),
     ],
 )
 def test_the_gradient_in_chunks_is_the_whole_one(
@@ -118,9 +116,8 @@ def test_the_gradient_in_chunks_is_the_whole_one(
         assert (found[1][1][name] - whole).norm() <= 1e-5 * whole.norm(), name
 
 
-@pytest.mark.parametrize("pattern", [WINDOW, CHOSEN])
-def test_documents_in_one_row_are_as_each_alone(pattern: str, llama: Path) -> None:
-    net = ModelFolder(llama).net(pattern=parse_pattern(pattern))
+def test_documents_in_one_row_are_as_each_alone(llama: Path) -> None:
+    net = ModelFolder(llama).net(pattern=parse_pattern(WINDOW))
     ids, lengths = torch.randint(257, (1, 90)), [20, 43, 27]
     found = net(ids, documents=lengths)
     expected = torch.cat([net(part) for part in ids.split(lengths, 1)], 1)
@@ -161,12 +158,11 @@ def train_four_steps(found: Recipe, output: Path) -> None:
 
 def test_a_resumed_run_is_the_uninterrupted_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
     """Bit for bit, also where it goes on with the far rows in a file."""
-    chosen = {"model.pattern": CHOSEN}
-    found = recipe(llama, corpus, **chosen)
+    found = recipe(llama, corpus)
     train(found, tmp_path / "whole")
 
     train_four_steps(found, tmp_path / "parts")
-    train(recipe(llama, corpus, **chosen, **{"train.spill": str(tmp_path)}), tmp_path / "parts")
+    train(recipe(llama, corpus, **{"train.spill": str(tmp_path)}), tmp_path / "parts")
     torch.testing.assert_close(
         weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=0
     )
@@ -281,17 +277,11 @@ def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
     hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(
         llama
     )  # for LoRA
-    alone = [
-        (tmp_path / f"{pattern}{lora}", 1, "none", pattern, lora)
-        for pattern in (WINDOW, CHOSEN)
-        for lora in (0, 1)
-    ]
+    alone = [(tmp_path / f"{WINDOW}{lora}", 1, "none", WINDOW, lora) for lora in (0, 1)]
     train_on(llama, corpus, alone)
     settings = [
         (1, "none", WINDOW, 0),
         (2, "full", WINDOW, 0),
-        (2, "none", CHOSEN, 0),
-        (2, "full", CHOSEN, 0),
     ]
     settings += [(2, "full", WINDOW, 1)]
     runs = [(tmp_path / str(i), *each) for i, each in enumerate(settings)]

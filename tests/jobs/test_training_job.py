@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
+from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs import estimating
 from longnet_cli.jobs.estimating import bytes_per_token, seen_segments, training_bytes
 from longnet_cli.jobs.training.costs import (
     estimate_training,
     settle_chunk,
-    step_flops,
     training_memory,
 )
 from longnet_cli.jobs.training.objective import plan_forwards
@@ -185,22 +185,10 @@ def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
     assert share["optimizer"] == pytest.approx(whole["optimizer"] / 4)
 
 
-def test_what_is_computed_again_chooses_no_blocks_again() -> None:
-    pattern = {
-        "segment_lengths": (64,),
-        "dilation_rates": (1,),
-        "look_back": 1,
-        "chosen": 4,
-        "chosen_block": 16,
-    }
-    causal = recipe(MODEL | pattern | {"position": "rope"}, chunk=1024)
-    once, in_chunks = (
-        step_flops(each, each.train.stages[0], Ranks()) for each in (causal, causal.with_chunk(512))
-    )
-    assert once.attention == causal.model.attention_flops(1024) / 1024
-    votes = causal.model.vote_flops(1024) / 1024
-    assert votes > 0
-    assert in_chunks.attention == pytest.approx(1.5 * once.attention - 0.5 * votes)
+def test_chosen_blocks_are_refused() -> None:
+    chosen = MODEL | {"pattern": "window:64,chosen=4x16", "position": "rope"}
+    with pytest.raises(ConfigError, match="chosen blocks have no gradient: train with a window"):
+        recipe(chosen)
 
 
 def test_documents_of_several_windows_fill_a_chunk() -> None:

@@ -23,7 +23,6 @@ import transformers as hf
 from hf_models import (
     CHOSEN,
     FAR,
-    FOLLOWED,
     GROUPED,
     LEVELS,
     MODELS,
@@ -56,6 +55,7 @@ from longnet_cli.models.hf.attention import (
     use_dilated_attention,
 )
 from longnet_cli.models.hf.longnet_cache import LongNetCache
+from longnet_cli.nets.named_blocks import ReadText
 
 
 def right_padded(tokens: int) -> Tensor:
@@ -92,7 +92,6 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         *((x, PAPER_64TH, {}) for x in MODELS),
         *((llama, x, {}) for x in (WINDOW, FAR, TILED, GROUPED)),
         *((x, FAR, {}) for x in (qwen2, gpt2, bert, modernbert)),
-        *((x, CHOSEN, {}) for x in (llama, qwen3, gpt2)),
         (llama, FAR, {"is_causal": False}),  # a decoder made bidirectional
     ],
 )
@@ -216,10 +215,10 @@ def left_padded(tokens: int) -> Tensor:
 @pytest.mark.parametrize(
     ("model", "pattern"),
     [
-        *((llama, WINDOW), (mixed, FAR), (gpt2, FOLLOWED), (sharing, WINDOW), (sharing, CHOSEN)),
+        *((llama, WINDOW), (mixed, FAR), (gpt2, CHOSEN), (sharing, WINDOW), (sharing, CHOSEN)),
         *(
             pytest.param(*case, marks=pytest.mark.ci)
-            for case in ((qwen3, TILED), (gpt2, LEVELS), (llama, FOLLOWED))
+            for case in ((qwen3, TILED), (gpt2, LEVELS), (llama, CHOSEN))
         ),
     ],
 )
@@ -237,7 +236,7 @@ def test_generate_is_exact_with_any_cache(
         if pattern.chosen:
             with pytest.raises(
                 ConfigError,
-                match=r"lost the queries that choose: pass past_key_values=LongNetCache",
+                match=r"this cache has no token ids, which name blocks: pass past_key_values=LongNetCache",
             ):
                 net.generate(ids(30), **padded, **options)
         else:
@@ -254,7 +253,7 @@ def test_generate_is_exact_with_any_cache(
         assert torch.equal(logits.argmax(-1), sequence[:, prompt:])
 
 
-@pytest.mark.parametrize("pattern", [WINDOW, FOLLOWED])
+@pytest.mark.parametrize("pattern", [WINDOW, CHOSEN])
 def test_forks_of_a_cache_read_on_alone(pattern: Pattern) -> None:
     net = use_dilated_attention(built(llama), pattern)
     cache = LongNetCache(net.config)
@@ -264,6 +263,41 @@ def test_forks_of_a_cache_read_on_alone(pattern: Pattern) -> None:
     found = [net(ids(60)[:, 40:], past_key_values=each).logits for each in (fork, cache)]
     assert torch.equal(*found)
     torch.testing.assert_close(found[0], net(ids(60), use_cache=False).logits[:, 40:])
+
+
+@pytest.mark.parametrize("model", [llama, qwen3, gpt2])
+def test_where_a_text_names_all_blocks_attention_is_dense(
+    model: Callable[[], hf.PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ReadText, "named", lambda self, pattern, first, near: range(near // 8))
+    net, tokens = built(model), ids(100)
+    with torch.no_grad():
+        expected = net(tokens, use_cache=False).logits
+        use_dilated_attention(net, CHOSEN)
+        torch.testing.assert_close(net(tokens, use_cache=False).logits, expected)
+        cache = LongNetCache(net.config)
+        read = [net(some, past_key_values=cache).logits for some in tokens.split(30, 1)]
+        torch.testing.assert_close(torch.cat(read, 1), expected)
+        with pytest.raises(ConfigError, match="chosen blocks are named by token ids"):
+            net(inputs_embeds=net.get_input_embeddings()(tokens), use_cache=False)
+
+
+def test_beams_with_chosen_blocks_name_what_each_has_read() -> None:
+    net = use_dilated_attention(built(llama, eos_token_id=None), CHOSEN)
+    options = {"max_new_tokens": 20, "pad_token_id": 0, "num_beams": 3}
+    cache = LongNetCache(net.config)
+    found = net.generate(ids(60), past_key_values=cache, num_return_sequences=3, **options)
+    (part,) = cache._parts.values()
+    assert len(part.texts) == 6
+    read = {tuple(text.ids.tolist()) for text in part.texts}
+    assert {tuple(row.tolist()) for row in found[:, :-1]} & read
+    again = net(found, use_cache=False).logits.log_softmax(-1)
+    of_tokens = again[:, :-1].gather(-1, found[:, 1:, None])[:, 59:, 0].sum(-1)
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    scored = net.generate(
+        ids(60), past_key_values=LongNetCache(net.config), num_return_sequences=3, **options
+    )
+    torch.testing.assert_close(of_tokens / 20, scored.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
 def test_a_bounded_cache_is_bounded_and_follows_beams() -> None:
@@ -323,7 +357,7 @@ def test_a_compiled_model(model: Callable[[], hf.PreTrainedModel], pattern: Patt
 
 
 @pytest.mark.parametrize(
-    "pattern", [Pattern((8, 32), (1, 4), "grouped"), TILED, GROUPED, FAR, FOLLOWED]
+    "pattern", [Pattern((8, 32), (1, 4), "grouped"), TILED, GROUPED, FAR, CHOSEN]
 )
 def test_the_pattern_is_saved_and_loaded(tmp_path: Path, pattern: Pattern) -> None:
     net = use_dilated_attention(built(llama), pattern)
@@ -422,13 +456,11 @@ def test_caches_that_are_refused() -> None:
             lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=16, n_layer=1, n_head=2)),
             "pick its attention by name",
         ),
-        (mixed, "layer 1 has a sliding window of its own, so it cannot choose blocks"),
     ],
 )
 def test_models_that_are_refused(model: Callable[[], hf.PreTrainedModel], message: str) -> None:
-    pattern = replace(CHOSEN, chosen_layers=(0, 1)) if model is mixed else PAPER_64TH
     with pytest.raises(ConfigError, match=message):
-        use_dilated_attention(model(), pattern)
+        use_dilated_attention(model(), PAPER_64TH)
 
 
 def test_configs_that_are_refused() -> None:

@@ -22,8 +22,8 @@ import transformers as hf
 from builders import MadeInputs, make_document, scores, tiny_llama
 from hf_models import (
     CAUSAL,
+    CHOSEN,
     FAR,
-    FOLLOWED,
     GROUPED,
     LEVELS,
     MODELS,
@@ -114,7 +114,7 @@ def test_a_stream_with_the_cache_of_transformers_is_the_whole(
     [
         *((x, LEVELS) for x in CAUSAL),
         *((llama, Pattern.dense()), (llama, FAR), (qwen2, TILED), (qwen3, GROUPED), (gpt2, WINDOW)),
-        *((x, FOLLOWED) for x in (llama, gpt2)),
+        *((x, CHOSEN) for x in (llama, gpt2)),
     ],
 )
 def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
@@ -127,7 +127,7 @@ def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel], pattern:
     assert isinstance(stream, CausalStream)
     assert_stream_is_whole(stream, net)
     rows = cached_rows(Layout(pattern, c.num_heads, c.kv_heads))
-    if pattern not in (Pattern.dense(), FOLLOWED):  # which remember all
+    if pattern not in (Pattern.dense(), CHOSEN):  # which remember all
         assert stream.cache_bytes == 4 * 2 * 2 * c.num_layers * c.head_dim * rows
 
 

@@ -54,12 +54,8 @@ def test_chosen_blocks_are_written_where_they_differ_from_the_defaults() -> None
     assert parse_config(written, "again") == config
     plain = parse_config(data | {"pattern": "window:1Ki"}, "x").model_dump(mode="json")
     assert not any(key.startswith("chosen") for key in plain)
-    named = parse_config(data | {"pattern": "window:1Ki,chosen=16,layers=1"}, "x")
-    assert named.model_dump(mode="json")["chosen_layers"] == [1]
-    with pytest.raises(
-        ConfigError, match="layer 12 is to choose blocks, and the layers are 0 to 11"
-    ):
-        parse_config(data | {"pattern": "window:1Ki,chosen=16,layers=1/12"}, "x")
+    with pytest.raises(ConfigError, match="x: unknown key 'chosen_layers'"):
+        parse_config(data | {"pattern": "window:1Ki,chosen=16", "chosen_layers": [1]}, "x")
 
 
 def test_unknown_key_names_the_nearest() -> None:
@@ -79,7 +75,7 @@ def test_unknown_key_names_the_nearest() -> None:
         ({"dim": 770}, "dim 770 is not divisible by num_heads 12"),
         (
             {"pattern": "window:1Ki,chosen=4x32", **WITHOUT_LEVELS},
-            'position="xpos" has no chosen blocks',
+            'position="xpos" has no look_back',
         ),
         (
             {

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from builders import tiny_model
 from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern_nets import draw, gradients, net
-from strategies import chosen_patterns, cuts, patterns, patterns_with_options, split
+from processes import refused
+from strategies import patterns, patterns_with_options
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
-from longnet_cli.jobs.estimating import cache_bytes, far_bytes
+from longnet_cli.jobs.estimating import far_bytes
 from longnet_cli.jobs.training.objective import backward
-from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.memory_maps import MappedMemory
 
@@ -37,10 +35,7 @@ class Measured(MappedMemory):
 
 @given(
     dtype=st.sampled_from(["fp32", "bf16"]),
-    pattern=patterns()
-    | patterns_with_options(causal=True)
-    | chosen_patterns()
-    | st.just(Pattern.dense()),
+    pattern=patterns() | patterns_with_options(causal=True) | st.just(Pattern.dense()),
     tokens=st.integers(2, 200),
     chunk=st.integers(1, 120),
 )
@@ -148,79 +143,11 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) 
     assert list(small_disk.iterdir()) == []
 
 
-@given(pattern=chosen_patterns(), batch=st.integers(1, 2), tokens=st.integers(1, 150), sizes=cuts())
-def test_a_file_of_blocks_changes_no_bit_and_has_the_stated_size(
-    tmp_path_factory: pytest.TempPathFactory,
-    pattern: Pattern,
-    batch: int,
-    tokens: int,
-    sizes: list[int],
-) -> None:
-    model, ids = net(pattern), draw(batch, tokens)
-    in_memory, spilled = (
-        CausalStream(model),
-        CausalStream(model, spill=tmp_path_factory.getbasetemp()),
-    )
-    for part in ids.split(split(tokens, sizes), 1):
-        assert torch.equal(spilled(part), in_memory(part))
-    assert spilled.file
-    blocks = [cache.past.blocks.number for cache in spilled.caches if cache.past]
-    whole = max(blocks) * pattern.chosen_block  # others may keep the first blocks alone
-    assert spilled.file.size == batch * cache_bytes(model.config, whole, 4).blocks
-
-
-def test_the_commands_with_chosen_blocks(
-    run_longnet: RunLongnet, tmp_path: Path, small_disk: Path
-) -> None:
-    """The same output, a line that says how much is kept, and one line where the disk is full."""
-    pattern = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
-    model = f"{tiny_model(tmp_path / 'model', position='rope', **vars(pattern))}/"
-    for text, repeats in (("short.txt", 7), ("long.txt", 300)):
-        (tmp_path / text).write_text("some words, and others. " * repeats)
-    spill, full = ["--spill", small_disk], f"longnet: error: --spill {small_disk}: 7,2"
-    for command, more in (
-        ("score", ["-q"]),
-        ("encode", ["-o", "-"]),
-        ("generate", ["-n", "20", "-q"]),
-    ):
-        words = [
-            command,
-            *(["-i"] if command == "generate" else []),
-            "short.txt",
-            "-m",
-            model,
-            "--chunk",
-            "60",
-            *more,
-        ]
-        found, expected = (run_longnet(*words, *end, text=False) for end in (spill, []))
-        assert found.returncode == 0, found.stderr
-        assert found.stdout == expected.stdout
-        said = re.sub(r"[\d.]+ KiB of memory", "some memory", found.stderr.decode())
-        line = f"168 tokens keep some memory and 42.0 KiB in {small_disk} for chosen blocks\n"  # 2 x 16 in 2 layers
-        assert said == ("" if "-q" in more else f"{line}1 vector of 168 tokens -> stdout\n")
-        words[words.index("short.txt")] = "long.txt"
-        done = run_longnet(*words, *spill, text=False)
-        assert done.returncode == 5
-        refusal = done.stderr.decode().splitlines()[-1]
-        assert refusal.startswith(full)
-        assert re.search(r" tokens keep 1\.\d+ MiB there, and 25\d KiB are free$", refusal), refusal
-        assert list(small_disk.iterdir()) == []
-    assert (
-        run_longnet(
-            "tokenize", "short.txt", "long.txt", "--tokenizer", model, "-o", "both.arrow"
-        ).returncode
-        == 0
-    )
-    done = run_longnet(
-        "generate", "-i", "both.arrow", "-m", model, "--chunk", "60", "--format", "jsonl", *spill
-    )
-    assert (done.returncode, done.stdout) == (5, "")  # not after the short one
-    done = run_longnet("score", "short.txt", "-m", model, "--pattern", "window:16", *spill)
-    assert done.returncode == 2
-    assert (
-        "--spill is for keys and values of chosen blocks, and the pattern has none" in done.stderr
-    )
+def test_a_causal_net_spills_nothing(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some words, and others. ")
+    for pattern in ("window:16", "window:16,chosen=4x8"):
+        words = "score", tmp_path / "text.txt", "--pattern", pattern, "--spill", tmp_path
+        assert "--spill is for hidden states of bidirectional models" in str(refused(*words))
 
 
 @pytest.mark.gpu

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern_nets import CAUSAL, draw, foreign, generated, native, net, prompt
-from processes import invoke, refused
+from processes import refused
 from safetensors.torch import load_file, save_file
 from strategies import chosen_patterns, cuts, split
 
@@ -27,26 +24,16 @@ from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.basics.sealed_manifests import read_sealed, write_sealed
 from longnet_cli.jobs.generating import generate
-from longnet_cli.models import choosing_layers
-from longnet_cli.running import memory_maps as mapped
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.saved_state import STATE_VERSION
 
-CHOSEN = Pattern(
-    (16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4, chosen_layers=(0,)
-)
+CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 PATTERNS = {
     "window": Pattern.window(16, sinks=3),
     "levels": Pattern((8, 24, 96), (1, 3, 8), look_back=1),
     "chosen blocks": CHOSEN,
     "dense": Pattern.dense(),
 }
-
-
-def held(stream: CausalStream) -> list:
-    """Each layer's choice for the open group, which is not made again."""
-    pasts = [cache.past for cache in stream.caches if cache.past and cache.past.held]
-    return [(past.held[0], [row.tolist() for row in past.held[1]]) for past in pasts]
 
 
 @given(
@@ -64,7 +51,7 @@ def test_a_loaded_stream_goes_on_bit_for_bit(
     sizes: list[int],
     at: int,
 ) -> None:
-    """In memory or with --spill, saved or forked, whatever forks of them read; a second state replaces the first."""
+    """Saved or forked, whatever forks of them read; a second state replaces the first."""
     model, ids, place = net(pattern), draw(batch, tokens), tmp_path_factory.getbasetemp()
     parts = ids.split(split(tokens, sizes), 1)
     at = at % len(parts)
@@ -72,13 +59,10 @@ def test_a_loaded_stream_goes_on_bit_for_bit(
     for part in parts[: at + 1]:
         stream(part)
     stream.save(place / "state")
-    spilled = CausalStream.load(model, place / "state", spill=place)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mapped, "PIECE_BYTES", 1)
-        spilled.save(place / "state")
-    others = [CausalStream.load(model, place / "state"), spilled, spilled.fork(), stream.fork()]
-    assert all(held(other) == held(stream) for other in others)
-    strays = [stream.fork(), spilled.fork(), others[0].fork()]
+    loaded = CausalStream.load(model, place / "state")
+    loaded.save(place / "state")
+    others = [CausalStream.load(model, place / "state"), loaded, loaded.fork(), stream.fork()]
+    strays = [stream.fork(), loaded.fork(), others[0].fork()]
     for part in parts[at + 1 :]:
         expected = stream(part)
         assert all(torch.equal(other(part), expected) for other in others)
@@ -226,18 +210,14 @@ def test_a_forged_state_is_refused(tmp_path: Path) -> None:
     """Its digests are right, but a fact is none of a state, or a tensor is missing, or of another shape or type."""
     model, folder, forged = net(CHOSEN), tmp_path / "state", tmp_path / "forged"
     stream = CausalStream(model)
-    for part in draw(1, 105).split(35, 1):  # the last group is open: its choice is held
+    for part in draw(1, 105).split(35, 1):
         stream(part)
     stream.save(folder)
     facts = read_sealed(folder / "manifest.json", STATE_VERSION)
     tensors = {
         name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()
     }
-    assert {name.partition(".")[2] for name in tensors if tensors[name].numel()} >= {
-        "held",
-        "counts",
-        "fine",
-    }
+    assert {"ids", "0.past", "1.past"} <= tensors.keys()
 
     def forge(changed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         shutil.rmtree(forged, ignore_errors=True)
@@ -261,13 +241,13 @@ def test_a_forged_state_is_refused(tmp_path: Path) -> None:
             x.double() if x.dtype != torch.float64 else x.int(),
             torch.cat([x, x]),
         ]
-        wrong += [x[:0]] if x.numel() and not name.endswith(("held", "held_at")) else []
+        wrong += [x[:0]] if x.numel() else []
         for other in (None, *wrong):
             with pytest.raises(DataError, match="a damaged state: "):
                 forge({}, {key: y for key, y in {**tensors, name: other}.items() if y is not None})
-    for name, value in (("0.held", 10**6), ("0.held", -1), ("ids", 10**6), ("ids", -1)):
+    for value in (10**6, -1):
         with pytest.raises(DataError, match="a damaged state: "):
-            forge({}, {**tensors, name: torch.full_like(tensors[name], value)})
+            forge({}, {**tensors, "ids": torch.full_like(tensors["ids"], value)})
     with pytest.raises(DataError, match="a damaged state: more is not of it"):
         forge({}, {**tensors, "0.more": torch.zeros(3)})
 
@@ -324,30 +304,6 @@ def test_what_is_refused(tmp_path: Path) -> None:
         match=rf"manifest\.json: it was changed .*, or is not of version {STATE_VERSION}$",
     ):
         CausalStream.load(model, folder)
-
-
-def test_a_question_chooses_more_often(tmp_path: Path) -> None:
-    """The only layer's queries and keys do not depend on the pattern, so the state is that of the finer one, too."""
-    coarse, ids = replace(CHOSEN, chosen_block=16, chosen_every=16), draw(1, 200)
-    for tokens in (150, 152, 155):
-        stream = CausalStream(net(coarse, layers=1))
-        stream(ids[:, :tokens])
-        stream.save(tmp_path / "state")
-        for every in (1, 4, 8):
-            model = net(replace(coarse, chosen_every=every), layers=1)
-            again, whole = CausalStream.load(model, tmp_path / "state"), CausalStream(model)
-            counts, converted = (each.caches[0].past.counts for each in (stream, again))
-            assert torch.equal(counts * (16 // every), converted)
-            whole(ids[:, :tokens])
-            torch.testing.assert_close(
-                again(ids[:, tokens:]), whole(ids[:, tokens:]), rtol=0, atol=1e-6
-            )
-    again.save(tmp_path / "state")
-    with pytest.raises(
-        ConfigError,
-        match=r"pattern window:16,chosen=4x16,chosen_every=8,layers=0, and this is window:16,chosen=4x16,layers=0: ",
-    ):
-        CausalStream.load(net(coarse, layers=1), tmp_path / "state")
 
 
 def test_a_full_disk_leaves_the_old_state(small_disk: Path) -> None:
@@ -413,29 +369,6 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
             json.loads(first.stdout)["tokens"] + json.loads(rest.stdout)["tokens"]
             == whole["tokens"]
         )
-
-
-@pytest.mark.parametrize("build", [partial(tiny_model, position="rope"), tiny_llama])
-def test_a_state_tells_which_layers_choose(
-    build: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They were looked for by the command that saved it, and a finer pattern may read on."""
-    options = ["--model", build(tmp_path / "model"), "--pattern"]
-    invoke("generate", "words", *options, "finding:64", "--save-state", tmp_path / "state", code=0)
-    monkeypatch.setattr(
-        choosing_layers, "layer_evidence", lambda net: pytest.fail("the layers were looked for")
-    )
-    invoke(
-        "generate",
-        "more",
-        *options,
-        "finding:64,chosen_every=4",
-        "--state",
-        tmp_path / "state",
-        "-n",
-        4,
-        code=0,
-    )
 
 
 def test_the_state_of_several_prompts_is_refused(tmp_path: Path) -> None:

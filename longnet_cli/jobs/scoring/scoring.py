@@ -284,9 +284,6 @@ class Scorer(RowJob):
     def is_short(self, tokens: int) -> bool:
         return self.options.last is not None and tokens < self.cut.least
 
-    def longest_window(self, tokens: int) -> int:
-        return min(tokens, max(size or tokens for size in self.options.contexts))
-
     def counted(self, tokens: int, documents: int = 1) -> int:
         scored = min(tokens, documents * self.options.last) if self.options.last else tokens
         return scored * len(self.options.contexts)

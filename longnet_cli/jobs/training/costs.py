@@ -23,7 +23,6 @@ from longnet_cli.jobs.estimating import (
     far_bytes,
     itemsize_of,
     logits_bytes,
-    transient_memory,
 )
 from longnet_cli.jobs.reading_plan import ReadingPlan
 from longnet_cli.nets.config import LongNetConfig, NetConfig
@@ -207,21 +206,20 @@ def pass_flops(
 ) -> StepFlops:
     """Return the FLOPs per token of a forward and a backward pass over a window of so many tokens.
 
-    Of its chunks, all but the last are computed again for the backward pass, and each chunk as often `more`. What is
-    computed again chooses no blocks again. The share `predicted` of the tokens has logits.
+    Of its chunks, all but the last are computed again for the backward pass, and each chunk as often `more`. The share
+    `predicted` of the tokens has logits.
     """
     chunks = -(-tokens // chunk)
     forwards = 1 + (chunks - 1) * chunk / tokens + more
     logits = predicted * (1 + logits_again)
     one_pass = config.attention_flops(tokens) / tokens
     backward = config.attention_backward_flops(tokens) / tokens
-    votes = config.vote_flops(tokens) / tokens
     products = config.training_flops([tokens], predicted) / tokens - one_pass - backward
     products += (forwards - 1) * config.layer_flops()
     products += (logits - predicted) * config.vocabulary_flops()
     return StepFlops(
         products=products,
-        attention=forwards * one_pass - (forwards - 1) * votes,
+        attention=forwards * one_pass,
         attention_backward=backward,
         forwards=forwards,
         logits=logits,
@@ -290,12 +288,9 @@ def _evaluation_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int
         return 0
     most = recipe.train.held_out_context or 2 * chunk
     tokens = min(most, 2 * chunk, Inputs(recipe.data.held_out_files).num_bytes() or most)
-    transient = transient_memory(
-        config.pattern, config.num_heads, config.head_dim, tokens, itemsize, device.type
-    )
     at_once = min(tokens, chunk)
-    activations = config.forward_bytes(at_once) + transient
-    cache = sum(cache_bytes(config, tokens, itemsize)) if config.causal and tokens > chunk else 0
+    activations = config.forward_bytes(at_once)
+    cache = cache_bytes(config, tokens, itemsize) if config.causal and tokens > chunk else 0
     return max(activations, logits_bytes(config, at_once)) + 2 * 4 * config.dim * tokens + cache
 
 
@@ -304,7 +299,7 @@ def _stage_memory(
 ) -> dict[str, int]:
     """Return the bytes of one rank that depend on the length of a stage's windows, by kind.
 
-    activations: of all layers, for the tokens of a forward pass, with what is transient in one. logits: of tokens that
+    activations: of all layers, for the tokens of a forward pass. logits: of tokens that
     are predicted, with `GAPS`. cache: rows that pass from chunk to chunk, of each window of the forward pass, and rows
     that are stored for the backward pass, with their gradients. With `train.spill`, what is stored is on a disk.
     """
@@ -316,11 +311,9 @@ def _stage_memory(
     far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize)
     lora = recipe.pretrained.adapter if recipe.pretrained else None
     saved = activation_bytes(config, itemsize, train.activation_checkpointing, lora)  # per token
-    sizes = config.num_heads, config.head_dim, stage.seq_len, itemsize
-    transient = transient_memory(config.pattern, *sizes, device.type)
     logits = logits_bytes(config, round(tokens * train.predicted))
     return {
-        "activations": tokens * saved + transient,
+        "activations": tokens * saved,
         "logits": GAPS * logits if device.type == "cpu" else logits,
         "cache": windows * far.passing + (0 if train.spill else far.stored),
     }

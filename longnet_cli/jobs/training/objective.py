@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_cli.attention import Outside
 from longnet_cli.basics.errors import DataError
 from longnet_cli.basics.events import Events
 from longnet_cli.data.token_documents import Document
@@ -27,7 +26,7 @@ from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import Score
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.nets.net import IGNORED, FarProvider, Net
-from longnet_cli.running.chunked_backward import Tokens, backward_in_chunks, new_pasts
+from longnet_cli.running.chunked_backward import Tokens, backward_in_chunks
 from longnet_cli.running.device import precision, to_device
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.fsdp import final_backward
@@ -160,9 +159,6 @@ def _nll(
             config, ranks.edges(0, tokens.shape[1]), group=ranks.group, cuts=cuts
         )
         shard, start, documents = slice(*exchange.mine), exchange.start, exchange.documents
-    elif pasts := new_pasts(config):
-        # if activation checkpointing computes a layer again, it sees the same blocks
-        far = lambda layer, q, k, v: Outside(past=pasts[layer])  # noqa: E731
     ids, targets = tokens[:, shard], wanted[:, shard]
     with precision(dtype, ids.device):
         # before the forward pass: for targets on a GPU, this waits for all queued work. A causal net predicts all.
@@ -294,8 +290,7 @@ def evaluate(
     reading: dict[str, Any] = {
         "chunk": recipe.train.chunk,
         "dtype": recipe.train.dtype,
-        # One process chooses blocks: each rank then reads all documents.
-        "ranks": ALONE if model.config.pattern.chosen else ranks.all_in_one(),
+        "ranks": ranks.all_in_one(),
         "events": Events(progress=on_part),
     }
     model.eval()

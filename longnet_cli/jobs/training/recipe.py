@@ -255,6 +255,8 @@ class Recipe(StrictModel):
             raise ValueError(
                 "model.vocab_size = 0 is a net that reads vectors: leave it out, training reads tokens"
             )
+        if self.model.pattern.chosen:
+            raise ValueError("chosen blocks have no gradient: train with a window (model.pattern)")
         if self.model.causal == (self.train.objective == "masked"):
             fitting = "causal" if self.model.causal else "masked"
             raise ValueError(

@@ -13,7 +13,7 @@ pattern and the name:
 The model keeps its projections, positions and heads; only its attention over queries, keys and values is replaced.
 Causal decoders, bidirectional encoders and grouped-query heads are supported. A batch may be padded on either side.
 Generation is exact, with a DynamicCache, or with a LongNetCache in bounded memory. With chosen blocks, only a
-LongNetCache will do: it keeps the queries that choose, and all keys of the past. Layers that the model itself limits to
+LongNetCache will do: it keeps the token ids that name them. Layers that the model itself limits to
 a sliding window stay as they are, on torch's sdpa.
 
 A query sees the sinks right before its window (`attention.sinks`). Sinks and chosen blocks are moved by the model's own
@@ -43,10 +43,8 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from longnet_cli.attention import LayerChoices, Outside, Pattern, dilated_attention, far_keys
-from longnet_cli.attention.choosing import Choices
+from longnet_cli.attention import Outside, Pattern, dilated_attention, far_keys
 from longnet_cli.attention.notation import from_fields
-from longnet_cli.attention.sinks import Turn
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import ConfigError, one_line
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
@@ -60,7 +58,8 @@ from longnet_cli.models.hf.longnet_cache import (
 from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, register, unmark
 from longnet_cli.models.hf.rotary import make_phases_exact, turns
 from longnet_cli.models.hf.trying import body, hidden_states, why_not
-from longnet_cli.nets.named_blocks import named_blocks
+from longnet_cli.nets.named_blocks import whole_text
+from longnet_cli.nets.net import FarProvider
 from longnet_cli.running.causal_stream import LayerCaches
 
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
@@ -108,10 +107,6 @@ def use_dilated_attention(
     sliding = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
     if len(sliding) == len(kinds):
         raise ConfigError(_NO_LAYER)
-    if choosing := sorted({*sliding} & {*pattern_of(config).chosen_layers}):
-        raise ConfigError(
-            f"layer {choosing[0]} has a sliding window of its own, so it cannot choose blocks (layers=)"
-        )
     earlier = config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION_NAME)
@@ -121,8 +116,7 @@ def use_dilated_attention(
             raise ConfigError(
                 f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated"
             )
-        wrong = why_not(model, "with a pattern", partial(_seeing_all, model))
-        if wrong := wrong or pattern_of(config).refusal_of_layers(config.num_hidden_layers):
+        if wrong := why_not(model, "with a pattern", partial(_seeing_all, model)):
             raise ConfigError(wrong)
         turn_of = turns(model) if moves else {}
     except Exception as error:
@@ -155,34 +149,28 @@ def _keep_queries(
     return args, {**options, "logits_to_keep": None}
 
 
-def turns_of(model: PreTrainedModel) -> list[Turn | None]:
-    """Return the functions that turn the keys of each layer with dilated attention, where sinks or blocks are moved."""
-    return [module.__dict__[_TURN] for module in model.modules() if _TURN in module.__dict__]
-
-
 class _CurrentPass:
-    """The forward pass that a model is in: its token ids, and what its layers choose."""
+    """The forward pass that a model is in: its token ids, and what these name."""
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None  # (B, columns); None for vectors
-        self.choices: dict[int, Choices] = {}  # of rows, by their first column
+        self._providers: dict[int, FarProvider] = {}  # of rows, by their first column
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note what a model is called with, before its forward pass."""
-        self.ids, self.choices = options.get("input_ids", args[0] if args else None), {}
+        self.ids = options.get("input_ids", args[0] if args else None)
+        self._providers = {}
 
-    def of(self, rows: AlignedRows, pattern: Pattern, part: LayerCaches | None = None) -> Choices:
-        """Return the choices of some rows; `part` is what was read of them before."""
-        if rows.column not in self.choices:
+    def of(self, rows: AlignedRows, pattern: Pattern, part: LayerCaches | None) -> FarProvider:
+        """Return what gives each layer what some rows see of their past; `part` is what was read of them before."""
+        if rows.column not in self._providers:
             ids = (
                 None
                 if self.ids is None
                 else rows.of(self.ids)[:, rows.skip if part else rows.column :]
             )
-            self.choices[rows.column] = Choices(
-                part.name_blocks(ids) if part else named_blocks(pattern, ids)
-            )
-        return self.choices[rows.column]
+            self._providers[rows.column] = part.provider(ids) if part else whole_text(pattern, ids)
+        return self._providers[rows.column]
 
 
 def _seeing_all(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -340,7 +328,7 @@ def dilated_attention_forward(
 class _Call(NamedTuple):
     """A call of a layer's attention: q (B, N, H, D), k and v (B, L, K, D), and settings for `dilated_attention`.
 
-    `current` is the pass, for chosen blocks.
+    `current` is the pass, for chosen blocks, otherwise None.
     """
 
     layer: Any
@@ -351,22 +339,10 @@ class _Call(NamedTuple):
     settings: dict[str, Any]
     current: _CurrentPass | None
 
-    def choices(self, rows: AlignedRows, part: LayerCaches | None = None) -> dict[str, Any]:
-        """Return the argument `choices` for some rows; `part` is what was read of them before."""
-        if not self.current:
-            return {}
-        return {
-            "choices": LayerChoices(
-                self.current.of(rows, self.pattern, part), self.pattern, self.layer
-            )
-        }
-
-    def attend(
-        self, rows: AlignedRows, q: Tensor, k: Tensor, v: Tensor, far: Outside, choices: Any
-    ) -> Tensor:
+    def attend(self, rows: AlignedRows, q: Tensor, k: Tensor, v: Tensor, far: Outside) -> Tensor:
         """Return attention (rows, n, H, D) of some rows' new tokens."""
         place: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
-        return dilated_attention(q, k, v, self.pattern, **self.settings, **choices, **place)
+        return dilated_attention(q, k, v, self.pattern, **self.settings, **place)
 
 
 def _of_shard(call: _Call, options: Mapping[str, Any]) -> Tensor:
@@ -376,8 +352,6 @@ def _of_shard(call: _Call, options: Mapping[str, Any]) -> Tensor:
         q, k, v = (x[:, :0] for x in (q, k, v))
     if provider := options.get("far"):
         settings |= {"start": options["start"], "far": provider(call.layer, q, k, v)}
-    if call.pattern.chosen:
-        settings["choices"] = LayerChoices(options["choices"], call.pattern, call.layer)
     attended = dilated_attention(
         q, k, v, call.pattern, documents=options.get("documents"), **settings
     )
@@ -388,8 +362,8 @@ def _with_memory(call: _Call, kept: LongNetCache, layer: int, rows: AlignedRows)
     """Return attention (rows, n, H, D) of rows whose earlier keys, those of `layer`, are in a LongNetCache."""
     q, k, v = (rows.of(x)[:, rows.skip :] for x in (call.q, call.k, call.v))
     part = kept.part(rows, call.pattern)
-    choices = call.choices(rows, part)
-    attended = call.attend(rows, q, k, v, part.provide(layer, q, k, v), choices)
+    provide = call.current.of(rows, call.pattern, part) if call.current else part.provider(None)
+    attended = call.attend(rows, q, k, v, provide(layer, q, k, v))
     part.store()
     return attended
 
@@ -402,13 +376,15 @@ def _with_keys(call: _Call, rows: AlignedRows) -> Tensor:
     )
     if rows.start and call.pattern.chosen:
         raise ConfigError(
-            f"chosen={call.pattern.chosen}: this cache has lost the queries that choose: pass "
+            f"chosen={call.pattern.chosen}: this cache has no token ids, which name blocks: pass "
             "past_key_values=LongNetCache(model.config), or use_cache=False"
         )
     place: dict[str, Any] = {"num_heads": q.shape[2], "queries": range(rows.start, k.shape[1])}
     spans = far_spans(call.pattern, rows.start, k.shape[1], True)
     far = Outside([far_keys(k, v, call.pattern, span, **place) for span in spans])
-    return call.attend(rows, q, k[:, rows.start :], v[:, rows.start :], far, call.choices(rows))
+    if call.current:
+        far = call.current.of(rows, call.pattern, None)(call.layer, q, k, v)
+    return call.attend(rows, q, k[:, rows.start :], v[:, rows.start :], far)
 
 
 def _in_autocast_type(x: Tensor) -> Tensor:

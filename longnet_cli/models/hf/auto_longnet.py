@@ -239,8 +239,8 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
             if cache is None:
                 return self.net(**place, lengths=rows.lengths)
             part = cache.part(rows, self.net.config.pattern)
-            named = part.name_blocks(None if input_ids is None else some)
-            hidden = self.net(**place, lengths=rows.lengths, far=part.provide, named=named)
+            far = part.provider(None if input_ids is None else some)
+            hidden = self.net(**place, lengths=rows.lengths, far=far)
             part.store()
             return hidden
 

@@ -150,10 +150,7 @@ class LongNetCache(hf.DynamicCache):
         return sum(part.cache_bytes for part in self._parts.values())
 
     def fork(self) -> LongNetCache:
-        """Return another cache that has read the same tokens: what one reads from now on is not in the other.
-
-        Blocks of the past are shared; other rows are copied.
-        """
+        """Return another cache that has read the same tokens: what one reads from now on is not in the other."""
         new = copy.copy(self)
         new.layers, new._last = [copy.copy(layer) for layer in self.layers], None
         new._parts = {column: part.fork() for column, part in self._parts.items()}

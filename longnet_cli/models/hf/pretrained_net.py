@@ -20,7 +20,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from longnet_cli.attention import Outside, Pattern
-from longnet_cli.attention.choosing import Choices, Names
-from longnet_cli.attention.notation import format_pattern
-from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import CheckpointError, ConfigError, is_out_of_memory, one_line
 from longnet_cli.basics.model_files import refuse_unreadable, weight_files
 from longnet_cli.models.hf.attention import (
     ATTENTION_NAME,
     check_taken,
     pattern_of,
-    turns_of,
     use_dilated_attention,
     use_own_attention,
     write_pattern,
@@ -56,10 +51,9 @@ from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, check_ropes, make_ph
 from longnet_cli.models.hf.training import State, add_lora, merged
 from longnet_cli.models.hf.trying import body, first_position, layers_of, settings_of, why_not
 from longnet_cli.nets.config import TransformersConfig
-from longnet_cli.nets.named_blocks import named_blocks
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.nets.weights import check_finite
-from longnet_cli.running.causal_stream import open_stream
+from longnet_cli.running.causal_stream import LayerCaches, open_stream
 from longnet_cli.running.device import trim_memory
 
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
@@ -130,19 +124,6 @@ class TransformersNet(Net):
                     "--pattern dense (farther than trained)"
                 )
 
-    @property
-    def turns(self) -> Sequence[Turn | None]:
-        return turns_of(self.model)
-
-    def choose_in(self, layers: tuple[int, ...]) -> None:
-        pattern = replace(self.config.pattern, chosen_layers=layers)
-        write_pattern(self.model.config, pattern)
-        source = json.dumps(settings_of(self.model.config))
-        self.config, self.digest = (
-            self.config.model_copy(update={"pattern": pattern, "source": source}),
-            None,
-        )
-
     def stream(self) -> Callable[..., Tensor] | None:
         """Return a stream that uses a DynamicCache or a LongNetCache if `config.memory` is "cache", otherwise None."""
         if self.config.memory != "cache":
@@ -171,7 +152,6 @@ class TransformersNet(Net):
         lengths: Sequence[int] | None = None,
         documents: Sequence[int] | None = None,
         far: FarProvider | None = None,
-        named: Names | None = None,
     ) -> Tensor:
         """Return hidden states (B, N, dim) after the final norm, of ids (B, N) or vectors (B, N, dim) in their place.
 
@@ -199,10 +179,6 @@ class TransformersNet(Net):
                 "documents": documents,
                 "attention_mask": given.new_ones(given.shape[:2], dtype=torch.int64),
             }
-        if (far is not None or documents is not None) and self.config.pattern.chosen:
-            options["choices"] = Choices(
-                named or (None if start else named_blocks(self.config.pattern, tokens))
-            )
         if far is not None or documents is not None:
             first, *rest = documents or [given.shape[1]]
             runs = [range(start, start + first), *map(range, rest)]
@@ -327,12 +303,14 @@ class TransformersNet(Net):
     def _far_keys_reach_every_layer(self) -> bool:
         """Return whether all layers take far keys, tried on two tokens. Sliding windows and recurrence do not."""
         asked: list[int] = []
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(self.parameters()).device)
+        provide = LayerCaches(self.config.pattern).provider(tokens)
 
         def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
             asked.append(layer)
-            return Outside()
+            return provide(layer, q, k, v)
 
-        self(torch.zeros(1, 2, dtype=torch.int64, device=next(self.parameters()).device), far=far)
+        self(tokens, far=far)
         check_taken(self.model)
         return asked == list(range(self.config.num_layers))
 
@@ -475,15 +453,8 @@ def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
     trained = getattr(model.config, "max_position_embeddings", None)
     if not trained or _reach(pattern) <= trained or _positions(model):
         return None
-    within, what = f"window:{max(4, trained // 2)},sinks=4", "first level reaches"
-    if pattern.chosen:
-        what, width = (
-            "chosen blocks reach",
-            (trained - pattern.chosen_keys) // (1 + pattern.look_backs[0]),
-        )
-        if (width := width // pattern.chosen_block * pattern.chosen_block) > 0:
-            within = format_pattern(replace(pattern, segment_lengths=(width,)))
-    return f"its {what} {_reach(pattern)} tokens back, and the model was trained on {trained}: {within} stays within"
+    within = f"window:{max(4, trained // 2)},sinks=4"
+    return f"it reaches {_reach(pattern)} tokens back, and the model was trained on {trained}: {within} stays within"
 
 
 def _positions(model: hf.PreTrainedModel) -> int | None:

@@ -37,7 +37,6 @@ from longnet_cli.attention.spans import Layout, far_spans, level_of, open_spans
 from longnet_cli.attention.views import accumulator
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
-from longnet_cli.running.ranks.launch import check_shared
 
 _agreeing: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose first exchange is over
 
@@ -60,7 +59,7 @@ class Exchange:
     `edges` are P + 1 positions: rank i holds [edges[i], edges[i + 1]), which may be empty. `cuts` are the positions at
     which documents start: rows never cross them, and spans count from the start of their document. With `cached`, the
     shards are a chunk of a document that started at 0, and every rank also gets all rows of the segments that are open
-    at the end, for its KVCache. Raises ConfigError for chosen blocks, and ValueError for cuts with a bidirectional net:
+    at the end, for its KVCache. Raises ValueError for cuts with a bidirectional net:
     the last document of a shard would need far keys as well as the first. An error on one rank ends the job: the others
     would wait for it.
     """
@@ -82,7 +81,6 @@ class Exchange:
             config.causal,
             group,
         )
-        check_shared(self.pattern, self.ranks)
         begin = 0 if cached else self.edges[0]
         self.starts = sorted(
             {begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])}

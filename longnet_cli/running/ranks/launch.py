@@ -23,13 +23,10 @@ from contextlib import contextmanager, suppress
 from glob import glob
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import count_of
-
-if TYPE_CHECKING:
-    from longnet_cli.attention import Pattern
 
 
 def divide(world: int, sp: int | None, dp: int | None) -> tuple[int, int]:
@@ -46,21 +43,6 @@ def divide(world: int, sp: int | None, dp: int | None) -> tuple[int, int]:
             "start more with --nproc or torchrun"
         )
     return sp, dp
-
-
-def check_shared(pattern: Pattern, ranks: int) -> None:
-    """Raise ConfigError for a pattern with chosen blocks, if several ranks are to share a sequence."""
-    if pattern.chosen and ranks > 1:
-        # not above: a rank imports this module before it sees the end of its parent
-        from longnet_cli.attention.notation import format_pattern
-
-        window = format_pattern(
-            type(pattern).window(pattern.segment_lengths[0], pattern.look_backs[0])
-        )
-        raise ConfigError(
-            f"blocks are chosen by one process, and {ranks} are to share a document: give each its own documents "
-            f"(--dp {ranks}), or take a pattern without chosen blocks (--pattern {window})"
-        )
 
 
 def unwind_on_signals() -> None:
