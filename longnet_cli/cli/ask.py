@@ -103,8 +103,9 @@ def ask(options: AskCommand) -> None:
 
     Example: longnet ask docs/*.md "How does a stopped run go on?"
 
-    The passages are those that have the words of the question (BM25), of some 200 tokens each. Without --model, they
-    are printed; with it, the answer is, and stderr names them. If there are none, the exit code is 1.
+    The passages are those that have the words of the question (BM25), of some 200 tokens each.
+    Without --model, they are printed. With it, the answer is, and stderr names them.
+    If there are none, the exit code is 1.
     """
     check_pairs(PAIRS, options)
     refuse_torchrun("ask")
