@@ -132,9 +132,8 @@ class LongNetCache(hf.DynamicCache):
 
     def __init__(self, config: hf.PretrainedConfig) -> None:
         own = copy.copy(config.get_text_config(decoder=True))
-        own.num_kv_shared_layers = (
-            0  # transformers has no cache for a layer that reuses another's keys
-        )
+        # older versions make no cache for the last layers, as many as reuse the keys of others: here all have one
+        own.num_kv_shared_layers = -own.num_hidden_layers
         super().__init__(config=own)
         self.layers: list[Any] = [
             Memory(number) if type(layer) is DynamicLayer else layer
