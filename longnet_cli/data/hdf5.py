@@ -64,7 +64,7 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
 
 @contextmanager
 def _reading(what: str, row: int | None = None) -> Iterator[None]:
-    """Do as `tables.reading`, and also handle the other errors that h5py raises for a damaged file."""
+    """Do as `opened_inputs.reading`, and also handle the other errors that h5py raises for a damaged file."""
     with reading(what, row):
         try:
             yield
