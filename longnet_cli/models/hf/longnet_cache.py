@@ -132,8 +132,9 @@ class LongNetCache(hf.DynamicCache):
 
     def __init__(self, config: hf.PretrainedConfig) -> None:
         own = copy.copy(config.get_text_config(decoder=True))
-        # older versions make no cache for the last layers, as many as reuse the keys of others: here all have one
-        own.num_kv_shared_layers = -own.num_hidden_layers
+        # Layers that reuse the keys of others get a cache too. Older versions cut as many layers off the end.
+        newer = hasattr(own, "kv_sharing_modes")
+        own.num_kv_shared_layers = 0 if newer else -own.num_hidden_layers
         super().__init__(config=own)
         self.layers: list[Any] = [
             Memory(number) if type(layer) is DynamicLayer else layer
