@@ -209,9 +209,8 @@ class _ShardCall(NamedTuple):
             return rows[2 * index : 2 * index + 2]
 
         out, lse = merged_forward(self.plan, self.scale, q, k, v, arrived)
-        while (
-            waiting
-        ):  # also for keys that no query needed: their buffers must not be freed in flight
+        # Buffers must not be freed in flight, also those of keys that no query needed.
+        while waiting:
             waiting.pop()()
         if self.add:
             self.add(q, k, v, out, lse)

@@ -182,16 +182,17 @@ def _plan(
             options = shard.causal, shard.padding, outside, shard.total or 0, turned_sinks
             calls = branches(layout, start, length, *options)
         placed.append((rows, columns, calls))
-    full = sum(
-        (rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns, _ in placed
-    )
-    covered = full == batch * tokens and all(calls and calls[0].covers for *_, calls in placed)
-    even = all(
-        branch.queries == branch.keys for *_, calls in placed for branch in calls if branch.covers
-    )
+    reached = 0  # tokens of the batch in places whose branches cover them
+    squares = heads == layout.kv_heads
+    for rows, columns, calls in placed:
+        covering = [branch for branch in calls if branch.covers]
+        if covering:
+            reached += (rows.stop - rows.start) * (columns.stop - columns.start)
+        squares = squares and all(branch.queries == branch.keys for branch in covering)
+    covered = reached == batch * tokens
+    squares = squares and covered
     first = placed[0][2][0] if covered and len(placed) == tokens == 1 else None
     whole = first and first.queries.heads * first.queries.rows == heads and not first.zero_keys
-    squares = covered and even and heads == layout.kv_heads
     return AttentionPlan(kernel, placed, covered, squares, first if whole else None)
 
 
