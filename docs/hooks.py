@@ -45,7 +45,7 @@ REFERENCE = {
         "longnet_cli": (
             "tokenize", "train", "score", "ScoreOptions", "ModelFacts", "Score", "Total", "encode", "EncodeOptions",
             "EncodeFacts", "generate", "ask", "Answer", "embed", "encode_batches", "score_batches", "bench",
-            "Settings", "Measurement", "inspect",
+            "Settings", "Measurement", "inspect", "Events", "LeftOut",
         ),
     },
     "Plots": {"longnet_cli.jobs.plotting": ("read", "panels", "draw_picture")},
