@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longnet_cli import __version__
 from longnet_cli.basics.atomic import locked_folder, write_file
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.basics.events import Events
@@ -420,7 +420,7 @@ class _TrainingRun:
     def save(self) -> None:
         """Save a checkpoint of the last whole step."""
         versions = {
-            "longnet": version("longnet-cli"),
+            "longnet": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
