@@ -195,10 +195,6 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     ("convert ./llama --dtype bf16 -o y", 2, "already a Hugging Face model folder"),
     ("generate", 3, "stdin: nothing came"),
     (
-        "score x.parquet -m ./model --sp 2 --pattern finding:8,chosen=2x8 --chunk 2", 2,
-        "a pattern with chosen blocks is read by one process: give each rank documents of its own (--dp)",
-    ),
-    (
         "train --init longnet-tiny --pattern finding --data x.parquet --seq-len 64 --steps 1 -o run --nproc 2", 2,
         "chosen blocks have no gradient: train with a window (model.pattern)",
     ),

@@ -21,6 +21,7 @@ from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.named_blocks import ReadText, named_calls
 from longnet_cli.running.causal_stream import CausalStream
+from longnet_cli.running.ranks.exchange import Exchange
 
 PATTERN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 
@@ -133,6 +134,13 @@ def test_chunks_of_whole_segments_equal_one_pass_to_the_bit() -> None:
         named = blocks_by_query(named_calls(PATTERN, ids, [ReadText()]), 0)
         assert torch.allclose(torch.cat(chunks, 1), hidden, atol=1e-5)
     assert len({*map(tuple, named.values())}) > 5  # the text names this and that
+
+
+def test_several_ranks_are_refused() -> None:
+    model, ids = net(), torch.randint(50, (1, 100))
+    exchange = Exchange(model.config, [0, 50, 100], rank=0, cached=True)
+    with pytest.raises(ConfigError, match="a pattern with chosen blocks is read by one process"):
+        CausalStream(model)(ids[:, :50], exchange=exchange)
 
 
 def test_a_net_sees_what_its_text_names() -> None:

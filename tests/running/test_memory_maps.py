@@ -145,7 +145,7 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) 
 
 def test_a_causal_net_spills_nothing(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("some words, and others. ")
-    for pattern in ("window:16", "window:16,chosen=4x8"):
+    for pattern in ("window:16", "window:16,chosen=4x8,chosen_every=8"):
         words = "score", tmp_path / "text.txt", "--pattern", pattern, "--spill", tmp_path
         assert "--spill is for hidden states of bidirectional models" in str(refused(*words))
 
