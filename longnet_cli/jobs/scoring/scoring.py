@@ -207,6 +207,10 @@ class _ScoredWindow(Window):
     tally: _Tally
 
 
+# Pieces of windows, and functions for what is measured of their targets, which wait for it
+_Measured = tuple[Sequence[Piece[_ScoredWindow]], Sequence[Callable[[], Tensor]]]
+
+
 class Scorer(RowJob):
     """The job of `score`: a row for each document. The arguments are as those of `score`."""
 
@@ -297,7 +301,7 @@ class Scorer(RowJob):
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of the documents in order, each as soon as its document is scored at all contexts."""
-        measured = deque[tuple[Sequence[Piece[_ScoredWindow]], Sequence[Callable[[], Tensor]]]]()
+        measured = deque[_Measured]()
         for pieces in self.reader.read(self._windows(sequences)):
             measured.append((pieces, self._measure(pieces)))
             # within a window, the device computes the next chunk while the host sums the previous one
