@@ -42,7 +42,7 @@ class _Constructor(NamedTuple):
 PATTERN_FIELDS = tuple(field.name for field in fields(Pattern))
 _CHOSEN = tuple(name for name in PATTERN_FIELDS if name.startswith("chosen"))
 # the fields beyond levels, in the order in which they are written
-_FIELDS = sorted(PATTERN_FIELDS[2:], key=lambda name: (name in _CHOSEN, name == "head_offsets"))
+_FIELDS = sorted(PATTERN_FIELDS[2:], key=lambda name: name == "head_offsets")
 _CONSTRUCTORS = {
     "paper": _Constructor(Pattern.paper),
     "geometric": _Constructor(Pattern.geometric, "length", needed=True, words=("base", "ratio")),

@@ -11,7 +11,7 @@ This takes no queries and no keys: a text names the same blocks for every layer,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -35,14 +35,11 @@ class ReadText:
     replaced, and never written to, so a fork shares them.
     """
 
-    def __init__(self, ids: Tensor | None = None) -> None:
+    def __init__(self) -> None:
         self.ids = torch.zeros(0, dtype=torch.int64)
-        if ids is not None:
-            self.put(0, ids)
         self._indexed = 0
         self._hashes = np.zeros(0, np.int64)  # of all pairs and triples, ascending
         self._ends = np.zeros(0, np.int64)  # the position at which each one ends
-        self._last: tuple[int, list[int]] = (-1, [])  # a group's first position, and its blocks
 
     def fork(self) -> ReadText:
         """Return another text with the same tokens so far."""
@@ -54,12 +51,10 @@ class ReadText:
 
     def named(self, pattern: Pattern, first: int, near: int) -> list[int]:
         """Return the blocks, ascending, that the group sees whose first position and whose window's are given."""
-        if self._last[0] != first:
-            if near > self._indexed:
-                self._grow(near)
-            best = self._best(first, near // pattern.chosen_block, pattern.chosen_block)
-            self._last = first, [0, *sorted(best[: pattern.chosen - 1].tolist())]
-        return self._last[1]
+        if near > self._indexed:
+            self._grow(near)
+        best = self._best(first, near // pattern.chosen_block, pattern.chosen_block)
+        return [0, *sorted(best[: pattern.chosen - 1].tolist())]
 
     def _best(self, first: int, blocks: int, size: int) -> np.ndarray:
         """Return those of the first `blocks` blocks, without block 0, that are named at all, the best first."""
@@ -101,9 +96,11 @@ def _ngrams(tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def named_calls(
-    pattern: Pattern, tokens: Tensor | None, texts: Sequence[ReadText], start: int = 0
+    pattern: Pattern, tokens: Tensor | None, texts: list[ReadText], start: int = 0
 ) -> list[ChosenCall]:
     """Return which blocks the groups of a shard see. Its tokens (B, n), from `start` on, are added to the `texts`.
+
+    There is a text for each row; `texts` may be empty at first.
 
     Raises ConfigError for vectors, which name nothing.
     """
@@ -111,6 +108,8 @@ def named_calls(
         raise ConfigError(
             "chosen blocks are named by token ids, and these are vectors: take a window"
         )
+
+    texts += [ReadText() for _ in tokens[len(texts) :]]
 
     def seen() -> Iterator[tuple[Group, list[int]]]:
         for row, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
@@ -124,6 +123,5 @@ def named_calls(
 
 def whole_text(pattern: Pattern, tokens: Tensor | None) -> FarProvider:
     """Return what gives each layer the chosen blocks of whole documents (B, n), which start with these tokens."""
-    texts = [ReadText() for _ in (() if tokens is None else tokens)]
-    outside = Outside((), Chosen(named_calls(pattern, tokens, texts)))
+    outside = Outside((), Chosen(named_calls(pattern, tokens, [])))
     return lambda layer, q, k, v: outside

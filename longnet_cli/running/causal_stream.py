@@ -83,7 +83,6 @@ class LayerCaches:
                 raise ConfigError(
                     "a pattern with chosen blocks is read by one process: give each rank documents of its own (--dp)"
                 )
-            self.texts = self.texts or [ReadText() for _ in (() if tokens is None else tokens)]
             self._named = named_calls(self.pattern, tokens, self.texts, self.position)
         return partial(self._provide, exchange)
 
@@ -263,8 +262,6 @@ class CausalStream(LayerCaches):
             ):
                 raise ValueError(f"{last!r:.40} are not its last tokens")
             self.last_tokens = torch.tensor(last, device=device)
-        if (ids is None) == bool(self.pattern.chosen):
-            raise ValueError("ids is missing" if ids is None else "ids is not of it")
         known = [x for x in (self.last_tokens, ids) if x is not None and x.numel()]
         if any(not 0 <= int(bound) < config.vocab_size for x in known for bound in x.aminmax()):
             raise ValueError("it has ids that the model does not know")
@@ -277,17 +274,12 @@ class CausalStream(LayerCaches):
             facts["tokens"],
         )
         ids, like = saved.get("ids"), {"dtype": getattr(torch, facts["dtype"]), "device": device}
-        if ids is not None:
-            if (
-                ids.dtype != torch.int32
-                or ids.dim() != 2
-                or len(ids) != self.batch
-                or ids.shape[1] != tokens
-            ):
-                raise ValueError(
-                    f"ids has shape {tuple(ids.shape)}, for {self.batch} x {tokens} tokens"
-                )
-            self.texts = [ReadText(row) for row in ids]
+        expected = (torch.int32, (self.batch, tokens)) if self.pattern.chosen else None
+        if (None if ids is None else (ids.dtype, tuple(ids.shape))) != expected:
+            raise ValueError(f"ids are not those of {self.batch} x {tokens} tokens")
+        self.texts = [ReadText() for _ in (() if ids is None else ids)]
+        for text, row in zip(self.texts, saved.get("ids", ()), strict=True):
+            text.put(0, row)
         heads = config.num_heads, config.kv_heads
         q, k = (torch.empty(self.batch, 0, number, config.head_dim, **like) for number in heads)
         for layer in range(config.num_layers):

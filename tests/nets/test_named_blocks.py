@@ -46,6 +46,12 @@ def plainly(ids: list[int], first: int, near: int, pattern: Pattern) -> list[int
     return [0, *sorted(best[: pattern.chosen - 1])]
 
 
+def read(ids: torch.Tensor) -> ReadText:
+    text = ReadText()
+    text.put(0, ids)
+    return text
+
+
 def blocks_by_query(calls: list[ChosenCall], start: int) -> dict[tuple[int, int], list[int]]:
     return {
         (call.row, start + query): blocks
@@ -82,9 +88,9 @@ def test_what_stands_often_names_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(named_blocks, "SPAN", 2)
     ids = torch.arange(1000, 1165)
     ids[41:43] = ids[105:107] = ids[163:165] = torch.tensor([1, 2])
-    assert ReadText(ids).named(PATTERN, 164, 144) == [0, 5, 13]
+    assert read(ids).named(PATTERN, 164, 144) == [0, 5, 13]
     ids[81:83] = ids[163:165]
-    assert ReadText(ids).named(PATTERN, 164, 144) == [0]
+    assert read(ids).named(PATTERN, 164, 144) == [0]
 
 
 def test_a_match_in_the_second_half_of_a_block_names_the_next_one(
@@ -94,12 +100,12 @@ def test_a_match_in_the_second_half_of_a_block_names_the_next_one(
     for end, blocks in ((43, [0, 5]), (44, [0, 5, 6]), (47, [0, 5, 6])):
         ids = torch.arange(1000, 1165)
         ids[end - 1 : end + 1] = ids[163:165] = torch.tensor([1, 2])
-        assert ReadText(ids).named(PATTERN, 164, 144) == blocks
+        assert read(ids).named(PATTERN, 164, 144) == blocks
 
 
 def test_a_fork_reads_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(named_blocks, "SPAN", 12)
-    text = ReadText(torch.arange(100))
+    text = read(torch.arange(100))
     text.named(PATTERN, 96, 80)
     fork = text.fork()
     text.put(100, torch.arange(100, 170))
