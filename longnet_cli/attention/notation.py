@@ -190,7 +190,7 @@ def format_pattern(pattern: Pattern) -> str:
 
     It is never `pretrained` or `finding`: what these mean may change, but what an output's metadata mean must not.
     """
-    for text, made in _constructed(pattern.segment_lengths):
+    for text, made in _constructed(pattern):
         if made.levels == pattern.levels:
             return text + _options(made, pattern, ":" if text in _CONSTRUCTORS else ",")
     return format_levels(pattern)
@@ -202,11 +202,13 @@ def format_levels(pattern: Pattern) -> str:
     return levels + _options(Pattern(pattern.segment_lengths, pattern.dilation_rates), pattern, ",")
 
 
-def _constructed(lengths: Sequence[int]) -> Iterator[tuple[str, Pattern]]:
-    """Yield constructors that may give levels of these segment lengths, as text, and the patterns that they give."""
+def _constructed(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
+    """Yield constructors that may give the levels of `pattern`, as text, and the patterns that they give."""
+    lengths = pattern.segment_lengths
     yield "dense", Pattern.dense()
     yield "paper", Pattern.paper()
-    yield f"window:{format_size(lengths[0])}", Pattern.window(lengths[0])
+    if pattern.look_back:  # a window looks back
+        yield f"window:{format_size(lengths[0])}", Pattern.window(lengths[0])
     ratio = lengths[1] // lengths[0] if len(lengths) > 1 else 0
     if ratio > 1:
         length = min(lengths[-1], MAX_SIZE)

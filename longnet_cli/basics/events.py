@@ -1,4 +1,4 @@
-"""What is told while a job runs: one object, which every job takes. Without it, nobody is told anything."""
+"""One object that is told what happens while a job runs. Every job takes one; without it, nobody is told anything."""
 
 from __future__ import annotations
 
