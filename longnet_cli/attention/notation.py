@@ -207,7 +207,7 @@ def _constructed(pattern: Pattern) -> Iterator[tuple[str, Pattern]]:
     lengths = pattern.segment_lengths
     yield "dense", Pattern.dense()
     yield "paper", Pattern.paper()
-    if pattern.look_back:  # a window looks back
+    if pattern.look_backs[0]:  # a window looks back
         yield f"window:{format_size(lengths[0])}", Pattern.window(lengths[0])
     ratio = lengths[1] // lengths[0] if len(lengths) > 1 else 0
     if ratio > 1:

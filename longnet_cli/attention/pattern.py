@@ -195,7 +195,7 @@ class Pattern:
 
     @property
     def apart(self) -> str:
-        """What these keys are; empty if there are none."""
+        """The kind of these keys, as a text; empty if there are none."""
         return "blocks by name" if self.chosen else "sinks" if self.sinks else ""
 
     def apart_rows(self, tokens: int) -> int:

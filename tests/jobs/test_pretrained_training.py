@@ -316,7 +316,9 @@ def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(
 def test_a_first_level_wider_than_the_model_was_trained_is_named(
     llama: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    words = "it reaches 66 tokens back, and the model was trained on 64: window:32,sinks=4 stays within"
+    words = (
+        "it reaches 66 tokens back, and the model was trained on 64: window:32,sinks=4 stays within"
+    )
     for pattern, named in (
         ("window:33,sinks=4", [f"{llama}: {words}"]),
         ("window:32,sinks=4", []),

@@ -304,11 +304,11 @@ class TransformersNet(Net):
         """Return whether all layers take far keys, tried on two tokens. Sliding windows and recurrence do not."""
         asked: list[int] = []
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(self.parameters()).device)
-        provide = LayerCaches(self.config.pattern).provider(tokens)
 
         def far(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
             asked.append(layer)
-            return provide(layer, q, k, v)
+            # A cache for each call: a layer of DiffLlama attends twice.
+            return LayerCaches(self.config.pattern).provider(tokens)(layer, q, k, v)
 
         self(tokens, far=far)
         check_taken(self.model)
