@@ -59,7 +59,7 @@ JUST_NOW = 2  # seconds in which a file may change twice and have one time of ch
 
 
 class KnownFile(NamedTuple):
-    """What an index knows of a file: its name and columns, its size and times, its digest, and its errors, as JSON.
+    """The record of a file in an index: its name and columns, its size and times, its digest, and its errors, as JSON.
 
     `state` and `digest` are None where they do not tell whether it is still the same.
     """
