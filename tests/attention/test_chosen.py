@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from reference import dilated_attention_reference
 from strategies import (
@@ -55,6 +55,7 @@ def seen_in(choice: Choice) -> list[SeenBlocks]:
     return [(group, blocks) for group, blocks in cut if group.start < group.stop]
 
 
+@example(choice=Choice(WINDOW, 2, 150, 4, 8, 0, True, (150, 90), 1, kv_heads=2, rotary=True))
 @given(choice=chosen_choices())
 def test_equals_the_reference(choice: Choice) -> None:
     qkv, seen = choice.qkv()[:3], seen_in(choice)
@@ -132,6 +133,20 @@ def test_rows_of_a_cache_are_reordered_forked_and_saved(
     turned = [x.flip(0) for x in late]
     found = torch.cat(read(choice, turned, swapped, split(choice.tokens - half, sizes), cache), 1)
     assert_close([found.flip(0)], [whole[:, half:]], 1e-12)
+
+
+def test_a_fork_writes_into_no_rows_of_the_other() -> None:
+    choice = Choice(WINDOW, 1, 160, 4, 8, 0, True, None, 1, kv_heads=2)
+    qkv, seen, cache = choice.qkv()[:3], seen_in(choice), cache_of(choice)
+    first, middle, last = (
+        [x[:, part] for x in qkv] for part in (slice(60), slice(60, 90), slice(90, 160))
+    )
+    read(choice, first, seen, [60], cache)
+    fork = cache.fork()
+    read(choice, middle, seen, [30], cache)
+    read(choice, [2 * x for x in middle], seen, [30], fork)
+    found = torch.cat(read(choice, last, seen, [70], cache), 1)
+    assert_close([found], [attend(choice, qkv, seen)[:, 90:]], 1e-12)
 
 
 def test_whole_groups_in_shards_equal_the_whole_to_the_bit() -> None:
