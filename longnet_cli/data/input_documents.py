@@ -158,7 +158,7 @@ class Inputs:
 
     @property
     def shares_documents(self) -> bool:
-        """Whether a share is one of documents: there are fewer files than shares."""
+        """True where a share is one of documents, since there are fewer files than shares."""
         return self.share is not None and len(self.all_files.found) < self.share.count
 
     @property

@@ -62,7 +62,7 @@ WRITTEN = {
     "window:1Ki,chosen=32x32": choosing(chosen=32),
     "window:1Ki,chosen=1Kix64,chosen_every=4": choosing(chosen=1024, chosen_block=64, chosen_every=4),
     "dense": Pattern.dense(),
-    "1Ki/1": Pattern((1024,), (1,)),
+    "1024/1": Pattern((1024,), (1,)),
     "4096/1,1024/4": Pattern((4096, 1024), (1, 4)),
     "1024/1,1024/4,look_back=1/5,overlap=once,queries=all,sinks=4": FAR,
     "paper:head_offsets=grouped": Pattern(*(getattr(Pattern.paper(), n) for n in ("segment_lengths", "dilation_rates")),
