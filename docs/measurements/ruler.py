@@ -12,8 +12,7 @@ log-probabilities, because a model that was not taught to answer goes on with so
 
 It writes one line of JSON per pattern, task, length, document and number of `--every`: `pattern, task, tokens,
 document, every, questions, right` (the share of values of which the model ranks every token first), `nats` (per token
-of the values), `sources` (the share of values that one of the three passages has which `generate --sources` would
-print; null without chosen blocks) and `seconds`. `dense` reads no more tokens than the model was trained on. The table
+of the values) and `seconds`. `dense` reads no more tokens than the model was trained on. The table
 on stderr has the means.
 """
 
@@ -265,7 +264,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     found += apart(
                         net, stream, partial(answer, net, stream, tokenizer, question), every
                     )
-                right, nats, lengths, shown = zip(*found, strict=True)
+                right, nats, lengths = zip(*found, strict=True)
                 row = {
                     "pattern": written,
                     "task": name,
@@ -278,7 +277,6 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "right": sum(right) / len(right),
                     "nats": sum(nats) / sum(lengths),
                 }
-                row["sources"] = sum(shown) / len(shown) if every else None
                 yield {**row, "seconds": round(time.perf_counter() - begin, 1)}
 
 
