@@ -53,7 +53,8 @@ TABLES = (
     "CREATE VIRTUAL TABLE passages USING fts5(file UNINDEXED, doc_id UNINDEXED, char_start UNINDEXED, "
     f'char_end UNINDEXED, text UNINDEXED, compared, tokenize="{WORDS}")',
 )
-MARK = 0x6C6E7002  # in the file's header: "lnp" and the version of the tables, of the cut and of `compared`
+MARK = 0x6C6E7003  # in the file's header: "lnp" and the version of the tables, of the cut and of `compared`
+SOFT_HYPHEN = "\u00ad"  # where a word may be broken: web pages and PDFs have it within words
 WAIT = 60  # seconds for which a process waits for another one
 JUST_NOW = 2  # seconds in which a file may change twice and have one time of change
 
@@ -284,10 +285,12 @@ def as_compared(text: str) -> str:
 
 @cache
 def _in_word(sign: str) -> str:
-    """Return a sign, a space for one that is not in a word, nothing for an accent or a vowel sign that may be left out.
+    """Return a sign, a space for one that is not in a word, nothing for an accent, vowel sign or hyphen to leave out.
 
     Marks of Indic and Thai writing, without which a word is another one, stay: their combining classes say so.
     """
+    if sign == SOFT_HYPHEN:
+        return ""
     category, above = unicodedata.category(sign), unicodedata.combining(sign)
     if category[0] not in "LNM" and category != "Co":
         return " "

@@ -109,6 +109,7 @@ TEXTS = {
     "ko": unicodedata.normalize("NFD", "한국어를 배우다"),
     "mixed": "用 AI 写 7 首诗",
     "nul": "before\0after 書\0籍",
+    "soft": "an ency\u00adclo\u00adpedia",
     "marks": "the Zyzzyva™ and Straße",
     "ligature": "the o\ufb03ce",
 }
@@ -140,6 +141,8 @@ TEXTS = {
         ("7", "mixed"),
         ("after", "nul"),
         ("籍", "nul"),
+        ("encyclopedia", "soft"),
+        ("ency\u00adclopedia", "soft"),
         ("zyzzyva", "marks"),
         ("STRASSE", "marks"),
         ("office", "ligature"),
