@@ -234,8 +234,7 @@ class PassageIndex:
 
     def rank(self, question: str, most: int) -> dict[int, float]:
         """Return the numbers of the passages that `find` finds, the best first, with their scores."""
-        if most < 1:
-            raise ConfigError(f"the passages must be 1 or more, not {most}")
+        check_number(most)
         check_question(question)
         words = as_compared(question)
         asked = UNSPACED.sub(" ", words).split()
@@ -263,6 +262,12 @@ class PassageIndex:
     def places(self) -> list[tuple[int, str, int, int]]:
         """Return the number, document, and first and last character of each passage, in order."""
         return self._run("SELECT rowid, doc_id, char_start, char_end FROM passages ORDER BY rowid")
+
+
+def check_number(most: int) -> None:
+    """Raise ConfigError for a number of passages that is below 1."""
+    if most < 1:
+        raise ConfigError(f"the passages must be 1 or more, not {most}")
 
 
 def check_question(question: str) -> None:

@@ -181,7 +181,9 @@ def _read(
 ) -> tuple[Options, Reading]:
     """Return what is asked of a job, and of the reading. Raises TypeError for a name that neither has."""
     sizes = {name: _size(name, value) for name, value in options.items() if name in SIZES}
-    of_job = {**options, **sizes, "keep": tuple(options.get("keep", ())), **more}
+    keep = options.get("keep", ())
+    columns = (keep,) if isinstance(keep, str) else tuple(keep)
+    of_job = {**options, **sizes, "keep": columns, **more}
     of_reading = {}
     for field in fields(Reading):
         if field.name in of_job:

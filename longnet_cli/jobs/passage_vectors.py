@@ -18,7 +18,7 @@ from longnet_cli.data.column_choice import Wanted
 from longnet_cli.data.input_files import InputFiles
 from longnet_cli.data.opened_inputs import Table
 from longnet_cli.data.opening import open_input
-from longnet_cli.data.passages import Passage, PassageIndex
+from longnet_cli.data.passages import Passage, PassageIndex, check_number
 from longnet_cli.jobs.batch_functions import embed
 from longnet_cli.jobs.job_options import NO_PREFIX
 
@@ -56,6 +56,7 @@ class PassageVectors:
 
         A passage's score is the sum of 1 / (DAMPING + its place) over both lists.
         """
+        check_number(most)
         scores = defaultdict[int, float](float)
         for ranked in (self._index.rank(question, RANKED), self._nearest(question)):
             for place, number in enumerate(ranked, 1):

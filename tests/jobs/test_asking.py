@@ -466,6 +466,8 @@ def test_vectors_and_words_are_joined_by_their_ranks(
     )
     assert len(row["sources"]) == 3
     assert ask(inputs, "zzz", vectors=written).sources  # no word of it is there
+    with pytest.raises(ConfigError, match="the passages must be 1 or more, not 0"):
+        ask(inputs, question, vectors=written, passages=0)
 
 
 def test_vectors_of_other_texts_are_refused(encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

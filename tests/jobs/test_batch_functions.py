@@ -42,7 +42,7 @@ def test_batches_have_the_rows_of_the_commands(run_longnet: RunLongnet, tmp_path
         lang = dict(zip(["7", "8", "9", "10", "11"], TABLE["lang"].to_pylist(), strict=True))
         assert table["lang"].to_pylist() == [lang[name] for name in table["doc_id"].to_pylist()]
 
-    scored = score_batches(TABLE, context=(256, 32), keep=("lang",))
+    scored = score_batches(TABLE, context=(256, 32), keep="lang")  # one name, or several
     assert scored["doc_id"].to_pylist() == ["7", "8", "9", "10", "11"]
     assert scored["lang"].to_pylist() == TABLE["lang"].to_pylist()
     assert scored["n_tokens"].to_pylist()[2] == 0

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from longnet_cli.basics.digests import json_sha256
-from longnet_cli.basics.errors import InputWarning, LongNetError, one_line
+from longnet_cli.basics.errors import InputWarning, LongNetError, is_out_of_memory, one_line
 from longnet_cli.basics.verdict_cache import remembered
 from longnet_cli.nets.weights import tensor_digest
 
@@ -145,9 +145,9 @@ def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | No
                 with suppress(ValueError):  # a model without sdpa
                     eager, sdpa = (nats(partial(_own, model, name)) for name in ("eager", "sdpa"))
                     allowed = max(allowed, 3 * _difference(sdpa, eager))
-    except (LongNetError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a model's code fails as it likes
+        if isinstance(error, LongNetError) or is_out_of_memory(error):
+            raise  # this says nothing of the model, and is not kept
         said = one_line(error)
         return f"{architecture} cannot be run {form} ({type(error).__name__}: {said[:160]})"
     if (seconds := time.monotonic() - begun) >= _LONG:
