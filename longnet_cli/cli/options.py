@@ -377,7 +377,6 @@ class Computing:
     )
     spill: str | None = COMPUTE.option(
         "--spill DIR",
-        "Keep here, not in memory, what grows with a document: keys and values, for a pattern with chosen blocks, "
-        "or a bidirectional model's hidden states. (default: in memory)",
+        "Keep a bidirectional model's hidden states, which grow with a document, here and not in memory.",
     )
     quiet: bool = quiet_flag()

@@ -389,6 +389,11 @@ class ModelAndInputs:
             events=Events(note=lambda line: tell(line, quiet)),
         )
         check_spill(computing.spill, loaded.net)
+        if ranks.sp > 1 and loaded.net.config.pattern.chosen:
+            raise ConfigError(
+                "a pattern with chosen blocks is read by one process: give every process its own documents "
+                f"(--dp {ranks.world})"
+            )
         return Opened(
             folder=self.folder,
             loaded=loaded,

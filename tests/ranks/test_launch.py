@@ -71,6 +71,18 @@ def test_a_rank_with_bad_data_ends_the_job_and_says_where(
     assert "bad.arrow, row 17, offset 200: token id 9999" in line
 
 
+def test_a_short_document_is_not_shared_with_chosen_blocks_either(
+    run_longnet: RunLongnet, tmp_path: Path
+) -> None:
+    """Though one process reads it: a long one after it would end the job."""
+    (tmp_path / "a.txt").write_text("short")
+    command = ["score", "a.txt", "--pattern", "window:16,chosen=2x16", "-o", "s.arrow"]
+    done = run_longnet(*command, "--sp", "2", code=2)
+    assert "a pattern with chosen blocks is read by one process" in done.stderr
+    assert not (tmp_path / "s.arrow").exists()
+    run_longnet(*command, "--dp", "2", code=0)
+
+
 @pytest.mark.ci
 def test_a_run_goes_on_with_any_number_of_processes(
     folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
