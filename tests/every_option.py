@@ -174,7 +174,7 @@ OPTIONS = {
 --resume              code       --resume @ {READING} -o vectors --shard-rows 1 +vectors
 --dry-run             stdout     --dry-run
 --sample              stdout     --sample 2 @ ../in/rows.jsonl -m ../in/native --dry-run
---format              stdout     --format json @ {READING} --dry-run | --format jsonl @ {READING}
+--format              stdout     --format json @ {READING} --dry-run
 {RANKS}{DEVICE}
 --dtype               rows       --dtype bf16
 --chunk               memory     --chunk 16Ki | --chunk 1Ki @ {LONG} -o out.jsonl

@@ -537,7 +537,8 @@ def test_the_commands_of_a_cluster(
     plans = [run(*reading, f"h100x{n}") for n in (1, 2, 16)]
     one, two, _ = (float(re.search(r"matrix products +([\d.]+) ms", plan)[1]) for plan in plans)
     assert one == pytest.approx(2 * two, rel=0.01)
-    asked = " score DOCUMENTS --model longnet-tiny --pattern geometric:4Mi -o rows --sp "
+    pattern = "geometric:4Mi,base=2Ki,ratio=2"
+    asked = f" score DOCUMENTS --model longnet-tiny --pattern {pattern} -o rows --sp "
     assert [
         re.search(rf"\n\n(.*){asked}", plan)[1].removesuffix(" -m longnet_cli") for plan in plans
     ] == [
@@ -554,7 +555,7 @@ def test_a_plan_that_does_not_fit_names_an_option_that_would(
 ) -> None:
     (tmp_path / "own.toml").write_text(MACHINE)
     encoder = tiny_model(tmp_path / "encoder", causal=False, position="rope")
-    for length, said in (("16Mi", ": --spill would"), ("64Mi", ", nor with --spill")):
+    for length, said in (("4Mi", ": --spill would"), ("16Mi", ", nor with --spill")):
         sets = (
             f'train.stages=[{{seq_len="{length}",steps=1}}]',
             f"train.batch_tokens={length}",
