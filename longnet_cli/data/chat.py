@@ -42,6 +42,10 @@ from longnet_cli.data.tokenizer import (
 
 TEMPLATE = "chat_template.jinja"
 SECONDS = 20  # for a template to render a chat
+TEXT_ROOM, TEXT_GROWTH = (
+    1 << 20,
+    16,
+)  # characters of a chat at most, and for each character of its messages
 MARKS = range(0xE000, 0xF900)  # private-use characters
 NAMED, HIDDEN = (
     0xF0000,
@@ -155,6 +159,12 @@ class ChatTemplate:
         with _limited(self._folder):
             text = self._template.render(variables | self._named)
             text.encode()  # raises an error for half of a character
+            if len(text) > TEXT_ROOM + TEXT_GROWTH * sum(
+                len(x) for m in hidden for x in m.values()
+            ):
+                raise ConfigError(
+                    f"{self._folder}: the chat template makes {len(text):,} characters"
+                )
         return text, mark
 
     def _shown(self, rendered: str, mark: str) -> str:

@@ -18,7 +18,7 @@ from longnet_cli.data.file_kinds import (
     is_named_text,
     sniff,
 )
-from longnet_cli.data.machine_shares import shards_of_shares
+from longnet_cli.data.machine_shares import check_shares_below, shards_of_shares
 from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
 
 # The words by which Hugging Face knows a split in the name of a file
@@ -68,11 +68,9 @@ def choose_files(
             raise DataError(f"{folder}/{manifest}: changed or damaged after it was written")
         return shards, ""
     if (shards := shards_of_shares(folder, names, read)) is not None:
-        if missing := next((shard for shard in shards if shard not in {*names}), None):
-            raise DataError(
-                f"{folder}/{missing}: no such file, but the manifest beside it lists it"
-            )
         return shards, ""
+    for parent in sorted(_parents_of_written(names)):
+        check_shares_below(folder, parent, names, read)
     if "dataset_dict.json" in names:
         raise _several(folder, sorted({name.split("/")[0] for name in names if "/" in name}))
     files = sorted(
@@ -156,6 +154,13 @@ def _glob(names: Sequence[str]) -> str:
 def _several(folder: str, splits: Sequence[str]) -> ConfigError:
     one = ", ".join(f"{folder}/{split}" for split in splits)
     return ConfigError(f"{folder} holds several splits of a data set: name one of {one}")
+
+
+def _parents_of_written(names: Sequence[str]) -> set[str]:
+    """Return the folders below the outermost that hold folders with a manifest: `run` of run/1/_manifest.arrow."""
+    marks = (UNFINISHED, *FINISHED)
+    written = [name.split("/")[:-1] for name in names if name.rpartition("/")[2] in marks]
+    return {"/".join(folder[:-1]) for folder in written} - {""}
 
 
 def _written_folders(names: Sequence[str]) -> tuple[str, ...]:

@@ -85,7 +85,18 @@ def shards_of_shares(
             raise DataError(f"{folder}: share {number}/{count} is missing")
         below = folders[number]
         shards += [f"{below}/{shard['name']}" for shard in contents[below]["shards"]]
+    if missing := next((shard for shard in shards if shard not in {*names}), None):
+        raise DataError(f"{folder}/{missing}: no such file, but the manifest beside it lists it")
     return shards
+
+
+def check_shares_below(
+    folder: str, parent: str, names: Sequence[str], read: Callable[[str, int | None], bytes]
+) -> None:
+    """Raise DataError if the folder `parent`, somewhere below `folder`, is one of shares and not whole."""
+    start = f"{parent}/"
+    inside = [name.removeprefix(start) for name in names if name.startswith(start)]
+    shards_of_shares(f"{folder}/{parent}", inside, lambda name, size: read(start + name, size))
 
 
 def _manifests_below(names: Sequence[str]) -> dict[str, str]:

@@ -68,6 +68,12 @@ def test_a_template_without_system_has_it_in_the_first_message(
         template.encode([*CHATS[1], said])
 
 
+def test_a_template_that_makes_much_of_little_is_refused(words: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "words/chat_template.jinja").write_text("{{ 'a' * 3000000 }}")
+    with pytest.raises(ConfigError, match="the chat template makes 3,000,000 characters"):
+        ChatTemplate(tmp_path / "words", words).encode(CHATS[0])
+
+
 @pytest.mark.parametrize(
     "options",
     [

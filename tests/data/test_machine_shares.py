@@ -189,8 +189,9 @@ def test_a_folder_of_shares_is_all_of_one_run_or_is_refused(
     if error is None:
         assert [text.text for text in Inputs([out]).texts()] == ["1/3", "2/3", "3/3"]
         return
-    with pytest.raises(DataError, match=error):
-        list(Inputs([out]).texts())
+    for folder in (out, tmp_path):  # also from above
+        with pytest.raises(DataError, match=error):
+            list(Inputs([folder]).texts())
 
 
 def test_a_shard_of_a_share_that_is_gone_is_named(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_ray_goes_on_without_a_node_that_is_killed(
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
     try:
         node = cluster.add_node(num_cpus=1)
-        script = [sys.executable, ROOT / "examples/ray_encode.py", "corpus", "theirs"]
+        script = [sys.executable, ROOT / "examples/ray_encode.py", tmp_path / "corpus", "theirs"]
         options = ["--workers", "3", "--batch-rows", "20"]
         env = environment() | {"RAY_ADDRESS": cluster.address}
         process = subprocess.Popen([*script, *options], cwd=tmp_path, env=env)
