@@ -5,7 +5,7 @@
 
 A local cluster starts by itself; with RAY_ADDRESS, the script joins a running one. A worker has a GPU if the cluster
 has any, otherwise a CPU. A worker that dies is started again, and reads its batch again. A node that dies ended the job
-when it was tried with Ray 2.60 (ActorDiedError): start the job again. Rows come in the order in which batches finish, so
+when it was tried with Ray 2.60 (ActorDiedError): start the job again. Rows come in the order in which batches finish:
 sort by `doc_id`, or join on it.
 
 A row is a document, with a column `doc_id` or `id`, and `text` or `input_ids`. The columns of the output are those of
