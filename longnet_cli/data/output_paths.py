@@ -31,7 +31,7 @@ def is_folder(output: str | Path, *, resume: bool = False) -> bool:
     if "://" in str(output):
         raise ConfigError(
             f"{output}: outputs are written to this machine's disks: name a folder, and copy it "
-            "afterwards, for one with `aws s3 sync FOLDER s3://...`"
+            "afterwards, for example with `aws s3 sync FOLDER s3://...`"
         )
     refuse_other_suffix("-o", output)
     path = Path(output)
