@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python docs/measurements/processes.py ./minilm ./smollm2
 
 A process has one thread. Each job runs on a short and on a long input, of Python's own manual for `help()`: the
-difference gives the rate, and what is left of the short run is the start. The script writes a line of JSON for each
-job, `job, processes, rate, start` (characters of text per second; seconds).
-Then it writes, for each size of a corpus and number of processes, the hours that this rate takes.
+difference gives the rate, and `start` is how long the short run takes, its work included. The script writes a line of
+JSON for each job, `job, processes, rate, start` (characters of text per second; seconds). Then it writes, for each size
+of a corpus and number of processes, the hours that this rate takes.
 """
 
 from __future__ import annotations
