@@ -79,6 +79,7 @@ OPTIONS = {
 """,
     "train": f"""
 ../in/recipe.json -o run
+--recipe              stdout     --recipe
 --set                 rows       --set optimizer.lr=0.1
 --seq-len             rows       --seq-len 8 --steps 2 | --seq-len 16 --steps 2
 --steps               rows       --seq-len 16 --steps 3 | --seq-len 16 --steps 2

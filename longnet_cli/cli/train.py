@@ -28,7 +28,7 @@ from longnet_cli.cli.options import (
     bare_or,
     read_pattern,
 )
-from longnet_cli.cli.output import note, tell, tell_last
+from longnet_cli.cli.output import note, tell, tell_last, write_text
 from longnet_cli.cli.progress import Advance, progress
 from longnet_cli.cli.starting import (
     ask_hub,
@@ -59,6 +59,11 @@ class TrainCommand:
 
     recipe: str | None = argument(
         "RECIPE", "Train by this recipe: a .toml file, or a shipped one's name.", default=None
+    )
+    keys: bool = RECIPE.flag(
+        "--recipe",
+        "Print a recipe with every key and what it means, and stop.",
+        common=True,
     )
     settings: list[str] | None = RECIPE.option(
         "--set KEY=VALUE",
@@ -156,6 +161,11 @@ def train(options: TrainCommand) -> None:
 
     The same command continues a stopped run, and so does `longnet train -o DIR`. You can also start it with torchrun.
     """
+    if options.keys:
+        from longnet_cli.jobs.training.recipe_keys import recipe_keys
+
+        write_text(recipe_keys())
+        return
     if options.update:
         ask_hub(options.initial, options.tokenizer)
     check_pairs(PAIRS, options)

@@ -135,11 +135,16 @@ _OPTIONS = {*PATTERN_FIELDS, "drop_path"} - {"segment_lengths", "dilation_rates"
 class _NetSizes(StrictModel):
     """The first fields of a LongNetConfig, in the order of config.json."""
 
-    vocab_size: int = Field(ge=0)
-    dim: int = Field(gt=0, le=_LARGEST)
-    num_layers: int = Field(gt=0, le=MOST_LAYERS)
-    num_heads: int = Field(gt=0)
-    ffn_dim: int = Field(gt=0, le=_LARGEST)
+    vocab_size: int = Field(ge=0, examples=["32000"])
+    """The number of tokens: at least as many as the tokenizer has, which is the default in a recipe."""
+    dim: int = Field(gt=0, le=_LARGEST, examples=["256"])
+    """The width of the layers."""
+    num_layers: int = Field(gt=0, le=MOST_LAYERS, examples=["4"])
+    """The number of layers."""
+    num_heads: int = Field(gt=0, examples=["8"])
+    """The number of attention heads, a divisor of `dim`."""
+    ffn_dim: int = Field(gt=0, le=_LARGEST, examples=["1024"])
+    """The width of the feed-forward."""
 
 
 _PATTERN: dict[str, Any] = {
@@ -159,14 +164,26 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
     """
 
     padding: Padding = "exact"
+    """`zero_key` also attends to torchscale's zero keys where a segment of a bidirectional net is not full."""
     causal: bool = True
-    position: Literal["xpos", "rope", "rope_by_level", "none"] = "xpos"
+    """Whether a token sees only earlier ones. A bidirectional net (false) sees later ones too."""
+    position: Literal["xpos", "rope", "rope_by_level", "none"] = Field(
+        default="xpos", examples=['"rope_by_level"']
+    )
+    """In `rope_by_level`, a step of a dilated level is one position, and several levels have no sinks. `xpos`, the
+    default, is the paper's. `rope` allows look-back and sinks."""
     rope_theta: float = Field(default=10000.0, gt=1.0)
+    """The base of the rotary frequencies."""
     norm: Literal["subln", "pre"] = "subln"
+    """`subln` is the paper's (MAGNETO): a second norm inside each block. `pre` has one norm before each."""
     final_norm: bool = True
+    """Whether a norm follows the last layer."""
     tie_embeddings: bool = True
+    """Whether the output layer shares the weights of the embedding."""
     norm_eps: float = Field(default=1e-5, gt=0.0)
+    """What each norm adds to the variance."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """The share of the outputs of attention and feed-forward that is left out in training."""
 
     @classmethod
     def gigapath(cls) -> LongNetConfig:

@@ -54,20 +54,25 @@ class MixedInputs(StrictModel):
 
 
 class DataRecipe(StrictModel):
-    """The source of tokens. `tokenizer` is `bytes`, a file or a folder; `eos` is its end-of-text token or the id of it.
+    """The source of tokens: either `train` or `mix`, or neither, as in most shipped recipes, which need `--data`."""
 
-    Set either `train`, inputs as on any command line, or `[[data.mix]]`, a table for each of several sources. The
-    weights need not sum to 1: 0.7 and 0.3 mean the same as 7 and 3. A source that runs out starts again; the others
-    continue. A recipe may leave both out, as most shipped ones do; then `--data` is required.
-    """
-
-    train: Names | None = Field(default=None, min_length=1)
-    mix: list[MixedInputs] | None = Field(default=None, min_length=1)
+    train: Names | None = Field(default=None, min_length=1, examples=['["tokens"]'])
+    """The inputs to train on: files, folders and globs of text or tokens."""
+    mix: list[MixedInputs] | None = Field(
+        default=None,
+        min_length=1,
+        examples=['[{ inputs = ["code"], weight = 7 }, { inputs = ["books"], weight = 3 }]'],
+    )
+    """Several sources in place of `train`, each with its share of the training windows. A source that runs out starts
+    again."""
     tokenizer: str = "bytes"
-    # put between documents; a flat column is cut into documents at it; None takes the tokenizer's own
-    eos: str | int | None = None
-    column: str | None = None
-    held_out: Names | None = None  # inputs to evaluate with, never trained on
+    """`bytes`, a tokenizer.json, or a folder that holds one. The default is that of `init`, if there is one."""
+    eos: str | int | None = Field(default=None, examples=['"<|endoftext|>"'])
+    """The token between documents, or its id. The default is the tokenizer's. A flat column is cut at it."""
+    column: str | None = Field(default=None, examples=['"text"'])
+    """The column to read. By default, its name decides."""
+    held_out: Names | None = Field(default=None, examples=['["held-out"]'])
+    """Inputs to evaluate on, which are never trained on."""
 
     @model_validator(mode="after")
     def _one_of_train_and_mix(self) -> DataRecipe:
@@ -86,31 +91,33 @@ class DataRecipe(StrictModel):
 
 
 class OptimizerRecipe(StrictModel):
-    """AdamW; weights decay, biases and norms do not. Defaults from the paper's Table 3, but for a run with `init`.
-
-    `name = "muon"` gives the matrices of the layers to torch's Muon, at the same learning rate, and leaves embeddings,
-    biases and norms to AdamW.
-    """
+    """The optimizer. The defaults are those of the paper's Table 3, but for a run with `init` (`TUNING_RATES`)."""
 
     name: Literal["adamw", "muon"] = "adamw"
+    """Or `muon`: it trains the matrices of the layers with Muon (on a CPU in fp32), and all else with AdamW."""
     lr: float = Field(default=6e-4, gt=0)
+    """The highest learning rate. The default is 2e-5 with `init`, and 2e-4 with `[lora]`."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """For AdamW."""
     eps: float = Field(default=1e-8, gt=0)
+    """For AdamW."""
     weight_decay: float = Field(default=0.01, ge=0)
-    clip: float = Field(default=2.0, gt=0)  # of the gradient's norm
+    """For weights. Biases and norms do not decay."""
+    clip: float = Field(default=2.0, gt=0)
+    """The largest norm of the gradient."""
 
 
 class ScheduleRecipe(StrictModel):
-    """The learning rate: it rises linearly for `warmup_steps`, then falls to `final` times its peak at the last step.
-
-    With `constant` it does not fall. `polynomial` is fairseq's, and the paper's: the share of the steps that is left,
-    to the `power`. `linear` is its power 1.
-    """
+    """The learning rate: it rises for `warmup_steps`, then falls to `final` times its peak at the last step."""
 
     warmup_steps: int = Field(default=100, ge=0)
+    """The steps in which the learning rate rises."""
     decay: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"
+    """Its fall: `cosine`, `linear`, `polynomial` (fairseq's, and the paper's) or `constant`, which is none."""
     power: float = Field(default=1.0, gt=0)
+    """For `polynomial`: the learning rate follows the share of the steps that is left, to this power."""
     final: float = Field(default=0.1, ge=0, le=1)
+    """The last learning rate, as a share of the highest."""
 
     @model_validator(mode="after")
     def _power_is_of_polynomial(self) -> ScheduleRecipe:
@@ -143,42 +150,50 @@ class Stage(StrictModel):
 class TrainRecipe(StrictModel):
     """The training itself. A step sees `batch_tokens`, with the activations of at most `chunk` of them at a time.
 
-    Without a `chunk`, a GPU takes the longest that fits, up to 128Ki (`settle_chunk`). Short sequences share a
-    forward pass. A sequence longer than `chunk` goes chunk by chunk, at the price of one more forward pass, with the
-    same loss and gradients. A token attends to earlier tokens of its own document or, with `across_documents`, to all
-    earlier tokens of its window.
-
-    The objective is the next token ("causal") or, for a bidirectional net, `mask_rate` of the tokens ("masked").
+    Short sequences share a forward pass. A sequence longer than `chunk` goes chunk by chunk, at the price of one more
+    forward pass, with the same loss and gradients.
     """
 
-    stages: list[Stage] = Field(min_length=1)
+    stages: list[Stage] = Field(min_length=1, examples=["[{ seq_len = 1024, steps = 500 }]"])
+    """The steps, and the tokens of a window (the context length). The context may grow from stage to stage."""
     objective: Literal["causal", "masked"] = "causal"
+    """To predict the next token or, in a bidirectional model, hidden tokens (`masked`)."""
     mask_rate: float = Field(default=0.15, gt=0, lt=1)
+    """The share of the tokens that `masked` predicts."""
     batch_tokens: Size = 16384
+    """The tokens of a step, over all processes: at least one window."""
     chunk: Size = TRAINING_CHUNK
+    """The tokens whose activations are in memory at one time. It changes no number. The default on a GPU is what fits,
+    up to 128Ki."""
     across_documents: bool = False
+    """Whether a token attends to earlier documents in its window."""
     dtype: Annotated[
         Literal["auto", "fp32", "bf16"], BeforeValidator(lambda x: DTYPES_OF_TORCH.get(x, x))
     ] = "auto"
-    spill: str | None = (
-        None  # a folder, instead of memory, for the rows that chunks keep for each other
-    )
-    activation_checkpointing: bool = (
-        False  # compute layers again in the backward pass: saves memory, costs a forward
-    )
-    compile: bool = False  # each layer, with torch.compile
+    """The type of matrix products: `fp32`, `bf16`, or `auto`: bf16 on a GPU that supports it."""
+    spill: str | None = Field(default=None, examples=['"/scratch"'])
+    """A folder that takes, in place of memory, the keys and values that later chunks need."""
+    activation_checkpointing: bool = False
+    """Whether the backward pass computes each layer again: less memory, for one more forward pass."""
+    compile: bool = False
+    """Whether each layer is compiled, which needs a C++ compiler or a GPU."""
     seed: int = Field(default=0, ge=0, lt=2**62)
-    loss_jump: float = Field(
-        default=5.0, gt=0
-    )  # a run stops so many nats per token above its lowest mean
+    """Of the first weights, of the order of the windows, of dropout and of masks."""
+    loss_jump: float = Field(default=5.0, gt=0)
+    """A run stops if its loss rises this many nats per token above the lowest so far."""
     log_every: int = Field(default=10, gt=0)
-    evaluate_every: int = Field(default=500, gt=0)  # steps, where there is data.held_out
-    held_out_context: Size | None = (
-        None  # the windows in which held-out documents are read; otherwise whole
-    )
-    save_every: int = Field(default=500, gt=0)  # steps between checkpoints
-    save_minutes: float | None = Field(default=None, gt=0)  # most minutes between checkpoints
-    keep: int = Field(default=2, gt=0)  # how many of the newest checkpoints stay
+    """The steps between two lines of metrics.jsonl."""
+    evaluate_every: int = Field(default=500, gt=0)
+    """The steps between two evaluations on `held_out`."""
+    held_out_context: Size | None = Field(default=None, examples=["16384"])
+    """The tokens of the windows in which held-out documents are read. By default a document is read as a whole or, with
+    `masked`, in windows of `seq_len`."""
+    save_every: int = Field(default=500, gt=0)
+    """The steps between two checkpoints."""
+    save_minutes: float | None = Field(default=None, gt=0, examples=["10"])
+    """The longest time between two checkpoints."""
+    keep: int = Field(default=2, gt=0)
+    """How many of the newest checkpoints stay."""
 
     @property
     def steps(self) -> int:
@@ -195,15 +210,14 @@ class TrainRecipe(StrictModel):
 
 
 class ParallelRecipe(StrictModel):
-    """The division of work in a torchrun job: `sp` processes share a sequence, `dp` such groups share the sequences.
+    """The division of work in a torchrun job: `sp` processes share a sequence, `dp` such groups share the sequences."""
 
-    By default all processes share each sequence. `shard = "full"` gives each process a part of the weights, gradients
-    and optimizer state (FSDP2), "none" all of them.
-    """
-
-    sp: int | None = Field(default=None, gt=0)
-    dp: int | None = Field(default=None, gt=0)
+    sp: int | None = Field(default=None, gt=0, examples=["2"])
+    """The processes that share each sequence. By default, all do."""
+    dp: int | None = Field(default=None, gt=0, examples=["1"])
+    """The number of such groups. Each takes other sequences."""
     shard: Literal["none", "full"] = "none"
+    """`full` gives each process a part of the weights, gradients and optimizer state (FSDP2); `none` gives it all."""
 
 
 # Keys that may differ between a checkpoint and the run that continues it: they change no number beyond rounding. The
@@ -241,13 +255,17 @@ FREE_TO_CHANGE = {
 class Recipe(StrictModel):
     """A whole training run; `init` names a model whose weights it starts from."""
 
-    init: str | None = None
+    init: str | None = Field(default=None, examples=['"./smollm2"'])
+    """Start from this model: its weights, its tokenizer and, if it is a LongNet, its `[model]`."""
     model: LongNetConfig
+    """The sizes, the pattern and the positions. If `init` is a Hugging Face model, set `pattern` alone."""
     data: DataRecipe = DataRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
+    """The learning rate, step by step."""
     train: TrainRecipe
     parallel: ParallelRecipe = ParallelRecipe()
+    """The division of work between the processes of torchrun."""
 
     @model_validator(mode="after")
     def _objective_fits_the_model(self) -> Recipe:
@@ -328,15 +346,18 @@ class Recipe(StrictModel):
 
 
 class LoraRecipe(StrictModel):
-    """LoRA (peft): matrices of `rank` beside those named in `target_modules`, by default beside all in the layers.
-
-    Their output is scaled by alpha / rank.
-    """
+    """LoRA (peft): two small matrices beside each of those named in `target_modules`."""
 
     rank: int = Field(default=16, gt=0)
+    """The rank of the added matrices."""
     alpha: float = Field(default=32.0, gt=0)
+    """Their output is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: list[str] | None = Field(default=None, min_length=1)
+    """On their input, in training."""
+    target_modules: list[str] | None = Field(
+        default=None, min_length=1, examples=['["q_proj", "v_proj"]']
+    )
+    """The names of the modules that get them. By default, all matrices of the layers do."""
 
 
 class PretrainedRecipe(Recipe):
@@ -344,7 +365,9 @@ class PretrainedRecipe(Recipe):
 
     init: str
     model: TransformersConfig  # type: ignore[assignment] # jobs only use what `NetConfig` has
-    lora: LoraRecipe | None = None  # without it, all weights are trained
+    lora: LoraRecipe | None = None
+    """Train small matrices beside the weights of a Hugging Face model (`init`), which needs the extra `lora`. Without
+    this table, all of its weights are trained."""
 
     @model_validator(mode="after")
     def _windows_fit_the_model(self) -> PretrainedRecipe:
