@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
+from reference import dilated_attention_reference
 from torch import Tensor
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.chosen import ChosenCall, Group, chosen_calls, groups_of
 
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 SeenBlocks = tuple[Group, list[int]]
 PAPER_64TH = Pattern(
     (32, 64, 128, 256, 512), (1, 2, 4, 6, 12)
@@ -22,8 +24,8 @@ PAPER_64TH = Pattern(
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One call of dilated attention, its inputs drawn in fp64 from a seed."""
+class Choice:
+    """One call of dilated attention, its inputs drawn in fp64 from a seed, with rotary positions or without."""
 
     pattern: Pattern
     batch: int
@@ -34,17 +36,27 @@ class Problem:
     causal: bool
     lengths: tuple[int, ...] | None
     seed: int
-
-    def tensors(self, count: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        draw = torch.Generator().manual_seed(self.seed)
-        shape = (self.batch, self.tokens, self.heads, self.head_dim)
-        return [
-            torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for _ in range(count)
-        ]
+    kv_heads: int = 1
+    rotary: bool = False
+    by_level: bool = False  # whether each level has its own queries, keys and values
 
     @property
     def options(self) -> dict:
         return {"causal": self.causal, "start": self.start, "lengths": self.lengths}
+
+    def qkv(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """q, k, v, dout; q and k rotated, if they are, for positions from `start` on."""
+        levels = len(self.pattern.levels) if self.by_level else 1
+        draw = torch.Generator().manual_seed(self.seed)
+        shape = (1 + 3 * levels, self.batch, self.tokens, self.heads, self.head_dim)
+        dout, *of_levels = torch.randn(shape, generator=draw, dtype=torch.float64)
+        q, k, v = (
+            torch.stack(of_levels[i::3], 2) if self.by_level else of_levels[i] for i in range(3)
+        )
+        k, v = k[..., : self.kv_heads, :], v[..., : self.kv_heads, :]
+        if self.rotary:
+            q, k = (turn(x[:, None], torch.tensor([0]), self.start)[:, 0] for x in (q, k))
+        return [x.to(dtype) for x in (q, k, v, dout)]
 
 
 @st.composite
@@ -62,44 +74,6 @@ def patterns(draw: st.DrawFn) -> Pattern:
         st.lists(st.tuples(st.integers(1, 230), st.integers(1, 13)), min_size=1, max_size=4)
     )
     return Pattern(tuple(w for w, _ in levels), tuple(r for _, r in levels), offsets)
-
-
-@st.composite
-def problems(draw: st.DrawFn, lengths: bool = True) -> Problem:
-    batch, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 200))
-    ragged = st.tuples(*[st.integers(0, tokens)] * batch)
-    return Problem(
-        pattern=draw(patterns()),
-        batch=batch,
-        tokens=tokens,
-        heads=draw(st.integers(1, 12)),
-        head_dim=draw(st.sampled_from([1, 4, 8, 16])),
-        start=draw(st.integers(0, 100)),
-        causal=draw(st.booleans()),
-        lengths=draw(st.none() | ragged) if lengths else None,
-        seed=draw(st.integers(0, 2**31)),
-    )
-
-
-@dataclass(frozen=True)
-class Choice(Problem):
-    """A problem whose pattern has options, with fewer key heads than query heads, and rotary positions or none."""
-
-    kv_heads: int = 1
-    rotary: bool = False
-    by_level: bool = False  # whether each level has its own queries, keys and values
-
-    def qkv(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        """q, k, v, dout; q and k rotated, if they are, for positions from `start` on."""
-        levels = len(self.pattern.levels) if self.by_level else 1
-        dout, *of_levels = self.tensors(1 + 3 * levels)
-        q, k, v = (
-            torch.stack(of_levels[i::3], 2) if self.by_level else of_levels[i] for i in range(3)
-        )
-        k, v = k[..., : self.kv_heads, :], v[..., : self.kv_heads, :]
-        if self.rotary:
-            q, k = (turn(x[:, None], torch.tensor([0]), self.start)[:, 0] for x in (q, k))
-        return [x.to(dtype) for x in (q, k, v, dout)]
 
 
 def turn(x: Tensor, distances: Tensor, start: int | None = None) -> Tensor:
@@ -166,7 +140,7 @@ def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
         batch=batch,
         tokens=tokens,
         heads=kv_heads * draw(st.integers(1, 4)),
-        head_dim=draw(st.sampled_from([2, 4, 8])),
+        head_dim=draw(st.sampled_from([2, 8] if moved == "by turn" else [1, 4, 16])),
         start=0 if pattern.sinks else draw(st.integers(0, 100)),
         causal=causal,
         lengths=draw(st.none() | st.tuples(*[st.integers(0, tokens)] * batch)),
@@ -259,6 +233,24 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) 
             b.double().norm().item(), floor, 1e-30
         )
         assert error <= tolerance, f"{name} is off by {error:.2e}"
+
+
+def compare_with_reference(
+    choice: Choice, dtype: torch.dtype = torch.float64, kernel: str | None = None, **options
+) -> None:
+    """Outputs and gradients are those of the dense reference in fp64."""
+    inputs, options = choice.qkv(dtype), choice.options | turning(choice) | options
+    found = run(dilated_attention, inputs, choice.pattern, kernel=kernel, **options)
+    wide = [x.double() for x in inputs]
+    expected = run(dilated_attention_reference, wide, choice.pattern, **options)
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+def cache_of(choice: Choice, keep: int = 0) -> KVCache:
+    """An empty cache for the keys of a choice, in fp64."""
+    sizes = choice.batch, choice.heads, choice.head_dim
+    kinds = {"kv_heads": choice.kv_heads, "dtype": torch.float64}
+    return KVCache(choice.pattern, *sizes, **kinds, keep=keep)
 
 
 def some_blocks(pattern: Pattern, batch: int, tokens: int, seed: int) -> list[SeenBlocks]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import dilated_attention_reference
 from strategies import (
+    TOLERANCE,
     Choice,
     SeenBlocks,
     assert_close,
     blocks_of_shard,
+    cache_of,
     chosen_choices,
     cuts,
     some_blocks,
@@ -55,33 +58,22 @@ def seen_in(choice: Choice) -> list[SeenBlocks]:
     return [(group, blocks) for group, blocks in cut if group.start < group.stop]
 
 
-@example(choice=Choice(WINDOW, 2, 150, 4, 8, 0, True, (150, 90), 1, kv_heads=2, rotary=True))
-@given(choice=chosen_choices())
-def test_equals_the_reference(choice: Choice) -> None:
-    qkv, seen = choice.qkv()[:3], seen_in(choice)
-    assert_close([attend(choice, qkv, seen)], [expected_of(choice, qkv, seen)], 1e-12)
-
-
 @pytest.mark.parametrize("kernel", ["math", "cpu_flash"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@given(choice=chosen_choices())
-def test_other_types(kernel: str, dtype: torch.dtype, tolerance: float, choice: Choice) -> None:
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@given(choice=chosen_choices(), gathered=st.sampled_from([1, chosen.GATHERED["cpu"]]))
+def test_equals_the_reference(
+    kernel: str, dtype: torch.dtype, choice: Choice, gathered: int
+) -> None:
+    """In one call, and in many calls of few groups."""
     qkv, seen = choice.qkv(dtype)[:3], seen_in(choice)
     expected = expected_of(choice, [x.double() for x in qkv], seen)
-    assert_close([attend(choice, qkv, seen, kernel=kernel)], [expected], tolerance)
-
-
-@given(choice=chosen_choices())
-def test_groups_in_many_calls_equal_one_call(choice: Choice) -> None:
-    qkv, seen = choice.qkv()[:3], seen_in(choice)
-    together = attend(choice, qkv, seen)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(chosen, "GATHERED", {"cpu": 1})
-        assert_close([attend(choice, qkv, seen)], [together], 1e-14)
+        patched.setattr(chosen, "GATHERED", {"cpu": gathered})
+        assert_close([attend(choice, qkv, seen, kernel=kernel)], [expected], TOLERANCE[dtype])
 
 
 def read(
-    choice: Choice, qkv: list[Tensor], seen: list[SeenBlocks], sizes: list[int], cache: KVCache
+    choice: Choice, qkv: Sequence[Tensor], seen: list[SeenBlocks], sizes: list[int], cache: KVCache
 ) -> list[Tensor]:
     outs = []
     for part in zip(*(x.split(sizes, 1) for x in qkv), strict=True):
@@ -95,58 +87,30 @@ def read(
     return outs
 
 
-def cache_of(choice: Choice, dtype: torch.dtype = torch.float64) -> KVCache:
-    sizes = choice.batch, choice.heads, choice.head_dim
-    return KVCache(choice.pattern, *sizes, kv_heads=choice.kv_heads, dtype=dtype)
-
-
-@given(choice=chosen_choices(), sizes=cuts())
-def test_any_shards_with_their_cache_equal_the_whole(choice: Choice, sizes: list[int]) -> None:
-    choice = replace(choice, lengths=None)
-    qkv, seen, cache = choice.qkv()[:3], seen_in(choice), cache_of(choice)
-    found = torch.cat(read(choice, qkv, seen, split(choice.tokens, sizes), cache), 1)
-    assert_close([found], [attend(choice, qkv, seen)], 1e-12)
-    kept = cached_rows(Layout(choice.pattern, choice.heads, choice.kv_heads), choice.tokens)
-    of_rows = 2 * choice.batch * choice.head_dim * 8
-    assert kept * of_rows <= cache.nbytes <= 2 * kept * of_rows
-
-
 @given(choice=chosen_choices(), sizes=cuts(), saves=st.booleans())
-def test_rows_of_a_cache_are_reordered_forked_and_saved(
+def test_shards_with_a_cache_that_is_forked_reordered_and_saved_equal_the_whole(
     choice: Choice, sizes: list[int], saves: bool
 ) -> None:
-    choice = replace(choice, lengths=None, batch=2)
+    choice = replace(choice, lengths=None, batch=2, tokens=choice.tokens + 2)
     qkv, seen, cache = choice.qkv()[:3], seen_in(choice), cache_of(choice)
-    whole, half = attend(choice, qkv, seen), choice.tokens // 2
-    parts = [x.split([half, choice.tokens - half], 1) for x in qkv]
-    early, late = (list(x) for x in zip(*parts, strict=True))
-    if half:
-        read(choice, early, seen, split(half, sizes), cache)
-        fork = cache.fork()
-        read(choice, [x * 2 for x in late], seen, split(choice.tokens - half, sizes), fork)
-        if saves:
-            state = {name: x.clone() for name, x in cache.state()}
-            cache = cache_of(choice)
-            cache.restore(half, state)
-        cache.select([1, 0])
-    swapped = [(group._replace(row=1 - group.row), blocks) for group, blocks in seen]
-    turned = [x.flip(0) for x in late]
-    found = torch.cat(read(choice, turned, swapped, split(choice.tokens - half, sizes), cache), 1)
-    assert_close([found.flip(0)], [whole[:, half:]], 1e-12)
-
-
-def test_a_fork_writes_into_no_rows_of_the_other() -> None:
-    choice = Choice(WINDOW, 1, 160, 4, 8, 0, True, None, 1, kv_heads=2)
-    qkv, seen, cache = choice.qkv()[:3], seen_in(choice), cache_of(choice)
-    first, middle, last = (
-        [x[:, part] for x in qkv] for part in (slice(60), slice(60, 90), slice(90, 160))
-    )
-    read(choice, first, seen, [60], cache)
+    whole, tokens = attend(choice, qkv, seen), choice.tokens
+    parts = [tokens // 3, tokens // 3, tokens - 2 * (tokens // 3)]
+    early, middle, late = zip(*(x.split(parts, 1) for x in qkv), strict=True)
+    found = read(choice, early, seen, split(parts[0], sizes), cache)
     fork = cache.fork()
-    read(choice, middle, seen, [30], cache)
-    read(choice, [2 * x for x in middle], seen, [30], fork)
-    found = torch.cat(read(choice, last, seen, [70], cache), 1)
-    assert_close([found], [attend(choice, qkv, seen)[:, 90:]], 1e-12)
+    found += read(choice, middle, seen, split(parts[1], sizes), cache)
+    read(choice, [2 * x for x in middle], seen, split(parts[1], sizes), fork)
+    if saves:
+        state = {name: x.clone() for name, x in cache.state()}
+        cache = cache_of(choice)
+        cache.restore(2 * parts[0], state)
+    cache.select([1, 0])
+    swapped = [(group._replace(row=1 - group.row), blocks) for group, blocks in seen]
+    turned = read(choice, [x.flip(0) for x in late], swapped, split(parts[2], sizes), cache)
+    assert_close([torch.cat([*found, *(x.flip(0) for x in turned)], 1)], [whole], 1e-12)
+    kept = cached_rows(Layout(choice.pattern, choice.heads, choice.kv_heads), tokens)
+    of_rows = 2 * choice.batch * choice.head_dim * 8
+    assert kept * of_rows <= cache.nbytes <= 2 * kept * of_rows
 
 
 def test_whole_groups_in_shards_equal_the_whole_to_the_bit() -> None:

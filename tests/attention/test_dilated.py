@@ -1,7 +1,7 @@
-"""Fast = dense reference, outputs and gradients; wrong calls; what the cache keeps.
+"""Strided inputs, autocast, goldens, wrong calls. Each of many documents gets what it gets alone.
 
-Each of many documents gets what it gets alone, in one call if it is short. That shards equal the whole, with their far
-keys or their cache, is in test_pattern_options.py.
+That fast = dense reference, and that shards equal the whole, with their far keys or their cache, is in
+test_pattern_options.py.
 
 DilatedAttention with one full segment = nn.MultiheadAttention, weights, outputs, gradients; the rest is refused.
 """
@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from places import GOLDEN
 from reference import dilated_attention_reference
 from safetensors import safe_open
 from strategies import (
     PAPER_64TH,
+    TOLERANCE,
     Choice,
-    Problem,
     assert_close,
     choices,
+    compare_with_reference,
     cuts,
-    problems,
     run,
     split,
     turning,
@@ -37,7 +37,6 @@ from longnet_cli.attention import (
     DilatedAttention,
     FarKeys,
     FarSpan,
-    KVCache,
     Pattern,
     dilated,
     dilated_attention,
@@ -46,42 +45,19 @@ from longnet_cli.attention import (
 from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.planning import Shard, plan_calls
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-@pytest.mark.parametrize(
-    ("dtype", "kernel"), [*((dtype, None) for dtype in TOLERANCE), (torch.float64, "math")]
-)
-@given(problem=problems())
-def test_equals_the_fp64_reference(
-    problem: Problem, dtype: torch.dtype, kernel: str | None
-) -> None:
-    inputs = problem.tensors(4, dtype)
-    found = run(dilated_attention, inputs, problem.pattern, kernel=kernel, **problem.options)
-    wide = [x.double() for x in inputs]
-    expected = run(dilated_attention_reference, wide, problem.pattern, **problem.options)
-    assert_close(found, expected, TOLERANCE[dtype])
-
 
 def test_strided_and_expanded_inputs() -> None:
     """A fused projection hands over interleaved q, k, v; grouped-query heads are expanded; d of sum() has stride 0."""
     pattern = Pattern((8, 32), (1, 4))
     qkv = torch.randn(2, 40, 3, 4, 8, dtype=torch.float64, requires_grad=True)
     q, k, v = qkv.unbind(2)
-    found = dilated_attention(q, k, v, pattern)
-    torch.testing.assert_close(found, dilated_attention_reference(q, k, v, pattern))
-    (grad,) = torch.autograd.grad(found.sum(), qkv)
-    (expected,) = torch.autograd.grad(dilated_attention_reference(q, k, v, pattern).sum(), qkv)
-    torch.testing.assert_close(grad, expected)
-    shared = torch.randn(2, 40, 1, 8, dtype=torch.float64).expand(2, 40, 4, 8)
-    torch.testing.assert_close(
-        dilated_attention(q, shared, shared, pattern),
-        dilated_attention_reference(q, shared, shared, pattern),
-    )
-    last = torch.randn(2, 40, 8, 4, dtype=torch.float64).transpose(2, 3)  # the last stride is not 1
-    torch.testing.assert_close(
-        dilated_attention(last, k, v, pattern), dilated_attention_reference(last, k, v, pattern)
-    )
+    shared = q[:, :, :1].expand(2, 40, 4, 8)
+    last = q.transpose(2, 3).contiguous().transpose(2, 3)  # the last stride is not 1
+    for inputs in ((q, k, v), (q, shared, shared), (last, k, v)):
+        outs = [f(*inputs, pattern) for f in (dilated_attention, dilated_attention_reference)]
+        torch.testing.assert_close(*outs)
+        grads = [torch.autograd.grad(out.sum(), qkv, retain_graph=True) for out in outs]
+        torch.testing.assert_close(*grads)
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,12 +66,6 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def gradients(inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(attended(*inputs), inputs, create_graph=True)
-
-
-def of_a_module(inputs: list[Tensor]) -> None:
-    x = inputs[0].detach().flatten(2)
-    attention = DilatedAttention(8, 2, Pattern((8, 32), (1, 4)), dtype=x.dtype)
-    torch.autograd.functional.hvp(lambda x: attention(x, x, x)[0].pow(2).sum(), x, x)
 
 
 def of_another_stride(inputs: list[Tensor]) -> None:
@@ -108,13 +78,9 @@ def of_another_stride(inputs: list[Tensor]) -> None:
 
 SECOND_DERIVATIVES = {
     "grad of a gradient": lambda x: torch.autograd.grad(gradients(x)[0].sum(), x[2]),
-    "a product with the Hessian": lambda x: torch.autograd.grad(gradients(x), x, x),
     "a gradient penalty": lambda x: sum(d.pow(2).sum() for d in gradients(x)).backward(),
     "hvp": lambda x: torch.autograd.functional.hvp(attended, (*x,), (*x,)),
-    "vhp": lambda x: torch.autograd.functional.vhp(attended, (*x,), (*x,)),
-    "hessian": lambda x: torch.autograd.functional.hessian(attended, (*x,)),
     "jvp, by two backwards": lambda x: torch.autograd.functional.jvp(attended, (*x,), (*x,)),
-    "hvp of a module": of_a_module,
     "grad of a copy": of_another_stride,
 }
 
@@ -130,13 +96,11 @@ def test_second_derivatives_are_refused(way: str) -> None:
 @pytest.mark.parametrize("kernel", ["cpu_flash", "math"])
 def test_autocast_changes_no_number(kernel: str) -> None:
     """Projections under autocast hand over bf16; the kernels' own arithmetic must not be cast again."""
-    problem = Problem(Pattern((8, 32), (1, 4)), 2, 50, 4, 8, 3, True, None, seed=4)
-    inputs = problem.tensors(4, torch.float32)
-    expected = run(dilated_attention, inputs, problem.pattern, kernel=kernel, **problem.options)
+    choice = Choice(Pattern((8, 32), (1, 4)), 2, 50, 4, 8, 3, True, None, seed=4)
+    attend = partial(run, dilated_attention, choice.qkv(torch.float32), choice.pattern, start=3)
+    expected = attend(kernel=kernel)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run(dilated_attention, inputs, problem.pattern, kernel=kernel, **problem.options)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+        assert all(map(torch.equal, attend(kernel=kernel), expected))
 
 
 def test_autocast_casts_several_types_as_sdpa_does() -> None:
@@ -164,20 +128,12 @@ def test_the_meta_device_has_shapes_and_no_numbers(pattern: Pattern) -> None:
 
 
 def test_calls_are_split_around_kernel_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem(Pattern((8, 32), (1, 4)), 3, 150, 4, 8, 5, False, None, seed=2)
-    inputs = problem.tensors(4)
-    whole = run(dilated_attention, inputs, problem.pattern, **problem.options)
-    monkeypatch.setattr(type(KERNELS["math"]), "max_batch", lambda *_: 2)
-    seen = []
-    forward = KERNELS["math"].forward
-    monkeypatch.setattr(
-        KERNELS["math"], "forward", lambda q, *a: seen.append(len(q)) or forward(q, *a)
-    )
-    assert_close(
-        run(dilated_attention, inputs, problem.pattern, kernel="math", **problem.options),
-        whole,
-        1e-12,
-    )
+    math, seen = KERNELS["math"], []
+    forward = math.forward
+    monkeypatch.setattr(type(math), "max_batch", lambda *_: 2)
+    monkeypatch.setattr(math, "forward", lambda q, *a: seen.append(len(q)) or forward(q, *a))
+    choice = Choice(Pattern((8, 32), (1, 4)), 3, 150, 4, 8, 5, False, None, seed=2)
+    compare_with_reference(choice, kernel="math")
     assert max(seen) == 2
 
 
@@ -265,31 +221,6 @@ def test_a_capturing_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
 
 
-@pytest.mark.parametrize("pattern", [Pattern.dense(), Pattern((8, 96), (1, 2), look_back=1)])
-@pytest.mark.parametrize("keep", [0, 300])
-def test_rows_of_long_segments_come_when_they_are_needed(
-    pattern: Pattern, keep: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("longnet_cli.attention.cache.FIRST_ROWS", 16)
-    q, k, v = torch.randn(3, 1, 300, 4, 8, dtype=torch.float64)
-    cache, parts, seen = KVCache(pattern, 1, 4, 8, dtype=q.dtype, keep=keep), [], []
-    begun = cache.nbytes
-    for part in zip(*(x.split([1, 20, 3, 100, 76, 100], 1) for x in (q, k, v)), strict=True):
-        seen.append((part, cache.position, cache.far()))
-        parts.append(dilated_attention(*part, pattern, start=cache.position, far=cache.far()))
-        cache.append(*part[1:])
-    torch.testing.assert_close(
-        torch.cat(parts, 1), dilated_attention(q, k, v, pattern), rtol=1e-12, atol=1e-12
-    )
-    most = min(pattern.cache_rows, 2 * 300)
-    assert begun < cache.nbytes <= 2 * 4 * 8 * 8 * most
-    if keep:
-        again = [
-            dilated_attention(*part, pattern, start=start, far=far) for part, start, far in seen
-        ]
-        assert all(map(torch.equal, again, parts))
-
-
 def each_alone(documents: list[int]):
     def function(*qkv, **options) -> Tensor:
         *qkv, pattern = qkv
@@ -301,34 +232,20 @@ def each_alone(documents: list[int]):
     return function
 
 
-@given(problem=problems(lengths=False) | choices(), sizes=cuts())
-def test_documents_equal_the_reference(problem: Problem, sizes: list[int]) -> None:
+@given(choice=choices(), sizes=cuts())
+def test_documents_equal_the_reference(choice: Choice, sizes: list[int]) -> None:
     """With every option of a pattern: look-back, sinks, shared key heads."""
-    inputs = problem.qkv() if isinstance(problem, Choice) else problem.tensors(4)
-    documents, options = split(problem.tokens, sizes), {"causal": problem.causal}
-    if isinstance(problem, Choice):
-        options |= turning(problem)
-    expected = run(each_alone(documents), inputs, problem.pattern, **options)
-    found = run(dilated_attention, inputs, problem.pattern, documents=documents, **options)
-    assert_close(found, expected, 1e-12)
-
-
-@given(problem=problems(), zero_keys=st.booleans())
-def test_padded_rows_equal_the_reference(problem: Problem, zero_keys: bool) -> None:
-    options = {
-        "causal": problem.causal,
-        "lengths": problem.lengths,
-        "padding": "zero_key" if zero_keys else "exact",
-    }
-    inputs = problem.tensors(4)
-    expected = run(dilated_attention_reference, inputs, problem.pattern, **options)
-    found = run(dilated_attention, inputs, problem.pattern, **options)
+    inputs, documents = choice.qkv(), split(choice.tokens, sizes)
+    options = {"causal": choice.causal} | turning(choice)
+    expected = run(each_alone(documents), inputs, choice.pattern, **options)
+    found = run(dilated_attention, inputs, choice.pattern, documents=documents, **options)
     assert_close(found, expected, 1e-12)
 
 
 def test_the_first_document_may_have_begun_before_the_shard() -> None:
     pattern, documents, before = PAPER_64TH, [150, 40, 90, 20], 100
-    q, k, v, dout = Problem(pattern, 2, before + 300, 12, 4, 0, True, None, seed=5).tensors(4)
+    choice = Choice(pattern, 2, before + 300, 12, 4, 0, True, None, seed=5, kv_heads=12)
+    q, k, v, dout = choice.qkv()
     spans = [
         FarSpan(level, before // w * w, before)
         for level, (w, _) in enumerate(pattern.levels)
@@ -355,19 +272,13 @@ def test_a_document_that_fits_the_first_segment_is_one_call_on_a_cpu() -> None:
     assert [len(found) for *_, found in plan.placed] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [100, 129, 512, 700, 1030])
 def test_causal_squares_of_all_sizes(tokens: int, dtype: torch.dtype) -> None:
     """They go in steps of rows, or as one call; with several levels and without."""
     for pattern in (Pattern((2048,), (1,)), Pattern((1024, 2048), (1, 2))):
-        inputs = Problem(pattern, 1, tokens, 2, 8, 0, True, None, seed=tokens).tensors(4, dtype)
-        found = run(dilated_attention, inputs, pattern, kernel="cpu_flash")
-        expected = run(dilated_attention_reference, [x.double() for x in inputs], pattern)
-        assert_close(
-            found,
-            expected,
-            {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype],
-        )
+        choice = Choice(pattern, 1, tokens, 2, 8, 0, True, None, seed=tokens)
+        compare_with_reference(choice, dtype, "cpu_flash")
 
 
 TOKENS = 37
@@ -485,15 +396,6 @@ def test_inside_torchs_encoder(pattern: Pattern, norm_first: bool, padded: bool)
         expected = dense.train()(x, src_key_padding_mask=padding)
     torch.testing.assert_close(found * true, learned * true)
     assert torch.allclose(found * true, expected * true, atol=2e-6) == (pattern is FULL)
-
-
-def test_causal_mask_through_torchs_encoder() -> None:
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 4, 48, 0.0, batch_first=True), 2)
-    dense = copy.deepcopy(encoder)
-    put_ours(encoder, FULL)
-    x = torch.randn(2, TOKENS, 24)
-    mask = nn.Transformer.generate_square_subsequent_mask(TOKENS)
-    torch.testing.assert_close(encoder(x, mask), dense(x, mask))
 
 
 @pytest.mark.parametrize(

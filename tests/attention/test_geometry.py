@@ -1,68 +1,16 @@
-"""The integer geometry: views show exactly the rows of the definition, in as few calls as the figures say."""
+"""The integer geometry: a shard asks for what it sees, and no more, in as few calls as the figures say."""
 
 from __future__ import annotations
-
-from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import Choice, Problem, choices, problems
+from strategies import Choice, choices
 
 from longnet_cli.attention.branches import branches
 from longnet_cli.attention.pattern import Pattern
-from longnet_cli.attention.spans import SINKS, FarSpan, Layout, Rows, far_spans, rows_before
-
-
-def tokens_of(rows: Rows) -> dict[tuple[int, int], list[int]]:
-    """{(head, segment): [token, ...]} of a view."""
-    return {
-        (rows.first_head + h * rows.head_step, s): [
-            rows.first_token + s * rows.segment_step + h * rows.skew + j * rows.row_step
-            for j in range(rows.rows)
-        ]
-        for s in range(rows.segments)
-        for h in range(rows.heads)
-    }
-
-
-@given(problem=problems(lengths=False))
-def test_near_views_are_the_definition(problem: Problem) -> None:
-    """Head h of level (w, r) keeps position p iff (p mod w) mod r is its offset, each segment on its own."""
-    pattern, start, heads = problem.pattern, problem.start, problem.heads
-    found: Counter[tuple[int, tuple[int, ...]]] = Counter()
-    for branch in branches(
-        Layout(pattern, heads, heads), start, problem.tokens, problem.causal, "exact", ()
-    ):
-        assert branch.queries == branch.keys
-        for (head, _), tokens in tokens_of(branch.queries).items():
-            found[head, tuple(start + t for t in tokens)] += 1
-    expected: Counter[tuple[int, tuple[int, ...]]] = Counter()
-    for level, (w, r) in enumerate(pattern.levels):
-        for head, offset in enumerate(pattern.offsets(level, heads)):
-            segments: dict[int, list[int]] = {}
-            for p in range(start, start + problem.tokens):
-                if p % w % r == offset:
-                    segments.setdefault(p // w, []).append(p)
-            expected.update((head, tuple(kept)) for kept in segments.values())
-    assert found == expected
-
-
-@given(problem=problems(lengths=False))
-def test_span_positions_are_the_definition(problem: Problem) -> None:
-    for level, (w, r) in enumerate(problem.pattern.levels):
-        span = FarSpan(
-            level, problem.start, min(problem.start + problem.tokens, (problem.start // w + 1) * w)
-        )
-        for offset, positions in zip(
-            problem.pattern.offsets(level, problem.heads),
-            Layout(problem.pattern, problem.heads, problem.heads).positions(span),
-            strict=True,
-        ):
-            assert list(positions) == [
-                p for p in range(span.start, span.stop) if p % w % r == offset
-            ]
+from longnet_cli.attention.spans import SINKS, FarSpan, Layout, far_spans
 
 
 def covered(pattern: Pattern, level: int, total: int) -> np.ndarray:
@@ -138,7 +86,3 @@ def test_few_calls(head_offsets: str) -> None:
     """12 heads, whole segments: the paper's pattern takes 12 calls, not the 25 of a call an offset."""
     paper = Pattern(Pattern.paper().segment_lengths, Pattern.paper().dilation_rates, head_offsets)
     assert len(branches(Layout(paper, 12, 12), 0, 65_536, True, "exact", ())) == 12
-
-
-def test_rows_before() -> None:
-    assert [rows_before(p, 2, 3) for p in range(10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]

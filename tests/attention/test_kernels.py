@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from builders import tiny_net
 from strategies import PAPER_64TH
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,10 +30,9 @@ from longnet_cli.attention import (
     kernels,
 )
 from longnet_cli.attention.chosen import Chosen, add_blocks, chosen_calls, groups_of
+from longnet_cli.attention.cuda_kernels import CudaFlashKernel
 from longnet_cli.attention.kernels import KERNELS
-from longnet_cli.attention.plain_call import Kernel
 from longnet_cli.attention.planning import Shard, merged_backward, plan_calls
-from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.positions import sink_turn
 
 CPU, MATH = torch.device("cpu"), kernels.KERNELS["math"]
@@ -287,38 +287,14 @@ def test_a_card_gets_flash_attn_if_it_is_there(monkeypatch: pytest.MonkeyPatch, 
 
 # what starts nothing on a GPU
 VIEWS = {
-    "view",
-    "_unsafe_view",
-    "slice",
-    "select",
-    "unsqueeze",
-    "squeeze",
-    "expand",
-    "as_strided",
-    "transpose",
-    "t",
+    *("view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "expand", "as_strided"),
+    *("transpose", "t", "permute", "unbind", "split", "split_with_sizes", "alias", "detach"),
+    *("unfold", "view_as_complex", "view_as_real", "empty", "empty_like", "new_empty"),
+    *("scalar_tensor", "lift_fresh"),
 }
-VIEWS |= {
-    "permute",
-    "unbind",
-    "split",
-    "split_with_sizes",
-    "alias",
-    "detach",
-    "unfold",
-    "view_as_complex",
+WAITS = {  # for a GPU
+    *("tolist", "item", "nonzero", "unique", "masked_select", "__bool__", "__int__", "__index__"),
 }
-VIEWS |= {"view_as_real", "empty", "empty_like", "new_empty", "scalar_tensor", "lift_fresh"}
-WAITS = {
-    "tolist",
-    "item",
-    "nonzero",
-    "unique",
-    "masked_select",
-    "__bool__",
-    "__int__",
-    "__index__",
-}  # for a GPU
 
 
 class Launches(TorchDispatchMode):
@@ -340,33 +316,17 @@ class Waits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class FlashOfAGpu(Kernel):
+class FlashOfAGpu(CudaFlashKernel):
     """As many groups at a time as a GPU's kernel takes, and no result."""
-
-    def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
-        return min(65_535, ((1 << 31) - 1) // (heads * (-(-rows // 128) * 128) * head_dim))
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         return q.new_empty(q.shape), q.new_empty(q.shape[:3])
 
-    def backward(self, tensors: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        _, q, k, v, *_ = tensors
-        return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
-
 
 def rope_of(heads: int, head_dim: int) -> Any:
-    fields = {
-        "dim": heads * head_dim,
-        "num_heads": heads,
-        "num_layers": 1,
-        "ffn_dim": 8,
-        "vocab_size": 8,
-    }
-    return sink_turn(
-        LongNetConfig(**fields, position="rope", segment_lengths=(8,), dilation_rates=(1,))
-    )
+    return sink_turn(tiny_net(position="rope", num_heads=heads, dim=heads * head_dim).config)
 
 
 def blocks_of(pattern: Pattern, tokens: int) -> Chosen:

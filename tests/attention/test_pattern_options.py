@@ -10,10 +10,22 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from reference import dilated_attention_reference, key_counts
-from strategies import Choice, assert_close, choices, cuts, run, split, turn, turning
+from reference import key_counts
+from strategies import (
+    TOLERANCE,
+    Choice,
+    assert_close,
+    cache_of,
+    choices,
+    compare_with_reference,
+    cuts,
+    run,
+    split,
+    turn,
+    turning,
+)
 from torch import Tensor
 
 from longnet_cli.attention import (
@@ -35,17 +47,18 @@ from longnet_cli.attention.views import strided_view
 CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kernel", ["cpu_flash", "math"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @given(choice=choices())
-def test_every_choice_equals_the_reference(
-    choice: Choice, dtype: torch.dtype, tolerance: float
-) -> None:
-    inputs, options = choice.qkv(dtype), choice.options | turning(choice)
-    found = run(dilated_attention, inputs, choice.pattern, **options)
-    expected = run(
-        dilated_attention_reference, [x.double() for x in inputs], choice.pattern, **options
-    )
-    assert_close(found, expected, tolerance)
+def test_every_choice_equals_the_reference(choice: Choice, dtype: torch.dtype, kernel: str) -> None:
+    compare_with_reference(choice, dtype, kernel)
+
+
+@given(choice=choices(causal=False))
+def test_zero_keys_equal_the_reference(choice: Choice) -> None:
+    plain = Pattern(choice.pattern.segment_lengths, choice.pattern.dilation_rates)
+    choice = replace(choice, pattern=plain, start=0, by_level=False)
+    compare_with_reference(choice, padding="zero_key")
 
 
 @given(choice=choices())
@@ -123,33 +136,33 @@ def watched(keys: FarKeys, told: list[dict[str, Tensor]]) -> FarKeys:
     return replace(keys, back=back)
 
 
+LONG = Choice(Pattern.dense(), 1, 300, 4, 8, 0, True, None, seed=0)
+
+
 @given(choice=choices(causal=True), sizes=cuts(), keep=st.booleans())
+@example(choice=LONG, sizes=[1, 20, 3, 100], keep=False)
+@example(choice=replace(LONG, pattern=Pattern((8, 96), (1, 2), look_back=1)), sizes=[7], keep=False)
 def test_any_shards_with_their_cache_equal_the_whole(
     choice: Choice, sizes: list[int], keep: bool
 ) -> None:
-    pattern, (q, k, v, _) = choice.pattern, choice.qkv()
-    whole = dilated_attention(q, k, v, pattern, **turning(choice))
-    sizes_of = pattern, choice.batch, choice.heads, choice.head_dim
-    cache = KVCache(
-        *sizes_of, kv_heads=choice.kv_heads, dtype=q.dtype, keep=choice.tokens if keep else 0
-    )
-    size = cache.nbytes
-    parts, seen = [], []
-    for part in zip(*(x.split(split(choice.tokens, sizes), 1) for x in (q, k, v)), strict=True):
-        seen.append((part, cache.position, cache.far()))
-        far = cache.far(*part[1:])  # of a single token, with its own row, unless `keep`
-        parts.append(
-            dilated_attention(*part, pattern, start=cache.position, far=far, **turning(choice))
-        )
-        cache.append(*part[1:])
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-12, atol=1e-12)
-    rows = cached_rows(Layout(pattern, choice.heads, choice.kv_heads))
-    most = 2 * choice.batch * choice.head_dim * q.itemsize * rows
-    assert cache.nbytes <= most if keep else cache.nbytes == size == most
+    """Rows of long segments come when they are needed."""
+    pattern, options, (q, k, v, _) = choice.pattern, turning(choice), choice.qkv()
+    layout, parts, seen = Layout(pattern, choice.heads, choice.kv_heads), [], []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("longnet_cli.attention.cache.FIRST_ROWS", 16)
+        cache = cache_of(choice, keep=choice.tokens if keep else 0)
+        for part in zip(*(x.split(split(choice.tokens, sizes), 1) for x in (q, k, v)), strict=True):
+            start = cache.position
+            seen.append((part, start, cache.far()))
+            far = cache.far(*part[1:])  # of a single token, with its own row, unless `keep`
+            parts.append(dilated_attention(*part, pattern, start=start, far=far, **options))
+            cache.append(*part[1:])
+        rows = cached_rows(layout, 2 * choice.tokens)
+    assert_close([torch.cat(parts, 1)], [dilated_attention(q, k, v, pattern, **options)], 1e-12)
+    assert cache.nbytes <= 2 * choice.batch * choice.head_dim * q.itemsize * rows
     if keep:  # the far keys given out on the way are still what they were
         again = [
-            dilated_attention(*p, pattern, start=at, far=far, **turning(choice))
-            for p, at, far in seen
+            dilated_attention(*p, pattern, start=at, far=far, **options) for p, at, far in seen
         ]
         assert all(map(torch.equal, again, parts))
 
@@ -188,34 +201,6 @@ def test_a_grouped_model_holds_and_sends_what_its_heads_share_once(head_offsets:
     assert {kv: cache.nbytes for kv, cache in caches.items()} == {
         kv: 2 * 8 * 4 * rows for kv, rows in sizes.items()
     }
-
-
-@pytest.mark.parametrize("moved", [0, 64 * 10**5, 64 * 10**7])
-@pytest.mark.parametrize("causal", [True, False])
-def test_sinks_are_seen_right_before_the_window_at_any_distance(causal: bool, moved: int) -> None:
-    """All but the sinks' own segment moved by segments: what the last queries see is the same."""
-    pattern = Pattern.window(64, sinks=4)
-    draw = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, 512, 6, 8, generator=draw, dtype=torch.float64)
-    q, k = (turn(x[:, None], torch.tensor([0]), 0)[:, 0] for x in (q, k))
-    whole = dilated_attention(q, k, v, pattern, causal=causal, turn=turn)
-    start = 256
-    q_, k_ = (turn(x[:, None, start:], torch.tensor([moved]))[:, 0] for x in (q, k))
-    before = [FarSpan(0, start - 64, start), FarSpan(SINKS, 0, 4)]
-    far = [far_keys(k, v, pattern, span) for span in before]
-    far[0] = FarKeys(
-        0,
-        start + moved - 64,
-        start + moved,
-        turn(far[0].k[:, None], torch.tensor([moved]))[:, 0],
-        far[0].v,
-    )
-    options = {"causal": causal, "start": start + moved, "far": far}
-    found = dilated_attention(q_, k_, v[:, start:], pattern, turn=turn, **options)
-    torch.testing.assert_close(found, whole[:, start:], rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(
-        dilated_attention(q_, k_, v[:, start:], pattern, **options), whole[:, start:], atol=1e-3
-    )
 
 
 def test_a_query_sees_what_the_table_says() -> None:
@@ -379,16 +364,3 @@ def test_wrong_calls_say_what_is_wrong(pattern: Pattern, call: dict, message: st
     q, k = torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, heads, 4)
     with pytest.raises(ValueError, match=message):
         dilated_attention(q, k, k, pattern, far=far, **options)
-
-
-@pytest.mark.parametrize("kernel", ["math", "cpu_flash"])
-def test_bf16(kernel: str) -> None:
-    pattern = Pattern((16, 64), (1, 4), look_back=1, overlap="once", queries="all", sinks=3)
-    draw = torch.Generator().manual_seed(3)
-    inputs = [torch.randn(2, 150, h, 16, generator=draw).bfloat16() for h in (6, 2, 2, 6)]
-    found = run(dilated_attention, inputs, pattern, kernel=kernel, turn=turn)
-    assert_close(
-        found,
-        run(dilated_attention_reference, [x.double() for x in inputs], pattern, turn=turn),
-        1e-2,
-    )
