@@ -188,13 +188,15 @@ def say_what_is_kept(output: str, quiet: bool) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and under_torchrun():
             raise
-        if is_folder(output) and (manifest := read_manifest(output)):
+        if output == "-":
+            what = "only what was written to stdout is kept"
+        elif not is_folder(output):
+            what = f"nothing is kept in {output}, which is written whole; of a folder (-o NAME), finished shards are"
+        elif manifest := read_manifest(output):
             kept = f"{output} keeps {manifest.totals['documents']:,} documents"
             what = f"{kept}: the same command with --resume goes on"
-        elif output == "-":
-            what = "only what was written to stdout is kept"
         else:
-            what = f"nothing is kept in {output}, which is written whole; of a folder (-o NAME), finished shards are"
+            what = f"nothing is kept in {output}, in which no shard was begun: the same command starts again"
         tell(f"stopped: {what}", quiet)
         raise
 

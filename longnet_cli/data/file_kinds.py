@@ -24,6 +24,11 @@ def sniff(head: bytes) -> str:
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "text")
 
 
+def is_cut(head: bytes) -> bool:
+    """Return whether the first 8 bytes of a file are all it has, and a part of what tables begin with."""
+    return bool(head) and any(magic != head and magic.startswith(head) for magic in _MAGIC)
+
+
 def compression(head: bytes) -> str | None:
     """Return the compression of an input, by at least its first 8 bytes; None if it is not compressed."""
     if (

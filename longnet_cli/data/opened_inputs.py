@@ -277,11 +277,12 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
             if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
                 raise DataError(f"{what}: {error.strerror}") from error
             raise read_error(what, error) from error
-        is_remote = "://" in what
-        reason = "the store failed, or " if is_remote else ""
-        raise DataError(
-            f"{what}: {reason}the data is damaged or truncated ({first_line(error)})"
-        ) from error
+        reason = "the data is damaged or truncated"
+        if "decrypt" in str(error):
+            reason = "encrypted Parquet is not read: write it without encryption"
+        elif "://" in what:
+            reason = f"the store failed, or {reason}"
+        raise DataError(f"{what}: {reason} ({first_line(error)})") from error
 
 
 def first_line(error: BaseException) -> str:

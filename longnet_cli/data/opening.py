@@ -26,6 +26,7 @@ from longnet_cli.data.file_kinds import (
     SHARD_SUFFIXES,
     bare_name,
     compression,
+    is_cut,
     sniff,
 )
 from longnet_cli.data.hdf5 import open_hdf5
@@ -153,11 +154,16 @@ def _copy(pipe: Pipe) -> int:
 
 def _open_text(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Table:
     """Open JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
-    if bare_name(input_file.name).endswith(
-        FASTA_SUFFIXES
-    ):  # as a text, its headers would be read as if they were letters
+    name = bare_name(input_file.name)
+    # as a text, its headers would be read as if they were letters
+    if name.endswith(FASTA_SUFFIXES):
         raise DataError(
             f"{input_file.where}: FASTA is not read: make JSON Lines of it, an object for each record"
+        )
+    head = pipe.peek(8)
+    if name.endswith(SHARD_SUFFIXES) and is_cut(head):
+        raise DataError(
+            f"{input_file.where}: truncated: it has only the first {len(head)} bytes of a table"
         )
     table = open_json_lines(input_file, pipe, wanted)
     if table:
@@ -168,7 +174,7 @@ def _open_text(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Tabl
         is_file = input_file.path is not None and (
             input_file.filesystem is not None or input_file.path.is_file()
         )
-        if not is_file or bare_name(input_file.name).endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
+        if not is_file or name.endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
             raise DataError(
                 f"{input_file.where}: {'the file is empty (0 bytes)' if is_file else 'nothing came'}"
             )

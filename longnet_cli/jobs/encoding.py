@@ -382,8 +382,10 @@ class Encoder(RowJob):
         for window in self.cut.windows(tokens) if tokens else ():
             yield around + window.stop - window.start, window.taken_stop - window.taken
 
-    def size(self, tokens: int) -> int:
-        return -(-tokens // self.options.span_tokens) if self.options.span_tokens else 1
+    def size(self, document: Document) -> int:
+        if document.ends is not None:
+            return len(document.ends)
+        return -(-len(document) // (self.options.span_tokens or len(document)))
 
     def _ends(self, document: Document) -> Sequence[int]:
         """Return the tokens before which the spans of a document end; the last may be after its end.

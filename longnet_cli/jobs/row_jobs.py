@@ -118,8 +118,8 @@ class RowJob(ABC):
         """Yield the rows of these documents, in order."""
 
     @abstractmethod
-    def size(self, tokens: int) -> int:
-        """Return how many units of a shard a document of so many tokens fills."""
+    def size(self, document: Document) -> int:
+        """Return how many units of a shard a document fills."""
 
     def is_empty(self, tokens: int) -> bool:
         """Return whether a document of so many tokens has no row because it is empty."""
@@ -219,7 +219,7 @@ class RowJob(ABC):
             PORTION_CHUNKS * self.reader.chunk,
             length_of=lambda sequence: len(sequence.document),
             shard=shard,
-            size_of=lambda sequence: self.size(len(sequence.document)),
+            size_of=lambda sequence: self.size(sequence.document),
         )
         return deal(dealt, self.results, self.reader.all_ranks, self.tell_progress)
 

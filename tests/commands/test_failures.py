@@ -439,6 +439,9 @@ FAILURES = [  # command, exit code, a part of its line; and what the file holds 
     ("tokenize long.txt -o loop", 2, "loop: cannot write: Too many levels of symbolic links"),
     ("encode long.txt -o loop", 2, "loop: cannot write: Too many levels of symbolic links"),
     ("tokenize given.parquet -o v", 3, "Parquet with an encrypted footer is not read", "PARE\udcff"),
+    ("tokenize given.arrow -o v", 3, "given.arrow: truncated: it has only the first 6 bytes of a table", "ARROW1"),
+    ("tokenize given.feather -o v", 3, "given.feather: truncated: it has only the first 2 bytes", "AR"),
+    ("tokenize given.pq -o v", 3, "given.pq: truncated: it has only the first 3 bytes of a table", "PAR"),
     (f"{SET} schedule.power=2", 2, 'schedule.power is of decay = "polynomial", not of "cosine"'),
 ]  # fmt: skip
 
@@ -706,6 +709,13 @@ def test_a_stopped_command_says_what_is_kept(
     def stop_at_once(*_: object) -> None:
         raise KeyboardInterrupt
 
+    with monkeypatch.context() as patch:  # while the first texts are read
+        patch.setattr(ShardFolder, "__enter__", stop_at_once)
+        begun = invoke(command, *texts, "-m", model, "-o", tmp_path / "new")
+    assert (
+        f"stopped: nothing is kept in {tmp_path / 'new'}, in which no shard was begun"
+        in begun.stderr
+    )
     monkeypatch.setattr(ShardWriter, "write", stop_at_once)
     alone = invoke(command, *texts, "-m", model, "-o", tmp_path / "rows.arrow")
     assert (

@@ -465,3 +465,42 @@ def test_a_megabyte_that_unpacks_to_a_gigabyte_streams(form: str, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["n_bytes"] >= 0.9 * (1 << 30)
+
+
+@pytest.mark.parametrize("text", ["A", "ARROW", "ARROW1", "ARROW1 is how a file of Arrow begins"])
+def test_a_text_may_begin_as_a_table_does(tmp_path: Path, text: str) -> None:
+    names = ["x.txt", "x"] if len(text) < 8 else ["x.txt", "x.arrow"]
+    for name in names:
+        (tmp_path / name).write_text(text)
+        assert tokens(read(tmp_path / name)) == [list(text.encode())]
+
+
+def test_an_encrypted_column_is_refused_and_the_others_are_read(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Plain(encryption.KmsClient):
+        """A service that hands out each key as it is."""
+
+        def __init__(self, config: object) -> None:
+            encryption.KmsClient.__init__(self)
+
+        def wrap_key(self, key: bytes, name: str) -> str:
+            return key.hex()
+
+    table = pa.table({"doc_id": ["a"], "text": ["some text"], "note": ["n"]})
+    for column in ("text", "note"):
+        configuration = encryption.EncryptionConfiguration(
+            footer_key="f", column_keys={"k": [column]}, plaintext_footer=True
+        )
+        properties = encryption.CryptoFactory(Plain).file_encryption_properties(
+            encryption.KmsConnectionConfig(), configuration
+        )
+        path = tmp_path / f"{column}.parquet"
+        with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+            writer.write_table(table)
+    assert tokens(read(tmp_path / "note.parquet")) == [list(b"some text")]
+    with pytest.raises(DataError, match="encrypted Parquet is not read") as caught:
+        read(tmp_path / "text.parquet")
+    assert "damaged" not in str(caught.value)

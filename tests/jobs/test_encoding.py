@@ -420,3 +420,12 @@ def test_a_document_is_told_before_any_of_it_is_read_and_a_refusal_is_not_skippe
     with pytest.raises(MemoryLimitError):
         list(job.sequences([Noted("a", np.arange(5), 5, "a")]))
     assert seen == ["told"]
+
+
+def test_a_shard_ends_after_as_many_rows_as_were_asked_for_also_of_units(tmp_path: Path) -> None:
+    texts = write_lines(
+        tmp_path / "x.jsonl", [{"id": str(n), "text": "One. Two. Three. " * 3} for n in range(4)]
+    )
+    command = ["encode", texts, "-m", tiny_model(tmp_path / "model"), "--span", "sentence"]
+    assert invoke(*command, "--shard-rows", "9", "-o", tmp_path / "out").exit_code == 0
+    assert [shard["rows"] for shard in read_manifest(tmp_path / "out").shards] == [9, 9, 9, 9]

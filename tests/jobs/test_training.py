@@ -206,6 +206,15 @@ def test_muon_takes_the_matrices_of_the_layers(corpus: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_is_not_for_the_weights_of_several_experts(corpus: Path) -> None:
+    found = recipe(corpus, **{"optimizer.name": "muon"})
+    model = LongNet(found.model)
+    model.layers[0].experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    with pytest.raises(ConfigError, match="works on matrices, and layers of this model have"):
+        build_optimizers(model, found.optimizer)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_muon_computes_in_fp32_on_a_cpu(corpus: Path) -> None:
     """Its first step is that of Newton-Schulz in fp64 (Jordan 2024), which in bf16 it misses by a hundredth."""
     found = recipe(corpus, **{"optimizer.name": "muon", "optimizer.weight_decay": 0.0})

@@ -296,8 +296,8 @@ class Scorer(RowJob):
         """Return the bytes of the nats that are kept for the gain."""
         return {"nats": min(4 * tokens, SPOOL_BYTES) if len(self.options.contexts) > 1 else 0}
 
-    def size(self, tokens: int) -> int:
-        return tokens + 1
+    def size(self, document: Document) -> int:
+        return len(document) + 1
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         """Yield the rows of the documents in order, each as soon as its document is scored at all contexts."""

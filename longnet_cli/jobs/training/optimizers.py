@@ -36,6 +36,11 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
         {"params": tables if muon else tables + matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    if muon and any(matrix.dim() > 2 for matrix in matrices):
+        raise ConfigError(
+            'optimizer.name = "muon" works on matrices, and layers of this model have weights of more '
+            'dimensions: take "adamw"'
+        )
     if muon and is_sharded(model):
         raise ConfigError(
             'optimizer.name = "muon" works on whole matrices: give --shard none, or take "adamw"'
