@@ -17,7 +17,7 @@ import pytest
 from forked import Command, Forked
 from hypothesis import settings
 from places import ROOT
-from processes import Start, environment
+from processes import Start, environment, words_of
 
 pytest_plugins = ["real_files"]  # the fixtures of tests/real
 
@@ -33,7 +33,7 @@ GPU = os.environ.get("LONGNET_TEST_DEVICE", "cuda")
 if EMULATED := GPU == "emulated":
     GPU = "cpu"
 
-STARTS = {"command_env", "longnet", "python", "run_longnet", "start"}  # fixtures
+STARTS = {"command_env", "longnet", "python", "run_longnet", "run_python", "start"}  # fixtures
 ROOMS_OF_PROCESSES = {"clients", "commands", "docs", "ranks"}  # folders of tests/
 ROOMS_OF_CI = {"clients"}
 DURATIONS = ROOT / "tests/durations.json"
@@ -160,7 +160,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_longnet(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> RunLongnet:
-    """`run_longnet("score", "-", input=...)` runs the command in an empty folder; text=False for bytes.
+    """`run_longnet("score -", input=...)` runs the command in an empty folder; text=False for bytes.
 
     It fails where the exit code is not `code`. `fresh` is for what forked.py cannot do: for one, what Python reads when
     it starts.
@@ -177,7 +177,7 @@ def run_longnet(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> R
         code: int | None = None,
     ) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            [*([sys.executable, "-m", "longnet_cli"] if fresh else [longnet]), *map(str, args)],
+            [*([sys.executable, "-m", "longnet_cli"] if fresh else [longnet]), *words_of(args)],
             input=input if input is not None else ("" if text else b""),
             capture_output=True,
             text=text,
@@ -187,6 +187,22 @@ def run_longnet(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> R
             check=False,
         )
         assert code in (None, done.returncode), done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def run_python(tmp_path: Path, command_env: dict[str, str]) -> RunLongnet:
+    """`run_python("-c", program)` runs Python, or `python`, in an empty folder. Its exit code must be `code`."""
+
+    def run(
+        *args: str | Path, code: int = 0, python: str | Path = sys.executable, **options
+    ) -> subprocess.CompletedProcess:
+        options = {"cwd": tmp_path, "env": command_env, "timeout": 600} | options
+        command = [python, *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+        assert done.returncode == code, done.stderr
         return done
 
     return run
@@ -205,11 +221,10 @@ def start(tmp_path: Path, command_env: dict[str, str], longnet: Path) -> Iterato
         } | options
         options |= {"env": command_env, "cwd": tmp_path}
         if fresh:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "longnet_cli", *map(str, args)], **options
-            )
+            command = [sys.executable, "-m", "longnet_cli", *words_of(args)]
+            process = subprocess.Popen(command, **options)
         else:
-            process = Command([longnet, *map(str, args)], **options)
+            process = Command([longnet, *words_of(args)], **options)
         begun.append(process)
         return process
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from places import ROOT
@@ -43,9 +43,18 @@ def environment() -> dict[str, str]:
     return env | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))}
 
 
+def words_of(args: Sequence[str | Path | int]) -> list[str]:
+    """The words of a command: those of the first argument, which may be several, and the others as they are."""
+    words = [*map(str, args)]
+    return [*" ".join(words[:1]).split(), *words[1:]]
+
+
 def invoke(*args: str | Path | int, code: int | None = None) -> Result:
-    """The command in this process, where its libraries are loaded; it must end with `code`, if that is given."""
-    result = CliRunner().invoke(app, [*map(str, args)])
+    """`invoke("score --last 9", path)` runs the command in this process, where its libraries are loaded.
+
+    It fails where the exit code is not `code`.
+    """
+    result = CliRunner().invoke(app, words_of(args))
     assert code in (None, result.exit_code), result.output
     return result
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pytest
 from places import ROOT
-from processes import environment
+from processes import environment, words_of
 
 BUILD = ROOT / "build/real"
 
@@ -60,7 +60,7 @@ def run(tmp_path: Path) -> Run:
     def run(*words: str | Path | int, mib: int, seconds: int = 600, code: int = 0) -> Done:
         measured = [sys.executable, "-S", "-c", MEASURED, tmp_path / ".peak", str(seconds)]
         done = subprocess.run(
-            [*measured, sys.executable, "-m", "longnet_cli", *map(str, words)],
+            [*measured, sys.executable, "-m", "longnet_cli", *words_of(words)],
             capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False,
         )  # fmt: skip
         assert done.returncode == code, f"{done.returncode}: {done.stderr[-2000:]}"

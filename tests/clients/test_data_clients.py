@@ -33,9 +33,7 @@ def folders(request: pytest.FixtureRequest, tmp_path: Path, run_longnet: RunLong
         more = ["--shard-format", form, "-q"]
         made = [
             run_longnet(
-                "tokenize",
-                "in",
-                "-o",
+                "tokenize in -o",
                 f"tokens-{form}",
                 "--shard-tokens",
                 size,
@@ -43,7 +41,7 @@ def folders(request: pytest.FixtureRequest, tmp_path: Path, run_longnet: RunLong
                 MODEL,
                 *more,
             ),
-            run_longnet("encode", "in", "-o", f"vectors-{form}", "--shard-rows", size, *more),
+            run_longnet("encode in -o", f"vectors-{form}", "--shard-rows", size, *more),
         ]
         assert [done.returncode for done in made] == [0, 0], made
     return tmp_path
@@ -101,7 +99,7 @@ def test_duckdb_reads_a_folder(folders: Path) -> None:
 def test_pandas_reads_files_and_a_folder(folders: Path, run_longnet: RunLongnet) -> None:
     pandas = pytest.importorskip("pandas")
     for form in ("arrow", "parquet"):
-        assert run_longnet("encode", "in", "-o", f"v.{form}", "-q").returncode == 0
+        assert run_longnet("encode in -o", f"v.{form}", "-q").returncode == 0
     arrow, *parquet = (
         pandas.read_feather(folders / "v.arrow"),
         pandas.read_parquet(folders / "v.parquet"),

@@ -559,7 +559,7 @@ def unread(pipe: IO[bytes]) -> int:
 
 @pytest.mark.parametrize("output", ["out", "out.arrow", "-"])
 def test_a_signal_ends_a_wait_for_input(start, tmp_path, output):
-    process = start("tokenize", "-", "-o", output, stdin=subprocess.PIPE)
+    process = start("tokenize - -o", output, stdin=subprocess.PIPE)
     process.stdin.write(b"a line\n")
     process.stdin.flush()
     wait_for(lambda: unread(process.stdin) == 0)  # and now it waits for more

@@ -83,15 +83,13 @@ def test_a_prompt_comes_from_anywhere_and_the_text_is_the_same(
         assert (
             run_longnet("generate", *arguments, *options, "-q", input=given).stdout == plain.stdout
         )
-    from_file = run_longnet("generate", "-i", "prompt.txt", *options, "-q")
+    from_file = run_longnet("generate -i prompt.txt", *options, "-q")
     assert (from_file.stdout, from_file.stderr) == (plain.stdout, "")
-    both = run_longnet("generate", "-i", "prompt.txt", "-i", "prompts.jsonl", *options, "-q").stdout
+    both = run_longnet("generate -i prompt.txt -i prompts.jsonl", *options, "-q").stdout
     assert both.startswith(
         f"==> prompt.txt <==\n{plain.stdout}\n==> a <==\n{plain.stdout}\n==> b <==\n"
     )
-    first, second = rows(
-        run_longnet("generate", "-i", "prompts.jsonl", *options, "--format", "jsonl")
-    )
+    first, second = rows(run_longnet("generate -i prompts.jsonl", *options, "--format", "jsonl"))
     assert first == row | {"doc_id": "a"}
     assert rows(run_longnet("generate", "Another one", *options, "--format", "jsonl")) == [
         second | {"doc_id": "prompt"}
@@ -116,8 +114,8 @@ def test_every_line_says_what_made_it_as_scores_do(
             LongNet.from_pretrained(model).save_pretrained(folder)  # without a tokenizer
             (tmp_path / "two.jsonl").write_text('{"input_ids": [1, 2, 3]}\n{"input_ids": [4, 5]}\n')
         reading = ["--model", folder, *options, "--format", "jsonl"]
-        lines = rows(run_longnet("generate", "-i", "two.jsonl", "-n", "2", *reading))
-        total = rows(run_longnet("score", "two.jsonl", *reading))[-1]
+        lines = rows(run_longnet("generate -i two.jsonl -n 2", *reading))
+        total = rows(run_longnet("score two.jsonl", *reading))[-1]
         keys = ("model_sha256", "tokenizer_sha256", "pattern")
         origins = [tuple(line[key] for key in keys) for line in lines]
         assert origins == [tuple(total.get(key) for key in keys)] * 2
@@ -137,7 +135,7 @@ def test_a_name_of_a_file_is_a_text_and_said_to_be_one(
     model: Path, run_longnet: RunLongnet, tmp_path: Path
 ) -> None:
     (tmp_path / "prompt.txt").write_text(PROMPT)
-    done = run_longnet("generate", "prompt.txt", "--model", model, "-n", "1")
+    done = run_longnet("generate prompt.txt --model", model, "-n", "1")
     assert done.returncode == 0
     assert "longnet: note: prompt.txt is continued as text; --input reads the file" in done.stderr
 
@@ -186,7 +184,7 @@ def test_a_message_goes_into_the_template(
             assert [
                 step.id for step in generate(f"{model}/", said, chat=True, max_tokens=5)
             ] == row["tokens"]
-    (row,) = rows(run_longnet("generate", "Hi", "--model", model, "-n", "5", "--format", "jsonl"))
+    (row,) = rows(run_longnet("generate Hi --model", model, "-n", "5", "--format", "jsonl"))
     loaded = load_model(f"{model}/")
     steps = [*generate(loaded, "Hi", max_tokens=5)]
     assert [step.id for step in steps] == row["tokens"]
@@ -275,7 +273,7 @@ def test_the_ids_at_which_a_model_ends(tmp_path: Path) -> None:
 def test_a_dry_run_counts_the_prompts_and_generates_nothing(model: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(PROMPT * 9)
     done = invoke(
-        "generate", "--dry-run", "-n", 7, "-i", tmp_path / "a.txt", "-m", f"{model}/", "--chunk", 32
+        "generate --dry-run -n 7 -i", tmp_path / "a.txt", "-m", f"{model}/", "--chunk", 32
     )
     assert done.exit_code == 0, done.output
     assert re.search(r"documents +1  the longest has 135 tokens\n", done.stdout)

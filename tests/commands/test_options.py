@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from builders import SIZES
 from conftest import RunLongnet
 from places import ROOT
-from processes import invoke, refused
 from typer.testing import CliRunner
 
 from longnet_cli.attention import Pattern
@@ -26,7 +24,6 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.app import app
 from longnet_cli.cli.command import Command, Excludes, Needs, check_pairs, takes_options
 from longnet_cli.cli.options import INPUT, Mesh, bare_or, inputs_argument, parse_device, quiet_flag
-from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.output_paths import OUTPUT_SUFFIXES
 from longnet_cli.jobs.plotting.drawing import PICTURES
 from longnet_cli.jobs.training.recipe import load_recipe
@@ -34,14 +31,7 @@ from longnet_cli.nets.config import parse_config
 from longnet_cli.nets.weights import load_config
 
 COMMANDS = [
-    "tokenize",
-    "convert",
-    "train",
-    "plot",
-    "score",
-    "encode",
-    "generate",
-    "bench",
+    *["tokenize", "convert", "train", "plot", "score", "encode", "generate", "bench"],
     "data inspect",
 ]
 
@@ -143,18 +133,14 @@ def test_the_short_help_is_asked_for_outside_of_values(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_default_is_shown_once_however_often_help_is_asked_for(name: str) -> None:
+    wide = {"COLUMNS": "300", "NO_COLOR": "1"}
     for _ in range(2):
-        output = (
-            CliRunner()
-            .invoke(app, [*name.split(), "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"})
-            .output
-        )
-        assert max(line.count("(default: ") for line in output.splitlines()) <= 1
+        lines = CliRunner().invoke(app, [*name.split(), "--help"], env=wide).output.splitlines()
+        assert max(line.count("(default: ") for line in lines) <= 1
         for shared, default in (("--device", "auto"), ("--model", "longnet-tiny")):
-            row = next(
-                (line for line in output.splitlines() if re.search(rf"│ {shared} ", line)), None
-            )
-            assert row is None or f"(default: {default})" in row or name == "bench"
+            for row in lines:
+                if re.search(rf"│ {shared} ", row):
+                    assert f"(default: {default})" in row or name == "bench"
 
 
 def test_an_option_of_several_commands_takes_the_same_values() -> None:
@@ -162,7 +148,7 @@ def test_an_option_of_several_commands_takes_the_same_values() -> None:
     for name in COMMANDS:
         for each in command_of(name).params:
             metavars.setdefault(each.opts[0], set()).add(str(each.metavar).strip("[]"))
-    for name in (
+    for name in [
         "--eos",
         "--column",
         "--tokenizer",
@@ -171,7 +157,7 @@ def test_an_option_of_several_commands_takes_the_same_values() -> None:
         "--nproc",
         "--chunk",
         "--pattern",
-    ):
+    ]:
         assert len(metavars[name]) == 1, name
     assert metavars["--dtype"] == {"auto|fp32|bf16|fp16", "auto|fp32|bf16"}  # training has no fp16
 
@@ -199,21 +185,17 @@ class Small:
 
 
 def test_a_pair_of_options_is_refused_also_across_groups() -> None:
-    needs, excludes = (
+    pairs = [
         Needs("--quiet", "--end|--sp", "hides it", "--end"),
         Excludes("-q", "--dp", "is for one process"),
-    )
-    for given_ in (
-        {},
-        {"end": "x"},
-        {"quiet": True, "end": "x"},
-        {"quiet": True, "mesh": Mesh(sp=1, dp=1)},
-    ):
-        check_pairs([needs, excludes], Small(inputs=["a"], **given_))
+    ]
+    both = {"quiet": True, "mesh": Mesh(sp=1, dp=1)}
+    for options in ({}, {"end": "x"}, {"quiet": True, "end": "x"}, both):
+        check_pairs(pairs, Small(inputs=["a"], **options))
     with pytest.raises(ConfigError, match=r"^--quiet hides it: give --end$"):
-        check_pairs([needs, excludes], Small(inputs=["a"], quiet=True))
+        check_pairs(pairs, Small(inputs=["a"], quiet=True))
     with pytest.raises(ConfigError, match=r"^-q is for one process: leave out --dp$"):
-        check_pairs([needs, excludes], Small(inputs=["a"], quiet=True, end="x", mesh=Mesh(dp=2)))
+        check_pairs(pairs, Small(inputs=["a"], quiet=True, end="x", mesh=Mesh(dp=2)))
 
 
 def test_the_value_of_an_option_may_be_left_out() -> None:
@@ -274,7 +256,7 @@ ALONE = [
 ]
 
 
-def test_what_options_alone_decide_is_refused_before_torch_is_loaded(tmp_path, command_env):
+def test_what_options_alone_decide_is_refused_before_torch_is_loaded(tmp_path, run_python):
     (tmp_path / "text.txt").write_text("text")
     for name, pattern in (
         ("state", "window:1Ki"),
@@ -292,41 +274,14 @@ for words in json.loads(sys.argv[1]):
     except SystemExit as stop:
         print(stop.code, "torch" in sys.modules)
 """
-    command = [sys.executable, "-c", script, json.dumps([words for words, _ in ALONE])]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False
-    )
+    done = run_python("-c", script, json.dumps([words for words, _ in ALONE]))
     assert done.stdout.splitlines() == ["2 False"] * len(ALONE)
     for line, (_, said) in zip(done.stderr.splitlines(), ALONE, strict=True):
         assert line.startswith(f"longnet: error: {said}")
 
 
-SHAPE = {
-    "vocab_size": 257,
-    "dim": 16,
-    "num_layers": 2,
-    "num_heads": 2,
-    "ffn_dim": 32,
-    "position": "rope",
-}
+SHAPE = {**SIZES, "position": "rope"}
 STAGES = {"train.stages": [{"seq_len": 64, "steps": 1}]}
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text("Call me Ishmael. Some years ago, never mind how long precisely")
-    return file
-
-
-def test_a_folder_of_vectors_is_resumed_with_its_pattern(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
-    command = ["encode", text, "--model", model, "-o", tmp_path / "vectors"]
-    assert invoke(*command, "--pattern", "16/1").exit_code == 0
-    assert read_manifest(tmp_path / "vectors").settings["pattern"] == "16/1"
-    assert invoke(*command, "--pattern", "16/1", "--resume").exit_code == 0
-    assert "pattern was '16/1' and is now '8/1,32/2'" in str(refused(*command, "--resume"))
 
 
 def test_recipes_say_patterns_too() -> None:

@@ -524,7 +524,7 @@ def test_the_commands_of_a_cluster(
     )
     assert "train longnet-125m -o run --data DATA --tokenizer TOKENIZER --set" in training
     assert "links tokens at most 32,768 apart, and sequences have 65,536" in training
-    reading = (
+    reading = [
         "plan",
         "--model",
         "longnet-tiny",
@@ -533,7 +533,7 @@ def test_the_commands_of_a_cluster(
         "--pattern",
         "geometric:4Mi",
         "--on",
-    )
+    ]
     plans = [run(*reading, f"h100x{n}") for n in (1, 2, 16)]
     one, two, _ = (float(re.search(r"matrix products +([\d.]+) ms", plan)[1]) for plan in plans)
     assert one == pytest.approx(2 * two, rel=0.01)

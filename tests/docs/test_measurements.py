@@ -110,12 +110,8 @@ def test_losses_by_recall_are_sums_over_tokens(
     (tmp_path / "b.txt").write_text("xyxyxyxyxyxy")
     monkeypatch.chdir(tmp_path)
     for context in ("4", "8"):
-        invoke(
-            "score", "a.txt", "b.txt", "--context", context, "--token-logprobs", f"{context}.arrow"
-        )
-    total = json.loads(
-        invoke("score", "a.txt", "b.txt", "--context", "4,8", "--format", "json").stdout
-    )["totals"]
+        invoke("score a.txt b.txt --context", context, "--token-logprobs", f"{context}.arrow")
+    total = json.loads(invoke("score a.txt b.txt --context 4,8 --format json").stdout)["totals"]
     lines = [line.strip("| ").split(" | ") for line in by_recall.table(["4.arrow", "8.arrow"])][2:]
     tokens = np.array([int(line[1]) for line in lines])
     assert lines[0][0] == "new"

@@ -10,8 +10,6 @@ import gzip
 import io
 import json
 import re
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -37,7 +35,7 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.passages import Passage, PassageIndex
 from longnet_cli.data.token_documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.asking import BRIEFLY, SYSTEM, Answer, answer, prompt
+from longnet_cli.jobs.asking import BRIEFLY, SYSTEM, answer, prompt
 from longnet_cli.jobs.encoding import TextPlaces
 from longnet_cli.models.folder import Loaded
 
@@ -98,12 +96,6 @@ def test_texts_come_as_tables_and_as_files(llama: Path, tmp_path: Path) -> None:
             ask(wrong, QUESTION, model=f"{llama}/")
 
 
-def test_nothing_is_made_up_and_nothing_is_read_without_a_passage(llama: Path) -> None:
-    assert ask(TEXTS, "xyzzy", model=f"{llama}/") == Answer(
-        "xyzzy", None, [], f"{llama}/", 0, 0, None
-    )
-
-
 def rounds(text: str, folder: Path, *, chats: bool) -> Loaded:
     """A model that says a text of different characters over and over, after a colon."""
     net = tiny_net(vocab_size=257, position="none", dim=512, tie_embeddings=False, num_layers=1)
@@ -142,11 +134,10 @@ def test_an_answer_ends_where_it_repeats_itself_or_asks(
     assert made.n_tokens <= 2 * len(text) or reason == "length"
 
 
-def test_without_a_model_the_passages_are_the_answer() -> None:
+def test_without_a_model_or_a_passage_nothing_is_said(llama: Path) -> None:
     made = ask(TEXTS, QUESTION, passages=2)
-    assert [each.doc_id for each in made.sources] == ["0", "2"]
-    assert made[3:] == (None, 0, 0, None)
-    assert made.answer is None
+    assert ([each.doc_id for each in made.sources], made[3:]) == (["0", "2"], (None, 0, 0, None))
+    assert ask(TEXTS, "xyzzy", model=f"{llama}/")[1:] == (None, [], f"{llama}/", 0, 0, None)
 
 
 def test_the_message_of_the_prompt_is_as_asked(llama: Path) -> None:
@@ -206,63 +197,48 @@ def model(tmp_path: Path) -> Path:
 def test_an_answer_goes_to_stdout_and_its_sources_to_stderr(
     model: Path, run_longnet: RunLongnet
 ) -> None:
-    words = ["ask", "texts", ODD_QUESTION, "-m", model, "-n", "9"]
-    done = run_longnet(*words, "--passages", "1")
-    assert done.returncode == 0, done.stderr
+    words = [ODD_QUESTION, "-m", model, "-n", "9"]
+    done = run_longnet("ask --passages 1 texts", *words, code=0)
     begin, end, shown = re.findall(
         r"source 1: a.txt, characters ([\d,]+) to ([\d,]+): (.+) \.\.\.\n", done.stderr
     )[0]
     passage = TEXT[int(begin.replace(",", "")) : int(end.replace(",", ""))]
     assert "key is 4821" in passage
     assert passage.startswith(shown)
-    row = json.loads(run_longnet(*words, "--passages", "1", "--format", "json").stdout)
+    row = json.loads(run_longnet("ask --passages 1 --format json texts", *words).stdout)
     assert done.stdout.strip() == row.pop("answer")
     assert re.findall("note: .* parameters: .* of 40 questions .* read the sources", done.stderr)
     assert row.pop("n_prompt") > len(passage)
     assert row.pop("sources")[0].items() >= {"doc_id": "a.txt", "text": passage}.items()
-    assert row == {
-        "question": ODD_QUESTION,
-        "model": str(model),
-        "n_tokens": 9,
-        "finish_reason": "length",
-    }
-    for text in (
-        f"A shed. {TEXT}",
-        TEXT,
-    ):  # what comes from a pipe is never taken for what is known
-        piped = run_longnet(
-            *words[:1], "-", *words[2:], "--index", "i.sqlite", "--format", "json", input=text
-        )
-        assert all(
-            text[each["char_start"] :].startswith(each["text"])
-            for each in json.loads(piped.stdout)["sources"]
-        )
-    quiet = run_longnet(*words[:1], "-", *words[2:], "-q", "--passages", "1", input=TEXT)
+    expected = {"question": ODD_QUESTION, "n_tokens": 9, "finish_reason": "length"}
+    assert row == expected | {"model": str(model)}
+    for text in (f"A shed. {TEXT}", TEXT):  # a pipe is never taken for what is known
+        piped = run_longnet("ask --index i.sqlite --format json -", *words, input=text)
+        for source in json.loads(piped.stdout)["sources"]:
+            assert text[source["char_start"] :].startswith(source["text"])
+    quiet = run_longnet("ask -q --passages 1 -", *words, input=TEXT)
     assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
-    drawn = run_longnet(*words, "--temperature", "9", "--format", "text")
+    drawn = run_longnet("ask --temperature 9 texts", *words)
     assert ": b.md, characters 0 to 125: Another shed." in drawn.stderr
     (seed,) = re.findall(r"\(\w+, seed (\d+)\)", drawn.stderr)
-    assert run_longnet(*words, "--temperature", "9", "--seed", seed).stdout == drawn.stdout
+    again = run_longnet("ask --temperature 9 --seed", seed, "texts", *words)
+    assert again.stdout == drawn.stdout
 
 
 def test_several_questions_have_a_line_each_and_one_without_a_passage_has_no_answer(
     model: Path, run_longnet: RunLongnet, tmp_path: Path
 ) -> None:
-    write_lines(
-        tmp_path / "q.jsonl",
-        [{"question": ODD_QUESTION}, {"question": "xyzzy?"}, {"question": "When is the end?"}],
-    )
-    words = ["texts", "--index", "i.sqlite", "-m", model, "-n", "3", "-q"]
-    done = run_longnet("ask", *words, "--questions", "q.jsonl")
+    questions = [ODD_QUESTION, "xyzzy?", "When is the end?"]
+    write_lines(tmp_path / "q.jsonl", [{"question": question} for question in questions])
+    words = ["ask --index i.sqlite -n 3 -q -m", model, "texts"]
+    done = run_longnet(*words, "--questions", "q.jsonl", code=1)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["question"] for row in rows] == [ODD_QUESTION, "xyzzy?", "When is the end?"]
+    assert [row["question"] for row in rows] == questions
     assert (rows[1]["answer"], rows[1]["sources"]) == (None, [])
     assert "near" in rows[2]["sources"][0]["text"]
-    assert done.returncode == 1
     assert done.stderr.startswith("longnet: error: no passage has a word of 1 of 3 questions")
-    one = run_longnet("ask", words[0], "xyzzy?", *words[1:])
-    assert (one.returncode, one.stdout) == (1, "")
-    again = run_longnet("ask", words[0], ODD_QUESTION, *words[1:], "--format", "json")
+    assert run_longnet(*words, "xyzzy?", code=1).stdout == ""
+    again = run_longnet(*words, ODD_QUESTION, "--format", "json")
     assert {"id": "q.jsonl:0"} | json.loads(again.stdout) == rows[0]
 
 
@@ -277,29 +253,20 @@ def test_without_a_model_the_passages_are_printed(model: Path, run_longnet: RunL
     assert row.keys() == json.loads(with_a_model.stdout).keys()
     assert row["sources"][0]["text"] == passage
     assert [row[name] for name in ("answer", "model", "finish_reason")] == [None] * 3
-    nothing = run_longnet("ask", "texts", "xyzzy", code=1)
+    nothing = run_longnet("ask texts xyzzy", code=1)
     assert nothing.stdout == ""
     for option in ("--max-tokens 9", "--temperature 1", "--stop x", "--chunk 9", "--system x"):
         refused = run_longnet(*words, *option.split(), code=2)
         assert f"{option.split()[0]} is for a model's answer: give --model" in refused.stderr
 
 
-def test_passages_need_no_torch(model: Path, command_env: dict[str, str]) -> None:
+def test_passages_need_no_torch(model: Path, run_python: RunLongnet) -> None:
     program = (
         "import sys; from longnet_cli.cli.app import app; "
         "app(['ask', 'texts', 'shed', '-q', '--index', 'i.sqlite'], standalone_mode=False); "
         "sys.exit('torch' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=model.parent,
-        env=command_env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "shed" in done.stdout
+    assert "shed" in run_python("-c", program, cwd=model.parent).stdout
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -307,17 +274,11 @@ def test_each_row_of_questions_is_one_and_carries_its_id(
     model: Path, run_longnet: RunLongnet, tmp_path: Path, kind: str
 ) -> None:
     """Neighbours of one name too: a set of questions about documents may be named by these."""
-    rows = [{"id": name, "question": f"{word} shed?"} for name, word in (("s", "a"), ("s", "b"))]
-    if kind == "jsonl":
-        write_lines(tmp_path / "q.jsonl", rows)
-    else:
-        write_rows(tmp_path / "q.parquet", rows)
-    done = run_longnet("ask", "texts", "--questions", f"q.{kind}", "-m", model, "-n", "1", code=0)
+    rows = [{"id": "s", "question": f"{word} shed?"} for word in "ab"]
+    write_rows(tmp_path / f"q.{kind}", rows)
+    done = run_longnet("ask texts -n 1 --questions", f"q.{kind}", "-m", model, code=0)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["id"], row["question"]) for row in answers] == [("s", "a shed?"), ("s", "b shed?")]
-    write_lines(tmp_path / "q.jsonl", [{"question": "Which shed?"}])
-    done = run_longnet("ask", "texts", "--questions", "q.jsonl", "-m", model, "-n", "1", code=0)
-    assert json.loads(done.stdout)["id"] == "q.jsonl:0"
 
 
 def test_what_cannot_be_read_is_left_out_as_asked(
@@ -339,7 +300,7 @@ def test_an_index_replaces_no_file_that_is_read(
 ) -> None:
     for name in ("texts/a.txt", "texts/empty.txt"):
         (tmp_path / "texts/empty.txt").write_text("")
-        done = run_longnet("ask", "texts", "What?", "--index", name, "-m", model, code=2)
+        done = run_longnet("ask texts What? --index", name, "-m", model, code=2)
         assert f"--index {name} is {name}, which this command reads" in done.stderr
         assert (tmp_path / "texts/a.txt").read_text() == TEXT
 
@@ -370,6 +331,9 @@ def test_a_text_that_the_tokenizer_changes_has_no_places() -> None:
     assert TextPlaces(Document("a", words.encode("abc"), words, "a")).of(0, 1) == (None, None)
 
 
+TOLD = ["red fox", "blue whale", "green frog"]
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ("texts", "vectors", "options"),
@@ -385,33 +349,22 @@ def test_nearest_answers_a_query(
     options: list[str],
     tmp_path: Path,
     run_longnet: RunLongnet,
-    command_env: dict[str, str],
+    run_python: RunLongnet,
     python: Path,
 ) -> None:
-    rows = [
-        {"id": str(i), "text": text}
-        for i, text in enumerate(("red fox", "blue whale", "green frog"))
-    ]
+    rows = [{"id": str(i), "text": text} for i, text in enumerate(TOLD)]
     write_rows(tmp_path / "texts.parquet", rows)
     (tmp_path / "texts").mkdir()
     for row in rows:
         (tmp_path / "texts" / row["id"]).write_text(row["text"])
-    command = [python, ROOT / "examples/nearest.py", vectors[0], "--query", "blue whale", *options]
-
-    def ask() -> subprocess.CompletedProcess:
-        return subprocess.run(
-            command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False
-        )
-
-    missing = ask()
-    assert (missing.returncode, missing.stderr) == (1, f"{vectors[0]}: No such file or directory\n")
-    assert run_longnet("encode", *texts, "-o", *vectors).returncode == 0
-    done = ask()
-    assert done.returncode == 0, done.stderr
+    query = [ROOT / "examples/nearest.py", vectors[0], "--query", "blue whale"]
+    missing = run_python(*query, *options, python=python, code=1)
+    assert missing.stderr == f"{vectors[0]}: No such file or directory\n"
+    run_longnet("encode", *texts, "-o", *vectors, code=0)
+    done = run_python(*query, *options, python=python)
     assert "cosines of vectors without their mean" in done.stderr
     assert done.stdout.splitlines()[:2] == ["1.000  1, tokens 0 to 6", "       blue whale"]
-    command[5:] = []
-    assert all(map(str.strip, ask().stdout.splitlines()))
+    assert all(map(str.strip, run_python(*query, python=python).stdout.splitlines()))
 
 
 @pytest.fixture
@@ -433,7 +386,7 @@ def test_vectors_and_words_are_joined_by_their_ranks(
     encoded: Path, written: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(encoded)
-    invoke("encode", "texts", "-m", "./minilm", "--span", "passage", "-o", written, "-q", code=0)
+    invoke("encode texts -m ./minilm --span passage -o", written, "-q", code=0)
     question, inputs = "word3 of b", Inputs(["texts"])
     files = sorted(Path(written).glob("*.arrow")) or [Path(written)]
     kind = "parquet" if written == "v.parquet" else "ipc"
@@ -462,32 +415,28 @@ def test_vectors_and_words_are_joined_by_their_ranks(
     places = [(each.doc_id, each.char_start) for each in found]
     assert places == sorted(places)
     row = json.loads(
-        invoke("ask", "texts", question, "--vectors", written, "--format", "json", "-q").stdout
+        invoke("ask texts", question, "--vectors", written, "--format", "json", "-q").stdout
     )
     assert len(row["sources"]) == 3
     assert ask(inputs, "zzz", vectors=written).sources  # no word of it is there
-    with pytest.raises(ConfigError, match="the passages must be 1 or more, not 0"):
-        ask(inputs, question, vectors=written, passages=0)
 
 
 def test_vectors_of_other_texts_are_refused(encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(encoded)
     for span in ("passage", "7"):
-        invoke("encode", "texts", "-m", "./minilm", "--span", span, "-o", f"{span}.arrow", code=0)
-    error = refused("ask", "texts", "word3", "--vectors", "7.arrow")
+        invoke("encode texts -m ./minilm --span", span, "-o", f"{span}.arrow", code=0)
+    error = refused("ask texts word3 --vectors 7.arrow")
     assert re.search(
         r"7.arrow: the vector of a.txt, characters 0 to \d+, is of no passage", str(error)
     )
-    assert "no vectors of passages" in str(
-        refused("ask", "texts", "word3", "--vectors", "texts/a.txt")
-    )
+    assert "no vectors of passages" in str(refused("ask texts word3 --vectors texts/a.txt"))
     text = Path("texts/a.txt").read_text()
     Path("texts/a.txt").write_text(f"{'A new beginning. ' * 15}\n\n{text}")
-    error = refused("ask", "texts", "word3", "--vectors", "passage.arrow")
+    error = refused("ask texts word3 --vectors passage.arrow")
     assert "is of no passage of these texts" in str(error)
     Path("texts/a.txt").write_text(text)
     Path("texts/c.txt").write_text("word3")
-    error = refused("ask", "texts", "word3", "--vectors", "passage.arrow")
+    error = refused("ask texts word3 --vectors passage.arrow")
     assert "passage.arrow: it has no vector of c.txt" in str(error)
 
 
@@ -523,14 +472,10 @@ def write_archives(folder: Path) -> list[Path]:
 
 
 @pytest.mark.ci
-def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], python: Path) -> None:
+def test_retrieval_is_measured(tmp_path: Path, run_python: RunLongnet, python: Path) -> None:
 
     def run(*args: str | Path, code: int = 0) -> tuple[list[dict], str]:
-        command = [python, ROOT / "examples/retrieval.py", *args]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=command_env, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == code, done.stderr
+        done = run_python(ROOT / "examples/retrieval.py", *args, python=python, code=code)
         return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
     archives = write_archives(tmp_path / "archives")
@@ -558,7 +503,7 @@ def test_retrieval_is_measured(tmp_path: Path, command_env: dict[str, str], pyth
     )
     assert all(row["recall_1"] < 1 for row in found if row["read"] == 32 and row["task"] == "py-S")
     tiny_model(tmp_path / "model")
-    command = ("vectors", "bench", "--model", "./model", "--tasks", "man,pydoc", "--read")
+    command = ["vectors", "bench", "--model", "./model", "--tasks", "man,pydoc", "--read"]
     found, _ = run(*command, "16")
     assert run(*command, "16,48")[0] == found + run(*command, "48", "--", "--chunk", "64")[0]
     assert [(row["task"], row["centred"], row["n"]) for row in found] == [

@@ -24,10 +24,8 @@ TABLE = pa.table({"id": [7, 8, 9, 10, 11], "text": TEXTS, "lang": ["a", None, "c
 def test_batches_have_the_rows_of_the_commands(run_longnet: RunLongnet, tmp_path: Path) -> None:
     named = TABLE.select(["text"]).append_column("doc_id", TABLE["id"].cast(pa.string()))
     pq.write_table(named.filter(pa.compute.not_equal(named["text"], "")), tmp_path / "in.parquet")
-    assert run_longnet("encode", "in.parquet", "--span", "50", "-o", "v.parquet").returncode == 0
-    assert (
-        run_longnet("score", "in.parquet", "--context", "32,256", "-o", "g.parquet").returncode == 0
-    )
+    assert run_longnet("encode in.parquet --span 50 -o v.parquet").returncode == 0
+    assert run_longnet("score in.parquet --context 32,256 -o g.parquet").returncode == 0
     expected, gained = pq.read_table(tmp_path / "v.parquet"), pq.read_table(tmp_path / "g.parquet")
     whole = encode_batches(TABLE, span=50, keep=("lang",))
     assert isinstance(whole, pa.Table)

@@ -123,9 +123,7 @@ def test_the_command_loads_no_torch_for_a_pattern() -> None:
 
 
 def test_json_has_the_keys_of_the_contract() -> None:
-    result = invoke(
-        "pattern", "paper", "window:1Ki,sinks=4", "longnet-tiny", "--format", "json", code=0
-    )
+    result = invoke("pattern paper window:1Ki,sinks=4 longnet-tiny --format json", code=0)
     rows = json.loads(result.stdout)
     assert [row["pattern"] for row in rows[1:]] == ["1024/1,look_back=1,sinks=4", TINY]
     assert all(

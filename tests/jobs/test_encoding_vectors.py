@@ -137,9 +137,7 @@ def test_the_default_is_the_mean_scaled_to_length_one(
     run_longnet: RunLongnet, tmp_path: Path, model: Path
 ) -> None:
     run_longnet(
-        "encode",
-        "-",
-        "--model",
+        "encode - --model",
         model,
         "-o",
         tmp_path / "out.arrow",

@@ -107,7 +107,7 @@ def test_many_equal_prompts_follow_the_distribution_of_the_model(tmp_path: Path)
     model, text = tiny_model(tmp_path / "model", position="rope"), "the same prompt"
     path = write_lines(tmp_path / "x.jsonl", [{"text": text}] * 200)
     words = ["-m", model, "--temperature", 1.3, "-n", 1, "--seed", 7, "--format", "jsonl", "-q"]
-    printed = invoke("generate", "-i", path, *words).stdout
+    printed = invoke("generate -i", path, *words).stdout
     net = LongNet.from_pretrained(model)
     shares = (
         (net.logits(net(torch.tensor([[256, *text.encode()]])))[0, -1].double() / 1.3)
@@ -122,7 +122,7 @@ def test_many_equal_prompts_follow_the_distribution_of_the_model(tmp_path: Path)
     assert (
         (drawn - expected) ** 2 / expected
     ).sum() < 27.9  # of 9 degrees of freedom: one in a thousand is above
-    assert invoke("generate", "-i", path, *words).stdout == printed
+    assert invoke("generate -i", path, *words).stdout == printed
 
 
 def test_it_ends_at_an_id_at_a_text_and_at_the_last_position() -> None:

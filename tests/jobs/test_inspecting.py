@@ -85,7 +85,7 @@ def test_vectors_are_read_where_there_is_nothing_else(tmp_path):
         {1: 1, 2: 1},
         1.5,
     )
-    shown = invoke("data", "inspect", path).stdout
+    shown = invoke("data inspect", path).stdout
     assert "vectors      3 of 2 numbers\n" in shown
     assert "token types  vectors (1 file)\n" in shown
     path = write_file(tmp_path / "a.arrow", pa.table(columns | {"text": ["one", "two", "three"]}))
@@ -170,24 +170,23 @@ def test_problems_without_end_are_counted_but_not_all_kept(tmp_path, monkeypatch
 
 def test_the_command_in_text_and_json(run_longnet: RunLongnet, tmp_path: Path) -> None:
     write(tmp_path / "a.arrow", [[1, 2], [3] * 5], eos_id="256")
-    text = run_longnet("data", "inspect", "a.arrow")
+    text = run_longnet("data inspect a.arrow")
     assert (text.returncode, text.stderr) == (0, "")
     assert "documents    2\ntokens       7\nbytes        -\n" in text.stdout
     assert "length       min 2, mean 3.5, median 3.5, max 5\nids          1 .. 3\n" in text.stdout
     assert "\nlongnet.eos_id 256 (1 file)\n" in text.stdout
     assert text.stdout.endswith("\nno problems found\n")
-    read = run_longnet("data", "inspect", "-", input="hello").stdout
+    read = run_longnet("data inspect -", input="hello").stdout
     assert "\ntokens       5 (bytes)\n" in read
     assert f"\n{'bytes':>27} {'documents':>12}\n" in read
     write_text(tmp_path / "t.txt", "hello")
     assert (
-        "\ntokens       12 (5 of them bytes)\n"
-        in run_longnet("data", "inspect", "a.arrow", "t.txt").stdout
+        "\ntokens       12 (5 of them bytes)\n" in run_longnet("data inspect a.arrow t.txt").stdout
     )
-    own = run_longnet("data", "inspect", "t.txt", "--tokenizer", "longnet-tiny").stdout
+    own = run_longnet("data inspect t.txt --tokenizer longnet-tiny").stdout
     assert "bytes)" not in own
     assert f"\n{'tokens':>27} {'documents':>12}\n" in own
-    value = run_longnet("data", "inspect", "-", "--format", "json", input="hello", code=0)
+    value = run_longnet("data inspect - --format json", input="hello", code=0)
     assert (
         json.loads(value.stdout)
         == inspect(Inputs([write_text(tmp_path / "b.txt", "hello")])).as_dict()
@@ -204,9 +203,7 @@ def test_problems_are_exit_code_3_after_everything_is_printed(
 ) -> None:
     write(tmp_path / "a.arrow", [[1, 2], [3, 300]])
     for format in ("text", "json"):
-        done = run_longnet(
-            "data", "inspect", "missing", "a.arrow", "--tokenizer", "bytes", "--format", format
-        )
+        done = run_longnet("data inspect missing a.arrow --tokenizer bytes --format", format)
         assert done.returncode == 3
         assert (
             done.stderr

@@ -106,7 +106,7 @@ def test_the_command(run_longnet, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write_run(tmp_path / "run")
     for _ in range(2):
-        done = run_longnet("plot", "run")
+        done = run_longnet("plot run")
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "-> curves.png\n")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -116,7 +116,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, run_long
     (tmp_path / "hidden/matplotlib").mkdir(parents=True)
     (tmp_path / "hidden/matplotlib/__init__.py").write_text("raise ImportError('hidden')")
     path = os.pathsep.join([str(tmp_path / "hidden"), str(ROOT)])
-    done = run_longnet("plot", "run", "-o", "curves.png", env={"PYTHONPATH": path}, fresh=True)
+    done = run_longnet("plot run -o curves.png", env={"PYTHONPATH": path}, fresh=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert "pip install '.[plot]'" in done.stderr
     assert not (tmp_path / "curves.png").exists()
@@ -310,7 +310,7 @@ def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
     ]
     rows = run_longnet("bench", *options).stdout
     assert all(row["machine"] and row["date"] for row in map(json.loads, rows.splitlines()))
-    done = run_longnet("plot", "-", "--show", "peak_rss_bytes,seconds", "-o", "a.svg", input=rows)
+    done = run_longnet("plot - --show peak_rss_bytes,seconds -o a.svg", input=rows)
     assert (done.returncode, done.stderr) == (0, "-> a.svg\n")
     said = comments(tmp_path / "a.svg")
     assert said.index("peak memory") < said.index("time, seconds") < len(said)
@@ -330,7 +330,7 @@ def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
     ]
     scores = run_longnet(*command)
     (tmp_path / "scores.json").write_text(scores.stdout)
-    done = run_longnet("plot", "scores.json", "-o", "b.svg")
+    done = run_longnet("plot scores.json -o b.svg")
     assert (done.returncode, done.stderr) == (0, "-> b.svg\n")
     assert {"context 8", "context 32", "perplexity"} <= {*comments(tmp_path / "b.svg")}
 
@@ -339,5 +339,5 @@ def test_the_picture_is_not_one_of_the_files(run_longnet, tmp_path: Path) -> Non
     file = write(tmp_path / "a.png", bench_row("dilated", 64, 1.0))
     before = file.read_bytes()
     os.link(file, tmp_path / "b.png")
-    done = run_longnet("plot", "a.png", "-o", "b.png")
+    done = run_longnet("plot a.png -o b.png")
     assert (done.returncode, len(done.stderr.splitlines()), file.read_bytes()) == (2, 1, before)

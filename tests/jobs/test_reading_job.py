@@ -310,9 +310,7 @@ def test_the_command_writes_nothing_and_refuses_what_it_would(
     assert (found["documents"], found["fits"], found["sampled"]) == (4, True, None)
     assert found["peak_bytes"] == sum(found["memory_bytes"].values())
     assert found["seconds"] > 0
-    table = run_longnet(
-        "score", "@list", "--context", "16,64", "-o", "gains.parquet", "--dry-run", "--sample", "2"
-    )
+    table = run_longnet("score @list --context 16,64 -o gains.parquet --dry-run --sample 2")
     assert (table.returncode, table.stderr) == (0, "")
     assert "estimated from 2 texts" in table.stdout
     assert {path.name for path in tmp_path.iterdir()} == before
@@ -322,8 +320,8 @@ def test_the_command_writes_nothing_and_refuses_what_it_would(
     ]
     assert read[1] < read[0]
 
-    run_longnet("encode", "0.txt", "1.txt", "-o", "vectors", "--shard-rows", "1", code=0)
-    refused = run_longnet("encode", "@list", "-o", "vectors", "--dry-run", code=2)
+    run_longnet("encode 0.txt 1.txt -o vectors --shard-rows 1", code=0)
+    refused = run_longnet("encode @list -o vectors --dry-run", code=2)
     assert "vectors holds a finished data set" in refused.stderr
     rest = stated("encode", "@list", "-o", "vectors", "--resume")
     assert (rest["documents"], 0 < rest["tokens"] < found["tokens"]) == (2, True)

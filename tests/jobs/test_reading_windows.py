@@ -236,9 +236,7 @@ def test_the_same_from_everywhere(
     assert pa.Table.from_batches(plain).drop(["embedding"]) == batches.drop(["embedding"])
     tokens = run_longnet("tokenize", path, "--tokenizer", mean_model, "-o", "-", text=False).stdout
     run_longnet(
-        "encode",
-        "-",
-        "--model",
+        "encode - --model",
         mean_model,
         "--span",
         "40",

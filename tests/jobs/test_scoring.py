@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import MadeInputs, Scored, make_document, scores, tiny_net
+from builders import MadeInputs, make_document, scores, tiny_net
 from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
@@ -28,7 +28,7 @@ from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.token_documents import Document
 from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, Output, run
-from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, ByPosition, Clusters, Score, Total
+from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, ByPosition, Score, Total
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.jobs.scoring.token_logprobs import logprob_schema, write_token_logprobs
 from longnet_cli.nets.longnet import LongNet
@@ -47,70 +47,18 @@ def model() -> LongNet:
     return net
 
 
-def only(scores: list[Scored]) -> Score:
-    assert len(scores) == 1
-    return scores[0].score
-
-
-@pytest.mark.parametrize("context", [None, 64])
-def test_company_and_order_do_not_matter(model: LongNet, context: int | None) -> None:
-    """Ragged documents over several forwards, one of them longer than a batch, an empty one in between."""
-    lengths = [5, 300, 0, CHUNK + 100, 1, 77, 64, 3000, 3000, 2]
-    documents = [make_document(length, str(index)) for index, length in enumerate(lengths)]
-    seen: list[int] = []
-    together = list(
-        scores(
-            model,
-            documents,
-            bos=BOS,
-            context=context,
-            chunk=CHUNK,
-            events=Events(progress=seen.append),
-        )
-    )
-    assert [row.doc_id for row in together] == [document.doc_id for document in documents]
-    assert [row.score.n_tokens for row in together] == lengths
-    assert sum(seen) == sum(lengths)
-    for document, row in zip(documents, together, strict=True):
-        if len(document.tokens) and len(document.tokens) < 1000:
-            alone = only(list(scores(model, [document], bos=BOS, context=context)))
-            assert row.score.nll_sum == pytest.approx(alone.nll_sum, rel=1e-6)
-    total = sum((row.score for row in together), Score(0.0, 0, 0))
-    assert total.n_tokens == total.n_bytes == sum(lengths)
-    assert total.nll_sum == pytest.approx(sum(row.score.nll_sum for row in together))
-
-
-def test_token_logprobs_are_written_in_order_and_add_up(model: LongNet, tmp_path: Path) -> None:
-    documents = [make_document(length, str(length)) for length in (300, 0, 5)]
-    with write_token_logprobs(tmp_path / "tokens.parquet") as take:
-        rows = list(scores(model, documents, bos=BOS, chunk=128, events=Events(logprobs=take)))
-    table = pq.read_table(tmp_path / "tokens.parquet")
-    assert table.schema.equals(logprob_schema())
-    keys = ["doc_id", "part", "start"]
-    assert [tuple(row.values()) for row in table.select(keys).to_pylist()] == [
-        *(("300", part, 128 * part) for part in range(3)),
-        ("5", 0, 0),
-    ]
-    ids, logprobs = table["input_ids"].to_pylist(), table["logprobs"].to_pylist()
-    assert [i for row in ids for i in row] == [
-        *documents[0].tokens.tolist(),
-        *documents[2].tokens.tolist(),
-    ]
-    assert -sum(sum(row) for row in logprobs[:3]) == pytest.approx(rows[0].score.nll_sum, rel=1e-5)
-    assert {*table["char_start"].to_pylist(), *table["char_end"].to_pylist()} == {
-        None
-    }  # ids are of no text
-
-
 @pytest.mark.parametrize(
     ("chunk", "bos", "context"), [(1, BOS, None), (7, None, None), (64, None, 99), (129, BOS, 99)]
 )
 def test_log_probabilities_are_those_of_the_logits(
     tmp_path: Path, chunk: int, bos: int | None, context: int | None
 ) -> None:
-    """Of each token and of the likeliest ones, beside which are the same ids and log-probabilities as without them."""
+    """Of each token and of the likeliest ones, beside which are the same ids and log-probabilities as without them.
+
+    The rows of a document are its parts, in order; an empty one has none.
+    """
     model = tiny_net().double().eval()
-    documents = [make_document(length, str(length)) for length in (130, 3)]
+    documents = [make_document(length, str(length)) for length in (130, 0, 3)]
     for name, top in (("plain", False), ("top", True)):
         with write_token_logprobs(tmp_path / f"{name}.parquet", top=top) as take:
             list(
@@ -126,8 +74,12 @@ def test_log_probabilities_are_those_of_the_logits(
             )
     plain, table = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("plain", "top"))
     assert table.select(plain.schema.names).equals(plain)
+    assert plain.schema.equals(logprob_schema())
     assert table.schema.equals(logprob_schema(top=True))
-    for document in documents:
+    assert list(dict.fromkeys(table["doc_id"].to_pylist())) == ["130", "3"]
+    for name in ("char_start", "char_end"):  # ids are of no text
+        assert table[name].null_count == len(table)
+    for document in documents[::2]:
         first = bos is None  # which nothing predicts
         read = torch.tensor([[*([] if first else [bos]), *document.tokens[:-1].tolist()]])
         with torch.no_grad():
@@ -141,6 +93,7 @@ def test_log_probabilities_are_those_of_the_logits(
         )
         starts = np.cumsum([first, *(len(row["input_ids"]) for row in rows)])
         assert [row["start"] for row in rows] == starts[:-1].tolist()
+        assert [row["part"] for row in rows] == [*range(len(rows))]
         assert (ids.tolist(), top_ids.tolist()) == (
             document.tokens[first:].tolist(),
             logits.argmax(-1).tolist(),
@@ -164,8 +117,9 @@ def test_a_long_document_is_handed_out_at_once(model: LongNet) -> None:
 
 
 def test_an_empty_document_is_no_error_but_nothing_at_all_is(model: LongNet) -> None:
-    empty, full = make_document(0), make_document(3)
-    first, _ = scores(model, [empty, full], bos=BOS)
+    seen: list[int] = []
+    documents = [make_document(0), make_document(3)]
+    first, _ = scores(model, documents, bos=BOS, events=Events(progress=seen.append))
     assert first.score.as_dict() == {
         "nll_sum": 0.0,
         "n_tokens": 0,
@@ -173,8 +127,7 @@ def test_an_empty_document_is_no_error_but_nothing_at_all_is(model: LongNet) -> 
         "ppl": None,
         "bpb": None,
     }
-    with pytest.raises(DataError, match="no token could be scored"):
-        list(scores(model, [empty], bos=BOS))
+    assert sum(seen) == 3
     with pytest.raises(DataError, match="no token could be scored"):
         list(scores(model, [make_document(1)], bos=None))
 
@@ -191,14 +144,6 @@ def test_leaves_no_inference_mode_behind(model: LongNet) -> None:
 def test_a_model_that_cannot_score(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):  # at the call, not at the first document
         scores(tiny_net(**change), [], bos=BOS)
-
-
-def test_score_arithmetic() -> None:
-    one, other = Score(2.0, 2, 4), Score(3.0, 1, 1)
-    assert one + other == Score(5.0, 3, 5)
-    assert one + Score(1.0, 1, None) == Score(3.0, 3, None)
-    assert Score(1e6, 1, 1).ppl is None  # past a float
-    assert Score(2 * math.log(2), 2, 4).bpb == pytest.approx(0.5)
 
 
 OPTIONS, FACTS = ScoreOptions(context=(400, 16)), ModelFacts(BOS)
@@ -301,43 +246,40 @@ def test_one_context_has_no_gain(model: LongNet) -> None:
     assert table.column_names == ["doc_id", "n_tokens", "n_bytes", "nll_sum", "ppl", "bpb"]
 
 
-def test_clusters_of_many_are_those_of_each() -> None:
-    values = np.random.default_rng(0).normal(5, 1, (100, 3))
-    one, many = Clusters(3), Clusters(3)
-    for row in values:
-        one.add(row)
-    for part in np.split(values, [1, 1, 30]):
-        many.extend(part)
-    assert many.documents == 100
-    np.testing.assert_allclose(many.spread, one.spread)
-    np.testing.assert_allclose(many.spread, 99 * np.cov(values.T))
-
-
 def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> None:
+    """Columns that are kept stand behind its rows, and what is bad is left out."""
     documents = [make_document(length, str(length)) for length in (100, 0, 0, 300, 20, 500, 0, 30)]
-    bad = Document("bad", np.array([999]), 1, "bad.txt", limit=257)
-    documents[3:3] = [bad]
+    documents[3:3] = [Document("bad", np.array([999]), 1, "bad.txt", limit=257)]
+    values = [["a"], None, [], ["bad"], ["b", "c"], ["d"], [], None, ["e"]]
+    tags = pa.field("tags", pa.list_(pa.string()))
+    for document, value in zip(documents, values, strict=True):
+        document.kept = {"tags": pa.scalar(value, tags.type)}
 
-    def stopping() -> list[Document]:
+    def stopping() -> Iterator[Document]:
         yield from documents[:6]
         raise DataError("stop")
 
-    assert write(model, tmp_path / "whole", documents).skipped == 1
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert write(model, whole, documents, ("tags",)).skipped == 1
     with pytest.raises(DataError, match="stop"):
-        write(model, tmp_path / "cut", stopping())
-    assert 0 < read_manifest(tmp_path / "cut").totals["documents"] < len(documents)
-    assert write(model, tmp_path / "cut", documents, resume=True).skipped == 1
-    assert (
-        write(model, tmp_path / "cut", [], resume=True).skipped == 1
-    )  # it is finished, and its manifest says so
-    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
-    manifest = read_manifest(tmp_path / "whole")
-    assert (manifest.totals["skipped"], manifest.totals["documents"], manifest.totals["rows"]) == (
-        1,
-        8,
-        8,
-    )
+        write(model, cut, stopping(), ("tags",))
+    assert 0 < read_manifest(cut).totals["documents"] < len(documents)
+    text = copy(documents[0])
+    text.kept = {"tags": pa.scalar("a")}
+    for keep, first in ((), documents[0]), (("tags",), text):
+        with pytest.raises(ConfigError, match="keep"):
+            write(model, cut, [first, *documents[1:]], keep, resume=True)
+    for again in (documents, documents[:1]):  # then it is finished, and its manifest says so
+        assert write(model, cut, again, ("tags",), resume=True).skipped == 1
+    assert contents(whole) == contents(cut)
+    manifest = read_manifest(whole)
+    assert manifest.totals.items() >= {"skipped": 1, "documents": 8, "rows": 8}.items()
     assert not manifest.settings.keys() & {"by_position", "last"}  # what was not chosen
+    shards = [pa.ipc.open_file(path).read_all() for path in sorted(cut.glob("gains-*.arrow"))]
+    assert len(shards) > 1
+    table = pa.concat_tables(shards)
+    assert table["tags"].to_pylist() == values[:3] + values[4:]
+    assert table.schema.names == [*rows(model, documents[:1]).schema.names, "tags"]
 
 
 def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> None:
@@ -345,45 +287,7 @@ def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> 
         write(model, tmp_path / "out", [make_document(0)])
 
 
-def test_kept_columns_stand_behind_the_rows_of_a_resumed_folder_too(
-    model: LongNet, tmp_path: Path
-) -> None:
-    kept = [pa.field("tags", pa.list_(pa.string()))]
-    values: list[list[str] | None] = [["a"], None, ["b", "c"], [], ["d"]]
-    documents = [make_document(length, str(length)) for length in (100, 0, 300, 20, 200)]
-    for document, value in zip(documents, values, strict=True):
-        document.kept = {"tags": pa.scalar(value, kept[0].type)}
-    table = rows(model, documents, kept=kept)
-    job = Scorer(Reader(model), OPTIONS, FACTS)
-    job.kept_fields = kept
-    assert table.schema == job.schema
-    assert table["tags"].to_pylist() == values
-
-    def stopping() -> Iterator[Document]:
-        yield from documents[:4]
-        raise DataError("stop")
-
-    write(model, tmp_path / "whole", documents, ("tags",))
-    with pytest.raises(DataError, match="stop"):
-        write(model, tmp_path / "cut", stopping(), ("tags",))
-    text = copy(documents[0])
-    text.kept = {"tags": pa.scalar("a")}
-    for keep, first in ((), documents[0]), (("tags",), text):
-        with pytest.raises(ConfigError, match="keep"):
-            write(model, tmp_path / "cut", [first, *documents[1:]], keep, resume=True)
-    write(model, tmp_path / "cut", documents, ("tags",), resume=True)
-    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
-    shards = [
-        pa.ipc.open_file(path).read_all()
-        for path in sorted((tmp_path / "cut").glob("gains-*.arrow"))
-    ]
-    assert len(shards) > 1
-    assert pa.concat_tables(shards)["tags"].to_pylist() == values
-
-
-def test_a_kept_value_of_another_type_and_a_name_that_is_taken_are_refused(
-    model: LongNet, tmp_path: Path
-) -> None:
+def test_a_kept_value_of_another_type_is_refused(model: LongNet) -> None:
     documents = [make_document(30, "a"), make_document(40, "b")]
     for document, value in zip(documents, (1, "one"), strict=True):
         document.kept = {"year": pa.scalar(value)}
@@ -391,8 +295,6 @@ def test_a_kept_value_of_another_type_and_a_name_that_is_taken_are_refused(
         DataError, match=r"b\.txt: 'year' is string, and int64 in the first document"
     ):
         rows(model, documents, kept=[pa.field("year", pa.int64())])
-    with pytest.raises(ConfigError, match="--keep gain: the output has a column of this name"):
-        rows(model, [], kept=[pa.field("gain", pa.float64())])
 
 
 @pytest.fixture(scope="module")
@@ -599,6 +501,7 @@ def test_few_and_empty_documents(sums: np.ndarray) -> None:
     (unknown,) = total.as_dicts()
     assert (unknown["bpb"], unknown["bpb_se"]) == (None, None)
     assert unknown["ppl_se"] == 0
+    assert Score(1e6, 1, 1).ppl is None  # past a float
 
 
 def test_no_document_is_long_enough(double: LongNet) -> None:

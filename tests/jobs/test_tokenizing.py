@@ -91,9 +91,7 @@ def test_a_vocabulary_is_that_of_whole_texts_however_long(tmp_path: Path, run_lo
     ]
     for name, text in zip("ab", texts, strict=True):
         (tmp_path / f"{name}.txt").write_bytes(text.encode())
-    run_longnet(
-        "tokenize", "a.txt", "b.txt", "--train-vocab", "400", "-o", "out", timeout=60, code=0
-    )
+    run_longnet("tokenize a.txt b.txt --train-vocab 400 -o out", timeout=60, code=0)
     whole = tokenizers.Tokenizer(models.BPE())
     whole.pre_tokenizer, whole.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),

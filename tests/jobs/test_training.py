@@ -408,12 +408,12 @@ def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:
     assert (tmp_path / "run/model.safetensors").exists()
     weights = (tmp_path / "run/model.safetensors").read_bytes()
     assert json.loads((tmp_path / "run/recipe.json").read_text())["train"]["dtype"] == "fp32"
-    again = run_longnet("train", "-o", "run", "--resume", code=0)
+    again = run_longnet("train -o run --resume", code=0)
     assert "all steps are done already" in again.stderr
     assert (tmp_path / "run/model.safetensors").read_bytes() == weights
-    run_longnet("train", "-o", "elsewhere", "--resume", "run", code=0)
+    run_longnet("train -o elsewhere --resume run", code=0)
     assert (tmp_path / "elsewhere/model.safetensors").read_bytes() == weights
-    begun = run_longnet("train", "-o", "run", "--init", "./elsewhere")
+    begun = run_longnet("train -o run --init ./elsewhere")
     assert "all steps are done already; --init is ignored" in begun.stderr
     assert "already holds a run" in str(
         refused("train", recipe_file, "-o", tmp_path / "run", "--no-resume")

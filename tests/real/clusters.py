@@ -157,9 +157,7 @@ def test_an_array_of_tasks_encodes_what_one_process_does(
 
     whole = read_rows(tmp_path / "whole")
     assert_same_rows(read_rows(tmp_path / "out"), whole)
-    said = run(
-        "data", "inspect", "out", "--column", "embedding", "--format", "json", mib=800
-    ).stdout
+    said = run("data inspect out --column embedding --format json", mib=800).stdout
     assert json.loads(said)["documents"] == len(whole)
 
 

@@ -46,7 +46,7 @@ def test_vectors_are_those_of_the_command(
     if script == "spark_encode.py" and not (shutil.which("java") or "JAVA_HOME" in os.environ):
         pytest.skip("Spark needs a Java: install one, or set JAVA_HOME")
     write_corpus(tmp_path / "corpus", library)
-    run("encode", "corpus", "-o", "ours.arrow", "-q", mib=1500)
+    run("encode corpus -o ours.arrow -q", mib=1500)
     command = [sys.executable, ROOT / "examples" / script, "corpus", "theirs"]
     subprocess.run(command, cwd=tmp_path, env=environment(), timeout=600, check=True)
     ours = feather.read_table(tmp_path / "ours.arrow")

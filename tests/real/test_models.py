@@ -106,7 +106,7 @@ def test_places_of_tokens_are_those_of_the_library(
     (folder / "tokenizer.json").write_text(json.dumps(settings))
     text = "A line of \u0958 and cafe\u0301, re\u0301sume\u0301.\n" + page[:1500]
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    run("score", "text.txt", "--model", folder, "--token-logprobs", "t.arrow", "-q", mib=2500)
+    run("score text.txt --model", folder, "--token-logprobs", "t.arrow", "-q", mib=2500)
     row = feather.read_table(tmp_path / "t.arrow").to_pylist()[0]
     encoding = tokenizers.Tokenizer.from_str(json.dumps(settings)).encode(
         text, add_special_tokens=False
@@ -221,9 +221,7 @@ def test_vectors_of_rows_are_those_of_sentence_transformers(
     )
     pq.write_table(table, tmp_path / "rows.parquet")
     run(
-        "encode",
-        "rows.parquet",
-        "--model",
+        "encode rows.parquet --model",
         minilm,
         "-o",
         "vectors",
@@ -244,7 +242,7 @@ def test_spans_of_a_long_text_join_to_the_text(
 ) -> None:
     text = book[:200_000]
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    run("encode", "text.txt", "--model", minilm, "--span", 200, "-o", "v.arrow", "-q", mib=1500)
+    run("encode text.txt --model", minilm, "--span", 200, "-o", "v.arrow", "-q", mib=1500)
     table = feather.read_table(tmp_path / "v.arrow")
     starts, ends = table["char_start"].to_pylist(), table["char_end"].to_pylist()
     assert all(end <= start for end, start in zip(ends[:-1], starts[1:], strict=True))

@@ -30,18 +30,18 @@ def test_a_saved_state_of_a_long_prompt_continues_as_one_run(
 ) -> None:
     (tmp_path / "prompt.txt").write_text(book[:100_000], encoding="utf-8")
     more = ("--max-tokens", 12, "--format", "jsonl", "-q")
-    one = run("generate", "--input", "prompt.txt", *more, mib=1500).rows[0]
-    run("generate", "--input", "prompt.txt", "--save-state", "state", "-q", mib=1500)
-    assert run("generate", "--state", "state", *more, mib=900).rows[0]["tokens"] == one["tokens"]
+    one = run("generate --input prompt.txt", *more, mib=1500).rows[0]
+    run("generate --input prompt.txt --save-state state -q", mib=1500)
+    assert run("generate --state state", *more, mib=900).rows[0]["tokens"] == one["tokens"]
 
 
 def test_the_rest_of_the_commands(run: Run, half_megabyte: Path, tmp_path: Path) -> None:
-    run("convert", "longnet-tiny", "-o", "half", "--dtype", "bf16", "-q", mib=900)
+    run("convert longnet-tiny -o half --dtype bf16 -q", mib=900)
     assert load_file(tmp_path / "half/model.safetensors")
-    bench = run("bench", "--seq", "2Ki,8Ki", "--repeats", 1, "--format", "jsonl", mib=2500)
+    bench = run("bench --seq 2Ki,8Ki --repeats 1 --format jsonl", mib=2500)
     assert {row["status"] for row in bench.rows} == {"ok"}
     (tmp_path / "bench.jsonl").write_text(bench.stdout)
-    words = ("--context", "64,256", "--last", "20k", "--format", "json", "-q")
+    words = ["--context", "64,256", "--last", "20k", "--format", "json", "-q"]
     (tmp_path / "score.json").write_text(run("score", half_megabyte, *words, mib=900).stdout)
     for name in ("bench.jsonl", "score.json"):
         run("plot", name, "-o", "picture.svg", mib=500)

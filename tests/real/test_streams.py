@@ -103,7 +103,7 @@ def test_an_arrow_file_that_was_cut_is_one_line_each_time(
         file.write_table(table, max_chunksize=500)
     (tmp_path / "cut.arrow").write_bytes((tmp_path / "whole.arrow").read_bytes()[:-8])
     for _ in range(10):
-        process = start("score", "cut.arrow", "-q", fresh=True)
+        process = start("score cut.arrow -q", fresh=True)
         said = process.communicate()[1].decode()
         assert (process.returncode, said.count("\n")) == (3, 1), said
 

@@ -30,7 +30,7 @@ def test_a_vocabulary_of_a_text_of_megabytes_is_that_of_the_library(
     run: Run, book: str, tmp_path: Path
 ) -> None:
     (tmp_path / "book.txt").write_text(book, encoding="utf-8")
-    run("tokenize", "book.txt", "-o", "tokens.arrow", "--train-vocab", 4096, mib=400)
+    run("tokenize book.txt -o tokens.arrow --train-vocab 4096", mib=400)
     theirs = tokenizers.Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -52,26 +52,19 @@ def test_tokens_of_a_folder_are_those_of_the_library(
 ) -> None:
     (tmp_path / "files.txt").write_text("\n".join(map(str, library)))
     run(
-        "tokenize",
-        "@files.txt",
-        "-o",
-        "tokens",
-        "--tokenizer",
-        "longnet-tiny",
-        "--shard-tokens",
-        "500k",
+        "tokenize @files.txt -o tokens --tokenizer longnet-tiny --shard-tokens 500k",
         mib=300,
     )
     theirs = tokenizers.Tokenizer.from_file("models/longnet-tiny/tokenizer.json")
     texts = [path.read_bytes().decode("utf-8-sig") for path in library]
     whole = [np.array(each.ids) for each in theirs.encode_batch(texts, add_special_tokens=False)]
     assert np.array_equal(ids_of(tmp_path / "tokens"), np.concatenate(whole))
-    counted = run("data", "inspect", "tokens", "--format", "json", mib=250).stdout
+    counted = run("data inspect tokens --format json", mib=250).stdout
     assert sum(map(len, whole)) == json.loads(counted)["tokens"]
 
 
 def test_nested_columns_of_compressed_lines(run: Run, lines: Path, tmp_path: Path) -> None:
-    words = ("--column", "doc.body", "--tokenizer", "longnet-tiny", "-q")
+    words = ["--column", "doc.body", "--tokenizer", "longnet-tiny", "-q"]
     run("tokenize", lines, "-o", "t.parquet", *words, mib=300)
     with pa.CompressedInputStream(str(lines), "zstd") as file:
         texts = [json.loads(line)["doc"]["body"] for line in file.read().splitlines()]

@@ -330,12 +330,10 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
         reading = ["--model", model, *more]
         options = ["-n", "20", "--format", "jsonl", "-q"]
         whole, followed = (
-            json.loads(
-                run_longnet("generate", "-i", "book.txt", *question, *reading, *options).stdout
-            )
+            json.loads(run_longnet("generate -i book.txt", *question, *reading, *options).stdout)
             for question in ([], ["What?"])
         )
-        done = run_longnet("generate", "-i", "book.txt", *reading, "--save-state", "book.state")
+        done = run_longnet("generate -i book.txt", *reading, "--save-state", "book.state")
         assert (done.returncode, done.stdout) == (0, "")
         assert done.stderr.splitlines()[-1].startswith("book.state: the state after 481 tokens, ")
         old = states(tmp_path / "book.state")
@@ -355,7 +353,7 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
         if model == other:  # whose commands import transformers
             break
         (tmp_path / "questions.jsonl").write_text('{"text": "What?"}\n{"text": "Who?"}\n')
-        both = run_longnet("generate", "-i", "questions.jsonl", *asked).stdout.splitlines()
+        both = run_longnet("generate -i questions.jsonl", *asked).stdout.splitlines()
         alone = [
             json.loads(run_longnet("generate", text, *asked).stdout) for text in ("What?", "Who?")
         ]
@@ -373,6 +371,6 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
 
 def test_the_state_of_several_prompts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "two.jsonl").write_text('{"text": "What?"}\n{"text": "Who?"}\n')
-    error = refused("generate", "-i", tmp_path / "two.jsonl", "--save-state", tmp_path / "new")
+    error = refused("generate -i", tmp_path / "two.jsonl", "--save-state", tmp_path / "new")
     assert str(error).startswith(f"--save-state saves one prompt, and {tmp_path / 'two.jsonl'}")
     assert (error.exit_code, (tmp_path / "new").exists()) == (2, False)
