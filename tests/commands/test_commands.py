@@ -11,7 +11,6 @@ import json
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,6 @@ import pytest
 from builders import scores, tiny_model
 from conftest import RunLongnet
 from files import IDS, TEXTS, read, token_table, write_file, write_lines, write_rows
-from places import ROOT
 from processes import Start, invoke
 from typer.testing import Result
 
@@ -364,8 +362,8 @@ def test_other_text_than_the_default_models_is_noted(
     run_longnet: RunLongnet, tmp_path: Path
 ) -> None:
     """Where a file does not end in .py, and never for a model that is named."""
-    shutil.copy(ROOT / "README.md", tmp_path / "prose.txt")
-    (tmp_path / "code.py").write_text(Path(__file__).read_text() * 2)
+    (tmp_path / "prose.txt").write_text("Call me Ishmael.")
+    (tmp_path / "code.py").write_text("x = 1\n" * 9)
     tiny_model(tmp_path / "own")
     for command in (["score"], ["encode", "-o", "v.npy"]):
         for inputs, noted in (
