@@ -25,6 +25,7 @@ from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import SlideEncoder
 
+ENCODE = "encode --model ./model --no-normalize -o out.arrow"
 SLIDES = {"s1": 70, "s2": 131, "s3": 1, "s4": 40}  # tiles
 
 
@@ -84,14 +85,7 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
     h5py = pytest.importorskip("h5py")
     state, wanted, theirs = read_golden("slide_encoder_zero_key")
     save_file(state, tmp_path / "slide_encoder.safetensors")
-    run_longnet(
-        "convert",
-        tmp_path / "slide_encoder.safetensors",
-        "-o",
-        tmp_path / "model",
-        *level_options(theirs),
-        code=0,
-    )
+    run_longnet("convert slide_encoder.safetensors -o model", *level_options(theirs), code=0)
     table = tiles(wanted["features"], wanted["coords"], "slide")
     pq.write_table(table, tmp_path / "slide.parquet")
     with h5py.File(tmp_path / "slide.h5", "w") as file:
@@ -99,16 +93,8 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
         file["coords"].attrs["patch_size_level0"] = 256
     for source in ("slide.parquet", "slide.h5", "-"):
         for pool, name in (("cls", "cls"), ("mean", "pooled")):
-            words = f"--model ./model --pool {pool} --no-normalize -o out.arrow".split()
-            path = source if source == "-" else tmp_path / source
-            run_longnet(
-                "encode",
-                path,
-                *words,
-                input=stream(table) if source == "-" else b"",
-                text=False,
-                code=0,
-            )
+            words = [f"{ENCODE} --pool {pool}", source]
+            run_longnet(*words, input=stream(table), text=False, code=0)
             same(vectors(tmp_path / "out.arrow"), {"slide": wanted[name].numpy()}, 1e-4)
 
 
@@ -121,12 +107,7 @@ def test_python_agrees_with_the_command_about_tiles_of_512_pixels(
     with h5py.File(tmp_path / "slide.h5", "w") as file:
         file["features"], file["coords"] = features.numpy(), coords.numpy()
         file["coords"].attrs["patch_size_level0"] = 512
-    run_longnet(
-        "encode",
-        tmp_path / "slide.h5",
-        *["--model", "./model", "--no-normalize", "-o", "out.arrow"],
-        code=0,
-    )
+    run_longnet(ENCODE, "slide.h5", code=0)
     encoder = SlideEncoder.from_pretrained(model)
     with torch.no_grad():
         found = encoder(features[None], coords[None], tile_size=512)
@@ -136,30 +117,18 @@ def test_python_agrees_with_the_command_about_tiles_of_512_pixels(
 def test_the_default_is_the_mean_scaled_to_length_one(
     run_longnet: RunLongnet, tmp_path: Path, model: Path
 ) -> None:
-    run_longnet(
-        "encode - --model",
-        model,
-        "-o",
-        tmp_path / "out.arrow",
-        input=stream(slides()),
-        text=False,
-        code=0,
-    )
-    same(
-        vectors(tmp_path / "out.arrow"),
-        {name: x / np.linalg.norm(x) for name, x in expected().items()},
-    )
-    assert ipc.open_file(tmp_path / "out.arrow").read_all()["n_tokens"].to_pylist() == [
-        *SLIDES.values()
-    ]
+    words = "encode --model ./model -o out.arrow -"
+    run_longnet(words, input=stream(slides()), text=False, code=0)
+    scaled = {name: x / np.linalg.norm(x) for name, x in expected().items()}
+    same(vectors(tmp_path / "out.arrow"), scaled)
+    table = ipc.open_file(tmp_path / "out.arrow").read_all()
+    assert table["n_tokens"].to_pylist() == [*SLIDES.values()]
 
 
 def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
     """What `encode --span` writes is read by a net without coordinates, and by a LongNet without a vocabulary."""
     (tmp_path / "book.txt").write_text("a long way from here " * 60)
-    run_longnet(
-        "encode", tmp_path / "book.txt", "--span", "16", "-o", tmp_path / "chunks.arrow", code=0
-    )
+    run_longnet("encode book.txt --span 16 -o chunks.arrow", code=0)
     chunks = ipc.open_file(tmp_path / "chunks.arrow").read_all()["embedding"]
     x = torch.tensor(chunks.to_pylist())
     encoder = slide_encoder(in_features=x.shape[1], grid=0, position="rope")
@@ -172,34 +141,16 @@ def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
         wanted = {"books": encoder(x[None])[0], "plain": net(embeddings=x[None])[0].mean(0)}
     for name, vector in wanted.items():
         for chunk in ("8", "1Ki"):
-            words = [
-                "--model",
-                tmp_path / name,
-                "--no-normalize",
-                "--chunk",
-                chunk,
-                "-o",
-                tmp_path / "out.arrow",
-            ]
-            run_longnet("encode", tmp_path / "chunks.arrow", *words, code=0)
+            words = f"encode chunks.arrow --no-normalize -o out.arrow --model ./{name} --chunk"
+            run_longnet(words, chunk, code=0)
             same(vectors(tmp_path / "out.arrow"), {"book.txt": vector.numpy()})
 
 
 def test_spans_of_a_slide(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
     x, at = slide(50)
     pq.write_table(tiles(x, at, "s"), tmp_path / "s.parquet")
-    options = [
-        "--model",
-        model,
-        "--span",
-        "20",
-        "--no-normalize",
-        "-o",
-        tmp_path / "out.parquet",
-        "--chunk",
-        "16",
-    ]
-    run_longnet("encode", tmp_path / "s.parquet", *options, code=0)
+    words = "encode s.parquet --model ./model --span 20 --no-normalize --chunk 16 -o out.parquet"
+    run_longnet(words, code=0)
     found = pq.read_table(tmp_path / "out.parquet")
     assert found["end"].to_pylist() == [20, 40, 50]
     encoder = slide_encoder()
@@ -214,19 +165,13 @@ def test_tiles_that_share_a_cell_are_told(
     run_longnet: RunLongnet, tmp_path: Path, model: Path
 ) -> None:
     """Coordinates that count tiles of 8, read as pixels of tiles of 256; with --tile-size 8 there is no word."""
-    at = torch.tensor([[first * 8, second * 8] for first in range(20) for second in range(20)])
+    at = 8 * torch.cartesian_prod(torch.arange(20), torch.arange(20))
     pq.write_table(tiles(torch.randn(400, 6), at, "s"), tmp_path / "s.parquet")
-    words = ["encode", tmp_path / "s.parquet", "--model", model, "-o", tmp_path / "out.arrow"]
-    done = run_longnet(*words, code=0)
-    line = (
-        "the 400 tiles of 's' fall into 1 cell of 256 pixels: a tile of 8 would fit (--tile-size)"
-    )
-    assert line in done.stderr
-    assert done.stderr.endswith(f"\n1 vector of 400 tokens -> {tmp_path / 'out.arrow'}\n")
-    assert done.stderr.count("\n") == 2
+    first, last = run_longnet(f"{ENCODE} s.parquet", code=0).stderr.splitlines()
+    assert "the 400 tiles of 's' fall into 1 cell of 256 pixels: a tile of 8 would fit" in first
+    assert last == "1 vector of 400 tokens -> out.arrow"
     before = vectors(tmp_path / "out.arrow")["s"]
-    done = run_longnet(*words, "--tile-size", "8", "-q")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert run_longnet(f"{ENCODE} s.parquet --tile-size 8 -q", code=0).stderr == ""
     assert not np.allclose(vectors(tmp_path / "out.arrow")["s"], before)
 
 
@@ -278,24 +223,18 @@ def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
             [x.read() for x in Inputs([path], vectors=True).documents()]
     if bad not in BAD[::4]:  # the command leaves out whatever the reader refuses
         return
-    words = ["encode", path, "--model", model, "--keep", "slide_id", "-o", tmp_path / "out.arrow"]
-    done = run_longnet(*words, "--skip-bad")
+    words = "encode --model ./model --keep slide_id -o out.arrow", path
+    done = run_longnet(*words, "--skip-bad", code=6)
     left_out, _, *others = done.stderr.splitlines()
     assert left_out.startswith(f"longnet: note: left out: {path}, row ")
-    assert (done.returncode, line in left_out, others) == (
-        6,
-        True,
-        ["longnet: note: 1 document left out"],
-    )
+    assert line in left_out
+    assert others == ["longnet: note: 1 document left out"]
     found = (tmp_path / "out.arrow").read_bytes()
     write_file(path, table.filter(pc.field("slide_id") != "s2"), 1000)
-    assert run_longnet(*words).returncode == 0
+    run_longnet(*words, code=0)
     assert found == (tmp_path / "out.arrow").read_bytes()
-    assert ipc.open_file(tmp_path / "out.arrow").read_all()["slide_id"].to_pylist() == [
-        "s1",
-        "s3",
-        "s4",
-    ]
+    names = ipc.open_file(tmp_path / "out.arrow").read_all()["slide_id"]
+    assert names.to_pylist() == ["s1", "s3", "s4"]
 
 
 def test_files_of_vectors_that_cannot_be_read_are_left_out(
@@ -307,30 +246,17 @@ def test_files_of_vectors_that_cannot_be_read_are_left_out(
     pq.write_table(table.set_column(2, "coords", empty), tmp_path / "good.parquet")
     data = (tmp_path / "good.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
-    words = [
-        "encode",
-        "missing.parquet",
-        "cut.parquet",
-        "good.parquet",
-        "--model",
-        model,
-        "--no-normalize",
-    ]
-    assert run_longnet(*words, "-o", tmp_path / "out.arrow").returncode == 3
-    done = run_longnet(*words, "--skip-bad", "-o", tmp_path / "out.arrow")
-    assert done.returncode == 6, done.stderr
-    said = done.stderr.splitlines()
-    assert said[0] == "longnet: note: left out: missing.parquet: no such file or folder"
-    assert said[1].startswith(
-        "longnet: note: left out: cut.parquet: the data is damaged or truncated"
-    )
-    assert said[2] == f"3 vectors of 111 tokens -> {tmp_path / 'out.arrow'}"
+    words = f"{ENCODE} missing.parquet cut.parquet good.parquet"
+    run_longnet(words, code=3)
+    said = run_longnet(words, "--skip-bad", code=6).stderr.splitlines()
+    noted = "longnet: note: left out: "
+    assert said[0] == f"{noted}missing.parquet: no such file or folder"
+    assert said[1].startswith(f"{noted}cut.parquet: the data is damaged or truncated")
+    assert said[2] == "3 vectors of 111 tokens -> out.arrow"
     assert said[3:] == ["longnet: note: 1 document empty", "longnet: note: 2 files left out"]
-    same(
-        vectors(tmp_path / "out.arrow"), {name: x for name, x in expected().items() if name != "s2"}
-    )
+    others = {name: x for name, x in expected().items() if name != "s2"}
+    same(vectors(tmp_path / "out.arrow"), others)
     for sample in ([], ["--sample", "2"]):
-        found = json.loads(
-            run_longnet(*words, "--skip-bad", "--dry-run", "--format", "json", *sample).stdout
-        )
+        done = run_longnet(words, "--skip-bad", "--dry-run", "--format", "json", *sample)
+        found = json.loads(done.stdout)
         assert (found["documents"], found["left_out"], found["tokens"]) == (3, 2, 111)

@@ -14,8 +14,10 @@ import pyarrow.compute
 import pyarrow.ipc as ipc
 import pytest
 import torch
+from builders import vectors
 from conftest import RunLongnet
-from processes import refused
+from files import write_lines
+from processes import contents, refused
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
@@ -37,21 +39,19 @@ OPENING, CLOSING = [2], [3]
 LEAD = [*OPENING, *word_pieces().encode("query:", add_special_tokens=False).ids]
 
 
+def model_of_windows(pool: str, factory: pytest.TempPathFactory) -> Path:
+    folder = factory.mktemp(pool) / "model"
+    return save_model(folder, prompts={"document": PROMPT}, window=20, pool=pool)
+
+
 @pytest.fixture(scope="module")
 def mean_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(
-        tmp_path_factory.mktemp("mean") / "model", prompts={"document": PROMPT}, window=20
-    )
+    return model_of_windows("mean", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def cls_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(
-        tmp_path_factory.mktemp("cls") / "model",
-        prompts={"document": PROMPT},
-        window=20,
-        pool="cls",
-    )
+    return model_of_windows("cls", tmp_path_factory)
 
 
 @pytest.mark.parametrize("unit", ["sentence", "paragraph"])
@@ -92,9 +92,8 @@ def plain_loop(
     if cls:
         sizes = [min(room, n - start) for start in starts]
         first = [hidden[0] for hidden in windows]
-        rows = (
-            first if span else [sum(s * x for s, x in zip(sizes, first, strict=True)) / sum(sizes)]
-        )
+        mean = sum(s * x for s, x in zip(sizes, first, strict=True)) / sum(sizes)
+        rows = first if span else [mean]
     else:
         groups: list[list[torch.Tensor]] = [[] for _ in range(0, n, spans)]
         groups[0] += windows[0][: len(LEAD)]
@@ -117,21 +116,7 @@ def documents(lengths: list[int]) -> list[list[int]]:
     return [chance.integers(5, 60, n).tolist() for n in lengths]
 
 
-LENGTHS = [
-    1,
-    2,
-    15,
-    16,
-    17,
-    18,
-    31,
-    32,
-    33,
-    47,
-    48,
-    49,
-    100,
-]  # 16 is what a window of 20 leaves a document
+LENGTHS = [1, 2, 15, 16, 17, 18, 31, 32, 33, 47, 48, 49, 100]  # a window of 20 leaves a document 16
 
 
 @pytest.mark.parametrize("cls", [False, True], ids=["mean", "cls"])
@@ -199,11 +184,8 @@ def corpus(folder: Path) -> Path:
     """Texts of up to some 900 tokens, the empty one among them."""
     chance = np.random.default_rng(1)
     texts = ["", *(" ".join(chance.choice(WORDS, n)) for n in chance.integers(1, 900, 30))]
-    path = folder / "corpus.jsonl"
-    path.write_text(
-        "".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
-    )
-    return path
+    rows = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
+    return write_lines(folder / "corpus.jsonl", rows)
 
 
 def rows(path: Path) -> pa.Table:
@@ -215,37 +197,22 @@ def test_the_same_from_everywhere(
     mean_model: Path, tmp_path: Path, run_longnet: RunLongnet
 ) -> None:
     path = corpus(tmp_path)
-    command = ["encode", path, "--model", mean_model, "--span", "40", "--shard-rows", "50"]
-    assert run_longnet(*command, "-o", "one").returncode == 0
-    run_longnet(*command, "-o", "two", "--dp", "2", code=0)
-    names = sorted(each.name for each in (tmp_path / "one").iterdir())
-    assert [(tmp_path / "one" / n).read_bytes() for n in names] == [
-        (tmp_path / "two" / n).read_bytes() for n in names
-    ]
-    run_longnet(*command[:-2], "-o", "file.arrow", "--chunk", "512")
+    words = ["encode --span 40 --model", mean_model, path, "-o"]
+    for name, ranks in (("one", []), ("two", ["--dp", "2"])):
+        run_longnet(*words, name, "--shard-rows", "50", *ranks, code=0)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    run_longnet(*words, "file.arrow", "--chunk", "512")
     file = rows(tmp_path / "file.arrow")
     texts = [json.loads(line) for line in path.read_text().splitlines()]
-    table = pa.table(
-        {"id": [each["id"] for each in texts], "text": [each["text"] for each in texts]}
-    )
+    table = pa.Table.from_pylist(texts)
     batches = encode_batches(table, model=str(mean_model), span=40)
     assert batches.drop(["embedding"]) == file.drop(["embedding"])
-    ours, theirs = (np.array(each["embedding"].to_pylist()) for each in (batches, file))
-    assert np.abs(ours - theirs).max() < 1e-6
+    assert np.abs(vectors(batches) - vectors(file)).max() < 1e-6
     plain = encode_batches(table.to_batches(max_chunksize=7), model=str(mean_model), span=40)
     assert pa.Table.from_batches(plain).drop(["embedding"]) == batches.drop(["embedding"])
-    tokens = run_longnet("tokenize", path, "--tokenizer", mean_model, "-o", "-", text=False).stdout
-    run_longnet(
-        "encode - --model",
-        mean_model,
-        "--span",
-        "40",
-        "-o",
-        "ids.arrow",
-        input=tokens,
-        text=False,
-        code=0,
-    )
+    tokens = run_longnet("tokenize -o - --tokenizer", mean_model, path, text=False).stdout
+    words[-2] = "-"
+    run_longnet(*words, "ids.arrow", input=tokens, text=False, code=0)
     ids = rows(tmp_path / "ids.arrow")
     assert ids.drop(["embedding"]) == file.drop(["embedding", "char_start", "char_end"])
 
@@ -262,28 +229,25 @@ def test_the_dry_run_counts_windows(
     assert counts[1]["tokens_read"] > 2 * 100
 
 
+REFUSED = [
+    ("--context 1000", "at most"),
+    ("--context 4", "no room for a document"),
+    ("--stride 17", "a window holds 16"),
+    ("--span 17 -m CLS", "a window, which holds 16"),
+    ("--bos [CLS]", "leave out --bos"),
+    ("--context 100 -m longnet-tiny", "in one piece, not in windows"),
+    ("--keep char_start", "char_start: the output has a column of this name"),
+    ("--pool mean+mode", "there is no pooling 'mode'"),
+    ("--sp 2", "a Hugging Face model reads a document in one process"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), REFUSED)
 def test_what_does_not_fit_is_refused_in_one_line(
-    mean_model: Path, cls_model: Path, tmp_path: Path
+    words: str, said: str, mean_model: Path, cls_model: Path, tmp_path: Path
 ) -> None:
-    path = corpus(tmp_path)
-
-    def said(*more: str, model: Path | str = mean_model) -> str:
-        error = refused("encode", path, "--model", model, "-o", tmp_path / "x.arrow", *more)
-        assert error.exit_code == 2
-        return str(error)
-
-    assert "at most" in said("--context", "1000")
-    assert "no room for a document" in said("--context", "4")
-    assert "a window holds 16" in said("--stride", "17")
-    assert "a window, which holds 16" in said("--span", "17", model=cls_model)
-    assert "leave out --bos" in said("--bos", "[CLS]")
-    assert "in one piece, not in windows" in said("--context", "100", model="longnet-tiny")
-    taken = tmp_path / "taken.jsonl"
-    taken.write_text('{"text": "the net", "char_start": 3}\n')
-    error = refused(
-        "encode", taken, "--model", mean_model, "-o", tmp_path / "x.arrow", "--keep", "char_start"
-    )
-    assert "char_start: the output has a column of this name" in str(error)
+    path = write_lines(tmp_path / "x.jsonl", [{"text": "the net", "char_start": 3}])
+    command = ["encode", path, "-m", mean_model, "-o", tmp_path / "x.arrow"]
+    error = refused(*command, *words.replace("CLS", str(cls_model), "-m" in words).split())
+    assert said in str(error)
     assert error.exit_code == 2
-    assert "there is no pooling 'mode'" in said("--pool", "mean+mode")
-    assert "a Hugging Face model reads a document in one process" in said("--sp", "2")
