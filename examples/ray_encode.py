@@ -4,9 +4,9 @@
     python examples/ray_encode.py corpus/ vectors/ --workers 2
 
 A local cluster starts by itself; with RAY_ADDRESS, the script joins a running one. A worker has a GPU if the cluster
-has any, otherwise a CPU. A worker that dies is started again, and reads its batch again. A node that dies ended the job
-when it was tried with Ray 2.60 (ActorDiedError): start the job again. Rows come in the order in which batches finish:
-sort by `doc_id`, or join on it.
+has any, otherwise a CPU. If a worker dies, or its node does, Ray starts it again and gives it its batch again. For that,
+the nodes that are left need a CPU for each worker, and one more to read and to write. Rows come in the order in which
+batches finish: sort by `doc_id`, or join on it.
 
 A row is a document, with a column `doc_id` or `id`, and `text` or `input_ids`. The columns of the output are those of
 `longnet encode`; other engines take `encode_batches` and `score_batches` in the same way.
@@ -61,6 +61,8 @@ def main() -> None:
         ray.init(
             num_cpus=(arguments.workers or os.cpu_count() or 1) + 1
         )  # one more to read and to write
+    # The newer reader of Ray 2.60 has actors that Ray does not start again when their node dies
+    ray.data.DataContext.get_current().use_datasource_v2 = False
     found = ray.cluster_resources()
     gpus = int(found.get("GPU", 0))
     workers = arguments.workers or gpus or max(1, int(found["CPU"]) - 1)

@@ -9,9 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
@@ -49,5 +51,31 @@ def test_vectors_are_those_of_the_command(
     run("encode corpus -o ours.arrow -q", mib=1500)
     command = [sys.executable, ROOT / "examples" / script, "corpus", "theirs"]
     subprocess.run(command, cwd=tmp_path, env=environment(), timeout=600, check=True)
+    ours = feather.read_table(tmp_path / "ours.arrow")
+    assert_same_vectors(ours, pq.read_table(tmp_path / "theirs"))
+
+
+def test_ray_goes_on_without_a_node_that_is_killed(
+    run: Run, library: list[Path], tmp_path: Path
+) -> None:
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    write_corpus(tmp_path / "corpus", library)
+    run("encode", "corpus", "-o", "ours.arrow", "-q", mib=1500)
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        script = [sys.executable, ROOT / "examples/ray_encode.py", tmp_path / "corpus", "theirs"]
+        options = ["--workers", "3", "--batch-rows", "20"]
+        env = environment() | {"RAY_ADDRESS": cluster.address}
+        process = subprocess.Popen([*script, *options], cwd=tmp_path, env=env)
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        while not any("Encoder" in worker.name() for worker in raylet.children(recursive=True)):
+            assert process.poll() is None, "the job ended before a worker was on the second node"
+            time.sleep(0.1)
+        time.sleep(2)  # in the middle of its work
+        cluster.remove_node(node, allow_graceful=False)
+        assert process.wait(600) == 0
+    finally:
+        cluster.shutdown()
     ours = feather.read_table(tmp_path / "ours.arrow")
     assert_same_vectors(ours, pq.read_table(tmp_path / "theirs"))
