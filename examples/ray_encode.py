@@ -4,9 +4,9 @@
     python examples/ray_encode.py corpus/ vectors/ --workers 2
 
 A local cluster starts by itself; with RAY_ADDRESS, the script joins a running one. A worker has a GPU if the cluster
-has any, otherwise a CPU. If a worker dies, or its node does, Ray starts it again and gives it its batch again. For that,
-the nodes that are left need a CPU for each worker, and one more to read and to write. Rows come in the order in which
-batches finish: sort by `doc_id`, or join on it.
+has any, otherwise a CPU. If a worker dies, or its node does, Ray starts it again and gives it its batch again. For
+that, the nodes that are left need a CPU for each worker, and one more to read and to write. Rows come in the order in
+which batches finish: sort by `doc_id`, or join on it.
 
 A row is a document, with a column `doc_id` or `id`, and `text` or `input_ids`. The columns of the output are those of
 `longnet encode`; other engines take `encode_batches` and `score_batches` in the same way.
