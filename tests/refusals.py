@@ -7,6 +7,8 @@ SHORT = {
     "SET": "train small.json -o run --set",
     "SLIDE": "encode slide.arrow -m ./slide -o out.arrow",
     "LINES": "encode given.jsonl -m ./model -o out.arrow",
+    "MASKED": "train small.json -o run --set train.objective=masked --set model.causal=false --set model.position=rope --set",
+    "INIT": "train --init ./llama --data x.parquet --seq-len 32 --steps 1 -o run --set",
     "TOO_LONG": "train longnet-125m --data x.parquet --seq-len 4Mi --chunk 4Mi --steps 1 --set train.batch_tokens=4Mi -o run",
 }
 
@@ -255,4 +257,19 @@ REFUSALS = r"""
 3 tokenize given.feather -o v => given.feather: truncated: it has only the first 2 bytes <= AR
 3 tokenize given.pq -o v => given.pq: truncated: it has only the first 3 bytes of a table <= PAR
 2 SET schedule.power=2 => schedule.power is of decay = "polynomial", not of "cosine"
+2 generate x -m ./model --dry-run --format jsonl => --dry-run prints a table: leave out --format
+2 generate -i x.jsonl -i long.txt --save-state new => --save-state saves one prompt, and
+2 score long.txt --pattern window:16 --spill taken => --spill is for hidden states of bidirectional models
+2 score long.txt --pattern window:16,chosen=4x8,chosen_every=8 --spill taken => --spill is for hidden states of bidirectional models
+2 INIT model.dim=8 => with sizes of its own
+2 INIT model.pattern=windw:8 => model.pattern: unknown pattern 'windw'
+2 INIT train.objective=masked => train.objective
+2 SET data.mix=[] => data.mix
+2 SET data.mix=[{inputs=[],weight=1}] => data.mix.0.inputs
+2 SET data.mix=[{inputs=["a"],weight=0}] => data.mix.0.weight
+2 SET data.mix=[{inputs=["a"],weigth=1}] => did you mean 'data.mix.0.weight'?
+2 SET optimizer.lr => write key=value
+2 SET data.tokenizer=no-end.json => training puts it between documents
+2 MASKED train.chunk=16 => train.chunk = 16 on 1 ranks is less than the longest seq_len, 32
+2 MASKED model.vocab_size=257 => model.vocab_size = 257 is less than the tokens and the mask need, 258
 """

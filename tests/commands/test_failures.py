@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,12 +23,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-import builders
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
+from builders import SIZES as TINY_SIZES
 from builders import (
     official_slide_state,
     recipe,
@@ -91,7 +92,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad.gz").write_bytes(gzip.compress(b"unreadable " * 1000)[:-4])
     (folder / "long.txt").write_text("x" * 65)
     shared = {
-        "model": builders.SIZES | {"position": "rope", "pattern": "window:16,chosen=2x16"},
+        "model": TINY_SIZES | {"position": "rope", "pattern": "window:16,chosen=2x16"},
         "data": {"train": "x.parquet", "tokenizer": "bytes"},
         "train": {"stages": [{"seq_len": 64, "steps": 1}]},
     }
@@ -109,6 +110,7 @@ IDS = LINES.replace("jsonl", "arrow")
 FAILURES = [  # with tables, and bytes that a table of lines cannot show
     ("score a.pdf", 3, "the byte at offset 9 is 0xe2: pdftotext makes text of a PDF", "%PDF-1.4\n\udce2"),
     ("ask x.jsonl first\udcff -m ./model", 2, "the question is not UTF-8: save it as a UTF-8 file of JSON Lines"),
+    ("generate \udcff", 2, "PROMPT is not UTF-8"),
     ("score given.arrow", 3, "empty", ""),
     (IDS, 3, "0 rows", pa.table({"ids": pa.array([], pa.list_(pa.int32()))})),
     (IDS, 3, "given.arrow, row 1", pa.table({"ids": [[1], None]})),
@@ -156,15 +158,15 @@ FAILURES = [  # with tables, and bytes that a table of lines cannot show
 ]  # fmt: skip
 
 
+ROW = r"(\d) (\w+)(.*?) => (.*?)(?: <= (.*))?"
+
+
 def rows_of_table() -> Iterator[tuple]:
     """(command, exit code, line), and the content if there is one, of each line of the table."""
     for row in REFUSALS.strip().splitlines():
-        code, _, row = row.partition(" ")
-        words, _, row = row.partition(" => ")
-        first, _, more = words.partition(" ")
-        line, *content = row.split(" <= ")
-        command = " ".join([SHORT.get(first, first), more]).strip()
-        yield command, int(code), line, *(text.replace(r"\n", "\n") for text in content)
+        code, name, more, line, content = re.fullmatch(ROW, row).groups()
+        given = [content.replace(r"\n", "\n")] if content else []
+        yield SHORT.get(name, name) + more, int(code), line, *given
 
 
 ALL = [*rows_of_table(), *FAILURES]

@@ -293,8 +293,6 @@ def test_recipes_say_patterns_too() -> None:
         ConfigError, match="model: pattern says the whole pattern: leave out segment_lengths"
     ):
         load_recipe(None, {**recipe, "model.pattern": "16/1", "model.segment_lengths": [8]})
-    with pytest.raises(ConfigError, match=r"did you mean 'paper'\?"):
-        load_recipe(None, {**recipe, "model.pattern": "papr"})
 
 
 def test_inputs_take_the_place_of_the_recipes_mix() -> None:

@@ -2,8 +2,6 @@
 that what is not a document a row is refused; and runs the examples for Ray and Spark where those are installed."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import vectors
-from conftest import ROOT, RunLongnet
+from conftest import RunLongnet
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError
@@ -46,10 +44,7 @@ def test_batches_have_the_rows_of_the_commands(run_longnet: RunLongnet, tmp_path
     assert scored["n_tokens"].to_pylist()[2] == 0
     rows = [row for row in scored.to_pylist() if row["n_tokens"]]
     for row, other in zip(rows, gained.to_pylist(), strict=True):
-        for name, value in other.items():
-            assert row[name] == (
-                pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
-            )
+        assert {name: row[name] for name in other} == pytest.approx(other, abs=1e-5)
 
 
 def test_a_process_loads_a_model_once() -> None:
@@ -242,54 +237,21 @@ def test_an_iterator_of_other_things_is_refused_when_it_comes_there() -> None:
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    ("package", "program", "extra"),
+    ("package", "program", "extra", "code"),
     [
-        ("transformers", "import longnet_cli.integrations.transformers", "hf"),
-        ("lm_eval", "import longnet_cli.lm_eval", "lm-eval"),
+        ("transformers", "import longnet_cli.integrations.transformers", "hf", 1),
+        ("lm_eval", "import longnet_cli.lm_eval", "lm-eval", 1),
         (
             "lm_eval",
             "import runpy; runpy.run_module('longnet_cli.lm_eval', run_name='__main__')",
             "lm-eval",
+            2,
         ),
     ],
 )
 def test_without_its_extra_an_import_says_which_to_install(
-    package: str, program: str, extra: str
+    package: str, program: str, extra: str, code: int, run_python: RunLongnet
 ) -> None:
     program = f"import sys; sys.modules[{package!r}] = None; {program}"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run_python("-c", program, code=code)
     assert f"pip install '.[{extra}]'" in done.stderr.splitlines()[-1]
-    assert done.returncode == (2 if "runpy" in program else 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ray", "pyspark"])
-def test_an_engine_writes_the_vectors_of_one_process(
-    engine: str, tmp_path: Path, command_env: dict[str, str]
-) -> None:
-    pytest.importorskip(engine)
-    (tmp_path / "in").mkdir()
-    for start in (0, 3):
-        pq.write_table(TABLE[start : start + 3], tmp_path / "in" / f"{start}.parquet")
-    words = ["--workers", "2", "--batch-rows", "2"] if engine == "ray" else []
-    script = ROOT / "examples" / f"{engine.removeprefix('py')}_encode.py"
-    env = (
-        command_env
-        | {"RAY_worker_niceness": "0"}
-        | ({"PYSPARK_PYTHON": sys.executable} if not words else {})
-    )
-    done = subprocess.run(
-        [sys.executable, script, "in", "out", *words],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = pq.read_table(tmp_path / "out").sort_by("doc_id")
-    expected = encode_batches(TABLE).sort_by("doc_id")
-    assert found["doc_id"].to_pylist() == expected["doc_id"].to_pylist()
-    np.testing.assert_allclose(vectors(found), vectors(expected), atol=1e-6)

@@ -333,11 +333,3 @@ def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
     done = run_longnet("plot scores.json -o b.svg")
     assert (done.returncode, done.stderr) == (0, "-> b.svg\n")
     assert {"context 8", "context 32", "perplexity"} <= {*comments(tmp_path / "b.svg")}
-
-
-def test_the_picture_is_not_one_of_the_files(run_longnet, tmp_path: Path) -> None:
-    file = write(tmp_path / "a.png", bench_row("dilated", 64, 1.0))
-    before = file.read_bytes()
-    os.link(file, tmp_path / "b.png")
-    done = run_longnet("plot a.png -o b.png")
-    assert (done.returncode, len(done.stderr.splitlines()), file.read_bytes()) == (2, 1, before)

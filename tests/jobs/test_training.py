@@ -77,48 +77,27 @@ def test_the_recipe_names_the_end_of_text(corpus: Path, tmp_path: Path) -> None:
     assert seen["named"] == seen["by-id"] != seen["own"]
     saved = json.loads(recipe(corpus, **settings).model_dump_json())
     assert recipe(corpus, **settings, **{"data.eos": "STOP"}).changed_since(saved) == ["data.eos"]
-    with pytest.raises(ConfigError, match="--eos </s>: the tokenizer has no such token"):
-        train(recipe(corpus, **settings, **{"data.eos": "</s>"}), tmp_path / "wrong")
-    bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
-    bare.save(str(tmp_path / "words/tokenizer.json"))
-    with pytest.raises(
-        ConfigError, match=r"<\|im_end\|>.*; training puts it between documents: .*data\.eos"
-    ):
-        train(
-            recipe(corpus, **settings | {"data.train": [str(tmp_path / "missing")]}),
-            tmp_path / "none",
-        )
 
 
 def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
     first = train(recipe(corpus, **{"train.stages": LONG}), tmp_path / "first")
-    again = train(
-        recipe(corpus, **{"train.log_every": 1, "init": str(tmp_path / "first")}),
-        tmp_path / "again",
-    )
-    lines = (tmp_path / "again/metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[0])["loss"] < first.loss + 0.5
-    assert again.steps == 6
+
+    def start(folder: str, **changes: object) -> float:
+        """The loss after six more steps."""
+        found = recipe(corpus, **changes, **{"train.log_every": 1}, init=str(tmp_path / "first"))
+        result = train(found, tmp_path / folder)
+        assert result.steps == 6
+        assert metrics_of(tmp_path / folder)[0]["loss"] < first.loss + 0.5
+        return result.loss
+
+    again = start("again")
     pattern = {"model.segment_lengths": [16], "model.dilation_rates": [1]}
-    other = train(
-        recipe(corpus, **pattern, init=str(tmp_path / "first")), tmp_path / "other pattern"
-    )
-    assert other.loss != again.loss
-    assert other.loss < first.loss + 0.5
-    positions = {
-        "model.pattern": "16/1,64/4,look_back=1,overlap=once",
-        "model.position": "rope_by_level",
-    }
-    by_level = train(
-        recipe(corpus, **positions, init=str(tmp_path / "first")), tmp_path / "other positions"
-    )
-    assert by_level.loss < first.loss + 0.5
-    assert LongNet.from_pretrained(tmp_path / "other positions").config.position == "rope_by_level"
+    assert start("other pattern", **pattern) != again
+    by_level = {"model.pattern": "16/1,64/4,look_back=1,overlap=once"}
+    start("by level", **by_level, **{"model.position": "rope_by_level"})
+    assert LongNet.from_pretrained(tmp_path / "by level").config.position == "rope_by_level"
     with pytest.raises(ConfigError, match=r"differs from the recipe in model\.ffn_dim"):
-        train(
-            recipe(corpus, **{"model.ffn_dim": 64, "init": str(tmp_path / "first")}),
-            tmp_path / "other",
-        )
+        start("other", **{"model.ffn_dim": 64})
 
 
 def test_a_recipe_takes_what_it_does_not_say_from_the_model_it_starts_from(tmp_path: Path) -> None:
@@ -297,14 +276,6 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(
     few = recipe(corpus, **settings | {"train.stages": [{"seq_len": 64, "steps": 3}]})
     first, again = (train(few, tmp_path / name).loss for name in "bc")
     assert first == again
-    with pytest.raises(
-        ConfigError, match=r"train.chunk = 32 on 1 ranks is less than the longest seq_len, 64"
-    ):
-        train(recipe(corpus, **settings, **{"train.chunk": 32}), tmp_path / "d")
-    with pytest.raises(
-        ConfigError, match=r"model.vocab_size = 257 is less than the tokens and the mask need, 258"
-    ):
-        train(recipe(corpus, **settings, **{"model.vocab_size": 257}), tmp_path / "d")
     with pytest.raises(DataError, match="none of the held-out tokens was drawn to be hidden"):
         train(recipe(corpus, **settings, **{"train.mask_rate": 1e-12}), tmp_path / "d")
 
@@ -392,8 +363,6 @@ def test_overrides_are_toml_or_text() -> None:
     }  # fmt: skip
     texts = ["data.eos=end: ", "a= b", "c = d ", "e='f '"]
     assert [*parse_overrides(texts).values()] == ["end: ", " b", "d", "f "]
-    with pytest.raises(ConfigError, match="write key=value"):
-        parse_overrides(["optimizer.lr"])
 
 
 def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:

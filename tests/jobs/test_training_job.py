@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs import estimating
 from longnet_cli.jobs.estimating import bytes_per_token, seen_segments, training_bytes
 from longnet_cli.jobs.training.costs import (
@@ -184,12 +183,6 @@ def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
     for kind in ("weights", "gradients"):
         assert share[kind] == pytest.approx(1.25 * whole[kind])
     assert share["optimizer"] == pytest.approx(whole["optimizer"] / 4)
-
-
-def test_chosen_blocks_are_refused() -> None:
-    chosen = MODEL | {"pattern": "window:64,chosen=4x16", "position": "rope"}
-    with pytest.raises(ConfigError, match="chosen blocks have no gradient: train with a window"):
-        recipe(chosen)
 
 
 def test_documents_of_several_windows_fill_a_chunk() -> None:

@@ -36,7 +36,7 @@ from longnet_cli.running import layerwise
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.layerwise import fits_beside, hidden_in_chunks
-from longnet_cli.running.reader import Reader, batches_by_length, default_chunk
+from longnet_cli.running.reader import batches_by_length, default_chunk
 
 NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest
 TWICE = settings(
@@ -225,13 +225,6 @@ def test_batches_by_length() -> None:
         assert longest * (len(batch) - 1) < 256 or 16 * shortest >= 15 * longest
         padded += longest * len(batch)
     assert padded < 1.06 * sum(lengths)
-
-
-@pytest.mark.parametrize("chunk", [0, -1])
-def test_a_chunk_below_one_is_refused(chunk: int) -> None:
-    model = LongNet.from_pretrained("longnet-tiny")
-    with pytest.raises(ConfigError, match=f"chunk must be 1 or more, not {chunk}"):
-        Reader(model, chunk=chunk)
 
 
 def of_ids(bos: Bos) -> tuple[InputSequence, np.ndarray]:

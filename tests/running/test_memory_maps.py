@@ -11,7 +11,6 @@ from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern_nets import draw, gradients, net
-from processes import refused
 from strategies import patterns, patterns_with_options
 
 from longnet_cli.attention import Pattern
@@ -98,56 +97,22 @@ def test_a_folder_or_a_disk_that_does_not_do(tmp_path: Path) -> None:
 
 def test_the_command(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) -> None:
     """A full disk is said before work starts; else nothing is left in the folder, and --dry-run tells the size."""
-    data = tmp_path / "data.txt"
-    data.write_text("a line of text.\n" * 1000)
-    sizes = {
-        "dim": 16,
-        "num_layers": 1,
-        "num_heads": 2,
-        "ffn_dim": 16,
-        "segment_lengths": [64],
-        "dilation_rates": [1],
-    }
-    settings = [f"--set=model.{key}={value}" for key, value in sizes.items()]
-    settings += [
-        "--set=model.look_back=1",
-        "--set=model.position=rope",
-        "--data",
-        data,
-        "--steps",
-        "1",
-    ]
-    command = [
-        "train",
-        *settings,
-        "--chunk",
-        "64",
-        "--device",
-        "cpu",
-        "-o",
-        tmp_path / "run",
-        "--spill",
-        small_disk,
-    ]
-    full = run_longnet(*command, "--seq-len", "1Mi")
-    assert full.returncode == 5
+    (tmp_path / "data.txt").write_text("a line of text.\n" * 1000)
+    sizes = "dim=16 num_layers=1 num_heads=2 ffn_dim=16 segment_lengths=[64] dilation_rates=[1]"
+    sizes += " look_back=1 position=rope"
+    settings = [f"--set=model.{setting}" for setting in sizes.split()]
+    words = "train --data data.txt --steps 1 --chunk 64 --device cpu -o run --spill"
+    command = [words, small_disk, *settings]
+    full = run_longnet(*command, "--seq-len", "1Mi", code=5)
     assert full.stderr.splitlines()[1:] == [  # after what is trained
         f"longnet: error: --spill {small_disk}: No space left on device, 0.12 GiB are needed"
     ]
     assert not (tmp_path / "run").exists()
     told = run_longnet(*command, "--seq-len", "1Ki", "--dry-run", "--format", "json")
-    assert (
-        json.loads(told.stdout)["spill_bytes"] == (15 + 1) * 2 * 64 * 16 * 4
-    )  # 15 segments, the gradients of one
+    rows = (15 + 1) * 2 * 64 * 16 * 4  # of 15 segments, and the gradients of one
+    assert json.loads(told.stdout)["spill_bytes"] == rows
     run_longnet(*command, "--seq-len", "1Ki", code=0)
     assert list(small_disk.iterdir()) == []
-
-
-def test_a_causal_net_spills_nothing(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("some words, and others. ")
-    for pattern in ("window:16", "window:16,chosen=4x8,chosen_every=8"):
-        words = "score", tmp_path / "text.txt", "--pattern", pattern, "--spill", tmp_path
-        assert "--spill is for hidden states of bidirectional models" in str(refused(*words))
 
 
 @pytest.mark.gpu

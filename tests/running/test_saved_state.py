@@ -16,7 +16,6 @@ from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern_nets import CAUSAL, draw, foreign, generated, native, net, prompt
-from processes import refused
 from safetensors.torch import load_file, save_file
 from strategies import chosen_patterns, cuts, split
 
@@ -367,10 +366,3 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
             json.loads(first.stdout)["tokens"] + json.loads(rest.stdout)["tokens"]
             == whole["tokens"]
         )
-
-
-def test_the_state_of_several_prompts_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "two.jsonl").write_text('{"text": "What?"}\n{"text": "Who?"}\n')
-    error = refused("generate -i", tmp_path / "two.jsonl", "--save-state", tmp_path / "new")
-    assert str(error).startswith(f"--save-state saves one prompt, and {tmp_path / 'two.jsonl'}")
-    assert (error.exit_code, (tmp_path / "new").exists()) == (2, False)
