@@ -89,7 +89,7 @@ def longnet(
         ),
     ] = False,
 ) -> None:
-    """Train, encode, score and benchmark LongNet (dilated attention) models on token streams of any length."""
+    """Measure what long context is worth, embed long documents, and read text of any length, on a CPU."""
 
 
 def main() -> NoReturn:
