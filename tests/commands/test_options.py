@@ -93,8 +93,12 @@ def test_the_help_of_all_fits_a_screen() -> None:
 
 @pytest.mark.ci
 def test_examples_of_the_help_run(run_longnet: RunLongnet, tmp_path: Path) -> None:
-    """As they stand, beside the documentation and the examples of this checkout."""
+    """As they stand, beside the documentation and the examples of this checkout, and a model of `make demo`."""
     pytest.importorskip("matplotlib")
+    pytest.importorskip("transformers")
+    from sentence_models import save_model
+
+    save_model(tmp_path / "minilm")
     for folder in ("docs", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     texts = [
