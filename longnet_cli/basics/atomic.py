@@ -6,8 +6,6 @@ are written first and its manifest, itself such a file, last: `whole_folder` for
 count.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os
@@ -22,7 +20,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from longnet_cli.basics.errors import ConfigError, LongNetError
+from .errors import ConfigError, LongNetError
 
 _TEMPORARY = re.compile(
     r"\.(.+)\.[0-9a-f]{8}\.tmp"

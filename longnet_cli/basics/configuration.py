@@ -1,7 +1,5 @@
 """Validation of what a person wrote (JSON, TOML, flags): a pydantic model, or one line that says what is wrong."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import stat
@@ -11,8 +9,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.sizes import MAX_SIZE
+from .errors import ConfigError
+from .sizes import MAX_SIZE
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

@@ -10,8 +10,6 @@ Those of files and models stay what they are from release to release: other prog
 may change: a folder with an older one is refused in one line.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -89,3 +89,8 @@ def extra(name: str) -> str:
 def one_line(said: object) -> str:
     """Return what a text or an error says, in one line."""
     return " ".join(str(said).split())
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
+    return not re.search("[\ud800-\udfff]", text)

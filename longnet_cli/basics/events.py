@@ -1,13 +1,11 @@
 """One object that is told what happens while a job runs. Every job takes one; without it, nobody is told anything."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from longnet_cli.basics.errors import LongNetError
+from .errors import LongNetError
 
 # Called with a document, a text or a file that cannot be read, and why.
 OnSkip = Callable[[Any, LongNetError], None]

@@ -1,12 +1,10 @@
 """The names of the files in a model's folder, and of what stands in them."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 
-from longnet_cli.basics.configuration import parse, read_text
-from longnet_cli.basics.errors import CheckpointError
+from .configuration import parse, read_text
+from .errors import CheckpointError
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 SHARDED = (

@@ -3,18 +3,16 @@
 That of a checkpoint of a run or a state of a stream also has the size and SHA-256 of every other file in the folder.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from longnet_cli.basics.atomic import flush, sync_folder, write_file
-from longnet_cli.basics.configuration import parse, read_text
-from longnet_cli.basics.digests import file_sha256, json_sha256
-from longnet_cli.basics.errors import CheckpointError
+from .atomic import flush, sync_folder, write_file
+from .configuration import parse, read_text
+from .digests import file_sha256, json_sha256
+from .errors import CheckpointError
 
 
 def seal(version: int, content: Mapping[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """System calls that not every system has, each with a way that works without it. macOS lacks some that Linux has."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any

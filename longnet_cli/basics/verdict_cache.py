@@ -6,8 +6,6 @@ Each answer is a file, CACHE/longnet/verdicts/DIGEST.json, and CACHE is $XDG_CAC
 what was asked and of the versions of the libraries, so a new version asks again. All files may be removed at any time.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,11 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from longnet_cli.basics.atomic import write_file
-from longnet_cli.basics.configuration import parse, read_text
-from longnet_cli.basics.digests import json_sha256
-from longnet_cli.basics.errors import LongNetError
-from longnet_cli.basics.finite_json import to_json
+from .atomic import write_file
+from .configuration import parse, read_text
+from .digests import json_sha256
+from .errors import LongNetError
+from .finite_json import to_json
 
 _LIBRARIES = ("longnet-cli", "torch", "transformers")
 

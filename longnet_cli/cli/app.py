@@ -1,7 +1,5 @@
 """The command `longnet`: its subcommands, with an exit code and at most one error line for every way they can end."""
 
-from __future__ import annotations
-
 import codecs
 import errno
 import io
@@ -24,19 +22,6 @@ from longnet_cli.basics.errors import (
     MemoryLimitError,
     is_out_of_memory,
 )
-from longnet_cli.cli.ask import ask
-from longnet_cli.cli.bench import bench
-from longnet_cli.cli.command import USAGE_ERROR, Command, CommandGroup, takes_options
-from longnet_cli.cli.convert import convert
-from longnet_cli.cli.data import data
-from longnet_cli.cli.encode import encode
-from longnet_cli.cli.generate import generate
-from longnet_cli.cli.output import printable, say_last_words
-from longnet_cli.cli.patterns import pattern
-from longnet_cli.cli.plot import plot
-from longnet_cli.cli.score import score
-from longnet_cli.cli.tokenize import tokenize
-from longnet_cli.cli.train import train
 from longnet_cli.running.ranks.launch import (
     LAUNCHED,
     LOST,
@@ -44,6 +29,20 @@ from longnet_cli.running.ranks.launch import (
     under_torchrun,
     unwind_on_signals,
 )
+
+from .ask import ask
+from .bench import bench
+from .command import USAGE_ERROR, Command, CommandGroup, takes_options
+from .convert import convert
+from .data import data
+from .encode import encode
+from .generate import generate
+from .output import printable, say_last_words
+from .patterns import pattern
+from .plot import plot
+from .score import score
+from .tokenize import tokenize
+from .train import train
 
 EPILOG = (
     "Results go to stdout, everything else to stderr. Sizes: 1e9, 1_000_000, 32k (32 000), 64Ki (65 536). "

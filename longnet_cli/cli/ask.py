@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import count_of, format_count
-from longnet_cli.cli import options as shared
-from longnet_cli.cli.command import TOP_P, Needs, check_pairs
-from longnet_cli.cli.options import (
+
+from . import options as shared
+from .command import TOP_P, Needs, check_pairs
+from .options import (
     INPUT,
     MODEL,
     OUTPUT,
@@ -21,7 +22,7 @@ from longnet_cli.cli.options import (
     Format,
     Sampling,
 )
-from longnet_cli.cli.output import (
+from .output import (
     count_left_out,
     emit_json,
     emit_jsonl,
@@ -30,8 +31,8 @@ from longnet_cli.cli.output import (
     tell,
     write_text,
 )
-from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ModelAndInputs, refuse_torchrun
+from .progress import progress
+from .starting import ModelAndInputs, refuse_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.basics.events import LeftOut

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Literal
 
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
-from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import COMPUTE, OUTPUT, PATTERN, HelpPanel, read_pattern
-from longnet_cli.cli.output import MarkdownTable, emit_jsonl, tell
-from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import refuse_torchrun
+
+from . import options as shared
+from .options import COMPUTE, OUTPUT, PATTERN, HelpPanel, read_pattern
+from .output import MarkdownTable, emit_jsonl, tell
+from .progress import progress
+from .starting import refuse_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.benchmark import Measurement

@@ -3,8 +3,6 @@
 Pairs of options that exclude or need each other are data, and one loop checks them.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

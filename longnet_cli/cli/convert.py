@@ -1,17 +1,16 @@
 """`longnet convert`: a model of another format, or with weights of another type, turned into an ordinary folder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from longnet_cli.basics.events import Events
-from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import OUTPUT, HelpPanel, argument
-from longnet_cli.cli.output import tell
-from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ask_hub
+
+from . import options as shared
+from .options import OUTPUT, HelpPanel, argument
+from .output import tell
+from .progress import progress
+from .starting import ask_hub
 
 OFFICIAL = HelpPanel("Official checkpoints")
 

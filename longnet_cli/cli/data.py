@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from longnet_cli.cli import options as shared
-from longnet_cli.cli.command import Command, CommandGroup, takes_options
-from longnet_cli.cli.options import INPUT, OUTPUT, Format
-from longnet_cli.cli.output import emit_json, printable
-from longnet_cli.cli.progress import progress
+from . import options as shared
+from .command import Command, CommandGroup, takes_options
+from .options import INPUT, OUTPUT, Format
+from .output import emit_json, printable
+from .progress import progress
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.inspecting import Inspection

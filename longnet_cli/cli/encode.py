@@ -1,15 +1,14 @@
 """`longnet encode`: a vector per document, or per span of a document, as Arrow or Parquet."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.cli import options as shared
-from longnet_cli.cli.command import SAMPLE, check_pairs
-from longnet_cli.cli.dry_run import plan
-from longnet_cli.cli.options import (
+
+from . import options as shared
+from .command import SAMPLE, check_pairs
+from .dry_run import plan
+from .options import (
     OUTPUT,
     Computing,
     Documents,
@@ -18,7 +17,7 @@ from longnet_cli.cli.options import (
     ModelChoice,
     Running,
 )
-from longnet_cli.cli.starting import open_command
+from .starting import open_command
 
 VECTORS = HelpPanel("Vectors")
 

@@ -11,13 +11,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from longnet_cli.basics.errors import ConfigError, LongNetError
+from longnet_cli.basics.errors import ConfigError, LongNetError, is_utf8
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import DTYPES_OF_TORCH, count_of, format_bytes, format_duration
-from longnet_cli.cli import options as shared
-from longnet_cli.cli.command import TOP_P, Excludes, check_pairs
-from longnet_cli.cli.dry_run import show_reading
-from longnet_cli.cli.options import (
+
+from . import options as shared
+from .command import TOP_P, Excludes, check_pairs
+from .dry_run import show_reading
+from .options import (
     INPUT,
     OUTPUT,
     SAMPLING,
@@ -27,9 +28,9 @@ from longnet_cli.cli.options import (
     ModelChoice,
     Sampling,
 )
-from longnet_cli.cli.output import emit_jsonl, note, printable, tell, write_text
-from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ModelAndInputs, Opened, refuse_torchrun
+from .output import emit_jsonl, note, printable, tell, write_text
+from .progress import progress
+from .starting import ModelAndInputs, Opened, refuse_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
@@ -292,7 +293,7 @@ def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> st
         raise ConfigError(
             "there is nothing to continue: give a text, --input FILE, or a text on stdin"
         )
-    if prompt is not None and any("\ud800" <= character <= "\udfff" for character in prompt):
+    if prompt is not None and not is_utf8(prompt):
         raise ConfigError("PROMPT is not UTF-8: save it as a UTF-8 file and give that with --input")
     if prompt is not None and prompt != "-" and os.path.exists(prompt):
         note(f"{prompt} is continued as text; --input reads the file")

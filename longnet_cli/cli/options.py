@@ -13,7 +13,8 @@ import typer
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.sizes import DTYPES_OF_TORCH, parse_size, parse_sizes
-from longnet_cli.cli.command import BARE, OTHER
+
+from .command import BARE, OTHER
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from longnet_cli.basics.sizes import format_count
-from longnet_cli.cli.options import OUTPUT, Format, HelpPanel, argument
-from longnet_cli.cli.output import emit_json, printable
+
+from .options import OUTPUT, Format, HelpPanel, argument
+from .output import emit_json, printable
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.describing import Description, LevelCosts, PatternCosts

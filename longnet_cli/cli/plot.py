@@ -1,13 +1,12 @@
 """`longnet plot`: pictures of training runs, benchmarks and scores, and pages of texts with the nats of each token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.cli.options import INPUT, OUTPUT, argument
-from longnet_cli.cli.output import tell
+
+from .options import INPUT, OUTPUT, argument
+from .output import tell
 
 PICTURE, PAGE = "curves.png", "surprise.html"
 

@@ -1,7 +1,5 @@
 """Progress of a long job, on stderr: a bar on a terminal, otherwise a plain line every half minute."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time
@@ -10,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from longnet_cli.basics.sizes import format_count, format_duration
-from longnet_cli.cli.output import printable
+
+from .output import printable
 
 RECENT = 60.0  # seconds
 BAR, SHORT_BAR = 24, 8  # columns

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from longnet_cli.basics.errors import ConfigError, one_line
 from longnet_cli.basics.finite_json import to_json
 from longnet_cli.basics.sizes import count_of
-from longnet_cli.cli import options as shared
-from longnet_cli.cli.command import SAMPLE, Excludes, Needs, check_pairs
-from longnet_cli.cli.dry_run import plan
-from longnet_cli.cli.options import (
+
+from . import options as shared
+from .command import SAMPLE, Excludes, Needs, check_pairs
+from .dry_run import plan
+from .options import (
     OUTPUT,
     Computing,
     Documents,
@@ -22,8 +23,8 @@ from longnet_cli.cli.options import (
     ModelChoice,
     Running,
 )
-from longnet_cli.cli.output import emit_json, emit_jsonl, printable, tell
-from longnet_cli.cli.starting import Opened, open_command
+from .output import emit_json, emit_jsonl, printable, tell
+from .starting import Opened, open_command
 
 if TYPE_CHECKING:
     import pyarrow as pa

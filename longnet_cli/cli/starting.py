@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Protocol
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.basics.sizes import format_count
-from longnet_cli.cli.options import (
+from longnet_cli.running.ranks.launch import (
+    start_ranks,
+    started_by_torchrun,
+    under_torchrun,
+)
+
+from .options import (
     DEFAULT_MODEL,
     KNOWS,
     Computing,
@@ -28,13 +34,8 @@ from longnet_cli.cli.options import (
     Running,
     read_pattern,
 )
-from longnet_cli.cli.output import check_output, count_left_out, end, note, say_what_is_kept, tell
-from longnet_cli.cli.progress import ExpectedTokens, progress
-from longnet_cli.running.ranks.launch import (
-    start_ranks,
-    started_by_torchrun,
-    under_torchrun,
-)
+from .output import check_output, count_left_out, end, note, say_what_is_kept, tell
+from .progress import ExpectedTokens, progress
 
 if TYPE_CHECKING:
     from longnet_cli.data.input_documents import Inputs

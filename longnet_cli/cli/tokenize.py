@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_count
-from longnet_cli.cli import options as shared
-from longnet_cli.cli.options import INPUT, OUTPUT, HelpPanel, bare_or
-from longnet_cli.cli.output import check_output, count_left_out, end, tell
-from longnet_cli.cli.progress import progress
-from longnet_cli.cli.starting import ask_hub, refuse_read_once, refuse_torchrun
+
+from . import options as shared
+from .options import INPUT, OUTPUT, HelpPanel, bare_or
+from .output import check_output, count_left_out, end, tell
+from .progress import progress
+from .starting import ask_hub, refuse_read_once, refuse_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.data.input_documents import Inputs

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_bytes
-from longnet_cli.cli import options as shared
-from longnet_cli.cli.command import Excludes, check_pairs
-from longnet_cli.cli.dry_run import check_fits, show_training
-from longnet_cli.cli.options import (
+from longnet_cli.running.ranks.launch import LAUNCHED, divide
+
+from . import options as shared
+from .command import Excludes, check_pairs
+from .dry_run import check_fits, show_training
+from .options import (
     COMPUTE,
     INPUT,
     OUTPUT,
@@ -28,16 +30,15 @@ from longnet_cli.cli.options import (
     bare_or,
     read_pattern,
 )
-from longnet_cli.cli.output import note, tell, tell_last, write_text
-from longnet_cli.cli.progress import Advance, progress
-from longnet_cli.cli.starting import (
+from .output import note, tell, tell_last, write_text
+from .progress import Advance, progress
+from .starting import (
     ask_hub,
     check_spill,
     freeze_imports,
     launch,
     processes,
 )
-from longnet_cli.running.ranks.launch import LAUNCHED, divide
 
 if TYPE_CHECKING:
     import torch

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.opened_inputs import Table, numpy_dtype, reading
-from longnet_cli.data.stored_files import StoredFile, StoredIds
+
+from .opened_inputs import Table, numpy_dtype, reading
+from .stored_files import StoredFile, StoredIds
 
 MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its start
 INDEX_BYTES = 256 << 20  # more than any index of a file, which takes 24 bytes per batch

@@ -9,8 +9,6 @@ first character of a special token in a message, until the template's own specia
 when the text is encoded, by a tokenizer that knows them by these names alone. So no normalizer makes one of other text.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import signal
@@ -31,8 +29,9 @@ from jinja2 import ext, nodes, parser, sandbox
 from longnet_cli.basics.configuration import read_text
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import ConfigError, LongNetError, RefusedError, one_line
-from longnet_cli.data.text_pieces import decodes_bytes
-from longnet_cli.data.tokenizer import (
+
+from .text_pieces import decodes_bytes
+from .tokenizer import (
     SETTINGS,
     Tokenizer,
     library_call,

@@ -3,6 +3,7 @@
 Lists in columns: where each one lies in the column's values, and these values as numbers.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -11,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.opened_inputs import CHAT_COLUMN, TOKEN_COLUMNS, Table, find_column
-from longnet_cli.data.stored_files import StoredIds
+
+from .opened_inputs import CHAT_COLUMN, TOKEN_COLUMNS, Table, find_column
+from .stored_files import StoredIds
 
 
 def list_bounds(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -40,25 +42,14 @@ def numbers(
     valid = None
     if values.null_count:
         bitmap, data = values.buffers()
-        bare, valid = (
-            pa.Array.from_buffers(kind, len(values), [None, buffer], offset=values.offset)
-            for kind, buffer in ((values.type, data), (pa.bool_(), bitmap))
-        )
-        values = bare
+        size, offset = len(values), values.offset
+        valid = pa.Array.from_buffers(pa.bool_(), size, [None, bitmap], offset=offset)
+        values = pa.Array.from_buffers(values.type, size, [None, data], offset=offset)
     stored = table.stored(values)
     return values.to_numpy(zero_copy_only=True) if stored is None else stored, valid
 
 
-INTEGERS = (
-    pa.uint8(),
-    pa.uint16(),
-    pa.uint32(),
-    pa.uint64(),
-    pa.int8(),
-    pa.int16(),
-    pa.int32(),
-    pa.int64(),
-)
+INTEGERS = [pa.type_for_alias(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 FLOATS = (pa.float16(), pa.float32(), pa.float64())
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 _PLAIN_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -70,9 +61,8 @@ ID_COLUMNS, VECTOR_ID_COLUMNS = ("doc_id", "id"), ("slide_id", "doc_id")
 COORDS = (("coords",), ("x", "y"))
 
 
-Form = Literal[
-    "text", "tokens", "vectors"
-]  # what documents are read as; ids and text are both tokens
+# What documents are read as: ids and text are both tokens
+Form = Literal["text", "tokens", "vectors"]
 
 
 @dataclass(frozen=True)
@@ -126,8 +116,8 @@ def is_chat(kind: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Return whether a column of this type holds text, plain or encoded by a dictionary (categorical)."""
-    return (kind.value_type if pa.types.is_dictionary(kind) else kind) in _TEXTS
+    """Return whether a column of this type holds text, plain or encoded by a dictionary."""
+    return _plain(kind) in _TEXTS
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -148,61 +138,57 @@ def choose_columns(
     that is asked for beside a flat column. Raises DataError for a name that several columns have, and for document
     names that are not text or integers.
     """
-    if form == "vectors":
-        documents, id_columns = _choose_vectors(table, wanted.column), VECTOR_ID_COLUMNS
+    vectors, present = form == "vectors", table.schema.names
+    if vectors:
+        documents = _choose_vectors(table, wanted.column)
     else:
-        documents, id_columns = _choose(table, wanted.column, form == "tokens", chats), ID_COLUMNS
+        documents = _choose(table, wanted.column, form == "tokens", chats)
     kind = _type(table, documents)
-    candidates = [name for name in id_columns if name in table.schema.names and name != documents]
-    if candidates[:1] == ["id"] and not _is_name(_type(table, "id")):
-        candidates = []  # such an `id` names no document
-    doc_id = wanted.id_column or next(iter(candidates), None)
-    if doc_id is not None and not _is_name(id_type := _type(table, doc_id)):
-        raise DataError(
-            f"{table.where}: {doc_id} has type {id_type}: text or whole numbers are needed"
-        )
     for name in wanted.keep:
         _type(table, name)
     if kind in INTEGERS:
-        beside = [*filter(None, (wanted.id_column,)), *wanted.keep]
-        if beside:
-            raise ConfigError(
-                f"{table.where}: column {documents!r} is one stream of ids, in which a document has no row for "
-                f"{beside[0]!r}"
-            )
         chosen = Columns(documents, kind, None, None, ())
+        for name in wanted.names:
+            if name != wanted.column:
+                raise ConfigError(
+                    f"{table.where}: column {documents!r} is one stream of ids, in which a document has no row for "
+                    f"{name!r}"
+                )
     else:
-        part = _part(table, form) if doc_id is not None else None
-        places = _places(table) if form == "vectors" and coords else ()
-        chosen = Columns(documents, kind, doc_id, part, wanted.keep, places)
+        doc_id = wanted.id_column or _id_column(table, documents, vectors)
+        parts = [name for name in ("part", "span")[: 1 + vectors] if name in present]
+        part = next((name for name in parts if pa.types.is_integer(_type(table, name))), None)
+        places = [names for names in COORDS if vectors and coords and {*names} <= {*present}]
+        chosen = Columns(
+            documents, kind, doc_id, part if doc_id else None, wanted.keep, *places[:1]
+        )
+        if doc_id and not _is_name(id_type := _type(table, doc_id)):
+            raise DataError(
+                f"{table.where}: {doc_id} has type {id_type}: text or whole numbers are needed"
+            )
     for used in (*chosen.names, "doc_id", "part"):
-        if table.schema.names.count(used) > 1:
+        if present.count(used) > 1:
             raise DataError(
                 f"{table.where}: several columns are named {used!r}: rename them, or leave the others out"
             )
     return chosen
 
 
-def _part(table: Table, form: Form) -> str | None:
-    """Return the column that counts the rows of a document; None without one."""
-    for name in ("part", "span") if form == "vectors" else ("part",):
-        if name in table.schema.names and pa.types.is_integer(_type(table, name)):
-            return name
+def _id_column(table: Table, documents: str, vectors: bool) -> str | None:
+    """Return the usual column of names, None without one. An `id` that names no document is none."""
+    for name in VECTOR_ID_COLUMNS if vectors else ID_COLUMNS:
+        if name in table.schema.names and name != documents:
+            return name if name != "id" or _is_name(_type(table, name)) else None
     return None
 
 
-def _places(table: Table) -> tuple[str, ...]:
-    """Return the columns of coordinates; none without any."""
-    for names in COORDS:
-        if {*names} <= {*table.schema.names}:
-            return names
-    return ()
-
-
 def _is_name(kind: pa.DataType) -> bool:
-    return is_text(kind) or pa.types.is_integer(
-        kind.value_type if pa.types.is_dictionary(kind) else kind
-    )
+    return is_text(kind) or pa.types.is_integer(_plain(kind))
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Return the type of values, also of those that a dictionary encodes (categorical)."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _type(table: Table, name: str) -> pa.DataType:
@@ -219,82 +205,63 @@ def _refusal(table: Table, problem: str) -> ConfigError:
 
 
 def _choose(table: Table, column: str | None, ids: bool, chats: bool) -> str:
-    kinds = {field.name: field.type for field in table.schema}
     if column is not None:
         kind = _type(table, column)
-        if (
-            is_text(kind)
-            or (ids and (kind in INTEGERS or _is_list(kind)))
-            or (chats and is_chat(kind))
-        ):
+        if is_text(kind) or (ids and token_type(kind)) or (chats and is_chat(kind)):
             return column
         raise _refusal(
             table, f"column {column!r} does not hold {'token ids or text' if ids else 'text'}"
         )
-    flat = ["text"] if "text" in kinds and is_text(kinds["text"]) else []
-    lists: list[str] = []
-    if ids:
-        lists = [name for name in TOKEN_COLUMNS if name in kinds and _is_list(kinds[name])]
-        flat += [name for name in TOKEN_COLUMNS if kinds.get(name) in INTEGERS]
-    if chats and not flat and CHAT_COLUMN in kinds and is_chat(kinds[CHAT_COLUMN]):
-        flat = [CHAT_COLUMN]
-    names = [*(TOKEN_COLUMNS if ids else ()), "text", *([CHAT_COLUMN] if chats else [])]
-    what = ["text", *(["integers"] if ids else []), *(["chats"] if chats else [])]
-    missing = f"no column named {_either(names)} with {_either(what)}: choose one (--column)"
-    return _only(table, lists or flat, "documents", missing)
+    kinds = defaultdict(pa.null, ((field.name, field.type) for field in table.schema))
+    of_ids, of_chats = TOKEN_COLUMNS * ids, (CHAT_COLUMN,) * chats
+    lists = [name for name in of_ids if _is_list(kinds[name])]
+    flat = [name for name in of_ids if kinds[name] in INTEGERS]
+    if is_text(kinds["text"]):
+        flat = ["text", *flat]
+    candidates = lists or flat or [name for name in of_chats if is_chat(kinds[name])]
+    names = _either([*of_ids, "text", *of_chats])
+    what = _either(["text", *["integers"] * ids, *["chats"] * chats])
+    missing = f"no column named {names} with {what}: choose one (--column)"
+    return _only(table, candidates, "documents", missing)
 
 
 def _choose_vectors(table: Table, column: str | None) -> str:
-    kinds = {field.name: field.type for field in table.schema}
+    names = [name for name in VECTOR_COLUMNS if name in table.schema.names]
+    which = f"no column named {', '.join(VECTOR_COLUMNS)} holds"
     if column is not None:
-        kinds[column] = _type(table, column)
-    names = VECTOR_COLUMNS if column is None else (column,)
-    candidates = [
-        name
-        for name in names
-        if name in kinds and (is_vector(kinds[name]) or is_vectors(kinds[name]))
-    ]
-    which = (
-        f"column {column!r} does not hold"
-        if column
-        else f"no column named {', '.join(names)} holds"
-    )
+        names, which = [column], f"column {column!r} does not hold"
+    kinds = {name: _type(table, name) for name in names}
+    candidates = [name for name, kind in kinds.items() if is_vector(kind) or is_vectors(kind)]
     missing = f"{which} vectors, lists of float16, float32 or float64, which the model reads"
     return _only(table, candidates, "vectors", missing)
 
 
 def _only(table: Table, candidates: Sequence[str], what: str, missing: str) -> str:
     """Return the only candidate. Raises ConfigError, which says what is `missing`, without any, and for several."""
-    if len(candidates) > 1:
-        raise _refusal(
-            table,
-            f"several columns may hold the {what} ({', '.join(candidates)}): choose one (--column)",
-        )
-    if not candidates:
-        raise _refusal(table, missing)
-    return candidates[0]
+    if len(candidates) == 1:
+        return candidates[0]
+    several = f"several columns may hold the {what} ({', '.join(candidates)})"
+    raise _refusal(table, f"{several}: choose one (--column)" if candidates else missing)
 
 
 def _either(names: Sequence[str]) -> str:
     """Return `a, b or c`."""
-    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    return ", ".join(names[:-1]) + " or " * (len(names) > 1) + names[-1]
 
 
 class TokenTypes:
     """A check that all inputs hold one type of token: int32 beside int64 mostly means two tokenizers, or a mistake."""
 
     def __init__(self) -> None:
-        self._known: tuple[str, pa.DataType] | None = (
-            None  # where the first type was found, and the type
-        )
+        self._first: tuple[str, pa.DataType] | None = None  # where a type was found, and the type
 
     def check(self, table: Table, columns: Columns) -> None:
         """Raise DataError when an earlier input had another type. Text has no type."""
         kind = token_type(columns.type)
         if kind is None or not table.typed:
             return
-        self._known = self._known or (table.where, kind)
-        where, expected = self._known
+        self._first = self._first or (table.where, kind)
+        where, expected = self._first
         if kind != expected:
             raise DataError(
                 f"{table.where}: its tokens are {kind} and those of {where} are {expected}: all inputs need one "

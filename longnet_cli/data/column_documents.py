@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
-from longnet_cli.data.column_choice import Columns, is_chat, list_bounds, numbers
-from longnet_cli.data.manifest import is_manifest
-from longnet_cli.data.opened_inputs import Table, Text, pick, plain, reading
-from longnet_cli.data.stored_files import Part
-from longnet_cli.data.token_documents import Apart, Unread, collect
-from longnet_cli.data.tokenizer import Tokenizer
+
+from .column_choice import Columns, is_chat, list_bounds, numbers
+from .manifest import is_manifest
+from .opened_inputs import Table, Text, pick, plain, reading
+from .stored_files import Part
+from .token_documents import Apart, Unread, collect
+from .tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -287,7 +288,7 @@ def _chat_reader(
             f"{table.where}: {columns.documents!r} holds chats, which need the chat template of a tokenizer: give a "
             "folder with a tokenizer.json and its template (--tokenizer, or --model)"
         )
-    from longnet_cli.data.chat import (
+    from .chat import (
         ChatTemplate,
     )  # imported late: it loads Jinja, which other data do not need
 

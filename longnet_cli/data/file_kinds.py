@@ -2,10 +2,10 @@
 
 from mimetypes import MimeTypes
 
-SHARD_SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather")
+SHARD_SUFFIXES = tuple(".parquet .pq .arrow .arrows .ipc .feather".split())
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 HDF5_SUFFIXES = (".h5", ".hdf5")
-FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")  # which are refused
+FASTA_SUFFIXES = tuple(".fa .fasta .fna .ffn .faa".split())  # which are refused
 PACKED_SUFFIXES = (".gz", ".zst")
 ARROW_KINDS = ("file", "stream", "parquet")  # results of `sniff` for tables with typed columns
 
@@ -31,9 +31,8 @@ def is_cut(head: bytes) -> bool:
 
 def compression(head: bytes) -> str | None:
     """Return the compression of an input, by at least its first 8 bytes; None if it is not compressed."""
-    if (
-        head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5
-    ):  # a skippable frame, with which pzstd's files start
+    # a skippable frame, with which pzstd's files start
+    if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:
         return "zstd"
     return next((name for magic, name in _PACKED.items() if head.startswith(magic)), None)
 
@@ -41,9 +40,9 @@ def compression(head: bytes) -> str | None:
 def bare_name(name: str) -> str:
     """Return the name of a file in lower case, without the suffix of its compression: `a.jsonl` for `A.jsonl.GZ`."""
     name = name.lower()
-    return next(
-        (name.removesuffix(suffix) for suffix in PACKED_SUFFIXES if name.endswith(suffix)), name
-    )
+    for suffix in PACKED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
 
 
 def is_named_text(name: str) -> bool:

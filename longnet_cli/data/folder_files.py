@@ -3,12 +3,13 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os.path import commonprefix
 from pathlib import PurePosixPath
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
-from longnet_cli.data.file_kinds import (
+
+from .file_kinds import (
     HDF5_SUFFIXES,
     JSON_SUFFIXES,
     PACKED_SUFFIXES,
@@ -18,8 +19,8 @@ from longnet_cli.data.file_kinds import (
     is_named_text,
     sniff,
 )
-from longnet_cli.data.machine_shares import check_shares_below, shards_of_shares
-from longnet_cli.data.manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
+from .machine_shares import Read, check_shares_below, shards_of_shares
+from .manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
 
 # The words by which Hugging Face knows a split in the name of a file
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -28,55 +29,27 @@ _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluati
 MOST_NAMED = 20  # kinds of files that are not read
 
 
-def choose_files(
-    folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]
-) -> tuple[list[str], str]:
+def choose_files(folder: str, names: Sequence[str], read: Read) -> tuple[list[str], str]:
     """Choose the files to read below a folder: the shards of a data set in its order, otherwise every text.
 
     Return them, and a sentence that names the other files, with which it warns of them; empty if there are none.
 
-    Files without an order of their own are sorted naturally. The folders of all shares of a run are one data set. A
-    data set or a run that `longnet` wrote below the folder
+    Files without an order of their own are sorted naturally. A data set or a run that `longnet` wrote below the folder
     is skipped if there are other files, because it may be the output that is being written. `names` are relative paths.
-    `read(name, size)` returns the first `size` bytes of a file, or all bytes if `size` is None. Raises DataError for a
-    folder without readable files, a missing shard and an unfinished or damaged data set, ConfigError for a data set of
-    several splits, also by the names of its files.
+    Raises DataError for a folder without readable files, a missing shard and an unfinished or damaged data set,
+    ConfigError for a data set of several splits, also by the names of its files.
     """
-
-    def listed(index: str, key: str, name: str) -> list[str] | None:
-        """Return the shards that an index file of the folder lists, or None if the file is no such index."""
-        try:
-            shards = [
-                str(shard[name])
-                for shard in json.loads(manifest_text(index, read(index, None)))[key]
-            ]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-        if missing := next((shard for shard in shards if shard not in names), None):
-            raise DataError(f"{folder}/{missing}: no such file, but {folder}/{index} lists it")
-        return shards
-
-    # `datasets.save_to_disk` writes this index, and may leave caches beside the shards
-    if "state.json" in names and (shards := listed("state.json", "_data_files", "filename")):
+    if (shards := _shards_of_data_set(folder, names, read)) is not None:
         return shards, ""
-    if UNFINISHED in names:  # our writer keeps it until the last shard is there
-        raise DataError(
-            f"{folder}: the run that wrote this data did not end: finish it with its command and --resume"
-        )
-    if manifest := manifest_in(names):
-        if (shards := listed(manifest, "shards", "name")) is None:
-            raise DataError(f"{folder}/{manifest}: changed or damaged after it was written")
-        return shards, ""
-    if (shards := shards_of_shares(folder, names, read)) is not None:
-        return shards, ""
-    for parent in sorted(_parents_of_written(names)):
+    data_sets = _folders_with(names, UNFINISHED, *FINISHED)
+    for parent in sorted({below.rpartition("/")[0] for below in data_sets} - {""}):
         check_shares_below(folder, parent, names, read)
     if "dataset_dict.json" in names:
         raise _several(folder, sorted({name.split("/")[0] for name in names if "/" in name}))
-    files = sorted(
-        (name for name in names if not any(map(is_hidden, name.split("/")))), key=natural_order
-    )
-    written = _written_folders(names)
+    shown = (name for name in names if not any(map(is_hidden, name.split("/"))))
+    files = sorted(shown, key=natural_order)
+    runs = _folders_with(names, "recipe.json") & _folders_with(names, "metrics.jsonl")
+    written = tuple(f"{below}/" for below in data_sets | runs)
     files = [file for file in files if not file.startswith(written)] or files
     for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
         if shards := [file for file in files if bare_name(file).endswith(suffixes)]:
@@ -98,6 +71,37 @@ def choose_files(
     return chosen, _tell_unread(folder, files, chosen)
 
 
+def _shards_of_data_set(folder: str, names: Sequence[str], read: Read) -> list[str] | None:
+    """Return the shards of a folder that is one data set, by its index; None for another folder.
+
+    The folders of all shares of a run are one data set. The arguments and the errors are those of `choose_files`.
+    """
+
+    def listed(index: str, key: str, name: str) -> list[str] | None:
+        """Return the shards that an index file of the folder lists, or None if the file is no such index."""
+        try:
+            content = json.loads(manifest_text(index, read(index, None)))
+            shards = [str(shard[name]) for shard in content[key]]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        if missing := next((shard for shard in shards if shard not in names), None):
+            raise DataError(f"{folder}/{missing}: no such file, but {folder}/{index} lists it")
+        return shards
+
+    # `datasets.save_to_disk` writes this index, and may leave caches beside the shards
+    if "state.json" in names and (shards := listed("state.json", "_data_files", "filename")):
+        return shards
+    if UNFINISHED in names:  # our writer keeps it until the last shard is there
+        raise DataError(
+            f"{folder}: the run that wrote this data did not end: finish it with its command and --resume"
+        )
+    if manifest := manifest_in(names):
+        if (shards := listed(manifest, "shards", "name")) is None:
+            raise DataError(f"{folder}/{manifest}: changed or damaged after it was written")
+        return shards
+    return shards_of_shares(folder, names, read)
+
+
 def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> str:
     """Return a sentence that names the files beside the `chosen` ones, and warn with it; empty if there are none."""
     alike: dict[str, list[str]] = {}  # by their suffix
@@ -110,7 +114,7 @@ def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> st
         more = f" and {len(files) - 1} like it" if len(files) > 1 else ""
         examples.append(f"{files[0]}{more}")
     if len(examples) > MOST_NAMED:
-        examples = [*examples[:MOST_NAMED], "..."]
+        examples[MOST_NAMED:] = ["..."]
     suffixes = (*SHARD_SUFFIXES, *JSON_SUFFIXES, ".json")
     readable = [
         files for suffix, files in alike.items() if suffix in suffixes or is_named_text(files[0])
@@ -156,25 +160,10 @@ def _several(folder: str, splits: Sequence[str]) -> ConfigError:
     return ConfigError(f"{folder} holds several splits of a data set: name one of {one}")
 
 
-def _parents_of_written(names: Sequence[str]) -> set[str]:
-    """Return the folders below the outermost that hold folders with a manifest: `run` of run/1/_manifest.arrow."""
-    marks = (UNFINISHED, *FINISHED)
-    written = [name.split("/")[:-1] for name in names if name.rpartition("/")[2] in marks]
-    return {"/".join(folder[:-1]) for folder in written} - {""}
-
-
-def _written_folders(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the folders, each with its final slash, that hold a data set or a run written by longnet."""
-    inside: dict[str, set[str]] = {}
-    for name in names:
-        folder, slash, file = name.rpartition("/")
-        inside.setdefault(folder + slash, set()).add(file)
-    marks = *({name} for name in (UNFINISHED, *FINISHED)), {"recipe.json", "metrics.jsonl"}
-    return tuple(
-        folder
-        for folder, files in inside.items()
-        if folder and any(mark <= files for mark in marks)
-    )
+def _folders_with(names: Sequence[str], *files: str) -> set[str]:
+    """Return the folders below the outermost that hold one of these files."""
+    paths = (name.rpartition("/") for name in names)
+    return {below for below, _, file in paths if below and file in files}
 
 
 def is_hidden(name: str) -> bool:

@@ -1,7 +1,5 @@
 """HDF5 files of tile features, from TRIDENT or CLAM, read as tables: a dataset is a column, a file one slide."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError, extra
-from longnet_cli.data.opened_inputs import Table, first_line, reading
+
+from .opened_inputs import Table, first_line, reading
 
 BATCH_BYTES = 16 << 20
 MOST_CHUNK_BYTES = 1 << 30  # HDF5 unpacks a chunk whole, whatever its size in the file

@@ -32,7 +32,8 @@ from longnet_cli.basics.errors import (
     LongNetError,
     RefusedError,
 )
-from longnet_cli.data.column_choice import (
+
+from .column_choice import (
     INTEGERS,
     VECTOR_COLUMNS,
     Columns,
@@ -44,24 +45,24 @@ from longnet_cli.data.column_choice import (
     is_text,
     stays_in_file,
 )
-from longnet_cli.data.column_documents import (
+from .column_documents import (
     DocumentRows,
     flat_documents,
     list_documents,
     read_documents,
     table_texts,
 )
-from longnet_cli.data.file_kinds import ARROW_KINDS, compression, sniff
-from longnet_cli.data.input_files import InputFile, InputFiles
-from longnet_cli.data.machine_shares import Share
-from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.opened_inputs import Stdin, Table, Text, reading
-from longnet_cli.data.opening import open_input
-from longnet_cli.data.stored_files import FileChangedError, Part, no_place
-from longnet_cli.data.text_pieces import Unit, note_ends
-from longnet_cli.data.token_documents import Apart, Document, Unread, collect
-from longnet_cli.data.tokenizer import Tokenizer, fitting
-from longnet_cli.data.vectors import vector_documents
+from .file_kinds import ARROW_KINDS, compression, sniff
+from .input_files import InputFile, InputFiles
+from .machine_shares import Share
+from .manifest import read_manifest
+from .opened_inputs import Stdin, Table, Text, reading
+from .opening import open_input
+from .stored_files import FileChangedError, Part, no_place
+from .text_pieces import Unit, note_ends
+from .token_documents import Apart, Document, Unread, collect
+from .tokenizer import Tokenizer, fitting
+from .vectors import vector_documents
 
 END = 1 << 20  # bytes at each end of a file, by which a resumed run knows it again
 
@@ -73,7 +74,7 @@ def content_digest(input_file: InputFile) -> str | None:
     which its reader reports.
     """
     if input_file.filesystem is not None and input_file.filesystem.type_name != "local":
-        from longnet_cli.data.remote import version  # imported late: 20 ms for stores alone
+        from .remote import version  # imported late: 20 ms for stores alone
 
         state = version(input_file.filesystem, str(input_file.path))
         return state and hashlib.sha256(state.encode()).hexdigest()[:16]
@@ -183,7 +184,7 @@ class Inputs:
 
         `words` is the tokenizer of texts, `kept` are the columns that documents carry along.
         """
-        from longnet_cli.data.chat import chat_settings  # loads Jinja; files and streams need none
+        from .chat import chat_settings  # loads Jinja; files and streams need none
 
         settings: dict[str, object] = {"inputs": self.fingerprint()}
         if self.share:

@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, refuse_web_address
-from longnet_cli.data.folder_files import choose_files, is_hidden, natural_order
-from longnet_cli.data.stored_files import read_error
+from longnet_cli.basics.errors import (
+    ConfigError,
+    DataError,
+    InputWarning,
+    is_utf8,
+    refuse_web_address,
+)
+
+from .folder_files import choose_files, is_hidden, natural_order
+from .stored_files import read_error
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -93,11 +100,9 @@ def find_files(names: Sequence[str | Path]) -> tuple[list[InputFile], list[DataE
     expanded = [*_expand_all([_as_text(str(name)) for name in names], in_list=False)]
     files = once(item for item in expanded if isinstance(item, InputFile))
     missing = [item for item in expanded if isinstance(item, DataError)]
-    times = Counter(input_file.name for input_file in files)
-    for index, input_file in enumerate(files):
-        if times[input_file.name] > 1:
-            files[index] = replace(input_file, name=input_file.where)
-    return files, missing
+    times = Counter(file.name for file in files)
+    named = [replace(file, name=file.where) if times[file.name] > 1 else file for file in files]
+    return named, missing
 
 
 def once(files: Iterable[InputFile]) -> list[InputFile]:
@@ -111,11 +116,10 @@ def once(files: Iterable[InputFile]) -> list[InputFile]:
                 status = input_file.path.stat()
                 key = status.st_dev, status.st_ino
         earlier = first.setdefault(key, input_file)
-        if earlier is not input_file:
-            same = earlier.where == input_file.where
-            again.append(
-                input_file.where if same else f"{input_file.where}, which is {earlier.where},"
-            )
+        if earlier.where != input_file.where:
+            again.append(f"{input_file.where}, which is {earlier.where},")
+        elif earlier is not input_file:
+            again.append(input_file.where)
     if again:
         more = f" (and {len(again) - 1} more)" if again[1:] else ""
         warnings.warn(
@@ -131,12 +135,11 @@ def _expand_all(items: Iterable[str], *, in_list: bool) -> Iterator[InputFile | 
     for item in items:
         try:
             for input_file in _expand(item, in_list=in_list):
-                if isinstance(input_file, InputFile) and any(
-                    "\ud800" <= character <= "\udfff" for character in input_file.where
-                ):
-                    yield DataError(f"{input_file.where!a}: the name is not UTF-8: rename it")
-                else:
-                    yield input_file
+                if isinstance(input_file, InputFile) and not is_utf8(input_file.where):
+                    input_file = DataError(
+                        f"{input_file.where!a}: the name is not UTF-8: rename it"
+                    )
+                yield input_file
         except DataError as error:
             yield error
 
@@ -161,27 +164,26 @@ def _expand(item: str, *, in_list: bool) -> Iterable[InputFile | DataError]:
         )
     refuse_web_address(item)
     if item.startswith("file://"):
-        item, in_list = (
-            unquote(item.removeprefix("file://")),
-            True,
-        )  # in a URI, @ starts a name, not a list
+        item = unquote(item.removeprefix("file://"))
+        in_list = True  # in a URI, @ starts a name, not a list
     elif re.match(r"[a-z][a-z0-9+.-]*://", item):
-        from longnet_cli.data.remote import find_remote  # imported late: 20 ms for stores alone
+        from .remote import find_remote  # imported late: 20 ms for stores alone
 
-        filesystem, remote = find_remote(item)
+        filesystem, files = find_remote(item)
         return [
             InputFile(Path(path), name, where, filesystem, size)
-            for path, name, where, size in remote
+            for path, name, where, size in files
         ]
     path = Path(_as_path(item))
     if item == "-":
         return [_stdin_file()]
     if path.is_dir():
         names, beside = _folder_files(path)
-        paths = [path / _as_path(name) for name in names]
         return [
-            InputFile(file, name, _as_text(str(file)), beside=beside)
-            for file, name in zip(paths, names, strict=True)
+            InputFile(
+                path / _as_path(name), name, _as_text(f"{path / _as_path(name)}"), beside=beside
+            )
+            for name in names
         ]
     if path.exists():
         return [InputFile(path, _as_text(path.name), item)]
@@ -189,10 +191,10 @@ def _expand(item: str, *, in_list: bool) -> Iterable[InputFile | DataError]:
         return _expand_all(_listed(item[1:]), in_list=True)
     if glob.has_magic(item):
         matches = filter(os.path.isfile, glob.glob(_as_path(item), recursive=True))
-        files = sorted(map(_as_text, matches), key=natural_order)
-        if files:
+        names = sorted(map(_as_text, matches), key=natural_order)
+        if names:
             return [
-                InputFile(Path(_as_path(file)), file.rpartition("/")[2], file) for file in files
+                InputFile(Path(_as_path(name)), name.rpartition("/")[2], name) for name in names
             ]
         raise DataError(f"{item}: no file matches")
     raise DataError(f"{item}: no such file or folder")

@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.column_choice import ID_COLUMNS, Wanted
-from longnet_cli.data.file_kinds import JSON_SUFFIXES, bare_name
-from longnet_cli.data.input_files import InputFile
-from longnet_cli.data.opened_inputs import (
+
+from .column_choice import ID_COLUMNS, Wanted
+from .file_kinds import JSON_SUFFIXES, bare_name
+from .input_files import InputFile
+from .opened_inputs import (
     BYTE_ORDER_MARK,
     CHAT_COLUMN,
     TOKEN_COLUMNS,

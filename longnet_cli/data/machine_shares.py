@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.basics.sealed_manifests import unseal
-from longnet_cli.data.manifest import FINISHED, MANIFEST_VERSION, UNFINISHED, manifest_text
+
+from .manifest import FINISHED, MANIFEST_VERSION, UNFINISHED, manifest_text
 
 
 class Share(NamedTuple):
@@ -54,9 +55,11 @@ class Share(NamedTuple):
 MAY_DIFFER = ("share", "chunk", "kernel")  # settings that are a machine's own
 
 
-def shards_of_shares(
-    folder: str, names: Sequence[str], read: Callable[[str, int | None], bytes]
-) -> list[str] | None:
+# `read(name, size)` returns the first `size` bytes of a file, or all bytes if `size` is None.
+Read = Callable[[str, int | None], bytes]
+
+
+def shards_of_shares(folder: str, names: Sequence[str], read: Read) -> list[str] | None:
     """Return the shards of a folder of shares, in the order of the shares; None for another folder.
 
     Each folder in it holds what one share has written. `names` and `read` are those of `choose_files`. Raises DataError
@@ -90,9 +93,7 @@ def shards_of_shares(
     return shards
 
 
-def check_shares_below(
-    folder: str, parent: str, names: Sequence[str], read: Callable[[str, int | None], bytes]
-) -> None:
+def check_shares_below(folder: str, parent: str, names: Sequence[str], read: Read) -> None:
     """Raise DataError if the folder `parent`, somewhere below `folder`, is one of shares and not whole."""
     start = f"{parent}/"
     inside = [name.removeprefix(start) for name in names if name.startswith(start)]
@@ -109,7 +110,7 @@ def _manifests_below(names: Sequence[str]) -> dict[str, str]:
     return {below: name for below, name in manifests.items() if below and "/" not in below}
 
 
-def _content(name: str, read: Callable[[str, int | None], bytes]) -> dict[str, Any]:
+def _content(name: str, read: Read) -> dict[str, Any]:
     """Return the content of a manifest; nothing of one that is damaged."""
     try:
         return unseal(manifest_text(name, read(name, None)), MANIFEST_VERSION)

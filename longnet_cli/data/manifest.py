@@ -23,8 +23,9 @@ from longnet_cli.basics.configuration import read_text
 from longnet_cli.basics.errors import DataError
 from longnet_cli.basics.events import LeftOut
 from longnet_cli.basics.sealed_manifests import seal, unseal
-from longnet_cli.data.opened_inputs import first_line
-from longnet_cli.data.stored_files import read_error
+
+from .opened_inputs import first_line
+from .stored_files import read_error
 
 UNFINISHED = "_unfinished.json"
 FINISHED = ("_manifest.arrow", "_manifest.parquet")

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError, MemoryLimitError
-from longnet_cli.data.stored_files import FileChangedError, StoredIds, read_error
+
+from .stored_files import FileChangedError, StoredIds, read_error
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 CHAT_COLUMN = "messages"

@@ -18,9 +18,10 @@ from typing import Any
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data import arrow
-from longnet_cli.data.column_choice import Wanted
-from longnet_cli.data.file_kinds import (
+
+from . import arrow
+from .column_choice import Wanted
+from .file_kinds import (
     FASTA_SUFFIXES,
     JSON_SUFFIXES,
     SHARD_SUFFIXES,
@@ -29,10 +30,10 @@ from longnet_cli.data.file_kinds import (
     is_cut,
     sniff,
 )
-from longnet_cli.data.hdf5 import open_hdf5
-from longnet_cli.data.input_files import STDIN, InputFile
-from longnet_cli.data.jsonlines import open_json_lines
-from longnet_cli.data.opened_inputs import (
+from .hdf5 import open_hdf5
+from .input_files import STDIN, InputFile
+from .jsonlines import open_json_lines
+from .opened_inputs import (
     BYTE_ORDER_MARK,
     Pipe,
     Stdin,
@@ -42,7 +43,7 @@ from longnet_cli.data.opened_inputs import (
     pick,
     reading,
 )
-from longnet_cli.data.stored_files import StoredFile, no_place
+from .stored_files import StoredFile, no_place
 
 PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
@@ -71,7 +72,7 @@ def open_input(input_file: InputFile, wanted: Wanted) -> Text | Table:
         return replace(opened, ready=pipe.ready) if isinstance(opened, Table) else opened
     with reading(input_file.where):
         if input_file.filesystem is not None:
-            from longnet_cli.data.remote import (
+            from .remote import (
                 open_remote,
             )  # imported late: 20 ms that local input does not need
 

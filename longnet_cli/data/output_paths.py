@@ -8,10 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.input_files import InputFiles
+
+from .input_files import InputFiles
 
 # Names of one file, the last of vectors; any other name is a folder
-OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl", ".npy")
+OUTPUT_SUFFIXES = tuple(".arrow .feather .parquet .jsonl .npy".split())
 # Endings of files that we do not write. Any other ending, as in run.v2, may be a folder's.
 _OTHER_SUFFIX = re.compile(
     r"\.(csv|tsv|txt|json|ndjson|npz|pt|pth|bin|safetensors|h5|hdf5|pkl|pickle|gz|bz2|xz|zst|zip|tar|tgz|7z|ipc|pq|orc"
@@ -49,11 +50,10 @@ def refuse_other_suffix(option: str, output: str | Path, vectors: bool = True) -
 
     A file that exists has any name.
     """
-    suffix, written = Path(output).suffix, OUTPUT_SUFFIXES if vectors else OUTPUT_SUFFIXES[:-1]
-    other = _OTHER_SUFFIX.fullmatch(suffix) or (
-        suffix not in written and suffix.lower() in OUTPUT_SUFFIXES
-    )
-    if other and not Path(output).exists():
+    suffix = Path(output).suffix
+    written = OUTPUT_SUFFIXES if vectors else OUTPUT_SUFFIXES[:-1]
+    refused = _OTHER_SUFFIX.fullmatch(suffix) or suffix.lower() in OUTPUT_SUFFIXES
+    if refused and suffix not in written and not Path(output).exists():
         kinds = f"{', '.join(written[:-1])} or {written[-1]}"
         raise ConfigError(
             f"{option} {output}: {suffix} is not written: the name of a file ends in {kinds}"
@@ -74,13 +74,9 @@ def refuse_overwriting(
     """
     existing = {_identity(output): output for output in outputs}
     existing.pop(None, None)  # what is not there, and what keeps nothing
-    if not existing:
-        return
-    for path in _read_files(inputs, also):
+    for path in _read_files(inputs, also) if existing else ():
         around = _folders_of(os.path.realpath(path.parent))
-        for identity in (_identity(path), *around):
-            if identity not in existing:
-                continue
+        for identity in existing.keys() & {_identity(path), *around}:
             output = existing[identity]
             name = "stdout" if str(output) == "-" else f"{option} {output}"
             relation = "holds" if identity in around else "is"
@@ -91,15 +87,9 @@ def refuse_overwriting(
 
 def _read_files(inputs: InputFiles | None, also: Iterable[str | Path | None]) -> Iterator[Path]:
     if inputs:
-        lists = (str(name) for name in inputs.names if str(name).startswith("@"))
-        yield from (Path(name[1:]) for name in lists)
-        for file in inputs:
-            if file.path and not file.filesystem:
-                yield file.path
-    for name in also:
-        if name is None:
-            continue
-        path = Path(name)
+        yield from (Path(str(name)[1:]) for name in inputs.names if str(name).startswith("@"))
+        yield from (file.path for file in inputs if file.path and not file.filesystem)
+    for path in (Path(name) for name in also if name is not None):
         if path.is_dir():
             yield from filter(Path.is_file, path.iterdir())
         else:
@@ -112,11 +102,9 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
         status = os.fstat(1) if str(path) == "-" else os.stat(path)
     except (OSError, ValueError):
         return None
-    return (
-        (status.st_dev, status.st_ino)
-        if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-        else None
-    )
+    if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+        return status.st_dev, status.st_ino
+    return None
 
 
 @lru_cache(maxsize=1024)

@@ -21,13 +21,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.atomic import atomic_write
-from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, is_utf8
 from longnet_cli.basics.events import Events
-from longnet_cli.data.input_documents import DocumentPass, Inputs, content_digest
-from longnet_cli.data.input_files import InputFile
-from longnet_cli.data.opened_inputs import Table, Text, reading
-from longnet_cli.data.text_pieces import cut
-from longnet_cli.data.token_documents import Unread
+
+from .input_documents import DocumentPass, Inputs, content_digest
+from .input_files import InputFile
+from .opened_inputs import Table, Text, reading
+from .text_pieces import cut
+from .token_documents import Unread
 
 # Writing in which no space ends a word: Thai, Lao, Burmese and Khmer; kana, Chinese characters and hangul
 UNSPACED = re.compile(
@@ -272,7 +273,7 @@ def check_number(most: int) -> None:
 
 def check_question(question: str) -> None:
     """Raise ConfigError for a question that is not UTF-8."""
-    if any("\ud800" <= sign <= "\udfff" for sign in question):
+    if not is_utf8(question):
         raise ConfigError(
             "the question is not UTF-8: save it as a UTF-8 file of JSON Lines, and give that with --questions"
         )

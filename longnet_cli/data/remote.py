@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.fs as fs
 
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
-from longnet_cli.data.folder_files import choose_files, natural_order
-from longnet_cli.data.opened_inputs import first_line
-from longnet_cli.data.stored_files import read_error
+
+from .folder_files import choose_files, natural_order
+from .opened_inputs import first_line
+from .stored_files import read_error
 
 # Google's library repeats a failed request for 15 minutes: too long to say that there is no network. That is right for
 # reading, so that a long read outlives a short failure.
@@ -53,16 +54,12 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str, int 
     address, _, query = uri.partition("?")
     magic = re.search(r"[^/]*[*]", address)
     base = address[: magic.start()].rstrip("/") if magic else address
+    folder = base.rstrip("/")
     with _telling(uri):
-        limit = (
-            LIMIT
-            if base.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in query
-            else ""
-        )
-        filesystem, path = connect("?".join(filter(None, (base, query))))
-        asked = (
-            connect(f"{base}?{'&'.join(filter(None, (query, limit)))}")[0] if limit else filesystem
-        )
+        filesystem, path = connect(f"{base}?{query}" if query else base)
+        asked = filesystem
+        if base.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in query:
+            asked, _ = connect(f"{base}?{query}{'&' * bool(query)}{LIMIT}")
         info = asked.get_file_info(path)
         if info.type == fs.FileType.File and not magic:
             return filesystem, [(path, info.base_name, address, info.size)]
@@ -78,12 +75,10 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str, int 
             if not names:
                 raise DataError(f"{uri}: no file matches")
         elif sizes:
-            names, _ = choose_files(base.rstrip("/"), [*sizes], read)
+            names, _ = choose_files(folder, [*sizes], read)
         else:
             raise DataError(f"{uri}: no such file or folder")
-    return filesystem, [
-        (f"{path}/{name}", name, f"{base.rstrip('/')}/{name}", sizes[name]) for name in names
-    ]
+    return filesystem, [(f"{path}/{name}", name, f"{folder}/{name}", sizes[name]) for name in names]
 
 
 def open_remote(filesystem: fs.FileSystem, path: str, where: str) -> Any:

@@ -30,24 +30,19 @@ from longnet_cli.basics.atomic import (
 )
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.basics.events import LeftOut
-from longnet_cli.data import arrow
-from longnet_cli.data.manifest import KEY, UNFINISHED, Manifest, marked, read_manifest
-from longnet_cli.data.opened_inputs import first_line
-from longnet_cli.data.row_writer import ShardWriter
-from longnet_cli.data.stored_files import StoredFile, read_error
+
+from . import arrow
+from .manifest import KEY, UNFINISHED, Manifest, marked, read_manifest
+from .opened_inputs import first_line
+from .row_writer import ShardWriter
+from .stored_files import StoredFile, read_error
 
 ShardFormat = Literal["arrow", "parquet"]
 T = TypeVar("T")
 
 
-_OPTIONS = {
-    "share",
-    "pool",
-    "span",
-    "pattern",
-    "chunk",
-    "dtype",
-}  # settings that are options, and written as these are
+# Settings that are options, and written as these are
+_OPTIONS = "share pool span pattern chunk dtype".split()
 
 
 def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
@@ -55,28 +50,24 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
 
     Raises ConfigError for a folder with other files, and for one with shards unless `resume`.
     """
-    place = Path(folder)
     try:
-        place.stat()
+        Path(folder).stat()
     except (FileNotFoundError, NotADirectoryError):
         pass  # it is made, or refused, when it is written
     except OSError as error:  # a link to itself
         raise ConfigError(f"{folder}: cannot write: {error.strerror}") from error
-    earlier = read_manifest(place)
+    earlier = read_manifest(folder)
     if earlier is None:
         check_unused(folder)
         return None
     if not earlier.shards and not earlier.finished:
         return None
-    if not resume:
-        if earlier.finished:
-            raise ConfigError(
-                f"{folder} holds a finished data set: name a new folder, or remove it first"
-            )
-        raise ConfigError(
-            f"{folder} holds an unfinished data set: go on with --resume, or remove it first"
-        )
-    return earlier
+    if resume:
+        return earlier
+    held = "an unfinished data set: go on with --resume"
+    if earlier.finished:
+        held = "a finished data set: name a new folder"
+    raise ConfigError(f"{folder} holds {held}, or remove it first")
 
 
 class ShardFolder:
@@ -112,10 +103,11 @@ class ShardFolder:
         self._name = name
         self._suffix = f".{format}"
         self._resume = resume
-        decisive = {**settings, **({"shard_format": format} if format != "arrow" else {})}
-        self._manifest = Manifest(
-            json.loads(json.dumps(decisive)), tokenizer=tokenizer
-        )  # as it will be read back
+        decisive = dict(settings)
+        if format != "arrow":
+            decisive["shard_format"] = format
+        as_read_back = json.loads(json.dumps(decisive))
+        self._manifest = Manifest(as_read_back, tokenizer=tokenizer)
         self._open = ExitStack()  # holds the writer, so that an error discards its file
         self._writer: ShardWriter | None = None
         self._counts: Counter[str] = Counter()
@@ -151,20 +143,18 @@ class ShardFolder:
         Raises DataError if those come from files that have changed since they were read, or if there are fewer.
         """
         done = self.totals["documents"]
-        given = sum(1 for _ in islice(documents, done))
-        if done:
-            both = zip(
-                self._opened, self._manifest.contents, strict=False
-            )  # either may have opened more files
-            for (where, now), then in both:
-                if now and then and now != then:
-                    raise DataError(
-                        f"{where}: cannot resume: the file has changed since {self.folder} was begun: give the same "
-                        "contents, or a new folder"
-                    )
-        if given < done:
+        count = sum(1 for _ in islice(documents, done))
+        # either run may have opened more files
+        both = zip(self._opened, self._manifest.contents, strict=False)
+        for (where, now), then in both if done else ():
+            if now and then and now != then:
+                raise DataError(
+                    f"{where}: cannot resume: the file has changed since {self.folder} was begun: give the same "
+                    "contents, or a new folder"
+                )
+        if count < done:
             raise DataError(
-                f"{self.folder}: cannot resume: finished shards hold {done} documents, and the inputs {given}"
+                f"{self.folder}: cannot resume: finished shards hold {done} documents, and the inputs {count}"
             )
         return documents
 
@@ -194,7 +184,7 @@ class ShardFolder:
         self._open.close()  # gives the file its final name
         self._manifest.shards.append(shard)
         self._note_inputs()
-        self._say()
+        self._write_manifest()
 
     def __exit__(
         self,
@@ -230,16 +220,17 @@ class ShardFolder:
         if earlier is not None:
             self._refuse_other_settings(earlier)
             for index, shard in enumerate(earlier.shards):
-                if shard["name"] != (name := self._path(index).name):
-                    listed = f"its manifest lists {shard['name']!r} and not {name}"
+                path = self._path(index)
+                if shard["name"] != path.name:
+                    listed = f"its manifest lists {shard['name']!r} and not {path.name}"
                     raise DataError(f"{self.folder}: cannot resume: {listed}")
-                _check_shard(self.folder / shard["name"], self.schema, shard["rows"])
+                _check_shard(path, self.schema, shard["rows"])
             self._manifest = earlier
         if self._manifest.finished:
             self._left_out.take(self.totals)
         else:
             self._refuse_unlisted()
-            self._say()
+            self._write_manifest()
         remove_leftovers(self.folder)
 
     def _refuse_unlisted(self) -> None:
@@ -260,7 +251,7 @@ class ShardFolder:
         digests = [digest for _, digest in self._opened]
         self._manifest.contents[: len(digests)] = digests
 
-    def _say(self) -> None:
+    def _write_manifest(self) -> None:
         """Write the manifest of the finished shards."""
         write_file(self.folder / UNFINISHED, self._manifest.to_json().encode())
 
@@ -268,14 +259,12 @@ class ShardFolder:
         old, new = earlier.settings, self._manifest.settings
         for name in [*new, *old]:
             if old.get(name) != new.get(name):
-                given = (
-                    f"--{name} {old[name]}"
-                    if name in _OPTIONS and name in old
-                    else "the same inputs and options"
-                )
+                needed = "the same inputs and options"
+                if name in _OPTIONS and name in old:
+                    needed = f"--{name} {old[name]}"
                 raise ConfigError(
                     f"{self.folder}: cannot resume: {name} was {old.get(name)!r} and is now {new.get(name)!r}: "
-                    f"give {given}, or a new folder"
+                    f"give {needed}, or a new folder"
                 )
 
     def _next_path(self) -> Path:
@@ -303,16 +292,15 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
             else:
                 table = arrow.open_file(path.name, str(path), file)
                 stored, written = sum(batch.num_rows for batch in table.read([])), table.schema
-        rows = stored if rows is None else rows
-        if stored != rows or not written.equals(schema, check_metadata=True):
-            raise ValueError(
-                f"{stored} rows instead of {rows}" if stored != rows else "its schema differs"
-            )
+        if rows not in (None, stored):
+            raise ValueError(f"{stored} rows instead of {rows}")
+        if not written.equals(schema, check_metadata=True):
+            raise ValueError("its schema differs")
     except (OSError, ValueError, pa.ArrowException, DataError) as error:
-        if isinstance(error, OSError) and not isinstance(
-            told := read_error(str(path), error), DataError
-        ):
-            raise told from error
+        if isinstance(error, OSError):
+            told = read_error(str(path), error)
+            if not isinstance(told, DataError):
+                raise told from error
         reason = first_line(error).removeprefix(f"{path}, ").removeprefix(f"{path}: ")
         raise DataError(
             f"{path}: cannot resume: a finished shard is missing or damaged ({reason})"

@@ -9,6 +9,7 @@ import io
 import mmap
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,12 +54,12 @@ class StoredFile(io.RawIOBase):
 
     def read_at(self, offset: int, out: Any) -> None:
         """Fill `out`, a contiguous array or memoryview, with the file's bytes from `offset` on."""
+        missing = out.nbytes
+        count = 1
         try:
-            count = read_into(self._handle, (out,), offset)
-            missing = out.nbytes - count
             while missing and count:  # one call reads 2 GB at most
-                offset += count
-                count = read_into(self._handle, (memoryview(out).cast("B")[-missing:],), offset)
+                place = offset + out.nbytes - missing
+                count = read_into(self._handle, (memoryview(out).cast("B")[-missing:],), place)
                 missing -= count
             status = os.fstat(self._handle)
         except OSError as error:
@@ -99,28 +100,26 @@ class StoredFile(io.RawIOBase):
         super().close()
 
 
+@dataclass(slots=True, eq=False)
 class StoredIds:
     """A view of (tokens,) ids that lie in a file: a slice reads nothing, `np.asarray` reads all of it."""
 
-    __slots__ = ("_file", "_length", "_offset", "dtype")
-
-    def __init__(self, file: StoredFile, offset: int, dtype: np.dtype, length: int) -> None:
-        self._file = file
-        self._offset = offset
-        self.dtype = dtype
-        self._length = length
+    file: StoredFile
+    offset: int
+    dtype: np.dtype
+    length: int
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def __getitem__(self, index: slice) -> "StoredIds":
-        start, stop, _ = index.indices(self._length)
-        offset = self._offset + start * self.dtype.itemsize
-        return StoredIds(self._file, offset, self.dtype, max(0, stop - start))
+        start, stop, _ = index.indices(self.length)
+        offset = self.offset + start * self.dtype.itemsize
+        return StoredIds(self.file, offset, self.dtype, max(0, stop - start))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        ids = np.empty(self._length, self.dtype)
-        self._file.read_at(self._offset, ids)
+        ids = np.empty(self.length, self.dtype)
+        self.file.read_at(self.offset, ids)
         return ids if dtype is None else ids.astype(dtype, copy=False)
 
 

@@ -6,11 +6,10 @@ of PIECE characters. A text is cut where its tokenizer starts a new word, which 
 For `encode --span` and for `ask`, a text is cut into units: sentences, paragraphs, or passages of some of them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import tokenizers
@@ -28,18 +27,7 @@ AT_SIGN = re.compile(f"(?<=[^\\W\\d_])(?=[{re.escape(CUT_BEFORE)}])")
 # Tokenizers of words, and SentencePiece, start a word at a single space between letters, if their normalizer works
 # character by character.
 AT_SPACE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
-LOCAL = {
-    "BertNormalizer",
-    "Lowercase",
-    "NFC",
-    "NFD",
-    "NFKC",
-    "NFKD",
-    "Nmt",
-    "Precompiled",
-    "Replace",
-    "StripAccents",
-}
+LOCAL = {*"BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Precompiled Replace StripAccents".split()}
 SPACES = " {2,}"  # the regular expression of SentencePiece's own `Replace`: no cut is beside several spaces
 # Characters on each side of a cut whose tokens must be the same with and without it. So many are enough: what could
 # join the two sides is a rule about a few characters beside the cut, or a special token, which is no longer than this.
@@ -71,11 +59,12 @@ class TextCutter:
         return pieces
 
     def _next(self) -> str:
-        while (
-            len(self._text) - self._start <= self._ahead
-            and (part := next(self._parts, None)) is not None
-        ):
-            self._text, self._start = self._text[self._start :] + part, 0
+        while len(self._text) - self._start <= self._ahead:
+            part = next(self._parts, None)
+            if part is None:
+                break
+            self._text = self._text[self._start :] + part
+            self._start = 0
         start, self._start = self._start, self._end_of(self._text, self._start)
         return self._text[start : self._start]
 
@@ -110,19 +99,14 @@ def find_cut(inner: tokenizers.Tokenizer, description: Mapping[str, Any]) -> re.
     """
     if inner.pre_tokenizer is None:
         return None
-    if any(
-        not added["special"] or len(added["content"]) > REACH
-        for added in description["added_tokens"]
-    ):
-        return None  # an added word may straddle a cut
-    if description["normalizer"] is None and decodes_bytes(description):
-        words = partial(words_of, inner.pre_tokenizer)
-        return (
-            AT_SIGN
-            if all(words(f"a{sign}b") == words("a") + words(f"{sign}b") for sign in CUT_BEFORE)
-            else None
-        )
-    return _cut_of_words(inner, description)
+    for added in description["added_tokens"]:
+        if not added["special"] or len(added["content"]) > REACH:
+            return None  # an added word may straddle a cut
+    if description["normalizer"] is not None or not decodes_bytes(description):
+        return _cut_of_words(inner, description)
+    words = partial(words_of, inner.pre_tokenizer)
+    cuts = (words(f"a{sign}b") == words("a") + words(f"{sign}b") for sign in CUT_BEFORE)
+    return AT_SIGN if all(cuts) else None
 
 
 def words_of(pre: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
@@ -132,32 +116,27 @@ def words_of(pre: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
 
 def decodes_bytes(description: Mapping[str, Any]) -> bool:
     """Return whether the tokenizer with this tokenizer.json is byte-level: its tokens are UTF-8 bytes."""
-    return bool((description.get("decoder") or {}).get("type") == "ByteLevel")
+    decoder = description.get("decoder") or {}
+    return bool(decoder.get("type") == "ByteLevel")
 
 
 def _cut_of_words(
     inner: tokenizers.Tokenizer, description: Mapping[str, Any]
 ) -> re.Pattern[str] | None:
     """Return where a tokenizer of words, or SentencePiece, starts a new word."""
-    if (
-        _steps(description["normalizer"]) - LOCAL
-        or len(inner.pre_tokenizer.pre_tokenize_str("a b")) < 2
-    ):
+    if _steps(description["normalizer"]) - LOCAL or len(words_of(inner.pre_tokenizer, "a b")) < 2:
         return None
-    if any(
-        re.search("[^\u2581 ][\u2581 ]", token)
-        for token in inner.get_vocab(with_added_tokens=False)
-    ):
+    vocabulary = inner.get_vocab(with_added_tokens=False)
+    if any(re.search("[^\u2581 ][\u2581 ]", token) for token in vocabulary):
         return None  # a token holds a space between letters
 
     def ids(text: str) -> list[int]:
         return list(inner.encode(text, add_special_tokens=False).ids)
 
-    ends, begins = (
-        ("a", "word", "\u00c9t\u00e9", "\u6f22"),
-        (" b", " Word", " \u00e9", " \u6f22\u5b57"),
+    pairs = product(
+        "a word \u00c9t\u00e9 \u6f22".split(), (" b", " Word", " \u00e9", " \u6f22\u5b57")
     )
-    return AT_SPACE if all(ids(x + y) == ids(x) + ids(y) for x in ends for y in begins) else None
+    return AT_SPACE if all(ids(x + y) == ids(x) + ids(y) for x, y in pairs) else None
 
 
 def _steps(normalizer: Any) -> set[str]:

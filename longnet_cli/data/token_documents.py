@@ -1,7 +1,5 @@
 """Documents as token ids, which stay in their file if possible and are read and checked slice by slice."""
 
-from __future__ import annotations
-
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.stored_files import FileChangedError, Part, no_place
-from longnet_cli.data.tokenizer import Tokenizer
+
+from .stored_files import FileChangedError, Part, no_place
+from .tokenizer import Tokenizer
 
 STEP = (
     1 << 18

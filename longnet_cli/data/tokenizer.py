@@ -33,9 +33,12 @@ from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import ConfigError, RefusedError, one_line, refuse_web_address
 from longnet_cli.basics.model_files import END_OF_TEXT, TOKENIZER
-from longnet_cli.data.manifest import FINISHED, manifest_in, read_manifest
-from longnet_cli.data.stored_files import Part
-from longnet_cli.data.text_pieces import (
+from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
+from longnet_cli.hub.repository import download_again
+
+from .manifest import FINISHED, manifest_in, read_manifest
+from .stored_files import Part
+from .text_pieces import (
     AT_SIGN,
     TextCutter,
     cut_text,
@@ -43,8 +46,6 @@ from longnet_cli.data.text_pieces import (
     find_cut,
     words_of,
 )
-from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
-from longnet_cli.hub.repository import download_again
 
 SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
 

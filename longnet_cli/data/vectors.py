@@ -3,8 +3,6 @@
 Vectors stay in their file if possible, and are read and checked slice by slice.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.column_choice import (
+
+from .column_choice import (
     FLOATS,
     INTEGERS,
     Columns,
@@ -25,16 +24,16 @@ from longnet_cli.data.column_choice import (
     list_bounds,
     numbers,
 )
-from longnet_cli.data.column_documents import (
+from .column_documents import (
     BadRowError,
     Batch,
     DocumentRows,
     group_rows,
     read_documents,
 )
-from longnet_cli.data.opened_inputs import Table
-from longnet_cli.data.stored_files import Part, StoredIds
-from longnet_cli.data.token_documents import STEP, Document, collect
+from .opened_inputs import Table
+from .stored_files import Part, StoredIds
+from .token_documents import STEP, Document, collect
 
 
 class Vectors(Document):

@@ -9,8 +9,6 @@ huggingface_hub (the extra `hf`), without the network, or downloaded into it; `r
 `longnet` reads are downloaded. The variables of huggingface_hub (HF_HUB_OFFLINE, HF_HOME, ...) hold.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -21,7 +19,8 @@ from typing import Any
 from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, refuse_web_address
 from longnet_cli.basics.model_files import CONFIG, MODULES, TOKENIZER
-from longnet_cli.hub.repository import COMMIT, Located, Repository
+
+from .repository import COMMIT, Located, Repository
 
 
 def preset_dir() -> Path:

@@ -22,8 +22,9 @@ from longnet_cli.data.passages import Passage, PassageIndex, open_index
 from longnet_cli.data.token_documents import Document
 
 if TYPE_CHECKING:
-    from longnet_cli.jobs.generating import FinishReason
     from longnet_cli.models.folder import Loaded
+
+    from .generating import FinishReason
 
 SYSTEM = "Answer the question from the passages."
 BRIEFLY = "Answer in one short sentence."  # after the question: small models then end
@@ -70,7 +71,7 @@ def answer(
     and before a sentence of five words or more that it has already. `on_text` gets it as it comes. `how` are more
     arguments of `generate`, and it raises as that does; also ConfigError for a model without a tokenizer.
     """
-    from longnet_cli.jobs.generating import StopTexts, generate
+    from .generating import StopTexts, generate
 
     if not found:
         return Answer(question, None, [], loaded.origin)
@@ -168,13 +169,13 @@ def ask(
         _fill(index, texts)
         find = index.find
         if vectors is not None:
-            from longnet_cli.jobs.passage_vectors import PassageVectors
+            from .passage_vectors import PassageVectors
 
             find = PassageVectors(vectors, index).find
         found = find(question, passages)
     if model is None:
         return Answer(question, None, found, None)
-    from longnet_cli.jobs.generating import load_model
+    from .generating import load_model
 
     return answer(
         load_model(model, device, dtype),
@@ -195,7 +196,7 @@ def _fill(index: PassageIndex, texts: Any) -> None:
     if isinstance(texts, Inputs):
         index.update(texts)
         return
-    from longnet_cli.jobs.batch_functions import tables
+    from .batch_functions import tables
 
     table = tables(texts)
     if not isinstance(table, pa.Table) or "text" not in table.column_names:

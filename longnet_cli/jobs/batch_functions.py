@@ -8,8 +8,6 @@ A process loads a model on its first call and keeps it. A row is a document. Eac
 others, so it does not matter which process gets which batch.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,14 +28,15 @@ from longnet_cli.data.column_choice import ID_COLUMNS, INTEGERS, is_text
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.opened_inputs import Table, find_column, numpy_dtype, plain
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.encoding import EncodeFacts, Encoder, for_model
-from longnet_cli.jobs.job_options import UNITS, EncodeOptions, ScoreOptions
-from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.device import select_device
 from longnet_cli.running.reader import Reader
+
+from .encoding import EncodeFacts, Encoder, for_model
+from .job_options import UNITS, EncodeOptions, ScoreOptions
+from .row_jobs import ModelFacts, RowJob
 
 SIZES = {"span", "stride", "dims", "tile_size", "last", "chunk", "context"}
 Options = TypeVar("Options")

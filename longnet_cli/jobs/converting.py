@@ -1,7 +1,5 @@
 """The job `convert`: it writes a model of another kind, or with weights of another type, as an ordinary folder."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

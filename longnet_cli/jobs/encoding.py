@@ -5,8 +5,6 @@
 Hidden states are pooled piece by piece. Spans of tokens have their places in the text, in characters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,8 +26,13 @@ from longnet_cli.data.row_writer import kept_columns, row_schema
 from longnet_cli.data.text_pieces import Unit
 from longnet_cli.data.token_documents import Document, TextPlaces
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.job_options import NO_PREFIX, ONE_STATE, EncodeOptions
-from longnet_cli.jobs.pooling import (
+from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
+from longnet_cli.nets.net import InputSequence, Net, bos_ids
+from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.reader import Piece, Reader, Window
+
+from .job_options import NO_PREFIX, ONE_STATE, EncodeOptions
+from .pooling import (
     SHORT,
     SUMMED,
     DocumentWindow,
@@ -39,11 +42,7 @@ from longnet_cli.jobs.pooling import (
     pool_together,
     windows_of,
 )
-from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
-from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
-from longnet_cli.nets.net import InputSequence, Net, bos_ids
-from longnet_cli.running.ranks.ranks import Ranks
-from longnet_cli.running.reader import Piece, Reader, Window
+from .row_jobs import ModelFacts, RowJob
 
 PLACE_FIELDS = (pa.field("char_start", pa.int64()), pa.field("char_end", pa.int64()))
 

@@ -12,8 +12,6 @@ Text comes as its tokens come: never half a character, and nothing from a stop t
     id --TextStream--> whole characters --StopTexts--> text to show, and whether a stop text came
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,13 +26,14 @@ from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.basics.events import Events
 from longnet_cli.data.token_documents import Document
 from longnet_cli.data.tokenizer import TextStream, Tokenizer
-from longnet_cli.jobs.job_options import check_sampling
-from longnet_cli.jobs.reading_plan import ReadingPlan
 from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.device import precision, runs_ahead, select_device
 from longnet_cli.running.reader import chunk_of, default_chunk
+
+from .job_options import check_sampling
+from .reading_plan import ReadingPlan
 
 
 class StopTexts:

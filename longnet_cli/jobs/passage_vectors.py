@@ -4,8 +4,6 @@
     question --PassageIndex.rank-------------> passages, the best first     +--reciprocal ranks--> the best of both
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect
 from collections import defaultdict
@@ -19,8 +17,9 @@ from longnet_cli.data.input_files import InputFiles
 from longnet_cli.data.opened_inputs import Table
 from longnet_cli.data.opening import open_input
 from longnet_cli.data.passages import Passage, PassageIndex, check_number
-from longnet_cli.jobs.batch_functions import embed
-from longnet_cli.jobs.job_options import NO_PREFIX
+
+from .batch_functions import embed
+from .job_options import NO_PREFIX
 
 COLUMNS = ["embedding", "doc_id", "char_start", "char_end"]
 RANKED = 100  # passages of each list that are joined

@@ -5,8 +5,6 @@ hidden states, in order --> Pooling --> a Row for each span
 a Row for each window --> WindowMean --> a Row for the document, where a window has one vector
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +14,9 @@ import torch
 from torch import Tensor
 
 from longnet_cli.data.token_documents import Document
-from longnet_cli.jobs.job_options import ONE_STATE
 from longnet_cli.running.device import to_device
+
+from .job_options import ONE_STATE
 
 SUMS = {"mean", "sqrt", "weighted"}
 SHORT = 16  # tokens up to which a CPU pools documents faster together than one by one

@@ -1,7 +1,5 @@
 """The speed at which a net reads, measured by short reads of random tokens."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from longnet_cli.jobs.reading_plan import ReadingPlan
 from longnet_cli.nets.net import Net
 from longnet_cli.running import device as machines
 from longnet_cli.running.causal_stream import open_stream
@@ -20,6 +17,8 @@ from longnet_cli.running.reader import (
     Reader,
     Window,
 )
+
+from .reading_plan import ReadingPlan
 
 if TYPE_CHECKING:
     pass

@@ -31,12 +31,13 @@ from longnet_cli.data.shards import ShardFolder, ShardFormat
 from longnet_cli.data.stored_files import FileChangedError
 from longnet_cli.data.text_pieces import Unit
 from longnet_cli.data.token_documents import Apart, Document, Unread
-from longnet_cli.jobs.job_options import EncodeOptions, ScoreOptions
 from longnet_cli.nets.net import Bos, InputSequence
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.device import check_kernel
 from longnet_cli.running.ranks.dealing import Batches, Portion, deal, portions
 from longnet_cli.running.reader import PORTION_CHUNKS, Reader
+
+from .job_options import EncodeOptions, ScoreOptions
 
 if TYPE_CHECKING:
     from longnet_cli.models.folder import Loaded

@@ -6,8 +6,6 @@ A window is a range of the document's tokens to predict, for one of several cont
 shifted back by one token.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,11 +25,12 @@ from longnet_cli.data.row_writer import kept_columns, row_schema
 from longnet_cli.data.token_documents import SPOOL_BYTES, Document
 from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
-from longnet_cli.jobs.scoring.measures import TABLES, ByPosition, Gain, GainTally, Score, column
 from longnet_cli.nets.net import LOGITS_LIMIT, InputSequence, Net, bos_ids
 from longnet_cli.running.device import precision, to_device, to_host
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window
+
+from .measures import TABLES, ByPosition, Gain, GainTally, Score, column
 
 TABLE = pa.list_(
     pa.struct(

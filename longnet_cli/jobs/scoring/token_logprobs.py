@@ -1,7 +1,5 @@
 """The file of token log-probabilities that `score --token-logprobs` writes, and its reader."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

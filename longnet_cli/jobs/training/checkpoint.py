@@ -9,8 +9,6 @@ each writes the tensors that it holds, by torch.distributed.checkpoint, which al
 checkpoint, each the parts that it needs. There is no pickle: the tensors are safetensors, the rest is JSON.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence

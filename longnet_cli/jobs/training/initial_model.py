@@ -1,7 +1,5 @@
 """The net with which a run begins, and what a recipe changes in its layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

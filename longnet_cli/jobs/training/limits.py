@@ -1,7 +1,5 @@
 """The limits that a recipe must keep: the memory of the machine, and windows that ranks can share."""
 
-from __future__ import annotations
-
 import torch
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError

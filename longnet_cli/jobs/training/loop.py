@@ -1,7 +1,5 @@
 """The training loop: windows of tokens in; checkpoints, metrics.jsonl and a model directory out."""
 
-from __future__ import annotations
-
 import gc
 import math
 import platform

@@ -1,7 +1,5 @@
 """The report of a run: metrics.jsonl, one line every few steps."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ tokens from both sides. Windows of any length, cut into documents, have their gr
 batch are read, and sent to the device, only when they are needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce

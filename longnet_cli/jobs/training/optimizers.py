@@ -1,7 +1,5 @@
 """The optimizers of a run: AdamW and, for the matrices of the layers, Muon."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """All keys of a recipe, as a recipe that can be copied: what `longnet train --recipe` prints."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Iterator
@@ -10,8 +8,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from longnet_cli.attention.notation import PATTERN_FIELDS
-from longnet_cli.jobs.training.recipe import LoraRecipe, PretrainedRecipe, Recipe
 from longnet_cli.nets.config import LongNetConfig
+
+from .recipe import LoraRecipe, PretrainedRecipe, Recipe
 
 WIDTH = 78  # with "# ", a comment fits into 80 columns
 HEADER = (

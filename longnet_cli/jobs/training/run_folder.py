@@ -1,7 +1,5 @@
 """The folder of a run: the recipe and the checkpoint with which it goes on, and what a run must not overwrite."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial, reduce

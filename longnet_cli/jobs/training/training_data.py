@@ -1,7 +1,5 @@
 """The documents that a run reads, cut into windows, and the token before each of them."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import ConfigError, DataError
