@@ -2,10 +2,10 @@
 
 from mimetypes import MimeTypes
 
-SHARD_SUFFIXES = tuple(".parquet .pq .arrow .arrows .ipc .feather".split())
+SHARD_SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 HDF5_SUFFIXES = (".h5", ".hdf5")
-FASTA_SUFFIXES = tuple(".fa .fasta .fna .ffn .faa".split())  # which are refused
+FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".faa")  # which are refused
 PACKED_SUFFIXES = (".gz", ".zst")
 ARROW_KINDS = ("file", "stream", "parquet")  # results of `sniff` for tables with typed columns
 

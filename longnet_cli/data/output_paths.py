@@ -12,7 +12,7 @@ from longnet_cli.basics.errors import ConfigError
 from .input_files import InputFiles
 
 # Names of one file, the last of vectors; any other name is a folder
-OUTPUT_SUFFIXES = tuple(".arrow .feather .parquet .jsonl .npy".split())
+OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl", ".npy")
 # Endings of files that we do not write. Any other ending, as in run.v2, may be a folder's.
 _OTHER_SUFFIX = re.compile(
     r"\.(csv|tsv|txt|json|ndjson|npz|pt|pth|bin|safetensors|h5|hdf5|pkl|pickle|gz|bz2|xz|zst|zip|tar|tgz|7z|ipc|pq|orc"

@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 # Settings that are options, and written as these are
-_OPTIONS = "share pool span pattern chunk dtype".split()
+_OPTIONS = ("share", "pool", "span", "pattern", "chunk", "dtype")
 
 
 def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:

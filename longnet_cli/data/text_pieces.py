@@ -27,7 +27,18 @@ AT_SIGN = re.compile(f"(?<=[^\\W\\d_])(?=[{re.escape(CUT_BEFORE)}])")
 # Tokenizers of words, and SentencePiece, start a word at a single space between letters, if their normalizer works
 # character by character.
 AT_SPACE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
-LOCAL = {*"BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Precompiled Replace StripAccents".split()}
+LOCAL = {
+    "BertNormalizer",
+    "Lowercase",
+    "NFC",
+    "NFD",
+    "NFKC",
+    "NFKD",
+    "Nmt",
+    "Precompiled",
+    "Replace",
+    "StripAccents",
+}
 SPACES = " {2,}"  # the regular expression of SentencePiece's own `Replace`: no cut is beside several spaces
 # Characters on each side of a cut whose tokens must be the same with and without it. So many are enough: what could
 # join the two sides is a rule about a few characters beside the cut, or a special token, which is no longer than this.
@@ -134,7 +145,7 @@ def _cut_of_words(
         return list(inner.encode(text, add_special_tokens=False).ids)
 
     pairs = product(
-        "a word \u00c9t\u00e9 \u6f22".split(), (" b", " Word", " \u00e9", " \u6f22\u5b57")
+        ("a", "word", "\u00c9t\u00e9", "\u6f22"), (" b", " Word", " \u00e9", " \u6f22\u5b57")
     )
     return AT_SPACE if all(ids(x + y) == ids(x) + ids(y) for x, y in pairs) else None
 
