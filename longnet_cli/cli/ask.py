@@ -61,27 +61,25 @@ class AskCommand:
         "Read the text of files, folders, globs, URIs (s3://...), @list or - for stdin, or a column of Arrow, Parquet "
         "or JSON Lines. The last word is the question, in quotes.",
     )
-    questions: str | None = INPUT.option(
-        "--questions FILE", "Ask each `question` of this file, not QUESTION.", common=True
+    questions: str | None = INPUT.common(
+        "--questions FILE", "Ask each `question` of this file, not QUESTION."
     )
-    column: str | None = INPUT.option(
-        "--column NAME", "Read this column, or a field of a struct. (default: text)", common=True
+    column: str | None = INPUT.common(
+        "--column NAME", "Read this column, or a field of a struct. (default: text)"
     )
     id_column: str | None = shared.id_column_option()
     skip_bad: bool = shared.skip_bad_flag()
-    index: str | None = INPUT.option(
-        "--index FILE", "Keep the index here. Inputs that stay are read once.", common=True
+    index: str | None = INPUT.common(
+        "--index FILE", "Keep the index here. Inputs that stay are read once."
     )
-    passages: int = INPUT.option(
+    passages: int = INPUT.common(
         "--passages N",
         "Print, or let the model read, the N best passages at most.",
         default=3,
-        common=True,
     )
-    vectors: str | None = INPUT.option(
+    vectors: str | None = INPUT.common(
         "--vectors FILE",
         "Search by meaning too: in the vectors that `encode --span passage` made of the same inputs.",
-        common=True,
     )
     model: str | None = shared.model_option(absent="none, the passages are printed")
     update: bool = shared.update_flag()
@@ -89,12 +87,12 @@ class AskCommand:
         "--system TEXT",
         "Tell the model this before the passages. (default: to answer from them, in one sentence)",
     )
-    max_tokens: int = SAMPLING.option(
-        "--max-tokens -n N", "Generate at most this many tokens.", default=256, common=True
+    max_tokens: int = SAMPLING.common(
+        "--max-tokens -n N", "Generate at most this many tokens.", default=256
     )
     sampling: Sampling
-    format: Format = OUTPUT.option(
-        "--format text|json", "Print text as it comes, or JSON.", default="text", common=True
+    format: Format = OUTPUT.common(
+        "--format text|json", "Print text as it comes, or JSON.", default="text"
     )
     computing: Computing
 

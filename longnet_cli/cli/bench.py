@@ -42,50 +42,45 @@ SHAPE = HelpPanel("Shape")
 class BenchCommand:
     """The options of `bench`."""
 
-    seq: Sequence[int] | None = MEASURE.option(
+    seq: Sequence[int] | None = MEASURE.common(
         "--seq SIZE,...",
         "Measure sequences of these lengths. (default: 4Ki,8Ki,16Ki,32Ki)",
-        common=True,
     )
-    impl: Sequence[str] | None = MEASURE.option(
+    impl: Sequence[str] | None = MEASURE.common(
         "--impl NAME,...",
         "Run dilated, dense or flex (FlexAttention). (default: dilated,dense)",
-        common=True,
     )
-    direction: Sequence[str] | None = MEASURE.option(
+    direction: Sequence[str] | None = MEASURE.common(
         "--direction NAME,...",
         "Time the forward, or the backward alone. (default: forward)",
-        common=True,
     )
     repeats: int = MEASURE.option(
         "--repeats N", "Repeat each row N times; the median counts.", default=3
     )
-    max_time: float | None = MEASURE.option(
+    max_time: float | None = MEASURE.common(
         "--max-time SECONDS",
         "Stop after this many seconds. (default: 60 without --seq)",
-        common=True,
     )
     max_dense_time: float = MEASURE.option(
         "--max-dense-time SECONDS",
         "Skip dense and flex runs that would take more seconds than this.",
         default=60.0,
     )
-    heads: int | None = SHAPE.option("--heads N", "Use N heads. (default: 12, or 2 *)", common=True)
-    head_dim: int | None = SHAPE.option(
-        "--head-dim N", "Set the size of each head. (default: 64, or 32 *)", common=True
+    heads: int | None = SHAPE.common("--heads N", "Use N heads. (default: 12, or 2 *)")
+    head_dim: int | None = SHAPE.common(
+        "--head-dim N", "Set the size of each head. (default: 64, or 32 *)"
     )
     batch: int = SHAPE.option("--batch N", "Run N sequences at a time.", default=1)
     causal: bool = SHAPE.option(
         "--causal/--bidirectional", "Look back only, or both ways. (default: causal)", default=True
     )
-    pattern: str | None = PATTERN.option(
+    pattern: str | None = PATTERN.common(
         "--pattern PATTERN",
         "Use a pattern, as window:1Ki,sinks=4 or 1Ki/1,4Ki/4. (default: paper; from 1e6 tokens geometric, base=256, on "
         "a GPU base=2Ki)",
-        common=True,
     )
-    format: Literal["md", "jsonl"] = OUTPUT.option(
-        "--format md|jsonl", "Print rows in this format.", default="md", common=True
+    format: Literal["md", "jsonl"] = OUTPUT.common(
+        "--format md|jsonl", "Print rows in this format.", default="md"
     )
     device: str = shared.device_option()
     dtype: str = shared.dtype_option()

@@ -28,11 +28,10 @@ class EncodeCommand:
 
     documents: Documents
     choice: ModelChoice
-    pool: str | None = VECTORS.option(
+    pool: str | None = VECTORS.common(
         "--pool NAME[+NAME]",
         "Take the mean over the tokens, the first or last token's vector, the cls, max, or the sqrt or weighted "
         "mean of sentence-transformers; several are joined. (default: the model's, otherwise mean)",
-        common=True,
     )
     prefix: str | None = VECTORS.option(
         "--prefix TEXT|none",
@@ -41,11 +40,10 @@ class EncodeCommand:
     dims: int | None = VECTORS.size(
         "--dims N", "Keep the first N numbers of each vector. (default: all)"
     )
-    span: str | None = VECTORS.option(
+    span: str | None = VECTORS.common(
         "--span SIZE|UNIT",
         "Make one vector per this many tokens, or per sentence, paragraph or passage of a text. Its context is "
         "all that is read with it. (default: one per document)",
-        common=True,
     )
     context: int | None = VECTORS.size(
         "--context SIZE",
@@ -66,12 +64,11 @@ class EncodeCommand:
         "Set the side of a slide's tiles, in the units of their coordinates. (default: the file's, otherwise the "
         "model's)",
     )
-    output: str = OUTPUT.option(
+    output: str = OUTPUT.common(
         "--output -o PATH",
         "Write a new folder of shards, one .arrow, .parquet, .jsonl or .npy file, or - for an Arrow stream on stdout. "
         "An existing file is replaced when the new one is whole.",
         default="-",
-        common=True,
     )
     embedding_dtype: Literal["float32", "float16"] = OUTPUT.option(
         "--embedding-dtype float32|float16", "Write numbers of this type.", default="float32"

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -64,17 +64,15 @@ class GenerateCommand:
         "--state, read stdin.",
         default=None,
     )
-    inputs: list[str] | None = INPUT.option(
+    inputs: list[str] | None = INPUT.common(
         "--input -i INPUT",
         "Continue each document of files, folders, globs, @list or - (stdin), with a newline and PROMPT, if you give "
         "one. Repeat it for more.",
-        common=True,
     )
-    state: str | None = INPUT.option(
+    state: str | None = INPUT.common(
         "--state DIR",
         "Continue after what --save-state has saved in this folder, with its model, pattern and dtype. It stays as it "
         "is.",
-        common=True,
     )
     chat: bool = INPUT.flag(
         "--chat",
@@ -93,16 +91,14 @@ class GenerateCommand:
         common=True,
     )
     sampling: Sampling
-    format: Format = OUTPUT.option(
+    format: Format = OUTPUT.common(
         "--format text|jsonl",
         "Stream the text, or print one line of JSON per prompt.",
         default="text",
-        common=True,
     )
-    save_state: str | None = OUTPUT.option(
+    save_state: str | None = OUTPUT.common(
         "--save-state DIR",
         "Save in this folder what was read and generated, for --state. One prompt only.",
-        common=True,
     )
     dry_run: bool = OUTPUT.flag(
         "--dry-run",
@@ -123,9 +119,10 @@ def generate(options: GenerateCommand) -> None:
     check_pairs(PAIRS, options)
     if options.state:
         options = _as_saved(options, options.state)
-    text, save_state = _text(options.prompt, options.inputs, options.state), options.save_state
+    save_state = options.save_state
+    text = _text(options.prompt, options.inputs, options.state)
     opened, inputs = _open(options, text)
-    loaded, quiet = opened.loaded, opened.quiet
+    loaded = opened.loaded
     job = _TextGenerator(options, loaded)
     documents, several = _documents(options, inputs, loaded.chat, text)
     if opened.room:
@@ -137,10 +134,8 @@ def generate(options: GenerateCommand) -> None:
         job.run(document, forked, index, named=several)
     if stream and save_state:
         size = stream.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
-        tell(
-            f"{save_state}: the state after {count_of(stream.position, 'token')}, {format_bytes(size)}",
-            quiet,
-        )
+        after = f"the state after {count_of(stream.position, 'token')}, {format_bytes(size)}"
+        tell(f"{save_state}: {after}", opened.quiet)
 
 
 def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
@@ -152,44 +147,42 @@ def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
     from longnet_cli.basics.configuration import parse, read_text
 
     choice, computing = options.choice, options.computing
-    given = shared.read_pattern(choice.pattern)
+    asked = shared.read_pattern(choice.pattern)
     try:
         manifest = parse(read_text(Path(state) / "manifest.json"))
-        saved, model = parse_pattern(manifest["longnet.pattern"]), manifest.get("longnet.model")
-        dtype = (
-            DTYPES_OF_TORCH.get(manifest.get("dtype"), "auto")
-            if computing.dtype == "auto"
-            else computing.dtype
-        )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # reading the state says what is wrong with it
-        return options
+        saved = parse_pattern(manifest["longnet.pattern"])
+        model = manifest.get("longnet.model")
+        dtype = DTYPES_OF_TORCH.get(manifest.get("dtype"), "auto")
+    except (OSError, ValueError, KeyError, TypeError):
+        return options  # reading the state says what is wrong with it
     # a model may have its own offsets
-    if given and replace(given, head_offsets=saved.head_offsets) != saved:
+    if asked and replace(asked, head_offsets=saved.head_offsets) != saved:
         raise ConfigError(
             f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {choice.pattern}: leave out "
             "--pattern"
         )
-    as_trained = not given and manifest.get("as_trained")
-    pattern = None if as_trained else format_pattern(given or saved)
-    choice = replace(
-        choice, model=choice.model or (model if isinstance(model, str) else None), pattern=pattern
-    )
-    return replace(options, choice=choice, computing=replace(computing, dtype=dtype))
+    as_trained = not asked and manifest.get("as_trained")
+    pattern = None if as_trained else format_pattern(asked or saved)
+    if choice.model or not isinstance(model, str):
+        model = choice.model
+    if computing.dtype == "auto":
+        computing = replace(computing, dtype=dtype)
+    choice = replace(choice, model=model, pattern=pattern)
+    return replace(options, choice=choice, computing=computing)
 
 
 def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     """Return the model, if it can do what the options ask for, and the inputs. Raises as `launch` does."""
-    words = {
-        name: getattr(options, name)
-        for name in ("tokenizer", "tokenizer_differs", "column", "eos", "bos")
-    }
     inputs = options.inputs or (["-"] if text is None else [])
-    named = ModelAndInputs(Documents(inputs, **words), options.choice)
+    documents = Documents(
+        inputs,
+        options.tokenizer,
+        options.tokenizer_differs,
+        options.column,
+        eos=options.eos,
+        bos=options.bos,
+    )
+    named = ModelAndInputs(documents, options.choice)
     refuse_torchrun("generate")
     opened = named.open(Mesh(), options.computing, dry_run=options.dry_run, chat=options.chat)
     tokenizer, has_text = opened.loaded.tokenizer, options.prompt is not None or text is not None
@@ -213,14 +206,13 @@ def _estimate(
     plan = plan_generation(
         net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1
     )
-    each = seconds_of_new_token(net, reader.dtype)
-    plan.seconds += plan.documents * job.max_tokens * each
-    said = f"at most of each, {format_duration(each)} a token (measured after a short prompt)"
-    said += f"; the state goes to {save_state}" if save_state else ""
-    new_tokens = "new tokens", f"{job.max_tokens:,}", said
-    show_reading(
-        estimate_reading(reader, plan, room=free, scores=False), "text", "generating", new_tokens
-    )
+    seconds = seconds_of_new_token(net, reader.dtype)
+    plan.seconds += plan.documents * job.max_tokens * seconds
+    meaning = f"at most of each, {format_duration(seconds)} a token (measured after a short prompt)"
+    meaning += f"; the state goes to {save_state}" if save_state else ""
+    new_tokens = "new tokens", f"{job.max_tokens:,}", meaning
+    estimate = estimate_reading(reader, plan, room=free, scores=False)
+    show_reading(estimate, "text", "generating", new_tokens)
 
 
 class _TextGenerator:
@@ -232,14 +224,14 @@ class _TextGenerator:
         self.options, self.loaded = options, loaded
         default = 0 if options.save_state else MAX_TOKENS
         self.max_tokens = default if options.max_tokens is None else options.max_tokens
-        begun = (
-            options.chat or options.state
-        ) and options.bos is None  # a template has its own start ids
-        self.bos_ids = None if begun else loaded.bos
+        # a template has its own start ids
+        begun = options.chat or options.state
+        self.bos_ids = None if begun and options.bos is None else loaded.bos
         self.sampling = options.sampling.arguments()
-        as_json = options.format == "jsonl"
-        known = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256) if as_json else {}
-        self.origin = {name: known.get(f"longnet.{name}") for name in ORIGIN}
+        origin = {}
+        if options.format == "jsonl":
+            origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256)
+        self.origin = {name: origin.get(f"longnet.{name}") for name in ORIGIN}
 
     def run(
         self, document: Document, stream: CausalStream | None, number: int, *, named: bool
@@ -268,13 +260,13 @@ class _TextGenerator:
         seed = self.sampling["seed"] if options.sampling.temperature else None
         printer = _Printer(document, seed, options, self.origin)
         if step and named:
-            print(("\n" if number else "") + f"==> {printable(document.doc_id)} <==", flush=True)
+            blank = "\n" if number else ""
+            print(f"{blank}==> {printable(document.doc_id)} <==", flush=True)
         while step:
             printer.print(step)
-            done = (
-                step.finish_reason and not options.save_state
-            )  # otherwise, the last token is read
-            step = None if done else next(steps, None)
+            if step.finish_reason and not options.save_state:
+                break  # to save a state, the last token is read
+            step = next(steps, None)
         printer.end()
 
 
@@ -287,15 +279,16 @@ def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> st
         raise ConfigError(
             "PROMPT - is stdin, and --input is given: write the question, or leave out one of them"
         )
-    if prompt is None and not inputs and state:
-        return ""
-    if prompt is None and not inputs and (sys.stdin is None or sys.stdin.isatty()):
-        raise ConfigError(
-            "there is nothing to continue: give a text, --input FILE, or a text on stdin"
-        )
-    if prompt is not None and not is_utf8(prompt):
+    if prompt is None:
+        if state and not inputs:
+            return ""
+        if not inputs and (sys.stdin is None or sys.stdin.isatty()):
+            raise ConfigError(
+                "there is nothing to continue: give a text, --input FILE, or a text on stdin"
+            )
+    elif not is_utf8(prompt):
         raise ConfigError("PROMPT is not UTF-8: save it as a UTF-8 file and give that with --input")
-    if prompt is not None and prompt != "-" and os.path.exists(prompt):
+    elif prompt != "-" and os.path.exists(prompt):
         note(f"{prompt} is continued as text; --input reads the file")
     return None if prompt == "-" or inputs else prompt
 
@@ -304,9 +297,8 @@ def _documents(
     options: GenerateCommand, inputs: Inputs, template: ChatTemplate | None, text: str | None
 ) -> tuple[Iterator[Document], bool]:
     """Return the documents to continue, and whether they are several texts to print, which get their names."""
-    documents = _each_document(
-        inputs, text, template, f"\n{options.prompt}" if options.inputs and options.prompt else ""
-    )
+    question = f"\n{options.prompt}" if options.inputs and options.prompt else ""
+    documents = _each_document(inputs, text, template, question)
     if options.save_state:
         return _only(documents), False
     # the first line of a pipe waits for none
@@ -348,21 +340,23 @@ def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
     from longnet_cli.running.saved_state import check_place
 
     net, state, save_state = loaded.net, options.state, options.save_state
-    if (state or save_state) and net.stream():
+    if not state and not save_state:
+        return None
+    if net.stream():
         raise ConfigError(
             "this model keeps a cache of its own, which is not saved: leave out --state and --save-state"
         )
     if save_state:
         check_place(Path(save_state))
-    if state:
-        keys = DTYPES[resolve_dtype(options.computing.dtype, next(net.parameters()).device)]
-        stream = CausalStream.load(net, state, tokenizer_sha256=loaded.tokenizer_sha256, dtype=keys)
-        if stream.batch != 1:
-            raise ConfigError(
-                f"{state}: it was saved after a batch of {stream.batch} documents: name one of a document"
-            )
-        return stream
-    return CausalStream(net) if save_state else None
+    if not state:
+        return CausalStream(net)
+    dtype = DTYPES[resolve_dtype(options.computing.dtype, next(net.parameters()).device)]
+    stream = CausalStream.load(net, state, tokenizer_sha256=loaded.tokenizer_sha256, dtype=dtype)
+    if stream.batch != 1:
+        raise ConfigError(
+            f"{state}: it was saved after a batch of {stream.batch} documents: name one of a document"
+        )
+    return stream
 
 
 def _only(documents: Iterator[Document]) -> Iterator[Document]:
@@ -378,17 +372,19 @@ def _only(documents: Iterator[Document]) -> Iterator[Document]:
 def _look_ahead(documents: Iterator[Document]) -> tuple[Iterator[Document], bool]:
     """Return the same documents, and whether there are several. The error of a second one comes in its turn."""
     ahead = list(islice(documents, 1))
+    failures: list[LongNetError] = []
     try:
         ahead += islice(documents, 1)
     except LongNetError as error:
-        failure = error
+        failures.append(error)
 
-        def fail() -> Iterator[Document]:
+    def in_turn() -> Iterator[Document]:
+        yield from ahead
+        for failure in failures:
             raise failure
-            yield
+        yield from documents
 
-        return chain(ahead, fail()), True
-    return chain(ahead, documents), len(ahead) > 1
+    return in_turn(), len(ahead) + len(failures) > 1
 
 
 class _Printer:
@@ -401,10 +397,13 @@ class _Printer:
         options: GenerateCommand,
         origin: Mapping[str, str | None],
     ) -> None:
-        self.document, self.seed, self.format, self.origin = document, seed, options.format, origin
+        self.document, self.seed, self.origin = document, seed, origin
+        self.format = options.format
         self.quiet = options.computing.quiet
         self.steps: list[Step] = []
-        self.number, self.text_ends, self.reason = 0, "", "length"
+        self.number = 0
+        self.last_sign = ""
+        self.reason = "length"
         self.began = time.monotonic()
 
     def print(self, step: Step) -> None:
@@ -414,7 +413,7 @@ class _Printer:
         if self.format == "jsonl":
             self.steps.append(step)
         elif step.text:
-            self.text_ends = step.text[-1]
+            self.last_sign = step.text[-1]
             write_text(step.text)
 
     def end(self) -> None:
@@ -434,14 +433,12 @@ class _Printer:
                     **self.origin,
                 }
             )
-        elif self.number and self.text_ends != "\n":
+        elif self.number and self.last_sign != "\n":
             print(flush=True)
-        if not self.quiet and not self.number:
-            tell(f"{count_of(len(self.document), 'token')} read")
-        elif not self.quiet:
-            each = (time.monotonic() - self.began) / max(1, self.number - 1)
+        line = f"{count_of(len(self.document), 'token')} read"
+        if self.number:
+            seconds = (time.monotonic() - self.began) / max(1, self.number - 1)
             drawn = "" if self.seed is None else f", seed {self.seed}"
-            tell(
-                f"{count_of(len(self.document), 'token')} read, {self.number} generated, {format_duration(each)} each "
-                f"({self.reason}{drawn})",
-            )
+            speed = f"{self.number} generated, {format_duration(seconds)} each"
+            line += f", {speed} ({self.reason}{drawn})"
+        tell(line, self.quiet)

@@ -137,6 +137,10 @@ class HelpPanel(str):
             metadata={"typer": typer.Option(value, *flags, **look, **more), "common": common},
         )
 
+    def common(self, names: str, help: str, **more: Any) -> Any:
+        """Return an option that is in the short help, too. The arguments are those of `option`."""
+        return self.option(names, help, common=True, **more)
+
     def flag(self, names: str, help: str, *, common: bool = False) -> Any:
         """Return an option without a value, which is False if it is not given."""
         return self.option(names, help, default=False, common=common)
@@ -190,11 +194,10 @@ differs_flag = partial(
     INPUT.flag, "--tokenizer-differs", "Accept a tokenizer that is not the model's."
 )
 column_option = partial(
-    INPUT.option,
+    INPUT.common,
     "--column NAME",
     "Read this column, or a field of a struct: doc.body. (default: input_ids, tokens, token_ids or ids, otherwise "
     "text, otherwise messages)",
-    common=True,
 )
 id_column_option = partial(
     INPUT.option,
@@ -213,12 +216,11 @@ bos_option = partial(
 )
 skip_bad_flag = partial(INPUT.flag, "--skip-bad", "Leave out what cannot be read: exit code 6.")
 model_option = partial(
-    MODEL.option,
+    MODEL.common,
     "--model -m NAME|DIR",
     "Use a shipped model, a folder (with a slash: ./my-run), a GGUF file, or a model on the Hugging Face hub: "
     f"ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf. {DEFAULT_MODEL} {KNOWS}.",
     autocompletion=complete_model,
-    common=True,
 )
 update_flag = partial(
     MODEL.flag,
@@ -226,11 +228,10 @@ update_flag = partial(
     "Ask the hub what ORG/NAME is now, instead of taking what was downloaded before.",
 )
 pattern_option = partial(
-    PATTERN.option,
+    PATTERN.common,
     "--pattern PATTERN",
     "Attend by this pattern: paper, geometric:1e9, window:1Ki,sinks=4, pretrained, finding, dense, or "
     "levels such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one. (default: the model's own)",
-    common=True,
 )
 shard_format_option = partial(
     OUTPUT.option, "--shard-format arrow|parquet", "Write shards of this format.", default="arrow"
@@ -245,11 +246,10 @@ device_option = partial(
     COMPUTE.option, "--device auto|cpu|cuda[:i]", "Compute on this device.", default="auto"
 )
 dtype_option = partial(
-    COMPUTE.option,
+    COMPUTE.common,
     "--dtype auto|fp32|bf16|fp16",
     "Compute matrix products in this precision.",
     default="auto",
-    common=True,
 )
 share_option = partial(
     INPUT.option,
@@ -294,11 +294,10 @@ class ModelChoice:
 class Sampling:
     """The choice of each new token, and the end of a text."""
 
-    temperature: float = SAMPLING.option(
+    temperature: float = SAMPLING.common(
         "--temperature T",
         "Draw tokens from softmax(logits / T). At 0, take the likeliest token each time.",
         default=0.0,
-        common=True,
     )
     top_p: float | None = SAMPLING.option(
         "--top-p P",
@@ -308,8 +307,8 @@ class Sampling:
         "--seed N",
         "Seed the draws. Runs with the same seed give the same text. (default: a new one each run)",
     )
-    stop: list[str] | None = SAMPLING.option(
-        "--stop TEXT", "End before this text. You can repeat it.", common=True
+    stop: list[str] | None = SAMPLING.common(
+        "--stop TEXT", "End before this text. You can repeat it."
     )
 
     def __post_init__(self) -> None:

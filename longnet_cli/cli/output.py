@@ -55,26 +55,18 @@ class MarkdownTable:
     def write(self, row: Mapping[str, Any]) -> None:
         """Write a row, and the header before the first one."""
         values = [finite(row.get(column)) for column in self.columns]
-        cells = [
-            self._cell(column, value) for column, value in zip(self.columns, values, strict=True)
-        ]
-        _write(("" if self.widths else self._head(cells, values)) + self._line(cells, values))
-
-    def _head(self, cells: Sequence[str], values: Sequence[object]) -> str:
-        """Return the header. Columns fit the first row, with 8 characters or more; numbers are aligned to the right."""
-        self.widths = [
-            max(len(title), len(cell), 8) for title, cell in zip(self.titles, cells, strict=True)
-        ]
-        ends = [":" if isinstance(value, (int, float)) else "-" for value in values]
-        rules = ["-" * (width - 1) + end for width, end in zip(self.widths, ends, strict=True)]
-        return self._line(self.titles, values) + self._line(rules, values)
-
-    def _line(self, cells: Sequence[str], values: Sequence[object]) -> str:
-        aligned = [
-            cell.rjust(width) if isinstance(value, (int, float)) else cell.ljust(width)
-            for cell, width, value in zip(cells, self.widths, values, strict=True)
-        ]
-        return "| " + " | ".join(aligned) + " |\n"
+        cells = [*map(self._cell, self.columns, values)]
+        signs = [">" if isinstance(value, (int, float)) else "<" for value in values]
+        lines = [cells]
+        if not self.widths:  # columns fit the first row
+            self.widths = [max(8, *map(len, pair)) for pair in zip(self.titles, cells, strict=True)]
+            ends = {">": ":", "<": "-"}  # numbers are aligned to the right
+            columns = zip(self.widths, signs, strict=True)
+            rules = ["-" * (width - 1) + ends[sign] for width, sign in columns]
+            lines = [self.titles, rules, cells]
+        for line in lines:
+            aligned = map("{:{}{}}".format, line, signs, self.widths)
+            _write(f"| {' | '.join(aligned)} |\n")
 
     def _cell(self, column: str, value: object) -> str:
         if value is None:
@@ -162,14 +154,12 @@ def check_output(
         raise ConfigError(where_to)
     from longnet_cli.data.output_paths import is_folder
 
-    for name in (name for name, value in for_folder.items() if value and not is_folder(output)):
-        why = (
-            "one file is what its name says"
-            if name == "--shard-format"
-            else "a single file or stream has no parts"
-        )
-        raise ConfigError(f"{output}: {name} is for a folder of shards: {why}")
-    is_folder(output, resume=resume)  # raises ConfigError
+    asked = [name for name, value in for_folder.items() if value]
+    if not is_folder(output, resume=resume and not asked) and asked:
+        why = "a single file or stream has no parts"
+        if asked[0] == "--shard-format":
+            why = "one file is what its name says"
+        raise ConfigError(f"{output}: {asked[0]} is for a folder of shards: {why}")
 
 
 @contextmanager

@@ -70,11 +70,10 @@ class ScoreCommand:
     ppl: bool = MEASURE.option(
         "--ppl", "Measure perplexity and bits per byte. This is the default.", default=True
     )
-    context: Sequence[int] | None = MEASURE.option(
+    context: Sequence[int] | None = MEASURE.common(
         "--context SIZE,...",
         "Score the text in separate windows of this length. Several lengths are compared on the same tokens. "
         "(default: the whole document)",
-        common=True,
     )
     stride: int | None = MEASURE.size(
         "--stride SIZE",
@@ -90,27 +89,24 @@ class ScoreCommand:
         "--by-position",
         "Group the loss by the number of earlier tokens, and by place in the shortest segment.",
     )
-    format: Literal["text", "json", "jsonl"] = OUTPUT.option(
+    format: Literal["text", "json", "jsonl"] = OUTPUT.common(
         "--format text|json|jsonl",
         "Print a table, one JSON value, or one line of JSON per document.",
         default="text",
-        common=True,
     )
-    token_logprobs: str | None = OUTPUT.option(
+    token_logprobs: str | None = OUTPUT.common(
         "--token-logprobs FILE",
         "Write the log-probability of every token, in nats, to an .arrow or .parquet file. An existing file is "
         "replaced when the new one is whole.",
-        common=True,
     )
     top: Literal["1"] | None = OUTPUT.option(
         "--top 1",
         "Add the most likely token in each place, and its log-probability, to --token-logprobs.",
     )
-    output: str | None = OUTPUT.option(
+    output: str | None = OUTPUT.common(
         "--output -o PATH",
         "Write a row per document instead, with what it gains from the longest context: to a new folder of shards, "
         "one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. (default: print the scores)",
-        common=True,
     )
     shard_tokens: int | None = OUTPUT.size(
         "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 4Mi)"
@@ -136,17 +132,16 @@ def score(options: ScoreCommand) -> None:
     asked = ScoreOptions(tuple(contexts) or None, options.stride, options.last, options.by_position)
     keys = ROW_KEYS | {*OF_CONTEXTS}
     if len(contexts) > 1:
-        keys = (
-            ROW_KEYS
-            | GAIN_KEYS
-            | {f"{name}_{context}" for name in OF_CONTEXTS for context in contexts}
-        )
+        of_contexts = {f"{name}_{context}" for name in OF_CONTEXTS for context in contexts}
+        keys = ROW_KEYS | GAIN_KEYS | of_contexts
     _check(options, keys)
     documents = options.documents
+    keep = documents.keep or ()
+    name = documents.id_column
     rows = output is not None or options.format != "text"
-    if rows and documents.id_column and documents.id_column not in {*keys, *(documents.keep or ())}:
+    if rows and name and name not in {*keys, *keep}:
         # so that rows join their input by the column's own name and type
-        documents = replace(documents, keep=[documents.id_column, *(documents.keep or ())])
+        documents = replace(documents, keep=[name, *keep])
     where_to = (
         "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
     )
@@ -157,33 +152,22 @@ def score(options: ScoreCommand) -> None:
     }
     also = {"--token-logprobs": options.token_logprobs}
     opened = open_command(replace(options, documents=documents), where_to, for_folder, also=also)
-    loaded, words = opened.loaded, opened.loaded.tokenizer
-    if options.choice.pattern:
-        from longnet_cli.attention.notation import format_pattern
-
-        tell(f"pattern {format_pattern(loaded.net.config.pattern)}", opened.quiet)
     from longnet_cli.jobs.row_jobs import ModelFacts, Output
     from longnet_cli.jobs.scoring.scoring import Scorer
 
-    job = Scorer(
-        opened.reader(),
-        asked,
-        ModelFacts.of(loaded),
-        words.n_bytes if words else None,
-        top=bool(options.top),
-    )
+    words = opened.loaded.tokenizer
+    facts = ModelFacts.of(opened.loaded)
+    if options.choice.pattern:
+        tell(f"pattern {facts.pattern}", opened.quiet)
+    count_bytes = words.n_bytes if words else None
+    job = Scorer(opened.reader(), asked, facts, count_bytes, bool(options.top))
     inputs = opened.inputs(words.for_documents() if words and options.token_logprobs else words)
     if options.running.dry_run:
         plan(opened, job, inputs, options.running.sample, options.format)
         return
     sink = _printing(options, opened) if output is None or output.endswith(".jsonl") else None
-    to = Output(
-        output or "-",
-        options.shard_tokens,
-        options.shard_format,
-        options.running.resume,
-        sink,
-    )
+    running = options.running
+    to = Output(output or "-", options.shard_tokens, options.shard_format, running.resume, sink)
     with _token_logprobs(options, opened) as logprobs:
         opened.run(job, inputs, to, logprobs)
     opened.end()
@@ -226,20 +210,19 @@ def _printing(options: ScoreCommand, opened: Opened) -> Iterator[_Printed]:
     from longnet_cli.basics.atomic import atomic_write
     from longnet_cli.nets.net import bos_ids
 
-    known: dict[str, Any] = {
+    facts: dict[str, Any] = {
         key.removeprefix("longnet."): value for key, value in _origin(opened).items()
     }
     if share := options.documents.share:
-        known["share"] = str(share)
+        facts["share"] = str(share)
     format = "jsonl" if options.output else options.format
     with atomic_write(options.output) if options.output else nullcontext() as file:
         printed = _Printed(format, options.context or (None,), emit_jsonl)
         if file:
             printed.print = lambda row: file.write(f"{to_json(row)}\n".encode())
         yield printed
-        printed.end(
-            {**known, "bos": bos_ids(opened.loaded.bos), "n_skipped": opened.left_out.skipped}
-        )
+        facts |= {"bos": bos_ids(opened.loaded.bos), "n_skipped": opened.left_out.skipped}
+        printed.end(facts)
 
 
 class _Printed:
@@ -268,42 +251,37 @@ class _Printed:
         from longnet_cli.jobs.scoring.measures import column
 
         for context in self.contexts:
-            of_context = {
-                name: row[column(name, context, self.contexts)] for name in ("ppl", "bpb")
-            }
-            numbers = {"n_tokens": row["n_tokens"], **of_context, "context": context}
+            numbers = {name: row[column(name, context, self.contexts)] for name in ("ppl", "bpb")}
+            numbers |= {"n_tokens": row["n_tokens"], "context": context}
             _print_row(row["doc_id"], numbers, len(self.contexts) > 1, header=self.header)
             self.header = False
 
-    def end(self, known: dict[str, Any]) -> None:
-        """Print the totals, which have the keys of `known` too."""
+    def end(self, facts: dict[str, Any]) -> None:
+        """Print the totals, each with these facts."""
         several = len(self.contexts) > 1
-        totals = [{**values, **known} for values in self.total.as_dicts()]
+        totals = [{**values, **facts} for values in self.total.as_dicts()]
         if self.format == "jsonl":
             for values in totals:
                 self.print({"kind": "total", **values})
         elif self.format == "json":
-            longest = max(totals, key=lambda values: values["context"] or 0)
-            emit_json(
-                {
-                    "total": longest,
-                    **({"totals": totals} if several else {}),
-                    "documents": self.rows,
-                }
-            )
+            shown: dict[str, Any] = {
+                "total": max(totals, key=lambda values: values["context"] or 0)
+            }
+            if several:
+                shown["totals"] = totals
+            emit_json(shown | {"documents": self.rows})
         else:
-            share = known.get("share")
+            name = f"total of share {facts['share']}" if "share" in facts else "total"
             for values in totals:
-                _print_row(f"total of share {share}" if share else "total", values, several)
+                _print_row(name, values, several)
             if several:
                 _print_comparison(totals)
             for values in totals:
                 _print_losses(values)
             if several or "by_position" in totals[0]:
-                print(
-                    f"+- is a standard error, clustered by document ({count_of(totals[0]['n_docs'], 'document')})"
-                )
-            print(f"model {printable(known['model'])}")
+                documents = count_of(totals[0]["n_docs"], "document")
+                print(f"+- is a standard error, clustered by document ({documents})")
+            print(f"model {printable(facts['model'])}")
 
 
 def _print_row(name: str, values: dict[str, Any], several: bool, *, header: bool = False) -> None:
@@ -324,12 +302,10 @@ def _print_comparison(totals: list[dict[str, Any]]) -> None:
         f"\n{'context':>9} {'ppl':>12} {'+-':>8} {'bpb':>8} {'+-':>8} {f'ppl / {first}':>12} {'+-':>8}"
     )
     for row in totals:
-        keys = ("ppl", "ppl_se", "bpb", "bpb_se", "ppl_ratio", "ppl_ratio_se")
-        numbers = [
-            _number(row.get(key)).rjust(width)
-            for key, width in zip(keys, (12, 8, 8, 8, 12, 8), strict=True)
-        ]
-        print(f"{row['context']:>9} {' '.join(numbers)}")
+        line = f"{row['context']:>9}"
+        for key, width in (("ppl", 12), ("bpb", 8), ("ppl_ratio", 12)):
+            line += f" {_number(row.get(key)):>{width}} {_number(row.get(f'{key}_se')):>8}"
+        print(line)
 
 
 def _print_losses(total: dict[str, Any]) -> None:
@@ -340,9 +316,7 @@ def _print_losses(total: dict[str, Any]) -> None:
         if rows:
             print(f"\n{title:>20} {'tokens':>12} {'nats':>8} {'+-':>8}{context}")
         for row in rows:
-            places = (
-                str(row["from"]) if row["from"] == row["to"] else f"{row['from']} .. {row['to']}"
-            )
+            places = f"{row['from']} .. {row['to']}" if row["from"] < row["to"] else row["from"]
             print(
                 f"{places:>20} {row['n_tokens']:>12} {_number(row['nll']):>8} {_number(row['nll_se']):>8}"
             )

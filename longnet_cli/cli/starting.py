@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.events import Events, LeftOut
@@ -31,7 +31,6 @@ from .options import (
     Documents,
     Mesh,
     ModelChoice,
-    Running,
     read_pattern,
 )
 from .output import check_output, count_left_out, end, note, say_what_is_kept, tell
@@ -68,13 +67,11 @@ def launch(
     `nproc` under torchrun, return: the command goes on in this process. Raises ConfigError for `nproc` under torchrun;
     with several processes or a `share`, for stdin or a pipe, which they cannot share; for a share with several.
     """
-    world = processes(mesh)
-    if world > 1:
+    several = processes(mesh) > 1
+    if several or share:
         refuse_read_once(inputs)
-    if share:
-        refuse_read_once(inputs)
-        if world > 1:
-            raise ConfigError("--share is for one process: leave out --dp, --sp and --nproc")
+    if several and share:
+        raise ConfigError("--share is for one process: leave out --dp, --sp and --nproc")
     if (nproc := _asked(mesh)) is not None:
         start_ranks(nproc, dry_run=dry_run)
     return nproc
@@ -83,7 +80,9 @@ def launch(
 def _asked(mesh: Mesh) -> int | None:
     """Return the number of processes that the options ask for; None for none."""
     needed = (mesh.dp or 1) * (mesh.sp or 1)
-    return needed if mesh.nproc is None and needed > 1 and not started_by_torchrun() else mesh.nproc
+    if mesh.nproc is None and needed > 1 and not started_by_torchrun():
+        return needed
+    return mesh.nproc
 
 
 def processes(mesh: Mesh) -> int:
@@ -129,11 +128,12 @@ def ask_hub(model: str | None, tokenizer: str | None) -> None:
 def refuse_read_once(inputs: Sequence[str]) -> None:
     """Raise ConfigError for an input that is a stream, which only one process can read."""
     for item in inputs:
+        is_stdin = item in ("-", "@-")
         special = os.path.exists(item) and not (os.path.isfile(item) or os.path.isdir(item))
-        if item in ("-", "@-") or item.startswith("/dev/") or special:
-            name = "stdin" if item in ("-", "@-") else item
+        if is_stdin or special or item.startswith("/dev/"):
             raise ConfigError(
-                f"{name} can be read by one process: save it to a file, which every process reads for itself"
+                f"{'stdin' if is_stdin else item} can be read by one process: save it to a file, which every process "
+                "reads for itself"
             )
 
 
@@ -233,10 +233,8 @@ class Opened:
         def counted(totals: Counter[str] | None) -> int:
             return job.counted(totals["tokens"], totals["documents"]) if totals else 0
 
-        total, done = (
-            counted(inputs.totals()) or expected.total,
-            counted(self.earlier.totals if self.earlier else None),
-        )
+        total = counted(inputs.totals()) or expected.total
+        done = counted(self.earlier.totals if self.earlier else None)
         with (
             say_what_is_kept(path, quiet),
             progress(job.doing, total=total, start=done, quiet=quiet) as advance,
@@ -261,49 +259,32 @@ class Opened:
         end(self.left_out, first=self.ranks.writes, quiet=self.quiet)
 
 
-class ReadingCommand(Protocol):
-    """The options of a command whose job reads documents with a model."""
-
-    @property
-    def documents(self) -> Documents: ...
-    @property
-    def choice(self) -> ModelChoice: ...
-    @property
-    def output(self) -> str | None: ...
-    @property
-    def running(self) -> Running: ...
-    @property
-    def mesh(self) -> Mesh: ...
-    @property
-    def computing(self) -> Computing: ...
-
-
 def open_command(
-    options: ReadingCommand,
+    options: Any,
     where_to: str,
     for_folder: Mapping[str, object],
     *,
     embeds: bool = False,
     also: Mapping[str, str | None] = {},
 ) -> Opened:
-    """Return what a command has opened, each rank for itself. What is wrong without a model is refused before.
+    """Return what a command, `score` or `encode`, has opened, each rank for itself.
 
-    For `where_to` and `for_folder`, see `output.check_output`; `also` are other paths that are written, by the names of
-    their options. For `embeds`, see `ModelAndInputs`.
+    What is wrong without a model is refused before. For `where_to` and `for_folder`, see `output.check_output`; `also`
+    are other paths that are written, by the names of their options. For `embeds`, see `ModelAndInputs`.
     """
-    from longnet_cli.data.output_paths import is_folder, refuse_other_suffix
+    from longnet_cli.data.output_paths import is_folder, refuse_other_suffix, refuse_overwriting
     from longnet_cli.data.shards import run_to_resume
 
     output, running = options.output, options.running
-    if output is not None:
-        refuse_other_suffix("-o", output, embeds)
-    earlier = (
-        run_to_resume(output, resume=running.resume)
-        if output is not None and is_folder(output)
-        else None
-    )
+    written = {option: path for option, path in {"-o": output, **also}.items() if path is not None}
+    for option, path in written.items():
+        refuse_other_suffix(option, path, embeds)
+    earlier = None
+    if output is not None and is_folder(output):
+        earlier = run_to_resume(output, resume=running.resume)
     named = ModelAndInputs(options.documents, options.choice, earlier, embeds=embeds)
-    named.check_outputs({"-o": output, **also})
+    for option, path in written.items():
+        refuse_overwriting(option, [path], named.input_files, named.files)
     if output is not None:
         check_output(output, where_to, for_folder, resume=running.resume, dry_run=running.dry_run)
     return named.open(options.mesh, options.computing, earlier, dry_run=running.dry_run)
@@ -335,23 +316,13 @@ class ModelAndInputs:
             ask_hub(model, tokenizer)
         if earlier:
             model = as_stored(model, [earlier.settings.get("model_name")])
-        self.documents, self.pattern, self.embeds = documents, read_pattern(choice.pattern), embeds
+        self.documents = documents
+        self.pattern = read_pattern(choice.pattern)
+        self.embeds = embeds
         self.named = choice.model is not None
         self.folder = ModelFolder.find(model, gguf=True, embeds=embeds)
-        self._files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
+        self.files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
         self.input_files = InputFiles(documents.inputs, skip_bad=documents.skip_bad)
-
-    def check_outputs(self, outputs: Mapping[str, str | None]) -> None:
-        """Raise ConfigError for paths, by the options that name them, that cannot be written.
-
-        Such a path is, or holds, a file that the command reads, or it has the ending of another kind of file.
-        """
-        from longnet_cli.data.output_paths import refuse_other_suffix, refuse_overwriting
-
-        for option, path in outputs.items():
-            if path is not None:
-                refuse_other_suffix(option, path, self.embeds)
-                refuse_overwriting(option, [path], self.input_files, self._files)
 
     def open(
         self,

@@ -28,12 +28,11 @@ class TokenizeCommand:
     """The options of `tokenize`."""
 
     inputs: list[str] = shared.inputs_argument()
-    output: str = OUTPUT.option(
+    output: str = OUTPUT.common(
         "--output -o PATH",
         "Write a new folder of shards, one .arrow, .parquet or .jsonl file, or - for stdout, with the tokenizer. An "
         "existing file is replaced when the new one is whole.",
         default=MISSING,
-        common=True,
     )
     shard_tokens: int | None = OUTPUT.size(
         "--shard-tokens SIZE",
@@ -42,18 +41,17 @@ class TokenizeCommand:
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     resume: bool = shared.resume_flag()
-    column: str | None = INPUT.option(
-        "--column NAME", "Read this column. (default: text, otherwise messages)", common=True
+    column: str | None = INPUT.common(
+        "--column NAME", "Read this column. (default: text, otherwise messages)"
     )
     id_column: str | None = shared.id_column_option()
     keep: Sequence[str] | None = shared.keep_option()
     skip_bad: bool = shared.skip_bad_flag()
     share: Any = shared.share_option()  # a Share
-    tokenizer: str | None = TOKENS.option(
+    tokenizer: str | None = TOKENS.common(
         "--tokenizer NAME|PATH",
         "Use bytes (one id per byte), a tokenizer.json, or a model's: shipped, or ORG/NAME on the hub.",
         absent="bytes",
-        common=True,
     )
     update: bool = shared.update_flag()
     train_vocab: int | None = TOKENS.size(
@@ -61,10 +59,9 @@ class TokenizeCommand:
         "First train a byte-level BPE tokenizer of this many ids on the inputs.",
         common=True,
     )
-    eos: str | None = TOKENS.option(
+    eos: str | None = TOKENS.common(
         "--eos [TOKEN|ID]",
         "End documents with this token, or with the tokenizer's own if you name none. (default: nothing is appended)",
-        common=True,
     )
     quiet: bool = shared.quiet_flag()
 

@@ -66,10 +66,9 @@ class TrainCommand:
         "Print a recipe with every key and what it means, and stop.",
         common=True,
     )
-    settings: list[str] | None = RECIPE.option(
+    settings: list[str] | None = RECIPE.common(
         "--set KEY=VALUE",
         "Set values of the recipe, one per --set: optimizer.lr=1e-3.",
-        common=True,
     )
     seq_len: int | None = RECIPE.size(
         "--seq-len SIZE",
@@ -80,22 +79,19 @@ class TrainCommand:
     steps: int | None = RECIPE.size(
         "--steps N", "Take N steps in that stage. A larger N extends a run.", common=True
     )
-    initial: str | None = RECIPE.option(
+    initial: str | None = RECIPE.common(
         "--init NAME|DIR",
         "Start from this model, its tokenizer and sizes, as in --model of score.",
-        common=True,
     )
     update: bool = shared.update_flag()
-    data: list[str] | None = INPUT.option(
+    data: list[str] | None = INPUT.common(
         "--data INPUT",
         "Train on these inputs, one per --data. (default: the recipe's)",
-        common=True,
     )
-    tokenizer: str | None = INPUT.option(
+    tokenizer: str | None = INPUT.common(
         "--tokenizer NAME|PATH",
         "Use bytes, a tokenizer.json, or the tokenizer of a model: shipped, or ORG/NAME on the hub. (default: the "
         "recipe's)",
-        common=True,
     )
     tokenizer_differs: bool = INPUT.flag(
         "--tokenizer-differs", "Accept a tokenizer that is not that of the --init model."
@@ -105,17 +101,15 @@ class TrainCommand:
         "--eos TOKEN|ID",
         "Put this token between documents. (default: the recipe's, otherwise the tokenizer's)",
     )
-    output: str = OUTPUT.option(
+    output: str = OUTPUT.common(
         "--output -o DIR",
         "Write checkpoints, metrics.jsonl and the model to this folder.",
         default="runs/train",
-        common=True,
     )
-    resume: str | None = OUTPUT.option(
+    resume: str | None = OUTPUT.common(
         "--resume [PATH]",
         "Continue the run in the output folder, or from PATH: another run, or a checkpoint. (default: the output "
         "folder's run, if any)",
-        common=True,
     )
     no_resume: bool = OUTPUT.flag("--no-resume", "Refuse an output folder that holds a run.")
     dry_run: bool = OUTPUT.flag(
@@ -200,13 +194,12 @@ def train(options: TrainCommand) -> None:
         keep_freed_memory()
     result = _run(recipe, options, where, ranks, quiet)
     leave()
-    loss = f", training loss {result.loss:.4f} nats per token" if result.loss == result.loss else ""
-    best = (
-        ""
-        if result.best is None
-        else f"; held-out loss {result.best:.4f} at its lowest, of the model in best/"
-    )
-    tell(f"saved {result.output} after {result.steps:,} steps{loss}{best}", quiet)
+    line = f"saved {result.output} after {result.steps:,} steps"
+    if not math.isnan(result.loss):
+        line += f", training loss {result.loss:.4f} nats per token"
+    if result.best is not None:
+        line += f"; held-out loss {result.best:.4f} at its lowest, of the model in best/"
+    tell(line, quiet)
     use = "score it: longnet score --ppl" if recipe.model.causal else "use it: longnet encode"
     tell(f"{use} --model {_path(options.output)} FILE", quiet)
 
@@ -233,13 +226,16 @@ def _check_stage(options: TrainCommand) -> None:
     """Raise ConfigError for one of --steps and --seq-len alone. The error has the recipe's value of the other one."""
     if (options.steps is None) is (options.seq_len is None):
         return
-    given, other = ("--steps", "--seq-len") if options.steps else ("--seq-len", "--steps")
-    own = ""
+    names = ["--steps", "--seq-len"]
+    if options.seq_len:
+        names.reverse()
+    of_recipe = ""
     with suppress(LongNetError):  # the recipe may be incomplete
         stages = _recipe(replace(options, steps=None, seq_len=None)).train.stages
         if len(stages) == 1:
-            own = f" (the recipe's {other} is {stages[0].seq_len if options.steps else stages[0].steps})"
-    raise ConfigError(f"{given} and {other} make one stage together: give both{own}")
+            value = stages[0].seq_len if options.steps else stages[0].steps
+            of_recipe = f" (the recipe's {names[1]} is {value})"
+    raise ConfigError(f"{' and '.join(names)} make one stage together: give both{of_recipe}")
 
 
 def _recipe(options: TrainCommand) -> Recipe:
@@ -247,7 +243,7 @@ def _recipe(options: TrainCommand) -> Recipe:
     from longnet_cli.jobs.training.recipe import parse_overrides
     from longnet_cli.jobs.training.run_folder import prepare_run
 
-    flags = {
+    flags: dict[str, object] = {
         "init": options.initial,
         "data.train": options.data,
         "data.tokenizer": options.tokenizer,
@@ -257,16 +253,14 @@ def _recipe(options: TrainCommand) -> Recipe:
         "parallel.sp": options.mesh.sp,
         "parallel.dp": options.mesh.dp,
         "parallel.shard": options.shard,
-        "train.stages": [{"seq_len": options.seq_len, "steps": options.steps}]
-        if options.steps
-        else None,
         "train.dtype": options.dtype,
         "train.chunk": options.chunk,
         "train.spill": options.spill,
     }
-    overrides = parse_overrides(options.settings or []) | {
-        key: value for key, value in flags.items() if value
-    }
+    if options.steps:
+        flags["train.stages"] = [{"seq_len": options.seq_len, "steps": options.steps}]
+    overrides = parse_overrides(options.settings or [])
+    overrides |= {key: value for key, value in flags.items() if value}
     return prepare_run(
         options.recipe,
         overrides,
@@ -283,46 +277,11 @@ def _run(
     from longnet_cli.jobs.training.loop import train as run
     from longnet_cli.running.device import matmul_peak
 
-    print_note = partial(tell, quiet=quiet)
-    total = recipe.tokens
     on_ranks = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
-    print_note(
-        f"training {recipe.model.trained:,} parameters: {recipe.steps_in_words}, {total:,} in all{on_ranks}"
-    )
+    what = f"{recipe.model.trained:,} parameters: {recipe.steps_in_words}"
+    tell(f"training {what}, {recipe.tokens:,} in all{on_ranks}", quiet)
     with ExitStack() as stack:
-        shown: dict[str, str | None] = {}
-        done: int | None = None  # steps; until it is known, there is nothing to save
-        advance: Advance = lambda amount, **fields: None  # noqa: E731
-
-        def on_begin(step: int, tokens: int) -> None:
-            nonlocal advance, done
-            done = step
-            if step:
-                what = (
-                    f"continuing after step {step:,}"
-                    if step < recipe.train.steps
-                    else "all steps are done already"
-                )
-                unused = options.initial and not recipe.pretrained
-                print_note(
-                    f"{what}; --init is ignored, because this run has already started"
-                    if unused
-                    else what
-                )
-            advance = stack.enter_context(progress("training", total, start=tokens, quiet=quiet))
-
-        def on_step(tokens: int, line: Metrics | None) -> None:
-            nonlocal done
-            done = (done or 0) + 1
-            if line:
-                shown.update(
-                    {k: v for k, v in describe(line).items() if v is not None or k not in shown}
-                )
-            advance(tokens, **shown)
-
-        def on_evaluation(share: float) -> None:
-            advance(0, evaluating=f"{share:.0%}", **shown)
-
+        shown = _Shown(recipe, options, stack, quiet)
         try:
             return run(
                 recipe,
@@ -333,22 +292,54 @@ def _run(
                 ranks=ranks,
                 peak=matmul_peak(where, recipe.train.dtype),
                 events=Events(
-                    begin=on_begin, step=on_step, evaluation=on_evaluation, note=print_note
+                    begin=shown.begin,
+                    step=shown.step,
+                    evaluation=shown.evaluation,
+                    note=partial(tell, quiet=quiet),
                 ),
             )
         except (KeyboardInterrupt, SystemExit):
             stack.close()
-            if done is not None:
-                place, again = options.output, _again(options.output, ranks)
-                tell_last(
-                    f"stopped after step {done:,}, and saved in {place}: {again} goes on", quiet
-                )
-            else:
-                tell_last(
-                    "stopped before a step: nothing new is saved, and the same command starts again",
-                    quiet,
-                )
+            last = "stopped before a step: nothing new is saved, and the same command starts again"
+            if shown.done is not None:
+                saved = f"stopped after step {shown.done:,}, and saved in {options.output}"
+                last = f"{saved}: {_again(options.output, ranks)} goes on"
+            tell_last(last, quiet)
             raise
+
+
+class _Shown:
+    """The progress of a run on stderr, until the `stack` ends. `done` counts steps; None while nothing can be saved."""
+
+    done: int | None = None
+    advance: Advance
+
+    def __init__(
+        self, recipe: Recipe, options: TrainCommand, stack: ExitStack, quiet: bool
+    ) -> None:
+        self.recipe, self.options, self.stack, self.quiet = recipe, options, stack, quiet
+        self.fields: dict[str, str | None] = {}
+
+    def begin(self, step: int, tokens: int) -> None:
+        self.done = step
+        if step:
+            line = f"continuing after step {step:,}"
+            if step >= self.recipe.train.steps:
+                line = "all steps are done already"
+            if self.options.initial and not self.recipe.pretrained:
+                line += "; --init is ignored, because this run has already started"
+            tell(line, self.quiet)
+        bar = progress("training", self.recipe.tokens, start=tokens, quiet=self.quiet)
+        self.advance = self.stack.enter_context(bar)
+
+    def step(self, tokens: int, line: Metrics | None) -> None:
+        self.done = (self.done or 0) + 1
+        for name, value in describe(line).items() if line else ():
+            self.fields[name] = value or self.fields.get(name)
+        self.advance(tokens, **self.fields)
+
+    def evaluation(self, share: float) -> None:
+        self.advance(0, evaluating=f"{share:.0%}", **self.fields)
 
 
 def describe(line: Metrics) -> dict[str, str | None]:

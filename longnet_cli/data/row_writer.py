@@ -86,30 +86,30 @@ class ShardWriter:
                 self._writer.close()
                 self._sink.flush()
             return
-        if str(self.output) == "-":
-            if self._between_messages and not self.lines:
-                cast(_Stdout, self._sink).cut()
-        else:  # otherwise a Parquet writer closes itself later, into a file that is gone
-            with suppress(Exception):
+        if str(self.output) != "-":
+            with suppress(
+                Exception
+            ):  # a Parquet writer closes itself later, into a file that is gone
                 self._writer.close()
+        elif self._between_messages and not self.lines:
+            cast(_Stdout, self._sink).cut()
         self._file.__exit__(kind, error, traceback)
 
     def _open_writer(self) -> Any:  # each kind has write_batch and close
-        if self.lines or str(self.output).endswith(".jsonl"):
+        name = str(self.output)
+        if self.lines or name.endswith(".jsonl"):
             return _JsonLines(self._sink)
-        if str(self.output) == "-":
+        if name == "-":
             return ipc.new_stream(self._sink, self.schema)
-        if str(self.output).endswith(".parquet"):
+        if name.endswith(".parquet"):
             import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
 
-            try:
-                return pq.ParquetWriter(
-                    self._sink, self.schema, write_page_checksum=True
-                )  # verified on reading
+            try:  # page checksums are verified on reading
+                return pq.ParquetWriter(self._sink, self.schema, write_page_checksum=True)
             except pa.ArrowNotImplementedError as error:
                 problem = f"Parquet does not hold a column ({error}): write Arrow, or leave it out of --keep"
                 raise ConfigError(f"{self.output}: {problem}") from error
-        if str(self.output).endswith(".npy"):
+        if name.endswith(".npy"):
             return _NumpyArray(self._sink, self.schema)
         return ipc.new_file(self._sink, self.schema)
 
@@ -176,11 +176,7 @@ class _NumpyArray:
     def _write_header(self) -> None:  # it has room for any number of rows
         dtype = np.dtype(self._kind.value_type.to_pandas_dtype())
         shape = (self._rows, self._kind.list_size)
-        header = {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": False,
-            "shape": shape,
-        }
+        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._sink, header)
 
     def write_batch(self, batch: pa.RecordBatch) -> None:
@@ -219,9 +215,7 @@ def token_schema(
         pa.field("part", pa.int32(), nullable=False),
         pa.field("input_ids", pa.large_list(ids), nullable=False),
     ]
-    return row_schema(
-        fields, kept, {key: None if value is None else str(value) for key, value in known.items()}
-    )
+    return row_schema(fields, kept, known)
 
 
 def token_batch(
@@ -253,30 +247,29 @@ def first_kept(
     If that document was made from text, the columns `of_text` come first.
     """
     taken: list[Document] = []
+    fields: list[pa.Field] = []
     remaining = iter(documents)
     for document in remaining:
         taken.append(document)
         if not isinstance(document, Unread):
+            fields += of_text if getattr(document, "tokenizer", None) else ()
+            fields += [pa.field(name, value.type) for name, value in document.kept.items()]
             break
-    kept = taken[-1].kept if taken else {}
-    fields = list(of_text) if taken and getattr(taken[-1], "tokenizer", None) else []
-    return fields + [pa.field(name, value.type) for name, value in kept.items()], chain(
-        taken, remaining
-    )
+    return fields, chain(taken, remaining)
 
 
 def row_schema(
-    fields: Sequence[pa.Field], kept: Sequence[pa.Field], known: Mapping[str, str | None]
+    fields: Iterable[pa.Field], kept: Sequence[pa.Field], known: Mapping[str, object]
 ) -> pa.Schema:
     """Return the schema of an output: `fields`, then `kept`, and the metadata `known` without unknown values.
 
     Raises ConfigError for a name that two of them have.
     """
-    names = [field.name for field in (*fields, *kept)]
-    if taken := {name for name in names if names.count(name) > 1}:
+    metadata = {key: str(value) for key, value in known.items() if value is not None}
+    schema = pa.schema([*fields, *kept], metadata=metadata)
+    if taken := {name for name in schema.names if schema.names.count(name) > 1}:
         raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
-    metadata = {key: value for key, value in known.items() if value is not None}
-    return pa.schema([*fields, *kept], metadata=metadata)
+    return schema
 
 
 def kept_columns(carriers: Sequence[Any], fields: Sequence[pa.Field]) -> list[pa.Array]:
@@ -284,23 +277,18 @@ def kept_columns(carriers: Sequence[Any], fields: Sequence[pa.Field]) -> list[pa
 
     A carrier is a document, or a result for one: `where` is its file and row, `kept` the values that it carries along.
     """
-    # `pa.array` would refuse null lists
-    return [
-        pa.concat_arrays(
-            [
-                pa.nulls(0, field.type),
-                *(pa.repeat(_value(carrier, field), 1) for carrier in carriers),
-            ]
-        )
-        for field in fields
-    ]
+    return [_kept_column(carriers, field) for field in fields]
 
 
-def _value(carrier: Any, field: pa.Field) -> pa.Scalar:
-    value = carrier.kept[field.name]
-    try:
-        return value if value.type == field.type else value.cast(field.type)
-    except pa.ArrowException as error:
-        raise DataError(
-            f"{carrier.where}: {field.name!r} is {value.type}, and {field.type} in the first document"
-        ) from error
+def _kept_column(carriers: Sequence[Any], field: pa.Field) -> pa.Array:
+    cells = [pa.nulls(0, field.type)]  # `pa.array` would refuse null lists
+    for carrier in carriers:
+        value = carrier.kept[field.name]
+        try:
+            same = value.type == field.type
+            cells.append(pa.repeat(value if same else value.cast(field.type), 1))
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{carrier.where}: {field.name!r} is {value.type}, and {field.type} in the first document"
+            ) from error
+    return pa.concat_arrays(cells)

@@ -21,7 +21,7 @@ import shutil
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -124,21 +124,18 @@ class Settings(BaseModel):
                 )
         if self.pattern and self.pattern.chosen:
             raise ValueError("--pattern: a text names chosen blocks, and bench reads none")
-        if "flex" in self.impl:
-            self._check_flex(os.environ.get("CXX", "g++"))
+        if "flex" in self.impl and self.device.type == "cpu":
+            compiler = os.environ.get("CXX", "g++")
+            if "backward" in self.direction:
+                raise ValueError(
+                    "--impl flex has no backward pass on a CPU: leave out --direction backward"
+                )
+            if not shutil.which(compiler):
+                raise ValueError(
+                    f"--impl flex needs a C++ compiler, and there is no {compiler}: install one, or set CXX"
+                )
         machines.check_kernel(self.device, self.dtype, self.head_dim)
         return self
-
-    def _check_flex(self, compiler: str) -> None:
-        cpu = self.device.type == "cpu"
-        if cpu and "backward" in self.direction:
-            raise ValueError(
-                "--impl flex has no backward pass on a CPU: leave out --direction backward"
-            )
-        if cpu and not shutil.which(compiler):
-            raise ValueError(
-                f"--impl flex needs a C++ compiler, and there is no {compiler}: install one, or set CXX"
-            )
 
     def pattern_for(self, seq: int) -> Pattern:
         """Return the requested pattern, otherwise one that suits `seq` tokens.
@@ -235,14 +232,15 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
     drawing numbers for 1e9 tokens would take longer than the attention, and the time of attention does not depend on
     its numbers.
     """
-    dense, back, dtype = impl == "dense", direction == "backward", DTYPES[s.dtype]
-    pattern = Pattern((seq,), (1,)) if dense else s.pattern_for(seq)
-    streamed = impl == "dilated" and not back and s.streams(seq)
+    ours = impl == "dilated"
+    back = direction == "backward"
+    dtype = DTYPES[s.dtype]
+    pattern = Pattern((seq,), (1,)) if impl == "dense" else s.pattern_for(seq)
+    streamed = ours and not back and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else seq
-    theirs = impl != "dilated"  # which get the layout that they are made for
-    shape = (
-        (s.batch, s.heads, chunk, s.head_dim) if theirs else (s.batch, chunk, s.heads, s.head_dim)
-    )
+    shape = (s.batch, chunk, s.heads, s.head_dim)
+    if not ours:  # the others get the layout that they are made for
+        shape = (s.batch, s.heads, chunk, s.head_dim)
 
     def flops(tokens: int) -> float:
         count = backward_flops if back else attention_flops
@@ -250,8 +248,10 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
 
     def start() -> Callable[..., object]:
         draw = torch.Generator(s.device).manual_seed(0)
-        made: dict[str, Any] = {"generator": draw, "dtype": dtype, "device": s.device}
-        q, k, v, *dout = (torch.randn(shape, requires_grad=back, **made) for _ in range(3 + back))
+        of_case: dict[str, Any] = {"generator": draw, "dtype": dtype, "device": s.device}
+        q, k, v, *dout = (
+            torch.randn(shape, requires_grad=back, **of_case) for _ in range(3 + back)
+        )
         if streamed:
             past = KVCache(pattern, s.batch, s.heads, s.head_dim, dtype=dtype, device=s.device)
 
@@ -261,31 +261,45 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
                 past.append(k_, v_)
 
             return read
-        attend: Callable[[], Tensor] = partial(
-            F.scaled_dot_product_attention, q, k, v, is_causal=s.causal
-        )
-        if impl == "dilated":
+        attend: Callable[[], Tensor]
+        if ours:
             attend = partial(dilated_attention, q, k, v, pattern, causal=s.causal)
         elif impl == "flex":
             attend = partial(flex_attention(pattern, s.heads, seq, s.causal, s.device), q, k, v)
+        else:
+            attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=s.causal)
         if not back:
             return attend
         return partial(
             torch.autograd.grad, attend(), (q, k, v), dout[0].detach(), retain_graph=True
         )
 
-    cache = 0
-    if streamed:
-        rows = 2 * s.heads * s.head_dim * dtype.itemsize * pattern.cache_rows
-        cache = s.batch * rows
+    numbers = s.batch * s.heads * s.head_dim
+    cache = 2 * numbers * dtype.itemsize * pattern.cache_rows if streamed else 0
     # q, k, v, out and their gradients, float32 copies of narrower ones, and what a pattern's largest kernel call copies
     wide = 0 if dtype == torch.float32 else 4
-    number = (
-        4 * dtype.itemsize + wide + back * (4 * dtype.itemsize + 3 * wide) + (0 if theirs else 8)
+    size = 4 * dtype.itemsize + wide + back * (4 * dtype.itemsize + 3 * wide) + ours * 8
+    kernel: str = "sdpa" if impl == "dense" else impl
+    if ours:
+        kernel = select_kernel(s.device, dtype, s.head_dim).name
+    row = Measurement(
+        impl=impl,
+        direction=direction,
+        seq=seq,
+        heads=s.heads,
+        head_dim=s.head_dim,
+        batch=s.batch,
+        causal=s.causal,
+        dtype=s.dtype,
+        device=str(s.device),
+        kernel=kernel,
+        pattern=None if impl == "dense" else format_levels(pattern),
+        machine=device_name(s.device),
+        date=_today(),
+        chunk=chunk if streamed else None,
+        cache_bytes=cache or None,
     )
-    values = {"chunk": chunk if streamed else None, "cache_bytes": cache or None}
-    row = _row(s, impl, direction, seq, None if dense else pattern, **values)
-    return Case(row, flops, math.prod(shape) * number + cache, start, streamed)
+    return Case(row, flops, numbers * chunk * size + cache, start, streamed)
 
 
 def flex_attention(
@@ -327,59 +341,22 @@ def flex_attention(
     return partial(torch.compile(flex.flex_attention, dynamic=False), block_mask=mask)
 
 
-def _row(
-    s: Settings,
-    impl: Impl,
-    direction: Direction,
-    seq: int,
-    pattern: Pattern | None,
-    **values: Any,
-) -> Measurement:
-    """Return the row of a case before it is measured. `pattern` is None for dense attention."""
-    kernel = "sdpa"
-    if pattern:
-        kernel = select_kernel(s.device, DTYPES[s.dtype], s.head_dim).name
-    return Measurement(
-        impl=impl,
-        direction=direction,
-        seq=seq,
-        heads=s.heads,
-        head_dim=s.head_dim,
-        batch=s.batch,
-        causal=s.causal,
-        dtype=s.dtype,
-        device=str(s.device),
-        kernel="flex" if impl == "flex" else kernel,
-        pattern=format_levels(pattern) if pattern else None,
-        machine=device_name(s.device),
-        date=_today(),
-        **values,
-    )
-
-
 FIRST_DECADE = 10**6  # tokens: a streamed run reports each power of ten from here on
 _PROBE_SEQ = 2048  # tokens of the run that tells the rate before a longer one
 
 
-def _cases(s: Settings) -> Iterator[Case]:
-    for seq, direction, impl in product(s.seq, s.direction, s.impl):
-        yield case_of(s, impl, direction, seq)
-
-
-def bench(
-    settings: Settings,
-    *,
-    events: Events | None = None,
-) -> Iterator[Measurement]:
+def bench(s: Settings, *, events: Events | None = None) -> Iterator[Measurement]:
     """Measure every case of the settings, row by row.
 
     A streamed case has a row for each decade of its positions, then one for the whole. `events.progress` gets the
     number of tokens of each chunk of a streamed run, and of each other run; `events.total` those of all cases that will
     run, as far as it is known: before the first one, and again where one would take too long.
     """
-    s = settings
     events = events or Events()
-    cases = [*_cases(s)]
+    cases = [
+        case_of(s, impl, direction, seq)
+        for seq, direction, impl in product(s.seq, s.direction, s.impl)
+    ]
     waiting = [case for case in cases if not _lacks_memory(case, s)]
     total = sum(case.row.seq for case in waiting)
     events.total(total)
@@ -390,12 +367,13 @@ def bench(
     def run(case: Case, repeats: int) -> Iterator[Measurement]:
         machines.trim_memory(s.device)  # what earlier rows freed would count here
         peak = machines.peak_from_now(s.device)
-        kind = (case.row.impl, case.row.direction)
+        rows: Iterable[Measurement]
         if case.streamed:
             rows = measure_stream(case, s.device, peak, deadline, events.progress)
         else:
-            rows = iter([measure(case, s.device, peak, deadline, repeats)])
+            rows = [measure(case, s.device, peak, deadline, repeats)]
         for row in rows:
+            kind = (row.impl, row.direction)
             best[kind] = max(best[kind], row.flops_per_second or 0.0)
             yield row
 
@@ -438,7 +416,9 @@ def _refusal(case: Case, s: Settings, deadline: float, rate: float) -> Measureme
     if not rate or case.streamed:
         return None
     ours = case.row.impl == "dilated"
-    allowed = left if ours or s.max_dense_time is None else min(left, s.max_dense_time)
+    allowed = left
+    if not ours and s.max_dense_time is not None:
+        allowed = min(left, s.max_dense_time)
     seconds = case.flops(case.row.seq) / rate
     if seconds <= allowed:
         return None
@@ -453,15 +433,14 @@ def measure(
     seconds: list[float] = []
     try:
         run = case.start()
-        while len(seconds) <= repeats and (
-            not seconds or time.perf_counter() + seconds[0] <= deadline
-        ):
+        while len(seconds) <= repeats:
+            if seconds and time.perf_counter() + seconds[0] > deadline:
+                break
             clock = _Clock(device)
             _ = run()  # kept: the time to free its results is not that of the run
             seconds.append(clock.spent()["seconds"])
-        return case.measured(
-            0, case.row.seq, peak(), seconds=statistics.median(seconds[1:] or seconds)
-        )
+        median = statistics.median(seconds[1:] or seconds)
+        return case.measured(0, case.row.seq, peak(), seconds=median)
     except (RuntimeError, MemoryError) as error:
         return replace(case.row, status="oom", reason=_out_of_memory(error))
 
@@ -519,7 +498,9 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         machines.wait_for(device)
-        self._device, self._began, self._threads = device, time.perf_counter(), time.process_time()
+        self._device = device
+        self._began = time.perf_counter()
+        self._threads = time.process_time()
 
     def spent(self) -> dict[str, float]:
         machines.wait_for(self._device)

@@ -136,19 +136,18 @@ def _of_config(name: str, config: NetConfig) -> Subject:
 
 def describe(subject: Subject, seq: int) -> Description:
     """Describe a pattern for sequences of `seq` tokens. Raises ConfigError for one that cannot be used this way."""
-    pattern, heads, head_dim, causal = (
-        subject.pattern,
-        subject.heads,
-        subject.head_dim,
-        subject.causal,
-    )
+    pattern = subject.pattern
+    causal = subject.causal
     if refusal := pattern.refusal(causal, "exact"):
         raise ConfigError(f"{subject.name}: {refusal}")
     _refuse_the_boundless(pattern, seq)
-    half, written = 2 if causal else 1, format_levels(pattern)
+    half = 2 if causal else 1
+    written = format_levels(pattern)
+    dense = Pattern((seq,), (1,))
     if pattern == Pattern.dense():
-        pattern = Pattern((seq,), (1,))  # the part of its one segment that the sequence fills
-    *flops, of_others = level_flops(pattern, heads, head_dim, seq, causal)
+        pattern = dense  # the part of its one segment that the sequence fills
+    shape = (subject.heads, subject.head_dim, seq, causal)
+    *flops, of_others = level_flops(pattern, *shape)
     total = sum(flops) + of_others
     levels = [
         LevelCosts(
@@ -163,21 +162,19 @@ def describe(subject: Subject, seq: int) -> Description:
         for level, (w, r) in enumerate(pattern.levels)
     ]
     keys = sum(level.keys_per_query for level in levels) + pattern.apart_keys
-    kept = pattern.apart_rows(seq)
-    dense = sum(level_flops(Pattern((seq,), (1,)), heads, head_dim, seq, causal))
+    rows_apart = pattern.apart_rows(seq)
+    rows = pattern.cache_rows - pattern.sinks + rows_apart
     return Description(
-        name=subject.name,
-        pattern=written,
-        levels=levels,
-        apart=PatternCosts(pattern.apart_keys, of_others, kept if causal else None),
-        total=PatternCosts(
-            keys, total, pattern.cache_rows - pattern.sinks + kept if causal else None
-        ),
-        dense=PatternCosts(seq / half, dense, seq if causal else None),
-        seq=seq,
-        heads=heads,
-        head_dim=head_dim,
-        causal=causal,
+        subject.name,
+        written,
+        levels,
+        PatternCosts(pattern.apart_keys, of_others, rows_apart if causal else None),
+        PatternCosts(keys, total, rows if causal else None),
+        PatternCosts(seq / half, sum(level_flops(dense, *shape)), seq if causal else None),
+        seq,
+        subject.heads,
+        subject.head_dim,
+        causal,
     )
 
 
@@ -308,42 +305,29 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
     """
     figure = new_figure(output, 4.2 * len(subjects), 4.5)
     from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap, to_hex
+    from matplotlib.colors import to_hex
     from matplotlib.patches import Patch
 
-    for axes, subject in zip(
-        figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True
-    ):
+    panels = figure.subplots(1, len(subjects), squeeze=False)[0]
+    for axes, subject in zip(panels, subjects, strict=True):
         cells = picture(subject.pattern, seq, _PICTURE_SIZE, subject.heads, subject.causal)
         levels = len(subject.pattern.levels)
         tones = [to_hex(colormaps["viridis"](i / max(1, levels))) for i in range(levels)]
         colors = ["white", *tones, "crimson"]
-        extent = (0, seq, seq, 0)
-        axes.imshow(
-            cells,
-            cmap=ListedColormap(colors),
-            vmin=-1,
-            vmax=levels,
-            interpolation="nearest",
-            extent=extent,
-        )
+        _show(axes, cells, colors, (0, seq, seq, 0))
         rows = np.flatnonzero((cells == levels).any(1))
         if subject.pattern.sinks and len(rows):  # a few tokens wide: invisible as cells
             axes.vlines(0, rows[0] * seq / len(cells), seq, color="crimson", linewidth=5)
         axes.set_title(subject.name, fontsize=9)
-        axes.set_xlabel("key")
-        axes.set_ylabel("query")
+        axes.set(xlabel="key", ylabel="query")
         ticks = [seq * i // 4 for i in range(5)]
         names = [format_size(tick) if tick else "0" for tick in ticks]
         axes.set_xticks(ticks, names)
         axes.set_yticks(ticks, names)
-        marks = [
-            (f"{format_size(w)}, rate {r}", colors[i + 1])
-            for i, (w, r) in enumerate(subject.pattern.levels)
-        ]
+        words = [f"{format_size(w)}, rate {r}" for w, r in subject.pattern.levels]
         if subject.pattern.apart:
-            marks.append((subject.pattern.apart, "crimson"))
-        handles = [Patch(color=c, label=n) for n, c in marks]
+            words.append(subject.pattern.apart)
+        handles = [Patch(color=colors[i], label=label) for i, label in enumerate(words, 1)]
         axes.legend(
             handles=handles,
             fontsize=7,
@@ -357,31 +341,34 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
     save_figure(figure, output)
 
 
-def _draw_inset(axes: Axes, subject: Subject, seq: int, color: str) -> None:
-    """Draw single tokens of the widest level into the empty half: what head 0 sees in a colour, other heads in grey."""
+def _show(axes: Axes, cells: np.ndarray, colors: list[str], extent: Any) -> None:
+    """Draw cells in these colours: NOTHING in the first one."""
     from matplotlib.colors import ListedColormap
 
-    pattern = subject.pattern
-    first_key = int(
-        keys_seen(pattern, len(pattern.levels) - 1, np.array([seq - _INSET_SIZE]), seq, True)[0][0][
-            0
-        ]
-    )
-    one, every = (
-        picture(pattern, seq, _INSET_SIZE, heads, first_key=first_key)
-        for heads in (1, subject.heads)
-    )
-    inset = axes.inset_axes((0.54, 0.48, 0.44, 0.44), xticks=[], yticks=[])
-    extent = (first_key, first_key + _INSET_SIZE, seq, seq - _INSET_SIZE)
-    seen = 1 * (every != NOTHING) + (one != NOTHING)
-    inset.imshow(
-        seen,
-        ListedColormap(["white", "0.75", color]),
-        vmin=0,
-        vmax=2,
+    most = NOTHING + len(colors) - 1
+    axes.imshow(
+        cells,
+        ListedColormap(colors),
+        vmin=NOTHING,
+        vmax=most,
         extent=extent,
         interpolation="nearest",
     )
+
+
+def _draw_inset(axes: Axes, subject: Subject, seq: int, color: str) -> None:
+    """Draw single tokens of the widest level into the empty half: what head 0 sees in a colour, other heads in grey."""
+    pattern = subject.pattern
+    first_query = seq - _INSET_SIZE
+    seen = keys_seen(pattern, len(pattern.levels) - 1, np.array([first_query]), seq, True)
+    first_key = int(seen[0][0][0])
+    cells: Any = NOTHING
+    for heads in (1, subject.heads):
+        shown = picture(pattern, seq, _INSET_SIZE, heads, first_key=first_key)
+        cells = cells + (shown != NOTHING)
+    inset = axes.inset_axes((0.54, 0.48, 0.44, 0.44), xticks=[], yticks=[])
+    extent = (first_key, first_key + _INSET_SIZE, seq, first_query)
+    _show(inset, cells, ["white", "0.75", color], extent)
     inset.set_title(
         f"{_INSET_SIZE} x {_INSET_SIZE} tokens, at the widest level:\nhead 0, and in grey the others",
         fontsize=6,

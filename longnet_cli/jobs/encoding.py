@@ -322,24 +322,21 @@ class Encoder(RowJob):
             "longnet.prompt": facts.prompt,
             "longnet.query_prompt": facts.query_prompt,
             "longnet.normalized": "true" if options.normalize else "false",
-            "longnet.context": None if options.context is None else str(options.context),
-            "longnet.stride": None if self.cut.room is None else str(self.cut.stride),
+            "longnet.context": options.context,
+            "longnet.stride": None if self.cut.room is None else self.cut.stride,
             "longnet.tokenizer_sha256": facts.tokenizer_sha256,
             "longnet.pattern": facts.pattern,
         }
         size = options.dims or net.vector_size(net.config.dim * len(pool.split("+")))
-        vector = pa.list_(
-            pa.float32() if options.embedding_dtype == "float32" else pa.float16(), size
-        )
-        fields = [
-            pa.field("doc_id", pa.string()),
-            pa.field("span", pa.int32()),
-            pa.field("start", pa.int64()),
-            pa.field("end", pa.int64()),
-            pa.field("n_tokens", pa.int64()),
-            pa.field("embedding", vector),
-        ]
-        return row_schema(fields, self.kept_fields, known)
+        kinds = {
+            "doc_id": pa.string(),
+            "span": pa.int32(),
+            "start": pa.int64(),
+            "end": pa.int64(),
+            "n_tokens": pa.int64(),
+            "embedding": pa.list_(pa.type_for_alias(options.embedding_dtype), size),
+        }
+        return row_schema(pa.schema(kinds), self.kept_fields, known)
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         """Return a document as the net reads it, in one piece. Raises as `Net.sequence`.
@@ -496,18 +493,14 @@ class Encoder(RowJob):
         pooled = torch.stack([row.vector for row in rows])  # (rows, dim)
         vectors = head(pooled)[:, : self.options.dims]
         normalize = bool(self.options.normalize)
-        columns = [
-            pa.array([row.document.doc_id for row in rows], pa.string()),
-            pa.array([row.span for row in rows], pa.int32()),
-            pa.array([row.start for row in rows], pa.int64()),
-            pa.array([row.end for row in rows], pa.int64()),
-            pa.array([row.end - row.start for row in rows], pa.int64()),
-            _array(schema.field("embedding").type, rows, vectors, normalize),
+        spans = [
+            (row.document.doc_id, row.span, row.start, row.end, row.end - row.start) for row in rows
         ]
+        columns = _columns(spans, schema)
+        columns.append(_array(schema.field("embedding").type, rows, vectors, normalize))
         carried = [field for field in self.kept_fields if field not in PLACE_FIELDS]
         if len(carried) < len(self.kept_fields):
-            starts, ends = zip(*map(self._place, rows), strict=True)
-            columns += [pa.array(starts, pa.int64()), pa.array(ends, pa.int64())]
+            columns += _columns(map(self._place, rows), PLACE_FIELDS)
         columns += kept_columns([row.document for row in rows], carried)
         return pa.record_batch(columns, schema=schema)
 
@@ -516,6 +509,12 @@ class Encoder(RowJob):
         if self.places is None or self.places.document is not row.document:
             self.places = TextPlaces(row.document)
         return self.places.of(row.start, row.end)
+
+
+def _columns(rows: Iterable[tuple], fields: Iterable[pa.Field]) -> list[pa.Array]:
+    """Return the columns of rows, in the types of the first fields."""
+    columns = zip(zip(*rows, strict=True), fields, strict=False)
+    return [pa.array(values, field.type) for values, field in columns]
 
 
 def _is_framed(document: Document, opening: tuple[int, ...], closing: tuple[int, ...]) -> bool:

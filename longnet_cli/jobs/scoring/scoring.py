@@ -255,19 +255,15 @@ class Scorer(RowJob):
             "longnet.tokenizer_sha256": facts.tokenizer_sha256,
             "longnet.pattern": facts.pattern,
         }
-        of_contexts = {"nll_sum": pa.float64(), "ppl": pa.float64(), "bpb": pa.float64()}
+        of_contexts = dict.fromkeys(("nll_sum", "ppl", "bpb"), pa.float64())
         of_contexts |= dict.fromkeys(TABLES if options.by_position else (), TABLE)
-        fields = [
-            pa.field("doc_id", pa.string()),
-            pa.field("n_tokens", pa.int64()),
-            pa.field("n_bytes", pa.int64()),
-        ]
+        kinds = {"doc_id": pa.string(), "n_tokens": pa.int64(), "n_bytes": pa.int64()}
         for name, kind in of_contexts.items():
             for context in options.contexts:
-                fields.append(pa.field(column(name, context, options.contexts), kind))
+                kinds[column(name, context, options.contexts)] = kind
         if len(options.contexts) > 1:
-            fields += [pa.field(name, pa.float64()) for name in Gain._fields]
-        return row_schema(fields, self.kept_fields, known)
+            kinds |= dict.fromkeys(Gain._fields, pa.float64())
+        return row_schema(pa.schema(kinds), self.kept_fields, known)
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         """Return a document as the model reads it. Raises TooLongError for a window that is too long for the model."""

@@ -33,21 +33,17 @@ def logprob_schema(metadata: Mapping[str, str] | None = None, top: bool = False)
     With `top`, there are columns for the most likely token in the place of each one, and for its log-probability. The
     place of each token in the text is last, [char_start, char_end), null for a document of ids (`TextPlaces`).
     """
-    ids, logprobs = pa.large_list(pa.int32()), pa.large_list(pa.float32())
     fields = [
         pa.field("doc_id", pa.string()),
         pa.field("part", pa.int32()),
         pa.field("start", pa.int64()),
-        pa.field("input_ids", ids, nullable=False),
-        pa.field("logprobs", logprobs, nullable=False),
+        pa.field("input_ids", pa.large_list(pa.int32()), nullable=False),
+        pa.field("logprobs", pa.large_list(pa.float32()), nullable=False),
     ]
     if top:
-        fields += [
-            pa.field(name, kind, nullable=False)
-            for name, kind in zip(_TOP, (ids, logprobs), strict=True)
-        ]
+        fields += [field.with_name(name) for name, field in zip(_TOP, fields[-2:], strict=True)]
     fields += [pa.field(name, pa.large_list(pa.int64())) for name in ("char_start", "char_end")]
-    return pa.schema(fields, metadata=dict(metadata or {}))
+    return pa.schema(fields, metadata=metadata)
 
 
 @contextmanager
@@ -64,11 +60,9 @@ def write_token_logprobs(
         def flush() -> None:
             nonlocal rows, size
             if rows:
-                columns = [
-                    pa.array(c, f.type)
-                    for c, f in zip(zip(*rows, strict=True), writer.schema, strict=True)
-                ]
-                writer.write(pa.record_batch(columns, schema=writer.schema))
+                columns = zip(zip(*rows, strict=True), writer.schema, strict=True)
+                arrays = [pa.array(values, field.type) for values, field in columns]
+                writer.write(pa.record_batch(arrays, schema=writer.schema))
             rows, size = [], 0
 
         def take(document: Document, start: int, *lists: np.ndarray) -> None:
@@ -76,16 +70,10 @@ def write_token_logprobs(
             part += 1
             if places is None or places.document is not document:
                 part, places = 0, TextPlaces(document)
-            rows.append(
-                (
-                    document.doc_id,
-                    part,
-                    start,
-                    *lists,
-                    *places.of_tokens(start, start + len(lists[0])),
-                )
-            )
-            size += len(lists[0])
+            tokens = len(lists[0])
+            in_text = places.of_tokens(start, start + tokens)
+            rows.append((document.doc_id, part, start, *lists, *in_text))
+            size += tokens
             if size >= BATCH:
                 flush()
 
