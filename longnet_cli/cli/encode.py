@@ -90,7 +90,7 @@ class EncodeCommand:
 def encode(options: EncodeCommand) -> None:
     """Turn documents, or spans of them, into vectors for search.
 
-    Example: longnet encode docs --model ./minilm --span passage -o vectors.arrow
+    Example: longnet encode docs/*.md --model ./minilm --span passage -o v.arrow
 
     A slide encoder, or a model without a vocabulary, reads documents of vectors: a column features, embedding or
     embeddings in Arrow, Parquet or HDF5 files (HDF5 needs the extra `h5`).
