@@ -40,62 +40,56 @@ RECIPE = {
 }
 
 # Words that somebody, or a script gone wrong, may write where any value is due
-WORDS = [
-    *(
-        "",
-        " ",
-        "-",
-        "-1",
-        "0",
-        "1",
-        "3",
-        "nan",
-        "inf",
-        "-inf",
-        "1e18",
-        "1e400",
-        "9" * 5000,
-        str(2**63 - 1),
-        str(2**63),
-    ),
-    *(
-        "true",
-        "missing",
-        "./missing",
-        ".",
-        "/",
-        "t.txt",
-        "a.arrow",
-        "a.jsonl",
-        "broken.arrow",
-        "model",
-        "./model",
-    ),
-    *("run", "bytes", "model/tokenizer.json", "recipe.toml", "@t.txt", "*.txt", "/dev/null"),
-    *(
-        "out",
-        "out.arrow",
-        "out.parquet",
-        "out.jsonl",
-        "x.png",
-        "\x1b[31m",
-        "é",
-        "\udcff",
-        "n" * 300,
-        "a/" * 3000,
-        "[",
-    ),
-    *(
-        "a=b",
-        "=",
-        "model.dim=true",
-        "train.steps=1e30",
-        "data.train=[[[",
-        "http://example.invalid/a",
-        "nope://a/b",
-    ),
-    *("link.arrow", "a,b", "1,2"),
-]
+WORDS = """
+-
+-1
+0
+1
+3
+nan
+inf
+-inf
+1e18
+1e400
+9223372036854775807
+9223372036854775808
+true
+missing
+./missing
+.
+/
+t.txt
+a.arrow
+a.jsonl
+broken.arrow
+link.arrow
+model
+./model
+run
+bytes
+model/tokenizer.json
+recipe.toml
+@t.txt
+*.txt
+/dev/null
+out
+out.arrow
+out.parquet
+out.jsonl
+x.png
+é
+[
+a=b
+=
+a,b
+1,2
+model.dim=true
+train.steps=1e30
+data.train=[[[
+http://example.invalid/a
+nope://a/b
+""".splitlines()
+WORDS += [" ", "\x1b[31m", "\udcff", "9" * 5000, "n" * 300, "a/" * 3000]
 NUMBERS = [
     -1,
     0,

@@ -136,7 +136,8 @@ def test_an_answer_ends_where_it_repeats_itself_or_asks(
 
 def test_without_a_model_or_a_passage_nothing_is_said(llama: Path) -> None:
     made = ask(TEXTS, QUESTION, passages=2)
-    assert ([each.doc_id for each in made.sources], made[3:]) == (["0", "2"], (None, 0, 0, None))
+    assert [each.doc_id for each in made.sources] == ["0", "2"]
+    assert (made.answer, *made[3:]) == (None, None, 0, 0, None)
     assert ask(TEXTS, "xyzzy", model=f"{llama}/")[1:] == (None, [], f"{llama}/", 0, 0, None)
 
 

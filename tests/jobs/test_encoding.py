@@ -43,30 +43,28 @@ def model(request: pytest.FixtureRequest) -> LongNet:
     return tiny_net(position="rope", causal=request.param == "causal").eval()
 
 
-def plain_vector(model: LongNet, document: Document, pool: str) -> np.ndarray:
-    """From one forward over this document alone, in float64 from there on."""
-    before = [BOS] if model.config.causal else []
+def plain_states(model: LongNet, document: Document, bos: int | None = BOS) -> torch.Tensor:
+    """The states of its tokens, from one forward over this document alone."""
+    before = [bos] if model.config.causal and bos else []
     with torch.no_grad():
-        hidden = model(torch.tensor([before + document.tokens.tolist()]))[0, len(before) :].double()
-    return {"mean": hidden.mean(0), "last": hidden[-1], "first": hidden[0]}[pool].numpy()
+        return model(torch.tensor([before + document.tokens.tolist()]))[0, len(before) :].double()
 
 
-@pytest.mark.parametrize("pool", ["mean", "last", "first"])
-def test_ragged_documents_equal_each_alone(model: LongNet, pool: str) -> None:
+PLAIN = {"mean": lambda x: x.mean(0), "last": lambda x: x[-1], "first": lambda x: x[0]}
+
+
+@pytest.mark.parametrize(
+    ("pool", "bos"), [("mean", BOS), ("last", BOS), ("first", BOS), ("mean", None)]
+)
+def test_ragged_documents_equal_each_alone(model: LongNet, pool: str, bos: int | None) -> None:
     documents = [make_document(length, str(length)) for length in (5, 33, 1, 200, 32, 31, 64)]
     seen: list[int] = []
-    reader = encode(
-        model,
-        documents,
-        EncodeOptions(pool=pool, normalize=False),
-        EncodeFacts(BOS),
-        events=Events(progress=seen.append),
-    )
-    table = reader.read_all()
+    options, facts = EncodeOptions(pool=pool, normalize=False), EncodeFacts(bos)
+    table = encode(model, documents, options, facts, events=Events(progress=seen.append)).read_all()
     assert table["doc_id"].to_pylist() == [document.doc_id for document in documents]
     assert sum(seen) == sum(len(document.tokens) for document in documents)
-    expected = np.stack([plain_vector(model, document, pool) for document in documents])
-    np.testing.assert_allclose(vectors(table), expected, atol=1e-5)
+    expected = [PLAIN[pool](plain_states(model, document, bos)) for document in documents]
+    np.testing.assert_allclose(vectors(table), torch.stack(expected), atol=1e-5)
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -106,18 +104,13 @@ def test_whole_documents_are_pooled_together(pool: str) -> None:
 
 
 def test_a_span_is_the_pool_of_its_own_tokens(model: LongNet) -> None:
-    document = make_document(25)
-    table = encode(
-        model, [document], EncodeOptions(span=10, normalize=False), EncodeFacts(BOS)
-    ).read_all()
+    document, options = make_document(25), EncodeOptions(span=10, normalize=False)
+    table = encode(model, [document], options, EncodeFacts(BOS)).read_all()
     assert table.drop_columns(["embedding"]).to_pylist() == [
         {"doc_id": "a", "span": i, "start": 10 * i, "end": end, "n_tokens": end - 10 * i}
         for i, end in enumerate((10, 20, 25))
     ]
-    before = [BOS] if model.config.causal else []
-    with torch.no_grad():
-        hidden = model(torch.tensor([before + document.tokens.tolist()]))[0, len(before) :]
-    expected = [hidden[a : a + 10].mean(0) for a in (0, 10, 20)]
+    expected = [part.mean(0) for part in plain_states(model, document).split(10)]
     np.testing.assert_allclose(vectors(table), torch.stack(expected), atol=1e-5)
 
 
@@ -184,15 +177,6 @@ def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: s
     ]
 
 
-def test_a_document_may_come_without_bos(model: LongNet) -> None:
-    table = encode(
-        model, [make_document(5)], EncodeOptions(normalize=False), EncodeFacts(None)
-    ).read_all()
-    with torch.no_grad():
-        expected = model(torch.tensor([make_document(5).tokens.tolist()]))[0].mean(0)
-    np.testing.assert_allclose(vectors(table)[0], expected, atol=1e-5)
-
-
 def test_an_empty_document_has_no_vector(model: LongNet) -> None:
     """A zero vector would look like an answer."""
     documents = [make_document(5), make_document(0, "hollow"), make_document(7, "b")]
@@ -243,36 +227,27 @@ def stopped_at(index: int) -> Iterator[Document]:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("span", [None, 20])
+@pytest.mark.parametrize(
+    ("span", "groups"), [(None, "0,1,2 3,4,5 6,7,8 9,10,11"), (20, "0,1 2,3 4,5 6 7,8 9,10 11")]
+)
 def test_a_folder_holds_what_the_reader_gives(
-    model: LongNet, tmp_path: Path, span: int | None
+    model: LongNet, tmp_path: Path, span: int | None, groups: str
 ) -> None:
     """A shard ends with the document that brings it to 3 rows."""
     totals = write(model, tmp_path / "out", span=span)
-    tables = [
-        ipc.open_file(path).read_all() for path in sorted((tmp_path / "out").glob("vectors-*"))
-    ]
-    table, expected = (
-        pa.concat_tables(tables),
-        encode(model, DOCUMENTS, EncodeOptions(span=span), EncodeFacts(BOS)).read_all(),
-    )
+    tables = shards_of(tmp_path / "out")
+    table = pa.concat_tables(tables)
+    expected = encode(model, DOCUMENTS, EncodeOptions(span=span), EncodeFacts(BOS)).read_all()
     assert table.schema.equals(expected.schema, check_metadata=True)
     assert table.drop_columns(["embedding"]) == expected.drop_columns(["embedding"])
     np.testing.assert_allclose(vectors(table), vectors(expected), atol=1e-5)
-    groups = [list(dict.fromkeys(found["doc_id"].to_pylist())) for found in tables]
-    if span is None:
-        assert groups == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"], ["9", "10", "11"]]
-    else:
-        assert groups == [
-            ["0", "1"],
-            ["2", "3"],
-            ["4", "5"],
-            ["6"],
-            ["7", "8"],
-            ["9", "10"],
-            ["11"],
-        ]
+    names = [dict.fromkeys(found["doc_id"].to_pylist()) for found in tables]
+    assert " ".join(map(",".join, names)) == groups
     assert dict(totals) == {"rows": len(table), "documents": len(LENGTHS), "tokens": sum(LENGTHS)}
+
+
+def shards_of(folder: Path) -> list[pa.Table]:
+    return [ipc.open_file(path).read_all() for path in sorted(folder.glob("vectors-*"))]
 
 
 @pytest.mark.parametrize("span", [None, 20])
@@ -327,10 +302,8 @@ def test_neighbours_of_one_name_get_names_of_their_own(
     assert {len(vectors) for vectors in read} == {1 if span is None else 2}
     inputs = replace(MadeInputs("x", made=made()), id_column="id")
     write(model, tmp_path / "named", span=span, inputs=inputs)
-    tables = [
-        ipc.open_file(path).read_all() for path in sorted((tmp_path / "named").glob("vectors-*"))
-    ]
-    assert {*pa.concat_tables(tables)["doc_id"].to_pylist()} == {*names} - {""}
+    table = pa.concat_tables(shards_of(tmp_path / "named"))
+    assert {*table["doc_id"].to_pylist()} == {*names} - {""}
     with pytest.raises(DataError, match=r"part 0 of document 'a' stands where part [12] should"):
         list(Inputs(sorted((tmp_path / "named").glob("vectors-*")), vectors=True).documents())
 

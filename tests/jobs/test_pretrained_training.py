@@ -156,18 +156,6 @@ def train_four_steps(found: Recipe, output: Path) -> None:
         train(found, output, events=Events(step=stop))
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
-    """Bit for bit, also where it goes on with the far rows in a file."""
-    found = recipe(llama, corpus)
-    train(found, tmp_path / "whole")
-
-    train_four_steps(found, tmp_path / "parts")
-    train(recipe(llama, corpus, **{"train.spill": str(tmp_path)}), tmp_path / "parts")
-    torch.testing.assert_close(
-        weights(tmp_path / "parts"), weights(tmp_path / "whole"), rtol=0, atol=0
-    )
-
-
 def test_lora_leaves_the_merged_model_and_the_adapter(
     llama: Path, corpus: Path, tmp_path: Path
 ) -> None:

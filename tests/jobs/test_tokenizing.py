@@ -24,7 +24,7 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from files import write_file
+from files import read, write_file
 from processes import contents
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -84,24 +84,15 @@ def test_written_is_read(corpus, tmp_path, output, train_vocab):
 
 def test_a_vocabulary_is_that_of_whole_texts_however_long(tmp_path: Path, run_longnet) -> None:
     """In a process with a limit of time: what waits for a lock of the library ends by a kill alone."""
-    random = Random(0)
-    texts = [
-        "".join(random.choices(["the net ", "reads, ", "x1", "wörld\n", "漢字", "it's"], k=50_000))
-        for _ in "ab"
-    ]
+    words, random = ["the net ", "reads, ", "x1", "wörld\n", "漢字", "it's"], Random(0)
+    texts = ["".join(random.choices(words, k=50_000)) for _ in "ab"]
     for name, text in zip("ab", texts, strict=True):
         (tmp_path / f"{name}.txt").write_bytes(text.encode())
     run_longnet("tokenize a.txt b.txt --train-vocab 400 -o out", timeout=60, code=0)
-    whole = tokenizers.Tokenizer(models.BPE())
-    whole.pre_tokenizer, whole.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [END_OF_TEXT]
-    whole.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet),
-    )
+    whole, byte_level = tokenizers.Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    whole.pre_tokenizer, whole.decoder = byte_level(add_prefix_space=False), decoders.ByteLevel()
+    options = {"special_tokens": [END_OF_TEXT], "initial_alphabet": byte_level.alphabet()}
+    whole.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, **options))
     parts = [[text[i : i + 999] for i in range(0, len(text), 999)] for text in texts]
     for found in (Tokenizer.load(tmp_path / "out"), Tokenizer.train(parts, 400)):
         assert found.sha256 == Tokenizer(whole).sha256
@@ -127,41 +118,22 @@ def test_shards_end_at_documents_and_batches_cut_rows(corpus, tmp_path, monkeypa
 def test_kept_columns_are_in_every_row_of_a_document(tmp_path, monkeypatch):
     """With their types, in shards that resume; a document of several rows has them in each."""
     monkeypatch.setattr(tokenizing, "BATCH_BYTES", 64)
-    table = pa.table(
-        {
-            "id": [7, 8, 9],
-            "text": ["one", "two " * 50, ""],
-            "n": [[1], None, [2, 3]],
-            "x": ["a", "b", "c"],
-        }
-    )
-    inputs = Inputs([write_file(tmp_path / "in.arrow", table)], keep=("n", "id"))
+    columns = {"id": [7, 8, 9], "text": ["one", "two " * 50, ""], "n": [[1], None, [2, 3]]}
+    inputs = Inputs([write_file(tmp_path / "in.arrow", pa.table(columns))], keep=("n", "id"))
     for place in ("out", "out.parquet"):
         result = tokenize(inputs, tmp_path / place, shard_tokens=20)
-        found = [
-            document.kept
-            for document in Inputs(
-                [tmp_path / place], Tokenizer.bytes(), keep=("n", "id")
-            ).documents()
-        ]
-        assert [(kept["n"].as_py(), kept["id"].as_py()) for kept in found] == [
-            ([1], 7),
-            (None, 8),
-            ([2, 3], 9),
-        ]
-        assert found[0]["id"].type == pa.int64()
+        found = [document.kept for document in read(tmp_path / place, keep=("n", "id"))]
+        assert [kept["n"].as_py() for kept in found] == columns["n"]
+        assert [kept["id"] for kept in found] == [pa.scalar(number) for number in (7, 8, 9)]
     rows = pq.read_table(result.shards[0]).to_pylist()
-    assert [(row["doc_id"], row["id"]) for row in rows] == [
-        ("7", 7),
-        *[("8", 8)] * (len(rows) - 2),
-        ("9", 9),
-    ]
+    ids = [7, *[8] * (len(rows) - 2), 9]
+    assert [(row["doc_id"], row["id"]) for row in rows] == [(str(n), n) for n in ids]
     assert len(rows) > 4
     with pytest.raises(
         ConfigError, match=r"keep was \['n: list<item: int64>', 'id: int64'\] and is now None"
     ):
         tokenize(Inputs(inputs.names), tmp_path / "out", shard_tokens=20, resume=True)
-    write_file(tmp_path / "in.arrow", table.rename_columns(["id", "text", "part", "x"]))
+    write_file(tmp_path / "in.arrow", pa.table(columns).rename_columns(["id", "text", "part"]))
     with pytest.raises(ConfigError, match="--keep part: the output has a column of this name"):
         tokenize(Inputs(inputs.names, keep=("part",)), tmp_path / "other")
 
@@ -190,46 +162,29 @@ def test_documents_of_one_name_stay_apart(tmp_path):
 
 
 def test_what_is_in_finished_shards_is_not_tokenized_again(corpus, tmp_path, monkeypatch):
-    whole = tokenize(
-        Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True
-    )
+    place, options = tmp_path / "whole", {"shard_tokens": 1, "train_vocab": 300, "eos": True}
+    whole = tokenize(Inputs([corpus]), place, **options)
     seen: list[str] = []
     encode = Tokenizer.encode_pieces
     monkeypatch.setattr(
         Tokenizer, "encode_pieces", lambda self, texts: (seen.extend(texts), encode(self, texts))[1]
     )
-    manifest = read_manifest(tmp_path / "whole")
+    manifest, expected = read_manifest(place), contents(place)
     shards = manifest.shards
-    expected = contents(tmp_path / "whole")
-    for finished in range(
-        4
-    ):  # as if killed after so many shards, one more having just got its name
-        (tmp_path / "whole/_manifest.arrow").unlink()
-        manifest.shards = shards[:finished]
-        (tmp_path / "whole/_unfinished.json").write_text(manifest.to_json())
-        for shard in shards[finished + 1 :]:
-            (tmp_path / "whole" / shard["name"]).unlink()
+    # as if killed after so many shards, one more having just got its name; and after all
+    for finished in range(5):
+        if finished < 4:
+            (place / "_manifest.arrow").unlink()
+            manifest.shards = shards[:finished]
+            (place / "_unfinished.json").write_text(manifest.to_json())
+            for shard in shards[finished + 1 :]:
+                (place / shard["name"]).unlink()
         seen.clear()
-        again = tokenize(
-            Inputs([corpus]),
-            tmp_path / "whole",
-            shard_tokens=1,
-            train_vocab=300,
-            eos=True,
-            resume=True,
-        )
+        again = tokenize(Inputs([corpus]), place, resume=True, **options)
         assert seen == list(TEXTS.values())[finished:]
-        assert (again.documents, again.tokens, again.bytes) == (
-            whole.documents,
-            whole.tokens,
-            whole.bytes,
-        )
-        assert contents(tmp_path / "whole") == expected
-    seen.clear()
-    tokenize(
-        Inputs([corpus]), tmp_path / "whole", shard_tokens=1, train_vocab=300, eos=True, resume=True
-    )
-    assert seen == []
+        for name in ("documents", "tokens", "bytes"):
+            assert getattr(again, name) == getattr(whole, name)
+        assert contents(place) == expected
 
 
 @pytest.mark.parametrize(
@@ -272,35 +227,20 @@ def test_eos_ends_every_document_also_an_empty_one(tmp_path):
 def test_parts_of_long_texts_and_any_grouping_give_the_same_ids(tmp_path, monkeypatch):
     """One text of several groups, between short ones: the ids are those of the tokenizer for each text alone."""
     words = Tokenizer.load(model_path("longnet-tiny"))
-    source = "".join(Path(tokenizing.__file__).read_text() for _ in range(40))
-    texts = [
-        source[:100],
-        source,
-        "",
-        *(source[start : start + 999] for start in range(0, 9000, 999)),
-        source[1:],
-    ]
-    table = pa.table({"text": texts})
-    write_file(tmp_path / "in.arrow", table)
+    source = Path(tokenizing.__file__).read_text() * 40
+    short = [source[start : start + 999] for start in range(0, 9000, 999)]
+    texts = [source[:100], source, "", *short, source[1:]]
+    inputs = Inputs([write_file(tmp_path / "in.arrow", pa.table({"text": texts}))])
     monkeypatch.setattr(tokenizer_module, "GROUP", 1 << 17)
     shards = []
-    for index, (group, batch) in enumerate(
-        [(1, 1 << 12), (5000, 1 << 12), (1 << 22, 1 << 12), (1 << 22, 1 << 24)]
-    ):
+    sizes = [(1, 1 << 12), (5000, 1 << 12), (1 << 22, 1 << 12), (1 << 22, 1 << 24)]
+    for index, (group, batch) in enumerate(sizes):
         monkeypatch.setattr(tokenizing, "TEXT_CHARS", group)
         monkeypatch.setattr(tokenizing, "BATCH_BYTES", batch)
-        tokenize(
-            Inputs([tmp_path / "in.arrow"]),
-            tmp_path / str(index),
-            tokenizer=words,
-            shard_tokens=3000,
-        )
-        read = list(Inputs([tmp_path / str(index)], words).documents())
-        assert len(read) == len(texts)
-        assert all(
-            np.array_equal(found.tokens, words.encode(text))
-            for found, text in zip(read, texts, strict=True)
-        )
+        tokenize(inputs, tmp_path / str(index), tokenizer=words, shard_tokens=3000)
+        found = read(tmp_path / str(index), tokenizer=words)
+        for document, text in zip(found, texts, strict=True):
+            assert np.array_equal(document.tokens, words.encode(text))
         shards.append(contents(tmp_path / str(index)))
     assert shards[0] == shards[1] == shards[2]  # groups are no part of the result
 
@@ -312,11 +252,8 @@ def test_the_size_of_the_inputs_is_known_when_all_are_text(corpus, tmp_path):
         tmp_path / "out.arrow",
         events=Events(progress=lambda size, **counts: sizes.append(size)),
     )
-    assert (
-        Inputs([corpus]).num_bytes()
-        == sum(sizes)
-        == sum(len(text.encode()) for text in TEXTS.values())
-    )
+    size = sum(len(text.encode()) for text in TEXTS.values())
+    assert Inputs([corpus]).num_bytes() == sum(sizes) == size
     assert Inputs([corpus, tmp_path / "out.arrow"]).num_bytes() is None
 
 

@@ -54,18 +54,10 @@ def test_a_rank_with_bad_data_ends_the_job_and_says_where(
     rows = [[index % 250 for index in range(400)] for _ in range(20)]
     rows[17][200] = 9999
     write_file(folder / "bad.arrow", pa.table({"input_ids": rows}))
-    command = [
-        "train",
-        folder / "recipe.toml",
-        "--data",
-        folder / "bad.arrow",
-        "-o",
-        folder / "run",
-    ]
-    done = run_longnet(
-        *command, "--nproc", "2", "--dp", "2", env=aborting, timeout=60
-    )  # only one of them reads it
-    assert done.returncode == 3
+    words = (
+        "train recipe.toml --data bad.arrow -o run --nproc 2 --dp 2"  # only one of them reads it
+    )
+    done = run_longnet(words, cwd=folder, env=aborting, timeout=60, code=3)
     line = done.stderr.splitlines()[-1]
     assert line.startswith("longnet: error: rank ")
     assert "bad.arrow, row 17, offset 200: token id 9999" in line
@@ -87,28 +79,14 @@ def test_a_short_document_is_not_shared_with_chosen_blocks_either(
 def test_a_run_goes_on_with_any_number_of_processes(
     folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
 ) -> None:
-    for steps, words in enumerate(
-        ([folder / "recipe.toml", "--dp", "2"], [], ["--sp", "2"], []), 1
-    ):
+    command = ["train -o run --set train.log_every=1", "--set"]
+    for steps, words in enumerate(["recipe.toml --dp 2", "", "--sp 2", ""], 1):
         stage = f"train.stages=[{{seq_len=256, steps={steps}}}]"
-        command = [
-            "train",
-            *words,
-            "-o",
-            folder / "run",
-            "--set",
-            stage,
-            "--set",
-            "train.log_every=1",
-        ]
-        done = run_longnet(*command, env=aborting, code=0)
+        run_longnet(*command, stage, *words.split(), cwd=folder, env=aborting, code=0)
     assert [line["step"] for line in metrics_of(folder / "run")] == [1, 2, 3, 4]
-    done = run_longnet(
-        "train", folder / "recipe.toml", "-o", folder / "run", "--set", "parallel.dp=2"
-    )
-    assert (
-        "which needs 2 processes, and there are 1" in done.stderr
-    )  # a recipe that is named is meant
+    done = run_longnet("train recipe.toml -o run --set parallel.dp=2", cwd=folder)
+    # a recipe that is named is meant
+    assert "which needs 2 processes, and there are 1" in done.stderr
 
 
 def ranks_of(job: subprocess.Popen, folder: Path) -> set[int]:
@@ -241,20 +219,16 @@ def test_thirty_kills_of_ranks_and_launchers(
     begun = itertools.count()
 
     def begin(run: Path) -> subprocess.Popen:
-        start, end = (
-            ([*TORCHRUN, "-m", "longnet_cli"], [])
-            if next(begun) % 2
-            else (["-m", "longnet_cli"], ["--nproc", "2"])
-        )
+        launched = next(begun) % 2
+        start, end = (TORCHRUN, []) if launched else ([], ["--nproc", "2"])
         command = [
             sys.executable,
             *start,
-            "train",
+            *TRAIN,
             str(folder / "recipe.toml"),
             "-q",
             "-o",
             str(run),
-            *end,
         ]
         for setting in (
             "train.stages=[{seq_len=256, steps=200}]",
@@ -263,7 +237,7 @@ def test_thirty_kills_of_ranks_and_launchers(
             f'parallel.shard="{shard}"',
         ):
             command += ["--set", setting]
-        return subprocess.Popen(command, env=command_env, stderr=subprocess.DEVNULL)
+        return subprocess.Popen([*command, *end], env=command_env, stderr=subprocess.DEVNULL)
 
     hits = kill_training(begin, folder, 15)
     print(hits)
