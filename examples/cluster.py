@@ -33,7 +33,7 @@ import typer
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches, pairs
 from longnet_cli.attention.notation import format_pattern, parse_pattern
-from longnet_cli.attention.spans import Layout, common_span, far_spans, open_spans
+from longnet_cli.attention.spans import Layout, far_spans, open_spans
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import (
     format_bytes,
@@ -213,14 +213,10 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
     far = machine.itemsize * sum(exchange.sizes([attended], shape))
     summed = 0
     if cut and config.causal:
-        for level, begin, end in open_spans(pattern, start + whole):
-            mine = common_span(pattern, level, begin, start, end)
-            summed += (
-                2
-                * 4
-                * config.head_dim
-                * sum(Layout(pattern, config.num_heads, config.kv_heads).counts(mine))
-            )
+        layout = Layout(pattern, config.num_heads, config.kv_heads)
+        for span in open_spans(pattern, start + whole):
+            rows = sum(layout.counts(span.part(start, span.stop)))
+            summed += 2 * 4 * config.head_dim * rows
     flops = shard_flops(config, edges[rank], edges[rank + 1], tokens)
     mean = (
         (config.attention_flops(start + whole) - config.attention_flops(start))

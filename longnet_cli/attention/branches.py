@@ -417,16 +417,11 @@ class _ShardGeometry(NamedTuple):
 
     def _packed_rows(self, span: FarSpan, positions: _Positions) -> HeadRows:
         """Return the rows at some positions of a span in its packed far keys, for each query head in its lane."""
-        w, _ = level_of(self.pattern, span.level)
-        segment = span.start // w * w
         lane_of = self.layout.lanes(span.level).of_head
-        edges = (span.start, *positions)
-        before, start, stop = (
-            self.layout.rows_before(span.level, edge - segment) for edge in edges
-        )
-        first_rows = [start[lane] - before[lane] for lane in lane_of]
-        counts = [stop[lane] - start[lane] for lane in lane_of]
-        return HeadRows(lane_of, first_rows, counts, w, 1)
+        packed = self.layout.packed(FarSpan(span.level, *positions), span.start)
+        first_rows = [packed.first_tokens[lane] for lane in lane_of]
+        counts = [packed.counts[lane] for lane in lane_of]
+        return packed._replace(heads=lane_of, first_tokens=first_rows, counts=counts)
 
     def _missing_rows(self, level: int, w: int, tokens: int) -> list[int]:
         """Return how many rows each head of a segment of `tokens` lacks, to have as many as one of w can have."""

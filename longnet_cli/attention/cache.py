@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -23,19 +22,9 @@ from torch import Tensor
 
 from .chosen import Chosen, ChosenCall, PastRows
 from .pattern import Pattern
-from .spans import (
-    SINKS,
-    FarSpan,
-    Layout,
-    SpanViews,
-    common_span,
-    level_of,
-    open_spans,
-    segment_rows,
-    segment_start,
-    sink_segments,
-)
-from .views import of_level, strided_view
+from .segment_rows import SegmentRows
+from .spans import SINKS, FarSpan, Layout, open_spans, segment_rows, sink_segments, whole_segment
+from .views import of_level
 
 
 @dataclass(eq=False)  # a frozen one takes longer to make, and every layer makes some per token
@@ -101,31 +90,28 @@ def far_keys(
         raise ValueError(
             f"the shard [{start}, {start + k.shape[1]}) does not hold [{span.start}, {span.stop})"
         )
-    layout, (w, r) = (
-        Layout(pattern, num_heads or k.shape[-2], k.shape[-2]),
-        level_of(pattern, span.level),
-    )
-    k, v = (of_level(x, span.level) for x in (k, v))
+    layout = Layout(pattern, num_heads or k.shape[-2], k.shape[-2])
+    k, v = of_level(k, span.level), of_level(v, span.level)
+    rows = layout.in_shard(span, start)
+    r = rows.row_step
     if r == 1:
-        rows = slice(span.start - start, span.stop - start)
-        return FarKeys(*span, k[:, rows], v[:, rows])
-    (heads, offsets, _), positions = layout.lanes(span.level), layout.positions(span)
+        tokens = slice(span.start - start, span.stop - start)
+        return FarKeys(*span, k[:, tokens], v[:, tokens])
+    offsets = layout.lanes(span.level).offsets
     asked = {*offsets}
     if queries and pattern.queries == "dilated":
-        asked = {p % w % r for p in queries[: 2 * r]}  # the offsets of all of them
-    packed = k.new_empty(2, k.shape[0], len(heads), max(map(len, positions)), k.shape[-1])
-    for lane, places in enumerate(positions):
-        if offsets[lane] in asked:
-            for i, x in enumerate((k, v)):
-                packed[i, :, lane, : len(places)] = x[
-                    :, places.start - start : places.stop - start : r, heads[lane]
-                ]
+        asked = {p % rows.segment_step % r for p in queries[: 2 * r]}  # the offsets of all of them
+    packed = k.new_empty(2, k.shape[0], len(offsets), max(rows.counts), k.shape[-1])
+    for lane, offset in enumerate(offsets):
+        if offset in asked:
+            first, count = rows.first_tokens[lane], rows.counts[lane]
+            tokens = slice(first, first + count * r, r)
+            packed[0, :, lane, :count] = k[:, tokens, rows.heads[lane]]
+            packed[1, :, lane, :count] = v[:, tokens, rows.heads[lane]]
     return FarKeys(*span, *packed.transpose(2, 3))  # (B, rows, lanes, D)
 
 
-FIRST_ROWS = (
-    1 << 14
-)  # rows of a segment that are allocated at first; their number doubles on demand
+FIRST_ROWS = 1 << 14  # of a segment that are allocated at first; their number doubles on demand
 
 
 class KVCache:
@@ -133,16 +119,15 @@ class KVCache:
 
         cache = KVCache(pattern, batch, heads, head_dim)
         for q, k, v in shards:
-            out = dilated_attention(q, k, v, pattern, start=cache.position, far=cache.far(k, v))
-            cache.append(k, v)
+            start = cache.position
+            out = dilated_attention(q, k, v, pattern, start=start, far=cache.append(k, v))
 
     `kv_heads` is the number of heads of k and v, by default `num_heads`. `position` is the number of tokens so far.
-    `nbytes` is the size of the allocated rows, at most batch * head_dim * 2 * `cached_rows` numbers. A segment
-    with more than FIRST_ROWS rows starts with FIRST_ROWS, and gets the others on demand.
+    `nbytes` is the size of the allocated rows, at most batch * head_dim * 2 * `cached_rows` numbers. Far keys are views
+    of these rows, and stay what they are: a new segment gets new memory, and takes over no older segment's.
 
-    Pass `keep`, the length that the sequence may reach, if earlier far keys must stay valid, as for a backward pass
-    over all shards. Then every segment gets new memory for all its rows at once, and takes over no older segment's.
-    `allocate` makes the memory; it takes the arguments of torch.empty.
+    Pass `keep`, the length that the sequence may reach, to get the memory of a segment at once, from `allocate`, which
+    takes the arguments of torch.empty. Otherwise a segment starts with FIRST_ROWS rows, and gets others on demand.
     """
 
     def __init__(
@@ -158,70 +143,30 @@ class KVCache:
         keep: int = 0,
         allocate: Callable[..., Tensor] = torch.empty,
     ) -> None:
-        self.pattern, self.keep = pattern, keep
+        self.pattern = pattern
         self.layout = Layout(pattern, num_heads, kv_heads or num_heads)
-        self.position, self.dtype = 0, dtype
-        self._sizes, self._allocate = (
-            (batch, head_dim),
-            partial(allocate, dtype=dtype, device=device),
-        )
-        # each level's segments, keys and values (2 B, rows, lanes, D): segment s is in place s mod (1 + look_back), and
-        # row j of a lane is its j-th row there
-        self._levels = [
-            [
-                self._new_rows(0 if keep else min(-(-w // r), FIRST_ROWS), level)
-                for _ in range(1 + back)
-            ]
-            for level, ((w, r), back) in enumerate(
-                zip(pattern.levels, pattern.look_backs, strict=True)
-            )
-        ]
-        self._sinks = self._new_rows(pattern.sinks, SINKS)
-        self._stored: Tensor | None = (
-            None  # k of a token whose rows are there before it is appended
-        )
-        self._turned: dict[
-            tuple[int, ...], tuple[Tensor, ...]
-        ] = {}  # sinks as they were turned last
-        self.past = PastRows() if pattern.chosen else None
-
-    @property
-    def batch(self) -> int:
-        return self._sinks.shape[0] // 2
-
-    @property
-    def head_dim(self) -> int:
-        return self._sizes[1]
+        self.batch = batch
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.keep = keep
+        self.position = 0
+        self._allocate = partial(allocate, dtype=dtype, device=device)
+        self.past: PastRows | None = None
+        if pattern.chosen:
+            shape = (2, batch, 0, self.layout.kv_heads, head_dim)
+            self.past = PastRows(torch.empty(shape, dtype=dtype, device=device))
+        self._segments: dict[FarSpan, SegmentRows] = {}  # of keys and values, by their whole span
+        # sinks as they were turned last
+        self._turned: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
 
     @property
     def nbytes(self) -> int:
-        rows = sum(x.numel() * x.element_size() for x in (*chain(*self._levels), self._sinks))
+        rows = sum(segment.packed.nbytes for segment in self._segments.values())
         return rows + (self.past.nbytes if self.past else 0)
 
-    def far(self, *shard: Tensor, named: Sequence[ChosenCall] = ()) -> Outside:
-        """Return what the next shard sees of the past: views, valid until the next `append`, or always with `keep`.
-
-        Its k and v may be given, to be appended later. The rows of a single token are then stored at once, unless they
-        need a gradient, and are the last of the far keys, which saves a call per level. With chosen blocks, k and v
-        must be given; `named` says which blocks the shard sees.
-        """
-        kept = self.keep or (torch.is_grad_enabled() and any(x.requires_grad for x in shard))
-        own, position = int(not kept and bool(shard) and shard[0].shape[1] == 1), self.position
-        held = _held(self.layout, position, own, position, position + own)
-        if own:
-            self._stored = shard[0]
-            self._store((torch.cat(shard),), held)  # as one tensor, in fewer operations
-        far_keys = []
-        for span, rows, _ in held:
-            if rows:
-                whole = span.level == SINKS and self.position >= self.pattern.sinks
-                turned = self._turned if whole else None
-                far_keys.append(FarKeys(*span, *_halves(self._rows(span), rows), turned=turned))
-        if self.past is None:
-            return Outside(far_keys)
-        if shard:
-            self.past.put(position, *shard)
-        return Outside(far_keys, Chosen(named, self.past.rows))
+    def far(self) -> Outside:
+        """Return what any next shard sees of the past, but for chosen blocks."""
+        return Outside(self._far_keys(self._open()))
 
     def append(
         self,
@@ -230,70 +175,101 @@ class KVCache:
         *,
         start: int | None = None,
         stop: int | None = None,
-        others: Iterable[FarKeys] = (),
-    ) -> None:
-        """Store the next shard's keys and values (batch, tokens, key heads, head_dim); gradients do not flow.
+        named: Sequence[ChosenCall] = (),
+    ) -> Outside:
+        """Store the next shard's keys and values (batch, tokens, key heads, head_dim); return what it sees of the past.
 
-        If several ranks hold shards of one chunk that ends at `stop`, each rank stores its own shard, which starts at
-        `start`, and the rows of the `others`.
+        The row of a single token is the last of its far keys, which saves a call per level, unless it needs a gradient:
+        none flows. `named` says which chosen blocks the shard sees. If several ranks hold shards of one chunk that ends
+        at `stop`, each rank stores its own shard, which starts at `start`, and then those of the others (`take`).
         """
+        needs_gradient = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+        single = k.shape[1] == 1 and stop is None and not needs_gradient
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
-        if k is not self._stored:
-            with torch.no_grad():
-                held = _held(self.layout, stop, 0, start, start + k.shape[1])
-                self._store((k, v), held, list(others))
-        self.position, self._stored = stop, None
+        seen = _open_segments(self.layout, self.position, int(single))
+        kept = seen if single else _open_segments(self.layout, stop, 0)
+        with torch.no_grad():
+            tensors = (torch.cat((k, v)),) if single else (k, v)  # in fewer operations
+            for segment in kept:
+                self._rows(segment).put(tensors, start)
+        if not sink_segments(self.pattern, self.position, stop):
+            seen = tuple(segment for segment in seen if segment.span.level != SINKS)
+        far_keys = self._far_keys(seen)
+        self._segments = {segment.whole: self._segments[segment.whole] for segment in kept}
+        self.position = stop
+        if self.past is None:
+            return Outside(far_keys)
+        self.past.put(start, k, v)
+        return Outside(far_keys, Chosen(named, self.past.rows))
 
-    def _store(
-        self, shard: Sequence[Tensor], held: Sequence[_Held], others: Sequence[FarKeys] = ()
-    ) -> None:
-        """Store the rows of spans that a shard has, k and v apart or in one batch, or the `others` have."""
-        for span, number, views in held:
-            given = [(shard, each.shard, each.segment) for each in views]
-            if self.keep or others:
-                segment = segment_start(self.pattern, span)
-                if self.keep and span.level != SINKS and segment >= self.position:
-                    places = self._levels[span.level]
-                    most, w = (
-                        segment_rows(self.pattern, span.level, self.keep),
-                        self.pattern.segment_lengths[span.level],
-                    )
-                    places[segment // w % len(places)] = self._new_rows(most, span.level)
-                for keys in others:
-                    if keys.level == span.level and segment <= keys.start < span.stop:
-                        taken = self.layout.views(keys.span, 0)
-                        given += [((keys.k, keys.v), each.packed, each.segment) for each in taken]
-            for tensors, there, here in given:
-                rows, batch = self._rows(span, number), tensors[0].shape[0]
-                for i, x in enumerate(tensors):
-                    strided_view(rows, here, i * batch, batch).copy_(
-                        strided_view(of_level(x, span.level), there)
-                    )
+    @torch.no_grad()
+    def take(self, others: Sequence[FarKeys]) -> None:
+        """Store rows of the last chunk that other ranks have made."""
+        for keys in others:
+            rows = self._segments.get(whole_segment(self.pattern, keys.span))
+            if rows:
+                rows.put_packed((keys.k, keys.v), keys.span)
+
+    def _open(self) -> tuple[_OpenSegment, ...]:
+        return _open_segments(self.layout, self.position, 0)
+
+    def _far_keys(self, segments: Sequence[_OpenSegment]) -> list[FarKeys]:
+        far_keys = []
+        for segment in segments:
+            span = segment.span
+            if span.start < span.stop:
+                keys, values = self._rows(segment).of(span).chunk(2)
+                turned = self._turned if span == (SINKS, 0, self.pattern.sinks) else None
+                far_keys.append(FarKeys(*span, keys, values, turned=turned))
+        return far_keys
+
+    def _rows(self, segment: _OpenSegment) -> SegmentRows:
+        """Return the rows of a segment, with room for those of its span."""
+        rows = self._segments.get(segment.whole)
+        if rows is None or rows.packed.shape[1] < segment.rows:
+            level, _, stop = segment.span
+            room = _room(self.pattern, level, stop)
+            if self.keep:
+                room = segment_rows(self.pattern, level, self.keep)
+            lanes = len(self.layout.lanes(level).offsets)
+            # the rows of a lane are neighbours
+            sizes = (2 * self.batch, lanes, room, self.head_dim)
+            packed = self._allocate(sizes).transpose(1, 2)
+            if rows is not None:
+                packed[:, : rows.packed.shape[1]] = rows.packed
+            rows = SegmentRows(self.layout, segment.whole, packed)
+            self._segments[segment.whole] = rows
+        return rows
 
     def select(self, rows: Sequence[int]) -> None:
         """Reorder the batch, in new memory: row i becomes what row `rows[i]` was."""
-        index = torch.tensor(rows, device=self._sinks.device)
-        self._levels = [[_selected(x, index) for x in places] for places in self._levels]
-        self._sinks = _selected(self._sinks, index)
+        both = [*rows, *(self.batch + row for row in rows)]  # of keys, and of values
+        for whole, segment in self._segments.items():
+            index = torch.tensor(both, device=segment.packed.device)
+            packed = segment.packed.transpose(1, 2).index_select(0, index).transpose(1, 2)
+            self._segments[whole] = segment._replace(packed=packed)
+        self.batch = len(rows)
         self._turned = {}
         if self.past:
-            self.past = PastRows(self.past.rows[:, index])
+            self.past = PastRows(self.past.rows[:, list(rows)])
 
     def fork(self) -> KVCache:
         """Return another cache, with the same rows so far: copies."""
         new = copy.copy(self)
-        new._levels = [[rows.clone() for rows in places] for places in self._levels]
-        new._sinks, new._turned = self._sinks.clone(), {}
+        new._segments = {
+            whole: segment._replace(packed=segment.packed.clone())
+            for whole, segment in self._segments.items()
+        }
+        new._turned = {}
         new.past = self.past and PastRows(self.past.rows.clone())
         return new
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all that `restore` needs, by name: tensors that are valid until the next `append`."""
-        for number, span in enumerate(open_spans(self.pattern, self.position)):
-            counts = self.layout.counts(span)
-            rows = torch.stack(_halves(self._rows(span), max(counts)))
-            for lane, count in enumerate(counts):
+        """Yield all that `restore` needs, by name."""
+        for number, segment in enumerate(self._open()):
+            rows = torch.stack(self._rows(segment).of(segment.span).chunk(2))
+            for lane, count in enumerate(self.layout.counts(segment.span)):
                 rows[:, :, count:, lane] = 0  # no key, but whatever was in memory
             yield f"rows.{number}", rows
         if self.past:
@@ -306,9 +282,9 @@ class KVCache:
         """
         self._check(position, saved)
         self.position = position
-        for number, span in enumerate(open_spans(self.pattern, position)):
-            rows = saved[f"rows.{number}"]
-            self._rows(span, rows.shape[2])[:, : rows.shape[2]] = rows.flatten(0, 1)
+        for number, segment in enumerate(self._open()):
+            rows = saved[f"rows.{number}"].flatten(0, 1)
+            self._rows(segment).packed[:, : rows.shape[1]] = rows
         if self.past:
             self.past = PastRows(saved["past"])
 
@@ -330,66 +306,33 @@ class KVCache:
                     f"{name} is {given}, for {position} tokens and {shape} of {self.dtype}"
                 )
 
-    def _new_rows(self, number: int, level: int) -> Tensor:
-        """Allocate memory for `number` rows, (2 B, rows, lanes, D), where the rows of a lane are neighbours."""
-        (batch, head_dim), held = self._sizes, len(self.layout.lanes(level).offsets)
-        return self._allocate((2 * batch, held, number, head_dim)).transpose(1, 2)
 
-    def _rows(self, span: FarSpan, number: int = 0) -> Tensor:
-        """Return the memory of a span's segment, (2 B, rows, lanes, D), with room for `number` rows or more."""
-        if span.level == SINKS:
-            return self._sinks
-        places, w = self._levels[span.level], self.pattern.segment_lengths[span.level]
-        place = span.start // w % len(places)
-        rows, have = places[place], places[place].shape[1]
-        if have < number:
-            r = self.pattern.dilation_rates[span.level]
-            sizes = (
-                rows.shape[0],
-                rows.shape[2],
-                min(-(-w // r), max(number, 2 * have)),
-                rows.shape[3],
-            )
-            places[place] = rows.new_empty(sizes).transpose(1, 2)
-            places[place][:, :have] = rows
-        return places[place]
-
-
-class _Held(NamedTuple):
-    """A span that a cache holds, the rows of its longest lane, and views of those rows that a shard has.
-
-    If a single token does not need sinks apart, their `rows` are 0.
-    """
+class _OpenSegment(NamedTuple):
+    """A span that later queries can see, the span of its whole segment, and the rows of its longest lane."""
 
     span: FarSpan
+    whole: FarSpan
     rows: int
-    views: tuple[SpanViews, ...]
 
 
 @lru_cache(maxsize=16)  # all layers of a step ask for the same
-def _held(layout: Layout, position: int, own: int, start: int, stop: int) -> tuple[_Held, ...]:
-    """Return all spans of `open_spans(pattern, position, own)`, for the shard [start, stop)."""
-    pattern, held = layout.pattern, list[_Held]()
-    for span in open_spans(pattern, position, own):
-        of_shard = common_span(pattern, span.level, segment_start(pattern, span), start, stop)
-        views = tuple(layout.views(of_shard, start))
-        unseen = own and span.level == SINKS and not sink_segments(pattern, start, stop)
-        held.append(_Held(span, 0 if unseen else max(layout.counts(span)), views))
-    return tuple(held)
+def _open_segments(layout: Layout, position: int, own: int) -> tuple[_OpenSegment, ...]:
+    """Return all of `open_spans`, with their segments."""
+    segments = []
+    for span in open_spans(layout.pattern, position, own):
+        whole = whole_segment(layout.pattern, span)
+        segments.append(_OpenSegment(span, whole, layout.most_rows(span)))
+    return tuple(segments)
 
 
-def _halves(rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """View the first rows of keys and of values in rows (2 B, rows, lanes, D): (B, number, lanes, D) each."""
-    batch, stride, begin = rows.shape[0] // 2, rows.stride(), rows.storage_offset()
-    size = (batch, number, *rows.shape[2:])
-    return rows.as_strided(size, stride, begin), rows.as_strided(
-        size, stride, begin + batch * stride[0]
-    )
-
-
-def _selected(rows: Tensor, index: Tensor) -> Tensor:
-    both = torch.cat([index, index + rows.shape[0] // 2])
-    return rows.transpose(1, 2).index_select(0, both).transpose(1, 2)
+def _room(pattern: Pattern, level: int, tokens: int) -> int:
+    """Return how many rows a cache has allocated in each segment of a level after `tokens`."""
+    whole = segment_rows(pattern, level, sys.maxsize)
+    needed = segment_rows(pattern, level, tokens)
+    room = min(whole, FIRST_ROWS)
+    while room < needed:
+        room = min(whole, 2 * room)
+    return room
 
 
 def cached_rows(layout: Layout, tokens: int = sys.maxsize) -> int:
@@ -399,10 +342,7 @@ def cached_rows(layout: Layout, tokens: int = sys.maxsize) -> int:
     """
     pattern = layout.pattern
     rows = pattern.apart_rows(tokens) * layout.kv_heads
-    for level, ((w, r), back) in enumerate(zip(pattern.levels, pattern.look_backs, strict=True)):
-        whole = -(-w // r)
-        have = min(whole, FIRST_ROWS)
-        while have < segment_rows(pattern, level, tokens):
-            have = min(whole, 2 * have)
-        rows += (1 + back) * have * len(layout.lanes(level).offsets)
+    for level, back in enumerate(pattern.look_backs):
+        lanes = len(layout.lanes(level).offsets)
+        rows += (1 + back) * _room(pattern, level, tokens) * lanes
     return rows

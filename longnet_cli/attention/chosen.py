@@ -131,31 +131,27 @@ def add_blocks(
 class PastRows:
     """The keys and values of a document's tokens so far, (k and v, B, tokens, K, D), in memory that doubles."""
 
-    def __init__(self, rows: Tensor | None = None) -> None:
-        self._room = rows
-        self._tokens = 0 if rows is None else rows.shape[2]
+    def __init__(self, rows: Tensor) -> None:
+        self._memory = rows
+        self._tokens = rows.shape[2]
 
     @property
     def rows(self) -> Tensor:
-        """All rows so far. Raises ValueError before the first ones."""
-        if self._room is None:
-            raise ValueError(
-                "chosen blocks need the keys and values of all tokens: give them to far()"
-            )
-        return self._room[:, :, : self._tokens]
+        return self._memory[:, :, : self._tokens]
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._room is None else self._room.nbytes
+        return self._memory.nbytes
 
     @torch.no_grad()
     def put(self, start: int, k: Tensor, v: Tensor) -> None:
         """Store k and v (B, n, K, D) of the tokens from `start` on, in place of all rows from there on."""
         self._tokens = start + k.shape[1]
-        if self._room is None or self._room.shape[2] < self._tokens:
-            old, (batch, _, *sizes) = self._room, k.shape
-            self._room = k.new_empty(2, batch, max(self._tokens, 2 * start), *sizes)
-            if old is not None:
-                self._room[:, :, :start] = old[:, :, :start]
-        self._room[0, :, start : self._tokens] = k
-        self._room[1, :, start : self._tokens] = v
+        earlier = self._memory[:, :, :start]
+        if self._memory.shape[2] < self._tokens:
+            _, batch, _, kv_heads, head_dim = earlier.shape
+            room = max(self._tokens, 2 * start)
+            self._memory = earlier.new_empty(2, batch, room, kv_heads, head_dim)
+            self._memory[:, :, :start] = earlier
+        self._memory[0, :, start : self._tokens] = k
+        self._memory[1, :, start : self._tokens] = v

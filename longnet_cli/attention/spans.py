@@ -155,6 +155,17 @@ def _runs(
         yield Heads(number, first, heads.step)
 
 
+def shared_views(theirs: HeadRows, mine: HeadRows) -> Iterator[tuple[Rows, Rows]]:
+    """Yield views that show the same rows of the same lanes in two places, in few pairs."""
+    equal = [count or None for count in theirs.counts]
+    even = [*zip(theirs.first_tokens, theirs.heads, mine.first_tokens, strict=True)]
+    lanes = len(equal)
+    of_key_head = lanes // len({*theirs.heads})
+    rate = theirs.row_step
+    for run in progressions(equal, even, (1, rate, -(-lanes // rate), of_key_head)):
+        yield theirs.view(run), mine.view(run)
+
+
 SINKS = -1  # the level of a span that holds a document's first positions, which every query sees
 
 
@@ -168,6 +179,11 @@ class FarSpan(NamedTuple):
     level: int
     start: int
     stop: int
+
+    def part(self, start: int, stop: int) -> FarSpan:
+        """Return the part of it at positions [start, stop); it may be empty."""
+        first = max(self.start, start)
+        return FarSpan(self.level, first, max(first, min(self.stop, stop)))
 
 
 class Lanes(NamedTuple):
@@ -273,22 +289,13 @@ def _by_segment(level: int, w: int, start: int, stop: int) -> list[FarSpan]:
     return [FarSpan(level, max(start, segment), min(stop, segment + w)) for segment in segments]
 
 
-def segment_start(pattern: Pattern, span: FarSpan) -> int:
-    """Return the position at which the segment of a span starts."""
-    w, _ = level_of(pattern, span.level)
-    return span.start // w * w
-
-
-class SpanViews(NamedTuple):
-    """The rows of a span for some lanes, as three views: of a shard, of packed far keys, of a segment's packed rows.
-
-    Row j of a lane is the lane's j-th row in the span, for packed far keys, or in the whole segment, for a segment's
-    packed rows.
-    """
-
-    shard: Rows
-    packed: Rows
-    segment: Rows
+def whole_segment(pattern: Pattern, span: FarSpan) -> FarSpan:
+    """Return the span of all positions of a span's segment; sinks are a segment."""
+    if span.level == SINKS:
+        return FarSpan(SINKS, 0, pattern.sinks)
+    w = pattern.segment_lengths[span.level]
+    segment = span.start // w * w
+    return FarSpan(span.level, segment, segment + w)
 
 
 class Layout(NamedTuple):
@@ -302,46 +309,25 @@ class Layout(NamedTuple):
         """Return the lanes of a level."""
         return _lanes(self, level)
 
-    def rows_before(self, level: int, inside: int) -> list[int]:
-        """Return how many rows each lane of a level has in the first `inside` positions of a segment."""
-        _, r = level_of(self.pattern, level)
-        return [rows_before(inside, o, r) for o in self.lanes(level).offsets]
-
-    def of_span(self, span: FarSpan, origin: int = 0) -> HeadRows:
-        """Return the rows of `span` in each lane. Tokens count from position `origin`."""
+    def in_shard(self, span: FarSpan, start: int) -> HeadRows:
+        """Return the rows of `span` in each lane, in a shard that starts at position `start`."""
         w, r = level_of(self.pattern, span.level)
         lanes = self.lanes(span.level)
-        return HeadRows.at(span.start, span.stop, lanes.kv_heads, lanes.offsets, w, r, origin)
+        return HeadRows.at(span.start, span.stop, lanes.kv_heads, lanes.offsets, w, r, start)
+
+    def packed(self, span: FarSpan, first: int) -> HeadRows:
+        """Return the rows of `span` in each lane, in rows that are packed from position `first` of its segment on."""
+        first_rows = self.counts(FarSpan(span.level, first, span.start))
+        counts = self.counts(span)
+        return HeadRows(range(len(counts)), first_rows, counts, segment_step=0, row_step=1)
 
     def counts(self, span: FarSpan) -> Sequence[int]:
         """Return how many rows of `span` each lane has; lanes differ by at most one."""
-        return self.of_span(span).counts
+        return self.in_shard(span, 0).counts
 
-    def positions(self, span: FarSpan) -> list[range]:
-        """Return the positions of the rows of `span`, for each lane."""
-        rows = self.of_span(span)
-        firsts_and_counts = zip(rows.first_tokens, rows.counts, strict=True)
-        r = rows.row_step
-        return [range(first, first + count * r, r) for first, count in firsts_and_counts]
-
-    def views(self, span: FarSpan, start: int) -> Iterator[SpanViews]:
-        """Yield views of the rows of `span` for a shard that starts at `start` and holds them; none if it is empty."""
-        if span.start >= span.stop:
-            return
-        rows = self.of_span(span, start)
-        before = self.rows_before(span.level, span.start - segment_start(self.pattern, span))
-        # A view of a segment starts at the same row for all of its lanes: they need equally many rows before it.
-        sizes = zip(rows.counts, before, strict=True)
-        equal = [counts if counts[0] else None for counts in sizes]
-        even = [*zip(rows.first_tokens, rows.heads, strict=True)]
-        number = len(rows.heads)
-        r = rows.row_step
-        of_key_head = number // len({*rows.heads})
-        steps = (1, r, -(-number // r), of_key_head)
-        packed_rows = rows._replace(heads=range(number), first_tokens=[0] * number, row_step=1)
-        for run in progressions(equal, even, steps):
-            packed = packed_rows.view(run)
-            yield SpanViews(rows.view(run), packed, packed._replace(first_token=before[run.first]))
+    def most_rows(self, span: FarSpan) -> int:
+        """Return how many rows of `span` the lane has that has the most; 0 if the span is empty."""
+        return _most_rows(self, span)
 
 
 @lru_cache(maxsize=1 << 10)  # decoding asks several times per layer and token
@@ -359,11 +345,6 @@ def _lanes(layout: Layout, level: int) -> Lanes:
     return Lanes(kv_heads, offsets, tuple(of_head))
 
 
-def common_span(pattern: Pattern, level: int, segment: int, start: int, stop: int) -> FarSpan:
-    """Return the overlap of positions [start, stop) with the segment that starts at `segment`; it may be empty.
-
-    For level `SINKS`, the segment is the first `pattern.sinks` positions.
-    """
-    end = pattern.sinks if level == SINKS else segment + pattern.segment_lengths[level]
-    first = max(segment, start)
-    return FarSpan(level, first, max(first, min(end, stop)))
+@lru_cache(maxsize=1 << 16)  # ranks ask for each pair of ranks
+def _most_rows(layout: Layout, span: FarSpan) -> int:
+    return max(layout.counts(span)) if span.start < span.stop else 0

@@ -257,8 +257,8 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
 
             def read(tokens: int) -> None:
                 q_, k_, v_ = (x[:, :tokens] for x in (q, k, v))
-                dilated_attention(q_, k_, v_, pattern, start=past.position, far=past.far())
-                past.append(k_, v_)
+                start = past.position
+                dilated_attention(q_, k_, v_, pattern, start=start, far=past.append(k_, v_))
 
             return read
         attend: Callable[[], Tensor]

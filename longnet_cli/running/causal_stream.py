@@ -48,7 +48,6 @@ class LayerCaches:
         self.by_layer: dict[int, KVCache] = {}
         self.texts: list[ReadText] = []
         self._named: Sequence[ChosenCall] = ()
-        self._late: Callable[[], None] | None = None  # stores the keys of the layer before
 
     @property
     def caches(self) -> list[KVCache]:
@@ -75,7 +74,7 @@ class LayerCaches:
     def provider(self, tokens: Tensor | None, exchange: Exchange | None = None) -> FarProvider:
         """Return what gives each layer all that the next tokens (B, n), None for vectors, see of the past.
 
-        With an `exchange`, they are a rank's shard. Their keys are stored when the next layer asks, or in `store`.
+        Their keys are stored as each layer asks. With an `exchange`, they are a rank's shard.
         Raises ConfigError for chosen blocks with vectors or with an exchange.
         """
         if self.pattern.chosen:
@@ -89,22 +88,14 @@ class LayerCaches:
     def _provide(
         self, exchange: Exchange | None, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Outside:
-        """Return what the next tokens see of the past in a layer; cached rows come to their device."""
-        self.store()  # only now: this may overwrite far keys that the layer before has just read
+        """Store the next tokens' keys of a layer, and return what these tokens see of the past, on their device."""
         cache = self.of_layer(layer, q, k)
-        near, others = exchange.run(k, v) if exchange else ([], [])
-        place: dict[str, Any] = (
-            {"start": exchange.start, "stop": exchange.edges[-1]} if exchange else {}
-        )
-        self._late = partial(cache.append, k, v, others=others, **place)
-        kept = cache.far() if exchange else cache.far(k, v, named=self._named)
-        return Outside([*(_on(k.device, keys) for keys in kept.keys), *near], kept.chosen)
-
-    def store(self) -> None:
-        """Store the keys of the last layer that `provide` was called for."""
-        if self._late:
-            self._late()
-        self._late = None
+        if exchange is None:
+            past = cache.append(k, v, named=self._named)
+            return past._replace(keys=[_on(k.device, keys) for keys in past.keys])
+        near = exchange.run(k, v, cache.take)
+        past = cache.append(k, v, start=exchange.start, stop=exchange.edges[-1])
+        return Outside([*(_on(k.device, keys) for keys in past.keys), *near])
 
     def select(self, rows: Sequence[int]) -> None:
         """Reorder the batch: row i becomes what row `rows[i]` was."""
@@ -174,7 +165,6 @@ class CausalStream(LayerCaches):
         start = exchange.start if exchange else self.position
         far = self.provider(tokens, exchange)
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far)
-        self.store()
         if exchange:
             self.last_hidden = self.last_tokens = None
         elif hidden.shape[1]:

@@ -9,6 +9,7 @@ B batch, N tokens, n tokens of a shard, H heads, K key heads, D head dim.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside
-from longnet_cli.attention.spans import Layout, common_span, open_spans, segment_rows
-from longnet_cli.attention.views import accumulator, of_level, strided_view
+from longnet_cli.attention.segment_rows import SegmentRows
+from longnet_cli.attention.spans import Layout, open_spans, segment_rows, whole_segment
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
@@ -117,18 +118,15 @@ class _Chunk:
         scale: float,
         dtype: str,
     ) -> Tensor:
-        """Compute the chunk again with `far` as leaves, run its backward pass, and return its loss."""
+        """Compute the chunk again with `far`, run its backward pass, and return its loss."""
         made: list[tuple[Tensor, Tensor]] = []  # keys and values, per layer
-        leaves: list[Outside] = []
 
         def provide(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
             if layer == len(made):  # otherwise activation checkpointing computes it again
                 made.append((k, v))
-                keys = [gradients.leaves(layer, x, k.device) for x in far[layer]]
-                leaves.append(Outside(keys))
-            if not self.exchange:
-                return leaves[layer]
-            return Outside([*leaves[layer].keys, *self.exchange.run(k, v)[0]])
+            keys = [gradients.collecting(layer, x, k.device) for x in far[layer]]
+            near = self.exchange.run(k, v) if self.exchange else []
+            return Outside([*keys, *near])
 
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide)
@@ -147,88 +145,74 @@ class _Chunk:
         return total.detach()
 
 
-Key = tuple[int, int, int]  # layer, level, start of the segment
-
-
 class FarGradients:
-    """The gradients of far rows in one sequence of `tokens`, whose chunks come from last to first.
+    """The gradients of far rows in one sequence, whose chunks come from last to first.
 
-    There is one sum per layer, level and segment, (k and v, B, rows, lanes, D), packed as in KVCache, in fp32 (fp64 for
-    fp64). `allocate` makes its
-    memory, as torch.empty does. In a group, each rank sums the gradients of its own shards. These sums are reduced over
-    the ranks when the chunk that made the rows asks for them.
+    There is one sum per layer and segment, of keys and values, packed as in KVCache, in fp32 (fp64 for fp64). Those of
+    a level have one size, that of the longest segment among `tokens`; `allocate` makes them, as torch.empty does. In a
+    group, each rank sums the gradients of its own shards. These sums are added up over the ranks when the chunk that
+    made the rows asks for them.
     """
 
     def __init__(
         self, config: NetConfig, tokens: int, ranks: Ranks, allocate: Callable[..., Tensor]
     ) -> None:
-        self.pattern, self.tokens = config.pattern, tokens
+        self.pattern = config.pattern
+        self.tokens = tokens
         self.layout = Layout(config.pattern, config.num_heads, config.kv_heads)
-        self.ranks, self.allocate = ranks, allocate
-        self.sums: dict[Key, Tensor] = {}
+        self.ranks = ranks
+        self.allocate = allocate
+        self.sums: dict[tuple[int, FarSpan], SegmentRows] = {}  # by layer and whole segment
 
-    def leaves(self, layer: int, keys: FarKeys, device: torch.device) -> FarKeys:
-        """Return far keys of a chunk on `device`, as leaves of its graph.
+    def collecting(self, layer: int, keys: FarKeys, device: torch.device) -> FarKeys:
+        """Return far keys of a chunk on `device`, whose gradients are added to their sums as soon as they are known."""
+        add = partial(self._add, layer, keys.span)
+        return replace(keys, k=keys.k.to(device), v=keys.v.to(device), back=add)
 
-        Each gradient is added to its sum and freed as soon as it is known: only one layer's exist beside the sums.
-        """
-        k, v = (x.to(device).detach().requires_grad_() for x in (keys.k, keys.v))
-        for index, x in enumerate((k, v)):
-            x.register_post_accumulate_grad_hook(
-                partial(self._add, (layer, keys.level, keys.start), index)
-            )
-        return replace(keys, k=k, v=v)
-
-    def _add(self, key: Key, index: int, leaf: Tensor) -> None:
-        """Add the gradient of k or v (`index` 0 or 1), (B, rows, lanes, D), to its sum, and free it."""
-        gradient, leaf.grad = leaf.grad, None
-        assert gradient is not None
-        if (
-            key not in self.sums
-        ):  # the first chunk to come here, the last of the sequence, has the most rows
-            batch, _, held, head_dim = leaf.shape
-            shape = (2, batch, segment_rows(self.pattern, key[1], self.tokens), held, head_dim)
-            self.sums[key] = self.allocate(shape, dtype=accumulator(leaf.dtype), device=leaf.device)
-            self.sums[key][:, :, : leaf.shape[1]] = 0
-        rows = self.sums[key][index, :, : leaf.shape[1]]
-        rows.add_(gradient.to(rows.device))
+    def _add(self, layer: int, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
+        """Add gradients (B, rows, lanes, D) of the packed rows of a span to their sum."""
+        batch, rows, lanes, head_dim = dk.shape
+        key = layer, whole_segment(self.pattern, span)
+        if key not in self.sums:
+            most = segment_rows(self.pattern, span.level, self.tokens)
+            shape = (2 * batch, most, lanes, head_dim)
+            packed = self.allocate(shape, dtype=dk.dtype, device=dk.device).zero_()
+            self.sums[key] = SegmentRows(self.layout, key[1], packed)
+        for total, gradient in zip(self.sums[key].packed.chunk(2), (dk, dv), strict=True):
+            total[:, :rows].add_(gradient.to(total.device))
 
     def hand_over(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
         """Return what later chunks have added to the gradients of a shard: (k and v, B, n, K, D), or None for nothing.
 
         The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D),
-        or (B, n, levels, K, D).
-        Sums that no earlier chunk needs are freed. All ranks of a group must ask, once for each chunk.
+        or (B, n, levels, K, D). Sums that no earlier chunk needs are freed. All ranks of a group must ask, once for
+        each chunk.
         """
-        total = None
+        gradients = None
         for span in open_spans(self.pattern, stop):
-            key = (layer, span.level, span.start)
-            if key not in self.sums or span.stop <= start:
+            key = layer, whole_segment(self.pattern, span)
+            segment = self.sums.get(key)
+            if segment is None or span.stop <= start:
                 continue
-            rows = (
-                self.sums[key] if span.start < start else self.sums.pop(key)
-            )  # no earlier chunk has rows of it
-            of_chunk = self._sum_over_ranks(rows, span, start, k)
-            if total is None:
-                total = torch.zeros(2, *k.shape, dtype=rows.dtype, device=k.device)
-            mine = common_span(self.pattern, span.level, span.start, begin, begin + k.shape[1])
-            for views in self.layout.views(mine, begin):
-                for into, out in zip(total, rows, strict=True):
-                    mine_of_level = strided_view(of_level(into, span.level), views.shard)
-                    mine_of_level.add_(strided_view(out, views.segment).to(k.device))
+            of_chunk = self._sum_over_ranks(segment, span.part(start, stop), k.device)
+            if gradients is None:
+                gradients = torch.zeros(2, *k.shape, dtype=segment.packed.dtype, device=k.device)
+            segment.add_to(gradients.unbind(), begin)
             if self.ranks.sp_rank:
-                # some of these rows may belong to the chunk before: its all-reduce must add this sum once, from rank 0
-                rows[:, :, of_chunk] = 0
-        return total
+                # some of these rows may belong to the chunk before: its sum must have them once, from rank 0
+                of_chunk.zero_()
+            if span.start >= start:
+                del self.sums[key]  # no earlier chunk has rows of it
+        return gradients
 
-    def _sum_over_ranks(self, rows: Tensor, span: FarSpan, start: int, k: Tensor) -> slice:
-        """Sum the rows that a chunk from `start` on has of a span over the ranks, in place. Return their places."""
-        if self.ranks.sp == 1:
-            return slice(None)
-        edges = max(start - span.start, 0), span.stop - span.start
-        begins, ends = (self.layout.rows_before(span.level, edge) for edge in edges)
-        places = slice(min(begins), max(ends))
-        of_chunk = rows[:, :, places].to(k.device).contiguous()
-        dist.all_reduce(of_chunk, group=self.ranks.group)
-        rows[:, :, places] = of_chunk
-        return places
+    def _sum_over_ranks(self, segment: SegmentRows, span: FarSpan, device: torch.device) -> Tensor:
+        """Add up the rows that a chunk has of a segment, `span`, over the ranks, in place. Return a view of them."""
+        of_lanes = self.layout.packed(span, segment.span.start)
+        first_row = min(of_lanes.first_tokens)
+        stop_row = max(map(operator.add, of_lanes.first_tokens, of_lanes.counts))
+        of_chunk = segment.packed[:, first_row:stop_row]
+        if self.ranks.sp > 1:
+            total = of_chunk.to(device).contiguous()
+            dist.all_reduce(total, group=self.ranks.group)
+            of_chunk.copy_(total)
+        return of_chunk

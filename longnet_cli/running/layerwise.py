@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from longnet_cli.attention import SINKS, FarKeys, FarSpan, Outside
-from longnet_cli.attention.spans import Layout, common_span, far_spans, segment_start
-from longnet_cli.attention.views import strided_view
+from longnet_cli.attention.segment_rows import SegmentRows
+from longnet_cli.attention.spans import Layout, far_spans, whole_segment
 from longnet_cli.basics.errors import MemoryLimitError
 from longnet_cli.nets.longnet import Layer, LongNet, Placement
 from longnet_cli.running.device import DTYPES, free_memory, precision, resolve_dtype, to_device
@@ -84,6 +84,23 @@ def fits_beside(forward: int, size: int, device: torch.device) -> bool:
     return free is not None and size + 2 * forward <= free
 
 
+class _Chunk(NamedTuple):
+    """The tokens [start, stop), which this rank computes while others compute the rest of `turn` tokens.
+
+    Their hidden states are at `place` among those that the rank holds.
+    """
+
+    start: int
+    stop: int
+    place: slice
+    turn: int
+
+
+Segments = dict[
+    FarSpan, SegmentRows
+]  # by the span of the whole segment, up to the end of the sequence
+
+
 class _Layers:
     """The layout of one net over one sequence: the chunks, and the segments that they see outside themselves.
 
@@ -91,42 +108,38 @@ class _Layers:
     """
 
     def __init__(self, model: LongNet, tokens: int, chunk: int, dtype: str, ranks: Ranks) -> None:
-        self.model, self.pattern, self.tokens, self.dtype = (
-            model,
-            model.config.pattern,
-            tokens,
-            dtype,
-        )
-        self.device, self.ranks = next(model.parameters()).device, ranks
-        self.layout = Layout(self.pattern, model.config.num_heads, model.config.num_heads)
-        self.chunks = [(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
-        self.mine: list[
-            tuple[int, int, slice, int]
-        ] = []  # start, stop, place in `hidden`, tokens of the turn
-        held = 0
-        for index in range(ranks.rank, len(self.chunks), ranks.world):
-            start, stop = self.chunks[index]
-            turn = self.chunks[index - ranks.rank : index - ranks.rank + ranks.world]
-            self.mine.append(
-                (start, stop, slice(held, held + stop - start), turn[-1][1] - turn[0][0])
-            )
-            held += stop - start
-        self.held = held
-        self.places: dict[
-            tuple[int, int], slice
-        ] = {}  # (level, start of a segment) -> its rows in `collected`
-        self.rows = 0
-        for span in (span for start, stop in self.chunks for span in self._spans(start, stop)):
-            key = (span.level, segment_start(self.pattern, span))
-            if key not in self.places:
-                whole = common_span(self.pattern, *key, key[1], tokens)
-                count = max(self.layout.counts(whole))
-                self.places[key] = slice(self.rows, self.rows + count)
-                self.rows += count
+        config = model.config
+        self.model = model
+        self.pattern = config.pattern
+        self.layout = Layout(config.pattern, config.num_heads, config.num_heads)
+        self.tokens = tokens
+        self.dtype = dtype
+        self.device = next(model.parameters()).device
+        self.ranks = ranks
+        self.chunks: list[_Chunk] = []  # of this rank
+        self.held = 0  # tokens in them
+        self.first_rows: dict[FarSpan, int] = {}  # of each segment, among the rows of all
+        self.rows = 0  # of all segments
+        for index, start in enumerate(range(0, tokens, chunk)):
+            stop = min(start + chunk, tokens)
+            if index % ranks.world == ranks.rank:
+                turn = start - ranks.rank * chunk
+                of_turn = min(turn + ranks.world * chunk, tokens) - turn
+                place = slice(self.held, self.held + stop - start)
+                self.chunks.append(_Chunk(start, stop, place, of_turn))
+                self.held = place.stop
+            for span in self._spans(start, stop):
+                whole = self._whole(span)
+                if whole not in self.first_rows:
+                    self.first_rows[whole] = self.rows
+                    self.rows += self.layout.most_rows(whole)
 
     def _spans(self, start: int, stop: int) -> list[FarSpan]:
         """Return the spans that a chunk sees outside itself."""
         return far_spans(self.pattern, start, stop, False, self.tokens)
+
+    def _whole(self, span: FarSpan) -> FarSpan:
+        return whole_segment(self.pattern, span).part(0, self.tokens)
 
     @property
     def nbytes(self) -> int:
@@ -143,94 +156,81 @@ class _Layers:
         """Yield this rank's chunks of the final hidden states. `allocate(shape, dtype=...)` makes a tensor anywhere."""
         config = self.model.config
         hidden = allocate((1, self.held, config.dim), dtype=next(self.model.parameters()).dtype)
-        for start, stop, place, _ in self.mine:
+        for chunk in self.chunks:
+            ids = to_device(read(chunk.start, chunk.stop), self.device)
             with torch.no_grad():
-                hidden[:, place] = self.model.embed(to_device(read(start, stop), self.device))
-        collected: Tensor | None = None  # (2, 1, rows, H, D), k and v, of one layer at a time
+                hidden[:, chunk.place] = self.model.embed(ids)
+        # the type of keys, even if this rank has no chunk to compute any from
+        name = resolve_dtype(self.dtype, self.device)
+        dtype = hidden.dtype if name == "fp32" else DTYPES[name]
+        rows = None
         if self.rows:
-            # not that of keys which were made: a rank may have no chunk to compute any from
-            name = resolve_dtype(self.dtype, self.device)
-            dtype = hidden.dtype if name == "fp32" else DTYPES[name]
-            collected = allocate((2, 1, self.rows, config.num_heads, config.head_dim), dtype=dtype)
+            rows = allocate((2, self.rows, config.num_heads, config.head_dim), dtype=dtype)
         for index, layer in enumerate(cast(Iterable[Layer], self.model.layers)):
-            if collected is not None:
-                if self.ranks.world > 1:
-                    collected.zero_()
-                for start, _, place, _ in self.mine:
-                    self._collect(collected, start, *self._keys(layer, hidden[:, place], start))
-                self._add_up(collected)
-            for start, stop, place, turn in self.mine:
-                far = Outside() if collected is None else self._far(collected, start, stop)
-                last = index == config.num_layers - 1
-                x = self._compute(layer, hidden[:, place], start, far, last)
+            is_last = index == config.num_layers - 1
+            segments = {} if rows is None else self._collect(layer, hidden, rows)
+            for chunk in self.chunks:
+                far = self._far(segments, chunk)
+                x = self._compute(layer, hidden[:, chunk.place], chunk, far, is_last)
                 if on_chunk:
-                    on_chunk(turn)
-                if last:
+                    on_chunk(chunk.turn)
+                if is_last:
                     yield x
                 else:
-                    hidden[:, place] = x
+                    hidden[:, chunk.place] = x
 
-    def _add_up(self, collected: Tensor) -> None:
-        """Give every rank all rows. Each row was made by one rank, and is zero on the others."""
+    def _collect(self, layer: Layer, hidden: Tensor, rows: Tensor) -> Segments:
+        """Write a layer's keys and values of all chunks into `rows` (2, rows, H, D), and return them by segment."""
+        segments: Segments = {}
+        for whole, first_row in self.first_rows.items():
+            packed = rows[:, first_row : first_row + self.layout.most_rows(whole)]
+            segments[whole] = SegmentRows(self.layout, whole, packed)
         if self.ranks.world > 1:
-            for rows in collected.split(ROWS_AT_A_TIME, 2):
-                sums = rows.to(self.device).contiguous()
+            rows.zero_()
+        for chunk in self.chunks:
+            keys = self._keys(layer, hidden[:, chunk.place], chunk)
+            for whole in self._touched(chunk):
+                if whole in segments:
+                    segments[whole].put(keys, chunk.start)
+        if self.ranks.world > 1:
+            # each row was made by one rank, and is zero on the others
+            for some in rows.split(ROWS_AT_A_TIME, 1):
+                sums = some.to(self.device).contiguous()
                 self.ranks.sum(sums)
-                rows.copy_(sums)
+                some.copy_(sums)
+        return segments
+
+    def _touched(self, chunk: _Chunk) -> Iterator[FarSpan]:
+        """Yield the whole spans of the segments in which a chunk has tokens; all sinks lie in one segment."""
+        for level, w in enumerate(self.pattern.segment_lengths):
+            for position in range(chunk.start // w * w, chunk.stop, w):
+                yield self._whole(FarSpan(level, position, position))
+        yield self._whole(FarSpan(SINKS, 0, 0))
 
     @torch.no_grad()
-    def _keys(self, layer: Layer, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def _keys(self, layer: Layer, x: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
-            _, k, v = layer.attention.project(
-                layer.attention_norm(x), self.model.positions(x, start)
-            )
+            table = self.model.positions(x, chunk.start)
+            _, k, v = layer.attention.project(layer.attention_norm(x), table)
         return k, v
 
     @torch.no_grad()
-    def _compute(self, layer: Layer, x: Tensor, start: int, far: Outside, last: bool) -> Tensor:
+    def _compute(
+        self, layer: Layer, x: Tensor, chunk: _Chunk, far: Outside, is_last: bool
+    ) -> Tensor:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
-            place = Placement(start, total=self.tokens)
-            x = layer(x, self.model.positions(x, start), place, lambda q, k, v: far)
-            return self.model.final_norm(x) if last else x
+            place = Placement(chunk.start, total=self.tokens)
+            table = self.model.positions(x, chunk.start)
+            x = layer(x, table, place, lambda q, k, v: far)
+            return self.model.final_norm(x) if is_last else x
 
-    def _collect(self, collected: Tensor, start: int, k: Tensor, v: Tensor) -> None:
-        """Copy the chunk's rows to all `places` that hold some of them."""
-        tokens = k.shape[1]
-        levels = [(level, w) for level, (w, _) in enumerate(self.pattern.levels)]
-        for level, w in [
-            *levels,
-            (SINKS, self.tokens),
-        ]:  # all sinks lie in one segment, the sequence
-            for segment in range(start // w * w, start + tokens, w):
-                if place := self.places.get((level, segment)):
-                    span = common_span(self.pattern, level, segment, start, start + tokens)
-                    for views in self.layout.views(span, start):
-                        for rows, x in zip(collected[:, :, place], (k, v), strict=True):
-                            strided_view(rows, views.segment).copy_(strided_view(x, views.shard))
-
-    def _far(self, collected: Tensor, start: int, stop: int) -> Outside:
-        """Return the collected rows that the chunk sees."""
+    def _far(self, segments: Segments, chunk: _Chunk) -> Outside:
+        """Return the collected rows that a chunk sees."""
         far_keys = []
-        for span in self._spans(start, stop):
-            if count := max(self.layout.counts(span)):
-                segment = segment_start(self.pattern, span)
-                first_rows = self.layout.rows_before(span.level, span.start - segment)
-                rows = _from_row(
-                    collected[:, :, self.places[span.level, segment]], first_rows, count
-                )
-                far_keys.append(FarKeys(*span, *rows.to(self.device)))
+        for span in self._spans(chunk.start, chunk.stop):
+            if self.layout.most_rows(span):
+                k, v = segments[self._whole(span)].of(span).to(self.device).chunk(2)
+                far_keys.append(FarKeys(*span, k, v))
         return Outside(far_keys)
-
-
-def _from_row(rows: Tensor, first_rows: list[int], count: int) -> Tensor:
-    """Return `count` rows of (2, 1, rows, H, D) from each head's first row on. Rows past the end are never read."""
-    if min(first_rows) == max(first_rows):
-        return rows[:, :, first_rows[0] : first_rows[0] + count]
-    index = (torch.arange(count)[:, None] + torch.tensor(first_rows)).clamp_(
-        max=rows.shape[2] - 1
-    )  # (count, H)
-    return rows[
-        :, :, to_device(index, rows.device), torch.arange(len(first_rows), device=rows.device)
-    ]

@@ -20,9 +20,11 @@ from processes import invoke
 from reference import key_counts
 from strategies import Choice, choices
 
-from longnet_cli.attention import KVCache, Pattern
+from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
+from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.notation import parse_pattern
+from longnet_cli.attention.spans import Layout
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.describing import (
     NOTHING,
@@ -68,8 +70,7 @@ def test_costs_are_the_counted_ones(pattern: Pattern, causal: bool) -> None:
     inner = counts[:, 256:768].sum(-1).mean().item()
     assert found.total.keys_per_query == pytest.approx(inner, rel=1e-12)
     if causal:
-        cache = KVCache(pattern, 1, heads, 8)
-        assert found.total.cache_rows == cache.nbytes // (2 * heads * 8 * 4)
+        assert found.total.cache_rows == cached_rows(Layout(pattern, heads, heads)) // heads
         assert (
             sum(level.cache_rows or 0 for level in found.levels) + pattern.sinks
             == found.total.cache_rows
@@ -108,7 +109,7 @@ def test_a_billion_tokens() -> None:
     found = describe(Subject("", pattern, 2, 4), default_length(pattern))
     assert found.total.flops == attention_flops(pattern, 2, 4, 1 << 30, True)
     assert found.total.keys_per_query == pattern.keys_per_query / 2
-    assert found.total.cache_rows == KVCache(pattern, 1, 2, 4).nbytes // (2 * 2 * 4 * 4) == 40960
+    assert found.total.cache_rows == cached_rows(Layout(pattern, 2, 2)) // 2 == 40960
 
 
 def test_the_command_loads_no_torch_for_a_pattern() -> None:

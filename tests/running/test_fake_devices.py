@@ -124,11 +124,9 @@ def test_padded_rows_and_layer_by_layer() -> None:
     model = net(causal=False)
     assert model(ids(3, 50), lengths=[50, 20, 31]).device == GPU
     layers = _Layers(model, 150, 40, "fp32", Ranks())
-    collected = torch.zeros(
-        2, 1, layers.rows, 4, 16, dtype=torch.bfloat16, device=HOST
-    )  # where hidden states are: the host
-    for start, stop, *_ in layers.mine:
-        x = torch.zeros(1, stop - start, 64, dtype=torch.bfloat16, device=HOST)
-        layers._collect(collected, start, *layers._keys(model.layers[0], x, start))
-        far = layers._far(collected, start, stop)
-        assert layers._compute(model.layers[0], x, start, far, True).device == GPU
+    on_host = {"dtype": torch.bfloat16, "device": HOST}  # where hidden states are
+    hidden, rows = torch.zeros(1, 150, 64, **on_host), torch.zeros(2, layers.rows, 4, 16, **on_host)
+    segments = layers._collect(model.layers[0], hidden, rows)
+    for chunk in layers.chunks:
+        far, x = layers._far(segments, chunk), hidden[:, chunk.place]
+        assert layers._compute(model.layers[0], x, chunk, far, True).device == GPU

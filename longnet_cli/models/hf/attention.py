@@ -363,9 +363,7 @@ def _with_memory(call: _Call, kept: LongNetCache, layer: int, rows: AlignedRows)
     q, k, v = (rows.of(x)[:, rows.skip :] for x in (call.q, call.k, call.v))
     part = kept.part(rows, call.pattern)
     provide = call.current.of(rows, call.pattern, part) if call.current else part.provider(None)
-    attended = call.attend(rows, q, k, v, provide(layer, q, k, v))
-    part.store()
-    return attended
+    return call.attend(rows, q, k, v, provide(layer, q, k, v))
 
 
 def _with_keys(call: _Call, rows: AlignedRows) -> Tensor:

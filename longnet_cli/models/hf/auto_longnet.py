@@ -240,9 +240,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
                 return self.net(**place, lengths=rows.lengths)
             part = cache.part(rows, self.net.config.pattern)
             far = part.provider(None if input_ids is None else some)
-            hidden = self.net(**place, lengths=rows.lengths, far=far)
-            part.store()
-            return hidden
+            return self.net(**place, lengths=rows.lengths, far=far)
 
         out = by_rows(columns, before, given.shape, hidden_of)
         if cache is not None:

@@ -22,18 +22,18 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from itertools import accumulate, chain, pairwise
+from functools import partial
+from itertools import chain, pairwise
 from math import prod
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside
-from longnet_cli.attention.spans import Layout, far_spans, level_of, open_spans
+from longnet_cli.attention.segment_rows import SegmentRows
+from longnet_cli.attention.spans import Layout, far_spans, open_spans, whole_segment
 from longnet_cli.attention.views import accumulator
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
@@ -74,31 +74,29 @@ class Exchange:
         cuts: Sequence[int] = (),
         cached: bool = False,
     ) -> None:
-        self.edges, self.cached, self.ranks = list(edges), cached, len(edges) - 1
-        self.pattern, self.num_heads, self.causal, self.group = (
-            config.pattern,
-            config.num_heads,
-            config.causal,
-            group,
-        )
-        begin = 0 if cached else self.edges[0]
-        self.starts = sorted(
-            {begin, *(cut for cut in cuts if self.edges[0] < cut < self.edges[-1])}
-        )  # of documents
-        if not self.causal and len({*cuts} - {edges[0], edges[-1]}):
+        self.edges = list(edges)
+        self.ranks = len(edges) - 1
+        self.rank = dist.get_rank(group) if rank is None else rank
+        self.group = group
+        self.cached = cached
+        self.pattern = config.pattern
+        self.num_heads = config.num_heads
+        self.causal = config.causal
+        first, last = self.edges[0], self.edges[-1]
+        if not self.causal and {*cuts} - {first, last}:
             raise ValueError("documents over several ranks are for causal nets")
-        self._reach = max(
-            (1 + b) * w
-            for w, b in zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
-        )
+        inside = {cut for cut in cuts if first < cut < last}
+        self.starts = sorted({0 if cached else first, *inside})  # of documents
+        levels = zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
+        self._reach = max((1 + look_back) * w for w, look_back in levels)
         # of each reader, the same on every rank: a collective is entered by all or by none
-        self._wanted = [self._outside(reader) for reader in range(self.ranks)]
+        self._wanted = [self._wanted_by(reader) for reader in range(self.ranks)]
         self.needed = any(self._wanted)
-        self.rank = rank = dist.get_rank(group) if rank is None else rank
-        self.sent = [self._parcels(rank, reader) for reader in range(self.ranks)]
-        self.received = [self._parcels(maker, rank) for maker in range(self.ranks)]
+        self.sent = [self._parcels(self.rank, reader) for reader in range(self.ranks)]
+        self.received = [self._parcels(maker, self.rank) for maker in range(self.ranks)]
         self.joined = [
-            Parcel(span, 0, self._rows(span), attended) for span, attended in self._wanted[rank]
+            Parcel(span, 0, self._rows(span), attended)
+            for span, attended in self._wanted[self.rank]
         ]
         if not any(parcel.attended for parcel in self.joined):
             # this rank attends to none, yet the others wait for it in the backward: it must stay in the graph
@@ -125,28 +123,35 @@ class Exchange:
     def document(self, position: int) -> tuple[int, int]:
         """Return the start and the end of the document that holds a position."""
         index = bisect_right(self.starts, position)
-        return self.starts[index - 1], self.starts[index] if index < len(
-            self.starts
-        ) else self.edges[-1]
+        ends = [*self.starts[1:], self.edges[-1]]
+        return self.starts[index - 1], ends[index - 1]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
         """Send a layer's keys and values (B, n, H, D); return what the shard sees outside, as a `FarProvider` does."""
-        return Outside(self.run(k, v)[0])
+        return Outside(self.run(k, v))
 
-    def run(self, k: Tensor, v: Tensor) -> tuple[list[FarKeys], list[FarKeys]]:
-        """Exchange rows as in a call, and return (far keys that the shard attends to, all rows received)."""
+    def run(
+        self, k: Tensor, v: Tensor, on_arrival: Callable[[list[FarKeys]], None] | None = None
+    ) -> list[FarKeys]:
+        """Send a layer's keys and values as a call does; return the far keys that the shard attends to.
+
+        `on_arrival` gets all rows that the rank receives, once they are there.
+        """
         if not self.needed:
-            return [], []
+            return []
         self._agree(k.shape)
-        there, back = _Flight(), _WayBack(self, k)
-        tensors = _AllToAll.apply(self, there, back, k, v)
-        got = [
-            FarKeys(
-                *parcel.span, tensors[2 * i], tensors[2 * i + 1], there.land, partial(back.take, i)
-            )
-            for i, parcel in enumerate(self.joined)
-        ]
-        return [keys for keys, parcel in zip(got, self.joined, strict=True) if parcel.attended], got
+        flight = _Flight()
+        way_back = _WayBack(self, k)
+        rows = _AllToAll.apply(self, flight, way_back, k, v)
+        received = []
+        for index, parcel in enumerate(self.joined):
+            of_k, of_v = rows[2 * index : 2 * index + 2]
+            back = partial(way_back.take, index)
+            received.append(FarKeys(*parcel.span, of_k, of_v, ready=flight.land, back=back))
+        if on_arrival:
+            flight.after.append(partial(on_arrival, received))
+        of_parcels = zip(received, self.joined, strict=True)
+        return [keys for keys, parcel in of_parcels if parcel.attended]
 
     def _agree(self, like: Sequence[int]) -> None:
         """Compare what ranks send and expect, in a group's first exchange, given the shape of keys (B, n, H, D).
@@ -182,51 +187,41 @@ class Exchange:
     def layout(self, kv_heads: int) -> Layout:
         return Layout(self.pattern, self.num_heads, kv_heads)
 
-    def lanes(self, parcel: Parcel, kv_heads: int) -> int:
-        return len(self.layout(kv_heads).lanes(parcel.span.level).offsets)
-
-    def shapes(self, batch: int, kv_heads: int, width: int) -> list[tuple[int, int, int, int]]:
-        """Return the shapes (B, rows, lanes, D) of the joined parcels' keys."""
-        return [(batch, parcel.rows, self.lanes(parcel, kv_heads), width) for parcel in self.joined]
+    def shape(self, parcel: Parcel, like: Sequence[int]) -> tuple[int, int, int, int]:
+        """Return the shape (B, rows, lanes, D) of a parcel's keys, for keys (B, n, H, D)."""
+        lanes = self.layout(like[-2]).lanes(parcel.span.level).offsets
+        return like[0], parcel.rows, len(lanes), like[-1]
 
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
         """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
-        batch, kv_heads, head_dim = like[0], *like[-2:]
-        of_row = 2 * batch * head_dim
-        return [
-            of_row * sum(parcel.rows * self.lanes(parcel, kv_heads) for parcel in of_rank)
-            for of_rank in parcels
-        ]
+        return [sum(2 * prod(self.shape(parcel, like)) for parcel in some) for some in parcels]
 
-    def _outside(self, reader: int) -> list[tuple[FarSpan, bool]]:
-        """Return the spans of a segment before and after a rank's shard that it wants from others, if they have rows.
+    def _wanted_by(self, reader: int) -> list[tuple[FarSpan, bool]]:
+        """Return the spans that a rank wants from others, before and after its shard, if they have rows.
 
-        The first document of the shard sees some of them (True), and the rank keeps others.
+        The first document of the shard attends to some of them (True), and the rank only keeps others.
         """
         document, end = self.document(self.edges[reader])
-        start, stop = (min(edge, end) - document for edge in self.edges[reader : reader + 2])
+        start = min(self.edges[reader], end) - document
+        stop = min(self.edges[reader + 1], end) - document
         earliest = max(0, self.edges[0] - document)  # earlier rows are in caches
-        kept = open_spans(self.pattern, self.edges[-1] - document) if self.cached else []
-        seen = (
-            far_spans(self.pattern, start, stop, self.causal, end - document)
-            if start < stop
-            else []
-        )
-        found: dict[tuple[int, int, bool], tuple[FarSpan, bool]] = {}
-        for (level, begin, last), attended in chain(
-            ((span, False) for span in kept), ((span, True) for span in seen)
-        ):
-            segment, _ = level_of(self.pattern, level)
-            for side, part in enumerate(
-                ((max(begin, earliest), min(last, start)), (max(begin, stop), last))
-            ):
-                if self._rows(span := FarSpan(level, *part)):
-                    key = level, begin // segment, bool(side)
-                    found[key] = (
-                        found.get(key, (span, attended))[0],
-                        attended,
-                    )  # what is kept holds what is seen
-        return [*found.values()]
+        wanted: dict[tuple[FarSpan, str], tuple[FarSpan, bool]] = {}
+
+        def want(span: FarSpan, attended: bool) -> None:
+            parts = {"before": span.part(earliest, start), "after": span.part(stop, span.stop)}
+            for side, part in parts.items():
+                if self._rows(part):
+                    key = whole_segment(self.pattern, span), side
+                    longest, _ = wanted.get(key, (part, False))  # what is kept holds what is seen
+                    wanted[key] = longest, attended
+
+        if self.cached:
+            for span in open_spans(self.pattern, self.edges[-1] - document):
+                want(span, False)
+        if start < stop:
+            for span in far_spans(self.pattern, start, stop, self.causal, end - document):
+                want(span, True)
+        return [*wanted.values()]
 
     def _reaches(self, maker: int, reader: int) -> bool:
         """Return whether `reader` may want rows of `maker`. With a thousand ranks, most pairs are far apart."""
@@ -241,18 +236,18 @@ class Exchange:
         if not self._reaches(maker, reader):
             return []
         document, end = self.document(self.edges[reader])
-        start, stop = self.edges[maker] - document, min(self.edges[maker + 1], end) - document
-        parts = (
-            (FarSpan(x.level, max(x.start, start), min(x.stop, stop)), seen)
-            for x, seen in self._wanted[reader]
-        )
-        return [
-            Parcel(part, start, rows, seen) for part, seen in parts if (rows := self._rows(part))
-        ]
+        start = self.edges[maker] - document
+        stop = min(self.edges[maker + 1], end) - document
+        parcels = []
+        for wanted, attended in self._wanted[reader]:
+            span = wanted.part(start, stop)
+            if rows := self._rows(span):
+                parcels.append(Parcel(span, start, rows, attended))
+        return parcels
 
     def _rows(self, span: FarSpan) -> int:
         """Return the rows of the lane that has the most."""
-        return _most_rows(self.layout(self.num_heads), span) if span.start < span.stop else 0
+        return self.layout(self.num_heads).most_rows(span)
 
 
 class _Maps(NamedTuple):
@@ -269,68 +264,50 @@ class _Maps(NamedTuple):
 
     @classmethod
     def of(cls, exchange: Exchange, like: Sequence[int], device: torch.device) -> _Maps:
-        sent = _sent_rows(exchange, like[0], like[1], prod(like[2:-2]), like[-2])
-        received, total = _received_rows(exchange, like[0], like[-2])
-        joined = np.zeros(total + 1, np.int64)
-        joined[received] = np.arange(len(received))
-        maps = sent, joined[:-1], received
-        return cls(*(torch.from_numpy(rows).to(device) for rows in maps))
+        """Return the indices for keys of this shape: the numbers of all rows, packed as the rows are to be."""
+        layout = exchange.layout(like[-2])
+        of_rows = (*like[:-1], 1)
+
+        def unfilled(parcel: Parcel) -> SegmentRows:
+            shape = exchange.shape(parcel, of_rows)
+            return SegmentRows(layout, parcel.span, torch.full(shape, -1))
+
+        rows = torch.arange(prod(of_rows)).view(of_rows)
+        packed = [unfilled(parcel) for parcel in chain(*exchange.sent)]
+        for segment, parcel in zip(packed, chain(*exchange.sent), strict=True):
+            segment.put([rows], parcel.start)
+        sent = _numbers(packed)
+
+        arriving = [unfilled(parcel) for parcel in chain(*exchange.received)]
+        joining = [unfilled(parcel) for parcel in exchange.joined]
+        first = 0
+        for part in arriving:
+            numbers = torch.arange(first, first + part.packed.numel()).view_as(part.packed)
+            first += numbers.numel()
+            for whole in joining:
+                if whole.span.level == part.span.level:
+                    whole.put_packed([numbers], part.span)
+        joined = _numbers(joining)
+        filled = (joined >= 0).nonzero().flatten()
+        received = torch.full((first,), len(joined))
+        received[joined[filled]] = filled
+        # a lane with one row fewer has an arbitrary row in its place, which nobody reads
+        maps = sent.clamp(min=0), joined.clamp(min=0), received
+        return cls(*(indices.to(device) for indices in maps))
 
 
-def _sent_rows(
-    exchange: Exchange, batch: int, tokens: int, levels: int, kv_heads: int
-) -> np.ndarray:
-    """Return `_Maps.sent`. A lane with one row fewer sends an arbitrary row, which nobody reads.
-
-    `levels` is 1 where all levels have the same keys.
-    """
-    sent = [np.empty(0, np.int64)]
-    sequences = np.arange(batch)[:, None, None] * tokens
-    for parcel in chain(*exchange.sent):
-        of_lanes = exchange.layout(kv_heads).of_span(parcel.span, parcel.start)
-        places = (
-            np.array(of_lanes.first_tokens) + of_lanes.row_step * np.arange(parcel.rows)[:, None]
-        )  # (rows, lanes)
-        of_level = (sequences + np.minimum(places, tokens - 1)) * levels + (
-            parcel.span.level if levels > 1 else 0
-        )
-        sent.append((of_level * kv_heads + np.array(of_lanes.heads)).ravel())
-    return np.concatenate(sent)
-
-
-def _received_rows(exchange: Exchange, batch: int, kv_heads: int) -> tuple[np.ndarray, int]:
-    """Return `_Maps.received`, and the number of rows of the joined parcels.
-
-    The parcels of a joined one come in order, so that each of its lanes is filled from its beginning.
-    """
-    shapes = exchange.shapes(batch, kv_heads, 1)
-    begins = [0, *accumulate(map(prod, shapes))]
-    filled = [np.zeros(held, np.int64) for _, _, held, _ in shapes]  # rows of each lane so far
-    received = [np.empty(0, np.int64)]
-    for parcel in chain(*exchange.received):
-        index = next(i for i, whole in enumerate(exchange.joined) if _holds(whole, parcel))
-        _, rows, held, _ = shapes[index]
-        of_lanes = np.array(exchange.layout(kv_heads).counts(parcel.span))
-        number, sequences = np.arange(parcel.rows)[:, None], np.arange(batch)[:, None, None] * rows
-        places = begins[index] + (sequences + filled[index] + number) * held + np.arange(held)
-        places[:, number >= of_lanes] = begins[-1]  # a lane with fewer rows
-        received.append(places.ravel())
-        filled[index] += of_lanes
-    return np.concatenate(received), begins[-1]
-
-
-def _holds(whole: Parcel, part: Parcel) -> bool:
-    (level, start, stop), (of, begin, end) = whole.span, part.span
-    return (level, whole.attended) == (of, part.attended) and start <= begin and end <= stop
+def _numbers(segments: Sequence[SegmentRows]) -> Tensor:
+    """Return all numbers of packed rows, one segment after the other."""
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *(x.packed.flatten() for x in segments)])
 
 
 class _Flight:
-    """An exchange under way."""
+    """An exchange under way. `after` is called when it has landed."""
 
     def __init__(self) -> None:
         self.work: Any = None
         self.held: Tensor | None = None  # keeps what is being sent alive until it has been sent
-        self.unpack: Callable[[], None] | None = None  # copies what was received to its place
+        self.after: list[Callable[[], object]] = []
 
     def start(
         self, got: Tensor, sent: Tensor, sizes: tuple[list[int], list[int]], group: Any
@@ -343,105 +320,102 @@ class _Flight:
     def land(self) -> None:
         if self.work is not None:
             self.work.wait()
-        if self.unpack is not None:
-            self.unpack()
-        self.work = self.held = self.unpack = None
+            self.work = self.held = None
+            for call in self.after:
+                call()
+            self.after = []
 
 
 class _WayBack:
     """The gradients of far rows. They go back to the ranks that made the rows once all attended parcels have theirs."""
 
     def __init__(self, exchange: Exchange, k: Tensor) -> None:
-        self.exchange, self.like, self.maps = exchange, k[:, :0].detach(), exchange.maps(k)
-        self.sizes = (
-            exchange.sizes(exchange.sent, k.shape),
-            exchange.sizes(exchange.received, k.shape),
-        )
-        self.grads: dict[int, tuple[Tensor, Tensor]] = {}  # of the joined parcels, by index
+        self.exchange = exchange
+        self.like = k.detach()[:, :0]
+        self.shape = k.shape
+        self.maps = exchange.maps(k)
+        self.sent_back = exchange.sizes(exchange.received, k.shape)
+        self.coming_back = exchange.sizes(exchange.sent, k.shape)
+        self.gradients: dict[int, tuple[Tensor, Tensor]] = {}  # of the joined parcels, by index
         self.flight = _Flight()
-        self.got: Tensor | None = None
+        self.rows = self.like.new_empty(0)  # that came back, (rows sent, 2, D)
 
     def take(self, index: int, dk: Tensor, dv: Tensor) -> None:
-        self.grads[index] = (dk, dv)
-        if len(self.grads) == sum(parcel.attended for parcel in self.exchange.joined):
-            self.depart()
+        """Take the gradients of a joined parcel. All of them leave with those of the last attended one."""
+        self.gradients[index] = (dk, dv)
+        if len(self.gradients) == sum(parcel.attended for parcel in self.exchange.joined):
+            self._depart()
 
-    def depart(self) -> None:
-        like, batch, (kv_heads, width) = self.like, len(self.like), self.like.shape[-2:]
-        of_parcels: list[tuple[Tensor, Tensor]] = []
-        for index, shape in enumerate(self.exchange.shapes(batch, kv_heads, width)):
-            none = like.new_zeros(1).expand(shape)
-            of_parcels.append(self.grads.get(index, (none, none)))
-        self.grads = {}
-        sent = like.new_empty(len(self.maps.received), 2, width)
-        for place, grads in enumerate(zip(*of_parcels, strict=True)):
-            flat = torch.cat(
-                [*(d.reshape(-1, width).to(like.dtype) for d in grads), like.new_zeros(1, width)]
-            )
-            sent[:, place] = flat[self.maps.received]
-        self.got = like.new_empty(len(self.maps.sent), 2, width)
-        self.flight.start(self.got, sent, self.sizes, self.exchange.group)
+    def _depart(self) -> None:
+        width = self.shape[-1]
+        sent = self.like.new_empty(len(self.maps.received), 2, width)
+        for place in range(2):
+            flat = []
+            for index, parcel in enumerate(self.exchange.joined):
+                shape = self.exchange.shape(parcel, self.shape)
+                if index in self.gradients:
+                    gradient = self.gradients[index][place].to(sent.dtype)
+                else:
+                    gradient = sent.new_zeros(1).expand(shape)
+                flat.append(gradient.reshape(-1, width))
+            flat.append(sent.new_zeros(1, width))  # of received rows that nobody reads
+            sent[:, place] = torch.cat(flat)[self.maps.received]
+        self.gradients = {}
+        self.rows = self.like.new_empty(len(self.maps.sent), 2, width)
+        sizes = self.coming_back, self.sent_back
+        self.flight.start(self.rows, sent, sizes, self.exchange.group)
 
-    def land(self, grads: Sequence[Tensor]) -> Tensor:
-        """Return the gradients that came back, (rows sent, 2, D).
-
-        If no attention has sent any yet, send `grads`, the gradients of all joined parcels, now.
-        """
-        if self.got is None:
-            self.grads = dict(enumerate(zip(grads[::2], grads[1::2], strict=True)))
-            self.depart()
+    def land(self) -> Tensor:
+        """Return the gradients that came back, (rows sent, 2, D)."""
         self.flight.land()
-        got, self.got = self.got, None
-        assert got is not None
-        return got
+        return self.rows
 
 
 class _AllToAll(torch.autograd.Function):
-    """The map (k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each."""
+    """The map (k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each.
+
+    Their gradients come back through `FarKeys.back`, before autograd asks for them.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, flight: _Flight, back: _WayBack, k: Tensor, v: Tensor
+        ctx: Any, exchange: Exchange, flight: _Flight, way_back: _WayBack, k: Tensor, v: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.back, ctx.shape, ctx.dtype = back, k.shape, k.dtype
-        maps, batch, (kv_heads, width) = back.maps, len(k), k.shape[-2:]
-        sent = k.new_empty(
-            len(maps.sent), 2, width
-        )  # k and v of a row side by side: each rank's rows lie together
+        ctx.set_materialize_grads(False)
+        ctx.way_back = way_back
+        ctx.dtype = k.dtype
+        maps = way_back.maps
+        width = k.shape[-1]
+        # k and v of a row side by side: each rank's rows lie together
+        sent = k.new_empty(len(maps.sent), 2, width)
         for place, x in enumerate((k, v)):
             torch.index_select(x.reshape(-1, width), 0, maps.sent, out=sent[:, place])
-        got = k.new_empty(len(maps.received), 2, width)
+        received = k.new_empty(len(maps.received), 2, width)
         joined = [k.new_empty(len(maps.joined), width) for _ in range(2)]
 
-        def unpack() -> (
-            None
-        ):  # into `data`: autograd has the tensors already, and must not see a change
-            for place, into in enumerate(joined):
-                torch.index_select(got[:, place], 0, maps.joined, out=into.data)
+        def unpack() -> None:
+            for place, rows in enumerate(joined):
+                # into `data`: autograd has the tensors already, and must not see a change
+                torch.index_select(received[:, place], 0, maps.joined, out=rows.data)
 
-        flight.unpack = unpack
-        flight.start(got, sent, back.sizes[::-1], exchange.group)
-        shapes = exchange.shapes(batch, kv_heads, width)
-        parts = [x.split([prod(shape[:3]) for shape in shapes]) for x in joined]
-        return (
-            *chain(
-                *(
-                    (k_.view(shape), v_.view(shape))
-                    for k_, v_, shape in zip(*parts, shapes, strict=True)
-                )
-            ),
-        )
+        flight.after.append(unpack)
+        sizes = way_back.sent_back, way_back.coming_back
+        flight.start(received, sent, sizes, exchange.group)
+        shapes = [exchange.shape(parcel, k.shape) for parcel in exchange.joined]
+        parts = [rows.split([prod(shape[:3]) for shape in shapes]) for rows in joined]
+        far_rows: list[Tensor] = []
+        for shape, *of_parcel in zip(shapes, *parts, strict=True):
+            far_rows += (rows.view(shape) for rows in of_parcel)
+        return tuple(far_rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        got, maps = ctx.back.land(grads), ctx.back.maps
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows = ctx.way_back.land()
+        maps = ctx.way_back.maps
+        shape = ctx.way_back.shape
         wide = accumulator(ctx.dtype)
-        dk, dv = (torch.zeros(ctx.shape, dtype=wide, device=got.device) for _ in range(2))
-        for place, d in enumerate((dk, dv)):
-            d.view(-1, ctx.shape[-1]).index_add_(0, maps.sent, got[:, place].to(wide))
-        return None, None, None, dk.to(ctx.dtype), dv.to(ctx.dtype)
-
-
-@lru_cache(maxsize=1 << 16)
-def _most_rows(layout: Layout, span: FarSpan) -> int:
-    return max(layout.counts(span))
+        gradients = torch.zeros(2, *shape, dtype=wide, device=rows.device)
+        for place, total in enumerate(gradients):
+            total.view(-1, shape[-1]).index_add_(0, maps.sent, rows[:, place].to(wide))
+        dk, dv = gradients.to(ctx.dtype)
+        return None, None, None, dk, dv

@@ -1,0 +1,83 @@
+"""Rows outside a shard, packed: what caches keep, chunks collect, ranks send, and gradients of far rows are summed in.
+
+A shard has rows spread over its tokens and heads. Packed, the rows of each lane are neighbours, and far keys are views
+of them. `SegmentRows.put` packs rows, and `add_to` gives them back, as a backward pass does with their gradients.
+
+B batch, N tokens of a shard, K key heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .spans import FarSpan, Layout, Rows, shared_views
+from .views import of_level, strided_view
+
+
+class SegmentRows(NamedTuple):
+    """Packed rows of one segment of a level, such as keys and values: tensors whose batches follow each other.
+
+    `packed` is (n B, rows, lanes, D) for n tensors. Row j of a lane is its j-th row from position `span.start` on.
+    Memory for the last rows of `span` may be missing as long as nobody puts them or asks for them.
+    """
+
+    layout: Layout
+    span: FarSpan
+    packed: Tensor
+
+    def put(self, tensors: Sequence[Tensor], start: int) -> None:
+        """Copy the rows that a shard has which starts at `start`, from its tensors (B, N, K, D)."""
+        for theirs, mine in self._shared(tensors, start, start + tensors[0].shape[1]):
+            mine.copy_(theirs)
+
+    def add_to(self, tensors: Sequence[Tensor], start: int) -> None:
+        """Add the rows that a shard has which starts at `start` to its tensors (B, N, K, D)."""
+        for theirs, mine in self._shared(tensors, start, start + tensors[0].shape[1]):
+            theirs.add_(mine.to(theirs.device))
+
+    def put_packed(self, tensors: Sequence[Tensor], span: FarSpan) -> None:
+        """Copy the rows that both spans have, from the packed rows of `span`, (B, rows, lanes, D)."""
+        for theirs, mine in self._shared(tensors, span.start, span.stop, packed=True):
+            mine.copy_(theirs)
+
+    def of(self, span: FarSpan) -> Tensor:
+        """Return the packed rows of a part of these: a view, if it starts with them, otherwise a copy."""
+        rows = self.layout.most_rows(span)
+        if span.start == self.span.start:
+            return self.packed[:, :rows]
+        batch, _, lanes, head_dim = self.packed.shape
+        part = SegmentRows(self.layout, span, self.packed.new_empty(batch, rows, lanes, head_dim))
+        part.put_packed([self.packed], self.span)
+        return part.packed
+
+    def _shared(
+        self, tensors: Sequence[Tensor], start: int, stop: int, packed: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield views of the rows at [start, stop), in a shard or packed rows that start there, and in these rows."""
+        span = self.span.part(start, stop)
+        for theirs, mine in _views(self.layout, span, start, self.span.start, packed):
+            for index, tensor in enumerate(tensors):
+                batch = tensor.shape[0]
+                other = tensor if packed else of_level(tensor, span.level)
+                yield (
+                    strided_view(other, theirs),
+                    strided_view(self.packed, mine, index * batch, batch),
+                )
+
+
+@lru_cache(maxsize=64)  # all layers of a step ask for the same
+def _views(
+    layout: Layout, span: FarSpan, start: int, first: int, packed: bool
+) -> tuple[tuple[Rows, Rows], ...]:
+    """Return views of the rows of `span` in a shard that starts at `start`, and packed from position `first` on.
+
+    With `packed`, the rows from `start` on are packed as well.
+    """
+    if span.start >= span.stop:
+        return ()
+    theirs = layout.packed(span, start) if packed else layout.in_shard(span, start)
+    return tuple(shared_views(theirs, layout.packed(span, first)))
