@@ -51,9 +51,7 @@ def expected() -> list[list[int]]:
     return [Tokenizer.load(MODEL).encode(text).tolist() for text in TEXTS.values()]
 
 
-def test_datasets_loads_a_folder(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_datasets_loads_a_folder(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")
     for form in ("arrow", "parquet"):
@@ -71,7 +69,7 @@ def test_datasets_loads_a_folder(
         )
 
 
-def test_polars_scans_a_folder(folders: Path) -> None:
+def test_polars_scans_a_folder(folders):
     polars = pytest.importorskip("polars")
     for form, scan in (("arrow", polars.scan_ipc), ("parquet", polars.scan_parquet)):
         assert scan(folders / f"tokens-{form}").collect()["input_ids"].to_list() == expected()
@@ -83,7 +81,7 @@ def test_polars_scans_a_folder(folders: Path) -> None:
         )
 
 
-def test_duckdb_reads_a_folder(folders: Path) -> None:
+def test_duckdb_reads_a_folder(folders):
     duckdb = pytest.importorskip("duckdb")
     asked = "select list(doc_id order by doc_id), sum({})::int from "
     count = ([f"{name}.txt" for name in TEXTS], sum(map(len, expected())))
@@ -96,7 +94,7 @@ def test_duckdb_reads_a_folder(folders: Path) -> None:
         assert found == duckdb.sql(f"{asked.format(tokens)} arrow_table").fetchall() == [count]
 
 
-def test_pandas_reads_files_and_a_folder(folders: Path, run_longnet: RunLongnet) -> None:
+def test_pandas_reads_files_and_a_folder(folders, run_longnet):
     pandas = pytest.importorskip("pandas")
     for form in ("arrow", "parquet"):
         assert run_longnet("encode in -o", f"v.{form}", "-q").returncode == 0
@@ -110,9 +108,7 @@ def test_pandas_reads_files_and_a_folder(folders: Path, run_longnet: RunLongnet)
         assert found["embedding"][0] == pytest.approx(arrow["embedding"][0], abs=1e-5)
 
 
-def test_every_output_names_model_and_tokenizer_by_their_digests(
-    tmp_path: Path, run_longnet: RunLongnet
-) -> None:
+def test_every_output_names_model_and_tokenizer_by_their_digests(tmp_path, run_longnet):
     (tmp_path / "a.txt").write_text("one, two")
     words = Tokenizer.load(MODEL)
     known = {b"longnet.tokenizer_sha256": words.sha256.encode()}

@@ -89,7 +89,7 @@ def assert_same_answers(found: HFLM, expected: HFLM) -> None:
 
 
 @pytest.mark.parametrize("make", [native, dilated])
-def test_a_folder_is_read_as_by_lm_evals_own_class(make: Any, tmp_path: Path) -> None:
+def test_a_folder_is_read_as_by_lm_evals_own_class(make, tmp_path):
     options = {
         "pretrained": str(make(tmp_path)),
         "device": "cpu",
@@ -100,7 +100,7 @@ def test_a_folder_is_read_as_by_lm_evals_own_class(make: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("make", [native, dilated])
-def test_a_pattern_is_as_if_it_stood_in_the_folder(make: Any, tmp_path: Path) -> None:
+def test_a_pattern_is_as_if_it_stood_in_the_folder(make, tmp_path):
     folder, text = make(tmp_path), "8/1,32/4,look_back=1"
     model, pattern = hf.AutoModelForCausalLM.from_pretrained(folder), parse_pattern(text)
     if make is dilated:
@@ -117,7 +117,7 @@ def test_a_pattern_is_as_if_it_stood_in_the_folder(make: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("make", [native, dilated])
-def test_a_whole_document_costs_what_score_says(make: Any, tmp_path: Path) -> None:
+def test_a_whole_document_costs_what_score_says(make, tmp_path):
     """Also with chosen blocks."""
     folder = make(tmp_path)
     for text in (None, "window:128,chosen=2x8,chosen_every=8"):
@@ -128,7 +128,7 @@ def test_a_whole_document_costs_what_score_says(make: Any, tmp_path: Path) -> No
         assert found == pytest.approx(-expected.score.nll_sum, rel=1e-6)
 
 
-def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_said(tmp_path):
     with pytest.raises(
         ConfigError, match=r"^sinks: lm-eval cuts at commas, .*\"pattern\": \"window:8,sinks=4\""
     ):
@@ -141,7 +141,7 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_evaluates_a_task(tmp_path: Path, command_env: dict[str, str]) -> None:
+def test_the_command_evaluates_a_task(tmp_path, command_env):
     """Bits per byte that lm-eval prints for a task of whole documents, and those of `score`. The model is a name."""
     folder, texts = native(tmp_path), [TEXT, "Another document, a short one."]
     (tmp_path / "data.jsonl").write_text(

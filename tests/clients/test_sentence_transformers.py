@@ -43,7 +43,7 @@ def vectors(folder: Path, texts: list[str]) -> np.ndarray:
     return np.array(rows["embedding"].to_pylist(), np.float32)
 
 
-def test_a_shipped_model_gives_the_vectors_of_encode() -> None:
+def test_a_shipped_model_gives_the_vectors_of_encode():
     folder = model_path("longnet-tiny")
     model = SentenceTransformer(str(folder), device="cpu")
     found = model.encode(TEXTS, batch_size=3)
@@ -56,7 +56,7 @@ def test_a_shipped_model_gives_the_vectors_of_encode() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_it_is_trained_and_saved_as_a_model_of_both(causal: bool, tmp_path: Path) -> None:
+def test_it_is_trained_and_saved_as_a_model_of_both(causal, tmp_path):
     shape = {"dim": 32, "num_heads": 4, "ffn_dim": 48, "segment_lengths": (16, 64)}
     tiny_model(tmp_path / "first", **shape, causal=causal, position="rope")
     model = SentenceTransformer(str(tmp_path / "first"), device="cpu")
@@ -76,9 +76,7 @@ def test_it_is_trained_and_saved_as_a_model_of_both(causal: bool, tmp_path: Path
     assert np.abs(vectors(tmp_path / "second", texts) - model.encode(texts)).max() < 1e-6
 
 
-def test_the_benchmark_takes_the_mean_of_a_models_windows(
-    tmp_path: Path, command_env: dict[str, str], python: Path
-) -> None:
+def test_the_benchmark_takes_the_mean_of_a_models_windows(tmp_path, command_env, python):
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from tokenizers import Tokenizer as Words
     from tokenizers import models, pre_tokenizers

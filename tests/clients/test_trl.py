@@ -60,7 +60,7 @@ def arguments(folder: Path, from_path: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("from_path", [True, False], ids=["path", "object"])
-def test_sft_trains_a_longnet(net: LongNet, from_path: bool, tmp_path: Path) -> None:
+def test_sft_trains_a_longnet(net, from_path, tmp_path):
     data = Dataset.from_dict({"text": TEXTS})
     losses = {}
     for again in (True, False):  # gradient checkpointing, TRL's default
@@ -82,7 +82,7 @@ def test_sft_trains_a_longnet(net: LongNet, from_path: bool, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("from_path", [True, False], ids=["path", "object"])
-def test_dpo_trains_a_longnet(net: LongNet, from_path: bool, tmp_path: Path) -> None:
+def test_dpo_trains_a_longnet(net, from_path, tmp_path):
     pairs = {"prompt": [text[:3] for text in TEXTS], "chosen": [text[3:] + "." for text in TEXTS]}
     data = Dataset.from_dict(pairs | {"rejected": [text[::-1] for text in TEXTS]})
     args = DPOConfig(output_dir=str(tmp_path / "run"), **OPTIONS)

@@ -313,7 +313,7 @@ finally:
     assert cleaned.exists()
 
 
-def test_a_name_that_is_no_text_is_shown_and_ends_nothing(run_longnet: Callable) -> None:
+def test_a_name_that_is_no_text_is_shown_and_ends_nothing(run_longnet):
     done = run_longnet("data inspect", "\udcff.txt", env={"PYTHONIOENCODING": "utf-8"})
     assert done.returncode == 3
     assert "\\xff.txt: no such file" in done.stdout

@@ -25,9 +25,8 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 from builders import scores, tiny_model
-from conftest import RunLongnet
 from files import IDS, TEXTS, read, token_table, write_file, write_lines, write_rows
-from processes import Start, invoke
+from processes import invoke
 from typer.testing import Result
 
 from longnet_cli.basics.errors import ConfigError
@@ -63,9 +62,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("ranks", [[], ["--dp", "2"]])
-def test_the_documents_before_a_bad_line_are_written_first(
-    model: Path, run_longnet, tmp_path: Path, ranks
-) -> None:
+def test_the_documents_before_a_bad_line_are_written_first(model, run_longnet, tmp_path, ranks):
     write_lines(
         tmp_path / "x.jsonl", [{"id": str(n), "text": n if n == 3 else "text"} for n in range(1, 5)]
     )
@@ -74,9 +71,7 @@ def test_the_documents_before_a_bad_line_are_written_first(
     assert (done.returncode, "x.jsonl, line 3: 'text' is not text" in done.stderr) == (3, True)
 
 
-def test_chained_commands_say_what_single_ones_say(
-    shell, model: Path, texts: Path, tmp_path: Path
-) -> None:
+def test_chained_commands_say_what_single_ones_say(shell, model, texts, tmp_path):
     line = f"longnet tokenize texts -o - --quiet | longnet score - -m {model} --format json"
     chained = shell(f"{line} && longnet score texts -m {model} --format json")
     assert (chained.returncode, chained.stderr) == (0, "")
@@ -104,7 +99,7 @@ WAYS = {
 }
 
 
-def test_every_way_in(shell, tmp_path: Path) -> None:
+def test_every_way_in(shell, tmp_path):
     write_file(tmp_path / "x.arrow", token_table(pa.list_(pa.int32())))
     (tmp_path / "list").write_text("\nx.arrow\n")
     done = shell("; ".join(f"{line} --format json" for line in WAYS.values()))
@@ -115,7 +110,7 @@ def test_every_way_in(shell, tmp_path: Path) -> None:
     assert all(other == answers[0] for other in answers)
 
 
-def test_stdin_is_the_same_by_a_pipe_and_redirected(shell, model: Path, tmp_path: Path) -> None:
+def test_stdin_is_the_same_by_a_pipe_and_redirected(shell, model, tmp_path):
     """Each row is a document there, also where a file would join rows of one name."""
     rows = [{"id": "x", "text": "ab"}, {"id": "x", "text": "cde"}, {"id": "y", "text": "f"}]
     write_lines(tmp_path / "x.jsonl", rows)
@@ -139,8 +134,8 @@ def test_stdin_is_the_same_by_a_pipe_and_redirected(shell, model: Path, tmp_path
     [("score", signal.SIGINT), ("encode", signal.SIGTERM), ("tokenize", signal.SIGINT)],
 )
 def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
-    start: Start, model: Path, command: str, number: signal.Signals, form: str, named: bool
-) -> None:
+    start, model, command, number, form, named
+):
     """A row of text is a document: nothing waits for another name. Rows that came together are read together.
 
     Neither do blank lines make it wait, nor a part of the next line.
@@ -182,9 +177,7 @@ def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
 
 
 @pytest.mark.parametrize("command", ["score --format jsonl", "encode", "tokenize -o -"])
-def test_a_reader_that_leaves_is_no_error_to_tell(
-    shell, model: Path, tmp_path: Path, command: str
-) -> None:
+def test_a_reader_that_leaves_is_no_error_to_tell(shell, model, tmp_path, command):
     (tmp_path / "many.jsonl").write_text('{"text": "some words to read"}\n' * 20_000)
     where = "" if command.startswith("tokenize") else f"-m {model} --chunk 100"
     done = shell(f"longnet {command} many.jsonl {where} | head -c 100 > head")
@@ -193,9 +186,7 @@ def test_a_reader_that_leaves_is_no_error_to_tell(
 
 
 @pytest.mark.parametrize("command", ["tokenize x.txt -o -", "encode x.txt -o -", "encode x.txt"])
-def test_binary_is_not_written_to_a_terminal(
-    command: str, command_env: dict[str, str], longnet: Path, tmp_path: Path
-) -> None:
+def test_binary_is_not_written_to_a_terminal(command, command_env, longnet, tmp_path):
     terminal, stdout = pty.openpty()
     try:
         words = [longnet, *command.split()]
@@ -213,7 +204,7 @@ def test_binary_is_not_written_to_a_terminal(
 RESULTS_ON_STDOUT = "tokenize texts -o -", "score texts", "data inspect texts", "encode texts"
 
 
-def test_a_closed_end_is_one_line(shell, texts: Path) -> None:
+def test_a_closed_end_is_one_line(shell, texts):
     closed = (
         ("longnet data inspect - <&-", 3),
         *((f"longnet {line} >&-", 1) for line in RESULTS_ON_STDOUT),
@@ -227,7 +218,7 @@ def test_a_closed_end_is_one_line(shell, texts: Path) -> None:
     assert json.loads(done.stdout)["documents"] == 3
 
 
-def test_a_command_of_the_shell_is_written_to_as_a_file(shell, texts: Path, tmp_path: Path) -> None:
+def test_a_command_of_the_shell_is_written_to_as_a_file(shell, texts, tmp_path):
     line = "longnet tokenize texts -o >(cat > copy.arrow; touch done) -q"
     done = shell(f"{line}; until [ -e done ]; do sleep 0.1; done")
     assert (done.returncode, done.stderr) == (0, "")
@@ -258,7 +249,7 @@ for index in range(int(sys.argv[1])):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("last", ["score - --format jsonl", "encode - --span 10"])
-def test_memory_of_a_chain_does_not_grow_with_its_input(shell, tmp_path: Path, last: str) -> None:
+def test_memory_of_a_chain_does_not_grow_with_its_input(shell, tmp_path, last):
     """Of 12 and of 48 million tokens. Of those `tokenize` holds at most some 10 million: see test_tokenizing.py."""
     tiny_model(tmp_path / "small", dim=8, num_layers=1, num_heads=1, ffn_dim=8)
     for name, program in (("documents.py", GENERATOR), ("measured.py", MEASURED)):
@@ -298,7 +289,7 @@ def prose(tmp_path: Path) -> Path:
 # --- score -----------------------------------------------------------------------------------------------
 
 
-def test_score_compares_contexts(run_longnet: RunLongnet, model: Path, prose: Path) -> None:
+def test_score_compares_contexts(run_longnet, model, prose):
     command = ["score --context 4,8 --device cpu --by-position --model", model, prose]
     as_json = run_longnet(*command, "--format", "json", code=0)
     assert as_json.stderr == ""
@@ -323,9 +314,7 @@ def test_score_compares_contexts(run_longnet: RunLongnet, model: Path, prose: Pa
     assert "tokens seen" in as_text.stdout
 
 
-def test_score_formats_agree_with_the_library(
-    run_longnet: RunLongnet, model: Path, prose: Path
-) -> None:
+def test_score_formats_agree_with_the_library(run_longnet, model, prose):
     tokenizer = Tokenizer.load(model)
     documents = Inputs([prose], tokenizer).documents()
     net = LongNet.from_pretrained(model)
@@ -358,9 +347,7 @@ def test_score_formats_agree_with_the_library(
     assert lines[-1].split() == ["63", *numbers, "total"]
 
 
-def test_other_text_than_the_default_models_is_noted(
-    run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+def test_other_text_than_the_default_models_is_noted(run_longnet, tmp_path):
     """Where a file does not end in .py, and never for a model that is named."""
     (tmp_path / "prose.txt").write_text("Call me Ishmael.")
     (tmp_path / "code.py").write_text("x = 1\n" * 9)
@@ -383,9 +370,7 @@ def test_other_text_than_the_default_models_is_noted(
 # --- encode ----------------------------------------------------------------------------------------------
 
 
-def test_encode_prints_the_lines_that_a_file_has(
-    run_longnet: RunLongnet, model: Path, prose: Path, tmp_path: Path
-) -> None:
+def test_encode_prints_the_lines_that_a_file_has(run_longnet, model, prose, tmp_path):
     command = ["encode --model", model, prose]
     printed = run_longnet(*command, "--format", "jsonl", code=0).stdout
     run_longnet(*command, "-o", "out.jsonl", code=0)
@@ -395,8 +380,8 @@ def test_encode_prints_the_lines_that_a_file_has(
 
 
 def test_encode_without_output_streams_and_to_a_name_writes_parquet(
-    run_longnet: RunLongnet, model: Path, prose: Path, tmp_path: Path
-) -> None:
+    run_longnet, model, prose, tmp_path
+):
     command = ["encode --model", model, prose]
     options = [
         "-o",
@@ -457,7 +442,7 @@ def rows_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_rows_have_every_key_of_the_contract(bench: Bench) -> None:
+def test_rows_have_every_key_of_the_contract(bench):
     result = bench("--seq", "48,64", "--direction", "forward,backward", "--format", "jsonl", "-q")
     assert (result.exit_code, result.stderr) == (0, "")
     rows = rows_of(result.stdout)
@@ -468,7 +453,7 @@ def test_rows_have_every_key_of_the_contract(bench: Bench) -> None:
     ]  # fmt: skip
 
 
-def test_markdown_is_a_table_and_the_ratios_follow_on_stderr(bench: Bench) -> None:
+def test_markdown_is_a_table_and_the_ratios_follow_on_stderr(bench):
     result = bench("--seq", "64")
     head, rule, *rows = result.stdout.splitlines()
     assert head.replace("|", "").split()[:4] == ["impl", "direction", "seq", "seconds"]
@@ -481,7 +466,7 @@ def test_markdown_is_a_table_and_the_ratios_follow_on_stderr(bench: Bench) -> No
     assert re.fullmatch("dilated is .*x dense at 64, forward", last)
 
 
-def test_skipped_and_stopped_rows_give_their_reason(bench: Bench) -> None:
+def test_skipped_and_stopped_rows_give_their_reason(bench):
     result = bench("--seq", "64,1e12", "--bidirectional", "--impl", "dilated", "--format", "jsonl")
     assert [row["status"] for row in rows_of(result.stdout)] == ["ok", "skipped"]
     assert "dilated forward at 1000000000000: skipped, needs " in result.stderr
@@ -490,7 +475,7 @@ def test_skipped_and_stopped_rows_give_their_reason(bench: Bench) -> None:
     assert result.exit_code == 0
 
 
-def test_flex_attention_needs_a_compiler(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_attention_needs_a_compiler(bench, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     result = bench("--seq", "64", "--impl", "flex")
     assert isinstance(result.exception, ConfigError)

@@ -146,7 +146,7 @@ def parts_of(kind: Any) -> Iterator[Any]:
         yield from parts_of(part)
 
 
-def test_the_table_has_every_option_and_every_key() -> None:
+def test_the_table_has_every_option_and_every_key():
     listed = [
         (command, row.option)
         for command, rows in TABLE.items()
@@ -549,9 +549,7 @@ def extras_of(line: str) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("command", TABLE)
-def test_every_option_does_something(
-    command: str, kinds_of_runs: tuple[str, ...], runs: Runs
-) -> None:
+def test_every_option_does_something(command, kinds_of_runs, runs):
     """All rows that fail are said together. What several rows run is run once. Processes of their own are slow."""
     rows = [
         row
@@ -586,7 +584,7 @@ def test_every_option_does_something(
 @pytest.mark.parametrize(
     "block", SAME.strip().split("\n\n"), ids=lambda block: block.partition("\n")[0]
 )
-def test_ways_to_the_same_rows(block: str, runs: Runs) -> None:
+def test_ways_to_the_same_rows(block, runs):
     for extra in extras_of(block):
         pytest.importorskip(extra)
     first, *others = block.split("\n")

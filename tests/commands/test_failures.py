@@ -173,9 +173,7 @@ ALL = [*rows_of_table(), *FAILURES]
 
 
 @pytest.mark.parametrize("row", ALL, ids=[words[:60] for words, *_ in ALL])
-def test_bad_input_is_one_line_and_an_exit_code(
-    row: tuple, inputs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_one_line_and_an_exit_code(row, inputs, monkeypatch):
     monkeypatch.chdir(inputs)
     words, code, line, *content = row
     if content:
@@ -193,7 +191,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not read a file")
 @pytest.mark.parametrize("kind", ["native", "llama"])
-def test_weights_that_one_may_not_read_are_not_called_damaged(kind: str) -> None:
+def test_weights_that_one_may_not_read_are_not_called_damaged(kind):
     folder = Path(tempfile.mkdtemp())  # not below the folder of pytest, which is root's alone
     try:
         (tiny_model if kind == "native" else tiny_llama)(folder / "model")
@@ -368,9 +366,7 @@ def test_a_shard_too_large_for_the_file_system_is_one_line(
 
 @pytest.mark.ci
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_spilled_encode(
-    kind: signal.Signals, tmp_path: Path, command_env: dict[str, str]
-) -> None:
+def test_a_killed_spilled_encode(kind, tmp_path, command_env):
     """Of a bidirectional net: it leaves no half output, and nothing on the disk."""
     model = tiny_model(tmp_path / "model", **SIZES, causal=False)
     text, spill, out = tmp_path / "long.txt", tmp_path / "spill", tmp_path / "out"
@@ -404,9 +400,7 @@ def test_a_killed_spilled_encode(
 
 
 @pytest.mark.parametrize("command", ["score", "encode"])
-def test_a_stopped_command_says_what_is_kept(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_command_says_what_is_kept(command, tmp_path, monkeypatch):
     model = f"{tiny_model(tmp_path / 'model')}/"
     texts = [tmp_path / f"{name}.txt" for name in "abcd"]
     for path in texts:
@@ -453,13 +447,7 @@ def test_a_stopped_command_says_what_is_kept(
 @pytest.mark.parametrize(
     ("stop", "world", "said"), [(143, 1, True), (143, 2, False), (None, 2, True)]
 )
-def test_a_rank_that_another_one_ends_says_nothing(
-    stop: int | None,
-    world: int,
-    said: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_rank_that_another_one_ends_says_nothing(stop, world, said, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     with pytest.raises((SystemExit, KeyboardInterrupt)), say_what_is_kept("-", quiet=False):
         raise SystemExit(stop) if stop else KeyboardInterrupt

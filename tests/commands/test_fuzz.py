@@ -364,9 +364,7 @@ def complaint(done: Done) -> str | None:
 
 
 @pytest.mark.slow
-def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(
-    run: Run, template: Path, tmp_path: Path
-) -> None:
+def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(run, template, tmp_path):
     baseline = run(["score", "t.txt", "-q", "--format", "json", "-m", "./model"], template)
     assert baseline.code == 0
     read = {"t.txt", "recipe.toml", "recipe.json", "run/metrics.jsonl", "model/model.safetensors"}

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 from builders import tiny_net
-from conftest import RunLongnet
 from files import write_lines
-from processes import Start, invoke
+from processes import invoke
 
 from longnet_cli.basics.errors import ConfigError, RefusedError
 from longnet_cli.data.chat import ChatTemplate
@@ -55,9 +54,7 @@ def rows(done: subprocess.CompletedProcess) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_a_prompt_comes_from_anywhere_and_the_text_is_the_same(
-    model: Path, run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+def test_a_prompt_comes_from_anywhere_and_the_text_is_the_same(model, run_longnet, tmp_path):
     """As an argument, on stdin, in a file, in JSON Lines among others; read in any chunks; as text and as JSON."""
     (tmp_path / "prompt.txt").write_text(PROMPT)
     lines = [{"id": name, "text": text} for name, text in (("a", PROMPT), ("b", "Another one"))]
@@ -88,9 +85,7 @@ def test_a_prompt_comes_from_anywhere_and_the_text_is_the_same(
     assert stopped["text"] == text[: text.index(stop)]
 
 
-def test_every_line_says_what_made_it_as_scores_do(
-    model: Path, run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+def test_every_line_says_what_made_it_as_scores_do(model, run_longnet, tmp_path):
     """The model that computed, its pattern included; each line alone, as lines of several runs may be put together."""
     (tmp_path / "two.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     found = []
@@ -116,15 +111,13 @@ def test_every_line_says_what_made_it_as_scores_do(
     assert found[2] == (found[0][0], None, found[0][2])
 
 
-def test_a_name_of_a_file_is_a_text_and_said_to_be_one(
-    model: Path, run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+def test_a_name_of_a_file_is_a_text_and_said_to_be_one(model, run_longnet, tmp_path):
     (tmp_path / "prompt.txt").write_text(PROMPT)
     done = run_longnet("generate prompt.txt -n 1 --model", model, code=0)
     assert "longnet: note: prompt.txt is continued as text; --input reads the file" in done.stderr
 
 
-def test_a_closed_pipe_and_ctrl_c_end_it(model: Path, start: Start) -> None:
+def test_a_closed_pipe_and_ctrl_c_end_it(model, start):
     """Text comes while the rest is still to come."""
     for end, code in (
         (lambda run: run.stdout.close(), 141),
@@ -137,9 +130,7 @@ def test_a_closed_pipe_and_ctrl_c_end_it(model: Path, start: Start) -> None:
         assert run.stderr.read() == b""
 
 
-def test_a_message_goes_into_the_template(
-    model: Path, run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+def test_a_message_goes_into_the_template(model, run_longnet, tmp_path):
     """The whole prompt is the template's; what looks like a special token in a message is its characters."""
     words = words_of_chat()
     template = ChatTemplate(model, words)
@@ -187,7 +178,7 @@ def test_a_message_goes_into_the_template(
         ),
     ],
 )
-def test_templates_that_fail_and_none_runs_code(tmp_path: Path, text: str, message: str) -> None:
+def test_templates_that_fail_and_none_runs_code(tmp_path, text, message):
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": [{"name": "default", "template": text}]})
     )
@@ -195,7 +186,7 @@ def test_templates_that_fail_and_none_runs_code(tmp_path: Path, text: str, messa
         ChatTemplate(tmp_path, words_of_chat()).encode("Hi")
 
 
-def test_a_template_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_without_end(tmp_path, monkeypatch):
     """It is stopped in the main thread, and an alarm that somebody else handles is handled by them afterwards."""
     monkeypatch.setattr("longnet_cli.data.chat.SECONDS", 1)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -210,7 +201,7 @@ def test_a_template_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert words_of_chat().decode(ids) == "Hi"
 
 
-def test_a_template_renders_as_transformers_does(model: Path) -> None:
+def test_a_template_renders_as_transformers_does(model):
     """Blocks trimmed, loops broken off, JSON, the marks of training."""
     hf = pytest.importorskip("transformers")
     text = """
@@ -234,7 +225,7 @@ def test_a_template_renders_as_transformers_does(model: Path) -> None:
     assert template.encode("é\n<&>").tolist() == fast.encode(expected, add_special_tokens=False)
 
 
-def test_the_ids_at_which_a_model_ends(tmp_path: Path) -> None:
+def test_the_ids_at_which_a_model_ends(tmp_path):
     words = Tokenizer.bytes()
     assert ModelFolder(tmp_path).ends(words) == {256}
     assert ModelFolder(tmp_path).ends(None) == frozenset()
@@ -244,7 +235,7 @@ def test_the_ids_at_which_a_model_ends(tmp_path: Path) -> None:
     assert ModelFolder(tmp_path).ends(words) == {1, 2}
 
 
-def test_a_dry_run_counts_the_prompts_and_generates_nothing(model: Path, tmp_path: Path) -> None:
+def test_a_dry_run_counts_the_prompts_and_generates_nothing(model, tmp_path):
     (tmp_path / "a.txt").write_text(PROMPT * 9)
     done = invoke(
         "generate --dry-run -n 7 -i", tmp_path / "a.txt", "-m", f"{model}/", "--chunk", 32

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -60,7 +59,7 @@ COMMANDS = [
 
 
 @pytest.mark.ci
-def test_commands_need_nothing_that_only_linux_has(tmp_path: Path) -> None:
+def test_commands_need_nothing_that_only_linux_has(tmp_path):
     (tmp_path / "text.txt").write_text("what a reader finds again, " * 60)
     program = WITHOUT_LINUX.replace("WORDS", repr(COMMANDS))
     done = subprocess.run(
@@ -83,7 +82,7 @@ def test_commands_need_nothing_that_only_linux_has(tmp_path: Path) -> None:
     assert (tmp_path / "run/model.safetensors").is_file()
 
 
-def test_reading_into_rooms_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_into_rooms_without_preadv(tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(bytes(range(50)))
     with open(tmp_path / "x", "rb") as file:
         for offset, sizes in ((0, (10, 20)), (45, (3, 9)), (60, (4,))):
@@ -97,5 +96,5 @@ def test_reading_into_rooms_without_preadv(tmp_path: Path, monkeypatch: pytest.M
             assert read[0] == read[1]
 
 
-def test_mps_is_refused_by_name() -> None:
+def test_mps_is_refused_by_name():
     assert "'mps' is not a device: it has no float64" in invoke("score x.txt --device mps").stderr

@@ -42,7 +42,7 @@ def table(*lengths: int, column: str = "input_ids") -> pa.Table:
     return pa.table({column: ids, "doc_id": [f"{n}-{i}" for i, n in enumerate(lengths)]})
 
 
-def test_dense_to_the_trained_length_and_refused_beyond(llama: Path, tmp_path: Path) -> None:
+def test_dense_to_the_trained_length_and_refused_beyond(llama, tmp_path):
     """The numbers are the model's own; one token more is refused but for a choice that the line names."""
     (tmp_path / "fits.txt").write_text("x" * LIMIT)
     own = hf.LlamaForCausalLM.from_pretrained(llama)
@@ -62,7 +62,7 @@ def test_dense_to_the_trained_length_and_refused_beyond(llama: Path, tmp_path: P
         assert total(long, "-m", llama, *choice)["n_tokens"] == 65
 
 
-def test_finding_is_a_choice_for_a_model_that_can_see_its_keys(tmp_path: Path) -> None:
+def test_finding_is_a_choice_for_a_model_that_can_see_its_keys(tmp_path):
     llama = tiny_llama(
         tmp_path / "llama", vocab_size=260, max_position_embeddings=3072, bos_token_id=7
     )
@@ -75,9 +75,7 @@ def test_finding_is_a_choice_for_a_model_that_can_see_its_keys(tmp_path: Path) -
     assert total(long, "-m", llama, "--pattern", "finding")["n_tokens"] == 3073
 
 
-def test_a_window_that_reaches_farther_than_the_model_was_trained_is_named(
-    llama: Path, tmp_path: Path
-) -> None:
+def test_a_window_that_reaches_farther_than_the_model_was_trained_is_named(llama, tmp_path):
     (tmp_path / "long.txt").write_text("x" * 100)
     words = (
         "it reaches 66 tokens back, and the model was trained on 64: window:32,sinks=4 stays within"
@@ -96,7 +94,7 @@ def test_a_window_that_reaches_farther_than_the_model_was_trained_is_named(
     assert done.exit_code == 0
 
 
-def test_bad_documents_are_left_out_and_counted(llama: Path, tmp_path: Path) -> None:
+def test_bad_documents_are_left_out_and_counted(llama, tmp_path):
     """Too long, or with an id that the model does not have."""
     good, bad = table(5, 60), tmp_path / "bad.parquet"
     rows = pa.concat_tables([good.slice(0, 1), table(70), good.slice(1)])
@@ -132,7 +130,7 @@ def with_template(*before: str) -> Tokenizer:
     return Tokenizer(inner)
 
 
-def test_what_goes_before_a_document(tmp_path: Path) -> None:
+def test_what_goes_before_a_document(tmp_path):
     """The template's ids, else `add_bos_token`, else the configuration's id, else the end of text; or `--bos`."""
 
     def found(
@@ -157,7 +155,7 @@ def test_what_goes_before_a_document(tmp_path: Path) -> None:
     assert ModelFolder(tmp_path.parent).bos(bare) == 256  # a LongNet's
 
 
-def test_the_ids_before_a_document_are_read_and_not_scored(llama: Path, tmp_path: Path) -> None:
+def test_the_ids_before_a_document_are_read_and_not_scored(llama, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Branches merge.")
     own = hf.LlamaForCausalLM.from_pretrained(llama)

@@ -64,7 +64,7 @@ def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_pages_have_the_numbers_of_their_entries() -> None:
+def test_pages_have_the_numbers_of_their_entries():
     figures = imported(ROOT / "docs/measurements/figures.py")
     assert [*figures.check()] == []
 
@@ -91,7 +91,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_broken_is_named(name: str, figures: ModuleType, tmp_path: Path) -> None:
+def test_what_is_broken_is_named(name, figures, tmp_path):
     path, old, new, message = BROKEN[name]
     text = (tmp_path / path).read_text()
     assert old in text
@@ -103,12 +103,12 @@ def test_what_is_broken_is_named(name: str, figures: ModuleType, tmp_path: Path)
     assert [each for each in found if message in each], found
 
 
-def test_a_script_that_is_gone_is_named(figures: ModuleType, tmp_path: Path) -> None:
+def test_a_script_that_is_gone_is_named(figures, tmp_path):
     (tmp_path / "measure.py").unlink()
     assert [*figures.check()] == ["docs/figures/small.json: measure.py is gone"]
 
 
-def test_a_run_agrees_within_its_errors(figures: ModuleType, tmp_path: Path) -> None:
+def test_a_run_agrees_within_its_errors(figures, tmp_path):
     script = tmp_path / "measure.py"
     assert [*figures.draw("0")] == []
     script.write_text(SCRIPT.replace('seconds": 1.5', 'seconds": 9.5').replace("6.8244", "6.9"))
@@ -124,7 +124,7 @@ def test_a_run_agrees_within_its_errors(figures: ModuleType, tmp_path: Path) -> 
 
 
 @pytest.mark.ci
-def test_a_figure_comes_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_figure_comes_out_again(monkeypatch):
     """Drawn by the commit: over some commits, all of the cheap ones."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
@@ -132,7 +132,7 @@ def test_a_figure_comes_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [*imported(ROOT / "docs/measurements/figures.py").draw(commit)] == []
 
 
-def test_entries_say_how_they_were_measured(figures: ModuleType, tmp_path: Path) -> None:
+def test_entries_say_how_they_were_measured(figures, tmp_path):
     entry = json.loads((tmp_path / "docs/figures/small.json").read_text())
     assert entry["threads"] == 1
     assert entry["files"] == {"measure.py": figures.sha256(tmp_path / "measure.py")}

@@ -28,7 +28,7 @@ def documents(*names: str) -> list[Document]:
     return [Document(name, drawn.integers(0, 50, 200), None, name) for name in names]
 
 
-def test_windows_are_spread_over_documents_and_packages(foreign: ModuleType) -> None:
+def test_windows_are_spread_over_documents_and_packages(foreign):
     found = foreign.windows(documents("a/x", "a/y", "b/x", "b/y"), TOKENS, 2)
     assert [window.document for window in found] == ["a/x", "b/x"]
     found = foreign.windows(documents("a/x", "a/y", "b/x"), TOKENS, 5)
@@ -39,7 +39,7 @@ def test_windows_are_spread_over_documents_and_packages(foreign: ModuleType) -> 
         foreign.windows(documents("a/x", "a/y"), TOKENS, 2)
 
 
-def test_only_the_part_is_foreign(foreign: ModuleType) -> None:
+def test_only_the_part_is_foreign(foreign):
     found = foreign.windows(documents("a/x", "a/y", "b/x"), TOKENS, 3)
     assert foreign.parts(TOKENS) == [(16, 80), (16, 32), (32, 80)]
     for true, other in zip(found, foreign.replaced(found, (16, 32)), strict=True):
@@ -51,7 +51,7 @@ def test_only_the_part_is_foreign(foreign: ModuleType) -> None:
         assert [each.package != true.package for each in taken] == [True]
 
 
-def test_a_net_that_does_not_see_the_part_has_the_same_perplexity(foreign: ModuleType) -> None:
+def test_a_net_that_does_not_see_the_part_has_the_same_perplexity(foreign):
     """A window of one layer sees no further than 15 tokens; dense attention of the same weights does."""
     found = foreign.windows(documents("a/x", "a/y", "b/x"), TOKENS, 3)
     names = [window.document for window in found]

@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,9 +38,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_measurement_prints_its_rows(
-    name: str, tmp_path: Path, command_env: dict[str, str], python: Path
-) -> None:
+def test_a_measurement_prints_its_rows(name, tmp_path, command_env, python):
     words, rows = SCRIPTS[name]
     tiny_llama(
         tmp_path / "llama", max_position_embeddings=400, bos_token_id=7, initializer_range=0.5
@@ -62,9 +59,7 @@ def test_a_measurement_prints_its_rows(
     )
 
 
-def test_a_long_document_has_the_sources_of_wheels_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_document_has_the_sources_of_wheels_in_order(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     script, document, lines = (
         imported(FOLDER / "long_document.py"),
@@ -94,9 +89,7 @@ def test_a_long_document_has_the_sources_of_wheels_in_order(
     assert (len(parts), nats) == (10, pytest.approx(total["total"]["nll_sum"], rel=1e-5))
 
 
-def test_losses_by_recall_are_sums_over_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_by_recall_are_sums_over_tokens(tmp_path, monkeypatch):
     """A text of bytes: two new pairs, the first token, and repeats; the other file has other losses of its tokens."""
     by_recall = imported(FOLDER / "by_recall.py")
     ids = np.random.default_rng(0).integers(0, 3, 60)
@@ -121,9 +114,7 @@ def test_losses_by_recall_are_sums_over_tokens(
     assert {line[4].partition(" +- ")[2] for line in lines} == {"0.000"}  # two equal documents
 
 
-def test_nets_of_a_seed_have_rows_that_the_tables_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nets_of_a_seed_have_rows_that_the_tables_read(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     dilation = imported(FOLDER / "dilation.py")
     net = {"vocab_size": 257, "dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16}

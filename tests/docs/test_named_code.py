@@ -106,7 +106,7 @@ def is_dead(name: str) -> bool:
     return not any(last in names for names in known) and (bool(known) or last in PUBLIC)
 
 
-def test_named_code_exists() -> None:
+def test_named_code_exists():
     assert [
         (where, name)
         for where, text in docstrings()
@@ -115,7 +115,7 @@ def test_named_code_exists() -> None:
     ] == []
 
 
-def test_a_name_that_is_gone_is_seen() -> None:
+def test_a_name_that_is_gone_is_seen():
     assert all(map(is_dead, ("pattern.lanes", "measures.Bigrams", "attention/no_module.py")))
     assert not any(
         map(
@@ -128,7 +128,7 @@ def test_a_name_that_is_gone_is_seen() -> None:
 COMMANDS = PACKAGE / "cli"  # a command's file has the command's name
 
 
-def test_no_name_stands_twice() -> None:
+def test_no_name_stands_twice():
     places: dict[str, set[str]] = defaultdict(set)
     for file in PACKAGE.rglob("*.py"):
         where = str(file.relative_to(PACKAGE))
@@ -144,7 +144,7 @@ INTEGRATIONS = ("longnet_cli.integrations.transformers", "longnet_cli.integratio
 STABLE = ("longnet_cli", "longnet_cli.attention", *INTEGRATIONS)
 
 
-def test_every_public_name_is_what_type_checkers_see() -> None:
+def test_every_public_name_is_what_type_checkers_see():
     seen = {}
     for node in ast.walk(ast.parse(Path(longnet_cli.__file__).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("longnet_cli"):
@@ -155,7 +155,7 @@ def test_every_public_name_is_what_type_checkers_see() -> None:
         assert getattr(longnet_cli, name) is getattr(importlib.import_module(module), name)
 
 
-def test_importing_the_package_loads_no_torch() -> None:
+def test_importing_the_package_loads_no_torch():
     program = (
         "import sys, longnet_cli; longnet_cli.Pattern; "
         "sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
@@ -163,13 +163,13 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
-def test_the_reference_lists_the_public_names() -> None:
+def test_the_reference_lists_the_public_names():
     reference = imported(ROOT / "docs/hooks.py").REFERENCE
     listed = [name for part in reference.values() for name in part.get("longnet_cli", ())]
     assert sorted([*listed, "plotting"]) == longnet_cli.__all__
 
 
-def test_docs_import_from_stable_places() -> None:
+def test_docs_import_from_stable_places():
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     used = [
         (page.name, place)

@@ -83,7 +83,7 @@ def has_blocks_to_run(page: Path) -> bool:
 
 @pytest.mark.ci
 @pytest.mark.parametrize("page", [*filter(has_blocks_to_run, PAGES)], ids=lambda page: page.stem)
-def test_blocks_run(page: Path, checkout: Path, run_page: RunBlocks) -> None:
+def test_blocks_run(page, checkout, run_page):
     runs_python = page.stem in COMPLETE and find_spec(COMPLETE[page.stem]) is not None
     printed = run_page(page, ("sh", "python") if runs_python else ("sh",))
     if page.stem == "embeddings" and runs_python:
@@ -111,7 +111,7 @@ def shown_commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
-def test_options_of_commands_exist(page: Path) -> None:
+def test_options_of_commands_exist(page):
     for words in shown_commands(page):
         command: click.Command = typer.main.get_command(app)
         rest = list(words)
@@ -131,9 +131,7 @@ def test_options_of_commands_exist(page: Path) -> None:
                 )
 
 
-def test_the_manifest_is_read_as_the_page_on_data_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_manifest_is_read_as_the_page_on_data_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     invoke("tokenize", ROOT / "README.md", "--tokenizer", "bytes", "-o", "tokens", code=0)
     exec(blocks(ROOT / "docs/data.md", "python")[1], {})
@@ -142,9 +140,7 @@ def test_the_manifest_is_read_as_the_page_on_data_says(
 
 
 @pytest.mark.slow
-def test_blocks_of_clients(
-    checkout: Path, run_page: RunBlocks, command_env: dict[str, str]
-) -> None:
+def test_blocks_of_clients(checkout, run_page, command_env):
     for package in ("lm_eval", "sentence_transformers"):
         pytest.importorskip(package)
     command_env |= {"HF_HOME": str(checkout / "hf"), "HF_HUB_OFFLINE": "1"}
@@ -152,7 +148,7 @@ def test_blocks_of_clients(
 
 
 @pytest.mark.slow
-def test_blocks_of_vectors(run_page: RunBlocks) -> None:
+def test_blocks_of_vectors(run_page):
     """What docs/vectors.md shows is run, in order."""
     printed = run_page(ROOT / "docs/vectors.md", ("sh", "python"))
     neighbours = [line.split() for line in printed.splitlines()]
@@ -163,7 +159,7 @@ def test_blocks_of_vectors(run_page: RunBlocks) -> None:
     )
 
 
-def test_toml_blocks(tmp_path: Path) -> None:
+def test_toml_blocks(tmp_path):
     """The first one is a whole recipe, the other one changes its data."""
     whole, mixed = blocks(ROOT / "docs/training.md", "toml")
     (tmp_path / "recipe.toml").write_text(whole, encoding="utf-8")
@@ -175,7 +171,7 @@ def test_toml_blocks(tmp_path: Path) -> None:
     assert [source.weight for source in mix] == [7, 3]
 
 
-def test_the_page_of_keys_is_what_train_recipe_prints(tmp_path: Path) -> None:
+def test_the_page_of_keys_is_what_train_recipe_prints(tmp_path):
     """It explains every key, and it is a recipe itself, with the defaults of an empty one."""
     printed = invoke("train", "--recipe").stdout
     assert blocks(ROOT / "docs/recipes.md", "toml") == [printed]
@@ -189,13 +185,13 @@ def test_the_page_of_keys_is_what_train_recipe_prints(tmp_path: Path) -> None:
     assert (recipe.schedule, recipe.parallel) == (ScheduleRecipe(), ParallelRecipe())
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_lead_somewhere():
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_docstrings_start_with_the_thing_itself() -> None:
+def test_docstrings_start_with_the_thing_itself():
     """ "Return the rows ...", "A shard of ...": a reader of a list of them sees at once which one it is."""
     for path in [*(ROOT / "longnet_cli").rglob("*.py"), *(ROOT / "examples").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -206,7 +202,7 @@ def test_docstrings_start_with_the_thing_itself() -> None:
                 )
 
 
-def test_every_shipped_model_has_a_card_and_is_small() -> None:
+def test_every_shipped_model_has_a_card_and_is_small():
     for name in list_models():
         folder = preset_dir() / name
         assert (folder / "README.md").exists()
@@ -217,7 +213,7 @@ def test_every_shipped_model_has_a_card_and_is_small() -> None:
     ("extra", "needed"),
     [("hf", {"accelerate"}), ("sentence-transformers", {"accelerate", "datasets"})],
 )
-def test_extras_bring_what_their_page_trains_with(extra: str, needed: set[str]) -> None:
+def test_extras_bring_what_their_page_trains_with(extra, needed):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]

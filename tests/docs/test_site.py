@@ -14,7 +14,7 @@ from longnet_cli.cli.app import app
 hooks = imported(ROOT / "docs/hooks.py")
 
 
-def test_every_option_is_in_the_reference() -> None:
+def test_every_option_is_in_the_reference():
     sections = dict(
         re.findall(r"^## longnet (.+)\n((?:(?!## ).*\n)*)", hooks.options(), re.MULTILINE)
     )
@@ -49,7 +49,7 @@ def test_every_option_is_in_the_reference() -> None:
         ("finding.md", "https://arxiv.org/x", "https://arxiv.org/x"),
     ],
 )
-def test_links_lead_to_the_same_file(uri: str, link: str, found: str) -> None:
+def test_links_lead_to_the_same_file(uri, link, found):
     assert (
         hooks.moved(f"see [this]({link}), or ![that]({link})", uri)
         == f"see [this]({found}), or ![that]({found})"
@@ -57,14 +57,14 @@ def test_links_lead_to_the_same_file(uri: str, link: str, found: str) -> None:
     assert (ROOT / hooks.path_of(uri)).is_file()
 
 
-def test_the_name_of_a_file_becomes_its_title() -> None:
+def test_the_name_of_a_file_becomes_its_title():
     assert (
         hooks.moved("([docs/ranks.md](docs/ranks.md#weights))", "index.md")
         == "([Many processes](ranks.md#weights))"
     )
 
 
-def test_the_menu_has_each_page_once_and_the_search_needs_no_network() -> None:
+def test_the_menu_has_each_page_once_and_the_search_needs_no_network():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     entries = re.findall(r"^ +- (.+): (\S+\.md)$", text, re.MULTILINE)
     assert (
@@ -77,7 +77,7 @@ def test_the_menu_has_each_page_once_and_the_search_needs_no_network() -> None:
     assert (ROOT / "docs/iframe-worker.js").is_file()
 
 
-def test_parameters_of_a_docstring_are_a_list() -> None:
+def test_parameters_of_a_docstring_are_a_list():
     pytest.importorskip("griffe")
     text = "Do it.\n\nfar: keys\n    from outside\nk, v: (B, N)\nThen so.\nRaises: x\n"
     assert imported(ROOT / "docs/docstrings.py").listed(text) == (
@@ -85,7 +85,7 @@ def test_parameters_of_a_docstring_are_a_list() -> None:
     )
 
 
-def test_long_code_in_a_text_may_break() -> None:
+def test_long_code_in_a_text_may_break():
     short, long = "<code>window:1Ki,sinks=4</code>", f"<code>{'key, ' * 9}</code>"
     html = f"<td>{short}{long}</td>"
     assert hooks.on_page_content(html, None, None, None) == html.replace(
@@ -93,7 +93,7 @@ def test_long_code_in_a_text_may_break() -> None:
     )
 
 
-def test_commands_fit_the_page() -> None:
+def test_commands_fit_the_page():
     """At 1,280 pixels, a line of code has room for 129 characters."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "models").rglob("*.md")]
     lines = [

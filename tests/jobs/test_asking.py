@@ -22,7 +22,6 @@ import pyarrow as pa
 import pytest
 import torch
 from builders import tiny_llama, tiny_model, tiny_net
-from conftest import RunLongnet
 from files import write_lines, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,7 +60,7 @@ def loaded_of(folder: Path, **how: object) -> Loaded:
     return ModelFolder(folder).load(device=torch.device("cpu"), chat=None, **how)
 
 
-def test_an_answer_is_that_of_transformers_to_the_same_prompt(llama: Path) -> None:
+def test_an_answer_is_that_of_transformers_to_the_same_prompt(llama):
     hf = pytest.importorskip("transformers")
     made = ask(TEXTS, QUESTION, model=f"{llama}/", passages=2, **HOW)
     assert [(each.doc_id, TEXTS[int(each.doc_id)][each.char_start : each.char_end]) for each in made.sources] == [
@@ -84,7 +83,7 @@ def test_an_answer_is_that_of_transformers_to_the_same_prompt(llama: Path) -> No
     assert (made.finish_reason == "length") == (made.n_tokens == 20)
 
 
-def test_texts_come_as_tables_and_as_files(llama: Path, tmp_path: Path) -> None:
+def test_texts_come_as_tables_and_as_files(llama, tmp_path):
     (tmp_path / "shed.txt").write_text(TEXTS[0])
     table = pa.table({"id": [10, 20, 30], "text": TEXTS})
     by_table = ask(table, QUESTION, model=f"{llama}/", **HOW)
@@ -123,9 +122,7 @@ def rounds(text: str, folder: Path, *, chats: bool) -> Loaded:
         ("x\nQuestion:", "x", "stop"),
     ],
 )
-def test_an_answer_ends_where_it_repeats_itself_or_asks(
-    text: str, said: str, reason: str, chats: bool, tmp_path: Path
-) -> None:
+def test_an_answer_ends_where_it_repeats_itself_or_asks(text, said, reason, chats, tmp_path):
     loaded, streamed = rounds(text, tmp_path / "rounds", chats=chats), list[str]()
     found = [Passage("a", 0, 1, 1.0, "x")]
     made = answer(loaded, "?", found, streamed.append, max_tokens=3 * len(text))
@@ -134,14 +131,14 @@ def test_an_answer_ends_where_it_repeats_itself_or_asks(
     assert made.n_tokens <= 2 * len(text) or reason == "length"
 
 
-def test_without_a_model_or_a_passage_nothing_is_said(llama: Path) -> None:
+def test_without_a_model_or_a_passage_nothing_is_said(llama):
     made = ask(TEXTS, QUESTION, passages=2)
     assert [each.doc_id for each in made.sources] == ["0", "2"]
     assert (made.answer, *made[3:]) == (None, None, 0, 0, None)
     assert ask(TEXTS, "xyzzy", model=f"{llama}/")[1:] == (None, [], f"{llama}/", 0, 0, None)
 
 
-def test_the_message_of_the_prompt_is_as_asked(llama: Path) -> None:
+def test_the_message_of_the_prompt_is_as_asked(llama):
     loaded = loaded_of(llama)
     document, _ = prompt(loaded, "Which?", [Passage("a", 0, 1, 1.0, "x")], 9, "Say no.")
     said = bytes(document.read().tolist()).decode()
@@ -152,18 +149,18 @@ def test_the_message_of_the_prompt_is_as_asked(llama: Path) -> None:
     assert made[1].n_prompt - made[0].n_prompt == 3
 
 
-def test_help_of_ask_names_its_arguments() -> None:
+def test_help_of_ask_names_its_arguments():
     kinds = {parameter.kind for parameter in signature(ask).parameters.values()}
     assert Parameter.VAR_KEYWORD not in kinds
     assert {"model", "max_tokens", "system", "temperature", "dtype"} < {*signature(ask).parameters}
 
 
-def test_a_question_in_python_must_be_utf_8(llama: Path) -> None:
+def test_a_question_in_python_must_be_utf_8(llama):
     with pytest.raises(ConfigError, match="the question is not UTF-8"):
         ask(["violet"], "violet \ud800", model=f"{llama}/")
 
 
-def test_the_worst_passages_are_left_out_where_all_do_not_fit(tmp_path: Path) -> None:
+def test_the_worst_passages_are_left_out_where_all_do_not_fit(tmp_path):
     loaded = loaded_of(tiny_llama(tmp_path / "llama", max_position_embeddings=430))
     found = [Passage("a", 0, 100, score, str(score) * 50) for score in (1.0, 3.0, 2.0)]
     for room, scores in ((20, [3.0, 2.0]), (40, [3.0]), (999, [3.0])):
@@ -195,9 +192,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-def test_an_answer_goes_to_stdout_and_its_sources_to_stderr(
-    model: Path, run_longnet: RunLongnet
-) -> None:
+def test_an_answer_goes_to_stdout_and_its_sources_to_stderr(model, run_longnet):
     words = [ODD_QUESTION, "-m", model, "-n", "9"]
     done = run_longnet("ask --passages 1 texts", *words, code=0)
     begin, end, shown = re.findall(
@@ -227,8 +222,8 @@ def test_an_answer_goes_to_stdout_and_its_sources_to_stderr(
 
 
 def test_several_questions_have_a_line_each_and_one_without_a_passage_has_no_answer(
-    model: Path, run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+    model, run_longnet, tmp_path
+):
     questions = [ODD_QUESTION, "xyzzy?", "When is the end?"]
     write_lines(tmp_path / "q.jsonl", [{"question": question} for question in questions])
     words = ["ask --index i.sqlite -n 3 -q -m", model, "texts"]
@@ -243,7 +238,7 @@ def test_several_questions_have_a_line_each_and_one_without_a_passage_has_no_ans
     assert {"id": "q.jsonl:0"} | json.loads(again.stdout) == rows[0]
 
 
-def test_without_a_model_the_passages_are_printed(model: Path, run_longnet: RunLongnet) -> None:
+def test_without_a_model_the_passages_are_printed(model, run_longnet):
     words = ["ask", "texts", "shed's key", "--passages", "1"]
     done = run_longnet(*words, code=0)
     begin, end = re.findall(r"a.txt, characters ([\d,]+) to ([\d,]+):\n", done.stdout)[0]
@@ -261,7 +256,7 @@ def test_without_a_model_the_passages_are_printed(model: Path, run_longnet: RunL
         assert f"{option.split()[0]} is for a model's answer: give --model" in refused.stderr
 
 
-def test_passages_need_no_torch(model: Path, run_python: RunLongnet) -> None:
+def test_passages_need_no_torch(model, run_python):
     program = (
         "import sys; from longnet_cli.cli.app import app; "
         "app(['ask', 'texts', 'shed', '-q', '--index', 'i.sqlite'], standalone_mode=False); "
@@ -271,9 +266,7 @@ def test_passages_need_no_torch(model: Path, run_python: RunLongnet) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_each_row_of_questions_is_one_and_carries_its_id(
-    model: Path, run_longnet: RunLongnet, tmp_path: Path, kind: str
-) -> None:
+def test_each_row_of_questions_is_one_and_carries_its_id(model, run_longnet, tmp_path, kind):
     """Neighbours of one name too: a set of questions about documents may be named by these."""
     rows = [{"id": "s", "question": f"{word} shed?"} for word in "ab"]
     write_rows(tmp_path / f"q.{kind}", rows)
@@ -282,9 +275,7 @@ def test_each_row_of_questions_is_one_and_carries_its_id(
     assert [(row["id"], row["question"]) for row in answers] == [("s", "a shed?"), ("s", "b shed?")]
 
 
-def test_what_cannot_be_read_is_left_out_as_asked(
-    model: Path, run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+def test_what_cannot_be_read_is_left_out_as_asked(model, run_longnet, tmp_path):
     """Also where an index knows the rest."""
     write_lines(tmp_path / "texts/c.jsonl", [{"text": "A shed."}, {"text": None}])
     words = ["ask", "texts", ODD_QUESTION, "-m", model, "-n", "1"]
@@ -296,9 +287,7 @@ def test_what_cannot_be_read_is_left_out_as_asked(
     run_longnet(*words, "--index", "i.sqlite", code=3)
 
 
-def test_an_index_replaces_no_file_that_is_read(
-    model: Path, run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+def test_an_index_replaces_no_file_that_is_read(model, run_longnet, tmp_path):
     for name in ("texts/a.txt", "texts/empty.txt"):
         (tmp_path / "texts/empty.txt").write_text("")
         done = run_longnet("ask texts What? --index", name, "-m", model, code=2)
@@ -308,7 +297,7 @@ def test_an_index_replaces_no_file_that_is_read(
 
 @pytest.mark.parametrize("name", ["bytes", "longnet-tiny"])
 @given(text=st.text(max_size=60), span=st.integers(1, 7))
-def test_places_are_exact(name: str, text: str, span: int) -> None:
+def test_places_are_exact(name, text, span):
     words = Tokenizer.load(name)
     ids, data = words.encode(text), text.encode()
     places = TextPlaces(Document("a", ids, len(data), "a", tokenizer=words))
@@ -323,7 +312,7 @@ def test_places_are_exact(name: str, text: str, span: int) -> None:
         assert places.of(start, end) == (own[0], own[-1] + 1)
 
 
-def test_a_text_that_the_tokenizer_changes_has_no_places() -> None:
+def test_a_text_that_the_tokenizer_changes_has_no_places():
     words = Tokenizer.load("longnet-tiny")
     assert TextPlaces(Document("a", words.encode("abc"), 4, "a", tokenizer=words)).of(0, 1) == (
         None,
@@ -345,14 +334,8 @@ TOLD = ["red fox", "blue whale", "green frog"]
     ],
 )
 def test_nearest_answers_a_query(
-    texts: list[str],
-    vectors: list[str],
-    options: list[str],
-    tmp_path: Path,
-    run_longnet: RunLongnet,
-    run_python: RunLongnet,
-    python: Path,
-) -> None:
+    texts, vectors, options, tmp_path, run_longnet, run_python, python
+):
     rows = [{"id": str(i), "text": text} for i, text in enumerate(TOLD)]
     write_rows(tmp_path / "texts.parquet", rows)
     (tmp_path / "texts").mkdir()
@@ -383,9 +366,7 @@ def encoded(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("written", ["v.arrow", "v.parquet", "v"])
-def test_vectors_and_words_are_joined_by_their_ranks(
-    encoded: Path, written: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vectors_and_words_are_joined_by_their_ranks(encoded, written, monkeypatch):
     monkeypatch.chdir(encoded)
     invoke("encode texts -m ./minilm --span passage -o", written, "-q", code=0)
     question, inputs = "word3 of b", Inputs(["texts"])
@@ -422,7 +403,7 @@ def test_vectors_and_words_are_joined_by_their_ranks(
     assert ask(inputs, "zzz", vectors=written).sources  # no word of it is there
 
 
-def test_vectors_of_other_texts_are_refused(encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_of_other_texts_are_refused(encoded, monkeypatch):
     monkeypatch.chdir(encoded)
     for span in ("passage", "7"):
         invoke("encode texts -m ./minilm --span", span, "-o", f"{span}.arrow", code=0)
@@ -473,7 +454,7 @@ def write_archives(folder: Path) -> list[Path]:
 
 
 @pytest.mark.ci
-def test_retrieval_is_measured(tmp_path: Path, run_python: RunLongnet, python: Path) -> None:
+def test_retrieval_is_measured(tmp_path, run_python, python):
 
     def run(*args: str | Path, code: int = 0) -> tuple[list[dict], str]:
         done = run_python(ROOT / "examples/retrieval.py", *args, python=python, code=code)

@@ -2,14 +2,12 @@
 that what is not a document a row is refused; and runs the examples for Ray and Spark where those are installed."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import vectors
-from conftest import RunLongnet
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError
@@ -19,7 +17,7 @@ TEXTS = ["one two three " * 40, "x", "", "def f():\n    return 1\n" * 30, "four 
 TABLE = pa.table({"id": [7, 8, 9, 10, 11], "text": TEXTS, "lang": ["a", None, "c", "d", "e"]})
 
 
-def test_batches_have_the_rows_of_the_commands(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_batches_have_the_rows_of_the_commands(run_longnet, tmp_path):
     named = TABLE.select(["text"]).append_column("doc_id", TABLE["id"].cast(pa.string()))
     pq.write_table(named.filter(pa.compute.not_equal(named["text"], "")), tmp_path / "in.parquet")
     assert run_longnet("encode in.parquet --span 50 -o v.parquet").returncode == 0
@@ -47,11 +45,11 @@ def test_batches_have_the_rows_of_the_commands(run_longnet: RunLongnet, tmp_path
         assert {name: row[name] for name in other} == pytest.approx(other, abs=1e-5)
 
 
-def test_a_process_loads_a_model_once() -> None:
+def test_a_process_loads_a_model_once():
     assert Reading(column="text").load() is Reading(keep=("lang",)).load()
 
 
-def test_documents_that_cannot_be_read_are_left_out() -> None:
+def test_documents_that_cannot_be_read_are_left_out():
     table = pa.table(
         {"doc_id": ["a", "b", "c"], "ids": [[1, 2], [1, 1 << 20], [3]], "n": [0, 1, 2]}
     )
@@ -64,7 +62,7 @@ def test_documents_that_cannot_be_read_are_left_out() -> None:
         assert function(texts, skip_bad=True)["doc_id"].to_pylist() == ["a", "c"]
 
 
-def test_batches_without_rows_or_tokens_have_no_vectors() -> None:
+def test_batches_without_rows_or_tokens_have_no_vectors():
     none, empty = encode_batches(TABLE[:0]), encode_batches(TABLE[2:3])
     assert none.num_rows == empty.num_rows == 0
     assert score_batches(TABLE[:0]).schema == score_batches(TABLE[3:4]).schema
@@ -98,7 +96,7 @@ def test_batches_without_rows_or_tokens_have_no_vectors() -> None:
         ({"id": ["a"], "text": ["a"]}, {"pattern": "papr"}, "pattern: "),
     ],
 )
-def test_what_is_no_batch_of_documents_is_refused(columns: dict, options: dict, said: str) -> None:
+def test_what_is_no_batch_of_documents_is_refused(columns, options, said):
     with pytest.raises((ConfigError, DataError), match=said) as error:
         encode_batches(pa.table(columns), **options)
     assert len(str(error.value).splitlines()) == 1
@@ -111,7 +109,7 @@ class Frame:
         return TABLE[3:].__arrow_c_stream__(requested_schema)
 
 
-def test_whatever_passes_arrow_data_on_is_a_table() -> None:
+def test_whatever_passes_arrow_data_on_is_a_table():
     expected = encode_batches(TABLE[3:])
     for given in (Frame(), TABLE[3:].to_batches()[0]):
         assert encode_batches(given).equals(expected)
@@ -120,12 +118,12 @@ def test_whatever_passes_arrow_data_on_is_a_table() -> None:
     assert pa.Table.from_batches(encode_batches(reader)).equals(expected)
 
 
-def test_a_list_of_texts_is_a_table() -> None:
+def test_a_list_of_texts_is_a_table():
     for function in (encode_batches, score_batches):
         assert function(TEXTS[3:]).equals(function(Frame()).set_column(0, "doc_id", [["0", "1"]]))
 
 
-def test_a_text_has_its_row_of_an_array() -> None:
+def test_a_text_has_its_row_of_an_array():
     made = embed(pa.chunked_array([TEXTS[:2], TEXTS[2:]]), model="longnet-tiny", dims=8)
     assert (made.dtype, made.shape) == (np.float32, (5, 8))
     assert np.isnan(made[2]).all()
@@ -139,7 +137,7 @@ def test_a_text_has_its_row_of_an_array() -> None:
             embed(given, model="longnet-tiny")
 
 
-def test_views_of_text_are_carried_along() -> None:
+def test_views_of_text_are_carried_along():
     """Frames of polars pass these on."""
     views = pa.array(["a", "b"], pa.string_view())
     kept = {
@@ -156,7 +154,7 @@ def test_views_of_text_are_carried_along() -> None:
 
 
 @pytest.mark.parametrize("package", ["polars", "pandas", "duckdb", "datasets"])
-def test_frames_of_real_libraries_are_tables(package: str) -> None:
+def test_frames_of_real_libraries_are_tables(package):
     library = pytest.importorskip(package)
     table = TABLE[3:]
     frame = {
@@ -170,7 +168,7 @@ def test_frames_of_real_libraries_are_tables(package: str) -> None:
     assert found["embedding"].equals(expected["embedding"])
 
 
-def test_a_frame_of_mixed_types_is_one_line() -> None:
+def test_a_frame_of_mixed_types_is_one_line():
     pandas = pytest.importorskip("pandas")
     with pytest.raises(
         DataError, match=r"^the table cannot be Arrow data: [^\n]*Conversion failed for column id"
@@ -181,7 +179,7 @@ def test_a_frame_of_mixed_types_is_one_line() -> None:
 @pytest.mark.parametrize(
     "given", ["corpus.arrow", {"text": ["a"]}, 7, ["a text", 7], [{"text": "a"}]], ids=str
 )
-def test_what_is_no_table_is_refused_at_the_call(given: object) -> None:
+def test_what_is_no_table_is_refused_at_the_call(given):
     for function in (encode_batches, score_batches):
         with pytest.raises(ConfigError, match=r"^a table .* needed, not (str|dict|int)"):
             function(given)
@@ -190,13 +188,13 @@ def test_what_is_no_table_is_refused_at_the_call(given: object) -> None:
 @pytest.mark.parametrize(
     ("kind", "makes"), [("LazyFrame", ".collect()"), ("Series", ".to_frame()")]
 )
-def test_a_column_or_a_plan_is_told_what_makes_a_table_of_it(kind: str, makes: str) -> None:
+def test_a_column_or_a_plan_is_told_what_makes_a_table_of_it(kind, makes):
     for function in (encode_batches, score_batches):
         with pytest.raises(ConfigError, match=re.escape(f"not {kind}: {makes} makes one")):
             function(type(kind, (Frame,), {})())
 
 
-def test_the_rows_of_a_frame_without_names_are_numbered() -> None:
+def test_the_rows_of_a_frame_without_names_are_numbered():
     frame = type(
         "Frame",
         (),
@@ -214,7 +212,7 @@ def test_the_rows_of_a_frame_without_names_are_numbered() -> None:
         score_batches(frame, id_column="name")
 
 
-def test_sizes_and_patterns_may_be_texts() -> None:
+def test_sizes_and_patterns_may_be_texts():
     for sizes in ("64,0.1k", ("64", "100")):
         assert score_batches(TABLE[:1], context=sizes).equals(
             score_batches(TABLE[:1], context=(64, 100))
@@ -230,7 +228,7 @@ def test_sizes_and_patterns_may_be_texts() -> None:
         score_batches(TABLE, context="64,1Kx")
 
 
-def test_an_iterator_of_other_things_is_refused_when_it_comes_there() -> None:
+def test_an_iterator_of_other_things_is_refused_when_it_comes_there():
     with pytest.raises(ConfigError, match="not str among its batches"):
         next(encode_batches(iter(["a text"])))
 
@@ -250,8 +248,8 @@ def test_an_iterator_of_other_things_is_refused_when_it_comes_there() -> None:
     ],
 )
 def test_without_its_extra_an_import_says_which_to_install(
-    package: str, program: str, extra: str, code: int, run_python: RunLongnet
-) -> None:
+    package, program, extra, code, run_python
+):
     program = f"import sys; sys.modules[{package!r}] = None; {program}"
     done = run_python("-c", program, code=code)
     assert f"pip install '.[{extra}]'" in done.stderr.splitlines()[-1]

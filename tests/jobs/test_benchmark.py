@@ -30,7 +30,7 @@ def rows_of(seq: list[int], **options: object) -> list[Measurement]:
     return list(bench(Settings.of(seq=seq, **options)))
 
 
-def test_a_row_for_every_combination_with_rates_that_fit_its_seconds() -> None:
+def test_a_row_for_every_combination_with_rates_that_fit_its_seconds():
     rows = rows_of([32, 70], direction=BOTH, batch=2, pattern=Pattern((16, 64), (1, 4)), **TINY)
     expected = itertools.product([32, 70], ["forward", "backward"], ["dilated", "dense"])
     assert [(r.seq, r.direction, r.impl) for r in rows] == list(expected)
@@ -49,7 +49,7 @@ def test_a_row_for_every_combination_with_rates_that_fit_its_seconds() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "causal"), [("fp32", False), ("bf16", True), ("fp16", False)])
-def test_every_dtype_and_a_geometric_pattern(dtype: str, causal: bool) -> None:
+def test_every_dtype_and_a_geometric_pattern(dtype, causal):
     pattern = Pattern.geometric(40, 8, 3)
     rows = rows_of(
         [40], direction=BOTH, pattern=pattern, dtype=dtype, causal=causal, device="cpu", **TINY
@@ -58,16 +58,14 @@ def test_every_dtype_and_a_geometric_pattern(dtype: str, causal: bool) -> None:
     assert rows[0].pattern == "8/1,24/3,72/9"
 
 
-def test_the_peak_belongs_to_its_row_alone() -> None:
+def test_the_peak_belongs_to_its_row_alone():
     few_flops = Pattern((64,), (1,))
     big, small = rows_of([40_000, 64], impl=["dilated"], heads=8, pattern=few_flops, repeats=1)
     # q, k, v and out of the big one take 312 MiB, and all of them are gone when the small one runs
     assert big.peak_rss_bytes - small.peak_rss_bytes > 200 * 2**20
 
 
-def test_the_peak_is_unknown_where_the_mark_cannot_be_reset(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_peak_is_unknown_where_the_mark_cannot_be_reset(monkeypatch):
     def refuse(*_: object) -> None:
         raise PermissionError
 
@@ -76,9 +74,7 @@ def test_the_peak_is_unknown_where_the_mark_cannot_be_reset(
     assert row.peak_rss_bytes is None
 
 
-def test_rows_that_would_not_fit_are_skipped_and_the_others_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rows_that_would_not_fit_are_skipped_and_the_others_run(monkeypatch):
     monkeypatch.setattr(benchmark, "free_memory", lambda device: 2**20)
     rows = rows_of([64, 10**9, 100], direction=["backward"], **TINY)
     assert [row.status for row in rows] == ["ok"] * 2 + ["skipped"] * 2 + ["ok"] * 2
@@ -86,7 +82,7 @@ def test_rows_that_would_not_fit_are_skipped_and_the_others_run(
     assert rows[2].seconds is rows[2].peak_rss_bytes is None
 
 
-def test_memory_that_runs_out_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_is_a_row_and_not_the_end(monkeypatch):
     monkeypatch.setattr(
         benchmark, "free_memory", lambda device: None
     )  # nobody knows, so it is tried
@@ -151,9 +147,7 @@ for pattern in map(parse_pattern, texts):
         ("", ["16/1,64/2,192/3,overlap=once"]),
     ],
 )
-def test_flex_attention_has_the_mask_of_the_pattern(
-    causal: str, texts: list[str], command_env: dict[str, str]
-) -> None:
+def test_flex_attention_has_the_mask_of_the_pattern(causal, texts, command_env):
     """A compiler makes it, in a process of its own: others may have told torch's compiler that there are no vectors.
 
     No key of these patterns counts twice.
@@ -192,16 +186,12 @@ def test_flex_attention_has_the_mask_of_the_pattern(
         ),
     ],
 )
-def test_what_does_not_fit_the_time(
-    fake_op: FakeOp, rate: float, seq: list[int], options: dict[str, object], expected: list[str]
-) -> None:
+def test_what_does_not_fit_the_time(fake_op, rate, seq, options, expected):
     fake_op(rate)
     assert [f"{row.seq} {row.status}" for row in rows_of(seq, **options)] == expected
 
 
-def test_what_will_not_run_is_left_out_of_the_tokens_to_come(
-    fake_op: FakeOp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_will_not_run_is_left_out_of_the_tokens_to_come(fake_op, monkeypatch):
     """Before the first row, what does not fit in memory; then what would take too long. At the end, all has run."""
     fake_op(100.0)
     monkeypatch.setattr(benchmark, "free_memory", lambda device: 500)
@@ -219,7 +209,7 @@ def test_what_will_not_run_is_left_out_of_the_tokens_to_come(
     assert sum(tokens) == totals[-1]
 
 
-def test_a_warm_up_that_takes_the_time_is_the_measurement(fake_op: FakeOp) -> None:
+def test_a_warm_up_that_takes_the_time_is_the_measurement(fake_op):
     fake_op(1.0)
     (row,) = rows_of([30], impl=["dilated"], max_time=50.0)
     assert (row.status, row.seconds) == ("ok", 30.0)
@@ -229,9 +219,7 @@ LONG = {"impl": ["dilated"], "pattern": Pattern((16, 64), (1, 4)), **TINY}
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 100])
-def test_a_long_run_is_streamed_and_reports_every_decade(
-    monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
+def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch, chunk):
     monkeypatch.setattr(benchmark, "FIRST_DECADE", 10)
     seen: list[int] = []
     rows = list(
@@ -253,9 +241,7 @@ def test_a_long_run_is_streamed_and_reports_every_decade(
     )
 
 
-def test_each_chunk_attends_from_its_place_to_what_its_queries_see(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_each_chunk_attends_from_its_place_to_what_its_queries_see(monkeypatch):
     places, own = [], benchmark.dilated_attention
 
     def attend(
@@ -270,7 +256,7 @@ def test_each_chunk_attends_from_its_place_to_what_its_queries_see(
     assert places[-10:] == [(start, min(start + 33, 300)) for start in range(0, 300, 33)]
 
 
-def test_a_streamed_run_stops_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_streamed_run_stops_when_the_time_is_over(monkeypatch):
     monkeypatch.setattr(benchmark, "FIRST_DECADE", 10)
     rows = rows_of([10**9], chunk=64, max_time=0.2, **LONG)
     last = rows[-1]
@@ -280,7 +266,7 @@ def test_a_streamed_run_stops_when_the_time_is_over(monkeypatch: pytest.MonkeyPa
     assert "the time is over" in (last.reason or "")
 
 
-def test_ctrl_c_gives_what_a_streamed_run_had() -> None:
+def test_ctrl_c_gives_what_a_streamed_run_had():
     def interrupt(tokens: int) -> None:
         raise KeyboardInterrupt
 
@@ -291,7 +277,7 @@ def test_ctrl_c_gives_what_a_streamed_run_had() -> None:
         next(rows)
 
 
-def test_memory_that_runs_out_in_a_streamed_run_is_a_row_and_not_the_end() -> None:
+def test_memory_that_runs_out_in_a_streamed_run_is_a_row_and_not_the_end():
     def ran_out(tokens: int) -> None:
         if tokens == 64:
             raise MemoryError
@@ -303,7 +289,7 @@ def test_memory_that_runs_out_in_a_streamed_run_is_a_row_and_not_the_end() -> No
     assert other.status == "ok"
 
 
-def test_no_memory_for_the_first_chunk_of_a_streamed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_for_the_first_chunk_of_a_streamed_run(monkeypatch):
     def no_memory(settings: Settings, impl: str, direction: str, seq: int) -> Case:
         def start() -> Callable[[int], None]:
             raise MemoryError
@@ -315,7 +301,7 @@ def test_no_memory_for_the_first_chunk_of_a_streamed_run(monkeypatch: pytest.Mon
     assert (row.status, row.seconds, row.reason) == ("oom", None, "memory ran out after 0 tokens")
 
 
-def test_long_sequences_have_a_shape_of_their_own() -> None:
+def test_long_sequences_have_a_shape_of_their_own():
     short, long = (
         Settings.of(seq=[10**6 - 1], device="cpu"),
         Settings.of(seq=[8192, 10**9], device="cpu"),
@@ -342,7 +328,7 @@ def test_long_sequences_have_a_shape_of_their_own() -> None:
         {"impl": ["flex"], "pattern": parse_pattern("window:64,chosen=2x32")},
     ],
 )  # fmt: skip
-def test_wrong_settings_are_told_before_the_first_row(wrong: dict[str, object]) -> None:
+def test_wrong_settings_are_told_before_the_first_row(wrong):
     with pytest.raises(ConfigError):
         Settings.of(**{"seq": [16], **wrong})
 
@@ -352,7 +338,7 @@ COUNTS = ("batch", "heads", "head_dim", "repeats")
 
 @pytest.mark.parametrize("name", ["seq", *COUNTS])
 @pytest.mark.parametrize("size", [2**63 - 1, 10**30])
-def test_no_size_is_too_large_to_be_told(name: str, size: int) -> None:
+def test_no_size_is_too_large_to_be_told(name, size):
     with pytest.raises(
         ConfigError,
         match=rf"--{name.replace('_', '-')}.* should be less than or equal to \d+ \(got ",
@@ -365,12 +351,12 @@ def largest(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", ["batch", "heads", "head_dim"])
-def test_the_largest_sizes_are_measured_or_skipped(name: str) -> None:
+def test_the_largest_sizes_are_measured_or_skipped(name):
     shape = {"heads": 1, "head_dim": 2, "chunk": 2**70, "repeats": 1, name: largest(name)}
     assert {row.status for row in rows_of([16], **shape)} <= {"ok", "skipped"}
 
 
-def test_a_kernel_that_cannot_run_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_cannot_run_is_a_configuration_error(monkeypatch):
     monkeypatch.setenv("LONGNET_KERNEL", "abacus")
     with pytest.raises(ConfigError, match="abacus"):
         Settings.of(seq=[16])

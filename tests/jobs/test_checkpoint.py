@@ -80,8 +80,8 @@ class Stop:
     ],
 )
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, pattern: dict
-) -> None:
+    corpus, tmp_path, monkeypatch, optimizer, pattern
+):
     model = {f"model.{key}": value for key, value in pattern.items()} | {
         "model.position": "rope" if pattern else "xpos"
     }
@@ -113,9 +113,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
     assert any(step % 2 for step in steps)  # not only where a checkpoint was due
 
 
-def test_a_step_whose_evaluation_is_stopped_is_told(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_whose_evaluation_is_stopped_is_told(corpus, tmp_path, monkeypatch):
     evaluate = loop.evaluate
 
     def stopped(*args: Any, **options: Any) -> object:
@@ -137,7 +135,7 @@ def test_a_step_whose_evaluation_is_stopped_is_told(
     )
 
 
-def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_path):
     (tmp_path / "step-00000020").mkdir()
     (tmp_path / "step-00000020/state.json").write_text("{}")
     checkpoints = Checkpoints(tmp_path, Ranks(), keep=1)
@@ -185,9 +183,7 @@ def stopped(made: Made, tmp_path: Path) -> Made:
         ),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    stopped: Made, damage: str
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, damage):
     found, run, weights = stopped
     newest = checkpoints_in(run / "checkpoints")[0]
     (tensors,) = newest.glob("*.safetensors")
@@ -218,7 +214,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert not newest.exists()  # written anew, and pruned
 
 
-def test_all_damaged(stopped: Made) -> None:
+def test_all_damaged(stopped):
     found, run, _ = stopped
     newest, older = checkpoints_in(run / "checkpoints")
     write_sealed(newest / "state.json", 1, {}, [])
@@ -233,9 +229,7 @@ def test_all_damaged(stopped: Made) -> None:
         train(found, run, resume=False)
 
 
-def test_a_run_without_a_checkpoint_says_that_it_starts_again(
-    stopped: Made, tmp_path: Path
-) -> None:
+def test_a_run_without_a_checkpoint_says_that_it_starts_again(stopped, tmp_path):
     found, run, weights = stopped
     (tmp_path / "a").mkdir()
     shutil.copy(run / "recipe.json", tmp_path / "a")  # what a run leaves that is killed at once
@@ -248,7 +242,7 @@ def test_a_run_without_a_checkpoint_says_that_it_starts_again(
     assert (tmp_path / "a/model.safetensors").read_bytes() == weights
 
 
-def test_resume_from_a_path(stopped: Made, tmp_path: Path) -> None:
+def test_resume_from_a_path(stopped, tmp_path):
     found, run, weights = stopped
     older = checkpoints_in(run / "checkpoints")[1]
     for name, path in (("a", older), ("b", run)):
@@ -285,9 +279,7 @@ def test_resume_from_a_path(stopped: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["config.json", "best", "checkpoints/step-00000001", "recipe.json", "metrics.jsonl"]
 )
-def test_files_that_no_run_has_written_are_not_replaced(
-    stopped: Made, tmp_path: Path, name: str
-) -> None:
+def test_files_that_no_run_has_written_are_not_replaced(stopped, tmp_path, name):
     found, run, _ = stopped
     (tmp_path / "same.json").write_text(found.model_dump_json())
     (tmp_path / "mine" / name).parent.mkdir(parents=True)
@@ -300,7 +292,7 @@ def test_files_that_no_run_has_written_are_not_replaced(
     assert prepare_run(str(tmp_path / "same.json"), {}, run) == found
 
 
-def test_a_run_goes_on_without_a_key_that_is_gone(stopped: Made) -> None:
+def test_a_run_goes_on_without_a_key_that_is_gone(stopped):
     _, run, weights = stopped
     told = json.loads((run / "recipe.json").read_text())
     told["train"]["track"] = []
@@ -309,7 +301,7 @@ def test_a_run_goes_on_without_a_key_that_is_gone(stopped: Made) -> None:
     assert (run / "model.safetensors").read_bytes() == weights
 
 
-def test_equal_tensors_give_equal_files(tmp_path: Path) -> None:
+def test_equal_tensors_give_equal_files(tmp_path):
     """Of every type that a checkpoint has, in any order."""
     tensors = {
         "model.a": torch.zeros(3),
@@ -326,7 +318,7 @@ def test_equal_tensors_give_equal_files(tmp_path: Path) -> None:
     assert len(found) == 1
 
 
-def test_equal_tensors_of_two_ranks_give_equal_files(tmp_path: Path) -> None:
+def test_equal_tensors_of_two_ranks_give_equal_files(tmp_path):
     run_ranks(2, tmp_path, _save_often, tmp_path)
     first, *others = (contents(tmp_path / str(number)) for number in range(5))
     assert all(other == first for other in others)
@@ -341,7 +333,7 @@ def _save_often(folder: Path) -> None:
         save_tensors(folder / str(number), {f"random.{dist.get_rank()}": torch.ones(3)})
 
 
-def test_what_is_no_checkpoint_stays(stopped: Made) -> None:
+def test_what_is_no_checkpoint_stays(stopped):
     """Old checkpoints are removed with the files that they list, and nothing else is."""
     found, run, weights = stopped
     mine, old = run / "checkpoints/step-00000001", checkpoints_in(run / "checkpoints")[-1]
@@ -355,7 +347,7 @@ def test_what_is_no_checkpoint_stays(stopped: Made) -> None:
     assert [path.name for path in old.iterdir()] == ["notes.txt"]
 
 
-def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(stopped: Made, tmp_path: Path) -> None:
+def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(stopped, tmp_path):
     found, run, weights = stopped
     (tmp_path / "mine").mkdir()
     mine = json.loads(Tokenizer.bytes().to_json())
@@ -372,7 +364,7 @@ def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(stopped: Made, tmp_p
         train(Recipe.model_validate(settings), run)
 
 
-def test_what_may_change_in_a_resumed_run(stopped: Made, tmp_path: Path) -> None:
+def test_what_may_change_in_a_resumed_run(stopped, tmp_path):
     found, run, weights = stopped
     moved = shutil.copy(found.data.train[0], tmp_path / "moved.txt")  # type: ignore[index]
     settings = found.model_dump()
@@ -388,7 +380,7 @@ def test_what_may_change_in_a_resumed_run(stopped: Made, tmp_path: Path) -> None
         train(Recipe.model_validate(settings), run)
 
 
-def test_more_steps_extend_a_run_that_has_ended(corpus: Path, tmp_path: Path) -> None:
+def test_more_steps_extend_a_run_that_has_ended(corpus, tmp_path):
     """As if it had them from the start: the constant rate gives the same bytes, others are those of the new end."""
 
     def run(steps: int, folder: str, decay: str = "constant", last: int = 100) -> Path:
@@ -412,7 +404,7 @@ def test_more_steps_extend_a_run_that_has_ended(corpus: Path, tmp_path: Path) ->
     assert rates[0][4] < rates[0][5]
 
 
-def test_a_checkpoint_that_cannot_be_written(corpus: Path, small_disk: Path) -> None:
+def test_a_checkpoint_that_cannot_be_written(corpus, small_disk):
     found = recipe(corpus, **{"train.keep": 9, "train.save_every": 1, "data.held_out": None})
     with pytest.raises(
         LongNetError, match=r"cannot write the checkpoint: No space left on device; the one before"
@@ -425,7 +417,7 @@ def test_a_checkpoint_that_cannot_be_written(corpus: Path, small_disk: Path) -> 
     assert not list((small_disk / "run/checkpoints").glob(".*"))
 
 
-def test_a_failure_of_the_writer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_writer_is_said(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise ConfigError("checkpoints need another torch")
 
@@ -440,9 +432,7 @@ KILLS = [pytest.param(3, 30, marks=pytest.mark.ci), pytest.param(30, 200, marks=
 
 
 @pytest.mark.parametrize(("kills", "steps"), KILLS)
-def test_killed_runs_end_with_the_same_bytes(
-    start: Start, corpus: Path, tmp_path: Path, kills: int, steps: int
-) -> None:
+def test_killed_runs_end_with_the_same_bytes(start, corpus, tmp_path, kills, steps):
     stages = [{"seq_len": 32, "steps": steps // 2}, {"seq_len": 100, "steps": steps // 2}]
     found = recipe(corpus, **{"train.stages": stages, "train.save_every": 3})
     (tmp_path / "recipe.json").write_text(found.model_dump_json())
@@ -461,7 +451,7 @@ def endless(start: Start, corpus: Path, folder: Path, **options: Any) -> subproc
 
 
 @pytest.mark.ci
-def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(start, corpus, tmp_path):
     process = endless(start, corpus, tmp_path)
     wait_for(
         lambda: process.poll() is not None or bool(checkpoints_in(tmp_path / "run/checkpoints"))
@@ -481,7 +471,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(start: Start, corpus: Path, tmp_path
 
 
 @pytest.mark.ci
-def test_a_terminal_that_is_closed_saves(start: Start, corpus: Path, tmp_path: Path) -> None:
+def test_a_terminal_that_is_closed_saves(start, corpus, tmp_path):
     """Its last words would fail: the exit code still says that all is saved."""
     ours, terminal = os.openpty()
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
@@ -497,9 +487,7 @@ def test_a_terminal_that_is_closed_saves(start: Start, corpus: Path, tmp_path: P
     LongNet.from_pretrained(tmp_path / "run")
 
 
-def test_a_signal_while_the_data_is_read_claims_no_checkpoint(
-    start: Start, corpus: Path, tmp_path: Path
-) -> None:
+def test_a_signal_while_the_data_is_read_claims_no_checkpoint(start, corpus, tmp_path):
     (tmp_path / "recipe.json").write_text(recipe(corpus).model_dump_json())
     os.mkfifo(tmp_path / "data")  # nobody writes to it: reading never ends
     process = start("train", tmp_path / "recipe.json", "--data", tmp_path / "data", "-o", "run")

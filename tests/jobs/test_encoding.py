@@ -56,7 +56,7 @@ PLAIN = {"mean": lambda x: x.mean(0), "last": lambda x: x[-1], "first": lambda x
 @pytest.mark.parametrize(
     ("pool", "bos"), [("mean", BOS), ("last", BOS), ("first", BOS), ("mean", None)]
 )
-def test_ragged_documents_equal_each_alone(model: LongNet, pool: str, bos: int | None) -> None:
+def test_ragged_documents_equal_each_alone(model, pool, bos):
     documents = [make_document(length, str(length)) for length in (5, 33, 1, 200, 32, 31, 64)]
     seen: list[int] = []
     options, facts = EncodeOptions(pool=pool, normalize=False), EncodeFacts(bos)
@@ -68,7 +68,7 @@ def test_ragged_documents_equal_each_alone(model: LongNet, pool: str, bos: int |
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_ranks_share_poolings_that_add(model: LongNet, pool: str) -> None:
+def test_ranks_share_poolings_that_add(model, pool):
     """Of a document that ranks share, each pools its own states, and zeros in place of the others'."""
     states, own = torch.randn(6, 4), torch.tensor([1.0, 0, 0, 1, 1, 0])[:, None]
     whole, *parts = (next(Pooling(make_document(6), pool, [6]).add(part)).vector for part in
@@ -84,7 +84,7 @@ def test_ranks_share_poolings_that_add(model: LongNet, pool: str) -> None:
 
 
 @pytest.mark.parametrize("pool", ["mean", "sqrt", "weighted", "weighted+mean"])
-def test_whole_documents_are_pooled_together(pool: str) -> None:
+def test_whole_documents_are_pooled_together(pool):
     """To the same bits, also if they have a prefix that is not pooled, one that is, and an end."""
     around = {"skipped": 1, "before": 2, "after": 3}
     states = [torch.randn(n + 5, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 6, 15)]
@@ -103,7 +103,7 @@ def test_whole_documents_are_pooled_together(pool: str) -> None:
         assert (one.span, one.start, one.end) == (other.span, other.start, other.end)
 
 
-def test_a_span_is_the_pool_of_its_own_tokens(model: LongNet) -> None:
+def test_a_span_is_the_pool_of_its_own_tokens(model):
     document, options = make_document(25), EncodeOptions(span=10, normalize=False)
     table = encode(model, [document], options, EncodeFacts(BOS)).read_all()
     assert table.drop_columns(["embedding"]).to_pylist() == [
@@ -115,7 +115,7 @@ def test_a_span_is_the_pool_of_its_own_tokens(model: LongNet) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_unit_of_a_text_has_the_mean_of_its_tokens(unit: Any) -> None:
+def test_a_unit_of_a_text_has_the_mean_of_its_tokens(unit):
     text = (
         "Der Fuchs! L\u00e4uft \u2014 weit. Wohin? \u6f22\u5b57\u3002\u6b21\u3002\n\nNobody knows: gone.   \n\n"
         * 12
@@ -132,7 +132,7 @@ def test_a_unit_of_a_text_has_the_mean_of_its_tokens(unit: Any) -> None:
         np.testing.assert_allclose(np.mean(tokens["embedding"][start:end], 0), vector, atol=1e-5)
 
 
-def test_spans_go_out_while_the_rest_comes_in() -> None:
+def test_spans_go_out_while_the_rest_comes_in():
     """The first row of a causal document is there when its first chunk is read."""
     model = LongNet(CONFIG).eval()
     read: list[int] = []
@@ -151,7 +151,7 @@ def test_spans_go_out_while_the_rest_comes_in() -> None:
 
 
 @pytest.mark.parametrize("embedding_dtype", ["float32", "float16"])
-def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: str) -> None:
+def test_schema_and_metadata_are_the_contract(model, embedding_dtype):
     options = EncodeOptions(pool="last", normalize=False, embedding_dtype=embedding_dtype)
     reader = encode(model, [make_document(5)], options, EncodeFacts(BOS, "tiny", "ab12"))
     number = pa.float32() if embedding_dtype == "float32" else pa.float16()
@@ -177,7 +177,7 @@ def test_schema_and_metadata_are_the_contract(model: LongNet, embedding_dtype: s
     ]
 
 
-def test_an_empty_document_has_no_vector(model: LongNet) -> None:
+def test_an_empty_document_has_no_vector(model):
     """A zero vector would look like an answer."""
     documents = [make_document(5), make_document(0, "hollow"), make_document(7, "b")]
     events = Events()
@@ -188,7 +188,7 @@ def test_an_empty_document_has_no_vector(model: LongNet) -> None:
         encode(model, [make_document(0, "hollow")], EncodeOptions(), EncodeFacts(BOS)).read_all()
 
 
-def test_a_model_without_vocabulary_reads_no_tokens() -> None:
+def test_a_model_without_vocabulary_reads_no_tokens():
     net = LongNet(CONFIG.model_copy(update={"vocab_size": 0}))
     with pytest.raises(
         ConfigError, match="the model reads vectors, and this document holds token ids"
@@ -230,9 +230,7 @@ def stopped_at(index: int) -> Iterator[Document]:
 @pytest.mark.parametrize(
     ("span", "groups"), [(None, "0,1,2 3,4,5 6,7,8 9,10,11"), (20, "0,1 2,3 4,5 6 7,8 9,10 11")]
 )
-def test_a_folder_holds_what_the_reader_gives(
-    model: LongNet, tmp_path: Path, span: int | None, groups: str
-) -> None:
+def test_a_folder_holds_what_the_reader_gives(model, tmp_path, span, groups):
     """A shard ends with the document that brings it to 3 rows."""
     totals = write(model, tmp_path / "out", span=span)
     tables = shards_of(tmp_path / "out")
@@ -251,9 +249,7 @@ def shards_of(folder: Path) -> list[pa.Table]:
 
 
 @pytest.mark.parametrize("span", [None, 20])
-def test_a_folder_resumed_anywhere_has_the_same_bytes(
-    model: LongNet, tmp_path: Path, span: int | None
-) -> None:
+def test_a_folder_resumed_anywhere_has_the_same_bytes(model, tmp_path, span):
     write(model, tmp_path / "whole", span=span)
     for stop in (2, 4, 5, 9, 12):
         place, seen = tmp_path / str(stop), []
@@ -266,7 +262,7 @@ def test_a_folder_resumed_anywhere_has_the_same_bytes(
         assert half.totals["documents"] >= stop - 3
 
 
-def test_an_earlier_run_may_name_the_pattern_otherwise(model: LongNet, tmp_path: Path) -> None:
+def test_an_earlier_run_may_name_the_pattern_otherwise(model, tmp_path):
     """As another version wrote it; the folder says one thing, and another pattern is refused."""
     write(model, tmp_path / "whole", pattern="geometric:64,base=16")
     with pytest.raises(KeyboardInterrupt):
@@ -279,9 +275,7 @@ def test_an_earlier_run_may_name_the_pattern_otherwise(model: LongNet, tmp_path:
 
 
 @pytest.mark.parametrize("span", [None, 20])
-def test_neighbours_of_one_name_get_names_of_their_own(
-    model: LongNet, tmp_path: Path, span: int | None
-) -> None:
+def test_neighbours_of_one_name_get_names_of_their_own(model, tmp_path, span):
     """Also on both sides of an empty document, of the edge of a shard and of a stop; but not the names of a column."""
     names = ["a", "a", "a", "a#2", "", "b", "", "b", "a"]
 
@@ -324,9 +318,7 @@ OTHER = [
 
 
 @pytest.mark.parametrize(("name", "options"), OTHER, ids=[name for name, _ in OTHER])
-def test_a_folder_is_not_resumed_with_other_options(
-    tmp_path: Path, name: str, options: dict[str, Any]
-) -> None:
+def test_a_folder_is_not_resumed_with_other_options(tmp_path, name, options):
     model = LongNet(CONFIG).eval()
     with pytest.raises(KeyboardInterrupt):
         write(model, tmp_path, stopped_at(7))
@@ -336,9 +328,7 @@ def test_a_folder_is_not_resumed_with_other_options(
     assert contents(tmp_path) == before
 
 
-def test_a_default_chunk_is_that_of_the_run_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_default_chunk_is_that_of_the_run_before(tmp_path, monkeypatch):
     """On a GPU it depends on the memory that is free."""
     texts = write_lines(
         tmp_path / "x.jsonl", [{"id": str(n), "text": "ab " * n} for n in range(20)]
@@ -357,7 +347,7 @@ def test_a_default_chunk_is_that_of_the_run_before(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_empty_documents_are_counted_and_change_no_shard(model: LongNet, tmp_path: Path) -> None:
+def test_empty_documents_are_counted_and_change_no_shard(model, tmp_path):
     write(model, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         write(model, tmp_path / "out", chain([make_document(0, "hollow")], stopped_at(7)))
@@ -374,9 +364,7 @@ def test_empty_documents_are_counted_and_change_no_shard(model: LongNet, tmp_pat
 
 
 @pytest.mark.parametrize("skips", [False, True])
-def test_a_document_is_told_before_any_of_it_is_read_and_a_refusal_is_not_skipped(
-    model: LongNet, skips: bool
-) -> None:
+def test_a_document_is_told_before_any_of_it_is_read_and_a_refusal_is_not_skipped(model, skips):
     seen: list[str] = []
 
     class Noted(Document):
@@ -395,7 +383,7 @@ def test_a_document_is_told_before_any_of_it_is_read_and_a_refusal_is_not_skippe
     assert seen == ["told"]
 
 
-def test_a_shard_ends_after_as_many_rows_as_were_asked_for_also_of_units(tmp_path: Path) -> None:
+def test_a_shard_ends_after_as_many_rows_as_were_asked_for_also_of_units(tmp_path):
     texts = write_lines(
         tmp_path / "x.jsonl", [{"id": str(n), "text": "One. Two. Three. " * 3} for n in range(4)]
     )

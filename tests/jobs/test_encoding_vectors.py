@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from builders import level_options, read_golden, slide, slide_encoder
-from conftest import RunLongnet
 from files import write_file, write_stream
 from safetensors.torch import save_file
 from torch import Tensor
@@ -80,7 +79,7 @@ def same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], atol: floa
 
 
 @pytest.mark.ci
-def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_golden_through_every_format(run_longnet, tmp_path):
     """`convert`, then `encode`: the official vectors, out of Parquet, an Arrow stream on a pipe, and HDF5."""
     h5py = pytest.importorskip("h5py")
     state, wanted, theirs = read_golden("slide_encoder_zero_key")
@@ -98,9 +97,7 @@ def test_golden_through_every_format(run_longnet: RunLongnet, tmp_path: Path) ->
             same(vectors(tmp_path / "out.arrow"), {"slide": wanted[name].numpy()}, 1e-4)
 
 
-def test_python_agrees_with_the_command_about_tiles_of_512_pixels(
-    run_longnet: RunLongnet, tmp_path: Path, model: Path
-) -> None:
+def test_python_agrees_with_the_command_about_tiles_of_512_pixels(run_longnet, tmp_path, model):
     h5py = pytest.importorskip("h5py")
     features, coords = slide(90)
     coords = coords // 256 * 512
@@ -114,9 +111,7 @@ def test_python_agrees_with_the_command_about_tiles_of_512_pixels(
     same(vectors(tmp_path / "out.arrow"), {"slide": found[0].numpy()})
 
 
-def test_the_default_is_the_mean_scaled_to_length_one(
-    run_longnet: RunLongnet, tmp_path: Path, model: Path
-) -> None:
+def test_the_default_is_the_mean_scaled_to_length_one(run_longnet, tmp_path, model):
     words = "encode --model ./model -o out.arrow -"
     run_longnet(words, input=stream(slides()), text=False, code=0)
     scaled = {name: x / np.linalg.norm(x) for name, x in expected().items()}
@@ -125,7 +120,7 @@ def test_the_default_is_the_mean_scaled_to_length_one(
     assert table["n_tokens"].to_pylist() == [*SLIDES.values()]
 
 
-def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_vectors_of_vectors(run_longnet, tmp_path):
     """What `encode --span` writes is read by a net without coordinates, and by a LongNet without a vocabulary."""
     (tmp_path / "book.txt").write_text("a long way from here " * 60)
     run_longnet("encode book.txt --span 16 -o chunks.arrow", code=0)
@@ -146,7 +141,7 @@ def test_vectors_of_vectors(run_longnet: RunLongnet, tmp_path: Path) -> None:
             same(vectors(tmp_path / "out.arrow"), {"book.txt": vector.numpy()})
 
 
-def test_spans_of_a_slide(run_longnet: RunLongnet, tmp_path: Path, model: Path) -> None:
+def test_spans_of_a_slide(run_longnet, tmp_path, model):
     x, at = slide(50)
     pq.write_table(tiles(x, at, "s"), tmp_path / "s.parquet")
     words = "encode s.parquet --model ./model --span 20 --no-normalize --chunk 16 -o out.parquet"
@@ -161,9 +156,7 @@ def test_spans_of_a_slide(run_longnet: RunLongnet, tmp_path: Path, model: Path) 
     np.testing.assert_allclose(np.array(found["embedding"].to_pylist()), wanted, rtol=0, atol=1e-5)
 
 
-def test_tiles_that_share_a_cell_are_told(
-    run_longnet: RunLongnet, tmp_path: Path, model: Path
-) -> None:
+def test_tiles_that_share_a_cell_are_told(run_longnet, tmp_path, model):
     """Coordinates that count tiles of 8, read as pixels of tiles of 256; with --tile-size 8 there is no word."""
     at = 8 * torch.cartesian_prod(torch.arange(20), torch.arange(20))
     pq.write_table(tiles(torch.randn(400, 6), at, "s"), tmp_path / "s.parquet")
@@ -210,9 +203,7 @@ BAD = [
     ("nested", "bad"),
     [(nested, bad) for bad in BAD for nested in (False, True) if nested or bad[1] is not None],
 )
-def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
-    run_longnet: RunLongnet, tmp_path: Path, model: Path, nested: bool, bad: tuple
-) -> None:
+def test_a_bad_slide_is_left_out_as_if_it_were_not_there(run_longnet, tmp_path, model, nested, bad):
     table, line = edited(nested, *bad[:3]), bad[3]
     pq.write_table(table, tmp_path / "x.parquet")
     write_file(tmp_path / "x.arrow", table, 1000)
@@ -237,9 +228,7 @@ def test_a_bad_slide_is_left_out_as_if_it_were_not_there(
     assert names.to_pylist() == ["s1", "s3", "s4"]
 
 
-def test_files_of_vectors_that_cannot_be_read_are_left_out(
-    run_longnet: RunLongnet, tmp_path: Path, model: Path
-) -> None:
+def test_files_of_vectors_that_cannot_be_read_are_left_out(run_longnet, tmp_path, model):
     """A missing and a truncated file; an empty document is passed over, and --dry-run counts the same."""
     table = edited(True, "features", None, [])
     empty = edited(True, "coords", None, [])["coords"]

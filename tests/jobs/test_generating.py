@@ -6,8 +6,6 @@ Of a text that comes token by token, the parts are the whole: none is half a cha
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +49,7 @@ NETS = {
 
 @pytest.mark.parametrize("kind", NETS)
 @torch.no_grad()
-def test_every_token_is_the_best_of_a_full_forward(kind: str) -> None:
+def test_every_token_is_the_best_of_a_full_forward(kind):
     """Of the whole sequence at once, and its log-probability is that one's; across segments, after any chunks."""
     model = NETS[kind]()
     for length, bos, chunk in ((1, None, None), (50, 3, 7), (50, 3, None), (61, None, 16)):
@@ -68,7 +66,7 @@ def test_every_token_is_the_best_of_a_full_forward(kind: str) -> None:
     assert len(set(found.tolist())) > 5
 
 
-def test_draws_follow_the_softmax_and_top_p_takes_the_fewest_tokens() -> None:
+def test_draws_follow_the_softmax_and_top_p_takes_the_fewest_tokens():
     logits = torch.tensor([0.125, 0.5, 0.125, 0.25]).log()
 
     def shares(temperature: float, top_p: float, draws: int = 50) -> list[float]:
@@ -93,7 +91,7 @@ def test_draws_follow_the_softmax_and_top_p_takes_the_fewest_tokens() -> None:
         Sampler(0, 1, 0)(torch.tensor([0.0, torch.nan]))
 
 
-def test_a_seed_gives_the_same_text_in_any_company() -> None:
+def test_a_seed_gives_the_same_text_in_any_company():
     model = native()
     options = {"temperature": 1.0, "top_p": 0.9}
     first = generated(model, seed=1, **options)
@@ -102,7 +100,7 @@ def test_a_seed_gives_the_same_text_in_any_company() -> None:
     assert [x.id for x in generated(model, seed=2, **options)] != [x.id for x in first]
 
 
-def test_many_equal_prompts_follow_the_distribution_of_the_model(tmp_path: Path) -> None:
+def test_many_equal_prompts_follow_the_distribution_of_the_model(tmp_path):
     """By a chi-squared test. Each prompt has random numbers of its own, which depend on the seed and on its number."""
     model, text = tiny_model(tmp_path / "model", position="rope"), "the same prompt"
     path = write_lines(tmp_path / "x.jsonl", [{"text": text}] * 200)
@@ -125,7 +123,7 @@ def test_many_equal_prompts_follow_the_distribution_of_the_model(tmp_path: Path)
     assert invoke("generate -i", path, *words).stdout == printed
 
 
-def test_it_ends_at_an_id_at_a_text_and_at_the_last_position() -> None:
+def test_it_ends_at_an_id_at_a_text_and_at_the_last_position():
     model = native()
     whole = generated(model)
     ids, text = [step.id for step in whole], text_of(whole)
@@ -161,12 +159,12 @@ def test_it_ends_at_an_id_at_a_text_and_at_the_last_position() -> None:
         ({"bos": "own"}, "a net alone does not say what it reads before a text"),
     ],
 )
-def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:
+def test_options_that_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         generated(native(), **options)
 
 
-def test_a_prompt_may_be_a_text() -> None:
+def test_a_prompt_may_be_a_text():
     model = native()
     ids = WORDS.encode("some text")
     given = {"bos": None, "tokenizer": WORDS, "max_tokens": 8}
@@ -179,7 +177,7 @@ def test_a_prompt_may_be_a_text() -> None:
         [*generate(model, "some text", **given | {"tokenizer": None})]
 
 
-def test_what_cannot_be_continued() -> None:
+def test_what_cannot_be_continued():
     with pytest.raises(ConfigError, match="a bidirectional model does not say what comes next"):
         generated(native(causal=False))
     with pytest.raises(DataError, match=r"prompt.txt: the prompt is empty"):
@@ -222,7 +220,7 @@ def streamed(words: Tokenizer, ids: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_no_part_is_half_a_character(name: str) -> None:
+def test_no_part_is_half_a_character(name):
     words = TOKENIZERS[name]
     ids = words.encode(TEXT * 3).tolist()
     parts = streamed(words, ids)
@@ -236,14 +234,14 @@ def test_no_part_is_half_a_character(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 @given(data=st.data())
-def test_any_ids_give_the_text_of_them_all(name: str, data: st.DataObject) -> None:
+def test_any_ids_give_the_text_of_them_all(name, data):
     """Bytes that are no character, special tokens and ids beyond the vocabulary too."""
     words = TOKENIZERS[name]
     ids = data.draw(st.lists(st.integers(0, words.vocab_size + 2), max_size=30))
     assert "".join(streamed(words, ids)) == words.decode(np.array(ids, np.int64), special=False)
 
 
-def test_bytes_that_are_no_text_are_not_waited_for_without_end() -> None:
+def test_bytes_that_are_no_text_are_not_waited_for_without_end():
     stream = TextStream(TOKENIZERS["pieces"])
     parts = [stream.add(1 + 0xFF) for _ in range(200)]
     assert sum(map(bool, parts)) == 3
@@ -254,7 +252,7 @@ def test_bytes_that_are_no_text_are_not_waited_for_without_end() -> None:
     stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     size=st.integers(1, 3),
 )
-def test_a_text_ends_before_the_first_stop_text(text: str, stops: list[str], size: int) -> None:
+def test_a_text_ends_before_the_first_stop_text(text, stops, size):
     """However it is cut into parts, it ends where the first stop text to be complete begins; nothing is shown twice."""
     stop, shown = StopTexts(stops), ""
     for first in range(0, len(text), size):

@@ -12,7 +12,6 @@ from pattern_nets import EOS, draw, error, gradients, net
 from strategies import PAPER_64TH, document_starts, patterns_with_options
 from torch import Tensor
 
-from longnet_cli.attention import Pattern
 from longnet_cli.jobs.training.objective import backward, mask_tokens
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import IGNORED
@@ -37,9 +36,7 @@ def alone(model: LongNet, tokens: Tensor, targets: Tensor) -> Tensor:
     chunk=st.integers(1, 200),
     every=st.integers(1, 5),
 )
-def test_documents_of_a_window_do_not_see_each_other(
-    pattern: Pattern, batch: int, tokens: int, ends: set[int], chunk: int, every: int
-) -> None:
+def test_documents_of_a_window_do_not_see_each_other(pattern, batch, tokens, ends, chunk, every):
     model = net(pattern).double()
     ids, targets = draw(batch, tokens).clamp_(max=EOS - 1), draw(batch, tokens, seed=1)
     targets[:, torch.arange(tokens) % every > 0] = IGNORED
@@ -60,7 +57,7 @@ def test_documents_of_a_window_do_not_see_each_other(
 
 
 @pytest.mark.parametrize("chunk", [50, 100, 128, 1000])
-def test_without_an_eos_id_a_window_is_one_sequence(chunk: int) -> None:
+def test_without_an_eos_id_a_window_is_one_sequence(chunk):
     model = net(PAPER_64TH).double()
     ids, targets = draw(3, 128), draw(3, 128, seed=1)
     loss = model.nll(model(ids), targets).sum()
@@ -76,7 +73,7 @@ def test_without_an_eos_id_a_window_is_one_sequence(chunk: int) -> None:
     )
 
 
-def test_tokens_without_a_target_have_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_without_a_target_have_no_logits(monkeypatch):
     model, rows = net(PAPER_64TH, causal=False), []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden))
@@ -89,7 +86,7 @@ def test_tokens_without_a_target_have_no_logits(monkeypatch: pytest.MonkeyPatch)
 MASK, END = 4, 0
 
 
-def test_of_ten_chosen_eight_become_the_mask_one_another_token_and_one_stays() -> None:
+def test_of_ten_chosen_eight_become_the_mask_one_another_token_and_one_stays():
     tokens = torch.randint(1000, (8, 4096), generator=torch.Generator().manual_seed(0))
     seen, targets = mask_tokens(
         tokens, 0.15, mask_id=1000, eos_id=None, seeds=[(1, row) for row in range(8)]
@@ -111,7 +108,7 @@ def test_of_ten_chosen_eight_become_the_mask_one_another_token_and_one_stays() -
     )
 
 
-def test_documents_keep_their_ends_and_get_no_other() -> None:
+def test_documents_keep_their_ends_and_get_no_other():
     tokens = torch.randint(MASK, (8, 512), generator=torch.Generator().manual_seed(0))
     seen, targets = mask_tokens(
         tokens, 0.9, mask_id=MASK, eos_id=END, seeds=[(1, row) for row in range(8)]

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import RunLongnet
 from files import write_file
 from hypothesis import given
 from hypothesis import strategies as st
@@ -168,7 +167,7 @@ def test_problems_without_end_are_counted_but_not_all_kept(tmp_path, monkeypatch
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_in_text_and_json(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_the_command_in_text_and_json(run_longnet, tmp_path):
     write(tmp_path / "a.arrow", [[1, 2], [3] * 5], eos_id="256")
     text = run_longnet("data inspect a.arrow")
     assert (text.returncode, text.stderr) == (0, "")
@@ -198,9 +197,7 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def test_problems_are_exit_code_3_after_everything_is_printed(
-    run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+def test_problems_are_exit_code_3_after_everything_is_printed(run_longnet, tmp_path):
     write(tmp_path / "a.arrow", [[1, 2], [3, 300]])
     for format in ("text", "json"):
         done = run_longnet("data inspect missing a.arrow --tokenizer bytes --format", format)

@@ -43,7 +43,7 @@ def write_run(folder: Path, steps: range | list[int] = range(10, 110, 10), **mor
     return folder
 
 
-def test_curves_are_what_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_are_what_the_file_says(tmp_path, monkeypatch):
     run = read(write_run(tmp_path / "run"))
     assert run.name == "run"
     assert curve(run, "loss") == [(n, 100 / n) for n in range(10, 110, 10)]
@@ -54,7 +54,7 @@ def test_curves_are_what_the_file_says(tmp_path: Path, monkeypatch: pytest.Monke
     assert [panel.key for panel in panels([run], ["lr", "loss"])] == ["lr", "loss"]
 
 
-def test_of_a_step_made_twice_the_later_line_counts(tmp_path: Path) -> None:
+def test_of_a_step_made_twice_the_later_line_counts(tmp_path):
     """And what a resumed run has not come to again is gone, as it will be otherwise."""
     folder = write_run(tmp_path / "run", [10, 20, 30, 40])
     with (folder / "metrics.jsonl").open("a") as file:
@@ -62,7 +62,7 @@ def test_of_a_step_made_twice_the_later_line_counts(tmp_path: Path) -> None:
     assert curve(read(folder), "loss") == [(10, 10.0), (20, 5.0), (30, 7.0)]
 
 
-def test_missing_values_are_gaps(tmp_path: Path) -> None:
+def test_missing_values_are_gaps(tmp_path):
     (tmp_path / "run.jsonl").write_text(
         '{"step": 1, "loss": null}\n{"step": 2, "loss": 3, "held_out_loss": 4}\n'
     )
@@ -70,7 +70,7 @@ def test_missing_values_are_gaps(tmp_path: Path) -> None:
     assert panel.curves == [Curve("run", [Point(2, 3)]), Curve("run held out", [Point(2, 4)])]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
     paths = [
@@ -81,14 +81,14 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     assert [run.name for run in read_all(paths)] == [str(paths[0]), str(paths[1]), "other"]
 
 
-def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
     folder = write_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 110, "lo')
     assert read(folder).rows[-1]["step"] == 100
 
 
-def test_a_picture(tmp_path: Path) -> None:
+def test_a_picture(tmp_path):
     """A line cannot show one point: it is a circle."""
     pytest.importorskip("matplotlib")
     for steps in ([1], [1, 2]):
@@ -101,7 +101,7 @@ def test_a_picture(tmp_path: Path) -> None:
         draw_picture(panels(runs), tmp_path / "curves.gif")
 
 
-def test_the_command(run_longnet, tmp_path: Path) -> None:
+def test_the_command(run_longnet, tmp_path):
     """Without a name, the picture has one; drawn again, it takes the place of the first."""
     pytest.importorskip("matplotlib")
     write_run(tmp_path / "run")
@@ -111,7 +111,7 @@ def test_the_command(run_longnet, tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path: Path, run_longnet) -> None:
+def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, run_longnet):
     write_run(tmp_path / "run")
     (tmp_path / "hidden/matplotlib").mkdir(parents=True)
     (tmp_path / "hidden/matplotlib/__init__.py").write_text("raise ImportError('hidden')")
@@ -150,7 +150,7 @@ def by_key(*files: Path) -> dict[str, Panel]:
     return {panel.key: panel for panel in panels(read_all(files))}
 
 
-def test_a_billion_tokens() -> None:
+def test_a_billion_tokens():
     """Each length is one point: the whole run, not its decades. Dense goes on as its square from the last measured."""
     rows = [json.loads(line) for line in BILLION.read_text().splitlines()]
     found = by_key(BILLION)
@@ -171,7 +171,7 @@ def test_a_billion_tokens() -> None:
     assert [curve.extrapolated for curve in memory.curves] == [False, False]
 
 
-def test_what_differs_between_rows_is_in_the_names(tmp_path: Path) -> None:
+def test_what_differs_between_rows_is_in_the_names(tmp_path):
     directions = [
         bench_row("dilated", 64, 1.0),
         bench_row("dilated", 64, 2.0, direction="backward", heads=None),
@@ -197,7 +197,7 @@ def test_what_differs_between_rows_is_in_the_names(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_rows_without_a_measurement_give_no_point(tmp_path: Path) -> None:
+def test_rows_without_a_measurement_give_no_point(tmp_path):
     stopped = bench_row("dilated", 10**9, 5.0, status="stopped", start=0, stop=4000)
     rows = [
         bench_row("dilated", 64, 1.0),
@@ -212,7 +212,7 @@ def test_rows_without_a_measurement_give_no_point(tmp_path: Path) -> None:
         panels([read(only_skipped)])
 
 
-def test_contexts_are_a_curve_with_errors() -> None:
+def test_contexts_are_a_curve_with_errors():
     found = by_key(TINY, BLOCKS)
     totals = json.loads(TINY.read_text())["totals"]
     tiny, blocks = found["ppl"].curves
@@ -229,7 +229,7 @@ def test_contexts_are_a_curve_with_errors() -> None:
 
 
 @pytest.mark.parametrize("format", ["json", "jsonl", "one line"])
-def test_scores_in_every_form(tmp_path: Path, format: str) -> None:
+def test_scores_in_every_form(tmp_path, format):
     rows = [
         {"from": 1, "to": 1, "n_tokens": 5, "nll": 3.0, "nll_se": 0.5},
         {"from": 2, "to": 3, "nll": 2.0},
@@ -248,7 +248,7 @@ def test_scores_in_every_form(tmp_path: Path, format: str) -> None:
     )
 
 
-def test_rows_of_bench_in_every_form(tmp_path: Path) -> None:
+def test_rows_of_bench_in_every_form(tmp_path):
     row = bench_row("dilated", 64, 1.0)
     forms = (
         f"[\n  {json.dumps(row)}\n]\n",
@@ -261,9 +261,7 @@ def test_rows_of_bench_in_every_form(tmp_path: Path) -> None:
         assert by_key(tmp_path / f"{index}.json")["seconds"].curves[0].points == [Point(64, 1.0)]
 
 
-def test_a_picture_says_what_of_which_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_says_what_of_which_machine(tmp_path, monkeypatch):
     """Panels below one another; ticks of an axis in one notation; in legends, a curve is named once."""
     pytest.importorskip("matplotlib")
     figures = []
@@ -292,7 +290,7 @@ def test_a_picture_says_what_of_which_machine(
     )
 
 
-def test_bench_and_score_go_into_plot(run_longnet, tmp_path: Path) -> None:
+def test_bench_and_score_go_into_plot(run_longnet, tmp_path):
     """The real commands, through a pipe and from a file."""
     pytest.importorskip("matplotlib")
     options = [

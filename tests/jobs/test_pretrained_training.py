@@ -89,9 +89,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         Pattern((8, 32), (1, 2)),
     ],
 )
-def test_the_gradient_in_chunks_is_the_whole_one(
-    pattern: Pattern, lora: list[str] | None, llama: Path, tmp_path: Path
-) -> None:
+def test_the_gradient_in_chunks_is_the_whole_one(pattern, lora, llama, tmp_path):
     """With LoRA on queries alone, no weight that is trained makes the first layer's keys. Far rows are in a file."""
     net = ModelFolder(llama).net(pattern=pattern)
     net.check_trainable()
@@ -116,7 +114,7 @@ def test_the_gradient_in_chunks_is_the_whole_one(
         assert (found[1][1][name] - whole).norm() <= 1e-5 * whole.norm(), name
 
 
-def test_documents_in_one_row_are_as_each_alone(llama: Path) -> None:
+def test_documents_in_one_row_are_as_each_alone(llama):
     net = ModelFolder(llama).net(pattern=parse_pattern(WINDOW))
     ids, lengths = torch.randint(257, (1, 90)), [20, 43, 27]
     found = net(ids, documents=lengths)
@@ -127,7 +125,7 @@ def test_documents_in_one_row_are_as_each_alone(llama: Path) -> None:
     assert nll.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
-def test_a_run_leaves_a_folder_of_transformers(llama: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_a_folder_of_transformers(llama, corpus, tmp_path):
     result = train(recipe(llama, corpus), tmp_path / "run")
     lines = metrics_of(tmp_path / "run")
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
@@ -156,9 +154,7 @@ def train_four_steps(found: Recipe, output: Path) -> None:
         train(found, output, events=Events(step=stop))
 
 
-def test_lora_leaves_the_merged_model_and_the_adapter(
-    llama: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_lora_leaves_the_merged_model_and_the_adapter(llama, corpus, tmp_path):
     peft = pytest.importorskip("peft")
     found = recipe(llama, corpus, **{"lora.rank": 4, "lora.dropout": 0.1})
     train(found, tmp_path / "whole")
@@ -194,9 +190,7 @@ def test_lora_leaves_the_merged_model_and_the_adapter(
         train(found, tmp_path / "run")
 
 
-def test_a_full_disk_keeps_the_model_and_the_adapter(
-    llama: Path, corpus: Path, small_disk: Path
-) -> None:
+def test_a_full_disk_keeps_the_model_and_the_adapter(llama, corpus, small_disk):
     pytest.importorskip("peft")
     found = recipe(llama, corpus, **{"lora.rank": 4})
     net = ModelFolder(llama).trainable(found.model, found.adapter, print)
@@ -215,8 +209,8 @@ def test_a_full_disk_keeps_the_model_and_the_adapter(
 @pytest.mark.parametrize("products", ["fp32", "bf16"])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_lora_beside_weights_of_two_bytes_is_that_beside_float32(
-    stored: torch.dtype, products: str, llama: Path, corpus: Path, tmp_path: Path
-) -> None:
+    stored, products, llama, corpus, tmp_path
+):
     """The frozen matrices stay in the type of their folder, and the numbers are those of float32 weights."""
     pytest.importorskip("peft")
     model, frozen = hf.AutoModelForCausalLM.from_pretrained(llama, dtype=stored), []
@@ -261,7 +255,7 @@ def train_on(llama: Path, corpus: Path, runs: list[tuple[Path, int, str, str, bo
 
 
 @pytest.mark.ci
-def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
+def test_two_ranks_are_one(llama, corpus, tmp_path):
     hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(
         llama
     )  # for LoRA
@@ -285,9 +279,7 @@ def test_two_ranks_are_one(llama: Path, corpus: Path, tmp_path: Path) -> None:
         )  # AdamW does not see how large gradients are
 
 
-def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(
-    llama: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(llama, corpus, tmp_path):
     plain: dict[str, object] = {"model.pattern": None}
     with pytest.raises(ConfigError, match=r"reads up to 64 tokens.* needs 96: set model\.pattern"):
         recipe(llama, corpus, **plain)
@@ -303,8 +295,8 @@ def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(
 
 @pytest.mark.parametrize(("pattern", "named"), [("window:33,sinks=4", 1), ("dense", 0)])
 def test_a_first_level_wider_than_the_model_was_trained_is_named(
-    llama: Path, corpus: Path, tmp_path: Path, pattern: str, named: int
-) -> None:
+    llama, corpus, tmp_path, pattern, named
+):
     stage = {"train.stages": [{"seq_len": 96, "steps": 1}], "data.held_out": None}
     notes: list[str] = []
     found = recipe(llama, corpus, **stage, **{"model.pattern": pattern})
@@ -316,9 +308,7 @@ def test_a_first_level_wider_than_the_model_was_trained_is_named(
     ("changes", "rate"),
     [({}, 2e-5), ({"lora.rank": 2}, 2e-4), ({"lora.rank": 2, "optimizer.lr": 1e-3}, 1e-3)],
 )
-def test_a_run_from_a_model_has_the_rate_of_fine_tuning(
-    changes: dict[str, object], rate: float, llama: Path
-) -> None:
+def test_a_run_from_a_model_has_the_rate_of_fine_tuning(changes, rate, llama):
     stage = {"train.stages": [{"seq_len": 64, "steps": 1}]}
     assert (
         load_recipe(

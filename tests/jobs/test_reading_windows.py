@@ -15,7 +15,6 @@ import pyarrow.ipc as ipc
 import pytest
 import torch
 from builders import vectors
-from conftest import RunLongnet
 from files import write_lines
 from processes import contents, refused
 
@@ -55,7 +54,7 @@ def cls_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("unit", ["sentence", "paragraph"])
-def test_a_unit_is_a_window_where_a_pooling_takes_one_state(cls_model: Path, unit: str) -> None:
+def test_a_unit_is_a_window_where_a_pooling_takes_one_state(cls_model, unit):
     """Each has the vector of its text alone. What is longer than a window is cut."""
     text = (
         "The net reads. The document makes an vector, long!\n\nWith the window: is the token in an net? "
@@ -132,14 +131,7 @@ LENGTHS = [1, 2, 15, 16, 17, 18, 31, 32, 33, 47, 48, 49, 100]  # a window of 20 
         (5, None, None),
     ],
 )
-def test_it_is_a_plain_loop_over_windows(
-    mean_model: Path,
-    cls_model: Path,
-    context: int | None,
-    stride: int | None,
-    span: int | None,
-    cls: bool,
-) -> None:
+def test_it_is_a_plain_loop_over_windows(mean_model, cls_model, context, stride, span, cls):
     folder = cls_model if cls else mean_model
     room = (context or 20) - len(LEAD) - len(CLOSING)
     read = documents(LENGTHS)
@@ -169,7 +161,7 @@ def test_it_is_a_plain_loop_over_windows(
 
 @pytest.mark.parametrize("size", [1, 5, 8])
 @pytest.mark.parametrize("stride", [1, 3, 5, 8])
-def test_every_token_is_in_one_place(size: int, stride: int) -> None:
+def test_every_token_is_in_one_place(size, stride):
     for tokens in range(1, 40) if stride <= size else ():
         windows = list(windows_of(tokens, size, stride))
         taken = [token for window in windows for token in range(window.taken, window.taken_stop)]
@@ -193,9 +185,7 @@ def rows(path: Path) -> pa.Table:
 
 
 @pytest.mark.ci
-def test_the_same_from_everywhere(
-    mean_model: Path, tmp_path: Path, run_longnet: RunLongnet
-) -> None:
+def test_the_same_from_everywhere(mean_model, tmp_path, run_longnet):
     path = corpus(tmp_path)
     words = ["encode --span 40 --model", mean_model, path, "-o"]
     for name, ranks in (("one", []), ("two", ["--dp", "2"])):
@@ -217,9 +207,7 @@ def test_the_same_from_everywhere(
     assert ids.drop(["embedding"]) == file.drop(["embedding", "char_start", "char_end"])
 
 
-def test_the_dry_run_counts_windows(
-    mean_model: Path, tmp_path: Path, run_longnet: RunLongnet
-) -> None:
+def test_the_dry_run_counts_windows(mean_model, tmp_path, run_longnet):
     (tmp_path / "a.txt").write_text(" ".join(["net"] * 100))
     options = ["encode", tmp_path / "a.txt", "--model", mean_model, "--dry-run", "--format", "json"]
     counts = [json.loads(run_longnet(*options, *more).stdout) for more in ([], ["--stride", "8"])]
@@ -243,9 +231,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("words", "said"), REFUSED)
-def test_what_does_not_fit_is_refused_in_one_line(
-    words: str, said: str, mean_model: Path, cls_model: Path, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(words, said, mean_model, cls_model, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", [{"text": "the net", "char_start": 3}])
     command = ["encode", path, "-m", mean_model, "-o", tmp_path / "x.arrow"]
     error = refused(*command, *words.replace("CLS", str(cls_model), "-m" in words).split())

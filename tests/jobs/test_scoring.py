@@ -50,9 +50,7 @@ def model() -> LongNet:
 @pytest.mark.parametrize(
     ("chunk", "bos", "context"), [(1, BOS, None), (7, None, None), (64, None, 99), (129, BOS, 99)]
 )
-def test_log_probabilities_are_those_of_the_logits(
-    tmp_path: Path, chunk: int, bos: int | None, context: int | None
-) -> None:
+def test_log_probabilities_are_those_of_the_logits(tmp_path, chunk, bos, context):
     """Of each token and of the likeliest ones, beside which are the same ids and log-probabilities as without them.
 
     The rows of a document are its parts, in order; an empty one has none.
@@ -103,7 +101,7 @@ def test_log_probabilities_are_those_of_the_logits(
         np.testing.assert_allclose(top_logprobs, logits.log_softmax(-1).amax(-1), rtol=1e-6)
 
 
-def test_a_long_document_is_handed_out_at_once(model: LongNet) -> None:
+def test_a_long_document_is_handed_out_at_once(model):
     """Before the next one is even read: the row of an hour's work must not wait for the next hour's."""
     read: list[str] = []
 
@@ -116,7 +114,7 @@ def test_a_long_document_is_handed_out_at_once(model: LongNet) -> None:
     assert read == ["a"]
 
 
-def test_an_empty_document_is_no_error_but_nothing_at_all_is(model: LongNet) -> None:
+def test_an_empty_document_is_no_error_but_nothing_at_all_is(model):
     seen: list[int] = []
     documents = [make_document(0), make_document(3)]
     first, _ = scores(model, documents, bos=BOS, events=Events(progress=seen.append))
@@ -132,7 +130,7 @@ def test_an_empty_document_is_no_error_but_nothing_at_all_is(model: LongNet) -> 
         list(scores(model, [make_document(1)], bos=None))
 
 
-def test_leaves_no_inference_mode_behind(model: LongNet) -> None:
+def test_leaves_no_inference_mode_behind(model):
     for _ in scores(model, [make_document(3)], bos=BOS):
         assert not torch.is_inference_mode_enabled()
 
@@ -141,7 +139,7 @@ def test_leaves_no_inference_mode_behind(model: LongNet) -> None:
     ("change", "message"),
     [({"causal": False, "position": "rope"}, "bidirectional"), ({"vocab_size": 0}, "vocabulary")],
 )
-def test_a_model_that_cannot_score(change: dict, message: str) -> None:
+def test_a_model_that_cannot_score(change, message):
     with pytest.raises(ConfigError, match=message):  # at the call, not at the first document
         scores(tiny_net(**change), [], bos=BOS)
 
@@ -175,9 +173,7 @@ def write(
     return left_out
 
 
-def test_documents_too_short_are_counted_also_in_the_manifest(
-    model: LongNet, tmp_path: Path
-) -> None:
+def test_documents_too_short_are_counted_also_in_the_manifest(model, tmp_path):
     documents = [make_document(n, str(n)) for n in (3, 9, 12, 0)]
     for resume in (False, True):  # a finished folder gives its own count
         events = Events()
@@ -205,7 +201,7 @@ def nats(model: LongNet, document: Document, context: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
-def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None:
+def test_a_row_is_what_the_tokens_say(model, chunk):
     documents = [make_document(length, str(length)) for length in (1, 300, 0, 1000, 128)]
     table = rows(model, documents, chunk=chunk)
     assert table.schema == Scorer(Reader(model), OPTIONS).schema
@@ -241,12 +237,12 @@ def test_a_row_is_what_the_tokens_say(model: LongNet, chunk: int | None) -> None
     assert max(shares) > 0
 
 
-def test_one_context_has_no_gain(model: LongNet) -> None:
+def test_one_context_has_no_gain(model):
     table = rows(model, [make_document(50)], ScoreOptions())
     assert table.column_names == ["doc_id", "n_tokens", "n_bytes", "nll_sum", "ppl", "bpb"]
 
 
-def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> None:
+def test_a_resumed_folder_has_the_same_bytes(model, tmp_path):
     """Columns that are kept stand behind its rows, and what is bad is left out."""
     documents = [make_document(length, str(length)) for length in (100, 0, 0, 300, 20, 500, 0, 30)]
     documents[3:3] = [Document("bad", np.array([999]), 1, "bad.txt", limit=257)]
@@ -282,12 +278,12 @@ def test_a_resumed_folder_has_the_same_bytes(model: LongNet, tmp_path: Path) -> 
     assert table.schema.names == [*rows(model, documents[:1]).schema.names, "tags"]
 
 
-def test_nothing_to_score_is_said_at_the_end(model: LongNet, tmp_path: Path) -> None:
+def test_nothing_to_score_is_said_at_the_end(model, tmp_path):
     with pytest.raises(NoTokensError):
         write(model, tmp_path / "out", [make_document(0)])
 
 
-def test_a_kept_value_of_another_type_is_refused(model: LongNet) -> None:
+def test_a_kept_value_of_another_type_is_refused(model):
     documents = [make_document(30, "a"), make_document(40, "b")]
     for document, value in zip(documents, (1, "one"), strict=True):
         document.kept = {"year": pa.scalar(value)}
@@ -348,14 +344,7 @@ def plain(
         ((1, 49, 131, 999), None, None),
     ],
 )
-def test_windows_are_plain_forwards(
-    double: LongNet,
-    bos: int | None,
-    chunk: int,
-    contexts: tuple[int, ...],
-    stride: int | None,
-    last: int | None,
-) -> None:
+def test_windows_are_plain_forwards(double, bos, chunk, contexts, stride, last):
     documents = [make_document(length) for length in (95, 131, 4)]
     found = list(
         scores(
@@ -391,7 +380,7 @@ def test_windows_are_plain_forwards(
         )
 
 
-def test_ranges_of_positions() -> None:
+def test_ranges_of_positions():
     table = ByPosition(20)
     table.add(0, np.ones(3))
     table.add(19, np.full(2, 5.0))
@@ -443,7 +432,7 @@ def ratio_error(x: np.ndarray, y: np.ndarray) -> float:
     )
 
 
-def test_standard_errors_are_those_of_clusters(sums: np.ndarray) -> None:
+def test_standard_errors_are_those_of_clusters(sums):
     first, second = total_of(sums)
     short, long, tokens, n_bytes = sums.T
     for row, nats in ((first, short), (second, long)):
@@ -459,7 +448,7 @@ def test_standard_errors_are_those_of_clusters(sums: np.ndarray) -> None:
     assert second["ppl_ratio_se"] / second["ppl_ratio"] < 0.5 * second["ppl_se"] / second["ppl"]
 
 
-def test_rows_by_position_have_standard_errors() -> None:
+def test_rows_by_position_have_standard_errors():
     draw = np.random.default_rng(1)
     total, rows = Total([8]), []
     for length in draw.integers(3, 20, 40):  # none comes into the second segment
@@ -487,7 +476,7 @@ def test_rows_by_position_have_standard_errors() -> None:
     assert (found["by_position"][3]["from"], found["by_segment_position"][0]["to"]) == (8, 2)
 
 
-def test_few_and_empty_documents(sums: np.ndarray) -> None:
+def test_few_and_empty_documents(sums):
     empty = np.zeros((3, 4))
     assert total_of(np.concatenate((empty, sums)))[0] == total_of(sums)[0]
     (one, other) = total_of(sums[:1])
@@ -504,7 +493,7 @@ def test_few_and_empty_documents(sums: np.ndarray) -> None:
     assert Score(1e6, 1, 1).ppl is None  # past a float
 
 
-def test_no_document_is_long_enough(double: LongNet) -> None:
+def test_no_document_is_long_enough(double):
     """Each of its last 20 tokens is to have seen more than 64 - 10: 74 tokens are needed."""
     cut = {"bos": BOS, "context": [16, 64], "stride": 10, "last": 20, "dtype": "fp32"}
     with pytest.raises(DataError, match="no document has 74 tokens"):

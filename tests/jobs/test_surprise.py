@@ -71,7 +71,7 @@ def unpack(page: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], str]:
     return facts, lists, data[at:].decode()
 
 
-def test_a_page_holds_the_text_and_the_nats_of_each_token(tmp_path: Path) -> None:
+def test_a_page_holds_the_text_and_the_nats_of_each_token(tmp_path):
     """And nothing that it loads; a text cannot end its script."""
     write_surprise(read_surprise([write(tmp_path / "lp.arrow")]), tmp_path / "p.html")
     facts, lists, text = unpack(tmp_path / "p.html")
@@ -89,7 +89,7 @@ def test_a_page_holds_the_text_and_the_nats_of_each_token(tmp_path: Path) -> Non
     assert not re.search(r"https?:|src=|href=|@import|url\(", html)
 
 
-def test_two_files_are_compared(tmp_path: Path) -> None:
+def test_two_files_are_compared(tmp_path):
     """Although one has another cut of rows and no likeliest tokens."""
     files = [write(tmp_path / "short.arrow", scale=2, top=False), write(tmp_path / "long.parquet")]
     surprise = read_surprise(files)
@@ -100,7 +100,7 @@ def test_two_files_are_compared(tmp_path: Path) -> None:
     assert np.abs(lists["nats"].astype(int) - 2 * lists["other"].astype(int)).max() <= 1
 
 
-def test_files_of_other_tokens_are_refused(tmp_path: Path) -> None:
+def test_files_of_other_tokens_are_refused(tmp_path):
     one = write(tmp_path / "one.arrow")
     other = write(
         tmp_path / "other.arrow",
@@ -116,7 +116,7 @@ def test_files_of_other_tokens_are_refused(tmp_path: Path) -> None:
         read_surprise([one] * 3)
 
 
-def test_the_tokenizer_is_the_one_of_the_scores(tmp_path: Path) -> None:
+def test_the_tokenizer_is_the_one_of_the_scores(tmp_path):
     tiny_model(tmp_path / "model")
     named = str(tmp_path / "model")
     away = write(tmp_path / "away.arrow", **{"longnet.model": "./moved"})
@@ -135,7 +135,7 @@ def test_the_tokenizer_is_the_one_of_the_scores(tmp_path: Path) -> None:
         read_surprise([other], "bytes")
 
 
-def test_numbers_beyond_the_vocabulary_and_special_tokens_are_named(tmp_path: Path) -> None:
+def test_numbers_beyond_the_vocabulary_and_special_tokens_are_named(tmp_path):
     with write_token_logprobs(tmp_path / "x.arrow", METADATA, top=True) as take:
         ids, nats = np.array([97, 256, 999]), np.zeros(3, np.float32)
         take(Document("x", ids.astype(np.int32), 3, "x"), 5, ids, nats, ids, nats)
@@ -174,7 +174,7 @@ addEventListener("load", async () => {
 @pytest.mark.ci
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize(("dark", "width"), [(False, 400), (True, 1280)])
-def test_a_browser_shows_the_page(tmp_path: Path, dark: bool, width: int) -> None:
+def test_a_browser_shows_the_page(tmp_path, dark, width):
     """What is in sight alone is elements; a token tells of itself, and a click on the strip leads to the end."""
     text = "".join(f"line {number} of many\n" for number in range(5000))
     write_surprise(

@@ -82,7 +82,7 @@ def test_written_is_read(corpus, tmp_path, output, train_vocab):
     assert all(shard.exists() for shard in result.shards)
 
 
-def test_a_vocabulary_is_that_of_whole_texts_however_long(tmp_path: Path, run_longnet) -> None:
+def test_a_vocabulary_is_that_of_whole_texts_however_long(tmp_path, run_longnet):
     """In a process with a limit of time: what waits for a lock of the library ends by a kill alone."""
     words, random = ["the net ", "reads, ", "x1", "wörld\n", "漢字", "it's"], Random(0)
     texts = ["".join(random.choices(words, k=50_000)) for _ in "ab"]

@@ -41,7 +41,7 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def test_it_learns_and_leaves_a_model(corpus: Path, tmp_path: Path) -> None:
+def test_it_learns_and_leaves_a_model(corpus, tmp_path):
     found = recipe(corpus, **{"train.stages": LONG})
     result = train(found, tmp_path / "out")
     lines = metrics_of(tmp_path / "out")
@@ -56,7 +56,7 @@ def test_it_learns_and_leaves_a_model(corpus: Path, tmp_path: Path) -> None:
     assert Recipe.model_validate_json((tmp_path / "out/recipe.json").read_text()) == found
 
 
-def test_the_recipe_names_the_end_of_text(corpus: Path, tmp_path: Path) -> None:
+def test_the_recipe_names_the_end_of_text(corpus, tmp_path):
     inner = tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json())
     inner.add_special_tokens(["STOP"])
     (tmp_path / "words").mkdir()
@@ -79,7 +79,7 @@ def test_the_recipe_names_the_end_of_text(corpus: Path, tmp_path: Path) -> None:
     assert recipe(corpus, **settings, **{"data.eos": "STOP"}).changed_since(saved) == ["data.eos"]
 
 
-def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
+def test_it_starts_from_given_weights(corpus, tmp_path):
     first = train(recipe(corpus, **{"train.stages": LONG}), tmp_path / "first")
 
     def start(folder: str, **changes: object) -> float:
@@ -100,7 +100,7 @@ def test_it_starts_from_given_weights(corpus: Path, tmp_path: Path) -> None:
         start("other", **{"model.ffn_dim": 64})
 
 
-def test_a_recipe_takes_what_it_does_not_say_from_the_model_it_starts_from(tmp_path: Path) -> None:
+def test_a_recipe_takes_what_it_does_not_say_from_the_model_it_starts_from(tmp_path):
     net = tiny_net(**vars(Pattern((8, 32), (1, 2))), ffn_dim=24, position="rope", norm="pre")
     net.save_pretrained(tmp_path / "first", Tokenizer.bytes().to_json())
     given: dict[str, Any] = {
@@ -119,7 +119,7 @@ def test_a_recipe_takes_what_it_does_not_say_from_the_model_it_starts_from(tmp_p
         load_recipe(None, given | {"model.segment_lengths": [16]})
 
 
-def test_given_weights_are_trained_in_fp32(corpus: Path, tmp_path: Path) -> None:
+def test_given_weights_are_trained_in_fp32(corpus, tmp_path):
     found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 1}]})
     LongNet(found.model).to(torch.bfloat16).save_pretrained(
         tmp_path / "first", Tokenizer.bytes().to_json()
@@ -130,7 +130,7 @@ def test_given_weights_are_trained_in_fp32(corpus: Path, tmp_path: Path) -> None
     }
 
 
-def test_learning_rate() -> None:
+def test_learning_rate():
     schedule = ScheduleRecipe(warmup_steps=10, decay="cosine", final=0.1)
     rates = [schedule.learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
@@ -144,7 +144,7 @@ def test_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
-def test_polynomial_decay_is_fairseqs(power: float) -> None:
+def test_polynomial_decay_is_fairseqs(power):
     """(lr - end) * (share of the steps that is left) ** power + end; power 1 is linear."""
     schedule = ScheduleRecipe(warmup_steps=10, decay="polynomial", power=power, final=0.1)
     for step in range(10, 100):
@@ -154,7 +154,7 @@ def test_polynomial_decay_is_fairseqs(power: float) -> None:
         )
 
 
-def test_only_matrices_decay(corpus: Path) -> None:
+def test_only_matrices_decay(corpus):
     found = recipe(corpus)
     (adamw,) = build_optimizers(LongNet(found.model), found.optimizer)
     decayed, kept = adamw.param_groups
@@ -165,7 +165,7 @@ def test_only_matrices_decay(corpus: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_takes_the_matrices_of_the_layers(corpus: Path, tmp_path: Path) -> None:
+def test_muon_takes_the_matrices_of_the_layers(corpus, tmp_path):
     found = recipe(corpus, **{"optimizer.name": "muon"})
     model = LongNet(found.model)
     muon, adamw = build_optimizers(model, found.optimizer)
@@ -185,7 +185,7 @@ def test_muon_takes_the_matrices_of_the_layers(corpus: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_is_not_for_the_weights_of_several_experts(corpus: Path) -> None:
+def test_muon_is_not_for_the_weights_of_several_experts(corpus):
     found = recipe(corpus, **{"optimizer.name": "muon"})
     model = LongNet(found.model)
     model.layers[0].experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
@@ -194,7 +194,7 @@ def test_muon_is_not_for_the_weights_of_several_experts(corpus: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_computes_in_fp32_on_a_cpu(corpus: Path) -> None:
+def test_muon_computes_in_fp32_on_a_cpu(corpus):
     """Its first step is that of Newton-Schulz in fp64 (Jordan 2024), which in bf16 it misses by a hundredth."""
     found = recipe(corpus, **{"optimizer.name": "muon", "optimizer.weight_decay": 0.0})
     muon, _ = build_optimizers(LongNet(found.model), found.optimizer)
@@ -215,18 +215,14 @@ def test_muon_computes_in_fp32_on_a_cpu(corpus: Path) -> None:
         assert (p.detach() - was - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-def test_a_net_beyond_all_memory_is_refused_before_it_is_built(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_a_net_beyond_all_memory_is_refused_before_it_is_built(corpus, tmp_path):
     with pytest.raises(
         MemoryLimitError, match=r"the weights take .* GiB and .* GiB of memory are free"
     ):
         train(recipe(corpus, **{"model.dim": 2**24}), tmp_path / "out")
 
 
-def test_a_diverging_run_says_where_and_keeps_the_last_weights(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus, tmp_path):
     calm = recipe(corpus, **{"train.save_every": 1})
     seen = []
 
@@ -253,9 +249,7 @@ def test_a_diverging_run_says_where_and_keeps_the_last_weights(
         )
 
 
-def test_masked_training_learns_and_hides_the_same_tokens_again(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_masked_training_learns_and_hides_the_same_tokens_again(corpus, tmp_path):
     settings = {
         "model.causal": False,
         "model.position": "rope",
@@ -280,7 +274,7 @@ def test_masked_training_learns_and_hides_the_same_tokens_again(
         train(recipe(corpus, **settings, **{"train.mask_rate": 1e-12}), tmp_path / "d")
 
 
-def test_bad_data_costs_no_step(tmp_path: Path) -> None:
+def test_bad_data_costs_no_step(tmp_path):
     rows = [[index % 250 for index in range(100)] for _ in range(40)]
     rows[30][50] = 9999
     pq.write_table(pa.table({"input_ids": rows}), tmp_path / "bad.parquet")
@@ -295,9 +289,7 @@ def test_bad_data_costs_no_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("context", [None, 24])
-def test_held_out_documents_are_whole_or_in_windows_as_of_score(
-    context: int | None, corpus: Path, tmp_path: Path
-) -> None:
+def test_held_out_documents_are_whole_or_in_windows_as_of_score(context, corpus, tmp_path):
     settings = {"data.held_out": [str(corpus)], "train.held_out_context": context}
     for every, dear in ((1, True), (500, False)):
         notes, stages = list[str](), [{"seq_len": 32, "steps": 1}]
@@ -313,9 +305,7 @@ def test_held_out_documents_are_whole_or_in_windows_as_of_score(
     assert metrics_of(tmp_path / "1")[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(corpus, tmp_path):
     settings = {"optimizer.lr": 1e20, "schedule.warmup_steps": 0, "train.evaluate_every": 1}
     with pytest.raises(
         LongNetError, match=r"the held-out loss is not finite after step 1: lower optimizer\.lr"
@@ -327,9 +317,7 @@ def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(
 @pytest.mark.parametrize(
     ("peak", "mfu"), [(1000.0, 0.3), (300.0, 1.0), (299.0, None), (None, None)]
 )
-def test_evaluations_do_not_count_in_the_speed_and_no_mfu_is_above_1(
-    monkeypatch: pytest.MonkeyPatch, peak: float | None, mfu: float | None
-) -> None:
+def test_evaluations_do_not_count_in_the_speed_and_no_mfu_is_above_1(monkeypatch, peak, mfu):
     now = 0.0
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
     log = MetricsLog(None)
@@ -341,7 +329,7 @@ def test_evaluations_do_not_count_in_the_speed_and_no_mfu_is_above_1(
     assert (line.tokens_per_second, line.mfu) == (50, mfu)
 
 
-def test_a_second_process_is_kept_out(corpus: Path, tmp_path: Path) -> None:
+def test_a_second_process_is_kept_out(corpus, tmp_path):
     with (
         locked_folder(tmp_path / "out"),
         pytest.raises(ConfigError, match="another process is writing into this folder"),
@@ -349,7 +337,7 @@ def test_a_second_process_is_kept_out(corpus: Path, tmp_path: Path) -> None:
         train(recipe(corpus), tmp_path / "out")
 
 
-def test_sizes_are_written_as_everywhere(corpus: Path) -> None:
+def test_sizes_are_written_as_everywhere(corpus):
     stages = [{"seq_len": "16Ki", "steps": 1}]
     train = recipe(
         corpus, **{"train.chunk": "32k", "train.batch_tokens": "1e6", "train.stages": stages}
@@ -357,7 +345,7 @@ def test_sizes_are_written_as_everywhere(corpus: Path) -> None:
     assert (train.chunk, train.batch_tokens, train.stages[0].seq_len) == (32000, 10**6, 16384)
 
 
-def test_overrides_are_toml_or_text() -> None:
+def test_overrides_are_toml_or_text():
     assert parse_overrides(["a.b=1e-3", "c=[1, 2]", "d=bytes", "e = true"]) == {
         "a.b": 1e-3, "c": [1, 2], "d": "bytes", "e": True,
     }  # fmt: skip
@@ -365,7 +353,7 @@ def test_overrides_are_toml_or_text() -> None:
     assert [*parse_overrides(texts).values()] == ["end: ", " b", "d", "f "]
 
 
-def test_the_command(corpus: Path, tmp_path: Path, run_longnet) -> None:
+def test_the_command(corpus, tmp_path, run_longnet):
     found = recipe(corpus, **{"train.stages": [{"seq_len": 32, "steps": 5}]})
     recipe_file = tmp_path / "small.json"
     recipe_file.write_text(found.model_dump_json())
@@ -410,7 +398,7 @@ def shipped(name: str) -> Recipe:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_built_and_counted(name: str) -> None:
+def test_it_is_built_and_counted(name):
     config = shipped(name).model
     with torch.device("meta"):
         model = LongNet(config)
@@ -420,7 +408,7 @@ def test_it_is_built_and_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_it_is_the_papers(name: str) -> None:
+def test_it_is_the_papers(name):
     """Sizes in the paper are those of GPT-3's models, which have its vocabulary: with that, ours are within 3 %.
 
     Our own count has cl100k_base, the vocabulary that the paper says it used, so the size lies between those of the
@@ -451,13 +439,13 @@ def test_it_is_the_papers(name: str) -> None:
     assert all(recipe.train.batch_tokens % stage.seq_len == 0 for stage in recipe.train.stages)
 
 
-def test_a_level_costs_the_same_as_the_next_in_longnet_1m() -> None:
+def test_a_level_costs_the_same_as_the_next_in_longnet_1m():
     config = shipped("longnet-1m").model
     assert [w / r**2 for w, r in config.pattern.levels] == [4096] * 3
     assert max(config.segment_lengths) == 2**20
 
 
-def test_without_data_it_says_what_to_give(tmp_path) -> None:
+def test_without_data_it_says_what_to_give(tmp_path):
     with pytest.raises(ConfigError, match=r"no training data: give --data INPUT"):
         train(shipped("longnet-125m"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

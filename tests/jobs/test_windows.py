@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -248,7 +247,7 @@ def test_epochs_differ_in_phase_and_order_and_so_do_seeds_and_sources():
     assert len({tuple(np.argsort(order)) for order in orders}) == len(orders)
 
 
-def test_the_order_is_pinned(monkeypatch: pytest.MonkeyPatch):
+def test_the_order_is_pinned(monkeypatch):
     # A checkpoint of today must resume on the numpy of tomorrow. A change here needs another POSITION_VERSION.
     windows = TokenWindows([stream(200), stream(40)], 16, 1, seed=7, weights=[0.75, 0.25])
     assert positions(windows, 16) == [
@@ -317,7 +316,7 @@ def test_a_state_of_another_run_is_refused(change, error, message):
 
 
 @pytest.mark.parametrize("other", [stream(49, 50), stream(50, 49, first=1)], ids=["lengths", "ids"])
-def test_other_data_of_the_same_size_is_refused(other: TokenStream) -> None:
+def test_other_data_of_the_same_size_is_refused(other):
     state = TokenWindows([stream(50, 49)], 8, 1, seed=0).state(7)
     windows = TokenWindows([other], 8, 1, seed=0)
     with pytest.raises(DataError, match="restore the data"):
@@ -331,7 +330,7 @@ def test_too_little_data():
         TokenWindows([stream(5), TokenStream([], EOS)], 4, 1, seed=0, weights=[1, 1])
 
 
-def test_windows_of_a_mapped_shard_are_copies(tmp_path: Path):
+def test_windows_of_a_mapped_shard_are_copies(tmp_path):
     rows = pa.array([list(range(50)), [], list(range(50, 80))], pa.large_list(pa.uint16()))
     write_file(tmp_path / "a.arrow", pa.table({"input_ids": rows}))
     source = TokenStream(list(Inputs([tmp_path / "a.arrow"], vocab_size=100).documents()), 99)
@@ -347,7 +346,7 @@ def recipe(**data: object) -> Recipe:
     return load_recipe(None, {"model": model, "train": train, "data": data})
 
 
-def test_a_recipe_mixes_sources(tmp_path: Path):
+def test_a_recipe_mixes_sources(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name * 100)
     weights = {"a": 0.75, "b": 0.25}
@@ -360,6 +359,6 @@ def test_a_recipe_mixes_sources(tmp_path: Path):
     assert saved == recipe(mix=mix)
 
 
-def test_a_mix_takes_the_place_of_inputs() -> None:
+def test_a_mix_takes_the_place_of_inputs():
     with pytest.raises(ConfigError, match="not both"):
         recipe(train=["a"], mix=[{"inputs": ["a"], "weight": 1}])

@@ -127,7 +127,7 @@ def steps(dtype: torch.dtype, dp: int) -> None:
     ("dp", "sp"),
     [(2, 1), pytest.param(1, 2, marks=pytest.mark.ci), pytest.param(2, 2, marks=pytest.mark.slow)],
 )
-def test_steps_are_those_of_one_process(dp: int, sp: int, tmp_path: Path) -> None:
+def test_steps_are_those_of_one_process(dp, sp, tmp_path):
     run_ranks(dp * sp, tmp_path, in_both_types, steps, dp)
 
 
@@ -156,7 +156,7 @@ def counted_collectives() -> None:
         model.zero_grad()
 
 
-def test_a_step_gathers_and_sums_each_block_once(tmp_path: Path) -> None:
+def test_a_step_gathers_and_sums_each_block_once(tmp_path):
     run_ranks(2, tmp_path, counted_collectives)
 
 
@@ -177,7 +177,7 @@ def uneven_work() -> None:
         model.zero_grad()
 
 
-def test_ranks_may_evaluate_different_amounts(tmp_path: Path) -> None:
+def test_ranks_may_evaluate_different_amounts(tmp_path):
     run_ranks(2, tmp_path, uneven_work)
 
 
@@ -242,9 +242,7 @@ MESHES = [
 
 
 @pytest.mark.parametrize(("dp", "sp", "shard"), MESHES)
-def test_stopped_and_resumed_over_ranks(
-    dp: int, sp: int, shard: str, corpus: Path, tmp_path: Path
-) -> None:
+def test_stopped_and_resumed_over_ranks(dp, sp, shard, corpus, tmp_path):
     train_once(1, corpus, tmp_path / "alone", "none")
     run_ranks(
         dp * sp,

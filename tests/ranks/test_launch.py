@@ -18,7 +18,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from builders import job_folder, metrics_of
-from conftest import RunLongnet
 from files import write_file
 from processes import TORCHRUN, kill_training, processes_of, wait_for
 
@@ -48,9 +47,7 @@ def aborting(folder: Path, command_env: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.ci
-def test_a_rank_with_bad_data_ends_the_job_and_says_where(
-    folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
-) -> None:
+def test_a_rank_with_bad_data_ends_the_job_and_says_where(folder, run_longnet, aborting):
     rows = [[index % 250 for index in range(400)] for _ in range(20)]
     rows[17][200] = 9999
     write_file(folder / "bad.arrow", pa.table({"input_ids": rows}))
@@ -63,9 +60,7 @@ def test_a_rank_with_bad_data_ends_the_job_and_says_where(
     assert "bad.arrow, row 17, offset 200: token id 9999" in line
 
 
-def test_a_short_document_is_not_shared_with_chosen_blocks_either(
-    run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+def test_a_short_document_is_not_shared_with_chosen_blocks_either(run_longnet, tmp_path):
     """Though one process reads it: a long one after it would end the job."""
     (tmp_path / "a.txt").write_text("short")
     command = ["score", "a.txt", "--pattern", "window:16,chosen=2x16", "-o", "s.arrow"]
@@ -76,9 +71,7 @@ def test_a_short_document_is_not_shared_with_chosen_blocks_either(
 
 
 @pytest.mark.ci
-def test_a_run_goes_on_with_any_number_of_processes(
-    folder: Path, run_longnet: RunLongnet, aborting: dict[str, str]
-) -> None:
+def test_a_run_goes_on_with_any_number_of_processes(folder, run_longnet, aborting):
     command = ["train -o run --set train.log_every=1", "--set"]
     for steps, words in enumerate(["recipe.toml --dp 2", "", "--sp 2", ""], 1):
         stage = f"train.stages=[{{seq_len=256, steps={steps}}}]"
@@ -108,9 +101,7 @@ def start_training(folder: Path, env: dict[str, str], *start: str, until: int) -
 
 
 @pytest.mark.ci
-def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
-    folder: Path, command_env: dict[str, str]
-) -> None:
+def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(folder, command_env):
     job = start_training(folder, command_env, until=15)
     began = time.monotonic()
     os.kill(max(ranks_of(job, folder)), signal.SIGKILL)
@@ -147,9 +138,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_run_goes_on_until_sigterm(
 @pytest.mark.parametrize(
     "start", [[], pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["nproc", "torchrun"]
 )
-def test_a_launcher_killed_while_its_ranks_start_leaves_none(
-    start: list[str], folder: Path, command_env: dict[str, str]
-) -> None:
+def test_a_launcher_killed_while_its_ranks_start_leaves_none(start, folder, command_env):
     command = [sys.executable, *start, *TRAIN, f"{folder}/recipe.toml", "-o", f"{folder}/run"]
     with subprocess.Popen([*command, *([] if start else ["--nproc", "2"])], env=command_env) as job:
         wait_for(lambda: job.poll() is not None or len(processes_of(folder / "run")) == 3)
@@ -160,9 +149,7 @@ def test_a_launcher_killed_while_its_ranks_start_leaves_none(
 
 @pytest.mark.ci
 @pytest.mark.parametrize("way", ["killed", "a rank stopped"])
-def test_a_launcher_that_ends_takes_its_ranks_with_it_in_few_words(
-    way: str, folder: Path, command_env: dict[str, str]
-) -> None:
+def test_a_launcher_that_ends_takes_its_ranks_with_it_in_few_words(way, folder, command_env):
     """One that is killed, and one that gets SIGTERM while a rank is stopped and hears no signal."""
     job = start_training(folder, command_env, until=10)
     began = time.monotonic()
@@ -178,9 +165,7 @@ def test_a_launcher_that_ends_takes_its_ranks_with_it_in_few_words(
 
 
 @pytest.mark.slow
-def test_ranks_meet_on_a_machine_whose_name_cannot_be_looked_up(
-    folder: Path, command_env: dict[str, str]
-) -> None:
+def test_ranks_meet_on_a_machine_whose_name_cannot_be_looked_up(folder, command_env):
     """Such as a laptop offline, or a container without a line in /etc/hosts."""
     start = 'hostname nowhere.invalid && exec "$@"'
     renamed = ["unshare", "--user", "--map-root-user", "--uts", "sh", "-c", start, "sh"]
@@ -212,9 +197,7 @@ def test_ranks_meet_on_a_machine_whose_name_cannot_be_looked_up(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "full"])
-def test_thirty_kills_of_ranks_and_launchers(
-    shard: str, folder: Path, command_env: dict[str, str]
-) -> None:
+def test_thirty_kills_of_ranks_and_launchers(shard, folder, command_env):
     """With dropout: two ranks on a CPU end with the same bytes each time, and so does what is resumed."""
     begun = itertools.count()
 
@@ -244,14 +227,14 @@ def test_thirty_kills_of_ranks_and_launchers(
     assert {process for process, _ in hits} == {"launcher", "rank"}
 
 
-def test_signals_are_given_back() -> None:
+def test_signals_are_given_back():
     before = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
     with noted_signals(Ranks().largest):
         pass
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_signal_that_comes_while_ranks_look_is_seen_the_next_time() -> None:
+def test_a_signal_that_comes_while_ranks_look_is_seen_the_next_time():
     def interrupted(value: float) -> float:
         if not came:
             came.append(value)
@@ -265,7 +248,7 @@ def test_a_signal_that_comes_while_ranks_look_is_seen_the_next_time() -> None:
             signals.look()
 
 
-def test_a_signal_of_any_rank_decides() -> None:
+def test_a_signal_of_any_rank_decides():
     with pytest.raises(KeyboardInterrupt):
         Signals(lambda value: max(value, 1)).look()  # another rank had SIGINT
 
@@ -317,12 +300,12 @@ def orphans(word: str, *ways: str) -> str:
         return parent.stdout.read()
 
 
-def test_no_rank_outlives_its_parent(tmp_path: Path) -> None:
+def test_no_rank_outlives_its_parent(tmp_path):
     said = orphans(str(tmp_path), "alone python", "alone released", "alone held", "met python")
     assert said == "unwound\n"  # by the one that has something to lose
 
 
-def test_a_rank_whose_torchrun_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_whose_torchrun_has_ended_says_so(monkeypatch):
     for name, value in {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "MASTER_ADDR": "127.0.0.1",

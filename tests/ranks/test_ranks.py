@@ -43,9 +43,7 @@ from longnet_cli.running.ranks.ranks import Ranks, _own_gpu, join
 
 
 @pytest.mark.parametrize("local_rank", ["0", "8", "-1", "first"])
-def test_a_process_without_a_gpu_of_its_own_is_refused(
-    local_rank: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_without_a_gpu_of_its_own_is_refused(local_rank, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1 if local_rank != "0" else 0)
     with pytest.raises(ConfigError, match=f"LOCAL_RANK is '{local_rank}'"):
         _own_gpu(local_rank)
@@ -67,7 +65,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("four_gpus")
-def test_hosts_agree_by_gloo_where_gpus_talk_by_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_agree_by_gloo_where_gpus_talk_by_nccl(monkeypatch):
     """To agree on a signal between two chunks by NCCL, each would wait for what its GPU still computes."""
     asked: list[str] = []
 
@@ -87,7 +85,7 @@ def test_hosts_agree_by_gloo_where_gpus_talk_by_nccl(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("four_gpus")
-def test_gpus_wait_for_minutes_and_hosts_for_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_wait_for_minutes_and_hosts_for_a_checkpoint(monkeypatch):
     """A rank whose GPU hangs keeps all its connections: only a timeout ends it, and the others with it."""
     every, own, other = (MagicMock(name=name) for name in ("every", "own", "other"))
     given = MagicMock()
@@ -105,7 +103,7 @@ def test_gpus_wait_for_minutes_and_hosts_for_a_checkpoint(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("one_process")
-def test_ranks_wait_for_each_other_on_their_hosts() -> None:
+def test_ranks_wait_for_each_other_on_their_hosts():
     with Collectives() as seen:
         Ranks(0, 2).barrier()
     assert seen.names == [
@@ -113,9 +111,7 @@ def test_ranks_wait_for_each_other_on_their_hosts() -> None:
     ]  # of a tensor of the host; a barrier is a call of NCCL, where there is one
 
 
-def test_all_ranks_wait_until_a_checkpoint_is_on_the_disk(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_all_ranks_wait_until_a_checkpoint_is_on_the_disk(monkeypatch, tmp_path):
     """Rank 0 writes longest: on their hosts, the others have the time for that."""
     done: list[str] = []
     monkeypatch.setattr(Ranks, "barrier", lambda _: done.append("waited"))
@@ -137,9 +133,7 @@ INFINITE = resource.RLIM_INFINITY
         ((INFINITE,) * 2, None),
     ],
 )
-def test_a_process_may_connect_to_a_thousand_others(
-    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], then: int | None
-) -> None:
+def test_a_process_may_connect_to_a_thousand_others(monkeypatch, limits, then):
     raised = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda kind, wanted: raised.append((kind, wanted)))
@@ -169,7 +163,7 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_gradients_of_a_gpu_are_summed_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradients_of_a_gpu_are_summed_in_one_launch(monkeypatch):
     """One of each dtype; hosts sum one by one."""
     gradients = [
         torch.ones(n, dtype=dtype) for n in range(1, 9) for dtype in (torch.float32, torch.float64)
@@ -185,7 +179,7 @@ def test_the_gradients_of_a_gpu_are_summed_in_one_launch(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_all_ranks_enter_the_same_collectives() -> None:
+def test_all_ranks_enter_the_same_collectives():
     """torch compares the operator, shape and dtype of each collective of all tests of ranks, before it starts.
 
     Where a job is ended, it says more than the tests want to read.
@@ -214,9 +208,7 @@ def batch(*numbers: int) -> pa.RecordBatch:
     length=st.integers(1, 30),
     shard=st.none() | st.integers(1, 12),
 )
-def test_portions_are_the_items_in_order(
-    lengths: list[int], length: int, shard: int | None
-) -> None:
+def test_portions_are_the_items_in_order(lengths, length, shard):
     def cut(items: list[tuple[int, int]]) -> list[tuple[list[tuple[int, int]], bool]]:
         found = []
         for portion in portions(items, length, length_of=lambda item: item[1], shard=shard):
@@ -237,7 +229,7 @@ def test_portions_are_the_items_in_order(
             assert cut(items[done:]) == whole[index + 1 :]
 
 
-def test_one_group_works_on_every_portion() -> None:
+def test_one_group_works_on_every_portion():
     dealt = deal(portions("abcde", 4), list, Ranks())
     assert [(list(results), portion.items) for portion, results in dealt] == [
         (["a", "b"], 2),
@@ -246,7 +238,7 @@ def test_one_group_works_on_every_portion() -> None:
     ]
 
 
-def test_groups_take_what_they_can_and_rank_0_gets_all_in_order(tmp_path: Path) -> None:
+def test_groups_take_what_they_can_and_rank_0_gets_all_in_order(tmp_path):
     run_ranks(4, tmp_path, _deal_at_random)
 
 
@@ -346,9 +338,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", [pytest.param("encode", marks=pytest.mark.ci), "gains"])
-def test_shards_are_the_bytes_of_one_process(
-    name: str, folder: Path, run_both: Callable[..., list]
-) -> None:
+def test_shards_are_the_bytes_of_one_process(name, folder, run_both):
     alone, many = run_both(COMMANDS[name])
     assert (alone.returncode, many.returncode) == (0, 0), many.stderr
     assert contents(folder / "alone") == contents(folder / "many")
@@ -357,9 +347,7 @@ def test_shards_are_the_bytes_of_one_process(
 
 
 @pytest.mark.parametrize("skip_bad", [True, pytest.param(False, marks=pytest.mark.ci)])
-def test_bad_data_ends_what_it_ends_in_one_process(
-    skip_bad: bool, folder: Path, run_both: Callable[..., list]
-) -> None:
+def test_bad_data_ends_what_it_ends_in_one_process(skip_bad, folder, run_both):
     rows = [[97] * 200 for _ in range(50)]
     rows[30][100] = 9999
     write_file(folder / "bad.arrow", pa.table({"input_ids": rows}))

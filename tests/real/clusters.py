@@ -25,7 +25,6 @@ import pyarrow.parquet as pq
 import pytest
 from places import ROOT
 from processes import environment
-from real_files import Run
 from store_proxy import Proxy, proxy_before
 
 PROGRAMS = Path(sys.executable).parent
@@ -125,9 +124,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
             daemon.wait(20)
 
 
-def test_an_array_of_tasks_encodes_what_one_process_does(
-    slurm: dict[str, str], run: Run, lines: Path, tmp_path: Path
-) -> None:
+def test_an_array_of_tasks_encodes_what_one_process_does(slurm, run, lines, tmp_path):
     options = ["--column", "doc.body", "--shard-rows", "500"]
     run("encode", lines, "-o", "whole", *options, "-q", mib=1500)
     (tmp_path / "logs").mkdir()
@@ -232,9 +229,7 @@ def of_store(proxy: Proxy, *words: str | Path, cwd: Path) -> subprocess.Complete
 TOKENIZE = ("tokenize", "s3://bucket/*", "--tokenizer", "bytes")
 
 
-def test_a_share_reads_its_part_of_a_bucket_alone(
-    store: tuple[Proxy, Path], book: str, run: Run, tmp_path: Path
-) -> None:
+def test_a_share_reads_its_part_of_a_bucket_alone(store, book, run, tmp_path):
     proxy, bucket = store
     fill(bucket, book, files=200, documents=60)
     size = sum(path.stat().st_size for path in bucket.iterdir())
@@ -266,9 +261,7 @@ def test_a_share_reads_its_part_of_a_bucket_alone(
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
-def test_a_store_that_misbehaves(
-    store: tuple[Proxy, Path], book: str, faults: dict[str, int], code: int, tmp_path: Path
-) -> None:
+def test_a_store_that_misbehaves(store, book, faults, code, tmp_path):
     """What passes is waited for; what does not is said in one line, and --resume goes on to the same bytes."""
     proxy, bucket = store
     fill(bucket, book, files=8, documents=20)
@@ -290,9 +283,7 @@ def test_a_store_that_misbehaves(
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
-def test_a_file_of_a_store_that_changes_is_not_mixed_with_what_it_was(
-    store: tuple[Proxy, Path], book: str, tmp_path: Path
-) -> None:
+def test_a_file_of_a_store_that_changes_is_not_mixed_with_what_it_was(store, book, tmp_path):
     proxy, bucket = store
     fill(bucket, book, files=8, documents=20)
     options = ("--shard-tokens", "200000")
@@ -308,7 +299,7 @@ def test_a_file_of_a_store_that_changes_is_not_mixed_with_what_it_was(
     assert "000.jsonl" in refused.stderr
 
 
-def test_an_output_in_a_store_is_refused(store: tuple[Proxy, Path], tmp_path: Path) -> None:
+def test_an_output_in_a_store_is_refused(store, tmp_path):
     proxy, bucket = store
     (bucket / "a.txt").write_text("a text")
     done = of_store(proxy, *TOKENIZE, "-o", "s3://bucket/out", cwd=tmp_path)

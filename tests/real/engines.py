@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import pytest
 from places import ROOT
 from processes import environment
-from real_files import Run
 
 
 def write_corpus(folder: Path, library: list[Path]) -> None:
@@ -42,9 +41,7 @@ def assert_same_vectors(ours: pa.Table, theirs: pa.Table) -> None:
 
 
 @pytest.mark.parametrize("script", ["ray_encode.py", "spark_encode.py"])
-def test_vectors_are_those_of_the_command(
-    script: str, run: Run, library: list[Path], tmp_path: Path
-) -> None:
+def test_vectors_are_those_of_the_command(script, run, library, tmp_path):
     if script == "spark_encode.py" and not (shutil.which("java") or "JAVA_HOME" in os.environ):
         pytest.skip("Spark needs a Java: install one, or set JAVA_HOME")
     write_corpus(tmp_path / "corpus", library)
@@ -55,9 +52,7 @@ def test_vectors_are_those_of_the_command(
     assert_same_vectors(ours, pq.read_table(tmp_path / "theirs"))
 
 
-def test_ray_goes_on_without_a_node_that_is_killed(
-    run: Run, library: list[Path], tmp_path: Path
-) -> None:
+def test_ray_goes_on_without_a_node_that_is_killed(run, library, tmp_path):
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     write_corpus(tmp_path / "corpus", library)
     run("encode", "corpus", "-o", "ours.arrow", "-q", mib=1500)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
-from real_files import Run, score
+from real_files import score
 
 
 def nats(model: Path, ids: list[int], bos: list[int]) -> float:
@@ -35,9 +35,7 @@ def page(book: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_gguf_file_its_folder_and_transformers_agree(
-    run: Run, gguf: Path, smollm2: Path, page: str, tmp_path: Path
-) -> None:
+def test_a_gguf_file_its_folder_and_transformers_agree(run, gguf, smollm2, page, tmp_path):
     (tmp_path / "page.txt").write_text(page, encoding="utf-8")
     folder = score(run, "page.txt", "--model", smollm2, mib=2500)
     file = score(run, "page.txt", "--model", gguf, "--dtype", "fp32", mib=2500)
@@ -51,9 +49,7 @@ def test_a_gguf_file_its_folder_and_transformers_agree(
     assert file["nll_sum"] == pytest.approx(expected, abs=2e-4 * len(ids))
 
 
-def test_a_scaling_in_a_gguf_file_counts(
-    run: Run, gguf: Path, smollm2: Path, page: str, tmp_path: Path
-) -> None:
+def test_a_scaling_in_a_gguf_file_counts(run, gguf, smollm2, page, tmp_path):
     """As Llama 3.1 and later have it: without it, numbers are wrong and nothing says so."""
     import gguf as format
 
@@ -91,9 +87,7 @@ def test_a_scaling_in_a_gguf_file_counts(
     assert ours["nll_sum"] == pytest.approx(nats(scaled, ids, ours["bos"]), abs=2e-4 * len(ids))
 
 
-def test_places_of_tokens_are_those_of_the_library(
-    run: Run, smollm2: Path, page: str, tmp_path: Path
-) -> None:
+def test_places_of_tokens_are_those_of_the_library(run, smollm2, page, tmp_path):
     """With the normalizer of Qwen's tokenizer: one character grows as much as another one shrinks."""
     folder = tmp_path / "nfc"
     folder.mkdir()
@@ -115,9 +109,7 @@ def test_places_of_tokens_are_those_of_the_library(
     assert list(zip(row["char_start"], row["char_end"], strict=True)) == encoding.offsets[first:]
 
 
-def test_greedy_tokens_are_those_of_transformers(
-    run: Run, smollm2: Path, page: str, tmp_path: Path
-) -> None:
+def test_greedy_tokens_are_those_of_transformers(run, smollm2, page, tmp_path):
     from transformers import AutoModelForCausalLM
 
     (tmp_path / "page.txt").write_text(page, encoding="utf-8")
@@ -146,9 +138,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert len(ours) > 3
 
 
-def test_a_question_to_a_library_is_answered_from_the_right_file(
-    run: Run, smollm2: Path, library: list[Path], tmp_path: Path
-) -> None:
+def test_a_question_to_a_library_is_answered_from_the_right_file(run, smollm2, library, tmp_path):
     (tmp_path / "files.txt").write_text("\n".join(map(str, library)))
     question = "What is the period of the underlying Mersenne Twister core generator?"
     words = (
@@ -171,9 +161,7 @@ def test_a_question_to_a_library_is_answered_from_the_right_file(
     assert "The period is 2**19937-1" in text[source["char_start"] : source["char_end"]]
 
 
-def test_an_adapter_starts_at_the_model_and_within_its_plan(
-    run: Run, smollm2: Path, page: str, tmp_path: Path
-) -> None:
+def test_an_adapter_starts_at_the_model_and_within_its_plan(run, smollm2, page, tmp_path):
     """One window of 800 tokens, in chunks of 256. The first loss is that of transformers: no weight has changed yet."""
     words = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     text = words.decode(words.encode(page, add_special_tokens=False).ids[:800])
@@ -206,9 +194,7 @@ def test_an_adapter_starts_at_the_model_and_within_its_plan(
 # all-MiniLM-L6-v2
 
 
-def test_vectors_of_rows_are_those_of_sentence_transformers(
-    run: Run, minilm: Path, lines: Path, tmp_path: Path
-) -> None:
+def test_vectors_of_rows_are_those_of_sentence_transformers(run, minilm, lines, tmp_path):
     from sentence_transformers import SentenceTransformer
 
     with pa.CompressedInputStream(str(lines), "zstd") as file:
@@ -237,9 +223,7 @@ def test_vectors_of_rows_are_those_of_sentence_transformers(
     assert np.abs(ours - theirs).max() < 1e-5
 
 
-def test_spans_of_a_long_text_join_to_the_text(
-    run: Run, minilm: Path, book: str, tmp_path: Path
-) -> None:
+def test_spans_of_a_long_text_join_to_the_text(run, minilm, book, tmp_path):
     text = book[:200_000]
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     run("encode text.txt --model", minilm, "--span", 200, "-o", "v.arrow", "-q", mib=1500)

@@ -10,9 +10,7 @@ from processes import environment
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
-def test_blocks_run_with_the_models_of_the_demo(
-    page: str, minilm: Path, smollm2: Path, tmp_path: Path
-) -> None:
+def test_blocks_run_with_the_models_of_the_demo(page, minilm, smollm2, tmp_path):
     folder = copy_checkout(tmp_path)
     for model in (minilm, smollm2):
         (folder / model.name).symlink_to(model)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
-from processes import Start, kill_and_resume
+from processes import kill_and_resume
 
 
 @pytest.fixture(scope="session")
@@ -16,9 +14,7 @@ def pages(book: str) -> list[str]:
     return [book[start : start + 4000] for start in range(0, 4_000_000, 4000)]
 
 
-def test_a_folder_that_was_killed_goes_on_to_the_same_bytes(
-    start: Start, library: list[Path], tmp_path: Path
-) -> None:
+def test_a_folder_that_was_killed_goes_on_to_the_same_bytes(start, library, tmp_path):
     files = sorted(library, key=lambda path: path.stat().st_size)[::6]
     (tmp_path / "files.txt").write_text("\n".join(map(str, files)))
     words = "tokenize @files.txt --tokenizer longnet-tiny --shard-tokens 50k"
@@ -26,9 +22,7 @@ def test_a_folder_that_was_killed_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_an_arrow_file_that_was_cut_is_one_line_each_time(
-    start: Start, pages: list[str], tmp_path: Path
-) -> None:
+def test_an_arrow_file_that_was_cut_is_one_line_each_time(start, pages, tmp_path):
     """A thread of pyarrow that still reads at the end of the process would abort it, now and then."""
     table = pa.table({"text": pages})
     with ipc.new_file(tmp_path / "whole.arrow", table.schema) as file:

@@ -11,7 +11,6 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from real_files import Run
 from tokenizers import models, pre_tokenizers, trainers
 
 
@@ -26,9 +25,7 @@ def ids_of(folder: Path) -> np.ndarray:
     )
 
 
-def test_a_vocabulary_of_a_text_of_megabytes_is_that_of_the_library(
-    run: Run, book: str, tmp_path: Path
-) -> None:
+def test_a_vocabulary_of_a_text_of_megabytes_is_that_of_the_library(run, book, tmp_path):
     (tmp_path / "book.txt").write_text(book, encoding="utf-8")
     run("tokenize book.txt -o tokens.arrow --train-vocab 4096", mib=400)
     theirs = tokenizers.Tokenizer(models.BPE())
@@ -47,9 +44,7 @@ def test_a_vocabulary_of_a_text_of_megabytes_is_that_of_the_library(
 
 
 @pytest.mark.slow
-def test_tokens_of_a_folder_are_those_of_the_library(
-    run: Run, library: list[Path], tmp_path: Path
-) -> None:
+def test_tokens_of_a_folder_are_those_of_the_library(run, library, tmp_path):
     (tmp_path / "files.txt").write_text("\n".join(map(str, library)))
     run(
         "tokenize @files.txt -o tokens --tokenizer longnet-tiny --shard-tokens 500k",
@@ -63,7 +58,7 @@ def test_tokens_of_a_folder_are_those_of_the_library(
     assert sum(map(len, whole)) == json.loads(counted)["tokens"]
 
 
-def test_nested_columns_of_compressed_lines(run: Run, lines: Path, tmp_path: Path) -> None:
+def test_nested_columns_of_compressed_lines(run, lines, tmp_path):
     words = ["--column", "doc.body", "--tokenizer", "longnet-tiny", "-q"]
     run("tokenize", lines, "-o", "t.parquet", *words, mib=300)
     with pa.CompressedInputStream(str(lines), "zstd") as file:

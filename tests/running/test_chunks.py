@@ -66,14 +66,8 @@ def asked(
     sizes=cuts(),
 )
 def test_any_chunks_give_the_logits_of_the_whole(
-    position: str,
-    dtype: torch.dtype,
-    pattern: Pattern,
-    heads: int,
-    batch: int,
-    tokens: int,
-    sizes: list[int],
-) -> None:
+    position, dtype, pattern, heads, batch, tokens, sizes
+):
     model, near = asked(pattern, position, dtype, heads=heads)
     ids = draw(batch, tokens)
     with torch.no_grad():
@@ -98,9 +92,7 @@ def test_any_chunks_give_the_logits_of_the_whole(
     tokens=st.integers(1, 200),
     chunk=st.integers(1, 120),
 )
-def test_chunked_training_is_whole_training(
-    position: str, dtype: torch.dtype, pattern: Pattern, batch: int, tokens: int, chunk: int
-) -> None:
+def test_chunked_training_is_whole_training(position, dtype, pattern, batch, tokens, chunk):
     model, near = asked(pattern, position, dtype)
     ids, targets = draw(batch, tokens), draw(batch, tokens, seed=1)
     targets[:, ::5] = -100
@@ -120,7 +112,7 @@ def test_chunked_training_is_whole_training(
         assert off <= near, f"{name} is off by {off:.2e}"
 
 
-def test_training_with_dropout_computes_again_what_it_dropped() -> None:
+def test_training_with_dropout_computes_again_what_it_dropped():
     """Against one graph over all chunks, drawn from the same random numbers."""
     model = net(PAPER_64TH, dropout=0.3).double().train()
     ids, targets = draw(1, 300), draw(1, 300, seed=1)
@@ -168,7 +160,7 @@ def whole_graph(model: LongNet, ids: Tensor, targets: Tensor, chunk: int) -> Ten
     return total
 
 
-def test_bf16_training_in_chunks_is_near() -> None:
+def test_bf16_training_in_chunks_is_near():
     model = net(PAPER_64TH)
     ids, targets = draw(1, 400), draw(1, 400, seed=1)
     backward_in_chunks(model, ids, targets, 64)
@@ -180,7 +172,7 @@ def test_bf16_training_in_chunks_is_near() -> None:
         assert (a - b).norm().item() <= 0.05 * max(b.norm().item(), floor * 0.1)
 
 
-def test_only_one_chunk_of_activations_lives() -> None:
+def test_only_one_chunk_of_activations_lives():
     """Tensors alive at the end of each chunk's backward do not grow with the number of chunks."""
     model = net(Pattern((64,), (1,)), layers=3)
     peaks = []
@@ -200,19 +192,19 @@ def test_only_one_chunk_of_activations_lives() -> None:
     assert peaks[0] == peaks[1] > 0
 
 
-def test_a_bidirectional_net_cannot_be_streamed() -> None:
+def test_a_bidirectional_net_cannot_be_streamed():
     with pytest.raises(ConfigError, match="bidirectional"):
         CausalStream(net(PAPER_64TH, causal=False))
 
 
-def test_default_chunk_follows_the_models_size() -> None:
+def test_default_chunk_follows_the_models_size():
     device = torch.device("cpu")
     small, large = (net(PAPER_64TH, heads=h).config for h in (2, 32))
     assert default_chunk(small, device) > default_chunk(large, device) > 256
     assert default_chunk(large, device).bit_count() == 1
 
 
-def test_batches_by_length() -> None:
+def test_batches_by_length():
     lengths = [3, 100, 7, 7, 1, 40, 0]
     batches = list(batches_by_length(lengths, limit=50))
     assert batches == [[1], [5], [2, 3, 0, 4]]
@@ -248,7 +240,7 @@ def of_tiles(grid: int) -> tuple[InputSequence, np.ndarray]:
     ("found", "given"),
     [(of_ids, None), (of_ids, 7), (of_ids, (7, 8, 9)), (of_tiles, 50), (of_tiles, 0)],
 )
-def test_any_part_of_a_sequence_is_that_part_of_all_its_rows(found, given) -> None:
+def test_any_part_of_a_sequence_is_that_part_of_all_its_rows(found, given):
     sequence, rows = found(given)
     assert len(sequence) == len(rows) == sequence.own_start + 5
     for start in range(len(rows) + 1):
@@ -268,15 +260,8 @@ def test_any_part_of_a_sequence_is_that_part_of_all_its_rows(found, given) -> No
     padding=st.sampled_from(["exact", "zero_key"]),
 )
 def test_any_chunk_gives_what_the_whole_does(
-    tmp_path_factory: pytest.TempPathFactory,
-    spilled: bool,
-    dtype: torch.dtype,
-    pattern: Pattern,
-    heads: int,
-    tokens: int,
-    chunk: int,
-    padding: str,
-) -> None:
+    tmp_path_factory, spilled, dtype, pattern, heads, tokens, chunk, padding
+):
     if pattern.refusal(False, padding):
         padding = "exact"
     model = net(pattern, heads=heads, layers=3, causal=False, padding=padding).to(dtype)
@@ -296,7 +281,7 @@ def test_any_chunk_gives_what_the_whole_does(
     assert sum(done) == 3 * tokens
 
 
-def test_under_bf16_it_is_near_and_the_collected_rows_are_bf16(tmp_path: Path) -> None:
+def test_under_bf16_it_is_near_and_the_collected_rows_are_bf16(tmp_path):
     model = net(PAPER_64TH, causal=False)
     ids = draw(1, 500)
     with torch.no_grad():
@@ -307,7 +292,7 @@ def test_under_bf16_it_is_near_and_the_collected_rows_are_bf16(tmp_path: Path) -
     assert error(torch.cat(parts, 1), whole) <= 2e-2
 
 
-def test_the_spill_file_has_no_name_and_ends_with_its_reader(tmp_path: Path) -> None:
+def test_the_spill_file_has_no_name_and_ends_with_its_reader(tmp_path):
     model = net(PAPER_64TH, causal=False)
     ids = draw(1, 300)
     parts = hidden_in_chunks(model, lambda a, b: ids[:, a:b], 300, 64, spill=tmp_path)
@@ -323,14 +308,12 @@ def _maps(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(("free", "fits"), [(None, False), (1199, False), (1200, True)])
-def test_a_device_keeps_what_leaves_room_for_chunks(
-    monkeypatch: pytest.MonkeyPatch, free: int | None, fits: bool
-) -> None:
+def test_a_device_keeps_what_leaves_room_for_chunks(monkeypatch, free, fits):
     monkeypatch.setattr(layerwise, "free_memory", lambda device: free)
     assert fits_beside(forward=100, size=1000, device=torch.device("cuda")) == fits
 
 
-def test_no_room_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_is_said_before_any_work(tmp_path, monkeypatch):
     model = net(PAPER_64TH, causal=False)
 
     def read(start: int, stop: int) -> torch.Tensor:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern_nets import draw, gradients, net
@@ -39,8 +37,8 @@ class Measured(MappedMemory):
     chunk=st.integers(1, 120),
 )
 def test_a_file_changes_no_bit_and_has_the_stated_size(
-    tmp_path_factory: pytest.TempPathFactory, dtype: str, pattern: Pattern, tokens: int, chunk: int
-) -> None:
+    tmp_path_factory, dtype, pattern, tokens, chunk
+):
     model, ids, chunk = net(pattern), draw(1, tokens), max(chunk, tokens // 20)
     in_memory = backward_in_chunks(model, ids, ids, chunk, dtype=dtype)
     expected = gradients(model)
@@ -55,7 +53,7 @@ def test_a_file_changes_no_bit_and_has_the_stated_size(
     assert stored / 3 <= room.most <= stored
 
 
-def test_documents_of_all_lengths_fit_the_room_of_the_longest() -> None:
+def test_documents_of_all_lengths_fit_the_room_of_the_longest():
     model, ids = net(Pattern((16, 64), (1, 2), look_back=1)), draw(2, 300)
     room = Measured(far_bytes(model.config, 300, 40, 4).stored)
     starts = [[0], [0, 50, 171]]  # 300 tokens, and 50, 121 and 129
@@ -65,7 +63,7 @@ def test_documents_of_all_lengths_fit_the_room_of_the_longest() -> None:
     assert not room._alive
 
 
-def test_room_is_given_again() -> None:
+def test_room_is_given_again():
     room = MappedMemory(256)
     first, second = (room.empty((2, 4, 4), dtype=torch.float32) for _ in range(2))
     with pytest.raises(ValueError, match="none are left for 4 more"):
@@ -85,7 +83,7 @@ def test_room_is_given_again() -> None:
     )  # of another size, where nothing is alive
 
 
-def test_a_folder_or_a_disk_that_does_not_do(tmp_path: Path) -> None:
+def test_a_folder_or_a_disk_that_does_not_do(tmp_path):
     with pytest.raises(ConfigError, match=r"--spill .*: No such file or directory"):
         MappedMemory(1, tmp_path / "missing")
     with pytest.raises(MemoryLimitError, match="GiB are needed"):
@@ -95,7 +93,7 @@ def test_a_folder_or_a_disk_that_does_not_do(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) -> None:
+def test_the_command(run_longnet, tmp_path, small_disk):
     """A full disk is said before work starts; else nothing is left in the folder, and --dry-run tells the size."""
     (tmp_path / "data.txt").write_text("a line of text.\n" * 1000)
     sizes = "dim=16 num_layers=1 num_heads=2 ffn_dim=16 segment_lengths=[64] dilation_rates=[1]"
@@ -116,7 +114,7 @@ def test_the_command(run_longnet: RunLongnet, tmp_path: Path, small_disk: Path) 
 
 
 @pytest.mark.gpu
-def test_a_net_on_a_gpu_keeps_its_rows_on_the_host(tmp_path: Path) -> None:
+def test_a_net_on_a_gpu_keeps_its_rows_on_the_host(tmp_path):
     model, ids = net(Pattern((16, 64), (1, 2), look_back=1, sinks=4)).cuda(), draw(1, 300).cuda()
     expected = backward_in_chunks(model, ids, ids, 40)
     grads = gradients(model)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from builders import tiny_llama, tiny_model
-from conftest import RunLongnet
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern_nets import CAUSAL, draw, foreign, generated, native, net, prompt
@@ -42,14 +41,7 @@ PATTERNS = {
     sizes=cuts(),
     at=st.integers(0, 10**6),
 )
-def test_a_loaded_stream_goes_on_bit_for_bit(
-    tmp_path_factory: pytest.TempPathFactory,
-    pattern: Pattern,
-    batch: int,
-    tokens: int,
-    sizes: list[int],
-    at: int,
-) -> None:
+def test_a_loaded_stream_goes_on_bit_for_bit(tmp_path_factory, pattern, batch, tokens, sizes, at):
     """Saved or forked, whatever forks of them read; a second state replaces the first."""
     model, ids, place = net(pattern), draw(batch, tokens), tmp_path_factory.getbasetemp()
     parts = ids.split(split(tokens, sizes), 1)
@@ -74,7 +66,7 @@ def test_a_loaded_stream_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize("kind", PATTERNS)
 @pytest.mark.parametrize("build", [native, foreign])
-def test_generation_from_a_state_is_that_of_one_run(build: Any, kind: str, tmp_path: Path) -> None:
+def test_generation_from_a_state_is_that_of_one_run(build, kind, tmp_path):
     """Tokens and log-probabilities are equal, however often generation stops and its state is saved."""
     model = build(PATTERNS[kind])
     expected = generated(model, 130, bos=3, chunk=48)
@@ -95,7 +87,7 @@ def test_generation_from_a_state_is_that_of_one_run(build: Any, kind: str, tmp_p
         generate(model, prompt(5), max_tokens=0, **options)
 
 
-def test_it_stops_at_the_last_position(tmp_path: Path) -> None:
+def test_it_stops_at_the_last_position(tmp_path):
     model = foreign(Pattern.dense())
     model.config = model.config.model_copy(update={"max_tokens": 60})
     stream = CausalStream(model)
@@ -114,9 +106,7 @@ def states(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_a_killed_save_leaves_the_old_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
-) -> None:
+def test_a_killed_save_leaves_the_old_state(tmp_path, monkeypatch, first):
     """Killed at any rename or removal, the folder has the old state or the new one; the next save removes the rest.
 
     A killed first save leaves none, and the next one goes on. What has no name of a piece stays.
@@ -170,7 +160,7 @@ def test_a_killed_save_leaves_the_old_state(
     assert {(folder / name).read_text() for name in mine} <= {"mine"}
 
 
-def test_a_folder_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_stays_as_it_is(tmp_path):
     """Its manifest.json is not that of a state, and its files have a name that a piece might have."""
     stream = CausalStream(net(CHOSEN))
     stream(draw(1, 100))
@@ -205,7 +195,7 @@ FORGED = {
 }
 
 
-def test_a_forged_state_is_refused(tmp_path: Path) -> None:
+def test_a_forged_state_is_refused(tmp_path):
     """Its digests are right, but a fact is none of a state, or a tensor is missing, or of another shape or type."""
     model, folder, forged = net(CHOSEN), tmp_path / "state", tmp_path / "forged"
     stream = CausalStream(model)
@@ -251,7 +241,7 @@ def test_a_forged_state_is_refused(tmp_path: Path) -> None:
         forge({}, {**tensors, "0.more": torch.zeros(3)})
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_what_is_refused(tmp_path):
     model, folder = net(CHOSEN), tmp_path / "state"
     with pytest.raises(ConfigError, match="after it has read something"):
         CausalStream(model).save(folder)
@@ -305,7 +295,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         CausalStream.load(model, folder)
 
 
-def test_a_full_disk_leaves_the_old_state(small_disk: Path) -> None:
+def test_a_full_disk_leaves_the_old_state(small_disk):
     model = net(CHOSEN)
     stream = CausalStream(model)
     stream(draw(1, 20))
@@ -321,7 +311,7 @@ def test_a_full_disk_leaves_the_old_state(small_disk: Path) -> None:
     assert not (small_disk / "new").exists()
 
 
-def test_the_command(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_the_command(run_longnet, tmp_path):
     """A book is read once and asked often by the state's own model; the state stays until another takes its place."""
     native, other = tiny_model(tmp_path / "native", position="rope"), tiny_llama(tmp_path / "llama")
     for model, more in ((native, ["--pattern", "finding"]), (other, ["--dtype", "bf16"])):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,9 +55,7 @@ class Asked(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_training_step_of_four_chunks_waits_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_step_of_four_chunks_waits_once(tmp_path, monkeypatch):
     table = pa.table({"input_ids": pa.array([TOKENS], pa.large_list(pa.int64()))})
     with pa.ipc.new_file(tmp_path / "tokens.arrow", table.schema) as file:
         file.write_table(table)
@@ -84,9 +81,7 @@ def test_a_training_step_of_four_chunks_waits_once(
     assert [Counter(reads)[count] for count in counts] == [9, 9, 8, 0]
 
 
-def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(monkeypatch):
     events: list[str] = []
     net = LongNet(LongNetConfig(**MODEL))
     net(torch.zeros(1, 8, dtype=torch.int64))  # finds the attention kernel
@@ -118,9 +113,7 @@ def test_scoring_asks_for_a_chunk_when_the_next_is_on_its_way(
 
 @pytest.mark.parametrize("reads_all", [False, True])
 @pytest.mark.parametrize("ahead", [False, True], ids=["a CPU", "a GPU"])
-def test_a_gpu_computes_the_next_token_while_one_is_written(
-    ahead: bool, reads_all: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_computes_the_next_token_while_one_is_written(ahead, reads_all, monkeypatch):
     """On a CPU, a token is shown first. Of the last one, nothing comes after but what the stream has to read."""
     monkeypatch.setattr(generating, "runs_ahead", lambda device: ahead)
     net, events = LongNet(LongNetConfig(**MODEL)), list[str]()
