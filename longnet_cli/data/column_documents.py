@@ -5,7 +5,7 @@ with one name are one document.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, groupby
+from itertools import chain, groupby, repeat
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -99,18 +99,18 @@ def _read_rows(
     """Yield each row, whose only value is the one of `values_of`."""
     for start, arrays, errors in read_batches(table, columns, may_be_empty=whole is not None):
         with reading(table.where):
-            names = arrays[columns.doc_id].to_pylist() if columns.doc_id else None
-            parts = arrays[columns.part].to_pylist() if columns.part else None
+            names = arrays[columns.doc_id].to_pylist() if columns.doc_id else repeat(whole)
+            parts = arrays[columns.part].to_pylist() if columns.part else repeat(None)
             kept = {name: plain(arrays[name]) for name in columns.keep}
-        for index, value in enumerate(values_of(start, arrays)):
+        rows = zip(values_of(start, arrays), names, parts, strict=False)
+        for index, (value, name, part) in enumerate(rows):
             row = start + index
-            name = whole if names is None else names[index]
             yield DocumentRows(
                 row,
                 f"{table.name}:{row}" if name is None else str(name),
                 (value,),
                 {name: column[index] for name, column in kept.items()},
-                parts[index] if parts else None,
+                part,
                 errors.get(index),
                 named=name is not None,
             )
@@ -153,20 +153,18 @@ def _numbered(table: Table, rows: Iterator[DocumentRows]) -> Iterator[tuple[int,
     """Yield each row with the number of its document."""
     number = 0
     name: str | None = None  # of the row before
-    nameless: list[DocumentRows] = []
+    waiting: list[DocumentRows] = []
     for row in rows:
+        waiting.append(row)
         if row.error and not row.named and name is not None:
-            nameless.append(row)
             continue
         same = row.doc_id == name and row.row not in table.begins
-        for member in (*nameless, row):
+        for member in waiting:
             number += not same
             yield number, member
         name = row.doc_id if row.named else None
-        nameless = []
-    for row in nameless:
-        number += 1
-        yield number, row
+        waiting = []
+    yield from enumerate(waiting, number + 1)
 
 
 def _values(table: Table, doc_id: str, rows: Iterator[DocumentRows]) -> Iterator[Any]:
@@ -185,15 +183,13 @@ def _values(table: Table, doc_id: str, rows: Iterator[DocumentRows]) -> Iterator
 
 
 def read_documents(
-    groups: Iterable[DocumentRows], read: Callable[[DocumentRows], T], skip_bad: bool
+    groups: Iterable[DocumentRows], read: Callable[[DocumentRows], T]
 ) -> Iterator[T | Unread]:
-    """Yield what `read` returns for each document. With `skip_bad`, one that raises BadRowError is Unread instead."""
+    """Yield what `read` returns for each document, Unread for one that raises BadRowError."""
     for group in groups:
         try:
             document: T | Unread = read(group)
         except BadRowError as error:
-            if not skip_bad:
-                raise
             document = Unread(error)
         yield document
 
@@ -254,12 +250,11 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
 
 
 def table_texts(
-    table: Table, columns: Columns, tokenizer: Tokenizer | None, skip_bad: bool
+    table: Table, columns: Columns, tokenizer: Tokenizer | None
 ) -> Iterator[Text | Unread]:
     """Return the documents of a column of text, or of chats as the tokenizer's template writes them.
 
-    Raises ConfigError for chats without a tokenizer that has a template, DataError for rows that cannot be read; with
-    `skip_bad`, such a row is Unread.
+    A row that cannot be read is Unread. Raises ConfigError for chats without a tokenizer that has a template.
     """
     join = _chat_reader(table, columns, tokenizer) if is_chat(columns.type) else None
 
@@ -276,7 +271,7 @@ def table_texts(
     def texts(first_row: int, arrays: Batch) -> Iterator[Any]:
         return (value.as_py() for value in arrays[columns.documents])
 
-    return read_documents(group_rows(table, columns, texts, apart=apart), read, skip_bad)
+    return read_documents(group_rows(table, columns, texts, apart=apart), read)
 
 
 def _chat_reader(

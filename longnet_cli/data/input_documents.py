@@ -133,11 +133,9 @@ class Inputs:
     @cached_property
     def all_files(self) -> InputFiles:
         """The files that the names stand for, those of other shares too."""
-        return (
-            self.names
-            if isinstance(self.names, InputFiles)
-            else InputFiles(self.names, skip_bad=self.skip_bad)
-        )
+        if isinstance(self.names, InputFiles):
+            return self.names
+        return InputFiles(self.names, skip_bad=self.skip_bad)
 
     @cached_property
     def files(self) -> list[InputFile]:
@@ -214,20 +212,12 @@ class Inputs:
 
     def num_bytes(self) -> int | None:
         """Return the bytes of the files that are read if all are plain text on this machine, otherwise None."""
-        if self.shares_documents:
-            return None
         total = 0
         for input_file in self.files:
-            if (
-                input_file.path is None
-                or input_file.filesystem
-                or (size := input_file.size) is None
-            ):
+            size = None if input_file.filesystem or self.shares_documents else input_file.size
+            if input_file.path is None or size is None:
                 return None
-            with (
-                suppress(OSError),
-                open(input_file.path, "rb") as file,
-            ):  # reading it will report its error
+            with suppress(OSError), open(input_file.path, "rb") as file:  # its reader reports it
                 head = file.read(8)
                 if sniff(head) != "text" or compression(head):
                     return None
@@ -263,13 +253,10 @@ class Inputs:
         They are the token ids or vectors in Arrow and Parquet files on this machine: no text, no JSON, no pipe, no URI.
         """
         for input_file in self.files:
-            if (
-                input_file.path is None
-                or input_file.filesystem is not None
-                or not input_file.path.is_file()
-            ):
+            path = input_file.path
+            if path is None or input_file.filesystem is not None or not path.is_file():
                 continue
-            with reading(input_file.where), open(input_file.path, "rb") as file:
+            with reading(input_file.where), open(path, "rb") as file:
                 if sniff(file.read(8)) not in ARROW_KINDS:
                     continue
             opened = open_input(input_file, self.wanted)
@@ -301,9 +288,9 @@ class Inputs:
         if types:
             types.check(opened, columns)
         if self.vectors:
-            return vector_documents(opened, columns, self.skip_bad)
+            return vector_documents(opened, columns)
         if is_text(columns.type) or is_chat(columns.type):
-            return table_texts(opened, columns, words, self.skip_bad)
+            return table_texts(opened, columns, words)
         return self._ids(opened, columns)
 
     def _check_text(self, text: Text) -> None:
@@ -319,41 +306,36 @@ class Inputs:
             )
 
     def _document(self, item: Text | Document) -> Document:
-        return (
-            encode_text(item, self.tokenizer, self.vocab_size, self.unit)
-            if isinstance(item, Text)
-            else item
-        )
+        if isinstance(item, Text):
+            return encode_text(item, self.tokenizer, self.vocab_size, self.unit)
+        return item
 
     def _ids(self, table: Table, columns: Columns) -> Iterator[Document]:
         tokenizer, vocab_size, eos_id = self.tokenizer, self.vocab_size, self.eos_id
         _check_tokenizer(table, tokenizer)
         if vocab_size is None:
-            vocab_size = (
-                tokenizer.vocab_size if tokenizer else _metadata_int(table, "longnet.vocab_size")
-            )
+            of_file = partial(_metadata_int, table, "longnet.vocab_size")
+            vocab_size = tokenizer.vocab_size if tokenizer else of_file()
         if eos_id is not None:
             fitting("--eos", eos_id, vocab_size, f"{table.where}: ")
+        groups = list_documents(table, columns)
         if columns.type in INTEGERS:
             if eos_id is None:
                 eos_id = tokenizer.eos_id if tokenizer else _metadata_int(table, "longnet.eos_id")
             groups = flat_documents(table, columns, eos_id)
-        else:
-            groups = list_documents(table, columns)
 
         def read(group: DocumentRows) -> Document:
-            parts, where = collect(group.values), table.place(group.row)
             return Document(
                 group.doc_id,
-                parts,
+                collect(group.values),
                 tokenizer,
-                where,
+                table.place(group.row),
                 limit=vocab_size,
                 place=table.place,
                 kept=group.kept,
             )
 
-        return read_documents(groups, read, self.skip_bad)
+        return read_documents(groups, read)
 
 
 class DocumentPass:
@@ -376,16 +358,15 @@ class DocumentPass:
 
         With `skip_bad`, yield errors instead of raising them.
         """
-        self._inputs, self._read, self._digests, self._finish = inputs, read, digests, finish
+        self._inputs, self._read, self._finish = inputs, read, finish
+        self._digests = digests
         self._apart = Apart() if names_apart else None
         self._index = 0  # of the next item, if a share is one of documents
         self.opened: list[tuple[str, str | None]] = []
         self._total: int | None = None
         self._ready: Callable[[], bool] | None = None  # of stdin, which is read now or next
         self._before = self._size = 0  # bytes of the files before, and of the one that is read
-        self._begin = self._end = (
-            0.0  # fractions of that file before and after the batch that is read
-        )
+        self._begin = self._end = 0.0  # fractions of it before and after the batch that is read
         self._rows = self._given = 0  # of the batch, and documents given of it
 
     def __iter__(self) -> Iterator[Any]:
@@ -399,22 +380,26 @@ class DocumentPass:
     def _items(self) -> Iterator[Any]:
         """Yield the items of the share, and errors in place of what cannot be read."""
         inputs, types = self._inputs, TokenTypes()
-        sizes = [input_file.size for input_file in inputs.files]
+        files = inputs.files
+        sizes = [input_file.size for input_file in files]
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
         if inputs.share is None or inputs.shares_documents or inputs.share.number == 1:
             for error in inputs.all_files.missing:
                 yield from self._of_share(Unread(error, file=True))
-        for input_file, size, following in zip(
-            inputs.files, sizes, [*inputs.files[1:], None], strict=False
-        ):
-            self._ready = Stdin().ready if following and following.path is None else None
-            self.opened.append(
-                (input_file.where, content_digest(input_file) if self._digests else None)
+        for index, input_file in enumerate(files):
+            stdin_is_next = any(
+                following.path is None for following in files[index + 1 : index + 2]
             )
-            self._before, self._size = self._before + self._size, size or 0
+            self._ready = Stdin().ready if stdin_is_next else None
+            digest = content_digest(input_file) if self._digests else None
+            self.opened.append((input_file.where, digest))
+            self._before += self._size
+            self._size = sizes[index] or 0
             self._batch(0.0, 0.0, 0)
             try:
                 for item in self._read(self._watched(open_input(input_file, inputs.wanted)), types):
+                    if isinstance(item, Unread) and not inputs.skip_bad:
+                        raise item.error
                     self._given += 1
                     yield from self._of_share(item)
             except DataError as error:
@@ -455,9 +440,8 @@ class DocumentPass:
         if not self._total:
             return None
         inside = min(1.0, self._given / self._rows) if self._rows else 1.0
-        return (
-            self._before + self._size * (self._begin + (self._end - self._begin) * inside)
-        ) / self._total
+        of_file = self._begin + (self._end - self._begin) * inside
+        return (self._before + self._size * of_file) / self._total
 
     def _watched(self, opened: Text | Table) -> Text | Table:
         """Return the opened file, whose batches are counted when they are read. A text is one document."""
@@ -470,9 +454,8 @@ class DocumentPass:
             rows = 0
             for batch in opened.read(columns):
                 rows += batch.num_rows
-                self._batch(
-                    self._end, max(self._end, min(1.0, opened.fraction(rows))), batch.num_rows
-                )
+                end = min(1.0, opened.fraction(rows))
+                self._batch(self._end, max(self._end, end), batch.num_rows)
                 yield batch
             self._batch(1.0, 1.0, 0)
 
@@ -483,10 +466,11 @@ class DocumentPass:
 
 
 def _check_tokenizer(table: Table, tokenizer: Tokenizer | None) -> None:
-    written = (table.schema.metadata or {}).get(b"longnet.tokenizer_sha256")
-    if tokenizer and written and written.decode("utf-8", "replace") != tokenizer.sha256:
+    metadata = table.schema.metadata or {}
+    written = metadata.get(b"longnet.tokenizer_sha256", b"").decode("utf-8", "replace")
+    if tokenizer and written and written != tokenizer.sha256:
         raise ConfigError(
-            f"{table.where}: its tokens were made by tokenizer {written.decode('utf-8', 'replace')[:12]}, and the one "
+            f"{table.where}: its tokens were made by tokenizer {written[:12]}, and the one "
             f"in use is {tokenizer.sha256[:12]}: give the tokenizer.json that the data was made with, or tokenize again"
         )
 
@@ -511,10 +495,10 @@ def _spooled(text: Text) -> Text:
     if following is None:
         return text
 
-    def parts(read: Iterable[str]) -> Iterator[str]:
+    def parts() -> Iterator[str]:
         try:
             with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as file:
-                file.writelines(read)
+                file.writelines(chain((following,), rest))
                 file.seek(0)
                 yield ""  # all has been read by now
                 while part := file.read(SPOOLED_PART):
@@ -522,7 +506,7 @@ def _spooled(text: Text) -> Text:
         except OSError as error:
             raise no_place(error) from error
 
-    waiting = parts(chain((following,), rest))
+    waiting = parts()
     next(waiting)
     return replace(text, rest=waiting)
 

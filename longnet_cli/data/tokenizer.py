@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, islice
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +224,10 @@ class Tokenizer:
         """
         bare = self._inner.encode("a", add_special_tokens=False).ids
         ids = self._inner.encode("a").ids
-        starts = (i for i in range(len(ids)) if bare and ids[i : i + len(bare)] == bare)
-        start = next(starts, None)
-        return ((), ()) if start is None else (tuple(ids[:start]), tuple(ids[start + len(bare) :]))
+        for start in range(len(ids) if bare else 0):
+            if ids[start : start + len(bare)] == bare:
+                return tuple(ids[:start]), tuple(ids[start + len(bare) :])
+        return (), ()
 
     def for_documents(self, prompt: str = "") -> Tokenizer:
         """Return a copy that reads the text of a document as if `prompt` stood before it, and tells places.
@@ -233,17 +235,13 @@ class Tokenizer:
         The ids of the prompt (`prompt_ids`) are left out. Without `splits_special`, a special token that is written in
         a text is that token, as it is for transformers.
         """
-        reader = type(self)(tokenizers.Tokenizer.from_str(self._inner.to_str()))
-        reader.eos_id, reader.folder, reader.sha256, reader.tells_places = (
-            self.eos_id,
-            self.folder,
-            self.sha256,
-            True,
-        )
-        reader._inner.encode_special_tokens = reader.splits_special = self.splits_special
-        reader.special_ids = self.special_ids
+        reader = copy(self)
+        reader._inner = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        reader._inner.encode_special_tokens = self.splits_special
+        reader.tells_places = True
         if prompt:
-            reader._prompt, reader.prompt_ids = prompt, reader._ids_of_prompt(prompt)
+            reader._prompt = prompt
+            reader.prompt_ids = reader._ids_of_prompt(prompt)
         return reader
 
     @library_call()
@@ -252,12 +250,8 @@ class Tokenizer:
         texts = [f"{prompt}{sample}" for sample in ("a", "A", "1", ".", "\u4e00", " a", "\na")]
         encoded = self._inner.encode_batch(texts, add_special_tokens=False)
         first = encoded[0]
-        alone = sum(end <= len(prompt.rstrip()) for _, end in first.offsets)
-        for place in range(alone):
-            here = {tuple(encoding.ids[place : place + 1]) for encoding in encoded}
-            if len(here) > 1:
-                return tuple(first.ids[:place])
-        return tuple(first.ids[:alone])
+        alone = first.ids[: sum(end <= len(prompt.rstrip()) for _, end in first.offsets)]
+        return tuple(commonprefix([alone, *(encoding.ids for encoding in encoded)]))  # noqa: RUF071 (of ids)
 
     @classmethod
     def bytes(cls) -> Tokenizer:
@@ -274,28 +268,29 @@ class Tokenizer:
 
         Raises ConfigError for a missing file and for one that is no tokenizer.
         """
+        path = Path(path)
         settings: dict[str, Any] = {}
         try:
-            if Path(path).name in FINISHED:
-                settings = getattr(read_manifest(Path(path).parent), "tokenizer", None) or {}
+            if path.name in FINISHED:
+                settings = getattr(read_manifest(path.parent), "tokenizer", None) or {}
                 text = settings.get("json", "")
             else:
                 text = read_text(path)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
-                f"{path}: cannot read the tokenizer: {reason}{download_again(Path(path))}"
+                f"{path}: cannot read the tokenizer: {reason}{download_again(path)}"
             ) from error
-        with library_call(f"{path}: not a tokenizer.json: ", download_again(Path(path))):
+        with library_call(f"{path}: not a tokenizer.json: ", download_again(path)):
             inner = tokenizers.Tokenizer.from_str(text)
         for part in ("normalizer", "decoder"):
             if (growth := _growth(json.loads(text).get(part))) > MOST_GROWTH:
                 what = f"its {part} may make a text {growth:,.0f} times as long"
                 raise ConfigError(f"{path}: {what}: {MOST_GROWTH} times is the most")
-        if Path(path).name != TOKENIZER:
+        if path.name != TOKENIZER:
             return cls(inner, settings)
-        tokenizer = cls(inner, read_settings(Path(path).with_name(SETTINGS)))
-        tokenizer.folder = Path(path).parent
+        tokenizer = cls(inner, read_settings(path.with_name(SETTINGS)))
+        tokenizer.folder = path.parent
         return tokenizer
 
     @classmethod
@@ -326,14 +321,11 @@ class Tokenizer:
             path = located.path
         if not path.is_dir():
             return path
-        if (path / TOKENIZER).exists():
-            return path / TOKENIZER
-        for folder in (
-            path,
-            *sorted(filter(Path.is_dir, path.iterdir())),
-        ):  # one of shares has folders
-            if manifest := manifest_in(os.listdir(folder)):
-                return folder / manifest
+        if not (path / TOKENIZER).exists():
+            # a folder of shares has folders
+            for folder in (path, *sorted(filter(Path.is_dir, path.iterdir()))):
+                if manifest := manifest_in(os.listdir(folder)):
+                    return folder / manifest
         return path / TOKENIZER
 
     @classmethod
@@ -371,7 +363,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, (tokens,) int32, without added special tokens. Time is linear in its length."""
-        cutter, encoded = self.cutter([text]), [np.empty(0, np.int32)]
+        cutter = self.cutter([text])
+        encoded = [np.empty(0, np.int32)]
         while pieces := cutter.take(GROUP):
             encoded += self.encode_pieces(pieces)
         return np.concatenate(encoded)
@@ -408,32 +401,29 @@ class Tokenizer:
         Memory is that of GROUP characters and of a part. Places are given if the tokenizer `tells_places`, unless they
         can be counted from the ids (`TextPlaces`). Raises RefusedError for a text that changes the ids of the prompt.
         """
-        parts = iter(parts)
+        parts = filter(None, parts)
         if self._prompt:
-            beginning = next(filter(None, parts), None)
-            parts = iter(()) if beginning is None else chain((self._prompt + beginning,), parts)
+            parts = chain((self._prompt + part for part in islice(parts, 1)), parts)
         placed = self.tells_places and bool(self._prompt or not self.spells)
         place, skip = -len(self._prompt), len(self.prompt_ids)
         cutter = self.cutter(parts)
         while pieces := cutter.take(PLACED_GROUP if placed else GROUP):
-            ids, places = (
-                self._placed(pieces, place)
-                if placed
-                else (np.concatenate(self.encode_pieces(pieces)), None)
-            )
+            size = sum(len(piece.encode()) for piece in pieces)
+            if place < 0:
+                size -= len(self._prompt.encode())
+            if placed:
+                ids, places = self._placed(pieces, place)
+                part = Part(ids[skip:], n_bytes=size, places=np.maximum(places[skip:], 0))
+            else:
+                ids = np.concatenate(self.encode_pieces(pieces))
+                part = Part(ids[skip:], n_bytes=size)
             if tuple(ids[:skip]) != self.prompt_ids[:skip]:
                 raise RefusedError(
                     f"the tokenizer joins the prompt {self._prompt!r} with the text after it"
                 )
-            size = sum(len(piece.encode()) for piece in pieces) - (
-                len(self._prompt.encode()) if place < 0 else 0
-            )
-            yield Part(
-                ids[skip:],
-                n_bytes=size,
-                places=places if places is None else np.maximum(places[skip:], 0),
-            )
-            place, skip = place + sum(map(len, pieces)), 0
+            yield part
+            place += sum(map(len, pieces))
+            skip = 0
 
     def _placed(self, pieces: Sequence[str], place: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of pieces of a text, and their places from `place` on."""
@@ -453,21 +443,15 @@ class Tokenizer:
         token that stands for no character is an empty place between its neighbours.
         """
         ids = np.fromiter(encoding.ids, np.int64, len(encoding.ids))
-        if (
-            self.bytes_of is not None
-            and b"".join(map(self.bytes_of.__getitem__, encoding.ids)) == text.encode()
-        ):
+        bytes_of = self.bytes_of
+        if bytes_of and b"".join(map(bytes_of.__getitem__, encoding.ids)) == text.encode():
             begin, inside = self.characters
             ends = np.cumsum(begin[ids])
             return np.stack((ends - begin[ids] - inside[ids], ends), 1).astype(np.int32)
-        edges = (edge for pair in encoding.offsets for edge in pair)
-        places = np.fromiter(edges, np.int32, 2 * len(ids)).reshape(-1, 2)
+        places = np.array(encoding.offsets, np.int32).reshape(-1, 2)
         nowhere = places[:, 0] == places[:, 1]
-        before = (
-            np.concatenate(([0], np.maximum.accumulate(places[:, 1])[:-1]))
-            if len(ids)
-            else places[:, 0]
-        )
+        before = np.zeros(len(places), np.int32)
+        before[1:] = np.maximum.accumulate(places[:-1, 1])
         places[nowhere] = before[nowhere, None]
         return places
 
@@ -524,9 +508,8 @@ class Tokenizer:
         """Return the number of UTF-8 bytes of (tokens,) ids; None if the tokenizer is not byte-level or lacks an id."""
         if self.token_bytes is None or (len(ids) and ids.max() >= self.vocab_size):
             return None
-        blocks = (
-            ids[start : start + GROUP] for start in range(0, len(ids), GROUP)
-        )  # a lookup takes 8 bytes per token
+        # in blocks, because a lookup takes 8 bytes per token
+        blocks = (ids[start : start + GROUP] for start in range(0, len(ids), GROUP))
         return sum(int(self.token_bytes[block].sum()) for block in blocks)
 
     def encodes_as(self, other: Tokenizer) -> bool:
@@ -547,8 +530,10 @@ class Tokenizer:
     @property
     def description(self) -> dict[str, str]:
         """The tokenizer for the manifest of a data set: the text of its tokenizer.json, and its end-of-text token."""
-        ending = "" if self.eos_id is None else self.token_of(self.eos_id)
-        return {"json": self.to_json(), **({"eos_token": ending} if ending else {})}
+        description = {"json": self.to_json()}
+        if self.eos_id is not None and (ending := self.token_of(self.eos_id)):
+            description["eos_token"] = ending
+        return description
 
     def to_json(self) -> str:
         """Return the text of the tokenizer.json."""
@@ -616,10 +601,11 @@ class TextStream:
 
     def _text(self, *, final: bool) -> str:
         """Return the text of the waiting ids, unless it ends with bytes that may become a character."""
-        both = self._tokenizer.decode(
-            np.array(self._shown + self._waiting, np.int64), special=False
+        shown, both = (
+            self._tokenizer.decode(np.array(ids, np.int64), special=False)
+            for ids in (self._shown, self._shown + self._waiting)
         )
-        text = both[len(self._tokenizer.decode(np.array(self._shown, np.int64), special=False)) :]
+        text = both[len(shown) :]
         if text.endswith(REPLACEMENT) and not final:
             return ""
         if text:  # otherwise only special tokens came, and these join with nothing
@@ -631,22 +617,17 @@ class TextStream:
 def _growth(step: Any) -> float:
     """Return how many times as long a step of a tokenizer.json (`normalizer`, `decoder`) makes a text, at worst."""
     settings = step if isinstance(step, dict) else {}
-    if settings.get("type") == "Sequence":
-        return math.prod(
-            _growth(part) for key in ("normalizers", "decoders") for part in settings.get(key, ())
-        )
-    if settings.get("type") == "Replace":
-        replaced = settings["pattern"].get(
-            "String"
-        )  # a regular expression may match the empty text
-        return max(
-            1,
-            len(settings["content"]) / len(replaced) if replaced else 1 + len(settings["content"]),
-        )
-    if (
-        settings.get("type") == "Precompiled"
-    ):  # a tree of so many bytes, then what it writes for a character
+    kind = settings.get("type")
+    if kind == "Sequence":
+        steps = chain(settings.get("normalizers", ()), settings.get("decoders", ()))
+        return math.prod(map(_growth, steps))
+    if kind == "Replace":
+        written = len(settings["content"])
+        # a regular expression may match the empty text
+        replaced = settings["pattern"].get("String")
+        return max(1, written / len(replaced) if replaced else 1 + written)
+    if kind == "Precompiled":  # a tree of so many bytes, then what it writes for a character
         table = base64.b64decode(settings["precompiled_charsmap"])
-        written = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
-        return max(1, *(len(text.decode(errors="replace")) for text in written))
+        texts = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+        return max(1, *(len(text.decode(errors="replace")) for text in texts))
     return 1

@@ -77,26 +77,25 @@ class Vectors(Document):
             block = out[done : done + len(numbers)]
             with np.errstate(over="ignore"):  # reported below
                 block[:] = numbers
-            present = (
-                None if part.valid is None else part.valid.slice(offset * self.width, len(flat))
-            )
+            valid = part.valid
+            present = None if valid is None else valid.slice(offset * self.width, len(flat))
             if present is not None and present.false_count:
                 bad = offset + present.index(False).as_py() // self.width
                 raise DataError(
                     f"{self._row((part.row or 0) + part.flat * bad)}: a number of the vector is null"
                 )
             if not (finite := np.isfinite(block)).all():
-                bad, place = (int(indices[0]) for indices in np.nonzero(~finite))
-                number = numbers[bad, place]
+                bad, place = np.argwhere(~finite)[0]
                 raise DataError(
-                    f"{self.place(start + done + bad)}: number {place} of the vector is {number}"
+                    f"{self.place(start + done + bad)}: number {place} of the vector is {numbers[bad, place]}"
                 )
         return out
 
     def place(self, index: int) -> str:
         """Return the file and row of a vector, for a message."""
-        part = self.parts[at := bisect_right(self._starts, index) - 1]
-        row, inside = part.row or 0, index - self._starts[at]
+        number = bisect_right(self._starts, index) - 1
+        part = self.parts[number]
+        row, inside = part.row or 0, index - self._starts[number]
         return self._row(row + inside) if part.flat else f"{self._row(row)}, vector {inside}"
 
 
@@ -113,12 +112,11 @@ class _VectorRow(NamedTuple):
     row: int
 
 
-def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator[Document]:
+def vector_documents(table: Table, columns: Columns) -> Iterator[Document]:
     """Return the documents of a column of vectors, a row each, or of lists of vectors, a row per document.
 
-    In a table that has no column for names, all vectors are one document, which may be empty. Raises DataError for a
-    document that has a null, vectors of several sizes, or coordinates that do not fit its vectors; with `skip_bad`, it
-    is Unread.
+    In a table that has no column for names, all vectors are one document, which may be empty. A document that has a
+    null, vectors of several sizes, or coordinates that do not fit its vectors, is Unread.
     """
     nested = is_vectors(columns.type)
     tile_size = _tile_size(table)
@@ -137,7 +135,7 @@ def vector_documents(table: Table, columns: Columns, skip_bad: bool) -> Iterator
         whole = table.name
     groups = group_rows(table, columns, rows, whole)
     read = partial(_document, table, columns, tile_size)
-    return read_documents(groups, read, skip_bad)
+    return read_documents(groups, read)
 
 
 def _document(
@@ -198,11 +196,7 @@ def _part(
         width = before
     points = [_points(axes, len(vectors), place)] if axes else []
     present = valid if valid is None else valid.slice(start, stop - start)
-    return (
-        Part(values[start:stop], present, first_row, flat=not nested),
-        width,
-        points,
-    )
+    return Part(values[start:stop], present, first_row, flat=not nested), width, points
 
 
 def _points(axes: Sequence[pa.Array], count: int, place: Callable[[int], str]) -> np.ndarray:
@@ -241,6 +235,6 @@ def _tile_size(table: Table) -> float | None:
     if written is None:
         return None
     with suppress(ValueError):
-        if 0 < (size := float(written)) < np.inf:
-            return size
+        if 0 < float(written) < np.inf:
+            return float(written)
     raise DataError(f"{table.where}: {TILE_SIZE.decode()} in its metadata is no size of a tile")

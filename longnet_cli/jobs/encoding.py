@@ -88,16 +88,13 @@ class TextCut:
         self.room: int | None = None
         self.one_state = False
         self.size = self.stride = 0  # of windows, in tokens of a document
-        if options.context is not None:
-            self._cut(options, options.context, facts)
-        elif options.stride is not None:
-            raise ConfigError(
-                f"--stride {options.stride}: the model reads a document in one piece: leave it out, or give --context"
-            )
-
-    def _cut(self, options: EncodeOptions, context: int, facts: EncodeFacts) -> None:
-        """Cut into windows of `context` tokens."""
-        stride = options.stride
+        stride, context = options.stride, options.context
+        if context is None:
+            if stride is not None:
+                raise ConfigError(
+                    f"--stride {stride}: the model reads a document in one piece: leave it out, or give --context"
+                )
+            return
         span = options.span_tokens
         self.room = room = context - facts.around
         self.one_state = not ONE_STATE.isdisjoint((options.pool or "").split("+"))
@@ -106,20 +103,20 @@ class TextCut:
                 f"a window of {context} tokens has no room for a document beside its prompt and special tokens, "
                 f"which are {facts.around}: give a longer --context, or a shorter --prefix"
             )
-        if stride is not None and self.one_state and span is not None:
-            raise ConfigError(f"--stride {stride}: each span is a window: leave it out")
+        self.size = room
+        if self.one_state and span is not None:
+            if stride is not None:
+                raise ConfigError(f"--stride {stride}: each span is a window: leave it out")
+            if span == options.span and span > room:
+                raise ConfigError(
+                    f"--span {span}: with --pool {options.pool}, a span is a window, which holds {room} tokens of a "
+                    "document: give as many, or less"
+                )
+            self.size = min(room, span)
         if stride is not None and stride > room:
             raise ConfigError(
                 f"--stride {stride}: a window holds {room} tokens of a document: give as many, or less"
             )
-        if self.one_state and isinstance(options.span, int) and options.span > room:
-            raise ConfigError(
-                f"--span {span}: with --pool {options.pool}, a span is a window, which holds {room} tokens of a "
-                "document: give as many, or less"
-            )
-        self.size = room
-        if self.one_state and span is not None:
-            self.size = min(room, span)
         self.stride = stride or self.size
 
     def windows(self, tokens: int) -> Iterator[DocumentWindow]:
@@ -140,13 +137,12 @@ def for_model(
     net = loaded.net
     tokenizer = loaded.tokenizer
     embedding = loaded.embedding
-    prefix = None if options.prefix == NO_PREFIX else options.prefix
+    prefix = "" if options.prefix == NO_PREFIX else options.prefix
     if prefix and tokenizer is None:
+        problem = "has no tokenizer, which --prefix needs: give --tokenizer"
         if net.row_size is not None:
-            raise ConfigError(
-                f"{folder.name} reads vectors, which have no tokens: leave out --prefix"
-            )
-        raise ConfigError(f"{folder.name} has no tokenizer, which --prefix needs: give --tokenizer")
+            problem = "reads vectors, which have no tokens: leave out --prefix"
+        raise ConfigError(f"{folder.name} {problem}")
     if (options.context or options.stride) and (embedding is None or net.config.causal):
         raise ConfigError(
             f"{folder.name} reads a document in one piece, not in windows: leave out --context, --stride"
@@ -155,22 +151,19 @@ def for_model(
         ids = tokenizer.encode(prefix).tolist() if prefix and tokenizer else None
         return options.with_defaults(), EncodeFacts(**ModelFacts.of(loaded).__dict__, prefix=ids)
     model = embedding.model
-    if options.normalize is False and "Normalize" in model.modules:
+    context, normalize = options.context, options.normalize
+    if normalize is False and "Normalize" in model.modules:
         raise ConfigError(
             f"{folder.name} scales vectors amid its modules ({model.modules}): leave out --no-normalize"
         )
-    context = options.context
+    if normalize is None:
+        normalize = model.normalized
     if context is None and not net.config.causal and not net.dilated:
         limits = [limit for limit in (model.window, net.config.max_tokens) if limit is not None]
         context = min(limits, default=None)
-    options = replace(
-        options,
-        pool=options.pool or model.pool,
-        normalize=model.normalized if options.normalize is None else options.normalize,
-        context=context,
-    )
-    prompt = model.document_prompt if options.prefix is None else prefix or ""
-    facts = _facts(loaded, embedding, prompt)
+    pool = options.pool or model.pool
+    options = replace(options, pool=pool, normalize=normalize, context=context)
+    facts = _facts(loaded, embedding, model.document_prompt if prefix is None else prefix)
     TextCut(options, facts)  # before a document is read
     return options, facts
 
@@ -179,12 +172,11 @@ def _facts(loaded: Loaded, embedding: Embedding, prompt: str) -> EncodeFacts:
     """Return how an embedding model reads texts after a `prompt`."""
     model, words = embedding.model, embedding.words.for_documents(prompt)
     opening, closing = words.ids_around
-    counted = None
-    if (
-        prompt and not model.pools_prompt
-    ):  # as the library counts: it may take a token of the text for the prompt's
+    unpooled = None
+    if prompt and not model.pools_prompt:
+        # as the library counts: it may take a token of the text for the prompt's
         alone = (*opening, *words.encode(prompt).tolist(), *closing)
-        counted = len(alone) - (alone[-1:] != () and alone[-1] in words.special_ids)
+        unpooled = len(alone) - (not words.special_ids.isdisjoint(alone[-1:]))
     return EncodeFacts(
         bos=opening or None,
         model_name=loaded.origin,
@@ -193,7 +185,7 @@ def _facts(loaded: Loaded, embedding: Embedding, prompt: str) -> EncodeFacts:
         prefix=list(words.prompt_ids) or None,
         query_prompt=model.query_prompt,
         closing=list(closing),
-        unpooled=counted,
+        unpooled=unpooled,
         prompt=prompt or None,
         modules=model.modules if model.of_folder else None,
         splits_special=words.splits_special,
@@ -232,17 +224,17 @@ def encode(
 class _PooledWindow(Window):
     """A window of a document, the pooling that takes its hidden states up to row `taken`, and what takes its rows.
 
-    Of the document's tokens, `own` take their states from it.
+    Of the document's tokens, `tokens` take their states from it.
     """
 
     pooling: Pooling
     taken: int
     mean: WindowMean | None
-    own: int
+    tokens: int
 
     @property
     def counted(self) -> int:
-        return self.own
+        return self.tokens
 
 
 class Encoder(RowJob):
@@ -278,11 +270,11 @@ class Encoder(RowJob):
             raise ConfigError(
                 "a prefix becomes ids with the model's tokenizer: take the options of `for_model`"
             )
-        if "cls" in pools and not net.has_cls and not framed:
+        if "cls" in pools and not (net.has_cls or framed):
             raise ConfigError(
                 "this model has no CLS: take the mean (--pool mean), or the first or last vector"
             )
-        if net.has_cls and "cls" in pools and (options.span is not None or pools[1:]):
+        if net.has_cls and "cls" in pools and (options.span or pools[1:]):
             raise ConfigError(
                 "a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone"
             )
@@ -295,7 +287,7 @@ class Encoder(RowJob):
                 f"--pool {apart.pop()} of a document is not shared by ranks: give each rank its own documents (--dp)"
             )
         most = net.config.max_tokens
-        if options.context is not None and most and options.context > most:
+        if most and (options.context or 0) > most:
             raise ConfigError(f"--context {options.context}: the model reads {most} tokens at most")
         size = net.vector_size(net.config.dim * len(pools))
         if options.dims is not None and not 1 <= options.dims <= size:
@@ -390,7 +382,8 @@ class Encoder(RowJob):
         """
         tokens, span, room = len(document), self.options.span, self.cut.room
         if not isinstance(span, str):
-            return range(span or tokens, tokens + (span or tokens), span or tokens)
+            size = span or tokens
+            return range(size, tokens + size, size)
         counts = TextPlaces(document).tokens_before(document.ends or ())
         if counts is None:
             raise ConfigError(
@@ -430,21 +423,18 @@ class Encoder(RowJob):
                 windows = (
                     DocumentWindow(start, end, start, end) for start, end in pairwise((0, *ends))
                 )
-            for number, window in enumerate(windows):
-                rows = sequence.window(window.start, window.stop)
-                wanted = before + window.taken - window.start
-                taken = before + window.taken_stop - window.start
-                if window.start == 0 or cut.one_state:
+            for number, (start, stop, first, last) in enumerate(windows):
+                rows = sequence.window(start, stop)
+                wanted = before + first - start
+                taken = before + last - start
+                if start == 0 or cut.one_state:
                     wanted = skipped
-                if window.stop == len(document) or cut.one_state:
+                if stop == len(document) or cut.one_state:
                     taken = len(rows)
                 if cut.one_state:
-                    lead = {"skipped": skipped, "begin": window.start, "number": number}
-                    pooling = Pooling(
-                        document, pool, [window.stop], before - skipped, after, **lead
-                    )
-                tokens = window.taken_stop - window.taken
-                yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, tokens)
+                    lead = {"skipped": skipped, "begin": start, "number": number}
+                    pooling = Pooling(document, pool, [stop], before - skipped, after, **lead)
+                yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, last - first)
 
     def _skipped(self, before: int, first: int) -> int:
         """Return how many rows of a document are not pooled, of those `before` its own and the `first` span's."""
@@ -459,11 +449,9 @@ class Encoder(RowJob):
         limit = SHORT if self.reader.device.type == "cpu" else self.reader.chunk
         poolings, states = [], []
         for piece in pieces:
-            hidden = piece.hidden
-            if hidden is None or len(hidden) > limit:
-                continue
-            if piece.window.pooling.ends_with(hidden):
-                poolings.append(piece.window.pooling)
+            pooling, hidden = piece.window.pooling, piece.hidden
+            if hidden is not None and len(hidden) <= limit and pooling.ends_with(hidden):
+                poolings.append(pooling)
                 states.append(hidden)
         if poolings:
             pool_together(poolings, states)
@@ -484,7 +472,7 @@ class Encoder(RowJob):
             return rows
         vectors = torch.stack([row.vector for row in rows])
         self.reader.ranks.sum(vectors)
-        return [replace(row, vector=vector) for row, vector in zip(rows, vectors, strict=True)]
+        return [replace(row, vector=vectors[index]) for index, row in enumerate(rows)]
 
     def _record_batch(
         self, rows: Sequence[Row], head: Callable[[Tensor], Tensor]
@@ -522,9 +510,9 @@ def _is_framed(document: Document, opening: tuple[int, ...], closing: tuple[int,
     size = len(document)
     if document.tokenizer is not None or not 0 < len(opening + closing) <= size:
         return False
-    first = document.read(0, len(opening)).tolist()
-    last = document.read(size - len(closing), size).tolist()
-    return (tuple(first), tuple(last)) == (opening, closing)
+    first = document.read(0, len(opening))
+    last = document.read(size - len(closing), size)
+    return [*first, *last] == [*opening, *closing]
 
 
 def _array(kind: pa.DataType, rows: Sequence[Row], vectors: Tensor, normalize: bool) -> pa.Array:

@@ -47,14 +47,14 @@ class StopTexts:
     def add(self, text: str) -> str:
         """Return the text that certainly belongs to no stop text."""
         pending = self._held + text
-        places = [place for place in (pending.find(stop) for stop in self._texts) if place >= 0]
-        self.reached = bool(places)
-        if places:
-            self._held = ""
-            return pending[: min(places)]
-        held = max((_common(pending, stop) for stop in self._texts), default=0)
-        self._held = pending[len(pending) - held :]
-        return pending[: len(pending) - held]
+        ends = [pending.index(stop) for stop in self._texts if stop in pending]
+        self.reached = bool(ends)
+        end = min(ends, default=len(pending))
+        self._held = ""
+        if not ends:
+            end -= max((_common(pending, stop) for stop in self._texts), default=0)
+            self._held = pending[end:]
+        return pending[:end]
 
     def end(self) -> str:
         """Return the text that was held back."""
@@ -144,7 +144,6 @@ def generate(
         raise ConfigError("a stop text needs characters, and a tokenizer")
     if chats or not isinstance(prompt, Document):
         prompt = _prompt(loaded.chat if chats else tokenizer, prompt, chats)
-    chunk = chunk_of(chunk, default_chunk(net.config, next(net.parameters()).device))
     sequence = net.sequence(prompt, before)
     tokens = len(sequence) + (stream.position if stream else 0)
     if not tokens:
@@ -155,15 +154,18 @@ def generate(
     if sequence.limit is not None:
         unread = 0 if stream else 1  # the last new token
         max_tokens = min(max_tokens, sequence.limit - tokens + unread)
-    sampler, texts = (
+    generator = _Generator(
+        net,
         Sampler(temperature, top_p, seed, number),
+        loaded.ends if end_ids is None else end_ids,
         TextStream(tokenizer) if tokenizer else None,
+        StopTexts(stop),
+        chunk_of(chunk, default_chunk(net.config, next(net.parameters()).device)),
+        dtype,
+        stream or open_stream(net),
+        (events or Events()).progress,
     )
-    ends, reader = loaded.ends if end_ids is None else end_ids, stream or open_stream(net)
-    how = texts, StopTexts(stop), chunk, dtype, reader, (events or Events()).progress
-    return _Generator(net, sampler, ends, *how).run(
-        sequence, max_tokens, reads_all=stream is not None
-    )
+    return generator.run(sequence, max_tokens, reads_all=stream is not None)
 
 
 def _loaded(model: str | Loaded | Net, dtype: str, bos: Bos | Literal["own"]) -> Loaded:
@@ -234,10 +236,9 @@ class Sampler:
             probabilities, order = probabilities.sort(descending=True, stable=True)
         sums = probabilities.cpu().double().cumsum(-1)
         total = sums[torch.searchsorted(sums[:-1], self.top_p)]  # of the fewest that sum to top_p
-        place = int(torch.searchsorted(sums, self.random.random() * total, right=True))
-        place = min(
-            place, int(torch.searchsorted(sums[:-1], total))
-        )  # the product may be rounded up to the total
+        drawn = torch.searchsorted(sums, self.random.random() * total, right=True)
+        last = torch.searchsorted(sums[:-1], total)  # the product may be rounded up to the total
+        place = min(int(drawn), int(last))
         return place if order is None else int(order[place])
 
 
@@ -259,12 +260,9 @@ class _Generator:
         self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool
     ) -> Iterator[Step]:
         logits = None
-        if (
-            not len(sequence)
-            and isinstance(self.stream, CausalStream)
-            and self.stream.last_hidden is not None
-        ):
-            logits = self._logits(self.stream.last_hidden[0])
+        last_hidden = getattr(self.stream, "last_hidden", None)
+        if last_hidden is not None and not len(sequence):
+            logits = self._logits(last_hidden[0])
         for start in range(0, len(sequence), self.chunk):
             stop = min(start + self.chunk, len(sequence))
             logits = self._read(torch.from_numpy(sequence.read(start, stop)))
@@ -273,15 +271,16 @@ class _Generator:
         for number in range(1, max_tokens + 1):
             token, logprob = self.sampler(logits)
             step = self._step(token, logprob, number == max_tokens)
-            new, goes_on = torch.tensor([token]), not step.finish_reason
-            if ahead := goes_on and runs_ahead(
-                logits.device
-            ):  # it computes while the caller writes the text
+            new = torch.tensor([token])
+            ends = bool(step.finish_reason)
+            # the device computes while the caller writes the text
+            ahead = not ends and runs_ahead(logits.device)
+            if ahead:
                 logits = self._read(new)
             yield step
-            if not ahead and (goes_on or reads_all):
+            if not ahead and (reads_all or not ends):
                 logits = self._read(new)
-            if not goes_on:
+            if ends:
                 return
 
     @torch.inference_mode()
@@ -304,13 +303,10 @@ class _Generator:
         reason: FinishReason | None = "length" if last else None
         if ends:
             reason = "eos"
-        elif self.stops.reached:
+        if self.texts and reason and not self.stops.reached:
+            text += self.stops.add(self.texts.end()) + self.stops.end()
+        if self.stops.reached:
             reason = "stop"
-        if self.texts and reason in ("eos", "length"):
-            text += self.stops.add(self.texts.end())
-            if self.stops.reached:
-                reason = "stop"
-            text += self.stops.end()
         return Step(token, logprob, text, reason)
 
 

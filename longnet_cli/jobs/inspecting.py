@@ -18,6 +18,12 @@ from longnet_cli.data.token_documents import STEP, Document, Unread
 from longnet_cli.data.tokenizer import Tokenizer
 
 MAX_PROBLEMS = 1000  # problems whose lines are kept
+# Of the machine format, in order
+KEYS = (
+    *("documents", "tokens", "byte_tokens", "vectors", "sizes", "n_bytes", "length", "histogram"),
+    *("ids", "formats", "token_types", "metadata", "n_problems", "problems"),
+)
+RANGE = ("from", "to", "documents")
 
 
 @dataclass
@@ -51,48 +57,31 @@ class Inspection:
         if not self.documents:
             return dict.fromkeys(("min", "mean", "median", "max"))
         ordered = sorted(self.lengths)
-        ends = [
-            *accumulate(self.lengths[length] for length in ordered)
-        ]  # documents of this length or less
-        middle = [
-            ordered[bisect_right(ends, n)] for n in ((self.documents - 1) // 2, self.documents // 2)
-        ]
+        # documents of this length or less
+        ends = [*accumulate(self.lengths[length] for length in ordered)]
+        middle = (self.documents - 1) // 2, self.documents // 2
+        median = sum(ordered[bisect_right(ends, index)] for index in middle) / 2
         mean = round((self.tokens + self.vectors) / self.documents, 3)
-        return {"min": ordered[0], "mean": mean, "median": sum(middle) / 2, "max": ordered[-1]}
+        return {"min": ordered[0], "mean": mean, "median": median, "max": ordered[-1]}
 
     def histogram(self) -> list[tuple[int, int, int]]:
         """Return (first, last, documents), the number of documents with first..last tokens: 0, 1, 2..3, 4..7, ..."""
         buckets = Counter[int]()
         for length, count in self.lengths.items():
             buckets[length.bit_length()] += count
-        first = min(buckets, default=0)
-        last = max(buckets, default=-1)
-        return [
-            ((1 << bits) // 2, max((1 << bits) - 1, 0), buckets[bits])
-            for bits in range(first, last + 1)
-        ]
+        powers = range(min(buckets, default=0), max(buckets, default=-1) + 1)
+        return [((1 << bits) // 2, (1 << bits) - 1, buckets[bits]) for bits in powers]
 
     def as_dict(self) -> dict[str, object]:
         """Return a dict with the keys of the machine format."""
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "byte_tokens": self.byte_tokens,
-            "vectors": self.vectors,
-            "sizes": dict(self.sizes),
-            "n_bytes": self.n_bytes,
+        histogram = [dict(zip(RANGE, row, strict=True)) for row in self.histogram()]
+        shown = vars(self) | {
             "length": self.length(),
-            "histogram": [
-                {"from": low, "to": high, "documents": count}
-                for low, high, count in self.histogram()
-            ],
+            "histogram": histogram,
             "ids": {"min": self.low, "max": self.high},
-            "formats": dict(self.formats),
-            "token_types": dict(self.token_types),
-            "metadata": {key: dict(values) for key, values in self.metadata.items()},
             "n_problems": self.num_problems,
-            "problems": self.problems,
         }
+        return {key: shown[key] for key in KEYS}
 
 
 def inspect(inputs: Inputs, *, events: Events | None = None) -> Inspection:
@@ -155,20 +144,16 @@ def _columns(inputs: Inputs, table: Table) -> tuple[Inputs, Columns]:
 
 def _note_metadata(inspection: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:
     for key, value in metadata.items():
-        if key.startswith(b"longnet."):
-            inspection.metadata[key.decode("utf-8", "replace")][
-                value.decode("utf-8", "replace")
-            ] += 1
-    written = metadata.get(b"longnet.tokenizer_sha256")
-    if written:
-        first, own = (
-            next(iter(inspection.metadata["longnet.tokenizer_sha256"])),
-            written.decode("utf-8", "replace"),
-        )
+        name, text = key.decode("utf-8", "replace"), value.decode("utf-8", "replace")
+        if not name.startswith("longnet."):
+            continue
+        texts = inspection.metadata[name]
+        texts[text] += 1
+        first = next(iter(texts))
         with _noting(inspection):
-            if own != first:
+            if name == "longnet.tokenizer_sha256" and text != first:
                 raise ConfigError(
-                    f"{where}: its tokens were made by tokenizer {own[:12]}, the first by {first[:12]}"
+                    f"{where}: its tokens were made by tokenizer {text[:12]}, the first by {first[:12]}"
                 )
 
 
@@ -188,9 +173,10 @@ def _count(inspection: Inspection, document: Document, in_bytes: bool) -> None:
         inspection.tokens += len(document)
     inspection.byte_tokens += len(document) * in_bytes
     inspection.lengths[len(document)] += 1
-    inspection.n_bytes = (
-        None if n_bytes is None or inspection.n_bytes is None else inspection.n_bytes + n_bytes
-    )
+    if n_bytes is None:
+        inspection.n_bytes = None
+    elif inspection.n_bytes is not None:
+        inspection.n_bytes += n_bytes
     if len(document) and not document.has_vectors:
         inspection.low = int(low if inspection.low is None else min(low, inspection.low))
         inspection.high = int(high if inspection.high is None else max(high, inspection.high))

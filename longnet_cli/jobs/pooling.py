@@ -8,7 +8,7 @@ a Row for each window --> WindowMean --> a Row for the document, where a window 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,11 +51,11 @@ def windows_of(tokens: int, size: int, stride: int) -> Iterator[DocumentWindow]:
     """
     taken = start = 0
     while start + size < tokens:
-        stop = (
-            2 * start + stride + size - 1
-        ) // 2 + 1  # as far from this window's end as from the next one's start
-        yield DocumentWindow(start, start + size, taken, stop)
-        taken, start = stop, start + stride
+        # as far from this window's end as from the next one's start
+        middle = (2 * start + stride + size - 1) // 2 + 1
+        yield DocumentWindow(start, start + size, taken, middle)
+        taken = middle
+        start += stride
     yield DocumentWindow(start, tokens, taken, tokens)
 
 
@@ -80,27 +80,20 @@ class Pooling:
         begin: int = 0,
         number: int = 0,
     ) -> None:
-        self.document, self.pools, self.number = document, pool.split("+"), number
-        self.begin, self.ends, self.end, self.after = (
-            begin,
-            ends,
-            min(ends[-1], len(document)),
-            after,
-        )
+        self.document = document
+        self.pools = pool.split("+")
+        self.number = number
+        self.begin, self.ends, self.after = begin, ends, after
+        self.end = min(ends[-1], len(document))
         self.position = begin - before  # the next token; less than `begin` before the document
-        self.vector: Tensor | None = (
-            None  # of the whole document, if it is known: see `pool_together`
-        )
+        self.vector: Tensor | None = None  # of the whole document, by `pool_together`
         self._reset(skipped)
 
     def ends_with(self, hidden: Tensor) -> bool:
         """Return whether these states (n, dim) are all that is pooled, for one vector, by sums alone."""
-        whole = self.ends[0] >= self.end and not self._count
-        return (
-            whole
-            and SUMS.issuperset(self.pools)
-            and len(hidden) == self.end + self.after - self.position > 0
-        )
+        rest = self.end + self.after - self.position
+        whole = self.ends[0] >= self.end and not self._count and len(hidden) == rest > 0
+        return whole and SUMS.issuperset(self.pools)
 
     def add(self, hidden: Tensor) -> Iterator[Row]:
         """Take the next hidden states (n, dim)."""
@@ -121,9 +114,8 @@ class Pooling:
 
     def _reset(self, skipped: int = 0) -> None:
         self._count, self._weight = 0, skipped
-        self._sums: dict[
-            str, Tensor
-        ] = {}  # of the open span, by pooling: a sum (float64), a maximum or one state
+        # of the open span, by pooling: a sum (float64), a maximum or one state
+        self._sums: dict[str, Tensor] = {}
 
     def _take(self, part: Tensor) -> None:
         sums = self._sums
@@ -134,14 +126,14 @@ class Pooling:
                 sums.setdefault(pool, part[0])
             elif pool == "max":
                 most = part.amax(0)
-                sums[pool] = torch.maximum(sums[pool], most) if pool in sums else most
+                sums[pool] = torch.maximum(sums.get(pool, most), most)
+            elif pool == "weighted":
+                weights = to_device(self.weights(len(part)), part.device)
+                sums[pool] = sums.get(pool, 0) + weights @ part.double()
             else:
-                if pool == "weighted":
-                    new = to_device(self.weights(len(part)), part.device) @ part.double()
-                else:
-                    new = part.sum(0, dtype=torch.float64)
-                sums[pool] = sums[pool] + new if pool in sums else new
-        self._count, self._weight = self._count + len(part), self._weight + len(part)
+                sums[pool] = sums.get(pool, 0) + part.sum(0, dtype=torch.float64)
+        self._count += len(part)
+        self._weight += len(part)
 
     def weights(self, tokens: int) -> Tensor:
         """Return the weights of the next tokens if they are `weighted`, float64 on the host."""
@@ -150,12 +142,9 @@ class Pooling:
     def divisors(self, more: int = 0) -> list[float]:
         """Return what the sums are divided by, for each pooling, after `more` tokens."""
         count, last, skipped = self._count + more, self._weight + more, self._weight - self._count
-        of = {
-            "mean": count,
-            "sqrt": count**0.5,
-            "weighted": (last * (last + 1) - skipped * (skipped + 1)) / 2,
-        }
-        return [of.get(pool, 1) for pool in self.pools]
+        weights = (last * (last + 1) - skipped * (skipped + 1)) / 2
+        of_sums = {"mean": count, "sqrt": count**0.5, "weighted": weights}
+        return [of_sums.get(pool, 1) for pool in self.pools]
 
     def _vector(self) -> Tensor:
         sums = zip(self.pools, self.divisors(), strict=True)
@@ -188,14 +177,13 @@ class WindowMean:
     """The mean of the vectors of a document's windows, weighted by their tokens: takes their rows in order."""
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
+        self._sum: Any = 0
         self._tokens = 0
 
     def add(self, row: Row) -> Iterator[Row]:
         """Take the row of the next window; yield the document's row after the last one."""
         tokens = row.end - row.start
-        new = row.vector.double() * tokens
-        self._sum = new if self._sum is None else self._sum + new
+        self._sum = self._sum + row.vector.double() * tokens
         self._tokens += tokens
         if row.end == len(row.document):
             yield replace(row, span=0, start=0, vector=(self._sum / self._tokens).float())

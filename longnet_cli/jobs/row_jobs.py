@@ -177,7 +177,7 @@ class RowJob(ABC):
     def check_stored(self, stored: Iterable[Document]) -> None:
         """Raise the error of a document, whose length is known at once, that the job refuses."""
         for document in stored:
-            self.sequence(document)
+            self.take(document, None)
 
     def sequences(
         self,
@@ -199,12 +199,15 @@ class RowJob(ABC):
             for document in documents:
                 events.document(document, fraction())
                 sequence = self.take(document, events.left_out.skip)
-                if sequence is not None and self.is_empty(len(document)):
+                if sequence is None:
+                    pass  # it is counted already
+                elif self.is_empty(len(document)):
                     events.left_out.empty += 1
-                elif sequence is not None and self.is_short(len(document)):
+                elif self.is_short(len(document)):
                     events.left_out.short += 1
-                elif sequence is not None:
-                    document.doc_id = apart.name(document.doc_id) if apart else document.doc_id
+                else:
+                    if apart:
+                        document.doc_id = apart.name(document.doc_id)
                     yield sequence
                 if not ready():
                     yield None
@@ -226,9 +229,10 @@ class RowJob(ABC):
 
     def end(self, tokens: int) -> None:
         """Raise the error that has ended `sequences`, and NoTokensError for rows of no `tokens`, on ranks with rows."""
+        ranks = self.reader.all_ranks
         if self.failure:
             raise self.failure
-        if not tokens and (self.reader.all_ranks.writes or self.reader.all_ranks.dp == 1):
+        if not tokens and (ranks.writes or ranks.dp == 1):
             raise NoTokensError(self.nothing)
 
     def rows(self, documents: Iterable[Document]) -> pa.RecordBatchReader:
@@ -290,8 +294,8 @@ def run(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
     events = job.reader.events
     in_folder = is_folder(output.path, resume=output.resume)
     names_apart = job.names_apart and inputs.id_column is None
-    given = inputs.documents(digests=in_folder and ranks.writes, names_apart=names_apart)
-    documents: Iterator[Document] = iter(given)
+    reading = inputs.documents(digests=in_folder and ranks.writes, names_apart=names_apart)
+    documents: Iterator[Document] = iter(reading)
     if inputs.keep or job.text_fields:  # first_kept waits for the first document
         job.kept_fields, documents = first_kept(documents, job.text_fields)
     apart = Apart() if names_apart else None
@@ -301,21 +305,21 @@ def run(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
     ) -> Iterator[InputSequence[Document] | None]:
         if job.reader.model.config.max_tokens is not None and not events.left_out.skip:
             job.check_stored(inputs.stored())
-        yield from job.sequences(documents, apart, ready, lambda: given.fraction)
+        yield from job.sequences(documents, apart, ready, lambda: reading.fraction)
 
     if not in_folder:
         sink = output.sink or ShardWriter(output.path, job.schema, lines=output.lines)
+        least = 1 if output.sink else job.batch_rows
         with sink if ranks.writes else nullcontext() as opened:
-            return _write_stream(
-                job, sequences(given.ready), opened, 1 if output.sink else job.batch_rows
-            )
+            return _write_stream(job, sequences(reading.ready), opened, least)
     shard_size = job.shard_size if output.shard_size is None else output.shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
     if output.resume:
         text = _text_of_earlier_run(output.path, job.facts.pattern)
         job.facts = replace(job.facts, pattern=text)
-    settings, folder = _settings(job, inputs, shard_size), None
+    settings = _settings(job, inputs, shard_size)
+    folder = None
     if ranks.writes:
         folder = ShardFolder(
             output.path,
@@ -325,7 +329,7 @@ def run(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
             format=output.shard_format,
             resume=output.resume,
             left_out=events.left_out,
-            opened=given.opened,
+            opened=reading.opened,
         )
     with folder or nullcontext():
         _write_folder(job, sequences(), folder, shard_size)
@@ -365,12 +369,11 @@ def _text_of_earlier_run(folder: str | Path, pattern: str | None) -> str | None:
 
     Another version may write another text of it, and all that a folder holds says the same.
     """
-    earlier = read_manifest(Path(folder))
+    earlier = read_manifest(folder)
     text = earlier.settings.get("pattern") if earlier else None
-    if text is None or pattern is None:
-        return pattern
     with suppress(ValueError):
-        return text if parse_pattern(text) == parse_pattern(pattern) else pattern
+        if text and pattern and parse_pattern(text) == parse_pattern(pattern):
+            return text
     return pattern
 
 

@@ -97,35 +97,35 @@ def tokenize(
     events = events or Events()
     # a folder that cannot be resumed is refused here, before a tokenizer is trained
     earlier = run_to_resume(output, resume=resume) if in_folder else None
-    loaded = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)
-    appended = end_of_text(eos, loaded)
-    own_eos = loaded.eos_id
-    eos_id = own_eos if appended is None else appended
-    loaded = loaded.with_eos(eos_id)
+    words = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)
+    appended = end_of_text(eos, words)
+    of_settings: object = appended is not None
+    if appended not in (None, words.eos_id):
+        of_settings = str(appended)  # 1 would equal True
+        words = words.with_eos(appended)
 
-    documents = inputs.texts(loaded, digests=in_folder)
+    documents = inputs.texts(words, digests=in_folder)
     apart = Apart() if inputs.id_column is None else None
     texts: Iterator[Any] = _readable(documents, events.left_out.skip, apart)
     kept: list[pa.Field] = []
     if inputs.keep:  # first_kept waits for the first document
         kept, texts = first_kept(texts)
     schema = token_schema(
-        vocab_size=loaded.vocab_size, eos_id=eos_id, tokenizer_sha256=loaded.sha256, kept=kept
+        vocab_size=words.vocab_size, eos_id=words.eos_id, tokenizer_sha256=words.sha256, kept=kept
     )
     folder: ShardFolder | None = None
     if in_folder:
-        named_eos = appended not in (None, own_eos)
-        settings = inputs.settings(loaded, kept)
-        settings["tokenizer"] = loaded.sha256
+        settings = inputs.settings(words, kept)
+        settings["tokenizer"] = words.sha256
         settings["train_vocab"] = train_vocab
-        settings["eos"] = str(appended) if named_eos else appended is not None  # 1 would equal True
+        settings["eos"] = of_settings
         settings["shard_tokens"] = shard_tokens
         folder = ShardFolder(
             output,
             schema,
             settings=settings,
             format=shard_format,
-            tokenizer=loaded.description,
+            tokenizer=words.description,
             resume=resume,
             left_out=events.left_out,
             opened=documents.opened,
@@ -134,15 +134,15 @@ def tokenize(
         rows = TokenBatches(opened, shard_tokens, kept)
         if not (folder and folder.finished):
             remaining = folder.unread(texts) if folder else texts
-            to_stdout = str(output) == "-"
-            work = _Work(loaded, appended, to_stdout, documents.ready, events.progress)
+            at_once = str(output) == "-"
+            work = _Work(words, appended, at_once, documents.ready, events.progress)
             work.run(remaining, rows)
     shards = folder.paths if folder else []
     if beside := tokenizer_beside(output):
-        loaded.save(beside)
+        words.save(beside)
         shards = [Path(output)]
     totals = rows.totals
-    return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, loaded)
+    return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, words)
 
 
 def tokenizer_beside(output: str | Path) -> Path | None:
@@ -158,9 +158,9 @@ def _tokenizer(
 ) -> Tokenizer:
     """Return the given tokenizer, bytes for None; with `train_vocab`, a new one, or that of an `earlier` run."""
     if train_vocab is None:
-        return (
-            tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer or "bytes")
-        )
+        if isinstance(tokenizer, Tokenizer):
+            return tokenizer
+        return Tokenizer.load(tokenizer or "bytes")
     if tokenizer is not None:
         raise ConfigError("give a tokenizer or train one, not both")
     if inputs.share:
@@ -173,8 +173,8 @@ def _tokenizer(
         raise ConfigError(
             "training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file"
         )
-    texts = (text for text in inputs.texts() if isinstance(text, Text))
-    return Tokenizer.train((text.parts for text in texts), train_vocab)
+    texts = (text.parts for text in inputs.texts() if isinstance(text, Text))
+    return Tokenizer.train(texts, train_vocab)
 
 
 def _readable(
@@ -213,39 +213,36 @@ class _TextPart(NamedTuple):
 
 @dataclass(frozen=True)
 class _Work:
-    """The work on texts. `eos_id` ends each document. With `prompt`, each group is written as soon as it is done.
+    """The work on texts. `eos_id` ends each document. With `at_once`, each group is written as soon as it is done.
 
     `ready` says whether the next text is there (`DocumentPass`).
     """
 
     tokenizer: Tokenizer
     eos_id: int | None
-    prompt: bool
+    at_once: bool
     ready: Callable[[], bool]
     progress: Callable[..., None]
 
     def run(self, texts: Iterator[Text], rows: TokenBatches) -> None:
         """Tokenize all texts into `rows`. Those before an error of reading are tokenized first."""
         failures: list[Exception] = []
-        told = rows.totals["bytes"]  # those of an earlier run
         parts = portions(
             self._pieces(texts, failures), TEXT_CHARS, length_of=lambda piece: len(piece.text or "")
         )
         with closing(cast(Generator, overlapped(parts, self._encode))) as groups:
             for group in groups:
+                before = rows.totals["bytes"]
                 for piece, ids, size in group:
                     rows.add(piece, ids, size)
                     if piece.text is None:
                         rows.end_document(piece)
-                if self.prompt:
+                if self.at_once:
                     rows.flush()
-                done = rows.totals
-                self.progress(
-                    done["bytes"] - told,
-                    documents=done["documents"],
-                    tokens=format_count(done["tokens"]),
-                )
-                told = done["bytes"]
+                totals = rows.totals
+                tokens = format_count(totals["tokens"])
+                size = totals["bytes"] - before
+                self.progress(size, documents=totals["documents"], tokens=tokens)
         rows.flush()
         for failure in failures:
             raise failure
@@ -270,20 +267,17 @@ class _Work:
 
     def _encode(self, pieces: Sequence[_TextPart]) -> list[tuple[_TextPart, np.ndarray, int]]:
         """Return each piece with its ids, and the UTF-8 bytes of its text."""
-        encoded = iter(
-            self.tokenizer.encode_pieces(
-                [piece.text for piece in pieces if piece.text and not piece.ids]
-            )
-        )
+        texts = [piece.text for piece in pieces if piece.text and not piece.ids]
+        encoded = iter(self.tokenizer.encode_pieces(texts))
         ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
-        ids = (
-            ending if piece.text is None else piece.ids() if piece.ids else next(encoded)
-            for piece in pieces
-        )
-        return [
-            (piece, each, len((piece.text or "").encode()))
-            for piece, each in zip(pieces, ids, strict=True)
-        ]
+        rows = []
+        for piece in pieces:
+            if piece.text is None:
+                rows.append((piece, ending, 0))
+                continue
+            ids = piece.ids() if piece.ids else next(encoded)
+            rows.append((piece, ids, len(piece.text.encode())))
+        return rows
 
 
 Results = TypeVar("Results")
@@ -317,10 +311,10 @@ def overlapped(
     def first() -> Results:
         nonlocal waiting
         waiting -= 1
-        found = done.get()
-        if isinstance(found, BaseException):
-            raise found
-        return cast(Results, found)
+        results = done.get()
+        if isinstance(results, BaseException):
+            raise results
+        return cast(Results, results)
 
     start_new_thread(run, ())  # not Thread.start, which waits for an Event
     try:
@@ -363,9 +357,8 @@ class TokenBatches:
         dtype = numpy_dtype(output.schema.field("input_ids").type.value_type)
         self._values = np.empty(size // dtype.itemsize, dtype)
         self._used = 0  # values, the open document's included
-        self._rows: list[
-            tuple[_TextPart, int, int]
-        ] = []  # ended rows, with their part and the end of their values
+        # ended rows, with their part and the end of their values
+        self._rows: list[tuple[_TextPart, int, int]] = []
         self._part = 0  # of the open document
         self._in_shard = 0  # tokens
 
@@ -401,11 +394,11 @@ class TokenBatches:
         if not self._rows:
             return
         rows, parts, ends = zip(*self._rows, strict=True)
-        end, doc_ids = ends[-1], [row.doc_id for row in rows]
+        end = ends[-1]
+        doc_ids = [row.doc_id for row in rows]
         columns = kept_columns(rows, self._kept)
-        self._output.write(
-            token_batch(self._output.schema, doc_ids, parts, ends, self._values[:end], columns)
-        )
+        schema = self._output.schema
+        self._output.write(token_batch(schema, doc_ids, parts, ends, self._values[:end], columns))
         self._values[: self._used - end] = self._values[end : self._used].copy()
         self._used -= end
         self._rows.clear()

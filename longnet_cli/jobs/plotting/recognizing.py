@@ -6,7 +6,7 @@ Each kind is a class with `of`, which reads rows, and `panels`, which draws them
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -80,14 +80,14 @@ class Bench(_Measurements):
         differing = [key for key in _DIFFERENCES if len(values[key]) > 1]
         alone = {"dense"}.difference(row["impl"] for other in others for row in other.rows)
         several = len({row["impl"] for row in self.rows} - alone) > 1
-        groups: dict[str, list[Row]] = {}
+        groups = defaultdict[str, list[Row]](list)
         for row in self.rows:
             named = others and row["impl"] not in alone
             words = [self.name] if named else []
             if several or not named:
                 words.append(row["impl"])
             words += [_DIFFERENCES[key](row[key]) for key in differing if row.get(key) is not None]
-            groups.setdefault(", ".join(words), []).append(row)
+            groups[", ".join(words)].append(row)
         for key, axis, power in BENCH_PANELS:
             curves = []
             for name, rows in groups.items():
@@ -205,8 +205,7 @@ class Scores(_Measurements):
                 words = [self.name] if others or context is None else []
                 if context is not None:
                     words.append(f"context {format_size(round(context))}")
-                ranges = total.get(key) or ()
-                losses = points(ranges, (place, NATS), "from", "nll", "nll_se")
+                losses = points(total.get(key) or (), (place, NATS), "from", "nll", "nll_se")
                 curves.append(Curve(", ".join(words), losses))
             yield Panel(key, place, NATS, curves)
 
@@ -218,7 +217,7 @@ def _is_total(value: object) -> bool:
     tables = [value.get(key) or [] for key, _ in LISTS]
     if not all(isinstance(table, list) for table in tables):
         return False
-    return all(isinstance(row, dict) for table in tables for row in table)
+    return all(isinstance(row, dict) for row in chain(*tables))
 
 
 Measured = Run | Bench | Scores
@@ -275,11 +274,10 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
         raise DataError(
             f"{names}: nothing to draw; of scores, give several contexts, or --by-position"
         )
-    for key in show:
-        if key not in drawable:
-            meant = nearest(key, drawable)
-            also = f"did you mean {meant}?" if meant else f"choose from {', '.join(drawable)}"
-            raise ConfigError(f"--show: there is no {key!r} to draw: {also}")
+    for key in {*show} - drawable.keys():
+        similar = nearest(key, drawable)
+        advice = f"did you mean {similar}?" if similar else f"choose from {', '.join(drawable)}"
+        raise ConfigError(f"--show: there is no {key!r} to draw: {advice}")
     return [drawable[key] for key in show or drawable]
 
 
@@ -302,7 +300,7 @@ def _text(path: str | Path, file: Path) -> str:
             return read_text(file)
         if sys.stdin is None:
             raise DataError("stdin is closed")
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode()
     except OSError as error:
         raise DataError(
             f"{file}: {error.strerror}; expected the folder of a training run, or {KINDS}"
@@ -317,29 +315,33 @@ def _rows(file: Path, text: str) -> Iterator[tuple[str, Row]]:
         values = iter([(1, parse(text))])
     except ValueError as error:
         values = _lines(file, text.split("\n"), error)
-    for at, value in values:
+    for index, value in values:
+        where = f"{file}: row {index}"
         for row in value if isinstance(value, list) else [value]:
             if not isinstance(row, dict):
                 raise DataError(
-                    f"{file}: row {at}: not a line of metrics, of bench or of score: not an object"
+                    f"{where}: not a line of metrics, of bench or of score: not an object"
                 )
-            yield f"{file}: row {at}", row
+            yield where, row
 
 
 def _lines(file: Path, lines: Sequence[str], whole: ValueError) -> Iterator[tuple[int, object]]:
     """Yield the number and the value of each line. `whole` is the error of the lines as one value."""
-    for at, line in enumerate(lines, 1):
+    is_first = True
+    for index, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                yield at, parse(line)
+            yield index, parse(line)
         except ValueError as error:
-            if at == len(lines):
+            if index == len(lines):
                 return  # it is still being written
-            is_first = not any(map(str.strip, lines[: at - 1]))
-            row, why = (getattr(whole, "lineno", 1), whole) if is_first else (at, error)
+            why: Any = whole if is_first else error
+            row = getattr(whole, "lineno", 1) if is_first else index
             raise DataError(
                 f"{file}: row {row}: not JSON: {getattr(why, 'msg', why)}; expected {KINDS}"
             ) from None
+        is_first = False
 
 
 def _kind(where: str, row: Row) -> type[Run] | type[Bench] | type[Scores]:

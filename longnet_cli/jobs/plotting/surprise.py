@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ class Surprise:
 
 def has_columns(path: str) -> bool:
     """Return whether a file, or stdin (-), is Arrow or Parquet: curves are drawn from text."""
-    head, pipe = b"", getattr(sys.stdin, "buffer", None)
+    head = b""
+    pipe = getattr(sys.stdin, "buffer", None)
     if path == "-" and isinstance(pipe, BufferedReader):
         head = pipe.peek(8)
     elif Path(path).is_file():
@@ -133,7 +134,9 @@ def _tokenizer(files: Sequence[LogprobFile], name: str | None) -> Tokenizer:
 
 def _whole_documents(file: LogprobFile) -> Iterator[Logged]:
     """Yield the documents of a file, each in one. Raises ConfigError for too many tokens."""
-    tokens, rows = 0, list[Logged]()
+    tokens = 0
+    documents: list[list[Logged]] = []
+    expected: tuple[str, int] | None = None  # of the next row of the same document
     for row in file.rows(top=True):
         tokens += len(row.ids)
         if tokens > MOST_TOKENS:
@@ -141,38 +144,28 @@ def _whole_documents(file: LogprobFile) -> Iterator[Logged]:
                 f"{file.where}: more than {MOST_TOKENS:,} tokens, the most that are shown: score fewer documents, or "
                 "the end of each (--last)"
             )
-        if rows and (
-            row.doc_id != rows[0].doc_id or row.start != rows[-1].start + len(rows[-1].ids)
-        ):
-            yield _joined(rows)
-            rows = []
-        rows.append(row)
-    if rows:
-        yield _joined(rows)
-
-
-def _joined(rows: Sequence[Logged]) -> Logged:
-    """Return rows of a document as one."""
-    columns = zip(*(row[2:] for row in rows), strict=True)
-    joined: list[Any] = [
-        None if column[0] is None else np.concatenate(column) for column in columns
-    ]
-    return Logged(*rows[0][:2], *joined)
+        if row[:2] != expected:
+            documents.append([])
+        documents[-1].append(row)
+        expected = row.doc_id, row.start + len(row.ids)
+    for rows in documents:
+        columns = zip(*(row[2:] for row in rows), strict=True)
+        joined: list[Any] = [
+            None if column[0] is None else np.concatenate(column) for column in columns
+        ]
+        yield Logged(*rows[0][:2], *joined)
 
 
 def _check_same(files: Sequence[LogprobFile], one: Logged | None, other: Logged | None) -> None:
     """Raise DataError unless both are the same tokens of the same document."""
-    if one and other and one[:2] == other[:2] and np.array_equal(one.ids, other.ids):
+    what = "other tokens of the same document"
+    if not (one and other and one[:2] == other[:2]):
+        what = " and ".join(
+            f"tokens from {row.start} on of document {row.doc_id!r}" if row else "no more documents"
+            for row in (one, other)
+        )
+    elif np.array_equal(one.ids, other.ids):
         return
-    said = (
-        f"tokens from {x.start} on of document {x.doc_id!r}" if x else "no more documents"
-        for x in (one, other)
-    )
-    what = (
-        "other tokens of the same document"
-        if one and other and one[:2] == other[:2]
-        else " and ".join(said)
-    )
     raise DataError(
         f"{files[0].where} and {files[1].where} have {what}: score the same documents, with the same --last"
     )
@@ -201,14 +194,11 @@ class _TokenTexts:
 
     def pieces(self, ids: np.ndarray) -> list[str]:
         """Return what each of (n,) ids adds to their text. Special tokens and unknown ids are named."""
-        stream, special, size = (
-            TextStream(self.tokenizer),
-            self.tokenizer.special_ids,
-            self.tokenizer.vocab_size,
-        )
+        words = self.tokenizer
+        stream = TextStream(words)
         pieces = []
         for index in ids.tolist():
-            named = index in special or not 0 <= index < size
+            named = index in words.special_ids or not 0 <= index < words.vocab_size
             pieces.append(self._name(index) if named else stream.add(index))
         if rest := stream.end():
             pieces[-1] += rest
@@ -220,8 +210,8 @@ class _TokenTexts:
         for index in kinds.tolist():
             if index not in self._places:
                 self._places[index] = len(self.tops)
-                known = index < self.tokenizer.vocab_size
-                text = self.tokenizer.decode(np.array([index])) if known else ""
+                is_token = index < self.tokenizer.vocab_size
+                text = self.tokenizer.decode(np.array([index])) if is_token else ""
                 self.tops.append(text or self._name(index))
         return np.array([self._places[index] for index in kinds.tolist()])[places]
 
@@ -253,36 +243,34 @@ def write_surprise(surprise: Surprise, output: str | Path) -> None:
 
 def _facts(surprise: Surprise) -> dict[str, object]:
     """Return what a page knows of its documents: names, numbers of tokens, and which lists its data has."""
-    documents = surprise.documents
-    each_document = [
-        {"id": each.doc_id, "start": each.start, "tokens": len(each.pieces), "nats": each.means}
-        for each in documents
+    documents = [
+        {"id": shown.doc_id, "start": shown.start, "tokens": len(shown.pieces), "nats": shown.means}
+        for shown in surprise.documents
     ]
-    tokens, has_top = (
-        sum(len(each.pieces) for each in documents),
-        any(each.top is not None for each in documents),
-    )
-    lists = {"tokens": tokens, "other": len(surprise.names) > 1, "top": has_top}
-    facts = {"names": surprise.names, "documents": each_document, "tops": surprise.tops}
-    return {**facts, **lists, "steps": STEPS, "colors": COLORS}
+    return {
+        "names": surprise.names,
+        "documents": documents,
+        "tops": surprise.tops,
+        "tokens": sum(len(shown.pieces) for shown in surprise.documents),
+        "other": len(surprise.names) > 1,
+        "top": any(shown.top is not None for shown in surprise.documents),
+        "steps": STEPS,
+        "colors": COLORS,
+    }
 
 
 def _data(surprise: Surprise) -> bytes:
     """Return the lists of a page, one after the other: those that it does not have are empty."""
-    documents = surprise.documents
-    pieces = [piece.encode("utf-16-le", "replace") for each in documents for piece in each.pieces]
-    lists = [_columns([each.top for each in documents]).astype("<u4")]
-    lists += [np.array([len(piece) // 2 for piece in pieces], "<u2")]
-    for nats in zip(
-        *((each.nats, each.other_nats, each.top_nats) for each in documents), strict=True
-    ):
-        lists += [np.rint(_columns(nats) * STEPS).clip(0, 65535).astype("<u2")]
-    return b"".join(
-        [*(values.tobytes() for values in lists), b"".join(pieces).decode("utf-16-le").encode()]
-    )
 
+    def column(name: str) -> np.ndarray:
+        lists = (getattr(document, name) for document in surprise.documents)
+        return np.concatenate([np.empty(0, np.float32), *(x for x in lists if x is not None)])
 
-def _columns(lists: Sequence[np.ndarray | None]) -> np.ndarray:
-    return np.concatenate(
-        [np.empty(0, np.float32), *(values for values in lists if values is not None)]
-    )
+    texts = chain.from_iterable(document.pieces for document in surprise.documents)
+    pieces = [piece.encode("utf-16-le", "replace") for piece in texts]
+    lists = [column("top").astype("<u4")]
+    lists.append(np.array([len(piece) // 2 for piece in pieces], "<u2"))
+    for name in ("nats", "other_nats", "top_nats"):
+        lists.append(np.rint(column(name) * STEPS).clip(0, 65535).astype("<u2"))
+    text = b"".join(pieces).decode("utf-16-le").encode()
+    return b"".join([*(values.tobytes() for values in lists), text])

@@ -132,11 +132,9 @@ class ScheduleRecipe(StrictModel):
         if self.decay == "constant":
             return peak
         done = (step - self.warmup_steps) / max(1, total - 1 - self.warmup_steps)
-        share = (
-            (1 + math.cos(math.pi * done)) / 2
-            if self.decay == "cosine"
-            else (1 - done) ** self.power
-        )
+        share = (1 - done) ** self.power
+        if self.decay == "cosine":
+            share = (1 + math.cos(math.pi * done)) / 2
         return peak * (self.final + (1 - self.final) * share)
 
 
@@ -223,30 +221,24 @@ class ParallelRecipe(StrictModel):
 # Keys that may differ between a checkpoint and the run that continues it: they change no number beyond rounding. The
 # tokenizer and the initial model may only be in another place: their contents are compared as well.
 FREE_TO_CHANGE = {
-    *(
-        "init",
-        "data.train",
-        "data.mix",
-        "data.held_out",
-        "data.column",
-        "data.tokenizer",
-        "parallel",
-    ),
+    "init",
+    "data.train",
+    "data.mix",
+    "data.held_out",
+    "data.column",
+    "data.tokenizer",
+    "parallel",
     "model.frozen_bytes",
-    *(
-        "train.chunk",
-        "train.spill",
-        "train.activation_checkpointing",
-        "train.compile",
-        "train.loss_jump",
-    ),
-    *(
-        "train.log_every",
-        "train.evaluate_every",
-        "train.save_every",
-        "train.save_minutes",
-        "train.keep",
-    ),
+    "train.chunk",
+    "train.spill",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.loss_jump",
+    "train.log_every",
+    "train.evaluate_every",
+    "train.save_every",
+    "train.save_minutes",
+    "train.keep",
     "train.track",  # a key that is gone, in checkpoints
     "train.held_out_context",
 }
@@ -301,24 +293,23 @@ class Recipe(StrictModel):
         """Return a line if all steps are warm-up, and one if sequences are longer than the pattern links."""
         steps, warmup, lines = self.train.steps, self.schedule.warmup_steps, list[str]()
         if steps <= warmup:
-            lines.append(
-                f"all {steps} steps are warm-up: the learning rate rises for schedule.warmup_steps={warmup}"
-            )
+            rises = f"the learning rate rises for schedule.warmup_steps={warmup}"
+            lines.append(f"all {steps} steps are warm-up: {rises}")
         longest = max(stage.seq_len for stage in self.train.stages)
         reach = self.model.pattern.farthest(self.model.num_layers)
         if reach is not None and reach < longest:
-            links = (
-                f"pattern {format_pattern(self.model.pattern)} links tokens at most {reach:,} apart"
-            )
+            pattern = format_pattern(self.model.pattern)
+            links = f"pattern {pattern} links tokens at most {reach:,} apart"
             lines.append(f"{links}, and sequences have {longest:,}: what is farther is never seen")
         return lines
 
     @property
     def steps_in_words(self) -> str:
         """The tokens that the steps read, by stage: `3 steps of 64 x 256 tokens (train.batch_tokens)`."""
-        windows = self.train.windows
+        train = self.train
         stages = (
-            f"{s.steps:,} steps of {windows(s):,} x {s.seq_len:,} tokens" for s in self.train.stages
+            f"{stage.steps:,} steps of {train.windows(stage):,} x {stage.seq_len:,} tokens"
+            for stage in train.stages
         )
         return f"{', then '.join(stages)} (train.batch_tokens)"
 
@@ -396,13 +387,10 @@ class PretrainedRecipe(Recipe):
 def _extend(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether the stages `new` begin with all steps of `old`: the last one may go on, and more may follow."""
     *first, last = old
-    same, rest = new[: len(first)], new[len(first) :]
-    return (
-        same == first
-        and bool(rest)
-        and rest[0]["seq_len"] == last["seq_len"]
-        and rest[0]["steps"] >= last["steps"]
-    )
+    rest = new[len(first) :]
+    if new[: len(first)] != first or not rest or rest[0]["seq_len"] != last["seq_len"]:
+        return False
+    return bool(rest[0]["steps"] >= last["steps"])
 
 
 def _changed(old: object, new: object, path: str) -> Iterator[str]:
@@ -439,58 +427,54 @@ def load_recipe(
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: not a recipe, which is a table of keys and values")
     for key, value in overrides.items():
-        *parents, leaf = key.split(".")
-        table = data
-        for parent in parents:
-            table = table.setdefault(parent, {})
-            if not isinstance(table, dict):
-                raise ConfigError(f"--set {key}: '{parent}' is a value, not a table")
-        for other in SAID_OTHERWISE.get(key, ()):
-            table.pop(other, None)
-        table[leaf] = value
-    model, source, train, optimizer = (
-        data.get(name, {}) for name in ("model", "data", "train", "optimizer")
-    )
-    if not all(isinstance(table, dict) for table in (model, source, train, optimizer)):
+        _set(data, key, value)
+    tables = [data.get(name, {}) for name in ("model", "data", "train", "optimizer")]
+    if not all(isinstance(table, dict) for table in tables):
         raise ConfigError(
             f"{where}: model, data, train and optimizer are tables of keys and values"
         )
-    if path and path.endswith(
-        ".json"
-    ):  # a run that was begun when there was this key goes on without it
+    model, source, train, optimizer = tables
+    if where.endswith(".json"):  # a run that was begun when there was this key goes on without it
         train.pop("track", None)
-    if rates := [rate for key, rate in TUNING_RATES.items() if data.get(key) is not None]:
-        data["optimizer"] = {"lr": rates[-1]} | optimizer
+    for key, rate in TUNING_RATES.items():
+        if data.get(key) is not None:
+            data["optimizer"] = {"lr": rate} | optimizer
     with naming("init"):
         folder = _initial_folder(data.get("init"), model, stored)
+    with naming("data.tokenizer"):
+        named = source.get("tokenizer")
+        if isinstance(named, str) and (words := find_tokenizer(as_stored(named, stored))):
+            source["tokenizer"] = words.name
     if folder:
         data["init"] = folder.origin
-    with naming("data.tokenizer"):
-        given = source.get("tokenizer")
-        if isinstance(given, str) and (words := find_tokenizer(as_stored(given, stored))):
-            source["tokenizer"] = words.name
-    if folder and folder.of_transformers:
-        source = {"tokenizer": folder.origin} | source
-        model = _pretrained(model, data.get("lora"), folder, where)
-        return validate(PretrainedRecipe, data | {"model": model, "data": source}, where)
-    if folder:
-        own = folder.net_config().model_dump(mode="json")
-        if not model.keys().isdisjoint(
-            (*PATTERN_FIELDS, "pattern")
-        ):  # another pattern replaces all of its own
-            own = {name: value for name, value in own.items() if name not in PATTERN_FIELDS}
-        tokenizer = {"tokenizer": folder.origin} if (folder.path / TOKENIZER).exists() else {}
-        model, source = own | model, tokenizer | source
-        data = data | {"model": model, "data": source}
+        if (folder.path / TOKENIZER).exists() or folder.of_transformers:
+            source = data["data"] = {"tokenizer": folder.origin} | source
+        if folder.of_transformers:
+            data["model"] = _pretrained(model, data.get("lora"), folder, where)
+            return validate(PretrainedRecipe, data, where)
+        model = data["model"] = _with_values_of(folder, model)
     if "model" in data and "vocab_size" not in model:
         with naming("data.tokenizer"):
             size = Tokenizer.load(str(source.get("tokenizer", "bytes"))).vocab_size
-        data = data | {"model": model | {"vocab_size": size + (train.get("objective") == "masked")}}
+        data["model"] = model | {"vocab_size": size + (train.get("objective") == "masked")}
     if data.get("lora") is not None:
         raise ConfigError(
             f"{where}: lora is for a Hugging Face model (init): a LongNet trains all of its weights: leave it out"
         )
     return validate(Recipe, data, where)
+
+
+def _set(recipe: dict[str, Any], key: str, value: object) -> None:
+    """Set the value of a key such as `optimizer.lr`. Raises ConfigError for a key below a value."""
+    *parents, leaf = key.split(".")
+    table = recipe
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {key}: '{parent}' is a value, not a table")
+    for other in SAID_OTHERWISE.get(key, ()):
+        table.pop(other, None)
+    table[leaf] = value
 
 
 @contextmanager
@@ -516,6 +500,15 @@ def _initial_folder(
         raise
 
 
+def _with_values_of(folder: ModelFolder, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table `model` with the values of the LongNet in `folder` where it gives none."""
+    values = folder.net_config().model_dump(mode="json")
+    if not model.keys().isdisjoint((*PATTERN_FIELDS, "pattern")):
+        for name in PATTERN_FIELDS:  # another pattern replaces all of it
+            values.pop(name, None)
+    return {**values, **model}
+
+
 def _pretrained(model: Mapping[str, Any], lora: Any, folder: ModelFolder, where: str) -> NetConfig:
     """Return the table `model` of a recipe that trains the Hugging Face model in `folder`, with its facts."""
     written = model.get("pattern")
@@ -528,9 +521,9 @@ def _pretrained(model: Mapping[str, Any], lora: Any, folder: ModelFolder, where:
     elif model.get("as_trained"):
         written = None
     pattern = read_pattern(written, f"{where}: model.pattern")
-    adapter = (
-        validate(LoraRecipe, lora, f"{where}: lora").model_dump() if lora is not None else None
-    )
+    adapter = None
+    if lora is not None:
+        adapter = validate(LoraRecipe, lora, f"{where}: lora").model_dump()
     return folder.net_config(pattern, adapter)
 
 
@@ -559,24 +552,17 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, object]:
 
 def _read(path: str) -> tuple[Any, str]:
     refuse_web_address(path)
-    file = (
-        Path(path)
-        if "/" in path or path.endswith((".toml", ".json"))
-        else preset_dir() / f"{path}.toml"
-    )
-    form = "JSON" if file.suffix == ".json" else "TOML"
+    is_path = "/" in path or path.endswith((".toml", ".json"))
+    file = Path(path) if is_path else preset_dir() / f"{path}.toml"
+    form, parser = ("JSON", json.loads) if file.suffix == ".json" else ("TOML", tomllib.loads)
     try:
-        return parse(read_text(file), json.loads if form == "JSON" else tomllib.loads), str(path)
+        return parse(read_text(file), parser), path
     except FileNotFoundError:
-        shipped = ", ".join(sorted(p.stem for p in preset_dir().glob("*.toml")))
-        missing, hint = (
-            (": no such file", "")
-            if file == Path(path) and file.suffix
-            else ("", "; a path ends in .toml")
-        )
-        raise ConfigError(
-            f"no recipe '{path}'{missing}. Shipped recipes: {shipped}{hint}"
-        ) from None
+        shipped = ", ".join(sorted(recipe.stem for recipe in preset_dir().glob("*.toml")))
+        problem = f"no recipe '{path}'. Shipped recipes: {shipped}; a path ends in .toml"
+        if is_path and file.suffix:
+            problem = f"no recipe '{path}': no such file. Shipped recipes: {shipped}"
+        raise ConfigError(problem) from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except ValueError as error:  # of the parser, or not UTF-8
