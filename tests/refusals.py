@@ -1,12 +1,13 @@
 """Commands that are refused: the exit code, the command, a part of its line, and what is in the file that it names first.
 
-The table of test_failures.py. A row is a line: CODE COMMAND => LINE <= CONTENT. In the content, \\n ends a line.
+The table of test_failures.py. A row is a line: CODE COMMAND => LINE <= CONTENT. In the content, \\n ends a line; an Arrow file has rows of JSON.
 """
 
 SHORT = {
     "SET": "train small.json -o run --set",
     "SLIDE": "encode slide.arrow -m ./slide -o out.arrow",
     "LINES": "encode given.jsonl -m ./model -o out.arrow",
+    "IDS": "encode given.arrow -m ./model -o out.arrow",
     "MASKED": "train small.json -o run --set train.objective=masked --set model.causal=false --set model.position=rope --set",
     "INIT": "train --init ./llama --data x.parquet --seq-len 32 --steps 1 -o run --set",
     "TOO_LONG": "train longnet-125m --data x.parquet --seq-len 4Mi --chunk 4Mi --steps 1 --set train.batch_tokens=4Mi -o run",
@@ -272,4 +273,21 @@ REFUSALS = r"""
 2 SET data.tokenizer=no-end.json => training puts it between documents
 2 MASKED train.chunk=16 => train.chunk = 16 on 1 ranks is less than the longest seq_len, 32
 2 MASKED model.vocab_size=257 => model.vocab_size = 257 is less than the tokens and the mask need, 258
+3 IDS => given.arrow, row 1 <= {"ids": [1]}\n{"ids": null}
+3 IDS => given.arrow, row 1, offset 1 <= {"ids": [1]}\n{"ids": [2, null]}
+3 IDS => given.arrow, row 1 <= {"ids": 1}\n{"ids": null}
+3 IDS => given.arrow, row 1: the value is null <= {"text": "a"}\n{"text": null}
+3 IDS => given.arrow, row 0: the value is null <= {"text": null}\n{"text": "b"}
+3 IDS => row 1, offset 1: token id 300 does not fit a vocabulary of 257 <= {"ids": [1]}\n{"ids": [2, 300]}
+3 IDS => row 2, offset 1: token id -1 is negative <= {"ids": [1]}\n{"ids": []}\n{"ids": [2, -1]}
+3 IDS => row 2, offset 0: token id 257 <= {"ids": 1}\n{"ids": 2}\n{"ids": 257}
+3 IDS => row 0, doc_id: the value is null <= {"text": "a", "doc_id": null}\n{"text": "b", "doc_id": "b"}
+3 IDS => given.arrow: doc_id has type double: text or whole numbers are needed <= {"text": "x", "doc_id": 0.5}
+2 IDS => its columns are body: string, n: int64 <= {"body": "a", "n": 1}
+2 IDS => its columns are input_ids: list <= {"input_ids": [1], "tokens": [1]}
+2 IDS => its columns are text: string, ids: int64 <= {"text": "a", "ids": 1}
+2 IDS => its columns are input_ids: list <= {"input_ids": ["a"]}
+2 IDS --column nope => its columns are text: string <= {"text": "a"}
+2 IDS --column x => its columns are text: string, x: double <= {"text": "a", "x": 1.5}
+2 IDS --keep n => 'ids' is one stream of ids, in which a document has no row for 'n' <= {"ids": 1, "n": 1}\n{"ids": 256, "n": 2}
 """

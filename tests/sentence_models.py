@@ -112,49 +112,28 @@ def net(kind: str, vocab_size: int, positions: int = 40) -> hf.PreTrainedModel:
         "pad_token_id": 0,
     }
     torch.manual_seed(0)
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    shifted = {**sizes, "pad_token_id": 1, "max_position_embeddings": positions + 2}
+    grouped = {**sizes, **ends, "num_key_value_heads": 2, "head_dim": 8}
     if kind == "bert":
         model = hf.BertModel(hf.BertConfig(**sizes, **NONE))
     elif kind == "distilbert":
-        own = {
-            "dim": 32,
-            "n_layers": 2,
-            "n_heads": 4,
-            "hidden_dim": 48,
-            "dropout": 0.0,
-            "attention_dropout": 0.0,
-        }
-        own |= {"vocab_size": vocab_size, "max_position_embeddings": positions, "pad_token_id": 0}
-        model = hf.DistilBertModel(hf.DistilBertConfig(**own))
+        own = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
+        own |= {key: sizes[key] for key in sizes.keys() - SIZES.keys()}
+        model = hf.DistilBertModel(hf.DistilBertConfig(**own, dropout=0.0, attention_dropout=0.0))
     elif kind == "xlm-roberta":
-        own = {**sizes, "pad_token_id": 1, "max_position_embeddings": positions + 2}
-        model = hf.XLMRobertaModel(hf.XLMRobertaConfig(**own, **NONE))
+        model = hf.XLMRobertaModel(hf.XLMRobertaConfig(**shifted, **NONE))
     elif kind == "mpnet":
-        own = {**sizes, "pad_token_id": 1, "max_position_embeddings": positions + 2}
-        model = hf.MPNetModel(hf.MPNetConfig(**own, **NONE))
+        model = hf.MPNetModel(hf.MPNetConfig(**shifted, **NONE))
     elif kind == "modernbert":
-        kinds = ["full_attention", "sliding_attention"]
-        ids = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-        model = hf.ModernBertModel(
-            hf.ModernBertConfig(**sizes, **ids, layer_types=kinds, local_attention=8)
-        )
+        own = {**ends, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 8}
+        own["layer_types"] = ["full_attention", "sliding_attention"]
+        model = hf.ModernBertModel(hf.ModernBertConfig(**sizes, **own))
     elif kind == "gemma3":
-        own = {
-            **sizes,
-            "head_dim": 8,
-            "num_key_value_heads": 2,
-            "use_bidirectional_attention": True,
-        }
-        own |= {"sliding_window": 8, "bos_token_id": 1, "eos_token_id": 2}
-        model = hf.Gemma3TextModel(hf.Gemma3TextConfig(**own))
+        own = {"use_bidirectional_attention": True, "sliding_window": 8}
+        model = hf.Gemma3TextModel(hf.Gemma3TextConfig(**grouped, **own))
     else:
-        own = {
-            **sizes,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        model = hf.Qwen3Model(hf.Qwen3Config(**own))
+        model = hf.Qwen3Model(hf.Qwen3Config(**grouped))
     for parameter in model.parameters():
         parameter.data.mul_(3 if parameter.dim() > 1 else 1)
     return model.eval()
@@ -226,21 +205,13 @@ def _make_older(folder: Path, pool: str | tuple[str, ...], window: int | None) -
         json.dumps({"max_seq_length": window, "do_lower_case": True})
     )
     modes = {pool} if isinstance(pool, str) else {*pool}
-    keys = (
-        "cls_token",
-        "max_tokens",
-        "mean_tokens",
-        "mean_sqrt_len_tokens",
-        "weightedmean_tokens",
-        "lasttoken",
-    )
     names = {
-        "cls_token": "cls",
-        "max_tokens": "max",
-        "mean_tokens": "mean",
-        "weightedmean_tokens": "weightedmean",
+        "cls": "cls_token",
+        "lasttoken": "lasttoken",
+        "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     }
-    flags = {f"pooling_mode_{key}": names.get(key, key) in modes for key in keys}
+    names |= {name: f"{name}_tokens" for name in ("max", "mean", "weightedmean")}
+    flags = {f"pooling_mode_{key}": name in modes for name, key in names.items()}
     path = folder / "1_Pooling" / "config.json"
     path.write_text(json.dumps({"word_embedding_dimension": 32, **flags}))
     config = json.loads((folder / "config_sentence_transformers.json").read_text())

@@ -2,20 +2,18 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[lm-eval]'")
 
 import transformers as hf
-from builders import scores, tiny_model
+from builders import scores, tiny_llama, tiny_model
+from files import write_lines
 from lm_eval.models.huggingface import HFLM
 from loopback_hub import fill_cache, read_folder
 
@@ -48,17 +46,9 @@ def native(folder: Path) -> Path:
 
 def dilated(folder: Path) -> Path:
     """A small Llama with a window and sinks, and the tokenizer of bytes."""
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    config = hf.LlamaConfig(
-        vocab_size=BYTES.vocab_size, **sizes, max_position_embeddings=64, bos_token_id=256
-    )
-    model = use_dilated_attention(hf.LlamaForCausalLM(config).eval(), Pattern.window(16, sinks=4))
+    plain = tiny_llama(folder / "plain", max_position_embeddings=64, intermediate_size=48)
+    model = hf.LlamaForCausalLM.from_pretrained(plain).eval()
+    use_dilated_attention(model, Pattern.window(16, sinks=4))
     model.bfloat16().save_pretrained(folder / "dilated")  # which is read in float32, as by score
     BYTES.save(folder / "dilated" / "tokenizer.json")
     settings = (native(folder) / "tokenizer_config.json").read_text()
@@ -141,39 +131,22 @@ def test_what_cannot_be_done_is_said(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_evaluates_a_task(tmp_path, command_env):
+def test_the_command_evaluates_a_task(tmp_path, command_env, run_python):
     """Bits per byte that lm-eval prints for a task of whole documents, and those of `score`. The model is a name."""
     folder, texts = native(tmp_path), [TEXT, "Another document, a short one."]
-    (tmp_path / "data.jsonl").write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    )
+    write_lines(tmp_path / "data.jsonl", [{"text": text} for text in texts])
     (tmp_path / "documents.yaml").write_text(
         "task: documents\ndataset_path: json\noutput_type: loglikelihood_rolling\ntest_split: train\n"
         f"dataset_kwargs:\n  data_files: {tmp_path}/data.jsonl\n"
         'doc_to_text: ""\ndoc_to_target: "{{text}}"\n'
         "metric_list:\n  - metric: bits_per_byte\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "longnet_cli.lm_eval",
-        "--model",
-        "longnet",
-        "--tasks",
-        "documents",
-    ]
     commit = fill_cache(tmp_path / "hf/hub", "org/native", read_folder(folder))
-    command += ["--model_args", "pretrained=org/native", "--include_path", str(tmp_path)]
-    command += ["--output_path", str(tmp_path / "out")]
-    env = command_env | {
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
+    words = "-m longnet_cli.lm_eval --model longnet --tasks documents --include_path . --output_path out"
+    command = [*words.split(), "--model_args"]
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    env = command_env | offline | {"HF_HOME": str(tmp_path / "hf")}
+    run_python(*command, "pretrained=org/native", env=env)
     (path,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(path.read_text())["config"]["pretrained"] == f"org/native@{commit}"
     found = json.loads(path.read_text())["results"]["documents"]["bits_per_byte,none"]
@@ -182,12 +155,9 @@ def test_the_command_evaluates_a_task(tmp_path, command_env):
     ]
     expected = [each.score for each in scores(ModelFolder(folder).net(), documents, bos=256)]
     assert found == pytest.approx((expected[0] + expected[1]).bpb, rel=1e-6)
-    missing = [word.replace("org/native", "./none") for word in command]
-    done = subprocess.run(
-        missing, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 4
-    assert done.stderr.splitlines()[-1] == "longnet: error: none: no such folder; expected a model"
+    missing = run_python(*command, "pretrained=./none", env=env, code=4)
+    line = "longnet: error: none: no such folder; expected a model"
+    assert missing.stderr.splitlines()[-1] == line
 
 
 assert longnet_cli.integrations.transformers  # lm-eval's own class opens our folders by it

@@ -1,7 +1,6 @@
 """A saved LongNet in the real sentence-transformers (extra `sentence-transformers`), against `encode`."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ pytest.importorskip(
 import torch
 from builders import tiny_model
 from conftest import ROOT
+from files import write_lines
 from sentence_transformers import SentenceTransformer
 
 import longnet_cli.integrations.transformers
@@ -76,7 +76,7 @@ def test_it_is_trained_and_saved_as_a_model_of_both(causal, tmp_path):
     assert np.abs(vectors(tmp_path / "second", texts) - model.encode(texts)).max() < 1e-6
 
 
-def test_the_benchmark_takes_the_mean_of_a_models_windows(tmp_path, command_env, python):
+def test_the_benchmark_takes_the_mean_of_a_models_windows(tmp_path, run_python, python):
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from tokenizers import Tokenizer as Words
     from tokenizers import models, pre_tokenizers
@@ -107,21 +107,10 @@ def test_the_benchmark_takes_the_mean_of_a_models_windows(tmp_path, command_env,
     rng = np.random.default_rng(0)
     texts = [" ".join(f"w{i}" for i in rng.integers(40, size=20)) for _ in range(16)]
     pairs = [*zip(texts[:8], texts[8:], strict=True)]
-    (tmp_path / "pairs.jsonl").write_text(
-        "".join(json.dumps({"task": "halves", "first": a, "second": b}) + "\n" for a, b in pairs)
-    )
-    command = [
-        python,
-        ROOT / "examples/retrieval.py",
-        "sentences",
-        tmp_path,
-        "--model",
-        tmp_path / "model",
-    ]
-    done = subprocess.run(
-        [*command, "--read", "12"], env=command_env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    rows = [{"task": "halves", "first": a, "second": b} for a, b in pairs]
+    write_lines(tmp_path / "pairs.jsonl", rows)
+    command = [ROOT / "examples/retrieval.py", "sentences", ".", "--model", "./model"]
+    done = run_python(*command, "--read", "12", python=python)
     row = json.loads(done.stdout.splitlines()[0])
     parts = [[" ".join(text.split()[at : min(at + 8, 12)]) for at in (0, 8)] for text in texts]
     # eight tokens and four

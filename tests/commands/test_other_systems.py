@@ -6,11 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 from processes import invoke
 
 from longnet_cli.basics.system_calls import read_into
@@ -59,14 +56,10 @@ COMMANDS = [
 
 
 @pytest.mark.ci
-def test_commands_need_nothing_that_only_linux_has(tmp_path):
+def test_commands_need_nothing_that_only_linux_has(tmp_path, run_python):
     (tmp_path / "text.txt").write_text("what a reader finds again, " * 60)
     program = WITHOUT_LINUX.replace("WORDS", repr(COMMANDS))
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", program, timeout=300)
     values, end = [], 0
     while end < len(done.stdout.rstrip()):
         value, end = json.JSONDecoder().raw_decode(done.stdout, end)

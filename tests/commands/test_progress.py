@@ -85,12 +85,9 @@ def test_a_dumb_terminal_gets_no_bar(command_env):
     assert run_on_terminal(command_env | {"TERM": "dumb"})[2] == ""
 
 
-def test_a_quick_job_is_silent_in_a_pipe_and_loads_no_rich(command_env):
+def test_a_quick_job_is_silent_in_a_pipe_and_loads_no_rich(run_python):
     program = PROGRAM + "assert 'rich' not in sys.modules\n"
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=command_env, check=True
-    )
-    assert result.stderr == ""
+    assert run_python("-c", program).stderr == ""
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import zipfile
 
 import numpy as np
@@ -38,7 +37,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_measurement_prints_its_rows(name, tmp_path, command_env, python):
+def test_a_measurement_prints_its_rows(name, tmp_path, run_python, python):
     words, rows = SCRIPTS[name]
     tiny_llama(
         tmp_path / "llama", max_position_embeddings=400, bos_token_id=7, initializer_range=0.5
@@ -47,11 +46,7 @@ def test_a_measurement_prints_its_rows(name, tmp_path, command_env, python):
         (tmp_path / text).write_text(
             f"All is well that ends well. What ends in {text} is another matter. " * 150
         )
-    command = [python, FOLDER / name.split()[0], *words.split()]
-    done = subprocess.run(
-        command, env=command_env, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python(FOLDER / name, *words.split(), python=python)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == rows
     assert all(

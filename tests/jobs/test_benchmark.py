@@ -2,8 +2,6 @@
 
 import dataclasses
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,14 +145,12 @@ for pattern in map(parse_pattern, texts):
         ("", ["16/1,64/2,192/3,overlap=once"]),
     ],
 )
-def test_flex_attention_has_the_mask_of_the_pattern(causal, texts, command_env):
+def test_flex_attention_has_the_mask_of_the_pattern(causal, texts, run_python):
     """A compiler makes it, in a process of its own: others may have told torch's compiler that there are no vectors.
 
     No key of these patterns counts twice.
     """
-    command = [sys.executable, "-c", FLEX, causal, *texts]
-    done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", FLEX, causal, *texts)
 
 
 @pytest.mark.parametrize(

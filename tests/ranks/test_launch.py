@@ -174,23 +174,10 @@ def test_ranks_meet_on_a_machine_whose_name_cannot_be_looked_up(folder, command_
         or subprocess.run([*renamed, "true"], capture_output=True).returncode
     ):
         pytest.skip("this machine gives nobody a hostname of their own")
-    command = [
-        sys.executable,
-        "-m",
-        "longnet_cli",
-        "score",
-        "texts",
-        "-m",
-        "./decoder",
-        "--dp",
-        "2",
-    ]
-    found = [
-        subprocess.run(
-            words, cwd=folder, env=command_env, capture_output=True, text=True, timeout=120
-        )
-        for words in ([*renamed, *command], command[:-2])
-    ]
+    command = [sys.executable, *["-m", "longnet_cli", "score", "texts", "-m", "./decoder"]]
+    options = {"cwd": folder, "env": command_env, "capture_output": True, "timeout": 120}
+    ways = ([*renamed, *command, "--dp", "2"], command)
+    found = [subprocess.run(words, **options) for words in ways]
     assert [done.returncode for done in found] == [0, 0]
     assert found[0].stdout == found[1].stdout
 
