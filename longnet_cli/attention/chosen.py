@@ -39,9 +39,13 @@ class Group(NamedTuple):
 
 def groups_of(pattern: Pattern, row: int, start: int, stop: int) -> Iterator[Group]:
     """Yield the groups of queries at positions [start, stop) that have a past before their window."""
-    w, back, every = pattern.segment_lengths[0], pattern.look_backs[0], pattern.chosen_every
-    for begin in range(max(start // every * every, (back + 1) * w), stop, every):
-        yield Group(row, max(begin, start), min(begin + every, stop), (begin // w - back) * w)
+    w = pattern.segment_lengths[0]
+    look_back = pattern.look_backs[0]
+    every = pattern.chosen_every
+    first = max(start // every * every, (look_back + 1) * w)
+    for begin in range(first, stop, every):
+        near = (begin // w - look_back) * w
+        yield Group(row, max(begin, start), min(begin + every, stop), near)
 
 
 class ChosenCall(NamedTuple):
@@ -70,12 +74,12 @@ class Chosen(NamedTuple):
 def chosen_calls(
     pattern: Pattern,
     start: int,
-    seen: Iterable[tuple[Group, Sequence[int]]],
+    blocks_by_group: Iterable[tuple[Group, Sequence[int]]],
     device: torch.device,
 ) -> list[ChosenCall]:
     """Return the calls of a shard that starts at `start`, whose groups see these blocks, in ascending order."""
     alike: dict[tuple[int, int, int], list[tuple[Group, Sequence[int]]]] = defaultdict(list)
-    for group, blocks in seen:
+    for group, blocks in blocks_by_group:
         alike[group.row, group.stop - group.start, len(blocks)].append((group, blocks))
     calls = []
     for (row, queries, number), members in alike.items():
@@ -85,7 +89,8 @@ def chosen_calls(
         places = near[:, None] + torch.arange(-number, 0) * pattern.chosen_block
         distances = places - numbers * pattern.chosen_block
         tokens = first_tokens[:, None] + torch.arange(queries)
-        calls.append(ChosenCall(row, *(x.to(device) for x in (tokens, numbers, distances))))
+        on_device = (x.to(device) for x in (tokens, numbers, distances))
+        calls.append(ChosenCall(row, *on_device))
     return calls
 
 
@@ -103,29 +108,36 @@ def add_blocks(
 ) -> None:
     """Merge attention of q to the chosen blocks of `size` tokens of k and v into out (B, N, H, D) and LSE (B, N, H)."""
     k, v = (k, v) if chosen.rows is None else chosen.rows
-    heads, kv_heads = q.shape[2], k.shape[2]
+    kv_heads = k.shape[2]
+    heads, head_dim = q.shape[2:]
     whole = k.shape[1] // size * size
     for call in chosen.calls:
-        keys, values = (x[call.row, :whole].unflatten(0, (-1, size)) for x in (k, v))
+        key_blocks = k[call.row, :whole].unflatten(0, (-1, size))  # (blocks, size, K, D)
+        value_blocks = v[call.row, :whole].unflatten(0, (-1, size))
         tokens = size * call.blocks.shape[1]
-        most = GATHERED[q.device.type] // (2 * tokens * keys[0, 0].nbytes)
         rows = max(heads // kv_heads * call.queries.shape[1], tokens)
-        step = max(1, min(most, kernel.max_batch(kv_heads, rows, q.shape[3])))
-        for queries, blocks, distances in zip(*(x.split(step) for x in call[1:]), strict=True):
-            k_, v_ = (x.index_select(0, blocks.flatten()) for x in (keys, values))
+        gathered = GATHERED[q.device.type] // (2 * tokens * key_blocks[0, 0].nbytes)
+        step = max(1, min(gathered, kernel.max_batch(kv_heads, rows, head_dim)))
+        steps = (x.split(step) for x in (call.queries, call.blocks, call.distances))
+        for queries, blocks, distances in zip(*steps, strict=True):
+            keys = key_blocks.index_select(0, blocks.flatten())
+            values = value_blocks.index_select(0, blocks.flatten())
             if turn:
-                k_ = turn(k_[None], distances.flatten())[0].to(k.dtype)
-            k_, v_ = (x.view(-1, tokens, *x.shape[2:]).transpose(1, 2) for x in (k_, v_))
+                (keys,) = turn(keys[None], distances.flatten()).to(k.dtype)
+            of_groups = (len(queries), tokens, kv_heads, head_dim)
+            k_ = keys.view(of_groups).transpose(1, 2)
+            v_ = values.view(of_groups).transpose(1, 2)
             q_ = q[call.row, queries].transpose(1, 2)  # (groups, H, n, D)
-            folded = q_.reshape(len(q_), kv_heads, -1, q_.shape[3])
-            part, of_part = kernel.forward(folded, k_, v_, False, scale)
-            of_blocks = of_part.reshape(q_.shape[:3]).transpose(1, 2)
-            both = torch.logaddexp(lse[call.row, queries], of_blocks)
-            share = (of_blocks - both).exp()[..., None]
-            other = out[call.row, queries].to(lse.dtype)
-            mixed = other.lerp(part.reshape(q_.shape).transpose(1, 2).to(lse.dtype), share)
-            out[call.row, queries] = mixed.to(out.dtype)
-            lse[call.row, queries] = both
+            folded = q_.reshape(len(queries), kv_heads, -1, head_dim)
+            part, part_lse = kernel.forward(folded, k_, v_, False, scale)
+            part = part.reshape(q_.shape).transpose(1, 2).to(lse.dtype)
+            part_lse = part_lse.reshape(q_.shape[:3]).transpose(1, 2)
+            merged_lse = torch.logaddexp(lse[call.row, queries], part_lse)
+            share = (part_lse - merged_lse).exp()
+            before = out[call.row, queries].to(lse.dtype)
+            merged = before.lerp(part, share[..., None])
+            out[call.row, queries] = merged.to(out.dtype)
+            lse[call.row, queries] = merged_lse
 
 
 class PastRows:

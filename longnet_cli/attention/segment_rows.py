@@ -31,12 +31,14 @@ class SegmentRows(NamedTuple):
 
     def put(self, tensors: Sequence[Tensor], start: int) -> None:
         """Copy the rows that a shard has which starts at `start`, from its tensors (B, N, K, D)."""
-        for theirs, mine in self._shared(tensors, start, start + tensors[0].shape[1]):
+        stop = start + tensors[0].shape[1]
+        for theirs, mine in self._shared(tensors, start, stop):
             mine.copy_(theirs)
 
     def add_to(self, tensors: Sequence[Tensor], start: int) -> None:
         """Add the rows that a shard has which starts at `start` to its tensors (B, N, K, D)."""
-        for theirs, mine in self._shared(tensors, start, start + tensors[0].shape[1]):
+        stop = start + tensors[0].shape[1]
+        for theirs, mine in self._shared(tensors, start, stop):
             theirs.add_(mine.to(theirs.device))
 
     def put_packed(self, tensors: Sequence[Tensor], span: FarSpan) -> None:
@@ -50,9 +52,10 @@ class SegmentRows(NamedTuple):
         if span.start == self.span.start:
             return self.packed[:, :rows]
         batch, _, lanes, head_dim = self.packed.shape
-        part = SegmentRows(self.layout, span, self.packed.new_empty(batch, rows, lanes, head_dim))
+        packed = self.packed.new_empty(batch, rows, lanes, head_dim)
+        part = SegmentRows(self.layout, span, packed)
         part.put_packed([self.packed], self.span)
-        return part.packed
+        return packed
 
     def _shared(
         self, tensors: Sequence[Tensor], start: int, stop: int, packed: bool = False
@@ -61,12 +64,10 @@ class SegmentRows(NamedTuple):
         span = self.span.part(start, stop)
         for theirs, mine in _views(self.layout, span, start, self.span.start, packed):
             for index, tensor in enumerate(tensors):
-                batch = tensor.shape[0]
-                other = tensor if packed else of_level(tensor, span.level)
-                yield (
-                    strided_view(other, theirs),
-                    strided_view(self.packed, mine, index * batch, batch),
-                )
+                batch = len(tensor)
+                here = strided_view(self.packed, mine, index * batch, batch)
+                there = strided_view(of_level(tensor, span.level), theirs)
+                yield there, here
 
 
 @lru_cache(maxsize=64)  # all layers of a step ask for the same
@@ -79,5 +80,8 @@ def _views(
     """
     if span.start >= span.stop:
         return ()
-    theirs = layout.packed(span, start) if packed else layout.in_shard(span, start)
-    return tuple(shared_views(theirs, layout.packed(span, first)))
+    mine = layout.packed(span, first)
+    theirs = layout.in_shard(span, start)
+    if packed:
+        theirs = layout.packed(span, start)
+    return tuple(shared_views(theirs, mine))

@@ -47,41 +47,55 @@ class ReadText:
 
     def put(self, start: int, ids: Tensor) -> None:
         """Take the tokens (n,) from position `start` on."""
-        self.ids = torch.cat([self.ids[:start], ids.cpu().long()])
+        earlier = self.ids[:start]
+        self.ids = torch.cat([earlier, ids.cpu().long()])
 
     def named(self, pattern: Pattern, first: int, near: int) -> list[int]:
         """Return the blocks, ascending, that the group sees whose first position and whose window's are given."""
         if near > self._indexed:
             self._grow(near)
-        best = self._best(first, near // pattern.chosen_block, pattern.chosen_block)
-        return [0, *sorted(best[: pattern.chosen - 1].tolist())]
+        size = pattern.chosen_block
+        best = self._best(first, near // size, size)
+        others = best[: pattern.chosen - 1].tolist()
+        return [0, *sorted(others)]
 
     def _best(self, first: int, blocks: int, size: int) -> np.ndarray:
         """Return those of the first `blocks` blocks, without block 0, that are named at all, the best first."""
-        hashes, _ = _ngrams(self.ids[max(0, first - SPAN + 1) : first + 1])
+        begin = max(0, first - SPAN + 1)
+        hashes, _ = _ngrams(self.ids[begin : first + 1])
         hashes = np.unique(hashes)
-        begins, stops = (np.searchsorted(self._hashes, hashes, side) for side in ("left", "right"))
-        rare = stops - begins <= MOST_PLACES
-        begins, counts = begins[rare], (stops - begins)[rare]
-        found = [self._ends[begin : begin + n] for begin, n in zip(begins, counts, strict=True)]
-        places = np.concatenate([self._ends[:0], *found])
+        begins = np.searchsorted(self._hashes, hashes, "left")
+        counts = np.searchsorted(self._hashes, hashes, "right") - begins
+        rare = counts <= MOST_PLACES
+        begins = begins[rare]
+        counts = counts[rare]
+        ends = [self._ends[:0]]  # of the rare ones, wherever they stood
+        for begin, count in zip(begins, counts, strict=True):
+            ends.append(self._ends[begin : begin + count])
+        places = np.concatenate(ends)
         worth = np.repeat(np.log1p(blocks / counts.clip(1)), counts)
-        late = places % size >= size // 2
-        of_next = np.bincount(places[late] // size + 1, worth[late], blocks + 1)
-        sums = np.bincount(places // size, worth, blocks + 1) + NEXT * of_next
+        block_of = places // size
+        is_late = places % size >= size // 2
+        size_of_sums = blocks + 1
+        of_own = np.bincount(block_of, worth, size_of_sums)
+        of_next = np.bincount(block_of[is_late] + 1, worth[is_late], size_of_sums)
+        sums = of_own + NEXT * of_next
         named = 1 + np.flatnonzero(sums[1:blocks])
         # rounded, sums are equal in any order of adding; of equals, the earlier block comes first
-        return named[np.argsort(-sums[named].round(6), kind="stable")]
+        order = np.argsort(-sums[named].round(6), kind="stable")
+        return named[order]
 
     def _grow(self, stop: int) -> None:
         """Put the tokens before position `stop` into the index."""
         begin = max(0, self._indexed - 2)
-        hashes, ends = _ngrams(self.ids[begin:stop])
-        new = ends + begin >= self._indexed
-        hashes = np.concatenate([self._hashes, hashes[new]])
+        hashes, indices = _ngrams(self.ids[begin:stop])
+        ends = begin + indices
+        is_new = ends >= self._indexed
+        hashes = np.concatenate([self._hashes, hashes[is_new]])
+        ends = np.concatenate([self._ends, ends[is_new]])
         order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[order]
-        self._ends = np.concatenate([self._ends, ends[new] + begin])[order]
+        self._ends = ends[order]
         self._indexed = stop
 
 
@@ -89,10 +103,11 @@ def _ngrams(tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return hashes of all pairs and triples of tokens (n,), and the index at which each one ends."""
     ids = tokens.numpy() + 1  # so that no pair is as a triple that begins with 0
     with np.errstate(over="ignore"):
-        pairs = ids[:-1] * FACTOR + ids[1:]
+        first_ids = ids[:-1]
+        pairs = first_ids * FACTOR + ids[1:]
         triples = pairs[:-1] * FACTOR + ids[2:]
-    ends = np.arange(1, len(ids)), np.arange(2, len(ids))
-    return np.concatenate([pairs, triples]), np.concatenate(ends)
+    index = np.arange(len(ids))
+    return np.concatenate([pairs, triples]), np.concatenate([index[1:], index[2:]])
 
 
 def named_calls(
@@ -111,14 +126,14 @@ def named_calls(
 
     texts += [ReadText() for _ in tokens[len(texts) :]]
 
-    def seen() -> Iterator[tuple[Group, list[int]]]:
+    def blocks_by_group() -> Iterator[tuple[Group, list[int]]]:
         for row, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
             text.put(start, ids)
             for group in groups_of(pattern, row, start, start + len(ids)):
                 first = group.start // pattern.chosen_every * pattern.chosen_every
                 yield group, text.named(pattern, first, group.near)
 
-    return chosen_calls(pattern, start, seen(), tokens.device)
+    return chosen_calls(pattern, start, blocks_by_group(), tokens.device)
 
 
 def whole_text(pattern: Pattern, tokens: Tensor | None) -> FarProvider:

@@ -57,7 +57,9 @@ def position_table(
     """
     if config.position == "none":
         return None
-    xpos, longest, levels = config.position == "xpos", max(config.segment_lengths), _levels(config)
+    xpos = config.position == "xpos"
+    longest = max(config.segment_lengths)
+    levels = _levels(config)
     if xpos and dtype is torch.float16 and longest > XPOS_MAX_SEGMENT_FP16:
         raise ConfigError(
             f'position="xpos" overflows float16 in segments longer than {XPOS_MAX_SEGMENT_FP16}, got {longest}; '
@@ -67,30 +69,28 @@ def position_table(
     kind = torch.complex128 if dtype is torch.float64 else torch.complex64
     frequencies = _frequencies(config, device)
     j = torch.arange(half, dtype=torch.float64, device=device)
-    log_zeta = torch.log(
-        (2 * j + XPOS_GAMMA * config.head_dim) / ((1 + XPOS_GAMMA) * config.head_dim)
-    )
-    q = torch.empty(tokens, *([len(levels)] if levels else []), 1, half, dtype=kind, device=device)
+    decay = (2 * j + XPOS_GAMMA * config.head_dim) / ((1 + XPOS_GAMMA) * config.head_dim)
+    log_zeta = decay.log()
+    of_levels = [len(levels)] if levels else []
+    q = torch.empty(tokens, *of_levels, 1, half, dtype=kind, device=device)
     k = torch.empty_like(q) if xpos or levels else q
     for begin in range(0, tokens, TABLE_ROWS):
-        rows = slice(begin, min(begin + TABLE_ROWS, tokens))
-        position = torch.arange(
-            start + rows.start, start + rows.stop, dtype=torch.int64, device=device
-        )
+        end = min(begin + TABLE_ROWS, tokens)
+        rows = slice(begin, end)
+        position = torch.arange(start + begin, start + end, dtype=torch.int64, device=device)
         if xpos:
-            places = (position % longest - longest // 2).double()
-            phase = (places[:, None] * frequencies).remainder_(2 * math.pi)[
+            place = (position % longest - longest // 2).double()
+            phase = (place[:, None] * frequencies).remainder_(2 * math.pi)[
                 :, None
             ]  # (rows, 1, D/2)
-            exponent = (places / XPOS_SCALE_BASE)[:, None, None] * log_zeta
+            exponent = (place / XPOS_SCALE_BASE)[:, None, None] * log_zeta
             q[rows] = torch.polar(exponent.exp(), phase)
             k[rows] = torch.polar(exponent.neg_().exp_(), phase)
         elif levels:
             rates, shifts = torch.tensor(levels, dtype=torch.float64, device=device).T
             seen_at = position[:, None] / rates
-            k[rows], q[rows] = (
-                _factors(x[..., None], frequencies) for x in (seen_at, seen_at + shifts)
-            )
+            k[rows] = _factors(seen_at[..., None], frequencies)
+            q[rows] = _factors((seen_at + shifts)[..., None], frequencies)
         else:
             q[rows] = _factors(position.double()[:, None], frequencies)
     return PositionTable(q, k)
@@ -105,16 +105,15 @@ def _levels(config: LongNetConfig) -> list[tuple[float, float]]:
     pattern = config.pattern
     if config.position != "rope_by_level" or len(pattern.levels) == 1:
         return []
-    apart = pattern.overlap == "once"
-    begins = [
-        0,
-        *(apart * b * w for w, b in zip(pattern.segment_lengths, pattern.look_backs, strict=True)),
-    ]
-    levels, seen_at = [], 0.0
-    for level, rate in enumerate(pattern.dilation_rates):
-        if level:
-            seen_at += (begins[level] - begins[level - 1]) / pattern.dilation_rates[level - 1]
-        levels.append((float(rate), seen_at - begins[level] / rate))
+    levels: list[tuple[float, float]] = []
+    begin = 0  # of the level, in tokens before the query
+    seen_at = 0.0  # the distance at which its first key is seen
+    for (w, rate), look_back in zip(pattern.levels, pattern.look_backs, strict=True):
+        levels.append((float(rate), seen_at - begin / rate))
+        if pattern.overlap == "once":
+            end = look_back * w
+            seen_at += (end - begin) / rate
+            begin = end
     return levels
 
 
@@ -140,9 +139,8 @@ def sink_turn(config: LongNetConfig) -> Turn | None:
 
 
 def _turn_by(config: LongNetConfig, k: Tensor, distances: Tensor) -> Tensor:
-    factors = _factors(distances.double()[:, None], _frequencies(config, k.device))[
-        :, None
-    ]  # (S, 1, 1, D/2)
+    frequencies = _frequencies(config, k.device)
+    factors = _factors(distances.double()[:, None], frequencies)[:, None]  # (S, 1, 1, D/2)
     return _turn(k, factors if k.dtype is torch.float64 else factors.to(torch.complex64))
 
 
@@ -159,13 +157,16 @@ def _frequencies(config: LongNetConfig, device: torch.device | str) -> Tensor:
 
 
 def _turn(x: Tensor, factors: Tensor) -> Tensor:
+    """Multiply the pairs of features of x (batch, ..., H, D) by factors, in float32 or float64; the dtype is kept."""
     wide = x if x.dtype is torch.float64 else x.float()
-    # a compiler makes one loop of these real products; in eager mode they take twice as long as a complex product
+    pairs = wide.unflatten(-1, (-1, 2))  # (batch, ..., H, D/2, 2)
     if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = (
-            wide.unflatten(-1, (-1, 2)).unbind(-1),
-            torch.view_as_real(factors).unbind(-1),
-        )
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (batch, ..., H, D/2)
-    return torch.view_as_real(pairs * factors).flatten(-2).to(x.dtype)
+        # a compiler makes one loop of these real products; in eager mode they take twice as long as a complex product
+        real, imaginary = pairs.unbind(-1)
+        cos, sin = torch.view_as_real(factors).unbind(-1)
+        turned_real = real * cos - imaginary * sin
+        turned_imaginary = real * sin + imaginary * cos
+        turned = torch.stack((turned_real, turned_imaginary), -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * factors)
+    return turned.flatten(-2).to(x.dtype)

@@ -130,23 +130,22 @@ def padded_cells(
         raise ValueError(
             f"coords must have the shape {shape}, got {'none' if coords is None else tuple(coords.shape)}"
         )
-    given = config.tile_size if tile_size is None else tile_size
-    sides = torch.as_tensor(given, dtype=torch.float64).flatten()
+    side = config.tile_size if tile_size is None else tile_size
+    sides = torch.as_tensor(side, dtype=torch.float64).flatten()
     if len(sides) not in (1, batch) or not (sides > 0).all():
         raise ValueError(
-            f"tile_size must be above 0, one number or one for each of {batch} slides, got {given}"
+            f"tile_size must be above 0, one number or one for each of {batch} slides, got {side}"
         )
-    real = (torch.arange(tiles) < counts[:, None])[..., None].to(
-        coords.device
-    )  # padding may have any coords
-    cells = grid_cells(
-        torch.where(real, coords, coords.new_zeros(())), sides.view(-1, 1, 1).to(coords.device)
-    )
+    real = (torch.arange(tiles) < counts[:, None])[..., None].to(coords.device)
+    of_tiles = torch.where(real, coords, coords.new_zeros(()))  # padding may have any coords
+    cells = grid_cells(of_tiles, sides.view(-1, 1, 1).to(coords.device))
     if outside := outside_grid(cells.flatten(0, 1), config.grid):
-        slide, tile = divmod(outside[0], tiles)
-        (x, y), side = coords[slide, tile].tolist(), sides[slide % len(sides)]
+        index, problem = outside
+        slide, tile = divmod(index, tiles)
+        x, y = coords[slide, tile].tolist()
+        pixels = sides[slide % len(sides)]
         raise ValueError(
-            f"slide {slide}, tile {tile}: the tile at ({x:.10g}, {y:.10g}): {outside[1]} of {side:g} pixels: give the "
+            f"slide {slide}, tile {tile}: the tile at ({x:.10g}, {y:.10g}): {problem} of {pixels:g} pixels: give the "
             "side of a tile as tile_size"
         )
     return cells
@@ -179,7 +178,8 @@ class VectorNet(LongNet):
         if not isinstance(config, SlideConfig):
             raise ConfigError("not the configuration of a slide encoder: it has no in_features")
         super().__init__(config)
-        self.row_size, self.has_grid = config.in_features, config.grid > 0
+        self.row_size = config.in_features
+        self.has_grid = config.grid > 0
         self.project = nn.Linear(config.in_features, config.dim)
         self.cls = nn.Parameter(torch.empty(config.dim))
         self.dropout = nn.Dropout(config.dropout)  # of the first layer's input
@@ -221,10 +221,13 @@ class VectorNet(LongNet):
             return super().embed(tokens, embeddings)
         with torch.autocast(tokens.device.type, enabled=False):
             features, cells = tokens.split([self.config.in_features, 2], -1)
-            x = self.project(features.to(self.project.weight.dtype))
+            features = features.to(self.project.weight.dtype)
+            x = self.project(features)
             if self.config.grid:
-                x = x + grid_positions(cells, self.config.dim).to(x.dtype)
-            return torch.where(cells[..., :1] == CLS_CELL, self.cls, x)
+                positions = grid_positions(cells, self.config.dim)
+                x = x + positions.to(x.dtype)
+            is_cls = cells[..., :1] == CLS_CELL
+            return torch.where(is_cls, self.cls, x)
 
     def head(self, pooled: Tensor) -> Tensor:
         return self.norm(pooled.to(self.norm.weight.dtype))
@@ -282,10 +285,10 @@ class VectorNet(LongNet):
             cells = padded_cells(coords, counts, (batch, tiles, 2), self.config, tile_size)
         elif coords is not None:
             raise ValueError("this model has no grid: it takes no coords")
-        rows = features.new_full(
-            (batch, 1 + tiles, size + 2), CLS_CELL, dtype=wide
-        )  # 100,000 tiles: 0.6 GB, so once
-        rows[:, 1:, :size], rows[:, 1:, size:] = features, cells
+        # 100,000 tiles: 0.6 GB, so once
+        rows = features.new_full((batch, 1 + tiles, size + 2), CLS_CELL, dtype=wide)
+        rows[:, 1:, :size] = features
+        rows[:, 1:, size:] = cells
         return rows
 
 

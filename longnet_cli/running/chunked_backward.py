@@ -85,7 +85,8 @@ def backward_in_chunks(
     gradients = FarGradients(model.config, tokens.shape[1], ranks, allocate)
     after: list[Tensor] = []
     while chunks:
-        part, (state, far) = chunks.pop(), tape.pop()
+        part = chunks.pop()
+        state, far = tape.pop()
         set_random_state(state, device)
         final_backward(model, final and not chunks)
         total += part.backward(
@@ -102,8 +103,11 @@ class _Chunk:
     """The positions [start, stop) of a sequence, or with a group this rank's shard of them."""
 
     def __init__(self, model: Net, start: int, stop: int, ranks: Ranks) -> None:
-        self.model, self.start, self.stop = model, start, stop
-        self.exchange, self.mine = None, slice(start, stop)
+        self.model = model
+        self.start = start
+        self.stop = stop
+        self.exchange = None
+        self.mine = slice(start, stop)
         if ranks.sp > 1:
             edges = ranks.edges(start, stop - start)
             self.exchange = Exchange(model.config, edges, group=ranks.group, cached=True)
@@ -119,11 +123,11 @@ class _Chunk:
         dtype: str,
     ) -> Tensor:
         """Compute the chunk again with `far`, run its backward pass, and return its loss."""
-        made: list[tuple[Tensor, Tensor]] = []  # keys and values, per layer
+        keys_of_layers: list[tuple[Tensor, Tensor]] = []  # and values
 
         def provide(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
-            if layer == len(made):  # otherwise activation checkpointing computes it again
-                made.append((k, v))
+            if layer == len(keys_of_layers):  # otherwise activation checkpointing computes it again
+                keys_of_layers.append((k, v))
             keys = [gradients.collecting(layer, x, k.device) for x in far[layer]]
             near = self.exchange.run(k, v) if self.exchange else []
             return Outside([*keys, *near])
@@ -131,17 +135,18 @@ class _Chunk:
         with precision(dtype, tokens.device):
             hidden = self.model(tokens, start=self.mine.start, far=provide)
             total = self.model.nll(hidden, targets).sum(dtype=torch.float64)
-        roots, grads = [total], [torch.full_like(total, scale)]
-        for layer, (k, v) in enumerate(made):
-            from_later_chunks = gradients.hand_over(
-                layer, self.start, self.stop, self.mine.start, k
-            )
+        roots = [total]
+        root_gradients = [torch.full_like(total, scale)]
+        begin = self.mine.start
+        for layer, of_layer in enumerate(keys_of_layers):
+            k, _ = of_layer
+            from_later_chunks = gradients.hand_over(layer, self.start, self.stop, begin, k)
             if from_later_chunks is not None:
-                for made_here, gradient in zip((k, v), from_later_chunks, strict=True):
-                    if made_here.requires_grad:  # otherwise no trained weight made it
-                        roots.append(made_here)
-                        grads.append(gradient.to(made_here.dtype))
-        torch.autograd.backward(roots, grads)
+                for rows, gradient in zip(of_layer, from_later_chunks, strict=True):
+                    if rows.requires_grad:  # otherwise no trained weight made them
+                        roots.append(rows)
+                        root_gradients.append(gradient.to(rows.dtype))
+        torch.autograd.backward(roots, root_gradients)
         return total.detach()
 
 
@@ -172,14 +177,17 @@ class FarGradients:
     def _add(self, layer: int, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
         """Add gradients (B, rows, lanes, D) of the packed rows of a span to their sum."""
         batch, rows, lanes, head_dim = dk.shape
-        key = layer, whole_segment(self.pattern, span)
-        if key not in self.sums:
+        whole = whole_segment(self.pattern, span)
+        if (layer, whole) not in self.sums:
             most = segment_rows(self.pattern, span.level, self.tokens)
             shape = (2 * batch, most, lanes, head_dim)
-            packed = self.allocate(shape, dtype=dk.dtype, device=dk.device).zero_()
-            self.sums[key] = SegmentRows(self.layout, key[1], packed)
-        for total, gradient in zip(self.sums[key].packed.chunk(2), (dk, dv), strict=True):
-            total[:, :rows].add_(gradient.to(total.device))
+            packed = self.allocate(shape, dtype=dk.dtype, device=dk.device)
+            packed.zero_()
+            self.sums[layer, whole] = SegmentRows(self.layout, whole, packed)
+        sums = self.sums[layer, whole].packed
+        of_keys, of_values = sums[:, :rows].chunk(2)
+        of_keys += dk.to(sums.device)
+        of_values += dv.to(sums.device)
 
     def hand_over(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
         """Return what later chunks have added to the gradients of a shard: (k and v, B, n, K, D), or None for nothing.

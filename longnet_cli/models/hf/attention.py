@@ -164,11 +164,10 @@ class _CurrentPass:
     def of(self, rows: AlignedRows, pattern: Pattern, part: LayerCaches | None) -> FarProvider:
         """Return what gives each layer what some rows see of their past; `part` is what was read of them before."""
         if rows.column not in self._providers:
-            ids = (
-                None
-                if self.ids is None
-                else rows.of(self.ids)[:, rows.skip if part else rows.column :]
-            )
+            ids = None
+            if self.ids is not None:
+                first = rows.skip if part else rows.column
+                ids = rows.of(self.ids)[:, first:]
             self._providers[rows.column] = part.provider(ids) if part else whole_text(pattern, ids)
         return self._providers[rows.column]
 
@@ -254,10 +253,9 @@ def _shared(pattern: Pattern) -> Pattern:
 def _pattern_of(module: nn.Module) -> Pattern:
     """Return the pattern of an attention, which is made only once, because to read a config of transformers is slow."""
     config: Any = module.config
-    known, written, pattern = module.__dict__.get(_PATTERN, (None, None, None))
-    if known is not config or written != object.__getattribute__(config, "__dict__").get(
-        "dilated_attention"
-    ):
+    of_config, written, pattern = module.__dict__.get(_PATTERN, (None, None, None))
+    fields = object.__getattribute__(config, "__dict__")
+    if of_config is not config or written != fields.get("dilated_attention"):
         pattern = _shared(pattern_of(config))
         module.__dict__[_PATTERN] = config, deepcopy(config.dilated_attention), pattern
         mark(config)  # even if the pattern came from elsewhere, the model is to be saved with it
@@ -305,24 +303,26 @@ def dilated_attention_forward(
     call = _Call(getattr(module, "layer_idx", 0), pattern, q, k, v, settings, current)
     if options.get("far") or options.get("documents") is not None:
         return _of_shard(call, options), None
-    kept: LongNetCache | None = getattr(key, CACHE, None)
-    if kept is None:
-        before, attend = k.shape[1] - q.shape[1], partial(_with_keys, call)
+    cache: LongNetCache | None = getattr(key, CACHE, None)
+    if cache is None:
+        before = k.shape[1] - q.shape[1]
+        attend = partial(_with_keys, call)
     else:
-        memory = kept.memory(call.layer)
-        before, attend = memory.position, partial(_with_memory, call, kept, memory.number)
+        memory = cache.memory(call.layer)
+        before = memory.position
+        attend = partial(_with_memory, call, cache, memory.number)
     if before and (before < 0 or not causal):
         raise ValueError(
             f"dilated attention is self-attention: {q.shape[1]} queries cannot attend to {k.shape[1]} keys in a "
             f"{'causal' if causal else 'bidirectional'} layer"
         )
     out = by_rows(attention_mask, before, q.shape, attend)
-    if kept is not None:
+    if cache is not None:
         memory.step(q.shape[1])
-    # if no row has a token, return zeros with a gradient of zeros
-    return q.masked_fill(
-        torch.ones((), dtype=torch.bool, device=q.device), 0
-    ) if out is None else out, None
+    if out is None:  # no row has a token: zeros, with a gradient of zeros
+        everywhere = torch.ones((), dtype=torch.bool, device=q.device)
+        out = q.masked_fill(everywhere, 0)
+    return out, None
 
 
 class _Call(NamedTuple):
@@ -347,31 +347,30 @@ class _Call(NamedTuple):
 
 def _of_shard(call: _Call, options: Mapping[str, Any]) -> Tensor:
     """Return attention (B, N, H, D) of a shard, to which a caller of the model gives what lies outside."""
-    q, k, v, settings = call.q, call.k, call.v, dict(call.settings)
-    if empty := options.get("empty", False):
+    q, k, v = call.q, call.k, call.v
+    is_empty = options.get("empty", False)
+    if is_empty:
         q, k, v = (x[:, :0] for x in (q, k, v))
+    settings = call.settings | {"documents": options.get("documents")}
     if provider := options.get("far"):
-        settings |= {"start": options["start"], "far": provider(call.layer, q, k, v)}
-    attended = dilated_attention(
-        q, k, v, call.pattern, documents=options.get("documents"), **settings
-    )
-    return F.pad(attended, (0, 0, 0, 0, 0, 1)) if empty else attended
+        far = provider(call.layer, q, k, v)
+        settings |= {"start": options["start"], "far": far}
+    attended = dilated_attention(q, k, v, call.pattern, **settings)
+    return F.pad(attended, (0, 0, 0, 0, 0, 1)) if is_empty else attended
 
 
-def _with_memory(call: _Call, kept: LongNetCache, layer: int, rows: AlignedRows) -> Tensor:
+def _with_memory(call: _Call, cache: LongNetCache, layer: int, rows: AlignedRows) -> Tensor:
     """Return attention (rows, n, H, D) of rows whose earlier keys, those of `layer`, are in a LongNetCache."""
     q, k, v = (rows.of(x)[:, rows.skip :] for x in (call.q, call.k, call.v))
-    part = kept.part(rows, call.pattern)
+    part = cache.part(rows, call.pattern)
     provide = call.current.of(rows, call.pattern, part) if call.current else part.provider(None)
     return call.attend(rows, q, k, v, provide(layer, q, k, v))
 
 
 def _with_keys(call: _Call, rows: AlignedRows) -> Tensor:
     """Return attention (rows, n, H, D) of rows whose earlier keys are given as well."""
-    q, (k, v) = (
-        rows.of(call.q)[:, rows.skip :],
-        (rows.of(x)[:, rows.column :] for x in (call.k, call.v)),
-    )
+    q = rows.of(call.q)[:, rows.skip :]
+    k, v = (rows.of(x)[:, rows.column :] for x in (call.k, call.v))
     if rows.start and call.pattern.chosen:
         raise ConfigError(
             f"chosen={call.pattern.chosen}: this cache has no token ids, which name blocks: pass "
@@ -381,8 +380,11 @@ def _with_keys(call: _Call, rows: AlignedRows) -> Tensor:
     spans = far_spans(call.pattern, rows.start, k.shape[1], True)
     far = Outside([far_keys(k, v, call.pattern, span, **place) for span in spans])
     if call.current:
-        far = call.current.of(rows, call.pattern, None)(call.layer, q, k, v)
-    return call.attend(rows, q, k[:, rows.start :], v[:, rows.start :], far)
+        provide = call.current.of(rows, call.pattern, None)
+        far = provide(call.layer, q, k, v)
+    k = k[:, rows.start :]
+    v = v[:, rows.start :]
+    return call.attend(rows, q, k, v, far)
 
 
 def _in_autocast_type(x: Tensor) -> Tensor:
@@ -432,15 +434,17 @@ def _with_sink(
     Its value is zero. Scores get one more dimension: a query has its head's sink there, over `scaling`; the new key has
     1, and all others 0.
     """
-    (batch, heads, new, size), tokens = query.shape, key.shape[2]
+    batch, heads, new, size = query.shape
+    tokens = key.shape[2]
     if mask is None:  # all tokens are in one window
-        mask = torch.ones(new, tokens, dtype=torch.bool, device=query.device).tril(tokens - new)[
-            None, None
-        ]
-    scores = (sinks / (size**-0.5 if scaling is None else scaling)).to(query.dtype)
+        everywhere = torch.ones(new, tokens, dtype=torch.bool, device=query.device)
+        mask = everywhere.tril(tokens - new)[None, None]
+    scale = size**-0.5 if scaling is None else scaling
+    scores = (sinks / scale).to(query.dtype)
     query = torch.cat([query, scores.view(1, heads, 1, 1).expand(batch, heads, new, 1)], -1)
-    key, value = F.pad(key, (0, 1, 0, 1)), F.pad(value, (0, 0, 0, 1))
+    key = F.pad(key, (0, 1, 0, 1))
     key[:, :, -1, -1] = 1
+    value = F.pad(value, (0, 0, 0, 1))
     return query, key, value, F.pad(mask, (0, 1), value=True)
 
 

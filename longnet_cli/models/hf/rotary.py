@@ -30,16 +30,15 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.trying import attending, body, hidden_states
 
 # frequencies that depend on the longest sequence of a batch: a document's numbers would depend on the other rows
-_ROPE_OF_LENGTH = ("dynamic", "longrope")
+_ROPE_OF_LENGTH = {"dynamic", "longrope"}
 
 _PROBE, _KEYS = "dilated_probe", "_dilated_probe_keys"
 _POSITION, _DISTANCE = 3, 61  # of the tried keys: small, as transformers' phases are float32
 _LEARNED = ("position_embeddings", "embed_positions", "wpe")  # names of learned tables
 
 
-FLOAT32_POSITIONS = (
-    1 << 20
-)  # up to here, float32 phases are better than noise; the limit if ours do not fit
+# up to here, float32 phases are better than noise; the limit if ours do not fit
+FLOAT32_POSITIONS = 1 << 20
 
 _EXACT = "_exact_phases"  # attribute of a module that already has them
 
@@ -50,35 +49,38 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
     Up to `max_position_embeddings`, the phases stay the same. Returns True if this works for all rotations of the
     model, or it has none; False for rotations in several dimensions, in complex numbers, or that depend on the length.
     """
-    makers = [
-        m
-        for m in model.modules()
-        if any(name.endswith("inv_freq") for name, _ in m.named_buffers(recurse=False))
-    ]
     ropes = rope_parameters(model.config)
-    if not makers or {rope.get("rope_type") for rope in ropes} & {*_ROPE_OF_LENGTH}:
+    makers = [
+        module
+        for module in model.modules()
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+    ]
+    if not makers or _changing(ropes):
         return not ropes[0]
     trained = getattr(model.config, "max_position_embeddings", None) or FLOAT32_POSITIONS
+    layer_types = getattr(model.config, "layer_types", None) or [None]
     for maker in makers:
-        if getattr(maker, _EXACT, False):
-            continue
-        phases = _ExactPhases.of(
-            maker, trained, getattr(model.config, "layer_types", None) or [None]
-        )
-        if phases is None:
-            return False
-        maker.register_forward_hook(phases, with_kwargs=True)
-        setattr(maker, _EXACT, True)
+        if not getattr(maker, _EXACT, False):
+            phases = _ExactPhases.of(maker, trained, layer_types)
+            if phases is None:
+                return False
+            maker.register_forward_hook(phases, with_kwargs=True)
+            setattr(maker, _EXACT, True)
     return True
 
 
 class _ExactPhases:
-    """A forward hook on a module `(x, position_ids, ...) -> (cos, sin)`, each (B, N, columns): makes both exact."""
+    """A forward hook on a module `(x, position_ids, ...) -> (cos, sin)`, each (B, N, columns): makes both exact.
+
+    `tables` has the frequency of each column, and the factor of both, for each type of layer.
+    """
 
     def __init__(
-        self, names: inspect.Signature, trained: int, tables: dict[Any, tuple[Tensor, float]]
+        self, signature: inspect.Signature, trained: int, tables: dict[Any, tuple[Tensor, float]]
     ) -> None:
-        self.names, self.trained, self.tables = names, trained, tables
+        self.signature = signature
+        self.trained = trained
+        self.tables = tables
 
     @classmethod
     @torch.no_grad()
@@ -86,70 +88,64 @@ class _ExactPhases:
         cls, maker: nn.Module, trained: int, layer_types: Sequence[str | None]
     ) -> _ExactPhases | None:
         """Find the frequency of each column, for each type of layer, by trying a few positions; None if none fit."""
-        names = inspect.signature(maker.forward)
-        if not {"x", "position_ids"} <= names.parameters.keys():
+        signature = inspect.signature(maker.forward)
+        if not {"x", "position_ids"} <= signature.parameters.keys():
             return None
-        rates = [
-            x
-            for name, x in maker.named_buffers(recurse=False)
-            if name.endswith("inv_freq") and x.dim() == 1
-        ]
-        by_type = "layer_type" in names.parameters
+        by_type = "layer_type" in signature.parameters
         tables = {}
         for kind in {*layer_types} if by_type else {None}:
-            places = (
-                torch.tensor([[0, 1, _POSITION, _DISTANCE]], device=rates[0].device)
-                if rates
-                else None
-            )
-            if places is None or places.is_meta:
+            table = _columns_of(maker, {"layer_type": kind} if by_type else {})
+            if table is None:
                 return None
-            more = {"layer_type": kind} if by_type else {}
-            try:
-                made = maker.forward(
-                    x=rates[0].new_zeros(1, 1, 1, dtype=torch.float32), position_ids=places, **more
-                )
-            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-                return None  # it takes another kind of positions
-            if not (
-                isinstance(made, tuple) and len(made) == 2 and made[0].shape[:2] == places.shape
-            ):
-                return None
-            scale = made[0][0, 0, 0].item()
-            layouts = [y for x in rates for y in (torch.cat([x, x]), x.repeat_interleave(2), x)]
-            for columns in (y.double() for y in layouts if len(y) == made[0].shape[-1]):
-                phase = places[0].double()[:, None] * columns
-                if all(
-                    _equal(x[0], scale * y)
-                    for x, y in zip(made, (phase.cos(), phase.sin()), strict=True)
-                ):
-                    tables[kind] = columns.cpu(), scale
-                    break
-            else:
-                return None
-        return cls(names, trained, tables)
+            tables[kind] = table
+        return cls(signature, trained, tables)
 
     def __call__(
         self,
         maker: nn.Module,
         args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        made: tuple[Tensor, Tensor],
+        options: dict[str, Any],
+        phases: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        given = self.names.bind(*args, **kwargs).arguments
-        positions = given["position_ids"]
-        if (
-            positions.dim() == made[0].dim()
-        ):  # of several dimensions (mrope): they are the same for text
-            positions = positions[0]
-        columns, scale = self.tables[given.get("layer_type")]
+        cos, sin = phases
+        arguments = self.signature.bind(*args, **options).arguments
+        positions = arguments["position_ids"]
+        if positions.dim() == cos.dim():
+            positions = positions[0]  # of several dimensions (mrope): they are the same for text
+        columns, scale = self.tables[arguments.get("layer_type")]
         phase = positions.double()[..., None] * columns.to(positions.device)
         phase = phase.remainder(2 * math.pi)
-        own = (positions < self.trained)[..., None]
-        cos, sin = (scale * x for x in (phase.cos(), phase.sin()))
-        return torch.where(own, made[0], cos.to(made[0].dtype)), torch.where(
-            own, made[1], sin.to(made[1].dtype)
-        )
+        exact_cos = (scale * phase.cos()).to(cos.dtype)
+        exact_sin = (scale * phase.sin()).to(sin.dtype)
+        as_trained = (positions < self.trained)[..., None]
+        return torch.where(as_trained, cos, exact_cos), torch.where(as_trained, sin, exact_sin)
+
+
+def _columns_of(maker: nn.Module, options: dict[str, Any]) -> tuple[Tensor, float] | None:
+    """Return the frequencies of a module's columns, and the factor of its cos and sin; None if none fit."""
+    rates = [
+        buffer
+        for name, buffer in maker.named_buffers(recurse=False)
+        if name.endswith("inv_freq") and buffer.dim() == 1
+    ]
+    if not rates or rates[0].is_meta:
+        return None
+    positions = torch.tensor([[0, 1, _POSITION, _DISTANCE]], device=rates[0].device)
+    x = rates[0].new_zeros(1, 1, 1, dtype=torch.float32)
+    try:
+        cos, sin = maker.forward(x=x, position_ids=positions, **options)
+        scale = cos[0, 0, 0].item()
+        tried = cos.shape[:2] == positions.shape
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None  # it takes another kind of positions, or makes something else
+    for rate in rates if tried else ():
+        for columns in (torch.cat([rate, rate]), rate.repeat_interleave(2), rate):
+            if len(columns) == cos.shape[-1]:
+                phase = positions[0].double()[:, None] * columns.double()
+                fits = _equal(cos[0], scale * phase.cos()) and _equal(sin[0], scale * phase.sin())
+                if fits:
+                    return columns.double().cpu(), scale
+    return None
 
 
 @dataclass(frozen=True)
@@ -166,17 +162,25 @@ class Rotation:
 
     def __call__(self, keys: Tensor, distances: Tensor) -> Tensor:
         """Return the keys (B, S, n, K, D), turned by distances (S,)."""
-        phase = distances.double()[:, None] * self.frequencies.to(keys.device)
-        phase = phase.remainder(2 * math.pi)[:, None, None, :]  # (S, 1, 1, P)
+        frequencies = self.frequencies.to(keys.device)
+        phase = (distances.double()[:, None] * frequencies).remainder(2 * math.pi)
+        phase = phase[:, None, None, :]  # (S, 1, 1, P)
         wide = keys if keys.dtype is torch.float64 else keys.float()
-        cos, sin = phase.cos().to(wide.dtype), phase.sin().to(wide.dtype)
-        pairs, rest = wide.split([2 * phase.shape[-1], wide.shape[-1] - 2 * phase.shape[-1]], -1)
-        pairs = pairs.unflatten(-1, (2, -1) if self.axis == -2 else (-1, 2))
+        cos = phase.cos().to(wide.dtype)
+        sin = phase.sin().to(wide.dtype)
+        size = 2 * len(frequencies)
+        turning = wide[..., :size]
+        rest = wide[..., size:]
+        two_by_two = (2, -1) if self.axis == -2 else (-1, 2)
+        pairs = turning.unflatten(-1, two_by_two)
+        first, second = pairs.unbind(self.axis)
         turned = pairs * cos.unsqueeze(self.axis)
-        turned.select(self.axis, 0).addcmul_(pairs.select(self.axis, 1), sin, value=-1)
-        turned.select(self.axis, 1).addcmul_(pairs.select(self.axis, 0), sin)
+        turned.select(self.axis, 0).addcmul_(second, sin, value=-1)
+        turned.select(self.axis, 1).addcmul_(first, sin)
         turned = turned.flatten(-2)
-        return (torch.cat([turned, rest], -1) if rest.shape[-1] else turned).to(keys.dtype)
+        if rest.shape[-1]:
+            turned = torch.cat([turned, rest], -1)
+        return turned.to(keys.dtype)
 
 
 def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
@@ -194,33 +198,33 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
     check_ropes(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(f"{name} has no weights yet: how it turns its keys cannot be tried")
-    frequencies = [x for key, x in body(model).named_buffers() if key.endswith("inv_freq")]
-    tables = [
-        m
-        for key, m in body(model).named_modules()
-        if key.endswith(_LEARNED) and isinstance(m, nn.Embedding)
+    modules = [*body(model).named_modules()]
+    learned = [
+        module
+        for path, module in modules
+        if path.endswith(_LEARNED) and isinstance(module, nn.Embedding)
     ]
-    if tables and not frequencies:
+    frequencies = [x for path, x in body(model).named_buffers() if path.endswith("inv_freq")]
+    if learned and not frequencies:
         return dict.fromkeys(_keys(model))
     if "position_ids" not in inspect.signature(body(model).forward).parameters:
         raise ConfigError(f"{name} takes no position_ids: how it turns its keys cannot be tried")
-    before, after = (_keys(model, position) for position in (_POSITION, _POSITION + _DISTANCE))
+    before = _keys(model, _POSITION)
+    after = _keys(model, _POSITION + _DISTANCE)
     turn_of: dict[nn.Module, Turn | None] = {}
     for layer, k in before.items():
-        size = k.shape[-1]
-        fitting = [x for x in frequencies if x.dim() == 1 and 2 * len(x) <= size]
-        candidates = [
-            Rotation(x.detach().double().cpu(), axis) for x in fitting for axis in (-2, -1)
-        ]
-        for turn in (*candidates, None):
-            if _equal(_moved(k, turn), after[layer]):
-                turn_of[layer] = turn
-                break
-        else:
+        candidates: list[Turn | None] = []
+        for x in frequencies:
+            if x.dim() == 1 and 2 * len(x) <= k.shape[-1]:
+                candidates += (Rotation(x.detach().double().cpu(), axis) for axis in (-2, -1))
+        fitting = (turn for turn in (*candidates, None) if _equal(_moved(k, turn), after[layer]))
+        try:
+            turn_of[layer] = next(fitting)
+        except StopIteration:
             raise ConfigError(
                 f"{name} turns its keys by position in a way of its own (layer {getattr(layer, 'layer_idx', '?')}): "
                 "its keys cannot be moved with it"
-            )
+            ) from None
     return turn_of
 
 
@@ -232,11 +236,14 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
 
 def check_ropes(model: PreTrainedModel) -> None:
     """Raise ConfigError for positions that depend on the length of the sequence."""
-    if changing := {rope.get("rope_type") for rope in rope_parameters(model.config)} & {
-        *_ROPE_OF_LENGTH
-    }:
+    if changing := _changing(rope_parameters(model.config)):
         what = f"has positions that depend on the sequence's length (rope_type {changing.pop()})"
         raise ConfigError(f"{type(model).__name__} {what}")
+
+
+def _changing(ropes: Sequence[dict[str, Any]]) -> set[str]:
+    """Return the types of rotations among these that depend on the length of the sequence."""
+    return {rope.get("rope_type", "") for rope in ropes} & _ROPE_OF_LENGTH
 
 
 def _moved(k: Tensor, turn: Turn | None) -> Tensor:
@@ -258,11 +265,9 @@ def _keys(model: PreTrainedModel, position: int | None = None) -> dict[nn.Module
     """Return the rotated keys (B, K, 1, D) of each attention that looks at all tokens, for a few single tokens."""
     table = model.get_input_embeddings().weight
     ids = torch.linspace(0, len(table) - 1, 8, device=table.device).long()[:, None]
-    place = (
-        {}
-        if position is None
-        else {"position_ids": torch.full((8, 1), position, device=table.device)}
-    )
+    place = {}
+    if position is not None:
+        place["position_ids"] = torch.full((8, 1), position, device=table.device)
     with attending(model, _PROBE):
         hidden_states(model, ids, **place)
     return {

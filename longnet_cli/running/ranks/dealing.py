@@ -38,9 +38,12 @@ class Portion(Generic[T]):
     """
 
     def __init__(self, items: Iterator[T | None], is_full: Callable[[Portion[T], T], bool]) -> None:
-        self._items, self._is_full = items, is_full
-        self.items = self.length = 0
-        self.ends_shard = self.ends_early = False
+        self._items = items
+        self._is_full = is_full
+        self.items = 0
+        self.length = 0
+        self.ends_shard = False
+        self.ends_early = False
 
     def __iter__(self) -> Iterator[T]:
         for item in self._items:
@@ -77,7 +80,8 @@ def portions(
         if shard is not None:
             in_shard += size_of(item)
             if in_shard >= shard:
-                in_shard, portion.ends_shard = 0, True
+                in_shard = 0
+                portion.ends_shard = True
         return portion.ends_shard or portion.length + portion.items >= length
 
     for first in remaining:
@@ -127,15 +131,16 @@ class _Deal(Generic[P]):
 
         from longnet_cli.running.ranks.ranks import TIMEOUT
 
-        self.ranks, self.group, self.work, self.on_other = ranks, ranks.of_group(), work, on_other
-        self.waiting: deque[P] = (
-            deque()
-        )  # on rank 0: the portions whose results are still to arrive
-        self.own: dict[
-            int, list[pa.RecordBatch]
-        ] = {}  # results of this group, by the index of their portion
+        self.ranks = ranks
+        self.group = ranks.of_group()
+        self.work = work
+        self.on_other = on_other
+        self.waiting: deque[P] = deque()  # on rank 0: portions whose results are still to arrive
+        # results of rank 0's own group, by the index of their portion
+        self.results_here: dict[int, list[pa.RecordBatch]] = {}
         self.given = 0  # portions whose results rank 0 has given
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
         # with --max-restarts, torchrun restarts lost ranks with the same store
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -143,20 +148,20 @@ class _Deal(Generic[P]):
 
     def results(self, portions: Iterable[P]) -> Iterator[tuple[P, Batches]]:
         """Yield the portions with their results on rank 0. On the other ranks, work for it and yield nothing."""
-        mine, number, failure = self._next(), 0, None
+        read = 0  # portions
+        failure = None
+        mine = self._next()
         try:
             for index, portion in enumerate(portions):
-                if index != mine:
-                    deque(portion, maxlen=0)  # reads it to its end
-                else:
-                    # all ranks of a group get the same answer
-                    while self.group.any(self.group.writes and self._given() + AHEAD <= index):
-                        yield from self._arrived()
-                        time.sleep(PAUSE)
+                if index == mine:
+                    yield from self._keep_near(index)
                     self._do(index, portion)
                     mine = self._next()
-                number += 1
-                self.waiting.extend([portion] if self.ranks.writes else [])
+                else:
+                    deque(portion, maxlen=0)  # reads it to its end
+                read += 1
+                if self.ranks.writes:
+                    self.waiting.append(portion)
                 yield from self._arrived()
         except LongNetError as error:
             failure = error
@@ -165,7 +170,7 @@ class _Deal(Generic[P]):
             time.sleep(PAUSE)
         if failure:
             # the other ranks of rank 0's group do not wait: rank 0 may need them to give the earlier portions
-            while self.ranks.dp_rank and self._given() < number:
+            while self.ranks.dp_rank and self._given() < read:
                 time.sleep(PAUSE)
             raise failure
         if self.ranks.writes:
@@ -175,7 +180,18 @@ class _Deal(Generic[P]):
 
     def _next(self) -> int:
         """Return the index of this group's next portion, which no other group takes."""
-        return self.group.from_first(self.store.add("taken", 1) - 1 if self.group.writes else 0)
+        taken = self.store.add("taken", 1) if self.group.writes else 1
+        return self.group.from_first(taken - 1)
+
+    def _keep_near(self, index: int) -> Iterator[tuple[P, Batches]]:
+        """Wait until rank 0 has given all portions but the last AHEAD before this one; yield what arrives meanwhile."""
+
+        def too_far() -> bool:
+            return self.group.writes and self._given() + AHEAD <= index
+
+        while self.group.any(too_far()):  # all ranks of a group get the same answer
+            yield from self._arrived()
+            time.sleep(PAUSE)
 
     def _given(self) -> int:
         """Return how many portions rank 0 has given."""
@@ -185,22 +201,28 @@ class _Deal(Generic[P]):
         """Work on a portion, and keep its results, or leave them for rank 0."""
         results = list(self.work(portion))
         if self.ranks.writes:
-            self.own[index] = results
+            self.results_here[index] = results
         elif self.group.writes:
             data = _pack(results)
-            pieces = range(0, len(data), VALUE_BYTES)
-            for piece, start in enumerate(pieces):
-                self.store.set(f"{index}/{piece}", data[start : start + VALUE_BYTES])  # type: ignore[arg-type]
-            self.store.set(str(index), f"{len(pieces)} {portion.items} {portion.length}")
+            starts = range(0, len(data), VALUE_BYTES)
+            for piece, start in enumerate(starts):
+                value = data[start : start + VALUE_BYTES]
+                self.store.set(f"{index}/{piece}", value)  # type: ignore[arg-type]
+            self.store.set(str(index), f"{len(starts)} {portion.items} {portion.length}")
 
     def _arrived(self) -> Iterator[tuple[P, Batches]]:
         """Yield the next portions whose results have arrived, on rank 0."""
-        while self.waiting and (self.given in self.own or self.store.check([str(self.given)])):
-            portion, own = self.waiting[0], self.own.pop(self.given, None)
-            results = self._fetch(self.given, portion) if own is None else own
-            self.waiting.popleft()  # only now: if the results are refused, no later portion may take their place
-            if own is None:
+        while self.waiting:
+            index = self.given
+            portion = self.waiting[0]
+            if index in self.results_here:
+                results: Batches = self.results_here.pop(index)
+            elif self.store.check([str(index)]):
+                results = self._fetch(index, portion)
                 self.on_other(portion)
+            else:
+                return
+            self.waiting.popleft()  # only now: if the results are refused, no later portion may take their place
             yield portion, results
             self.given += 1
             self.store.add("given", 1)

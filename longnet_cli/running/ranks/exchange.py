@@ -94,10 +94,9 @@ class Exchange:
         self.needed = any(self._wanted)
         self.sent = [self._parcels(self.rank, reader) for reader in range(self.ranks)]
         self.received = [self._parcels(maker, self.rank) for maker in range(self.ranks)]
-        self.joined = [
-            Parcel(span, 0, self._rows(span), attended)
-            for span, attended in self._wanted[self.rank]
-        ]
+        self.joined = []  # what is received, the rows of all makers in one parcel
+        for span, attended in self._wanted[self.rank]:
+            self.joined.append(Parcel(span, 0, self._rows(span), attended))
         if not any(parcel.attended for parcel in self.joined):
             # this rank attends to none, yet the others wait for it in the backward: it must stay in the graph
             self.joined.append(Parcel(FarSpan(0, self.start, self.start), 0, 0, True))
@@ -117,8 +116,10 @@ class Exchange:
     def documents(self) -> list[int] | None:
         """Lengths of the documents in this rank's shard; None for a single document."""
         start, stop = self.mine
-        inside = [start, *(cut for cut in self.starts if start < cut < stop), stop]
-        return [b - a for a, b in pairwise(inside)] if len(inside) > 2 else None
+        inside = [cut for cut in self.starts if start < cut < stop]
+        if not inside:
+            return None
+        return [after - before for before, after in pairwise([start, *inside, stop])]
 
     def document(self, position: int) -> tuple[int, int]:
         """Return the start and the end of the document that holds a position."""
@@ -163,9 +164,11 @@ class Exchange:
             return
         _agreeing.add(group)
         # by how much more a maker (row) sends than its reader (column) expects
+        sent = torch.tensor(self.sizes(self.sent, like))
+        expected = torch.tensor(self.sizes(self.received, like))
         more = torch.zeros(self.ranks, self.ranks, dtype=torch.int64)
-        more[self.rank] += torch.tensor(self.sizes(self.sent, like))
-        more[:, self.rank] -= torch.tensor(self.sizes(self.received, like))
+        more[self.rank] += sent
+        more[:, self.rank] -= expected
         dist.all_reduce(more, group=self.group)
         if more.any():
             maker, reader = more.nonzero()[0].tolist()
@@ -194,7 +197,11 @@ class Exchange:
 
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
         """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
-        return [sum(2 * prod(self.shape(parcel, like)) for parcel in some) for some in parcels]
+        sizes = []
+        for of_rank in parcels:
+            shapes = [self.shape(parcel, like) for parcel in of_rank]
+            sizes.append(2 * sum(map(prod, shapes)))
+        return sizes
 
     def _wanted_by(self, reader: int) -> list[tuple[FarSpan, bool]]:
         """Return the spans that a rank wants from others, before and after its shard, if they have rows.
@@ -207,20 +214,22 @@ class Exchange:
         earliest = max(0, self.edges[0] - document)  # earlier rows are in caches
         wanted: dict[tuple[FarSpan, str], tuple[FarSpan, bool]] = {}
 
-        def want(span: FarSpan, attended: bool) -> None:
-            parts = {"before": span.part(earliest, start), "after": span.part(stop, span.stop)}
-            for side, part in parts.items():
-                if self._rows(part):
-                    key = whole_segment(self.pattern, span), side
-                    longest, _ = wanted.get(key, (part, False))  # what is kept holds what is seen
-                    wanted[key] = longest, attended
+        def want(spans: Sequence[FarSpan], attended: bool) -> None:
+            for span in spans:
+                segment = whole_segment(self.pattern, span)
+                before = span.part(earliest, start)
+                after = span.part(stop, span.stop)
+                for side, part in (("before", before), ("after", after)):
+                    if self._rows(part):
+                        kept, _ = wanted.get((segment, side), (part, False))
+                        wanted[segment, side] = kept, attended  # what is kept holds what is seen
 
         if self.cached:
-            for span in open_spans(self.pattern, self.edges[-1] - document):
-                want(span, False)
+            last = self.edges[-1] - document
+            want(open_spans(self.pattern, last), attended=False)
         if start < stop:
-            for span in far_spans(self.pattern, start, stop, self.causal, end - document):
-                want(span, True)
+            seen = far_spans(self.pattern, start, stop, self.causal, end - document)
+            want(seen, attended=True)
         return [*wanted.values()]
 
     def _reaches(self, maker: int, reader: int) -> bool:
@@ -273,17 +282,20 @@ class _Maps(NamedTuple):
             return SegmentRows(layout, parcel.span, torch.full(shape, -1))
 
         rows = torch.arange(prod(of_rows)).view(of_rows)
-        packed = [unfilled(parcel) for parcel in chain(*exchange.sent)]
-        for segment, parcel in zip(packed, chain(*exchange.sent), strict=True):
+        leaving = []
+        for parcel in chain(*exchange.sent):
+            segment = unfilled(parcel)
             segment.put([rows], parcel.start)
-        sent = _numbers(packed)
+            leaving.append(segment)
+        sent = _numbers(leaving)
 
         arriving = [unfilled(parcel) for parcel in chain(*exchange.received)]
         joining = [unfilled(parcel) for parcel in exchange.joined]
         first = 0
         for part in arriving:
-            numbers = torch.arange(first, first + part.packed.numel()).view_as(part.packed)
-            first += numbers.numel()
+            last = first + part.packed.numel()
+            numbers = torch.arange(first, last).view_as(part.packed)
+            first = last
             for whole in joining:
                 if whole.span.level == part.span.level:
                     whole.put_packed([numbers], part.span)
@@ -292,13 +304,15 @@ class _Maps(NamedTuple):
         received = torch.full((first,), len(joined))
         received[joined[filled]] = filled
         # a lane with one row fewer has an arbitrary row in its place, which nobody reads
-        maps = sent.clamp(min=0), joined.clamp(min=0), received
-        return cls(*(indices.to(device) for indices in maps))
+        sent = sent.clamp(min=0).to(device)
+        joined = joined.clamp(min=0).to(device)
+        return cls(sent, joined, received.to(device))
 
 
 def _numbers(segments: Sequence[SegmentRows]) -> Tensor:
     """Return all numbers of packed rows, one segment after the other."""
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *(x.packed.flatten() for x in segments)])
+    none = torch.zeros(0, dtype=torch.int64)
+    return torch.cat([none, *(segment.packed.flatten() for segment in segments)])
 
 
 class _Flight:
@@ -350,16 +364,16 @@ class _WayBack:
         width = self.shape[-1]
         sent = self.like.new_empty(len(self.maps.received), 2, width)
         for place in range(2):
-            flat = []
+            of_rows = []
             for index, parcel in enumerate(self.exchange.joined):
-                shape = self.exchange.shape(parcel, self.shape)
                 if index in self.gradients:
                     gradient = self.gradients[index][place].to(sent.dtype)
                 else:
+                    shape = self.exchange.shape(parcel, self.shape)
                     gradient = sent.new_zeros(1).expand(shape)
-                flat.append(gradient.reshape(-1, width))
-            flat.append(sent.new_zeros(1, width))  # of received rows that nobody reads
-            sent[:, place] = torch.cat(flat)[self.maps.received]
+                of_rows.append(gradient.reshape(-1, width))
+            of_rows.append(sent.new_zeros(1, width))  # of received rows that nobody reads
+            sent[:, place] = torch.cat(of_rows)[self.maps.received]
         self.gradients = {}
         self.rows = self.like.new_empty(len(self.maps.sent), 2, width)
         sizes = self.coming_back, self.sent_back
@@ -401,11 +415,13 @@ class _AllToAll(torch.autograd.Function):
         flight.after.append(unpack)
         sizes = way_back.sent_back, way_back.coming_back
         flight.start(received, sent, sizes, exchange.group)
-        shapes = [exchange.shape(parcel, k.shape) for parcel in exchange.joined]
-        parts = [rows.split([prod(shape[:3]) for shape in shapes]) for rows in joined]
-        far_rows: list[Tensor] = []
-        for shape, *of_parcel in zip(shapes, *parts, strict=True):
-            far_rows += (rows.view(shape) for rows in of_parcel)
+        far_rows = []
+        first = 0
+        for parcel in exchange.joined:
+            shape = exchange.shape(parcel, k.shape)
+            last = first + prod(shape[:3])
+            far_rows += [rows[first:last].view(shape) for rows in joined]
+            first = last
         return tuple(far_rows)
 
     @staticmethod
@@ -414,8 +430,9 @@ class _AllToAll(torch.autograd.Function):
         maps = ctx.way_back.maps
         shape = ctx.way_back.shape
         wide = accumulator(ctx.dtype)
-        gradients = torch.zeros(2, *shape, dtype=wide, device=rows.device)
-        for place, total in enumerate(gradients):
-            total.view(-1, shape[-1]).index_add_(0, maps.sent, rows[:, place].to(wide))
-        dk, dv = gradients.to(ctx.dtype)
+        sums = torch.zeros(2, *shape, dtype=wide, device=rows.device)
+        for place in range(2):
+            of_rows = sums[place].view(-1, shape[-1])
+            of_rows.index_add_(0, maps.sent, rows[:, place].to(wide))
+        dk, dv = sums.to(ctx.dtype)
         return None, None, None, dk, dv
