@@ -79,7 +79,7 @@ def test_any_chunks_give_the_logits_of_the_whole(
     rows = model.config.pattern.cache_rows
     assert (
         pattern.chosen
-        or stream.cache_bytes == 2 * 2 * batch * model.config.dim * whole.itemsize * rows
+        or stream.cache_bytes <= 2 * 2 * batch * model.config.dim * whole.itemsize * rows
     )
 
 
