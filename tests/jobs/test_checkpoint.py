@@ -53,6 +53,11 @@ def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path, 400, 1)
 
 
+def step_of(run: Path) -> int:
+    """The step of the newest checkpoint."""
+    return read_checkpoint(checkpoints_in(run / "checkpoints")[0])["progress"]["step"]
+
+
 class Stop:
     """A real signal at the n-th moment at which a run can stop."""
 
@@ -99,13 +104,11 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(
             Stop(patch, moment, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[attempt % 3])
             with pytest.raises((KeyboardInterrupt, SystemExit)):
                 train(found, run)
-        steps.add(read_checkpoint(checkpoints_in(run / "checkpoints")[0])["progress"]["step"])
+        steps.add(step_of(run))
         LongNet.from_pretrained(run)
         train(found, run)
         assert (run / "model.safetensors").read_bytes() == weights
-        assert (run / "best/model.safetensors").read_bytes() == (
-            tmp_path / "whole/best/model.safetensors"
-        ).read_bytes()
+        assert contents(run / "best") == contents(tmp_path / "whole/best")
         again = metrics_of(run)
         measured = dict.fromkeys(("tokens_per_second", "peak_memory_bytes"))
         assert [line | measured for line in again] == [line | measured for line in lines]
@@ -128,11 +131,7 @@ def test_a_step_whose_evaluation_is_stopped_is_told(corpus, tmp_path, monkeypatc
             tmp_path / "run",
             events=Events(step=lambda tokens, line: steps.append(tokens)),
         )
-    assert (
-        read_checkpoint(checkpoints_in(tmp_path / "run/checkpoints")[0])["progress"]["step"]
-        == len(steps)
-        == 4
-    )
+    assert step_of(tmp_path / "run") == len(steps) == 4
 
 
 def test_a_later_damaged_checkpoint_does_not_push_out_the_one_just_written(tmp_path):
@@ -257,19 +256,15 @@ def test_resume_from_a_path(stopped, tmp_path):
     for resume, output in ((True, run), (str(run), tmp_path / "c"), (older, tmp_path / "c")):
         assert prepare_run(None, {}, output, resume=resume) == found
     unsaid = found.model_dump(mode="json", exclude={"train": {"chunk"}})
-    (tmp_path / "same.json").write_text(json.dumps(unsaid))
-    assert (
-        found.train.chunk
-        != prepare_run(str(tmp_path / "same.json"), {}, tmp_path / "new").train.chunk
-    )
-    assert prepare_run(str(tmp_path / "same.json"), {}, run) == found  # it keeps its chunk
-    assert prepare_run(str(tmp_path / "same.json"), {"train.chunk": 77}, run).train.chunk == 77
-    with pytest.raises(
-        ConfigError, match="already holds a run"
-    ):  # whose later checkpoints would stay beside ours
-        train(found, run, resume=str(older))
-    with pytest.raises(ConfigError, match="already holds a run"):
-        train(found, tmp_path / "a", resume=str(run))
+    same = tmp_path / "same.json"
+    same.write_text(json.dumps(unsaid))
+    assert prepare_run(str(same), {}, tmp_path / "new").train.chunk != found.train.chunk
+    assert prepare_run(str(same), {}, run) == found  # it keeps its chunk
+    assert prepare_run(str(same), {"train.chunk": 77}, run).train.chunk == 77
+    # whose later checkpoints would stay beside ours
+    for output, resume in ((run, older), (tmp_path / "a", run)):
+        with pytest.raises(ConfigError, match="already holds a run"):
+            train(found, output, resume=str(resume))
     for path in checkpoints_in(run / "checkpoints")[:1]:
         (path / "state.json").write_text("{}")
     train(found, run, resume=str(run))  # from the one before it, as by itself

@@ -62,18 +62,16 @@ def test_the_recipe_names_the_end_of_text(corpus, tmp_path):
     (tmp_path / "words").mkdir()
     inner.save(str(tmp_path / "words/tokenizer.json"))
     (tmp_path / "short.jsonl").write_text('{"text": "a dog"}\n{"text": "a fox"}\n' * 30)
-    settings = {
+    settings: dict[str, object] = {
         "data.tokenizer": str(tmp_path / "words"),
         "data.train": [str(tmp_path / "short.jsonl")],
+        "train.stages": [{"seq_len": 32, "steps": 1}],
     }
-    settings["train.stages"] = [{"seq_len": 32, "steps": 1}]
     seen = {}
-    for name, eos in (("own", None), ("named", "STOP"), ("by-id", 257)):
+    for name, eos, wanted in (("own", {}, 256), ("named", "STOP", 257), ("by-id", 257, 257)):
         found = recipe(corpus, **settings, **({"data.eos": eos} if eos else {}))
         seen[name] = train(found, tmp_path / name).loss
-        assert ModelFolder(tmp_path / name).tokenizer().eos_id == (
-            257 if eos else 256
-        )  # as a command reads the model
+        assert ModelFolder(tmp_path / name).tokenizer().eos_id == wanted  # as a command reads it
     assert seen["named"] == seen["by-id"] != seen["own"]
     saved = json.loads(recipe(corpus, **settings).model_dump_json())
     assert recipe(corpus, **settings, **{"data.eos": "STOP"}).changed_since(saved) == ["data.eos"]

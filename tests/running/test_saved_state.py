@@ -249,27 +249,14 @@ def test_what_is_refused(tmp_path):
     stream(draw(1, 100))
     stream.save(folder, name="./mine", tokenizer_sha256="a" * 64)
     old = states(folder)
+    window, few = net(Pattern.window(16)), net(CHOSEN, heads=2)
+    patterns = "with the pattern window:16,chosen=4x8.*, and this is window:16: name both"
+    digests = "another tokenizer, of SHA-256 aaaaaaaaaaaa..., not bbbbbbbbbbbb..."
     for other, more, message in (
-        (
-            net(Pattern.window(16)),
-            {},
-            "it was saved by ./mine with the pattern window:16,chosen=4x8.*, and this is window:16: name both",
-        ),
-        (
-            net(CHOSEN, heads=2),
-            {},
-            r"it was saved by another model, ./mine: its weights or its configuration differ",
-        ),
-        (
-            model,
-            {"tokenizer_sha256": "b" * 64},
-            "another tokenizer, of SHA-256 aaaaaaaaaaaa..., not bbbbbbbbbbbb...",
-        ),
-        (
-            model,
-            {"dtype": torch.bfloat16},
-            r"saved in float32, and this run computes in bfloat16 \(--dtype\)",
-        ),
+        (window, {}, f"it was saved by ./mine {patterns}"),
+        (few, {}, "saved by another model, ./mine: its weights or its configuration differ"),
+        (model, {"tokenizer_sha256": "b" * 64}, digests),
+        (model, {"dtype": torch.bfloat16}, r"saved in float32, .* in bfloat16 \(--dtype\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             CausalStream.load(other, folder, **more)
@@ -313,46 +300,33 @@ def test_a_full_disk_leaves_the_old_state(small_disk):
 
 def test_the_command(run_longnet, tmp_path):
     """A book is read once and asked often by the state's own model; the state stays until another takes its place."""
+
+    def said(*words: object) -> dict[str, Any]:
+        return json.loads(run_longnet("generate -n 20 --format jsonl -q", *words, code=0).stdout)
+
     native, other = tiny_model(tmp_path / "native", position="rope"), tiny_llama(tmp_path / "llama")
-    for model, more in ((native, ["--pattern", "finding"]), (other, ["--dtype", "bf16"])):
-        (tmp_path / "book.txt").write_text("some words, and others. " * 20)
-        reading = ["--model", model, *more]
-        options = ["-n", "20", "--format", "jsonl", "-q"]
-        whole, followed = (
-            json.loads(run_longnet("generate -i book.txt", *question, *reading, *options).stdout)
-            for question in ([], ["What?"])
-        )
-        done = run_longnet("generate -i book.txt", *reading, "--save-state", "book.state")
-        assert (done.returncode, done.stdout) == (0, "")
+    (tmp_path / "book.txt").write_text("some words, and others. " * 20)
+    place, asked = tmp_path / "book.state", ["--state", "book.state"]
+    for model, option, value in ((native, "--pattern", "finding"), (other, "--dtype", "bf16")):
+        reading = ["-i", "book.txt", "--model", model, option, value]
+        whole, followed = said(*reading), said(*reading, "What?")
+        done = run_longnet("generate --save-state book.state", *reading, code=0)
+        assert done.stdout == ""
         assert done.stderr.splitlines()[-1].startswith("book.state: the state after 481 tokens, ")
-        old = states(tmp_path / "book.state")
-        asked = [*options, "--state", "book.state"]
-        assert json.loads(run_longnet("generate", *asked).stdout) == whole | {
-            "doc_id": "prompt",
-            "n_prompt": 0,
-        }
-        after = json.loads(run_longnet("generate", "\nWhat?", *asked).stdout)
-        assert (after["tokens"], followed["n_prompt"]) == (
-            followed["tokens"],
-            480 + after["n_prompt"],
-        )
-        assert (
-            "it was saved " in run_longnet("generate", *asked, "-m", "longnet-tiny").stderr
-        )  # the default, if given
+        old = states(place)
+        assert said(*asked) == whole | {"doc_id": "prompt", "n_prompt": 0}
+        after = said("\nWhat?", *asked)
+        assert after["tokens"] == followed["tokens"]
+        assert followed["n_prompt"] == 480 + after["n_prompt"]
+        # the default, if given
+        assert "it was saved " in run_longnet("generate -m longnet-tiny", *asked).stderr
         if model == other:  # whose commands import transformers
             break
         (tmp_path / "questions.jsonl").write_text('{"text": "What?"}\n{"text": "Who?"}\n')
-        both = run_longnet("generate -i questions.jsonl", *asked).stdout.splitlines()
-        alone = [
-            json.loads(run_longnet("generate", text, *asked).stdout) for text in ("What?", "Who?")
-        ]
-        assert [json.loads(line)["tokens"] for line in both] == [line["tokens"] for line in alone]
-        assert states(tmp_path / "book.state") == old
-        first = run_longnet(
-            "generate", *asked[:-2], *asked[-2:], "-n", "12", "--save-state", "book.state"
-        )
-        rest = run_longnet("generate", *asked, "-n", "8")
-        assert (
-            json.loads(first.stdout)["tokens"] + json.loads(rest.stdout)["tokens"]
-            == whole["tokens"]
-        )
+        words = "generate -n 20 --format jsonl -q -i questions.jsonl"
+        both = run_longnet(words, *asked).stdout.splitlines()
+        alone = [said(text, *asked)["tokens"] for text in ("What?", "Who?")]
+        assert [json.loads(line)["tokens"] for line in both] == alone
+        assert states(place) == old
+        first = said(*asked, "-n", "12", "--save-state", "book.state")
+        assert first["tokens"] + said(*asked, "-n", "8")["tokens"] == whole["tokens"]
