@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from heapq import heapreplace
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import DataError
@@ -41,13 +42,12 @@ class Share(NamedTuple):
         size, the first by its name comes first.
         """
         order = sorted(range(len(files)), key=lambda index: (-files[index][1], files[index][0]))
-        loads = [(0, 0)] * self.count  # bytes and files of each share
+        loads = [(0, 0, number) for number in range(1, self.count + 1)]  # bytes, files, share
         taken: list[int] = []
         for index in order:
-            lightest = loads.index(min(loads))
-            size, number = loads[lightest]
-            loads[lightest] = size + files[index][1], number + 1
-            if lightest == self.number - 1:
+            size, held, number = loads[0]
+            heapreplace(loads, (size + files[index][1], held + 1, number))
+            if number == self.number:
                 taken.append(index)
         return sorted(taken)
 
