@@ -20,10 +20,10 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,17 @@ from longnet_cli.basics.sizes import (
     format_size,
     parse_size,
 )
-from longnet_cli.jobs.estimating import reading_memory, spilled_bytes
+from longnet_cli.jobs.estimating import (
+    TOKENS as TRIED,
+)
+from longnet_cli.jobs.estimating import (
+    bytes_per_token,
+    cache_bytes,
+    itemsize_of,
+    logits_bytes,
+    spilled_bytes,
+    unwritten_longnet,
+)
 from longnet_cli.jobs.reading_plan import ReadingPlan
 from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
 from longnet_cli.jobs.training.limits import check_ranks
@@ -51,7 +61,13 @@ from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import LongNetConfig, NetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
-from longnet_cli.running.device import DTYPES, free_memory, resident_memory, resolve_dtype
+from longnet_cli.running.device import (
+    DTYPES,
+    free_memory,
+    precision,
+    resident_memory,
+    resolve_dtype,
+)
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import Ranks, even_edges, join, leave
 from longnet_cli.running.reader import GPU_BENCH_CHUNK, SHORTEST_CHUNK, chunk_beside, fitting_chunk
@@ -401,6 +417,64 @@ def step_seconds(recipe: Recipe, stage: Stage, machine: Machine, ranks: Ranks) -
     }
 
 
+@lru_cache(maxsize=1)  # asked for every plan
+def reading_bytes(net: Net, dtype: str) -> int:
+    """Return the bytes that a token takes in a forward pass without gradients."""
+    if next(net.parameters()).is_meta:
+        net = unwritten_longnet(cast(LongNetConfig, net.config), 1).eval()
+
+    @torch.inference_mode()
+    def read(tokens: int) -> None:
+        ids = net.inputs_like((1, tokens))
+        with precision(dtype, ids.device):
+            net(ids)
+
+    most = max(2, net.config.max_tokens or 2 * TRIED)
+    read(2)  # the first pass loads libraries, and tries attention kernels
+    return bytes_per_token(read, min(TRIED, most // 2))
+
+
+def reading_memory(net: Net, plan: ReadingPlan, dtype: str, *, scores: bool) -> dict[str, int]:
+    """Return the bytes of one device that reads a window as planned, without what a bidirectional net keeps.
+
+    Autocast copies the matrices. Logits take the place of the activations, which are gone by then. hidden: float32
+    hidden states that wait, in pieces and joined, of two chunks. cache: of a causal net.
+    """
+    config = net.config
+    itemsize = itemsize_of(dtype, next(net.parameters()).device)
+    cast_to = itemsize if itemsize < next(net.parameters()).itemsize else 0
+    waiting = min(plan.longest, 2 * plan.chunk)
+    activations = plan.largest * reading_bytes(net, dtype)
+    kinds = {}
+    if config.causal and plan.in_chunks(plan.chunk):
+        kinds["cache"] = cache_bytes(config, plan.longest, itemsize)
+        # the keys of each level, and values, of a layer are stored when the next one asks
+        by_level = isinstance(config, LongNetConfig) and config.position == "rope_by_level"
+        keys = len(config.pattern.levels) if by_level else 1
+        activations += itemsize * plan.largest * config.head_dim * (keys + 1) * config.kv_heads
+    logits = logits_bytes(config, plan.largest * scores)
+    weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
+    return {
+        "weights": weights + cast_to * config.layer_weights,
+        "activations": activations,
+        "logits": max(0, logits - activations),
+        "hidden": 2 * 4 * config.dim * waiting,
+        **kinds,
+    }
+
+
+def keys_again(config: NetConfig, tokens: int, chunk: int) -> int:
+    """Return the FLOPs per token of the keys that a bidirectional net computes twice, layer by layer.
+
+    These are queries, keys and values, by three matrices (dim, dim), where chunks see keys of each other.
+    """
+    if config.causal or tokens <= chunk:
+        return 0
+    edges = [(start, min(start + chunk, tokens)) for start in (0, chunk)]
+    sees = any(far_spans(config.pattern, *edge, False, tokens) for edge in edges)
+    return 3 * 2 * config.dim**2 * config.num_layers if sees else 0
+
+
 def reading_plans(
     net: Net,
     machine: Machine,
@@ -418,15 +492,15 @@ def reading_plans(
     read, plans = ReadingPlan(config, chunk), []
     read.add([(tokens, tokens * scores)])
     flops, attention = read.product_flops(scores) / tokens, read.attention_flops() / tokens
+    flops += keys_again(config, tokens, chunk)
     for sp, dp in meshes(machine, None if shareable else 1):
         ranks = Ranks(0, sp, sp)
         exchanging = (
             config.causal or tokens <= chunk * sp
         )  # a longer bidirectional one is read layer by layer
-        how = {"scores": scores, "spill": spill or not config.causal}
         memory = {
             "program": int(rates["reserved"]),
-            **reading_memory(net, read, chunk, machine.dtype, ranks, **how),
+            **reading_memory(net, read, machine.dtype, scores=scores),
         }
         # what a bidirectional net keeps between its layers: on the device, in the host's memory, or on a disk
         kept = 0 if config.causal else spilled_bytes(net, read, chunk, ranks)

@@ -335,14 +335,15 @@ def _room(pattern: Pattern, level: int, tokens: int) -> int:
     return room
 
 
-def cached_rows(layout: Layout, tokens: int = sys.maxsize) -> int:
+def cached_rows(layout: Layout, tokens: int = sys.maxsize, *, written: bool = False) -> int:
     """Return the rows of keys that a cache has allocated after `tokens`, by default the most that it ever allocates.
 
-    That is `pattern.cache_rows` for each head, if no lane is shared.
+    That is `pattern.cache_rows` for each head, if no lane is shared. Of these, only some may be `written`.
     """
     pattern = layout.pattern
     rows = pattern.apart_rows(tokens) * layout.kv_heads
     for level, back in enumerate(pattern.look_backs):
         lanes = len(layout.lanes(level).offsets)
-        rows += (1 + back) * _room(pattern, level, tokens) * lanes
+        room = segment_rows(pattern, level, tokens) if written else _room(pattern, level, tokens)
+        rows += (1 + back) * room * lanes
     return rows

@@ -26,15 +26,8 @@ YEAR = 365.25 * 86400  # seconds
 def show_training(estimate: Estimate, format: Format) -> None:
     """Print the estimate to stdout. Raises MemoryLimitError if training does not fit."""
     facts = estimate.facts
-    peak = f"{facts['efficiency']:.0%} (assumed) of {format_count(facts['matmul_peak'])} FLOP/s"
-    after = [
-        ("FLOPs per token", format_count(facts["flops_per_token"]), "forward and backward"),
-        ("tokens", format_count(facts["tokens"]), facts["steps"]),
-        ("FLOPs", format_count(facts["flops"]), ""),
-        ("time", _duration(facts["seconds"]), f"at {peak} (measured, {facts['dtype']})"),
-        ("speed", format_count(facts["tokens"] / facts["seconds"]), "tokens/s"),
-    ]
-    _show(estimate, format, "training", [], after)
+    tokens = "tokens", format_count(facts["tokens"]), facts["steps"]
+    _show(estimate, format, "training", [tokens], "forward and backward")
 
 
 def show_reading(estimate: Estimate, format: Format, job: str, *more: Row) -> None:
@@ -55,57 +48,63 @@ def show_reading(estimate: Estimate, format: Format, job: str, *more: Row) -> No
             "tokens in all forwards, with contexts and padding",
         ),
     ]
-    after = [
-        ("FLOPs per token", format_count(facts["flops_per_token"]), "of those that are read"),
-        ("FLOPs", format_count(facts["flops"]), ""),
-        (
-            "time",
-            _duration(facts["seconds"]),
-            f"at {format_count(facts['flops_per_second'])} FLOP/s (measured)",
-        ),
-        ("speed", format_count(facts["tokens_per_second"]), "tokens/s, of those that are read"),
-        *more,
-    ]
-    _show(estimate, format, job, before, after)
+    _show(estimate, format, job, before, "of those that are read", more)
 
 
 def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format: str) -> None:
     """Print the estimate of a job that would read `inputs`, of a `sample` of texts if given."""
     from longnet_cli.jobs.estimating import estimate_reading
-    from longnet_cli.jobs.reading_plan import count_documents
+    from longnet_cli.jobs.reading_plan import Sample, count_documents
+    from longnet_cli.jobs.trial import Task
     from longnet_cli.running.ranks.ranks import leave
 
     assert opened.room  # of every dry run
+    drawn = Sample(sample, inputs.document) if sample and inputs.tokenizer else None
     with progress("counting", total=None, quiet=opened.quiet) as advance:
         job.reader.events = Events(progress=advance)
         counted = count_documents(
             job,
-            inputs.untokenized() if sample and inputs.tokenizer else inputs.documents(),
-            tokenizer=inputs.tokenizer,
-            sample=sample,
+            inputs.untokenized() if drawn else inputs.documents(),
+            drawn=drawn,
             done=opened.earlier.totals["documents"] if opened.earlier else 0,
             skip_bad=inputs.skip_bad,
         )
-        kept = job.kept_bytes(counted.longest_document)
-        estimate = estimate_reading(
-            job.reader, counted, room=opened.room, scores=job.scores, kept=kept
-        )
+    kept = job.kept_bytes(counted.longest_document)
+    task = Task(job.read, job.window_sizes, job.scores)
+    with progress("trying the first chunks", total=None, quiet=opened.quiet) as advance:
+        job.reader.events = Events(progress=advance)
+        estimate = estimate_reading(job.reader, counted, task, room=opened.room, kept=kept)
     leave()
     if opened.ranks.writes:
         show_reading(estimate, "json" if format == "json" else "text", job.doing)
 
 
 def _show(
-    estimate: Estimate, format: Format, job: str, before: Sequence[Row], after: Sequence[Row]
+    estimate: Estimate,
+    format: Format,
+    job: str,
+    before: Sequence[Row],
+    counted: str,
+    more: Sequence[Row] = (),
 ) -> None:
+    """Print the rows `before` the memory, then FLOPs and time, and `more`. `counted` says which tokens have FLOPs."""
+    facts = estimate.facts
     if format == "json":
         emit_json(estimate.facts)
     else:
-        parameters, trained = estimate.facts["parameters"], estimate.facts.get("trained")
+        parameters, trained = facts["parameters"], facts.get("trained")
         of_lora = f", frozen; LoRA trains {trained:,}" if trained not in (parameters, None) else ""
         rows = [("parameters", format_count(parameters), f"{parameters:,}{of_lora}"), *before]
+        rate = f"at {format_count(facts['flops_per_second'])} FLOP/s (measured)"
+        work = [
+            ("FLOPs per token", format_count(facts["flops_per_token"]), counted),
+            ("FLOPs", format_count(facts["flops"]), ""),
+            ("time", _duration(facts["seconds"]), rate),
+            ("speed", format_count(facts["tokens_per_second"]), "tokens/s"),
+            *more,
+        ]
         hint = [("advice", "", estimate.hint)] if estimate.hint else []
-        print(_block(rows), _block(_memory(estimate)), _block([*after, *hint]), sep="\n\n")
+        print(_block(rows), _block(_memory(estimate)), _block([*work, *hint]), sep="\n\n")
     check_fits(estimate, job)
 
 

@@ -199,19 +199,18 @@ def _estimate(
 ) -> None:
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
     from longnet_cli.jobs.estimating import estimate_reading
-    from longnet_cli.jobs.generating import plan_generation
-    from longnet_cli.jobs.reading_speed import seconds_of_new_token
+    from longnet_cli.jobs.generating import plan_generation, seconds_of_new_token, trial_of
 
     net, save_state = job.loaded.net, job.options.save_state
     plan = plan_generation(
         net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1
     )
-    seconds = seconds_of_new_token(net, reader.dtype)
+    seconds = seconds_of_new_token(job.loaded, reader.dtype)
     plan.seconds += plan.documents * job.max_tokens * seconds
     meaning = f"at most of each, {format_duration(seconds)} a token (measured after a short prompt)"
     meaning += f"; the state goes to {save_state}" if save_state else ""
     new_tokens = "new tokens", f"{job.max_tokens:,}", meaning
-    estimate = estimate_reading(reader, plan, room=free, scores=False)
+    estimate = estimate_reading(reader, plan, trial_of(job.loaded, job.bos_ids), room=free)
     show_reading(estimate, "text", "generating", new_tokens)
 
 

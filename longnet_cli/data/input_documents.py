@@ -229,7 +229,7 @@ class Inputs:
 
         For `names_apart`, see `DocumentPass`.
         """
-        return DocumentPass(self, self.items, digests, names_apart, self._document)
+        return DocumentPass(self, self.items, digests, names_apart, self.document)
 
     def untokenized(self) -> DocumentPass:
         """Return the documents of `documents`, but leave each Text untokenized.
@@ -270,7 +270,7 @@ class Inputs:
 
     def documents_of(self, opened: Text | Table, types: TokenTypes | None = None) -> Iterator[Any]:
         """Return the documents of one opened file, as `documents` does. `types` checks its type of token."""
-        return map(self._document, self.items(opened, types))
+        return map(self.document, self.items(opened, types))
 
     def items(
         self,
@@ -305,7 +305,8 @@ class Inputs:
                 f"{text.where}: column {asked[0]!r} is asked for, and this is plain text, which has no columns"
             )
 
-    def _document(self, item: Text | Document) -> Document:
+    def document(self, item: Text | Document) -> Document:
+        """Return an item of `untokenized` as `documents` does."""
         if isinstance(item, Text):
             return encode_text(item, self.tokenizer, self.vocab_size, self.unit)
         return item

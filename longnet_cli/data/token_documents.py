@@ -3,6 +3,7 @@
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 
 import numpy as np
@@ -70,6 +71,12 @@ class Document:
 
     def __repr__(self) -> str:
         return f"Document({self.doc_id!r}, {len(self)} tokens, {self.where})"
+
+    def head(self, tokens: int) -> "Document":
+        """Return the document up to so many tokens."""
+        document = copy(self)
+        document._length = min(tokens, len(self))
+        return document
 
     @property
     def tokens(self) -> np.ndarray:

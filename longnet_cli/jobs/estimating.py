@@ -1,18 +1,18 @@
 """The needs of a job: its memory by kind, FLOPs and time. `--dry-run` says it before a long job starts.
 
-    documents --lengths--> windows --the Reader's steps--> ReadingPlan --reading_memory--> bytes by kind
+    documents --lengths--> windows --the Reader's steps--> ReadingPlan: tokens, FLOPs, the longest window
     texts --Sample.add--> bytes of each, and tokens of some --Sample.lengths--> tokens of each
-    a short read of random tokens --reading_rate--> FLOP/s, and so the time of all
+    the first chunks of the longest document --try_reading--> Trial: peak memory, FLOP/s
 
-What a forward pass holds is measured, all else is counted. To measure, a few tokens go through a few layers of a net.
-The layers' weights are memory that is never written to, so even those of a large net take next to none. A job's peak is
-the sum of its kinds, as if everything were held at one time. The chunk that fits, `--dry-run`, refusals, `bench` and
-`examples/cluster.py` count with these functions; tests compare them with real runs.
+A reading job is tried: its first chunks say what all of them take, except for what chunks of a longer document keep for
+each other, which is counted. Nothing is written. With a sample, every text is read, which is fast, and its UTF-8 bytes
+are counted. Only a uniform sample of the texts is tokenized. The estimate is the bytes of the other texts, times the
+tokens per byte of the sample. This ratio estimate is close where documents differ in length but are alike in tokens per
+byte.
 
-Of a reading job, only a few random tokens are read, and nothing is written. With a sample, every text is read, which is
-fast, and its UTF-8 bytes are counted. Only a uniform sample of the texts is tokenized. The estimate is the bytes of all
-texts, times the tokens per byte of the sample. This ratio estimate is close where documents differ in length but are
-alike in tokens per byte. `jobs/training/costs.py` has the estimate of a recipe.
+Of a training, what a token takes in a step is measured, and all else is counted (`jobs/training/costs.py`). To measure,
+a few tokens go through a few layers of a net. The layers' weights are memory that is never written to, so even those of
+a large net take next to none. A job's peak is the sum of its kinds, as if everything were held at one time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.spans import SINKS, Layout, segment_rows
 from longnet_cli.jobs.reading_plan import ReadingPlan
-from longnet_cli.jobs.reading_speed import read_noise, reading_rate
+from longnet_cli.jobs.trial import Task, try_reading
 from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT, Net
@@ -56,9 +56,9 @@ from longnet_cli.running.reader import (
     fitting_chunk,
 )
 
-if TYPE_CHECKING:
-    pass
-
+HEAP_GAPS = (
+    1.2  # of a CPU's memory in one run and in another: whether a large tensor fits a gap is chance
+)
 TOKENS = 16  # of a measured pass, and half of those of another one
 
 
@@ -115,41 +115,34 @@ def _any_kernel() -> Iterator[None]:
         os.environ.update({"LONGNET_KERNEL": name} if name else {})
 
 
-@lru_cache(maxsize=1)  # asked for every chunk that might fit
-@_any_kernel()
-def reading_bytes(net: Net, dtype: str) -> int:
-    """Return the bytes that a token takes in a forward pass without gradients; `dtype` as in `running.device`."""
-    if next(net.parameters()).is_meta:
-        net = _unwritten(cast(LongNetConfig, net.config), 1).eval()
-
-    @torch.inference_mode()
-    def read(tokens: int) -> None:
-        ids = net.inputs_like((1, tokens))
-        with precision(dtype, ids.device):
-            net(ids)
-
-    most = max(2, net.config.max_tokens or 2 * TOKENS)
-    read(2)  # the first pass loads libraries, and tries attention kernels
-    return bytes_per_token(read, min(TOKENS, most // 2))
-
-
 @lru_cache
 @_any_kernel()
-def training_bytes(config: NetConfig, dtype: str, lora: str, again: bool) -> tuple[int, int]:
-    """Return the bytes that a token takes in a forward and backward pass without logits: (of each layer, others).
+def activation_bytes(config: NetConfig, dtype: str, lora: str, again: bool) -> int:
+    """Return the bytes that a token takes in a forward and backward pass of all layers, without logits.
 
     `lora` has the arguments of `models.hf.training.add_lora` as JSON, or null. With `again`, layers compute their
     activations again (`train.activation_checkpointing`). Raises ConfigError for wrong arguments of LoRA.
     """
+    cpu = torch.device("cpu")
     one, two = (
-        bytes_per_token(_step(config, layers, dtype, json.loads(lora), again)) for layers in (1, 2)
+        bytes_per_token(step_of_layers(config, layers, dtype, json.loads(lora), again, cpu))
+        for layers in (1, 2)
     )
-    return two - one, 2 * one - two
+    return one + (config.num_layers - 1) * (two - one)
 
 
-def _step(
-    config: NetConfig, layers: int, dtype: str, lora: dict | None, again: bool
+def step_of_layers(
+    config: NetConfig,
+    layers: int,
+    dtype: str,
+    lora: dict | None,
+    again: bool,
+    device: torch.device,
 ) -> Callable[[int], None]:
+    """Return a function that runs the first layers of a net forward and backward, with so many tokens, without logits.
+
+    For the arguments, see `activation_bytes`.
+    """
     forward: Callable[[Tensor], Tensor]
     if isinstance(config, TransformersConfig):
         from longnet_cli.models.hf.training import unwritten  # imports transformers
@@ -158,8 +151,9 @@ def _step(
         net, modules = unwritten(config.source, layers, lora)
         forward = partial(hidden_states, net)
     else:
-        net = forward = _unwritten(cast(LongNetConfig, config), layers)
+        net = forward = unwritten_longnet(cast(LongNetConfig, config), layers)
         modules = net.layers
+    net.to(device)
     for module in net.modules():
         if isinstance(
             module, nn.Embedding
@@ -173,15 +167,15 @@ def _step(
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
     def step(tokens: int) -> None:
-        with precision(dtype, torch.device("cpu")):
-            hidden = forward(torch.zeros(1, tokens, dtype=torch.int64))
+        with precision(dtype, device):
+            hidden = forward(torch.zeros(1, tokens, dtype=torch.int64, device=device))
         hidden.backward(hidden.detach())
 
-    step(TOKENS)  # as in `reading_bytes`
+    step(TOKENS)  # the first pass loads libraries, and tries attention kernels
     return step
 
 
-def _unwritten(config: LongNetConfig, layers: int) -> LongNet:
+def unwritten_longnet(config: LongNetConfig, layers: int) -> LongNet:
     """Return a net of so many layers and one token on the CPU."""
     plain = {"num_layers": layers, "vocab_size": min(1, config.vocab_size)}
     with torch.device("meta"):
@@ -196,53 +190,22 @@ def itemsize_of(dtype: str, device: torch.device) -> int:
     return DTYPES[resolve_dtype(dtype, device)].itemsize
 
 
-def cache_bytes(config: NetConfig, tokens: int, itemsize: int) -> int:
-    """Return what a stream has allocated after `tokens`. Training keeps more (`far_bytes`)."""
+def cache_bytes(config: NetConfig, tokens: int, itemsize: int, *, written: bool = False) -> int:
+    """Return what a stream has allocated after `tokens`, or has `written`. Training keeps more (`far_bytes`)."""
     number = 2 * config.head_dim * itemsize
     if isinstance(config, TransformersConfig) and config.memory != "segments":
         # one layer is being copied
         return (config.num_layers + 1) * config.kv_heads * tokens * number
     layout = Layout(config.pattern, config.num_heads, config.kv_heads)
-    return config.num_layers * number * cached_rows(layout, tokens)
+    return config.num_layers * number * cached_rows(layout, tokens, written=written)
 
 
-def forward_memory(
-    net: Net, tokens: int, dtype: str, predicted: int = 0, transient: int = 0, *, once: bool = False
-) -> dict[str, int]:
-    """Return the bytes of weights, and of a forward pass without gradients of which some tokens have logits.
+def logits_bytes(config: NetConfig, tokens: int) -> int:
+    """Return the bytes of three float32 numbers for each logit: the log-softmax, its gradient and the logits' gradient.
 
-    Autocast copies the matrices. Logits take the place of the activations, which are gone by then. These include what
-    is `transient` in a layer.
+    Without gradients, they are the logits, the log-softmax, and gaps in the heap.
     """
-    config = net.config
-    weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
-    itemsize = itemsize_of(dtype, next(net.parameters()).device)
-    cast_to = itemsize if itemsize < next(net.parameters()).itemsize else 0
-    activations = tokens * reading_bytes(net, dtype) + transient
-    return {
-        "weights": weights + cast_to * config.layer_weights,
-        "activations": activations,
-        "logits": max(0, logits_bytes(config, predicted, 2 if once else 3) - activations),
-    }
-
-
-def logits_bytes(config: NetConfig, tokens: int, numbers: int = 3) -> int:
-    """Return the bytes of so many float32 numbers for each logit.
-
-    In training, three: the log-softmax, its gradient and the logits' gradient. Without gradients, two: the logits and
-    the log-softmax; and one more for gaps in the heap if there is a pass after the first.
-    """
-    return 4 * numbers * min(tokens * config.vocab_size, LOGITS_LIMIT)
-
-
-def activation_bytes(
-    config: NetConfig, itemsize: int, again: bool = False, lora: dict | None = None
-) -> int:
-    """Return the bytes per token that a forward and backward pass of all layers holds, as `training_bytes` measures."""
-    layer, others = training_bytes(
-        config, "fp32" if itemsize == 4 else "bf16", json.dumps(lora), again
-    )
-    return config.num_layers * layer + others
+    return 4 * 3 * min(tokens * config.vocab_size, LOGITS_LIMIT)
 
 
 class FarBytes(NamedTuple):
@@ -290,38 +253,19 @@ def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
     return -(-ends * chunk // w) - max(0, chunk // w - back) if ends else 0
 
 
-def reading_memory(
-    net: Net, plan: ReadingPlan, chunk: int, dtype: str, ranks: Ranks, *, scores: bool, spill: bool
-) -> dict[str, int]:
-    """Return the bytes of one rank that reads windows as planned, in chunks of so many tokens.
+def kept_by_chunks(reader: Reader, plan: ReadingPlan, chunk: int) -> dict[str, int]:
+    """Return the bytes that chunks of the longest window keep for each other in memory, by kind.
 
-    hidden: float32 hidden states that wait, in pieces and joined: of windows that are read together, or of two chunks
-    of a longer one. In a bidirectional net also all that `spilled_bytes` counts, unless they are on a disk or, because
-    a GPU has no room, in the host's memory. cache: of the longest window in a causal net.
+    cache: keys and values, in a causal net. hidden: hidden states, in a bidirectional net, and the keys of a layer,
+    unless they are on a disk or, because a GPU has no room, in the host's memory.
     """
-    config, device = net.config, next(net.parameters()).device
-    in_chunks, spillable = plan.in_chunks(chunk), spilled_bytes(net, plan, chunk, ranks)
-    tokens = min(plan.largest, chunk) if config.streams else plan.largest
-    together = min(plan.together, 2 * chunk)
-    itemsize = itemsize_of(dtype, device)
-    transient = 0
-    if (
-        in_chunks and config.causal
-    ):  # the keys of each level, and values, of a layer are stored when the next one asks
-        by_level = isinstance(config, LongNetConfig) and config.position == "rope_by_level"
-        keys = len(config.pattern.levels) if by_level else 1
-        transient = itemsize * tokens * config.head_dim * (keys + 1) * config.kv_heads
-    kinds = forward_memory(
-        net, tokens, dtype, max(tokens, together) * scores, transient, once=plan.read <= tokens
-    )
-    kinds["hidden"] = 2 * 4 * config.dim * (2 * chunk if in_chunks else together)
-    if in_chunks and config.causal:
-        kinds["cache"] = cache_bytes(config, plan.longest, itemsize)
-    elif not spill and (
-        device.type == "cpu" or fits_beside(config.forward_bytes(chunk), spillable, device)
-    ):
-        kinds["hidden"] += spillable
-    return kinds
+    net, config, device = reader.model, reader.model.config, reader.device
+    if config.causal and plan.in_chunks(chunk):
+        itemsize, written = itemsize_of(reader.dtype, device), device.type == "cpu"
+        return {"cache": cache_bytes(config, plan.longest, itemsize, written=written)}
+    size = spilled_bytes(net, plan, chunk, reader.ranks)
+    fits = device.type == "cpu" or fits_beside(config.forward_bytes(chunk), size, device)
+    return {"hidden": size} if fits and not reader.spill else {}
 
 
 def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, ranks: Ranks) -> int:
@@ -329,9 +273,6 @@ def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, ranks: Ranks) -> int:
     if net.config.causal or not net.layer_by_layer or not plan.in_chunks(chunk):
         return 0
     return kept_bytes(cast(LongNet, net), plan.longest, chunk, ranks)
-
-
-WARM_UP = 64  # tokens of a read after which torch and its libraries are loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,45 +350,41 @@ class Room(NamedTuple):
 def estimate_reading(
     reader: Reader,
     plan: ReadingPlan,
+    task: Task,
     *,
     room: Room,
-    scores: bool,
     kept: dict[str, int] | None = None,
 ) -> Estimate:
-    """Estimate what reading as planned takes, from arithmetic and a short, measured read.
+    """Estimate what reading as planned takes, from a trial.
 
     `room` is the memory before the net was loaded, `kept` what the job itself keeps of the longest document, in bytes
     by kind.
     """
-    net, config, dtype, spill = reader.model, reader.model.config, reader.dtype, bool(reader.spill)
+    net, config, spill = reader.model, reader.model.config, bool(reader.spill)
     most_while_loading = machines.peak_memory(reader.device)
-    warm_up = min(WARM_UP, config.max_tokens or WARM_UP)
-    read_noise(net, [warm_up], warm_up, dtype, scores=scores)
+    trial = try_reading(reader, plan, task, room.free)
+    rate = reader.all_ranks.own(trial.rate, reader.device)
     weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
-    program = max(0, resident_memory(reader.device) - weights)
+    program = max(0, trial.idle - weights)
     free = None if room.free is None else max(0, room.free - max(0, program - room.held))
-    rate = reading_rate(
-        net, plan, dtype, math.inf if free is None else free - weights, scores=scores
-    )
-    rate = reader.all_ranks.own(rate, reader.device)
+    stored = sum(kept_by_chunks(trial.reader, trial.plan, trial.reader.chunk).values())
+    gaps = HEAP_GAPS if reader.device.type == "cpu" else 1.0
+    at_once = gaps * max(0, trial.most - trial.idle - stored) / (trial.plan.largest or 1)
 
     def needed(chunk: int) -> dict[str, int]:
-        kinds = reading_memory(
-            net, plan, chunk, dtype, reader.ranks, scores=scores, spill=spill
-        ) | (kept or {})
+        tokens = min(plan.largest, chunk) if config.streams else plan.largest
+        kinds = {"weights": weights, "reading": round(tokens * at_once)}
+        kinds |= kept_by_chunks(reader, plan, chunk) | (kept or {})
         return {kind: size for kind, size in kinds.items() if size}
 
     memory = {"program": program, **needed(reader.chunk)}
-    if most_while_loading > sum(
-        memory.values()
-    ):  # for files whose weights were converted to another type
-        memory["loading"] = most_while_loading - sum(memory.values())
-    flops, on_disk = plan.flops(scores), spilled_bytes(net, plan, reader.chunk, reader.ranks)
-    instructions = (
-        machines.bf16_instructions() if reader.device.type == "cpu" and dtype == "fp32" else None
-    )
+    # for files whose weights were converted to another type
+    memory["loading"] = max(0, most_while_loading - sum(memory.values()))
+    flops, on_disk = plan.flops(task.scores), spilled_bytes(net, plan, reader.chunk, reader.ranks)
+    on_fp32 = reader.device.type == "cpu" and reader.dtype == "fp32"
+    instructions = machines.bf16_instructions() if on_fp32 else None
     return Estimate(
-        memory=memory,
+        memory={kind: size for kind, size in memory.items() if size},
         free=free,
         others={
             "documents": plan.documents,
@@ -460,7 +397,7 @@ def estimate_reading(
             "tokens": plan.tokens,
             "flops": flops,
             "seconds": flops / (rate * reader.all_ranks.world) + plan.seconds,
-            "dtype": dtype,
+            "dtype": reader.dtype,
             "chunk": reader.chunk,
             "spill_bytes": on_disk if spill else 0,
             "flops_per_second": rate,

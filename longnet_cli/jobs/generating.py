@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,10 +31,14 @@ from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream
 from longnet_cli.running.device import precision, runs_ahead, select_device
-from longnet_cli.running.reader import chunk_of, default_chunk
+from longnet_cli.running.reader import Reader, chunk_of, default_chunk
 
 from .job_options import check_sampling
 from .reading_plan import ReadingPlan
+from .trial import Task
+
+NEW_TOKENS = 5  # of which the time between two is measured
+ZERO = Document("zero", np.zeros(1, np.int64), None, "a prompt of one token")
 
 
 class StopTexts:
@@ -192,15 +197,37 @@ def plan_generation(
 ) -> ReadingPlan:
     """Count the reading of prompts, and of the most tokens that continue each. Raises as `generate`."""
     _check(model, max_tokens, least)
-    plan, begin = ReadingPlan(model.config, chunk), time.perf_counter()
+    plan, begin = ReadingPlan(model.config, chunk, streamed=True), time.perf_counter()
     for prompt in prompts:
         model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
         plan.add_document(len(prompt))
+        plan.add_example(prompt)
         tokens = len(prompt) + len(bos_ids(bos)) + max_tokens
         tokens = min(tokens, model.config.max_tokens or tokens)  # where generation ends
         plan.add([(tokens, min(tokens, 1 + max_tokens))])
     plan.seconds = time.perf_counter() - begin
     return plan
+
+
+def trial_of(loaded: Loaded, bos: Bos) -> Task:
+    """Return what reads prompts, and makes a new token after each, to try it."""
+
+    def read(reader: Reader, prompts: Iterable[Document]) -> None:
+        for prompt in prompts:
+            new = generate(
+                loaded, prompt, bos=bos, max_tokens=1, chunk=reader.chunk, dtype=reader.dtype
+            )
+            list(new)
+
+    return Task(read, lambda tokens: [(tokens, 1)], scores=False)
+
+
+def seconds_of_new_token(loaded: Loaded, dtype: str) -> float:
+    """Return the seconds that a new token takes, the least of NEW_TOKENS after a prompt of one."""
+    moments = []
+    for _ in generate(loaded, ZERO, bos=None, max_tokens=NEW_TOKENS, end_ids=(), dtype=dtype):
+        moments.append(time.perf_counter())
+    return min(later - earlier for earlier, later in pairwise(moments))
 
 
 class Sampler:

@@ -142,6 +142,12 @@ class RowJob(ABC):
         """Return the bytes that the job itself keeps of a document of so many tokens, by kind."""
         return {}
 
+    def read(self, reader: Reader, documents: Iterable[Document]) -> None:
+        """Read documents with another reader, to try it; their rows are lost."""
+        self.reader = reader
+        for _ in self.results(map(self.sequence, documents)):
+            pass
+
     def option_settings(self) -> dict[str, object]:
         """Return the options that were chosen, and what is known of the model, as settings of a folder."""
         settings = asdict(self.options) | asdict(self.facts)
@@ -152,20 +158,18 @@ class RowJob(ABC):
         """The digest of the model."""
         return model_digest(self.reader.model)
 
-    def take(
-        self, document: Document, on_skip: OnSkip | None, *, reads: bool = True
-    ) -> InputSequence[Document] | None:
+    def take(self, document: Document, on_skip: OnSkip | None) -> InputSequence[Document] | None:
         """Return a document as the model reads it. Raises the error of one that cannot be read.
 
         With `on_skip`, such a document is passed to it, with its ConfigError or DataError, and nothing is returned. To
-        find such errors, all ids of the document are read here, unless `reads` is false. A file that changes while it
-        is read raises its error in any case.
+        find such errors, all ids of the document are read here. A file that changes while it is read raises its error
+        in any case.
         """
         try:
             if isinstance(document, Unread):
                 raise document.error
             sequence = self.sequence(document)
-            for start in range(0, len(document) if on_skip and reads else 0, document.step):
+            for start in range(0, len(document) if on_skip else 0, document.step):
                 document.read(start, start + document.step)
         except (ConfigError, DataError) as error:
             if on_skip is None or isinstance(error, FileChangedError):

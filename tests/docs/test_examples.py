@@ -23,14 +23,18 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from builders import tiny_llama, tiny_model
+from builders import tiny_llama, tiny_model, tiny_net
 from places import ROOT, imported
 from processes import invoke
+from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.token_documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.jobs.encoding import encode
+from longnet_cli.jobs.reading_plan import ReadingPlan
 from longnet_cli.jobs.training.costs import step_flops, training_memory
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.models.folder import ModelFolder
@@ -498,6 +502,25 @@ def test_a_wrong_machine_of_a_cluster_is_named(
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         cluster.find_machine(str(path) if text else name)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Pattern((128,), (1,)), Pattern.window(32), Pattern((32,), (1,))]
+)
+def test_a_cluster_counts_keys_twice_where_chunks_see_each_other(
+    cluster: ModuleType, pattern: Pattern
+) -> None:
+    net = tiny_net(causal=False, position="rope", **vars(pattern)).eval()
+    net(torch.zeros(1, 4, dtype=torch.int64))  # the first pass tries the kernel, by products
+    reading = ReadingPlan(net.config, 64)
+    reading.add([(500, 500)])
+    with FlopCounterMode(display=False) as counter:
+        encode(net, [Document("0", np.full(500, 5), 500, "0.txt")], chunk=64).read_all()
+    counted = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
+    )
+    again = 500 * cluster.keys_again(net.config, 500, 64)
+    assert reading.product_flops(False) + again == pytest.approx(counted, rel=1e-6)
 
 
 def test_the_commands_of_a_cluster(

@@ -1,5 +1,5 @@
 """What `score --dry-run` and `encode --dry-run` say is what the job does: forwards, FLOPs and the cache exactly, the
-peak of real runs within 10 %, and a sample of all texts has all tokens.
+peak of real runs from .90 to 1.15, and a sample of all texts has all tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import DataError, MemoryLimitError, TooLongError
 from longnet_cli.cli.dry_run import show_reading
+from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.opened_inputs import Text
 from longnet_cli.data.token_documents import Document
 from longnet_cli.data.tokenizer import Tokenizer
@@ -38,9 +39,10 @@ from longnet_cli.jobs.estimating import (
     estimate_reading,
 )
 from longnet_cli.jobs.job_options import EncodeOptions, ScoreOptions
-from longnet_cli.jobs.reading_plan import count_documents
+from longnet_cli.jobs.reading_plan import Sample, count_documents
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer
+from longnet_cli.jobs.trial import Task
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net
@@ -92,9 +94,9 @@ def estimated(
 ) -> Estimate:
     job = make_job(Reader(net, chunk=chunk, spill=spill, dtype=dtype))
     plan = count_documents(job, documents() if texts is None else texts, **options)
-    return estimate_reading(
-        job.reader, plan, room=room, scores=job.scores, kept=job.kept_bytes(plan.longest_document)
-    )
+    task = Task(job.read, job.window_sizes, job.scores)
+    kept = job.kept_bytes(plan.longest_document)
+    return estimate_reading(job.reader, plan, task, room=room, kept=kept)
 
 
 @pytest.mark.parametrize(
@@ -162,21 +164,6 @@ def test_flops_are_those_that_torch_counts(causal: bool, options: dict | None) -
 
 
 @pytest.mark.parametrize(
-    "pattern", [Pattern((128,), (1,)), Pattern.window(32), Pattern((32,), (1,))]
-)
-def test_layer_by_layer_computes_keys_twice_where_chunks_see_each_other(pattern: Pattern) -> None:
-    net, found = net_of(causal=False, **vars(pattern)), documents((500,))
-    net(torch.zeros(1, 4, dtype=torch.int64))
-    with FlopCounterMode(display=False) as counter:
-        encode(net, found, EncodeOptions(), chunk=64).read_all()
-    counted = sum(
-        n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
-    )
-    flops = estimated(net, ENCODER, found, chunk=64).facts["flops"]
-    assert flops - net.config.attention_flops(500) == pytest.approx(counted, rel=1e-6)
-
-
-@pytest.mark.parametrize(
     "pattern",
     [
         Pattern((8, 32), (1, 2)),
@@ -211,7 +198,9 @@ def test_what_does_not_fit_is_refused_with_what_to_change(
     assert estimated(
         net, ENCODER, documents((60_000,) * 2), chunk=found.chunk_that_fits, room=room
     ).fits
-    said = rf"encoding needs .*, the largest part for activations, .*--chunk {found.chunk_that_fits} fits"
+    said = (
+        rf"encoding needs .*, the largest part for reading, .*--chunk {found.chunk_that_fits} fits"
+    )
     with pytest.raises(MemoryLimitError, match=said):
         show_reading(found, "text", "encoding")
     assert "it does not fit" in capsys.readouterr().out
@@ -231,16 +220,14 @@ def test_bf16_is_named_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ) is is_named
 
 
-def test_hidden_states_are_kept_on_a_disk() -> None:
+def test_hidden_states_are_kept_on_a_disk(tmp_path: Path) -> None:
     both = net_of(causal=False)
     stored = estimated(both, ENCODER, documents((60_000,)), chunk=256, room=Room(1 << 40, 1))
     assert stored.advice == "--spill DIR keeps the largest part on a disk"
-    spilled = estimated(both, ENCODER, documents((60_000,)), chunk=256, spill="disk")
-    assert (
-        spilled.facts["spill_bytes"]
-        == stored.memory["hidden"] - spilled.memory["hidden"]
-        >= 60_000 * 16 * 4
-    )
+    spilled = estimated(both, ENCODER, documents((60_000,)), chunk=256, spill=str(tmp_path))
+    assert spilled.facts["spill_bytes"] == stored.memory["hidden"] >= 60_000 * 16 * 4
+    assert "hidden" not in spilled.memory
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_document_that_the_job_refuses_is_refused_or_left_out() -> None:
@@ -266,6 +253,20 @@ def test_a_document_that_the_job_refuses_is_refused_or_left_out() -> None:
         estimated(net, job, documents((0, 0)))
 
 
+def test_the_job_is_tried_with_the_longest_document_and_a_chunk_of_others() -> None:
+    """In any order, and with as many tokens as the job needs: the last 300 of 500, in chunks of 64."""
+    net = net_of()
+    for lengths in (range(1, 40), range(40, 1, -1)):
+        job = ENCODER(Reader(net, chunk=64))
+        longest, *others = count_documents(job, documents(tuple(lengths))).examples
+        assert len(longest) == max(lengths)
+        assert 64 <= sum(map(len, others)) < 64 + 40
+    job = partial(Scorer, options=ScoreOptions(last=300), facts=ModelFacts(BOS))
+    found = estimated(net, job, documents((500, 20)), chunk=64)
+    assert found.facts["tokens_read"] == 500
+    assert found.facts["flops_per_second"] > 1e5
+
+
 @pytest.fixture(scope="module")
 def words() -> Tokenizer:
     return Tokenizer.load("longnet-tiny")
@@ -283,13 +284,16 @@ def some_texts(words: Tokenizer, number: int, seed: int) -> list[Text]:
 
 def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:
     net, found = net_of(vocab_size=words.vocab_size), some_texts(words, 20, 0)
-    job = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(0))
-    all_of_them = estimated(net, job, found, sample=20, tokenizer=words)  # type: ignore[arg-type]
+    job, encode = (
+        partial(Scorer, options=ScoreOptions(), facts=ModelFacts(0)),
+        Inputs([], words).document,
+    )
+    all_of_them = estimated(net, job, found, drawn=Sample(20, encode))  # type: ignore[arg-type]
     assert all_of_them.facts["sampled"] == 20
     assert all_of_them.facts["tokens"] == pytest.approx(
         sum(len(words.encode(text.text)) for text in found), abs=10
     )
-    few = estimated(net, job, found, sample=5, tokenizer=words)  # type: ignore[arg-type]
+    few = estimated(net, job, found, drawn=Sample(5, encode))  # type: ignore[arg-type]
     assert (few.facts["sampled"], few.facts["documents"]) == (5, 20)
 
 
@@ -397,4 +401,4 @@ def test_the_peak_is_that_of_a_real_run(
         {kind: f"{size / 2**20:.0f} MiB" for kind, size in stated["memory_bytes"].items()},
         f"{peak / 2**20:.0f} MiB",
     )
-    assert stated["peak_bytes"] == pytest.approx(peak, rel=0.1)
+    assert 0.9 <= stated["peak_bytes"] / peak <= 1.15

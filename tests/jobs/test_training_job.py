@@ -18,8 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
-from longnet_cli.jobs import estimating
-from longnet_cli.jobs.estimating import bytes_per_token, seen_segments, training_bytes
+from longnet_cli.jobs.estimating import (
+    activation_bytes,
+    bytes_per_token,
+    seen_segments,
+    step_of_layers,
+)
 from longnet_cli.jobs.training.costs import (
     estimate_training,
     settle_chunk,
@@ -59,8 +63,12 @@ def recipe(model: dict, seq_len: int = 1024, **train: object) -> Recipe:
 def test_what_a_token_takes_is_measured_in_a_few_layers(dtype: str, again: bool) -> None:
     """As torch sees it in a step of three layers, though two are measured; and without the gradients of weights."""
     config = LongNetConfig(**MODEL | {"num_layers": 3})
-    layer, others = training_bytes(config, dtype, "null", again)
-    assert 3 * layer + others == bytes_per_token(estimating._step(config, 3, dtype, None, again))
+    whole = activation_bytes(config, dtype, "null", again)
+    step = step_of_layers(config, 3, dtype, None, again, CPU)
+    assert whole == bytes_per_token(step)
+    layer = whole - activation_bytes(
+        LongNetConfig(**MODEL | {"num_layers": 2}), dtype, "null", again
+    )
     s, d, f = 4 if dtype == "fp32" else 2, MODEL["dim"], MODEL["ffn_dim"]
     kept = (
         (8 + 7 * s) * d + 3 * s * f + 16 + 4 * s + 4 * MODEL["num_heads"]
@@ -70,7 +78,7 @@ def test_what_a_token_takes_is_measured_in_a_few_layers(dtype: str, again: bool)
 
 def test_a_kernel_for_gpus_is_named_and_a_cpu_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LONGNET_KERNEL", "cuda_flash")
-    assert training_bytes(LongNetConfig(**MODEL | {"dim": 32}), "fp32", "null", False)[0] > 0
+    assert activation_bytes(LongNetConfig(**MODEL | {"dim": 32}), "fp32", "null", False) > 0
     assert os.environ["LONGNET_KERNEL"] == "cuda_flash"
 
 
@@ -172,7 +180,7 @@ def test_a_dry_run_plans_for_many_ranks_in_one_process(tmp_path: Path) -> None:
     assert alone["steps"].startswith("30,000 steps of 16 x 65,536 tokens, then 5,000 ")
     assert alone["peak_bytes"] == sum(alone["memory_bytes"].values())
     assert alone["memory_bytes"]["cache"] > shared["memory_bytes"]["cache"] == 0
-    assert shared["matmul_peak"] < alone["matmul_peak"] / 8
+    assert shared["flops_per_second"] < alone["flops_per_second"] / 8
     assert facts("score", data, "--dp", 64)["tokens"] == facts("score", data)["tokens"]
 
 

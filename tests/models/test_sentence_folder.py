@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
+from files import write_file
+from processes import invoke
 from sentence_models import WORDS, byte_level, save_model, sentence_pieces, word_pieces
 
 from longnet_cli import encode_batches
@@ -367,6 +369,12 @@ def test_a_text_that_changes_the_prompts_tokens_is_left_out_alone(tmp_path: Path
     with pytest.raises(LongNetError, match="joins the prompt 'i'"):
         encode_batches(table, model=str(folder))
     assert encode_batches(table, model=str(folder), skip_bad=True)["doc_id"].to_pylist() == [*"acd"]
+    write_file(tmp_path / "texts.arrow", table)
+    words = "encode", tmp_path / "texts.arrow", "--model", folder, "-o", tmp_path / "x.arrow"
+    for sample in ((), ("--sample", 4)):
+        done = invoke(*words, *sample, "--skip-bad", "--dry-run", "--format", "json", code=0)
+        found = json.loads(done.stdout)
+        assert (found["documents"], found["left_out"]) == (3, 1)
 
 
 def test_every_span_has_a_row_where_the_library_counts_a_token_as_the_prompts(

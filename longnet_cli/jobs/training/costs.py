@@ -1,11 +1,13 @@
 """The estimate of `longnet train --dry-run`: parameters, memory by kind, FLOPs and time of a recipe.
 
-What a token takes in a step is measured (`jobs.estimating`); all else is counted, and nothing of the recipe's size
-is allocated. The memory is one rank's, as if everything were held at one time.
+What a token takes in a step, and the time of a layer, are measured; all else is counted, and nothing of the recipe's
+size is allocated. The memory is one rank's, as if everything were held at one time.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,12 +25,18 @@ from longnet_cli.jobs.estimating import (
     far_bytes,
     itemsize_of,
     logits_bytes,
+    step_of_layers,
 )
 from longnet_cli.jobs.reading_plan import ReadingPlan
-from longnet_cli.nets.config import LongNetConfig, NetConfig
-from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.net import LOGITS_LIMIT
-from longnet_cli.running.device import free_memory, matmul_peak, resident_memory, resolve_dtype
+from longnet_cli.running.device import (
+    free_memory,
+    resident_memory,
+    resolve_dtype,
+    trim_memory,
+    wait_for,
+)
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import (
     GPU_TRAINING_CHUNK,
@@ -39,11 +47,10 @@ from longnet_cli.running.reader import (
 )
 
 from .limits import check_ranks
-from .optimizers import build_optimizers
-from .recipe import OptimizerRecipe, Recipe, Stage
+from .recipe import Recipe, Stage
 
 GAPS = 2  # bytes of logits on a CPU, relative to those in use: the heap is kept, and cannot reuse all that is freed
-EFFICIENCY = 0.4  # share of the measured matmul peak that a training step is assumed to reach
+SECONDS = 0.25  # that the step takes whose rate counts
 
 
 def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
@@ -68,11 +75,10 @@ def is_too_large(recipe: Recipe, device: torch.device, ranks: Ranks) -> bool:
 
 
 def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> Estimate:
-    """Return what training by `recipe` will take on this machine. Times matrix products for a third of a second.
+    """Return what training by `recipe` will take on this machine.
 
     `flops_per_token` counts a forward and a backward pass; `flops` also counts what is computed again. `seconds` is the
-    time for `flops` when each rank reaches `EFFICIENCY` times `matmul_peak` (FLOP/s of one rank). Raises ConfigError as
-    `check_ranks` does.
+    time for `flops` at the `step_rate` of each rank. Raises ConfigError as `check_ranks` does.
     """
     ranks = ranks or Ranks()
     config = recipe.model
@@ -92,7 +98,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
         tokens += tokens_of_stage
         flops_of_passes += tokens_of_stage * (window / stage.seq_len)
         flops += tokens_of_stage * step_flops(recipe, stage, ranks).all
-    peak = ranks.own(matmul_peak(device, dtype), device)
+    rate = ranks.own(step_rate(recipe, device), device)
     return Estimate(
         memory={"program": program, **memory},
         free=free,
@@ -103,12 +109,12 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
             "tokens": recipe.tokens,
             "steps": recipe.steps_in_words,
             "flops": flops,
-            "seconds": flops / (peak * EFFICIENCY * ranks.world),
+            "seconds": flops / (rate * ranks.world),
             "dtype": dtype,
             "chunk": train.chunk,
             "spill_bytes": stored_bytes(recipe, device, ranks) if train.spill else 0,
-            "matmul_peak": peak,
-            "efficiency": EFFICIENCY,
+            "flops_per_second": rate,
+            "tokens_per_second": tokens * rate * ranks.world / flops,
         },
         chunk_that_fits=fitting_chunk(
             partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest
@@ -117,27 +123,44 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     )
 
 
-def _loaded(recipe: Recipe, device: torch.device) -> tuple[int, int | None]:
-    """Return the bytes of the program and those that are free, after a step of a tiny net and with the tokenizer.
+def step_rate(recipe: Recipe, device: torch.device) -> float:
+    """Return the FLOP/s of one rank in a step of one layer, without logits: the better of two that take `SECONDS`."""
+    config = recipe.model
+    train = recipe.train
+    again = train.activation_checkpointing
+    step = step_of_layers(config, 1, train.dtype, _lora(recipe), again, device)
 
-    On first use, torch loads a hundred MiB: optimizers and more.
+    def seconds_of(tokens: int) -> float:
+        began = time.perf_counter()
+        step(tokens)
+        wait_for(device)
+        return time.perf_counter() - began
+
+    tokens = SHORTEST_CHUNK
+    while (seconds := min(seconds_of(tokens), seconds_of(tokens))) < SECONDS:
+        if tokens >= train.chunk:
+            break
+        tokens *= 2
+    flops = pass_flops(config, tokens, tokens, again, predicted=0.0).all
+    return tokens * flops / config.num_layers / seconds
+
+
+def _lora(recipe: Recipe) -> dict | None:
+    return recipe.pretrained.adapter if recipe.pretrained else None
+
+
+def _loaded(recipe: Recipe, device: torch.device) -> tuple[int, int | None]:
+    """Return the bytes of the program and those that are free, with an optimizer and the tokenizer.
+
+    On first use, torch loads a hundred MiB; a step of layers has been made before.
     """
-    config = LongNetConfig(
-        vocab_size=1,
-        dim=8,
-        num_layers=1,
-        num_heads=1,
-        ffn_dim=8,
-        segment_lengths=(8,),
-        dilation_rates=(1,),
-    )
-    net, ids = LongNet(config).to(device), torch.zeros(1, 8, dtype=torch.int64, device=device)
-    net.nll(net(ids), ids).sum().backward()
-    for optimizer in build_optimizers(net, OptimizerRecipe()):
-        optimizer.step()
+    weight = torch.nn.Parameter(torch.zeros(1, device=device))
+    weight.sum().backward()
+    torch.optim.AdamW([weight]).step()
     with suppress(LongNetError):  # which is said when training starts
         tokenizer = Tokenizer.load(recipe.data.tokenizer)
         tokenizer.encode("some words")  # it makes tables for the first text
+    trim_memory(device)
     return resident_memory(device), free_memory(device)
 
 
@@ -309,8 +332,9 @@ def _stage_memory(
     tokens = tokens_at_once(recipe, stage, ranks)
     windows = max(1, tokens * ranks.sp // stage.seq_len)
     far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize)
-    lora = recipe.pretrained.adapter if recipe.pretrained else None
-    saved = activation_bytes(config, itemsize, train.activation_checkpointing, lora)  # per token
+    dtype = "fp32" if itemsize == 4 else "bf16"
+    lora, again = json.dumps(_lora(recipe)), train.activation_checkpointing
+    saved = activation_bytes(config, dtype, lora, again)  # per token
     logits = logits_bytes(config, round(tokens * train.predicted))
     return {
         "activations": tokens * saved,
