@@ -468,14 +468,13 @@ def test_what_peft_puts_in_place_of_a_module_is_trained_and_saved(
     tokens = torch.tensor([[3, 7, 5, 3, 9, 5]])
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q"], **trained))
-    parameters = {
-        name: p for name, p in adapted.named_parameters() if p.requires_grad and "lora" not in name
-    }
-    assert parameters
     adapted(tokens, labels=tokens).loss.backward()
-    assert all(p.grad is not None and p.grad.any() for p in parameters.values())
+    changed = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    still = {name for name, p in changed.items() if not p.grad.any()}
+    assert {name.split(".")[-3] for name in still} == {"lora_A"}  # lora_B is zero so far
+    assert any("lora" not in name for name in changed)
     with torch.no_grad():
-        for parameter in parameters.values():
+        for parameter in changed.values():
             parameter -= parameter.grad
         expected = adapted.eval()(tokens).logits
         adapted.save_pretrained(tmp_path / "adapter")
@@ -486,20 +485,3 @@ def test_what_peft_puts_in_place_of_a_module_is_trained_and_saved(
         assert not torch.allclose(fresh(tokens).logits, expected)
         again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
         torch.testing.assert_close(again(tokens).logits, expected)
-
-
-@pytest.mark.parametrize("net", ["sinks"], indirect=True)
-def test_an_adapter_of_peft_is_merged_into_a_longnet(folder: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model = hf.AutoModelForCausalLM.from_pretrained(folder)
-    before = model(ids(1, 30)).logits.detach()
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q", "v"]))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.fill_(0.1)
-        expected = adapted.eval()(ids(1, 30)).logits
-        assert (expected - before).norm() > 0.01 * before.norm()
-        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-        again = LongNet.from_pretrained(tmp_path / "merged")
-        torch.testing.assert_close(again.logits(again(ids(1, 30))), expected)

@@ -311,10 +311,6 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
             {"model_type": "hyena"},
             r"does not know the architecture LlamaForCausalLM \(model_type hyena\)",
         ),
-        (
-            {"architectures": ["HyenaForCausalLM"]},
-            "does not know the architecture HyenaForCausalLM",
-        ),
         ({"hidden_size": "many"}, "config.json: "),
         (
             {"num_hidden_layers": 1_000_000_000},
@@ -329,28 +325,15 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"text_config": 3}, "config.json: text_config is 3: it must be an object"),
         ({"text_config": {"model_type": 3}}, "config.json: model_type is 3: it must be a text"),
         ({"architectures": 3}, "config.json: architectures is 3: it must be a list of names"),
-        ({"model_type": []}, r"config.json: model_type is \[\]: it must be a text"),
         ({"pad_token_id": 257}, "AssertionError: Padding_idx must be within num_embeddings"),
         ({"rope_parameters": {"rope_type": [1], "rope_theta": 1e4}}, "unhashable"),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": None, "rope_theta": 1e4}},
-            "NoneType",
-        ),
         ({"architectures": ["BertModel"]}, "does not know the architecture BertModel"),
         ({"architectures": ["pipeline"]}, "does not know the architecture pipeline"),
         (
             {"dilated_attention": {"segment_lengths": [8], "dilation_rates": []}},
             "one entry per level",
         ),
-        (
-            {"dilated_attention": {"segment_lengths": "8", "dilation_rates": [1]}},
-            "segment_lengths needs whole numbers",
-        ),
         ({"dilated_attention": [8, 1]}, "dilated_attention in the model's config: a table of "),
-        (
-            {"dilated_attention": {"level_bias": None}},
-            "dilated_attention in the model's config: unknown key 'level_b",
-        ),
         (
             {"dilated_attention": {"lookback": 1}},
             "unknown key 'lookback': did you mean 'look_back'?",

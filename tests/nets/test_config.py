@@ -103,7 +103,6 @@ def test_unknown_key_names_the_nearest() -> None:
             'position="xpos" has no sinks: its keys are only seen from their own segment; use position="r',
         ),
         ({"look_back": [1, "x"]}, "look_back: must be one number, or one number per level"),
-        ({"level_bias": [0, -2, -2, -2, -2]}, "unknown key 'level_bias'"),
         (
             {"sinks": 4, "causal": False, "position": "rope", "padding": "zero_key"},
             'padding="zero_key" goes with no',
