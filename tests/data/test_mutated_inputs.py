@@ -50,7 +50,6 @@ IDS = [
     [9, 8],
     [100, 101, 102],
 ]
-TABLE = {"doc_id": ["alpha", "beta", "gamma", "delta", "epsilon"], "input_ids": IDS}
 ERROR, SAME, DATA = "error", "same", "data"
 
 
@@ -65,24 +64,14 @@ class Mutation(NamedTuple):
 # --- the originals ---------------------------------------------------------------------------------------------------
 
 
-def table(columns: dict[str, list], kind: pa.DataType) -> pa.Table:
-    return pa.table({**columns, "input_ids": pa.array(columns["input_ids"], kind)})
+def table(kind: pa.DataType) -> pa.Table:
+    names = ["alpha", "beta", "gamma", "delta", "epsilon"]
+    return pa.table({"doc_id": names, "input_ids": pa.array(IDS, kind)})
 
 
-def ipc_file(rows: pa.Table, **options: Any) -> bytes:
-    return (
-        write_file(pa.BufferOutputStream(), rows, options=ipc.IpcWriteOptions(**options))
-        .getvalue()
-        .to_pybytes()
-    )
-
-
-def ipc_stream(rows: pa.Table, **options: Any) -> bytes:
-    return (
-        write_stream(pa.BufferOutputStream(), rows, options=ipc.IpcWriteOptions(**options))
-        .getvalue()
-        .to_pybytes()
-    )
+def arrow(write: Callable[..., Any], rows: pa.Table, compression: str | None = None) -> bytes:
+    options = ipc.IpcWriteOptions(compression=compression)
+    return write(pa.BufferOutputStream(), rows, options=options).getvalue().to_pybytes()
 
 
 def parquet(rows: pa.Table, **options: Any) -> bytes:
@@ -91,25 +80,18 @@ def parquet(rows: pa.Table, **options: Any) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def json_lines(rows: pa.Table, key: str = "input_ids") -> bytes:
-    return b"".join(
-        json.dumps({"id": row["doc_id"], key: row[key]}).encode() + b"\n"
-        for row in rows.to_pylist()
-    )
-
-
-INT32, UINT16, LARGE = pa.list_(pa.int32()), pa.list_(pa.uint16()), pa.large_list(pa.int64())
-ORIGINALS: dict[str, Callable[[dict[str, list]], bytes]] = {
-    "file int32": lambda columns: ipc_file(table(columns, INT32)),
-    "file large int64": lambda columns: ipc_file(table(columns, LARGE)),
-    "file lz4": lambda columns: ipc_file(table(columns, UINT16), compression="lz4"),
-    "stream int32": lambda columns: ipc_stream(table(columns, INT32)),
-    "stream uint16": lambda columns: ipc_stream(table(columns, UINT16)),
-    "parquet with checksums": lambda columns: parquet(
-        table(columns, INT32), write_page_checksum=True
-    ),
-    "parquet": lambda columns: parquet(table(columns, LARGE), compression="none"),
-    "json lines": lambda columns: json_lines(table(columns, INT32)),
+INT32, UINT16, LARGE = map(
+    table, (pa.list_(pa.int32()), pa.list_(pa.uint16()), pa.large_list(pa.int64()))
+)
+ORIGINALS: dict[str, bytes] = {
+    "file int32": arrow(write_file, INT32),
+    "file large int64": arrow(write_file, LARGE),
+    "file lz4": arrow(write_file, UINT16, "lz4"),
+    "stream int32": arrow(write_stream, INT32),
+    "stream uint16": arrow(write_stream, UINT16),
+    "parquet with checksums": parquet(INT32, write_page_checksum=True),
+    "parquet": parquet(LARGE, compression="none"),
+    "json lines": b"".join(json.dumps(row).encode() + b"\n" for row in INT32.to_pylist()),
 }
 
 FEW = ("stream uint16", "parquet with checksums", "json lines")  # which `make test` reads
@@ -184,7 +166,7 @@ def replaced(name: str, data: bytes) -> Iterator[Mutation]:
 
 def mutations(name: str) -> list[Mutation]:
     """All mutations of one original, the same each time."""
-    data, chosen = ORIGINALS[name](TABLE), random.Random(name)
+    data, chosen = ORIGINALS[name], random.Random(name)
     return [*cuts(name, data, chosen, 25), *flips(name, data, chosen, 200), *replaced(name, data)]
 
 
@@ -260,7 +242,7 @@ def judge(mutation: Mutation, result: tuple[str, Any], name: str) -> str | None:
 )
 def test_damage_is_one_line_or_changes_nothing(tmp_path, command_env, name, piped):
     suffix = ".jsonl" if name == "json lines" else ""
-    items = [Mutation("the original", ORIGINALS[name](TABLE), SAME), *mutations(name)]
+    items = [Mutation("the original", ORIGINALS[name], SAME), *mutations(name)]
     if (
         piped and suffix
     ):  # a pipe has no name that promises JSON Lines: what begins otherwise is a text to be read
@@ -287,7 +269,7 @@ def test_damage_is_one_line_or_changes_nothing(tmp_path, command_env, name, pipe
 
 def test_a_page_of_parquet_with_fewer_values_is_not_believed(tmp_path, command_env):
     """Without checksums a value may change, and the rows in which values lie, but no value may get lost."""
-    data = parquet(table({"input_ids": IDS}, INT32), compression="none")
+    data = parquet(INT32.select(["input_ids"]), compression="none")
     places = [(place, (1, 8)[place // 4 % 2]) for place in range(len(data))]
     for place, mask in places:
         changed = data[:place] + bytes([data[place] ^ mask]) + data[place + 1 :]
@@ -300,8 +282,7 @@ def test_a_page_of_parquet_with_fewer_values_is_not_believed(tmp_path, command_e
 def test_an_arrow_file_with_two_schemas_is_refused(tmp_path):
     """The name of a column stands at both ends of the file: documents must not fall apart because one is damaged."""
     path = tmp_path / "x.arrow"
-    data = ipc_file(table({"doc_id": ["a"] * len(IDS), "input_ids": IDS}, INT32))
-    path.write_bytes(data.replace(b"doc_id", b"dok_id", 1))
+    path.write_bytes(ORIGINALS["file int32"].replace(b"doc_id", b"dok_id", 1))
     with pytest.raises(DataError, match=r"x\.arrow: .*two different schemas"):
         list(Inputs([path]).documents())
 
@@ -309,7 +290,7 @@ def test_an_arrow_file_with_two_schemas_is_refused(tmp_path):
 @pytest.mark.parametrize("lost", ["first", "last", "twice"])
 def test_an_index_that_has_lost_or_repeats_a_batch_loses_and_repeats_none(tmp_path, lost):
     """Batches are read as they come, and counted."""
-    data = bytearray(ipc_file(table({"input_ids": IDS}, INT32)))
+    data = bytearray(ORIGINALS["file int32"])
     blocks = re.search(
         rb"\x03\x00\x00\x00(.{72})",
         bytes(data[data.rindex(b"\xff\xff\xff\xff\0\0\0\0") :]),
@@ -343,19 +324,15 @@ def test_an_index_that_has_lost_or_repeats_a_batch_loses_and_repeats_none(tmp_pa
 @pytest.mark.parametrize("name", ["file int32", "file lz4", "stream int32", "parquet"])
 def test_a_cut_file_does_not_abort_a_process(tmp_path, command_env, name):
     """Beside two busy loops: a thread of pyarrow that outlives the interpreter would."""
-    data = ORIGINALS[name](TABLE)
-    path = tmp_path / "cut"
-    python, busy = (
-        sys.executable,
-        [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)],
-    )
+    data, path = ORIGINALS[name], tmp_path / "cut"
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         for size in [
             *range(20, len(data) - 20, len(data) // 15),
             *range(len(data) - 12, len(data) - 6),
         ]:
             path.write_bytes(data[:size])
-            command = [python, "-m", "longnet_cli", "data", "inspect", path]
+            command = [sys.executable, "-m", "longnet_cli", "data", "inspect", path]
             done = subprocess.run(command, env=command_env, capture_output=True, text=True)
             assert (done.returncode, done.stderr.count("\n")) == (DataError.exit_code, 1), (
                 size,

@@ -15,10 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as fs
-import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
-from files import write_stream
+from files import write_file, write_stream
 from processes import invoke
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, MemoryLimitError
@@ -339,30 +338,23 @@ TABLE = pa.table({"input_ids": pa.array(IDS, pa.large_list(pa.int32()))})
 
 def fill(filesystem: fs.FileSystem, folder: str) -> None:
     """Shards of every kind, a hidden file, and a folder of text."""
-    for name in (
-        "deep/part-10.arrow",
-        "part-2.arrow",
-        "part-10.arrow",
-        "stream.arrow",
-        "x.parquet",
-        "y.jsonl",
-        "text/a b.txt",
-    ):
+    file, stream, parquet = (pa.BufferOutputStream() for _ in range(3))
+    write_file(file, TABLE)
+    write_stream(stream, TABLE)
+    pq.write_table(TABLE, parquet)
+    lines = "".join(f'{{"input_ids": {ids}}}\n' for ids in IDS)
+    shard = file.getvalue()
+    for name, data in {
+        **dict.fromkeys(("deep/part-10.arrow", "part-2.arrow", "part-10.arrow"), shard),
+        "stream.arrow": stream.getvalue(),
+        "x.parquet": parquet.getvalue(),
+        "y.jsonl": lines.encode(),
+        "text/a b.txt": b"hi",
+        "part-3.arrow.tmp": b"half",
+    }.items():
         filesystem.create_dir(str(Path(folder, name).parent), recursive=True)
-        with filesystem.open_output_stream(f"{folder}/{name}") as file:
-            if name.endswith("parquet"):
-                pq.write_table(TABLE, file)
-            elif name.endswith("jsonl"):
-                file.write(b"".join(b'{"input_ids": %s}\n' % str(ids).encode() for ids in IDS))
-            elif name.endswith("txt"):
-                file.write(b"hi")
-            else:
-                with (ipc.new_stream if "stream" in name else ipc.new_file)(
-                    file, TABLE.schema
-                ) as writer:
-                    writer.write_table(TABLE, max_chunksize=2)
-    with filesystem.open_output_stream(f"{folder}/part-3.arrow.tmp") as file:
-        file.write(b"half")
+        with filesystem.open_output_stream(f"{folder}/{name}") as written:
+            written.write(data)
 
 
 def read(*uris: str, tokenizer: Tokenizer | None = None) -> list[list[int]]:

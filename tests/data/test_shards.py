@@ -65,6 +65,11 @@ def write(
     return folder
 
 
+def interrupt(place: Path, fail_at: int, **options) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write(place, fail_at=fail_at, **options)
+
+
 def test_a_finished_folder_holds_its_shards_and_a_manifest_of_them(tmp_path):
     folder = write(tmp_path / "new" / "out")
     names = [f"vectors-0000{index}.arrow" for index in range(4)]
@@ -80,8 +85,7 @@ def test_a_finished_folder_holds_its_shards_and_a_manifest_of_them(tmp_path):
 
 @pytest.mark.parametrize("fail_at", range(7))
 def test_a_run_resumed_anywhere_gives_the_same_bytes(tmp_path, fail_at):
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "out", fail_at=fail_at)
+    interrupt(tmp_path / "out", fail_at)
     finished = [f"vectors-0000{index}.arrow" for index in range(fail_at // 2)]
     assert sorted(os.listdir(tmp_path / "out")) == [UNFINISHED, *finished]
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished}
@@ -95,10 +99,8 @@ def test_a_run_resumed_anywhere_gives_the_same_bytes(tmp_path, fail_at):
 
 
 def test_without_resume_only_a_folder_without_finished_shards_is_taken(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, fail_at=1)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, fail_at=3, model="another")
+    interrupt(tmp_path, 1)
+    interrupt(tmp_path, 3, model="another")
     with pytest.raises(ConfigError, match=r"an unfinished data set: go on with --resume"):
         write(tmp_path, model="another")
     write(tmp_path, model="another", resume=True)
@@ -108,8 +110,7 @@ def test_without_resume_only_a_folder_without_finished_shards_is_taken(tmp_path)
 
 def test_a_file_that_no_manifest_lists_is_not_replaced(tmp_path):
     """But for the shard that a run has left which was killed before it could list it."""
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "out", fail_at=3)
+    interrupt(tmp_path / "out", 3)
     write(tmp_path / "whole")
     for name in ("vectors-00001.arrow", "vectors-00003.arrow"):
         (tmp_path / "out" / name).write_text("mine")
@@ -128,8 +129,7 @@ def test_a_file_that_no_manifest_lists_is_not_replaced(tmp_path):
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, fail_at=3)
+    interrupt(tmp_path, 3)
     before = contents(tmp_path)
     for settings, message in (
         ({"pool": "last"}, "pool was 'mean' and is now 'last': give --pool mean, or"),
@@ -141,8 +141,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 
 def test_what_the_dead_left_is_removed_and_nothing_else(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, fail_at=3)
+    interrupt(tmp_path, 3)
     for name in (
         ".vectors-00001.arrow.0123abcd.tmp",
         "._unfinished.json.00000000.tmp",
@@ -193,8 +192,7 @@ def damage(kind: str, shard: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "rows", "schema"])
 def test_a_damaged_finished_shard_is_refused(tmp_path, kind):
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, fail_at=5)
+    interrupt(tmp_path, 5)
     damage(kind, tmp_path / "vectors-00000.arrow")
     why = {"missing": "No such file or directory", "rows": "3 rows instead of 6"}.get(kind, "")
     refused = (
@@ -228,8 +226,7 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
 
 def test_a_changed_manifest_is_refused(tmp_path):
     """Whatever was changed, or if it lacks its digest."""
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, fail_at=5)
+    interrupt(tmp_path, 5)
     good = json.loads((tmp_path / UNFINISHED).read_text())
     more = [good["shards"][0] | {"documents": 3}, *good["shards"][1:]]
     for damage in (
@@ -260,8 +257,7 @@ def test_a_second_writer_is_refused(tmp_path):
 
 
 def test_a_reader_takes_no_half_of_a_data_set(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "out", fail_at=5)
+    interrupt(tmp_path / "out", 5)
     with pytest.raises(DataError, match="--resume"):
         iter(Inputs([tmp_path / "out"]).all_files)
     folder = write(tmp_path / "out", resume=True)
@@ -272,8 +268,7 @@ def test_a_reader_takes_no_half_of_a_data_set(tmp_path):
 
 
 def test_a_finished_folder_of_parquet_resumes_too(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "out", fail_at=3, format="parquet")
+    interrupt(tmp_path / "out", 3, format="parquet")
     with pytest.raises(ConfigError, match="shard_format was 'parquet' and is now None"):
         write(tmp_path / "out", resume=True)
     write(tmp_path / "out", resume=True, format="parquet")
