@@ -201,7 +201,7 @@ def test_bytes_are_base64_in_json_lines(tmp_path: Path, run_longnet: RunLongnet)
         tmp_path / "x.arrow",
         pa.table({"text": ["one", "two"], "ends": ends, "bytes": [b"\xff\0", b"\\xff"]}),
     )
-    run_longnet("encode", "x.arrow", "--keep", "ends,bytes", "-o", "out.jsonl", code=0)
+    run_longnet("encode x.arrow --keep ends,bytes -o out.jsonl", code=0)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(row["ends"], base64.b64decode(row["bytes"])) for row in rows] == [
         ("x", b"\xff\0"),

@@ -103,7 +103,7 @@ def test_the_shares_together_are_one_run(
         assert "5#1" in {row["doc_id"] for row in rows_of(tmp_path / "out")}
     if job == "tokenize":
         assert Tokenizer.load(tmp_path / "out").sha256 == BYTES.sha256
-        run_longnet("score", "out", "-m", "./model", code=0)
+        run_longnet("score out -m ./model", code=0)
 
 
 def test_a_share_of_files_reads_no_other_file(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_a_file_that_several_paths_reach_is_read_once(tmp_path, monkeypatch, run
         with pytest.warns(InputWarning, match="read once, though it is named more than once"):
             found = names(*items)
         assert sum(name in ("a.txt", "b.txt", "c.txt") for name in found) == 1
-    done = run_longnet("data", "inspect", "a.txt", "b.txt", "--format", "json")
+    done = run_longnet("data inspect a.txt b.txt --format json")
     assert json.loads(done.stdout)["documents"] == 1
     assert (
         done.stderr
@@ -291,10 +291,10 @@ def test_names_are_utf_8_whatever_the_locale(tmp_path, run_longnet):
     (tmp_path / "list").write_text("é/ß.txt\n")
     plain = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     for item in ("é", "é/*.txt", "é/ß.txt", "@list"):
-        done = run_longnet("tokenize", item, "-o", "ü.jsonl", env=plain, fresh=True)
+        done = run_longnet(f"tokenize {item} -o ü.jsonl", env=plain, fresh=True)
         assert (done.returncode, done.stderr[-10:]) == (0, "> ü.jsonl\n"), done.stderr
         assert json.loads((tmp_path / "ü.jsonl").read_text())["doc_id"] == "ß.txt"
-    done = run_longnet("data", "inspect", "é/none.txt", env=plain, fresh=True)
+    done = run_longnet("data inspect é/none.txt", env=plain, fresh=True)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (
         3,
         "problem: é/none.txt: no such file or folder",

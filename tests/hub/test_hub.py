@@ -84,27 +84,21 @@ def test_commands_take_a_name_from_the_cache_and_write_its_commit(
     command_env["HF_HUB_OFFLINE"] = "1"
     commit = fill_cache(home, TINY, tiny)
     name = f"{TINY}@{commit}"
-    found = total(
-        run_longnet("score", "a.txt", "-m", TINY, "--format", "json", "--token-logprobs", "t.arrow")
-    )
+    found = total(run_longnet(f"score a.txt -m {TINY} --format json --token-logprobs t.arrow"))
     assert found["model"] == name
-    assert run_longnet("score", "a.txt", "-m", TINY, "-o", "s.arrow").returncode == 0
-    assert (
-        run_longnet("encode", "a.txt", "-m", TINY, "--tokenizer", TINY, "-o", "v.arrow").returncode
-        == 0
-    )
+    assert run_longnet(f"score a.txt -m {TINY} -o s.arrow").returncode == 0
+    assert run_longnet(f"encode a.txt -m {TINY} --tokenizer {TINY} -o v.arrow").returncode == 0
     for file in ("t.arrow", "s.arrow", "v.arrow"):
         with pa.ipc.open_file(tmp_path / file) as table:
             assert table.schema.metadata[b"longnet.model"].decode() == name, file
     made = run_longnet("generate", "A doc", "-n", "3", "-m", name, "--format", "jsonl")
     assert json.loads(made.stdout)["model"] == name
-    assert run_longnet("convert", TINY, "--dtype", "bf16", "-o", "half").returncode == 0
+    assert run_longnet(f"convert {TINY} --dtype bf16 -o half").returncode == 0
     assert json.loads((tmp_path / "half/config.json").read_text())["_name_or_path"] == name
     assert (
-        total(run_longnet("score", "a.txt", "-m", "./half", "--format", "json"))["n_tokens"]
-        == found["n_tokens"]
+        total(run_longnet("score a.txt -m ./half --format json"))["n_tokens"] == found["n_tokens"]
     )
-    assert run_longnet("tokenize", "a.txt", "--tokenizer", TINY, "-o", "tokens").returncode == 0
+    assert run_longnet(f"tokenize a.txt --tokenizer {TINY} -o tokens").returncode == 0
 
 
 def test_a_folder_here_wins(run_longnet, tmp_path, hub, tiny, other):
@@ -112,7 +106,7 @@ def test_a_folder_here_wins(run_longnet, tmp_path, hub, tiny, other):
     (tmp_path / TINY).mkdir(parents=True)
     for name, data in tiny.items():
         (tmp_path / TINY / name).write_bytes(data)
-    found = total(run_longnet("score", "a.txt", "-m", TINY, "--format", "json"))
+    found = total(run_longnet(f"score a.txt -m {TINY} --format json"))
     assert (found["model"], hub.requests) == (TINY, [])
 
 
@@ -148,16 +142,16 @@ def test_only_what_is_read_is_downloaded_once_by_all_processes(
 def test_a_broken_download_is_continued(start, run_longnet, hub, tmp_path):
     hub.push(TINY, read_folder(tiny_model(tmp_path / "made", vocab_size=200_000)))
     hub.stalled = "/cdn/"
-    process = start("score", "a.txt", "-m", TINY)
+    process = start(f"score a.txt -m {TINY}")
     wait_for(lambda: any(line.startswith("GET /cdn/") for line in hub.requests))
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
     hub.stalled = None
     hub.requests.clear()
     hub.breaks = [11 << 20]  # huggingface_hub keeps parts of 10 MiB
-    done = run_longnet("score", "a.txt", "-m", TINY)
+    done = run_longnet(f"score a.txt -m {TINY}")
     if "the same command continues it" in done.stderr:  # older versions of huggingface_hub
-        done = run_longnet("score", "a.txt", "-m", TINY)
+        done = run_longnet(f"score a.txt -m {TINY}")
     assert done.returncode == 0, done.stderr
     again = [
         line.rpartition("/")[2]
@@ -184,10 +178,7 @@ def test_a_sharded_model_is_downloaded_whole(run_longnet, tmp_path, hub):
     ).encode()
     commit = hub.push(TINY, files)
     # its weights are compared with its configuration: a missing shard would be told
-    assert (
-        total(run_longnet("score", "a.txt", "-m", TINY, "--format", "json"))["model"]
-        == f"{TINY}@{commit}"
-    )
+    assert total(run_longnet(f"score a.txt -m {TINY} --format json"))["model"] == f"{TINY}@{commit}"
 
 
 @pytest.mark.ci
@@ -227,7 +218,7 @@ def test_a_moved_branch_is_taken_with_update_and_a_resumed_run_keeps_its_commit(
     assert (total(run_longnet(*command))["model"], hub.requests) == (first, [])
     assert total(run_longnet(*command, "--update"))["model"] == second
     assert total(run_longnet(*command))["model"] == second
-    assert total(run_longnet("score", "a.txt", "-m", first, "--format", "json"))["model"] == first
+    assert total(run_longnet(f"score a.txt -m {first} --format json"))["model"] == first
     assert run_longnet(*encoding, "--resume").returncode == 0
     done = run_longnet(*training, "--steps", "2")
     assert "continuing after step 1" in done.stderr
@@ -254,31 +245,25 @@ def test_what_a_hub_refuses_is_one_line(run_longnet, hub, tiny):
     hub.push("org/quantized", {"a.gguf": b"GGUF", "config.json": b"{}"})
     hub.push("org/pickled", {"config.json": b"{}", "pytorch_model.bin": b""})
     for name, said in REFUSED.items():
-        line = refusal(run_longnet("score", "a.txt", "-m", name))
+        line = refusal(run_longnet(f"score a.txt -m {name}"))
         assert line.startswith(NOT_TAKEN.format(name=name, hub=hub.url) + said), name
-    missing = refusal(run_longnet("score", "a.txt", "-m", "org/tiny:a.gguf"))
+    missing = refusal(run_longnet("score a.txt -m org/tiny:a.gguf"))
     assert missing == "org/tiny:a.gguf: the repository has no a.gguf"
     assert "org/pickled: the repository has no tokenizer.json" in refusal(
-        run_longnet("tokenize", "a.txt", "--tokenizer", "org/pickled", "-o", "tokens")
+        run_longnet("tokenize a.txt --tokenizer org/pickled -o tokens")
     )
-    assert "--update is for a model on a hub" in refusal(
-        run_longnet("score", "a.txt", "--update"), 2
-    )
+    assert "--update is for a model on a hub" in refusal(run_longnet("score a.txt --update"), 2)
 
 
 def test_a_name_without_a_slash_is_asked_for_unless_it_looks_shipped(run_longnet, hub, tiny):
     commit = hub.push("gpt2", tiny)
-    found = total(
-        run_longnet(
-            "score", "a.txt", "-m", "gpt2", "--tokenizer", f"gpt2@{commit}", "--format", "json"
-        )
-    )
+    found = total(run_longnet(f"score a.txt -m gpt2 --tokenizer gpt2@{commit} --format json"))
     assert found["model"] == f"gpt2@{commit}"
-    said = refusal(run_longnet("score", "a.txt", "-m", "my-run"))
+    said = refusal(run_longnet("score a.txt -m my-run"))
     assert said.startswith(NOT_TAKEN.format(name="my-run", hub=hub.url) + "it is not there")
     asked = len(hub.requests)
     assert "shipped with weights: longnet-tiny; a path needs a slash" in refusal(
-        run_longnet("score", "a.txt", "-m", "longnet-tny"), 2
+        run_longnet("score a.txt -m longnet-tny"), 2
     )
     assert len(hub.requests) == asked
 
@@ -311,7 +296,7 @@ def test_what_a_hub_names_leads_nowhere_else(run_longnet, tmp_path, home, hub, t
     for folder in (tmp_path, tmp_path / "hf", home):
         (folder / "victim.txt").write_text("mine")
     before = contents(tmp_path)
-    assert said in refusal(run_longnet("score", "a.txt", "-m", TINY))
+    assert said in refusal(run_longnet(f"score a.txt -m {TINY}"))
     after = contents(tmp_path)
     assert {name: after[name] for name in before} == before
     of_library = ("hf/hub/models--org--tiny/", "hf/hub/.locks/", "hf/hub/CACHEDIR.TAG")
@@ -321,7 +306,7 @@ def test_what_a_hub_names_leads_nowhere_else(run_longnet, tmp_path, home, hub, t
 def test_another_commit_than_was_asked_for_is_not_taken(run_longnet, home, hub, tiny):
     name = f"{TINY}@{hub.push(TINY, tiny)}"
     hub.told = {"sha": "a" * 40}
-    said = refusal(run_longnet("score", "a.txt", "-m", name))
+    said = refusal(run_longnet(f"score a.txt -m {name}"))
     named = f"the hub names the commit '{'a' * 40}'"
     assert said == f"{name}: {named}, which is not the one that was asked for"
     assert not home.exists()
@@ -336,7 +321,7 @@ def test_a_file_outside_of_the_snapshot_is_not_taken(run_longnet, tmp_path, hub,
             name: b"x",
         }
         hub.push(TINY, files)
-        refusal(run_longnet("score", "a.txt", "-m", TINY))
+        refusal(run_longnet(f"score a.txt -m {TINY}"))
     assert not any(line.startswith("GET") and "victim" in line for line in hub.requests)
     for place in (tmp_path, *tmp_path.parents):
         assert not list(place.glob("*victim*"))
@@ -359,7 +344,7 @@ def test_one_file_that_a_hub_refuses_is_named(run_longnet, hub, tiny):
     hub.push(TINY, tiny)
     for code in (403, 404):
         hub.status["model.safetensors"] = code
-        said = refusal(run_longnet("score", "a.txt", "-m", TINY))
+        said = refusal(run_longnet(f"score a.txt -m {TINY}"))
         assert said.startswith(NOT_TAKEN.format(name=TINY, hub=hub.url)), said
         assert f"{code} " in said, said
         assert "model.safetensors" in said, said
@@ -373,7 +358,7 @@ def test_without_folder_cache_and_network_one_line_says_why(
     command = ("score", "a.txt", "-m", f"{TINY}@v1")
     said = refusal(run_longnet(*command))
     assert said.startswith(nowhere.replace(TINY, f"{TINY}@v1") + "ConnectError: ")
-    said = refusal(run_longnet("score", "a.txt", "-m", TINY, env={"HF_HUB_OFFLINE": "1"}))
+    said = refusal(run_longnet(f"score a.txt -m {TINY}", env={"HF_HUB_OFFLINE": "1"}))
     assert said == f"{nowhere}HF_HUB_OFFLINE is set"
     run = (
         "train",
@@ -396,17 +381,17 @@ def test_without_folder_cache_and_network_one_line_says_why(
     unreached.push(TINY, tiny)
     unreached.stalled = "/api/"
     silent = {"HF_ENDPOINT": unreached.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-    assert "Timeout: " in refusal(run_longnet("score", "a.txt", "-m", TINY, env=silent))
+    assert "Timeout: " in refusal(run_longnet(f"score a.txt -m {TINY}", env=silent))
     command_env["PYTHONPATH"] = f"{home}:{command_env['PYTHONPATH']}"
     home.mkdir(parents=True)
     (home / "huggingface_hub.py").write_text("raise ModuleNotFoundError")
-    said = refusal(run_longnet("score", "a.txt", "-m", TINY, fresh=True))
+    said = refusal(run_longnet(f"score a.txt -m {TINY}", fresh=True))
     assert said.endswith("that needs the extra hf: in longnet's folder, pip install '.[hf]'")
 
 
 def test_update_without_a_network_is_refused(run_longnet, home, tiny):
     fill_cache(home, TINY, tiny)
-    assert "ConnectError: " in refusal(run_longnet("score", "a.txt", "-m", TINY, "--update"))
+    assert "ConnectError: " in refusal(run_longnet(f"score a.txt -m {TINY} --update"))
 
 
 @pytest.mark.ci
@@ -417,14 +402,14 @@ def test_a_damaged_cache_is_one_line_or_downloaded_again(
     folder = home / "models--org--tiny"
     weights = folder / "snapshots" / commit / "model.safetensors"
     weights.resolve().write_bytes(tiny["model.safetensors"][:-100])
-    said = refusal(run_longnet("score", "a.txt", "-m", TINY))
+    said = refusal(run_longnet(f"score a.txt -m {TINY}"))
     assert said.startswith(f"{weights}: damaged or not a safetensors file")
     assert said.endswith(f"; to download it again, remove {folder}")
     blob = weights.resolve()
     blob.write_bytes(tiny["model.safetensors"][:-1] + b"!")  # of one size: a LongNet has a digest
-    assert "damaged" in refusal(run_longnet("score", "a.txt", "-m", TINY))
+    assert "damaged" in refusal(run_longnet(f"score a.txt -m {TINY}"))
     blob.write_bytes(tiny["model.safetensors"])
-    assert run_longnet("score", "a.txt", "-m", TINY).returncode == 0
+    assert run_longnet(f"score a.txt -m {TINY}").returncode == 0
     (folder / "snapshots" / commit / "tokenizer.json").resolve().write_text("{")
     for command in (
         ("score", "a.txt", "-m", TINY),
@@ -436,12 +421,9 @@ def test_a_damaged_cache_is_one_line_or_downloaded_again(
     (folder / "snapshots" / commit / "tokenizer.json").resolve().write_bytes(tiny["tokenizer.json"])
     weights.resolve().unlink()
     (folder / "refs/main").write_text("../../elsewhere")
-    assert "ConnectError: " in refusal(run_longnet("score", "a.txt", "-m", TINY))
+    assert "ConnectError: " in refusal(run_longnet(f"score a.txt -m {TINY}"))
     unreached.push(TINY, tiny)
-    assert (
-        run_longnet("score", "a.txt", "-m", TINY, env={"HF_ENDPOINT": unreached.url}).returncode
-        == 0
-    )
+    assert run_longnet(f"score a.txt -m {TINY}", env={"HF_ENDPOINT": unreached.url}).returncode == 0
 
 
 TEXTS = "org/sentences"
@@ -468,7 +450,7 @@ def sentences(
 
 
 def encoded(run_longnet, tmp_path: Path, model: Path | str) -> list:
-    run_longnet("encode", "a.txt", "-m", model, "-o", "v.arrow", code=0)
+    run_longnet(f"encode a.txt -m {model} -o v.arrow", code=0)
     return pa.ipc.open_file(tmp_path / "v.arrow").read_all()["embedding"].to_pylist()
 
 
@@ -503,7 +485,7 @@ def test_an_old_cache_is_completed_or_refused(
     snapshot = cache / "snapshots" / fill_cache(home, TEXTS, contents(sentences))
     for name in ("modules.json", "config_sentence_transformers.json", "1_Pooling/config.json"):
         (snapshot / name).unlink()
-    done = run_longnet("encode", "a.txt", "-m", TEXTS, "-o", "v.arrow", env={"HF_HUB_OFFLINE": "1"})
+    done = run_longnet(f"encode a.txt -m {TEXTS} -o v.arrow", env={"HF_HUB_OFFLINE": "1"})
     assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
     assert "HF_HUB_OFFLINE is set" in done.stderr
     command_env["HF_ENDPOINT"] = unreached.url
@@ -520,7 +502,7 @@ def test_a_cache_that_knows_of_no_modules_is_read_offline(
     absent.parent.mkdir(parents=True)
     absent.touch()
     command_env["HF_HUB_OFFLINE"] = "1"
-    done = run_longnet("encode", "a.txt", "-m", TEXTS, "-o", "v.arrow", code=0)
+    done = run_longnet(f"encode a.txt -m {TEXTS} -o v.arrow", code=0)
     assert "there is no modules.json: the vector is the mean over all tokens" in done.stderr
 
 
@@ -568,12 +550,7 @@ def test_encode_reads_config_json_once(tmp_path):
     (tmp_path / "a.txt").write_text("a text")
     sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
     invoke(
-        "encode",
-        f"{tmp_path}/a.txt",
-        "-m",
-        f"{tmp_path}/llama",
-        "-o",
-        f"{tmp_path}/v.arrow",
+        f"encode {tmp_path}/a.txt -m {tmp_path}/llama -o {tmp_path}/v.arrow",
         code=0,
     )
     assert OPENED.count(str(tmp_path / "llama" / "config.json")) == 1

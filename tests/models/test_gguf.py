@@ -182,7 +182,7 @@ def test_positions_are_those_of_the_same_weights_in_transformers(tmp_path: Path,
         keys = {"llama.rope.scaling.factor": 4.0, **keys}
     plain, model = scaled_up(random_net()), scaled_up(random_net(rope_parameters=settings))
     source = write_gguf(tmp_path / "model.gguf", model, keys=keys, tensors=tensors)
-    invoke("convert", source, "-o", tmp_path / "made", code=0)
+    invoke(f"convert {source} -o {tmp_path}/made", code=0)
     found, wanted = nats(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "made")), nats(model)
     assert (found - wanted).abs().max() < 2e-4
     assert (nats(plain) - wanted).abs().max() > 0.1
@@ -208,7 +208,7 @@ def test_a_qwen_has_the_biases_and_norms_of_its_file(tmp_path: Path, kind: str) 
         kind == "qwen2",
         kind == "qwen3",
     )
-    invoke("convert", source, "-o", tmp_path / "made", code=0)
+    invoke(f"convert {source} -o {tmp_path}/made", code=0)
     found = nats(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "made"))
     assert (found - nats(model)).abs().max() < 2e-4
 
@@ -216,7 +216,7 @@ def test_a_qwen_has_the_biases_and_norms_of_its_file(tmp_path: Path, kind: str) 
 @pytest.mark.parametrize("kind", ["phi3", "gemma2"])
 def test_another_architecture_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     source = write_gguf(tmp_path / "model.gguf", random_net(kind))
-    refused = invoke("convert", source, "-o", tmp_path / "made").exception
+    refused = invoke(f"convert {source} -o {tmp_path}/made").exception
     assert isinstance(refused, CheckpointError)
     said = f"general.architecture = {kind}: of GGUF files, llama, qwen2, qwen3 are read"
     assert str(refused).startswith(f"{source}: {said}")
@@ -228,7 +228,7 @@ def test_a_file_on_a_hub_has_its_commit_in_the_folder_made_of_it(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     data = write_gguf(tmp_path / "made.gguf", random_net()).read_bytes()
     commit = fill_cache(tmp_path / "hub", "org/llama", {"q.gguf": data})
-    assert invoke("convert", "org/llama:q.gguf", "-o", tmp_path / "made").exit_code == 0
+    assert invoke(f"convert org/llama:q.gguf -o {tmp_path}/made").exit_code == 0
     assert (
         json.loads((tmp_path / "made/config.json").read_text())["_name_or_path"]
         == f"org/llama@{commit}:q.gguf"
@@ -258,7 +258,7 @@ def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> N
         ModelFolder(folder).tokenizer().encode(text).tolist()
         == words(text, add_special_tokens=False).input_ids
     )
-    again = invoke("convert", tmp_path / "model.gguf", "-o", folder)
+    again = invoke(f"convert {tmp_path}/model.gguf -o {folder}")
     assert isinstance(again.exception, ConfigError)
     assert "is not an empty folder" in str(again.exception)
 
@@ -266,7 +266,7 @@ def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> N
 def test_quantized_weights_are_written_as_plain_ones(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "model.gguf", random_net(), "Q8_0")
     for dtype, kind in (("auto", torch.bfloat16), ("fp32", torch.float32), ("fp16", torch.float16)):
-        result = invoke("convert", source, "-o", tmp_path / dtype, "--dtype", dtype)
+        result = invoke(f"convert {source} -o {tmp_path}/{dtype} --dtype {dtype}")
         assert f"of F32, Q8_0 weights as {str(kind).removeprefix('torch.')}" in result.stderr
         loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / dtype)
         assert loaded.dtype is kind
@@ -305,14 +305,14 @@ def test_a_file_is_a_model(tmp_path: Path) -> None:
     """Converted on the way, in the type it is computed in, with the scores of its folder; nothing stays behind."""
     source, text = write_gguf(tmp_path / "model.gguf", random_net()), tmp_path / "text.txt"
     text.write_text("the moth, then the other")
-    assert invoke("convert", source, "-o", tmp_path / "llama", "-q").stderr == ""
+    assert invoke(f"convert {source} -o {tmp_path}/llama -q").stderr == ""
     pattern = ["--pattern", "window:8,sinks=2"]
-    found = invoke("score", text, "-m", source, "--format", "json", *pattern)
+    found = invoke(f"score {text} -m {source} --format json", *pattern)
     assert f"`longnet convert {source} -o DIR` does it once" in found.stderr
     of_folder = total(text, "-m", tmp_path / "llama", *pattern)
     assert json.loads(found.stdout)["total"] == of_folder | {"model": str(source)}
-    assert invoke("encode", text, "-m", source, "-o", tmp_path / "out.arrow").exit_code == 0
-    refused = invoke("pattern", source)
+    assert invoke(f"encode {text} -m {source} -o {tmp_path}/out.arrow").exit_code == 0
+    refused = invoke(f"pattern {source}")
     assert isinstance(refused.exception, CheckpointError), refused.output
     assert "longnet convert" in str(refused.exception)
 
@@ -327,7 +327,7 @@ def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
         ("none.gguf", "no such file"),
     )
     for name, message in cases:
-        result = invoke("convert", tmp_path / name, "-o", tmp_path / "out")
+        result = invoke(f"convert {tmp_path}/{name} -o {tmp_path}/out")
         assert isinstance(result.exception, CheckpointError), result.output
         assert message in str(result.exception)
         assert not [name for name in _names(tmp_path) if "out" in name]
@@ -367,7 +367,7 @@ def test_what_the_net_has_no_place_for_is_refused_by_name(tmp_path: Path, said: 
         keys=keys,
         tensors={key: x for key, x in REFUSED[said].items() if key not in keys},
     )
-    result = invoke("convert", source, "-o", tmp_path / "out")
+    result = invoke(f"convert {source} -o {tmp_path}/out")
     assert isinstance(result.exception, CheckpointError), result.output
     assert str(result.exception).startswith(f"{source}: {said}")
     assert not (tmp_path / "out").exists()
@@ -413,7 +413,7 @@ def test_words_are_split_as_the_file_says(tmp_path: Path) -> None:
     newer = find_spec("transformers.integrations.gguf")  # an older one knows no way of Llama's
     for pre, wanted in splits.items() if newer else [*splits.items()][:2]:
         source = write_gguf(tmp_path / "model.gguf", random_net(), keys={"tokenizer.ggml.pre": pre})
-        assert invoke("convert", source, "-o", tmp_path / pre).exit_code == 0
+        assert invoke(f"convert {source} -o {tmp_path}/{pre}").exit_code == 0
         words = hf.AutoTokenizer.from_pretrained(tmp_path / pre).backend_tokenizer.pre_tokenizer
         assert [word.replace("\u0120", " ") for word, _ in words.pre_tokenize_str(text)] == wanted
 

@@ -32,7 +32,7 @@ def test_golden_slide_encoder(run_longnet: RunLongnet, tmp_path: Path, kind: str
         save_file(state, path)
     else:
         torch.save({"model": state, "epoch": 3}, path, _use_new_zipfile_serialization=kind == "pth")
-    run_longnet("convert", path, "-o", tmp_path / "out", *level_options(theirs), code=0)
+    run_longnet(f"convert {path} -o {tmp_path}/out", *level_options(theirs), code=0)
     encoder = SlideEncoder.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         inputs = wanted["features"][None], wanted["coords"][None]
@@ -59,10 +59,7 @@ def test_golden_torchscale(run_longnet: RunLongnet, tmp_path: Path, name: str) -
     torch.save(inside, tmp_path / "net.pt")
     heads = [] if theirs["xpos"] else ["--heads", str(theirs["heads"])]  # its scales say them
     run_longnet(
-        "convert",
-        tmp_path / "net.pt",
-        "-o",
-        tmp_path / "out",
+        f"convert {tmp_path}/net.pt -o {tmp_path}/out",
         *heads,
         *level_options(theirs),
         code=0,
@@ -79,9 +76,7 @@ def test_golden_torchscale(run_longnet: RunLongnet, tmp_path: Path, name: str) -
 def test_the_official_models_are_known(run_longnet: RunLongnet, tmp_path: Path) -> None:
     """Prov-GigaPath's heads and pattern need not be given."""
     torch.save({"model": official_slide_state()}, tmp_path / "slide.pth")
-    run_longnet(
-        "convert", tmp_path / "slide.pth", "-o", tmp_path / "slide", "--dtype", "bf16", code=0
-    )
+    run_longnet(f"convert {tmp_path}/slide.pth -o {tmp_path}/slide --dtype bf16", code=0)
     config = SlideEncoder.from_pretrained(tmp_path / "slide", dtype=None).config
     assert config.pattern == SlideConfig.gigapath().pattern
     assert (config.num_heads, config.in_features, config.padding) == (16, 6, "zero_key")
@@ -93,7 +88,7 @@ def test_what_does_not_fit_is_named(run_longnet: RunLongnet, tmp_path: Path) -> 
     )
     del state["norm.bias"]
     torch.save(state, tmp_path / "slide.pth")
-    result = run_longnet("convert", tmp_path / "slide.pth", "-o", tmp_path / "out")
+    result = run_longnet(f"convert {tmp_path}/slide.pth -o {tmp_path}/out")
     assert (result.returncode, result.stderr.count("\n")) == (4, 1)
     assert "missing tensor norm.bias" in result.stderr
     assert "unexpected tensor classifier.weight" in result.stderr
@@ -118,7 +113,7 @@ def test_nothing_in_a_pickle_runs(run_longnet: RunLongnet, tmp_path: Path) -> No
     (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
     for name in ("zip.pth", "bare.pkl", "module.pth"):
-        result = run_longnet("convert", tmp_path / name, "-o", tmp_path / "out")
+        result = run_longnet(f"convert {tmp_path}/{name} -o {tmp_path}/out")
         assert (result.returncode, result.stderr.count("\n")) == (4, 1), result.stderr
         assert "not a plain state dict (" in result.stderr
     assert not (tmp_path / "ran").exists()
@@ -129,7 +124,7 @@ def test_a_damaged_file(run_longnet: RunLongnet, tmp_path: Path) -> None:
     torch.save(official_slide_state(), tmp_path / "whole.pth")
     data = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
-    result = run_longnet("convert", tmp_path / "cut.pth", "-o", tmp_path / "out")
+    result = run_longnet(f"convert {tmp_path}/cut.pth -o {tmp_path}/out")
     assert (result.returncode, result.stderr.count("\n")) == (4, 1)
 
 
@@ -137,7 +132,7 @@ def test_a_longnet_is_written_with_other_weights(run_longnet: RunLongnet, tmp_pa
     """longnet-tiny is stored in bfloat16: in float32 it is twice as large, and back again it is the same files."""
     wide, half = tmp_path / "wide", tmp_path / "half"
     for source, output, dtype in (("longnet-tiny", wide, "fp32"), (wide, half, "bf16")):
-        result = run_longnet("convert", source, "-o", output, "--dtype", dtype, code=0)
+        result = run_longnet(f"convert {source} -o {output} --dtype {dtype}", code=0)
     assert "as bfloat16" in result.stderr
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (half / name).read_bytes() == (model_path("longnet-tiny") / name).read_bytes()

@@ -233,11 +233,11 @@ def test_the_real_command(
 ) -> None:
     """Nothing but the one value on stdout, nothing on stderr: no progress bar and no advice of transformers."""
     done = run_longnet(
-        "score", "--ppl", folder / "text.txt", "--model", folder, *OPTIONS, "--format", "json", "-q"
+        f"score --ppl {folder}/text.txt --model {folder}", *OPTIONS, "--format", "json", "-q"
     )
     assert (done.returncode, done.stderr) == (0, "")
     here = json.loads(
-        invoke("score", folder / "text.txt", "--model", folder, *OPTIONS, "--format", "json").stdout
+        invoke(f"score {folder}/text.txt --model {folder}", *OPTIONS, "--format", "json").stdout
     )
     assert json.loads(done.stdout)["total"] == here["total"]
     assert here["total"]["n_tokens"] == here["total"]["n_bytes"] == 300
@@ -247,17 +247,13 @@ def test_a_cache_of_transformers_is_not_saved(tmp_path: Path) -> None:
     built(mixed).save_pretrained(tmp_path)
     (tmp_path / "x.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
     for words in (["--save-state", "new"], ["--state", "old"]):
-        error = refused(
-            "generate", "-i", tmp_path / "x.jsonl", "--format", "jsonl", "-m", tmp_path, *words
-        )
+        error = refused(f"generate -i {tmp_path}/x.jsonl --format jsonl -m {tmp_path}", *words)
         assert "this model keeps a cache of its own" in str(error)
 
 
 def test_score_with_options(folder: Path) -> None:
     def ppl(*options: str) -> float:
-        result = invoke(
-            "score", folder / "text.txt", "--model", folder, "--format", "json", *options, code=0
-        )
+        result = invoke(f"score {folder}/text.txt --model {folder} --format json", *options, code=0)
         assert ("it keeps all keys of a document" in result.stderr) == ("dense" in options)
         assert ("dense attention as it was trained, on up to 2048 tokens" in result.stderr) == (
             not options
@@ -364,14 +360,14 @@ def test_settings_beside_the_model(spoilt: Callable[..., Path], folder: Path) ->
         folder / "text.txt",
     )
     assert total(text, "-m", place)["nll_sum"] == total(text, "-m", folder)["nll_sum"]
-    assert invoke("generate", "hello", "-m", place, "-n", "2").exit_code == 0
+    assert invoke(f"generate hello -m {place} -n 2").exit_code == 0
     assert "it reads the id -1 before a text" in str(
-        refused("score", text, "-m", spoilt(bos_token_id=-1))
+        refused(f"score {text} -m", spoilt(bos_token_id=-1))
     )
     (place / "generation_config.json").write_text("null")
     for more in ([], ["--dry-run"]):
         assert "generation_config.json: not a JSON object" in str(
-            refused("score", text, "-m", place, *more)
+            refused(f"score {text} -m {place}", *more)
         )
 
 
@@ -429,7 +425,7 @@ def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> 
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         ModelFolder(place).net(pattern=LEVELS)
     (place / "model.safetensors").rename(place / "pytorch_model.bin")
-    error = refused("score", place / "config.json", "--model", place, *OPTIONS)
+    error = refused(f"score {place}/config.json --model {place}", *OPTIONS)
     assert error.exit_code == 4
     assert "pickled weights are never read" in str(error)
 
@@ -437,7 +433,7 @@ def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> 
 def test_a_model_without_a_tokenizer_is_refused(spoilt: Callable[..., Path], folder: Path) -> None:
     text, place = folder / "text.txt", spoilt()
     (place / "tokenizer.json").unlink()
-    error = refused("score", text, "--model", place, *OPTIONS)
+    error = refused(f"score {text} --model {place}", *OPTIONS)
     assert (error.exit_code, "tokenizer" in str(error)) == (2, True)
 
 

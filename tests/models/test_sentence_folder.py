@@ -184,7 +184,7 @@ def test_a_prompt_that_the_library_does_not_read(
         > 1e-3
     )
     (tmp_path / "a.txt").write_text("the net reads")
-    found = run_longnet("encode", tmp_path / "a.txt", "--model", folder, "-o", tmp_path / "v.arrow")
+    found = run_longnet(f"encode {tmp_path}/a.txt --model {folder} -o {tmp_path}/v.arrow")
     assert "the prompt 'query: ' is not read, as in encode_document" in found.stderr
 
 
@@ -409,7 +409,7 @@ def test_a_tokenizer_beside_the_folder_is_read_as_the_folder_says(
         < 1e-6
     )
     (tmp_path / "a.txt").write_text("the net")
-    done = run_longnet("encode", tmp_path / "a.txt", "--model", folder, "-o", tmp_path / "v.arrow")
+    done = run_longnet(f"encode {tmp_path}/a.txt --model {folder} -o {tmp_path}/v.arrow")
     assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
 
 
