@@ -71,6 +71,11 @@ class LoopbackHub:
         self.status: dict[str, int] = {}
         self.url = ""
 
+    def downloaded(self) -> list[str]:
+        """The files that were asked for so far, by their paths in the repository."""
+        asked = re.findall(r"GET /.*?/resolve/[^/]+/(\S+)", "\n".join(self.requests))
+        return [name.partition("?")[0] for name in asked]
+
     def push(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
         commit = commit_of(files)
         self.commits.setdefault(repo, {})[commit] = files
