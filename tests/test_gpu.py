@@ -9,8 +9,6 @@ LONGNET_TEST_DEVICE=emulated computes the operators of a GPU on a CPU.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -105,21 +103,11 @@ CASES: dict[str, tuple[Pattern, dict[str, Any]]] = {
 
 def split_options(name: str) -> tuple[Pattern, dict[str, Any], dict[str, Any]]:
     """(pattern, what the tensors are like, options of `dilated_attention`)."""
-    pattern, given = CASES[name]
-    like = {
-        "batch": 1,
-        "tokens": TOKENS,
-        "heads": 6,
-        "kv_heads": 6,
-        "head_dim": 64,
-        "view": Tensor.clone,
-    }
-    like["attend"] = dilated_attention
-    return (
-        pattern,
-        like | {k: v for k, v in given.items() if k in like},
-        {k: v for k, v in given.items() if k not in like},
-    )
+    pattern, options = CASES[name]
+    options = dict(options)
+    like = {"batch": 1, "tokens": TOKENS, "heads": 6, "kv_heads": 6, "head_dim": 64}
+    like |= {"view": Tensor.clone, "attend": dilated_attention}
+    return pattern, {key: options.pop(key, value) for key, value in like.items()}, options
 
 
 def run(
@@ -340,35 +328,15 @@ def test_layer_by_layer(dtype: str, padding: str, spilled: bool, tmp_path: Path)
 def test_commands(tmp_path: Path, run_longnet: RunLongnet) -> None:
     """`train` and `score` in fp32 on both devices: the same losses, and the same nats of its model."""
     job_folder(tmp_path)
-    for device in ("cpu", GPU):
-        command = [
-            "train",
-            "recipe.toml",
-            "-o",
-            f"on-{device}",
-            "--dtype",
-            "fp32",
-            "--device",
-            device,
-        ]
-        run_longnet(*command, cwd=tmp_path, fresh=CUDA, code=0)
-    assert losses(tmp_path / f"on-{GPU}") == pytest.approx(losses(tmp_path / "on-cpu"), rel=1e-3)
     nats = []
     for device in ("cpu", GPU):
-        command = [
-            "score",
-            "texts",
-            "-m",
-            "./on-cpu",
-            "--chunk",
-            "100",
-            "--format",
-            "json",
-            "--dtype",
-            "fp32",
-        ]
-        scored = run_longnet(*command, "--device", device, cwd=tmp_path, fresh=CUDA, code=0)
+        how = f"--dtype fp32 --device {device}"
+        train = f"train recipe.toml -o on-{device} {how}"
+        run_longnet(train, cwd=tmp_path, fresh=CUDA, code=0)
+        score = f"score texts -m ./on-cpu --chunk 100 --format json {how}"
+        scored = run_longnet(score, cwd=tmp_path, fresh=CUDA, code=0)
         nats.append(json.loads(scored.stdout)["total"]["nll_sum"])
+    assert losses(tmp_path / f"on-{GPU}") == pytest.approx(losses(tmp_path / "on-cpu"), rel=1e-3)
     assert nats[1] == pytest.approx(nats[0], rel=1e-5)
 
 
@@ -383,28 +351,12 @@ def test_bench() -> None:
 @pytest.mark.parametrize(
     "mesh", [[], ["--dp", "2"], ["--shard", "full"]], ids=["sp2", "dp2", "sp2 sharded"]
 )
-def test_two_ranks(mesh: list[str], tmp_path: Path, command_env: dict[str, str]) -> None:
+def test_two_ranks(mesh: list[str], tmp_path: Path, run_python: RunLongnet) -> None:
     """Two processes of torchrun over NCCL train as one does, in fp32."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two cards")
     job_folder(tmp_path)
     for name, start, more in (("alone", [], []), ("both", TORCHRUN, mesh)):
-        command = [
-            *start,
-            "-m",
-            "longnet_cli",
-            "train",
-            "recipe.toml",
-            "-o",
-            name,
-            "--dtype",
-            "fp32",
-            "--device",
-            GPU,
-        ]
-        run = [sys.executable, *command, *more]
-        done = subprocess.run(
-            run, cwd=tmp_path, env=command_env, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
+        command = f"-m longnet_cli train recipe.toml -o {name} --dtype fp32 --device {GPU}"
+        run_python(*start, *command.split(), *more, timeout=120)
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from longnet_cli.data.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
 JOBS = {
-    "tokenize": ["tokenize", "--shard-tokens", "60"],
-    "score": ["score", "-m", "./model", "--shard-tokens", "60"],
-    "encode": ["encode", "-m", "./model", "--shard-rows", "2"],
+    "tokenize": "tokenize in --shard-tokens 60",
+    "score": "score in -m ./model --shard-tokens 60",
+    "encode": "encode in -m ./model --shard-rows 2",
 }
 
 
@@ -89,12 +90,10 @@ def test_the_shares_together_are_one_run(
         write_rows(data / "a.jsonl", rows)
         write_rows(data / "b.jsonl", [{"id": "5", "text": "again"}, {"id": "x", "text": "other"}])
     for number in (3, 1, 2):
-        done = run_longnet(
-            *command, "in", "--share", f"{number}/3", "-o", f"out/{number}", "--resume", code=0
-        )
+        done = run_longnet(f"{command} --share {number}/3 -o out/{number} --resume", code=0)
         assert ("reads all of the input" in done.stderr) == (kind == "documents"), done.stderr
         assert read_manifest(tmp_path / f"out/{number}").settings["share"] == f"{number}/3"
-    run_longnet(*command, "in", "-o", "whole", code=0)
+    run_longnet(f"{command} -o whole", code=0)
     check_equal(rows_of(tmp_path / "out"), rows_of(tmp_path / "whole"))
     names = [source.name for source in Inputs([tmp_path / "out"]).all_files]
     assert names == sorted(names)
@@ -110,22 +109,18 @@ def test_a_share_of_files_reads_no_other_file(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("x" * (number + 1))
     (tmp_path / "3.txt").write_bytes(b"\xff\xff\xff")  # share 2, as the second of its size
-
-    def names(number: int, **more: Any) -> list[str]:
-        inputs = Inputs(
-            [tmp_path / f"{i}.txt" for i in range(4)], BYTES, share=Share(number, 2), **more
-        )
-        return [document.doc_id for document in inputs.documents()]
-
-    assert names(1) == ["1.txt", "2.txt"]
     (tmp_path / "4.txt").symlink_to("nowhere")
-    inputs = [tmp_path / f"{number}.txt" for number in range(5)]
-    lost = [
-        len([*Inputs(inputs, BYTES, skip_bad=True, share=Share(i, 2)).documents()]) for i in (1, 2)
-    ]
-    assert lost == [3, 2]  # the missing file is left out by the first share alone
+    inputs = [tmp_path / f"{number}.txt" for number in range(4)]
+    first, second = (Inputs(inputs, BYTES, share=Share(number, 2)) for number in (1, 2))
+    assert [document.doc_id for document in first.documents()] == ["1.txt", "2.txt"]
     with pytest.raises(DataError, match=r"3\.txt: neither Arrow"):
-        names(2)
+        list(second.documents())
+    shares = (
+        replace(some, names=[*inputs, tmp_path / "4.txt"], skip_bad=True)
+        for some in (first, second)
+    )
+    # the missing file is left out by the first share alone
+    assert [len(list(share.documents())) for share in shares] == [3, 2]
 
 
 def test_documents_keep_their_numbers_though_a_text_cannot_be_read_to_its_end(
@@ -203,30 +198,25 @@ def test_a_shard_of_a_share_that_is_gone_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
+    ("command", "error"),
     [
-        (["score", "-", "--share", "1/2"], "stdin can be read by one process"),
-        (["encode", "@-", "--share", "1/2", "-o", "v"], "stdin can be read by one process"),
-        (["tokenize", "-", "--share", "1/2", "-o", "v"], "stdin can be read by one process"),
-        (["score", "a.txt", "--share", "1/2", "--dp", "2"], "--share is for one process"),
+        ("score - --share 1/2", "stdin can be read by one process"),
+        ("encode @- --share 1/2 -o v", "stdin can be read by one process"),
+        ("score a.txt --share 1/2 --dp 2", "--share is for one process"),
+        ("encode a.txt --share 1/2 -o v --sp 2", "--share is for one process"),
+        ("score a.txt --share 1/2 --nproc 2", "--share is for one process"),
         (
-            ["encode", "a.txt", "--share", "1/2", "-o", "v", "--sp", "2"],
-            "--share is for one process",
-        ),
-        (["score", "a.txt", "--share", "1/2", "--nproc", "2"], "--share is for one process"),
-        (
-            ["tokenize", "a.txt", "--share", "1/2", "-o", "v", "--train-vocab", "300"],
+            "tokenize a.txt --share 1/2 -o v --train-vocab 300",
             "a tokenizer is trained on all of the input",
         ),
-        (["score", "a.txt", "--share", "3/2"], "'3/2' is no share"),
+        ("score a.txt --share 3/2", "'3/2' is no share"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(
-    run_longnet: RunLongnet, tmp_path: Path, arguments: list[str], error: str
+    run_longnet: RunLongnet, tmp_path: Path, command: str, error: str
 ) -> None:
     (tmp_path / "a.txt").write_text("text")
-    done = run_longnet(*arguments, code=2)
-    assert error in done.stderr
+    assert error in run_longnet(command, code=2).stderr
     assert not (tmp_path / "v").exists()
 
 
@@ -236,12 +226,12 @@ def test_another_share_and_other_files_are_refused_when_a_run_resumes(
     (tmp_path / "in").mkdir()
     for number in range(4):
         (tmp_path / f"in/{number}.txt").write_text("text " * (number + 1))
-    command = ["tokenize", "in", "-o", "out", "--resume", "--share"]
-    run_longnet(*command, "1/2", code=0)
-    done = run_longnet(*command, "2/2", code=2)
+    command = "tokenize in -o out --resume --share"
+    run_longnet(f"{command} 1/2", code=0)
+    done = run_longnet(f"{command} 2/2", code=2)
     assert "share was '1/2' and is now '2/2': give --share 1/2, or a new folder" in done.stderr
     (tmp_path / "in/9.txt").write_text("one more")  # of the other share
-    done = run_longnet(*command, "1/2", code=2)
+    done = run_longnet(f"{command} 1/2", code=2)
     assert "cannot resume: inputs was '4 files" in done.stderr
 
 
@@ -249,10 +239,10 @@ def test_a_total_is_that_of_its_share(run_longnet: RunLongnet, tmp_path: Path) -
     tiny_model(tmp_path / "model")
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"text of {name}")
-    command = ["score", "a.txt", "b.txt", "-m", "./model", "--share", "2/2"]
-    lines = run_longnet(*command, code=0).stdout.splitlines()
+    command = "score a.txt b.txt -m ./model --share 2/2"
+    lines = run_longnet(command, code=0).stdout.splitlines()
     assert [line.split("  ")[-1] for line in lines[1:3]] == ["b.txt", "total of share 2/2"]
-    total = json.loads(run_longnet(*command, "--format", "json", code=0).stdout)["total"]
+    total = json.loads(run_longnet(f"{command} --format json", code=0).stdout)["total"]
     assert (total["share"], total["n_docs"]) == ("2/2", 1)
 
 

@@ -229,11 +229,8 @@ def test_a_list_that_comes_through_a_pipe_is_read_once(tmp_path, run_longnet):
     """A command looks at its inputs up to three times."""
     for name in ("a.txt", "c d.txt"):
         (tmp_path / name).write_text(name)
-    for command in (
-        ["encode", "@-", "-o", "vectors"],
-        ["data", "inspect", "@-", "--format", "json"],
-    ):
-        done = run_longnet(*command, input="a.txt\n\nc d.txt\n", code=0)
+    for command in ("encode @- -o vectors", "data inspect @- --format json"):
+        done = run_longnet(command, input="a.txt\n\nc d.txt\n", code=0)
     assert json.loads(done.stdout)["documents"] == 2
 
 
@@ -281,7 +278,7 @@ def test_names_are_expanded_once(tmp_path, monkeypatch, command):
     monkeypatch.setattr(
         names_module, "find_files", lambda *items: expanded.append(items) or find_files(*items)
     )
-    done = invoke(*command.split(), "*.txt", "-q")
+    done = invoke(f"{command} *.txt -q")
     assert (done.exit_code, len(expanded)) == (0, 1), done.output
 
 

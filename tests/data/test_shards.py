@@ -285,9 +285,9 @@ def test_a_finished_folder_of_parquet_resumes_too(tmp_path):
 
 
 COMMANDS = {
-    "tokenize": ["tokenize", "--shard-tokens", "30"],
-    "score": ["score", "-m", "./model", "--shard-tokens", "30"],
-    "encode": ["encode", "-m", "./model", "--shard-rows", "2"],
+    "tokenize": "tokenize --shard-tokens 30",
+    "score": "score -m ./model --shard-tokens 30",
+    "encode": "encode -m ./model --shard-rows 2",
 }
 
 
@@ -310,7 +310,7 @@ def test_only_other_contents_are_refused(
     if job != "tokenize":
         tiny_model(tmp_path / "model")
     for folder in ("whole", "out"):
-        done = run_longnet(*COMMANDS[job], name, "-o", folder, code=0)
+        done = run_longnet(f"{COMMANDS[job]} {name} -o {folder}", code=0)
     manifest = read_manifest(out)
     (out / manifest.shards.pop()["name"]).unlink()
     (out / "_manifest.arrow").unlink()
@@ -320,13 +320,13 @@ def test_only_other_contents_are_refused(
         b"3" if name.endswith("jsonl") else b"\x03" + bytes(7) + b"\x03"
     )  # of a finished shard
     path.write_bytes(good[:byte] + b"4" + good[byte + 1 :])
-    done = run_longnet(*COMMANDS[job], name, "-o", "out", "--resume")
+    done = run_longnet(f"{COMMANDS[job]} {name} -o out --resume")
     assert (done.returncode, len(done.stderr.splitlines())) == (3, 1), done.stderr
     assert f"{name}: cannot resume: the file has changed" in done.stderr
     assert contents(out) == before
     path.write_bytes(good)
     os.utime(path, (1, 1))  # a time alone is no change
-    run_longnet(*COMMANDS[job], name, "-o", "out", "--resume", code=0)
+    run_longnet(f"{COMMANDS[job]} {name} -o out --resume", code=0)
     assert contents(out) == contents(tmp_path / "whole")
 
 

@@ -131,14 +131,7 @@ def test_checkpoints_go_both_ways(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_what_create_model_refuses(checkpoint: Path, tmp_path: Path) -> None:
     state = torch.load(checkpoint)["model"]
-    state["classifier.weight"] = state.pop("norm.bias")
-    torch.save({"model": state}, tmp_path / "other.pth")
-    with pytest.raises(
-        CheckpointError,
-        match=r"other.pth: .*missing tensor norm.bias; unexpected tensor classifier",
-    ):
-        create_model(str(tmp_path / "other.pth"), "tiny", 6)
-    state["norm.bias"] = state.pop("classifier.weight") * torch.nan
+    state["norm.bias"] *= torch.nan
     torch.save({"model": state}, tmp_path / "nan.pth")
     with pytest.raises(CheckpointError, match=r"nan.pth: norm.bias has numbers that are NaN"):
         create_model(str(tmp_path / "nan.pth"), "tiny", 6)

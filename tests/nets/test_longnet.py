@@ -7,7 +7,6 @@ Proves that phases are right at a billion tokens, and that types are kept.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -25,7 +24,7 @@ from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.positions import TABLE_ROWS, position_table, rotate, sink_turn
+from longnet_cli.nets.positions import TABLE_ROWS, position_table, rotate
 from longnet_cli.running import device
 
 PATTERN = {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)}
@@ -312,31 +311,6 @@ def test_phases_far_out(start: int) -> None:
         assert np.abs(ours[:, 0].numpy() - oracle).max() <= 1e-6
 
 
-def test_xpos_equals_torchscales_formula() -> None:
-    """Scores of torchscale's table, centred in the sequence, for a sequence no longer than the widest segment."""
-    tokens, d = 200, 16
-    q, k = drawn(tokens, torch.float64), drawn(tokens, torch.float64).flip(1)
-    ours_q, ours_k = rotate(q, k, position_table(config("xpos"), 0, tokens, "cpu", torch.float64))
-    zeta = (torch.arange(0, d, 2, dtype=torch.float64) + 0.4 * d) / (1.4 * d)
-    decay = (
-        zeta ** (torch.arange(-tokens // 2, tokens - tokens // 2)[:, None] / 512)
-    ).repeat_interleave(2, -1)
-    phase = torch.arange(tokens)[:, None] * 10000.0 ** (
-        -torch.arange(d // 2, dtype=torch.float64) / (d // 2)
-    )
-    cos, sin = (f(phase).repeat_interleave(2, -1)[:, None] for f in (torch.cos, torch.sin))
-
-    def turned(x: Tensor) -> Tensor:
-        return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
-
-    theirs = torch.einsum(
-        "bnhd,bmhd->hnm", turned(q) * decay[:, None], turned(k) / decay[:, None]
-    ).tril()
-    torch.testing.assert_close(
-        torch.einsum("bnhd,bmhd->hnm", ours_q, ours_k).tril(), theirs, rtol=0, atol=1e-12
-    )
-
-
 @pytest.mark.parametrize(
     ("options", "reached", "seen_at"),
     [
@@ -398,30 +372,3 @@ def test_types_are_kept_and_products_are_wide(dtype: torch.dtype) -> None:
     assert (
         (turned.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 4e-7
     ).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_key_turned_by_a_distance_is_one_that_far_on(dtype: torch.dtype) -> None:
-    q, distances = drawn(4, dtype), torch.tensor([0, -3, 1000, 10**9])
-    turn = sink_turn(config("rope"))
-    assert turn is not None
-    keys, _ = rotate(q, q, position_table(config("rope"), 5, 4, "cpu", dtype))
-    found = turn(keys[:, None].expand(-1, 4, -1, -1, -1), distances)
-    for moved, distance in zip(found.unbind(1), distances.tolist(), strict=True):
-        expected, _ = rotate(q, q, position_table(config("rope"), 5 + distance, 4, "cpu", dtype))
-        torch.testing.assert_close(
-            moved, expected, rtol=0, atol=2e-6
-        )  # float32 rounds both; phases of 1e9 are 1e-7
-    assert sink_turn(config("none")) is sink_turn(config("xpos")) is None
-
-
-def test_none_and_strided_views() -> None:
-    q = drawn(8, torch.float32)
-    assert position_table(config("none"), 0, 8, "cpu", torch.float32) is None
-    assert rotate(q, q, None) == (q, q)
-    fused = torch.randn(1, 8, 3, 2, 16)
-    table = position_table(config("rope"), 3, 8, "cpu", torch.float32)
-    assert torch.equal(
-        rotate(fused[:, :, 0], q, table)[0], rotate(fused[:, :, 0].clone(), q, table)[0]
-    )
-    assert math.isclose(rotate(q, q, table)[0].norm(), q.norm(), rel_tol=1e-6)
