@@ -36,11 +36,9 @@ from torch import Tensor, nn
 from longnet_cli.attention import (
     DilatedAttention,
     FarKeys,
-    FarSpan,
     Pattern,
     dilated,
     dilated_attention,
-    far_keys,
 )
 from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.planning import Shard, plan_calls
@@ -173,9 +171,7 @@ def test_golden(name: str) -> None:
         (dict.fromkeys("qkv", torch.zeros(1, 8, 2, 0)), "head_dim of at least 1"),
         ({"start": -1}, "start"),
         ({"lengths": [9]}, "lengths"),
-        ({"lengths": [1, 2]}, "lengths"),
         ({"lengths": torch.tensor([4.0])}, "lengths needs whole numbers"),
-        ({"lengths": torch.tensor(4)}, "lengths needs whole numbers, in one dimension"),
         ({"lengths": [[4]]}, "lengths needs whole numbers, in one dimension"),
         ({"documents": [5.5, 2.5]}, "documents needs whole numbers"),
         (
@@ -240,29 +236,6 @@ def test_documents_equal_the_reference(choice: Choice, sizes: list[int]) -> None
     expected = run(each_alone(documents), inputs, choice.pattern, **options)
     found = run(dilated_attention, inputs, choice.pattern, documents=documents, **options)
     assert_close(found, expected, 1e-12)
-
-
-def test_the_first_document_may_have_begun_before_the_shard() -> None:
-    pattern, documents, before = PAPER_64TH, [150, 40, 90, 20], 100
-    choice = Choice(pattern, 2, before + 300, 12, 4, 0, True, None, seed=5, kv_heads=12)
-    q, k, v, dout = choice.qkv()
-    spans = [
-        FarSpan(level, before // w * w, before)
-        for level, (w, _) in enumerate(pattern.levels)
-        if before % w
-    ]
-
-    def shard(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        first, *rest = (x.split([before, 300], 1) for x in (q, k, v))
-        far: list[FarKeys] = [far_keys(rest[0][0], rest[1][0], pattern, span) for span in spans]
-        own = first[1], rest[0][1], rest[1][1]
-        return dilated_attention(*own, pattern, start=before, far=far, documents=documents)
-
-    first, *others = documents
-    whole = each_alone([before + first, *others])
-    inputs = [q, k, v, dout[:, before:]]
-    expected = run(lambda *qkv: whole(*qkv)[:, before:], inputs, pattern)
-    assert_close(run(shard, inputs, pattern), expected, 1e-12)
 
 
 def test_a_document_that_fits_the_first_segment_is_one_call_on_a_cpu() -> None:
@@ -415,21 +388,9 @@ def test_inside_torchs_encoder(pattern: Pattern, norm_first: bool, padded: bool)
         ({"attn_mask": LATER.logical_not(), "is_causal": True}, "but the causal one of 37 tokens"),
         ({"attn_mask": LATER[:9, :9], "is_causal": True}, "but the causal one of 37 tokens"),
         ({"attn_mask": AS_FLOAT + 1, "is_causal": True}, "but the causal one of 37 tokens"),
-        (
-            {"attn_mask": LATER.expand(8, -1, -1), "is_causal": True},
-            "but the causal one of 37 tokens",
-        ),
         ({"key_padding_mask": PADDING[:2].flip(1)}, "on the right only, and row 1 "),
-        (
-            {"key_padding_mask": torch.arange(TOKENS).expand(2, -1) == 5},
-            "on the right only, and row 0 ",
-        ),
         ({"key_padding_mask": torch.full((2, TOKENS), -1.0)}, "0 and -inf"),
         ({"key_padding_mask": PADDING[0]}, r"\(batch, tokens\)"),
-        (
-            {"key_padding_mask": torch.zeros(2, TOKENS - 1, dtype=torch.bool)},
-            r"needs \(2, 37\), .* got \(2, 36\)",
-        ),
         (
             {"key_padding_mask": torch.zeros(3, TOKENS, dtype=torch.bool)},
             r"needs \(2, 37\), .* got \(3, 37\)",

@@ -12,7 +12,6 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from files import write_lines, write_rows
@@ -20,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
-from longnet_cli.basics.events import Events, LeftOut
+from longnet_cli.basics.events import Events
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.opened_inputs import Text
 from longnet_cli.data.passages import JUST_NOW, MARK, PassageIndex, open_index
@@ -263,33 +262,6 @@ def test_an_edit_in_the_middle_of_a_large_table_is_noticed(tmp_path: Path) -> No
     table.write_bytes(table.read_bytes().replace(b"w01000w", b"edited!"))
     os.utime(table, ns=(written, written))
     assert asked(index, [table], "edited") == ["t.arrow:1000"]
-
-
-def test_what_was_left_out_of_a_known_file_is_said_again(tmp_path: Path) -> None:
-    write_lines(tmp_path / "r.jsonl", [{"text": "one"}, {"text": None}, {"text": "one more"}])
-    (tmp_path / "bad.txt").write_bytes(b"\xff")
-    inputs = [tmp_path / "r.jsonl", tmp_path / "bad.txt", tmp_path / "missing.txt"]
-    said: list[list[tuple[str, bool]]] = []
-    for _ in range(2):
-        skipped: list[tuple[str, bool]] = []
-
-        def note(item: Any, why: Exception, skipped: list = skipped) -> None:
-            skipped.append((str(why), item.file))
-
-        with open_index(str(tmp_path / "i.sqlite")) as index:
-            index.update(
-                Inputs(inputs, skip_bad=True),
-                Events(left_out=LeftOut(note)),
-            )
-            assert [each.doc_id for each in index.find("one", 9)] == ["r.jsonl:0", "r.jsonl:2"]
-        said.append(skipped)
-    assert said[0] == said[1]
-    assert [file for _, file in said[0]] == [True, False, True]
-    with pytest.raises(DataError, match="line 2: 'text' is null"):
-        asked(tmp_path / "i.sqlite", inputs[:1], "one")
-    index = PassageIndex()
-    index.update(Inputs(inputs, skip_bad=True))  # nobody wants to know
-    assert len(index.find("one", 9)) == 2
 
 
 def test_a_known_file_has_the_name_that_it_has_now(tmp_path: Path) -> None:

@@ -255,8 +255,6 @@ HUGE[2, 4] = 1e300
             change(coords=pa.array(["0,1", "1,2", "3,4"])),
             "coords has type string: lists of numbers are needed",
         ),
-        (change().slice(0, 0), "the table has 0 rows"),
-        (change(part=[0, 2, 0]), "row 1: part 2 of document 'a' stands where part 1 should"),
         (
             change(features=pa.array([[1], [2], [3]])),
             "holds vectors, lists of float16, float32 or float64",

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +22,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 import transformers as hf
-from hf_models import LEVELS, WINDOW, built, ids, llama, mixed, reference
+from hf_models import LEVELS, WINDOW, built, ids, llama, mixed
 from processes import invoke, refused
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
@@ -32,7 +31,6 @@ from longnet_cli.basics.errors import ConfigError, InputWarning
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf import trying
-from longnet_cli.models.hf.attention import dilated_attention_forward
 from longnet_cli.models.hf.pretrained_net import TransformersNet
 from longnet_cli.models.hf.trying import hidden_states
 from longnet_cli.running.causal_stream import open_stream
@@ -407,26 +405,6 @@ def test_models_of_images_and_texts(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 300
     with torch.no_grad():
         assert ModelFolder(tmp_path / "text").net(pattern=WIDE)(ids(20)).shape == (2, 20, 32)
-
-
-@pytest.mark.parametrize(("new", "masked"), [(20, True), (20, False), (1, True), (1, False)])
-def test_a_sink_in_a_sliding_layer(new: int, masked: bool) -> None:
-    """Outputs and gradients with one more key for sdpa are those of scores with a sink beside them."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(2, 6, new, 8), torch.randn(2, 3, 30, 8), torch.randn(2, 3, 30, 5)
-    if not masked and new > 1:
-        k, v = k[:, :, :new], v[:, :, :new]
-    sinks, places = torch.randn(6) * 2, torch.arange(k.shape[2])
-    ages = places[-new:, None] - places
-    mask = ((ages >= 0) & (ages < 12))[None, None] if masked else None
-    module = SimpleNamespace(is_causal=True, num_key_value_groups=2, config=None)
-    results = []
-    for attention in (dilated_attention_forward, reference):
-        given = [x.clone().requires_grad_() for x in (q, k, v, sinks)]
-        out, _ = attention(module, *given[:3], mask, scaling=0.3, sliding_window=12, s_aux=given[3])
-        results.append([out, *torch.autograd.grad(out.square().sum(), given)])
-    for found, expected in zip(*results, strict=True):
-        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_a_model_that_cannot_run_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

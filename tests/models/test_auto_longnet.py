@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 import transformers as hf
+from builders import tiny_net
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import CheckpointError, ConfigError
@@ -21,7 +22,6 @@ from longnet_cli.integrations.transformers import LongNetCache, use_dilated_atte
 from longnet_cli.jobs.encoding import EncodeFacts, encode
 from longnet_cli.jobs.generating import generate
 from longnet_cli.jobs.job_options import EncodeOptions
-from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import TRANSFORMERS_KEYS
 
@@ -31,19 +31,16 @@ CACHE = (
     if "cache" in hf.modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__
     else "past_key_values"
 )
-SHAPE = {"vocab_size": BYTES.vocab_size, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}
-PAPER = {"segment_lengths": (8, 32), "dilation_rates": (1, 2)}
-ONCE = {
-    "segment_lengths": (8, 32),
-    "dilation_rates": (1, 2),
-    "look_back": 1,
-    "overlap": "once",
-    "queries": "all",
-}
-CAUSAL = {
-    "xpos": PAPER,
-    "sinks": ONCE | {"sinks": 2, "position": "rope"},
-    "untied": PAPER | {"position": "rope", "tie_embeddings": False},
+NETS = {
+    "xpos": {},
+    "sinks": {
+        "look_back": 1,
+        "overlap": "once",
+        "queries": "all",
+        "sinks": 2,
+        "position": "rope",
+    },
+    "untied": {"position": "rope", "tie_embeddings": False},
 }
 TEXTS = ["One text, which has some length, more than a segment.", "Two"]
 
@@ -52,8 +49,7 @@ TEXTS = ["One text, which has some length, more than a segment.", "Two"]
     params=["sinks", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("xpos", "untied"))]
 )
 def net(request: pytest.FixtureRequest) -> LongNet:
-    torch.manual_seed(0)
-    return LongNet(LongNetConfig(**SHAPE, **CAUSAL[request.param])).eval()
+    return tiny_net(**NETS[request.param]).eval()
 
 
 @pytest.fixture
@@ -77,7 +73,7 @@ def ids(*shape: int) -> torch.Tensor:
 def test_auto_classes_open_what_a_longnet_saves(net: LongNet, folder: Path) -> None:
     config = hf.AutoConfig.from_pretrained(folder)
     assert config.longnet == net.config
-    assert (config.hidden_size, config.num_hidden_layers, config.eos_token_id) == (32, 2, 256)
+    assert (config.hidden_size, config.num_hidden_layers, config.eos_token_id) == (16, 2, 256)
     tokens = ids(2, 50)
     hidden = net(tokens)
     assert torch.equal(hf.AutoModel.from_pretrained(folder)(tokens).last_hidden_state, hidden)
@@ -130,7 +126,7 @@ def test_a_resized_vocabulary_is_saved(folder: Path, tmp_path: Path) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
     for resized in (base, model):
         resized.resize_token_embeddings(300)
-    assert base(ids(1, 20) + 40).last_hidden_state.shape == (1, 20, 32)
+    assert base(ids(1, 20) + 40).last_hidden_state.shape == (1, 20, 16)
     model.save_pretrained(tmp_path / "large")
     large = LongNet.from_pretrained(tmp_path / "large").eval()
     assert large.config.vocab_size == 300
@@ -276,9 +272,8 @@ def test_a_trainer_trains(net: LongNet, folder: Path, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_bidirectional_net_fills_masks(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    net = LongNet(LongNetConfig(**SHAPE, **PAPER, causal=False, position="rope")).eval()
-    net.save_pretrained(tmp_path, BYTES.to_json())
+    net = tiny_net(causal=False, position="rope").eval()
+    net.save_pretrained(tmp_path)
     model = hf.AutoModelForMaskedLM.from_pretrained(tmp_path)
     tokens, mask = ids(2, 40), torch.ones(2, 40, dtype=torch.int64)
     mask[1, :11] = 0
@@ -295,22 +290,18 @@ def test_a_causal_net_and_one_without_vocabulary_say_what_opens_them(
 ) -> None:
     with pytest.raises(ValueError, match="causal: open it with AutoModelForCausalLM"):
         hf.AutoModelForMaskedLM.from_pretrained(folder)
-    LongNet(LongNetConfig(**SHAPE | {"vocab_size": 0}, **PAPER)).save_pretrained(
-        tmp_path / "vectors"
-    )
+    tiny_net(vocab_size=0).save_pretrained(tmp_path / "vectors")
     with pytest.raises(ValueError, match="no vocabulary: open it with AutoModel"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path / "vectors")
     hidden = hf.AutoModel.from_pretrained(tmp_path / "vectors")(
-        inputs_embeds=torch.zeros(1, 5, 32)
+        inputs_embeds=torch.zeros(1, 5, 16)
     ).last_hidden_state
-    assert hidden.shape == (1, 5, 32)
+    assert hidden.shape == (1, 5, 16)
 
 
 def test_what_a_longnet_does_not_do_is_refused(folder: Path) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
     tokens = ids(1, 10)
-    with pytest.raises(ValueError, match="no output_hidden_states"):
-        model(tokens, output_hidden_states=True)
     with pytest.raises(ValueError, match="packed texts"):
         model(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6]]))
     with pytest.raises(ValueError, match="attention_mask must say of all 10 tokens"):
@@ -392,9 +383,7 @@ def test_the_base_model_and_the_output_matrix_make_the_logits(net: LongNet, fold
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_vectors_are_those_of_encode(causal: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    shape = PAPER | {"position": "rope", "causal": causal}
-    net = LongNet(LongNetConfig(**SHAPE, **shape)).eval()
+    net = tiny_net(position="rope", causal=causal).eval()
     net.save_pretrained(tmp_path, BYTES.to_json())
     documents = [Document(str(i), BYTES.encode(text), None, "test") for i, text in enumerate(TEXTS)]
     expected = (

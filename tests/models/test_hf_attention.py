@@ -282,39 +282,30 @@ def test_where_a_text_names_all_blocks_attention_is_dense(
             net(inputs_embeds=net.get_input_embeddings()(tokens), use_cache=False)
 
 
-def test_beams_with_chosen_blocks_name_what_each_has_read() -> None:
-    net = use_dilated_attention(built(llama, eos_token_id=None), CHOSEN)
-    options = {"max_new_tokens": 20, "pad_token_id": 0, "num_beams": 3}
+@pytest.mark.parametrize("pattern", [FAR, CHOSEN])
+def test_a_cache_follows_beams(pattern: Pattern) -> None:
+    """Each beam has the score of its tokens, as one pass over them gives it."""
+    net = use_dilated_attention(built(llama, eos_token_id=None), pattern)
+    beams = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 20, "pad_token_id": 0}
     cache = LongNetCache(net.config)
-    found = net.generate(ids(60), past_key_values=cache, num_return_sequences=3, **options)
-    (part,) = cache._parts.values()
-    assert len(part.texts) == 6
-    read = {tuple(text.ids.tolist()) for text in part.texts}
-    assert {tuple(row.tolist()) for row in found[:, :-1]} & read
-    again = net(found, use_cache=False).logits.log_softmax(-1)
-    of_tokens = again[:, :-1].gather(-1, found[:, 1:, None])[:, 59:, 0].sum(-1)
-    options |= {"return_dict_in_generate": True, "output_scores": True}
-    scored = net.generate(
-        ids(60), past_key_values=LongNetCache(net.config), num_return_sequences=3, **options
-    )
-    torch.testing.assert_close(of_tokens / 20, scored.sequences_scores, rtol=1e-4, atol=1e-4)
+    how = {"past_key_values": cache, "return_dict_in_generate": True, "output_scores": True}
+    found = net.generate(ids(60), **beams, **how)
+    nats = net(found.sequences, use_cache=False).logits.log_softmax(-1)[:, :-1]
+    of_tokens = nats.gather(-1, found.sequences[:, 1:, None])[:, 59:, 0].sum(-1)
+    torch.testing.assert_close(of_tokens / 20, found.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
 def test_a_bounded_cache_is_bounded_and_follows_beams() -> None:
+    """Padded rows, too."""
     net = use_dilated_attention(built(llama, eos_token_id=None), FAR)
-    options = {
-        "attention_mask": left_padded(30),
-        "max_new_tokens": 40,
-        "pad_token_id": 0,
-        "num_beams": 3,
-    }
-    cache = LongNetCache(net.config)
-    found = net.generate(ids(30), past_key_values=cache, num_return_sequences=2, **options)
-    assert torch.equal(found, net.generate(ids(30), num_return_sequences=2, **options))
-    layers = net.config.num_hidden_layers
-    assert cache.nbytes == 6 * layers * 4 * 2 * 8 * cached_rows(Layout(FAR, 12, 4))
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 40, "pad_token_id": 0}
+    cache, padded = LongNetCache(net.config), {"attention_mask": left_padded(30)}
+    found = net.generate(ids(30), past_key_values=cache, **beams, **padded)
+    assert torch.equal(found, net.generate(ids(30), **beams, **padded))
+    rows = net.config.num_hidden_layers * 4 * 2 * 8 * cached_rows(Layout(FAR, 12, 4))
+    assert cache.nbytes == 6 * rows
     cache.batch_select_indices(torch.tensor([4, 0]))
-    assert cache.nbytes == 2 * layers * 4 * 2 * 8 * cached_rows(Layout(FAR, 12, 4))
+    assert cache.nbytes == 2 * rows
 
 
 def test_padding_on_both_sides_is_as_alone() -> None:

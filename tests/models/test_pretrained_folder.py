@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 import transformers as hf
+from hf_models import built, ids, llama
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
@@ -23,30 +23,13 @@ from longnet_cli.integrations.transformers import (
 )
 from longnet_cli.models.hf.pretrained_folder import DILATED_TYPE, from_file
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 SINKS = Pattern.window(8, sinks=2)
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=128)
-    return hf.LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    use_dilated_attention(llama(), SINKS).save_pretrained(tmp_path / "dilated")
+    use_dilated_attention(built(llama), SINKS).save_pretrained(tmp_path / "dilated")
     return tmp_path / "dilated"
-
-
-def ids() -> torch.Tensor:
-    return torch.randint(64, (2, 50), generator=torch.Generator().manual_seed(1))
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -101,20 +84,20 @@ def test_a_folder_that_is_opened_dense_says_so(folder: Path, asked: str) -> None
 
 
 def test_whoever_put_a_pattern_there_it_is_saved_as_one(tmp_path: Path) -> None:
-    config = llama().config
+    config = built(llama).config
     write_pattern(config, SINKS)
     config.save_pretrained(tmp_path / "a")
     assert config_of(tmp_path / "a")["model_type"] == DILATED_TYPE
-    config = llama().config
+    config = built(llama).config
     config.dilated_attention = {"segment_lengths": [8, 16], "dilation_rates": [1, 2]}
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="dilated")
-    model(ids())
+    model(ids(50))
     model.save_pretrained(tmp_path / "b")
     assert config_of(tmp_path / "b")["model_type"] == DILATED_TYPE
 
 
 def test_a_dense_pattern_is_no_secret(tmp_path: Path) -> None:
-    use_dilated_attention(llama(), Pattern.dense()).save_pretrained(tmp_path)
+    use_dilated_attention(built(llama), Pattern.dense()).save_pretrained(tmp_path)
     assert config_of(tmp_path)["model_type"] == "llama"
     assert hf.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 

@@ -174,8 +174,7 @@ def test_a_prompt_that_the_library_does_not_read(
     names: tuple[str, ...], tmp_path: Path, run_longnet: Any
 ) -> None:
     folder = save_model(tmp_path / "model", prompts=dict.fromkeys(names, "query: "))
-    path = folder / "config_sentence_transformers.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "default_prompt_name": names[-1]}))
+    edit(folder, SETTINGS, default_prompt_name=names[-1])
     documents = texts(5, 12)
     with pytest.warns(UserWarning, match="the prompt 'query: ' is not read"):
         assert difference(folder, documents) < 1e-5
@@ -190,8 +189,7 @@ def test_a_prompt_that_the_library_does_not_read(
 
 def test_truncated_vectors_and_overrides(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
-    path = folder / "config_sentence_transformers.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "truncate_dim": 7}))
+    edit(folder, SETTINGS, truncate_dim=7)
     documents = texts(5, 12)
     assert difference(folder, documents) < 1e-5
     assert not np.allclose(np.linalg.norm(vectors(folder, documents), axis=1), 1, atol=1e-3)
@@ -422,7 +420,7 @@ def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
         with pytest.raises(LongNetError, match=said):
             vectors(cls, ["the net reads a document"], **options)
     cut = save_model(tmp_path / "cut")
-    edit(cut, "config_sentence_transformers.json", truncate_dim=7)
+    edit(cut, SETTINGS, truncate_dim=7)
     with pytest.raises(LongNetError, match="leave out --no-normalize"):
         vectors(cut, ["the net"], normalize=False)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.slide import SlideEncoder, grid_cells, grid_positions
+from longnet_cli.nets.slide import SlideEncoder, grid_cells
 
 
 @pytest.mark.parametrize("padding", ["zero_key", "exact"])
@@ -103,18 +103,6 @@ def test_drop_path_grows_from_layer_to_layer_and_leaves_out_whole_slides() -> No
     torch.testing.assert_close(left, x * kept[:, None, None] / 0.4)
 
 
-def test_positions_are_those_of_the_table() -> None:
-    """The official table, as its definition says, for a grid that is small enough to hold it."""
-    grid, dim = 7, 16
-    steps = torch.arange(dim // 4, dtype=torch.float64)
-    table = []
-    for index in range(grid * grid):
-        halves = [c / 10000 ** (steps / (dim // 4)) for c in (index % grid, index // grid)]
-        table.append(torch.cat([part for half in halves for part in (half.sin(), half.cos())]))
-    cells = torch.tensor([[first, second] for first in range(grid) for second in range(grid)])
-    torch.testing.assert_close(grid_positions(cells.float(), dim), torch.stack(table).float())
-
-
 def test_cells_are_exact_at_their_edges() -> None:
     coords = torch.tensor([[0, 255], [256, 511], [512, 2**40 * 256 - 1]])
     assert grid_cells(coords, 256).tolist() == [[0, 0], [1, 1], [2, 2**40 - 1]]
@@ -151,7 +139,6 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
             "slide 0, tile 2: the tile at .0, 12800.: its cell .0, 50. is",
         ),
         ({"lengths": [5]}, "lengths must be 1 numbers of 1 to 4"),
-        ({"lengths": [0]}, "lengths must be 1 numbers of 1 to 4"),
         ({"pool": "last"}, "pool must be"),
         (
             {"tile_size": [256, 256]},
