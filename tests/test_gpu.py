@@ -12,13 +12,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders import job_folder, losses
-from conftest import EMULATED, GPU, RunLongnet
+from conftest import EMULATED, GPU
 from emulated import emulate
 from pattern_nets import EOS, draw, error, gradients, net
 from processes import TORCHRUN
@@ -166,7 +165,7 @@ def wrong_results(kernel: str, dtype: str, names: Iterable[str] = CASES) -> list
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
-def test_attention(kernel: str, dtype: str) -> None:
+def test_attention(kernel, dtype):
     if EMULATED and kernel == "math":
         pytest.skip("is the same on every device")
     if reason := refusal(kernel, dtype):
@@ -186,7 +185,7 @@ def fresh_selection() -> Iterator[None]:
 
 
 @only_emulated
-def test_a_card_without_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_without_flash_attention(monkeypatch):
     """A T4: efficient attention serves fp16 and fp32, and nothing but plain math serves bf16."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     monkeypatch.setattr(
@@ -202,7 +201,7 @@ def test_a_card_without_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None
         assert not wrong_results("cuda_efficient", "fp16")
 
 
-def test_another_card_than_the_current_one() -> None:
+def test_another_card_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two cards")
     pattern, like, options = split_options("documents")
@@ -212,7 +211,7 @@ def test_another_card_than_the_current_one() -> None:
         assert error(a, b) <= TOLERANCE["bf16"]
 
 
-def test_what_is_fast_serves() -> None:
+def test_what_is_fast_serves():
     """Where a card has compute capability 8.0, nothing falls back to what is slower without anybody's notice."""
     if CUDA and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("the card has no compute capability 8.0")
@@ -223,7 +222,7 @@ def test_what_is_fast_serves() -> None:
     assert chosen["fp32"] == ("cuda_efficient" if CUDA or EMULATED else "cpu_flash")
 
 
-def test_more_numbers_than_32_bits_count() -> None:
+def test_more_numbers_than_32_bits_count():
     """The last segment of a long sequence is what it is alone: segments end there at every level."""
     pattern, segments, shape = (Pattern.paper(), 86, (12, 64)) if CUDA else (PAPER_64TH, 3, (2, 8))
     last = pattern.segment_lengths[-1]
@@ -283,12 +282,12 @@ def check_step(model: Any, dtype: str, chunk: int, packed: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["windows", "documents"])
 @pytest.mark.parametrize("chunk", [1000, 130], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("dtype", OF_NETS)
-def test_training_step(dtype: str, chunk: int, packed: bool) -> None:
+def test_training_step(dtype, chunk, packed):
     check_step(net(PAPER_64TH).to(DEVICE), dtype, chunk, packed)
 
 
 @pytest.mark.parametrize("dtype", OF_NETS)
-def test_compiled_layers(dtype: str) -> None:
+def test_compiled_layers(dtype):
     """As `train.compile` compiles them; Inductor's kernels on a GPU."""
     torch._dynamo.reset()
     model = net(PAPER_64TH).to(DEVICE)
@@ -305,7 +304,7 @@ def exact_hidden(causal: bool, padding: str = "exact") -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", OF_NETS)
-def test_stream(dtype: str) -> None:
+def test_stream(dtype):
     """Chunks of any sizes, single tokens too, as in decoding."""
     stream, ids = CausalStream(net(PAPER_64TH).to(DEVICE)), draw(1, 400).to(DEVICE)
     with precision(dtype, DEVICE):
@@ -316,7 +315,7 @@ def test_stream(dtype: str) -> None:
 @pytest.mark.parametrize("spilled", [False, True], ids=["in memory", "spilled"])
 @pytest.mark.parametrize("padding", ["exact", "zero_key"])
 @pytest.mark.parametrize("dtype", OF_NETS)
-def test_layer_by_layer(dtype: str, padding: str, spilled: bool, tmp_path: Path) -> None:
+def test_layer_by_layer(dtype, padding, spilled, tmp_path):
     model, ids = net(PAPER_64TH, causal=False, padding=padding).to(DEVICE), draw(1, 400).to(DEVICE)
     spill = tmp_path if spilled else None
     parts = hidden_in_chunks(model, lambda a, b: ids[:, a:b], 400, 70, spill=spill, dtype=dtype)
@@ -325,7 +324,7 @@ def test_layer_by_layer(dtype: str, padding: str, spilled: bool, tmp_path: Path)
 
 
 @own_processes
-def test_commands(tmp_path: Path, run_longnet: RunLongnet) -> None:
+def test_commands(tmp_path, run_longnet):
     """`train` and `score` in fp32 on both devices: the same losses, and the same nats of its model."""
     job_folder(tmp_path)
     nats = []
@@ -340,7 +339,7 @@ def test_commands(tmp_path: Path, run_longnet: RunLongnet) -> None:
     assert nats[1] == pytest.approx(nats[0], rel=1e-5)
 
 
-def test_bench() -> None:
+def test_bench():
     """A case of each kind, and the peak is that of the device."""
     kinds = {"direction": ["forward", "backward"], "impl": ["dilated", "dense"]}
     rows = [*bench(Settings.of(seq=[256], **kinds, device=GPU, repeats=1))]
@@ -351,7 +350,7 @@ def test_bench() -> None:
 @pytest.mark.parametrize(
     "mesh", [[], ["--dp", "2"], ["--shard", "full"]], ids=["sp2", "dp2", "sp2 sharded"]
 )
-def test_two_ranks(mesh: list[str], tmp_path: Path, run_python: RunLongnet) -> None:
+def test_two_ranks(mesh, tmp_path, run_python):
     """Two processes of torchrun over NCCL train as one does, in fp32."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two cards")

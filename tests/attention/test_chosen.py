@@ -61,9 +61,7 @@ def seen_in(choice: Choice) -> list[SeenBlocks]:
 @pytest.mark.parametrize("kernel", ["math", "cpu_flash"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @given(choice=chosen_choices(), gathered=st.sampled_from([1, chosen.GATHERED["cpu"]]))
-def test_equals_the_reference(
-    kernel: str, dtype: torch.dtype, choice: Choice, gathered: int
-) -> None:
+def test_equals_the_reference(kernel, dtype, choice, gathered):
     """In one call, and in many calls of few groups."""
     qkv, seen = choice.qkv(dtype)[:3], seen_in(choice)
     expected = expected_of(choice, [x.double() for x in qkv], seen)
@@ -88,8 +86,8 @@ def read(
 
 @given(choice=chosen_choices(), sizes=cuts(), saves=st.booleans())
 def test_shards_with_a_cache_that_is_forked_reordered_and_saved_equal_the_whole(
-    choice: Choice, sizes: list[int], saves: bool
-) -> None:
+    choice, sizes, saves
+):
     choice = replace(choice, lengths=None, batch=2, tokens=choice.tokens + 2)
     qkv, seen, cache = choice.qkv()[:3], seen_in(choice), cache_of(choice)
     whole, tokens = attend(choice, qkv, seen), choice.tokens
@@ -113,7 +111,7 @@ def test_shards_with_a_cache_that_is_forked_reordered_and_saved_equal_the_whole(
     assert past * of_rows <= cache.nbytes <= 2 * kept * of_rows
 
 
-def test_whole_groups_in_shards_equal_the_whole_to_the_bit() -> None:
+def test_whole_groups_in_shards_equal_the_whole_to_the_bit():
     """Shards of whole segments: the same calls, on the same rows."""
     choice = Choice(WINDOW, 2, 160, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True)
     qkv, seen = choice.qkv(torch.float32)[:3], seen_in(choice)
@@ -132,7 +130,7 @@ def test_whole_groups_in_shards_equal_the_whole_to_the_bit() -> None:
     assert torch.equal(lse, shards[1])
 
 
-def test_a_gradient_is_refused() -> None:
+def test_a_gradient_is_refused():
     choice = Choice(WINDOW, 1, 160, 2, 8, 0, True, None, 1, kv_heads=2)
     q, k, v = choice.qkv()[:3]
     out = attend(choice, [q.requires_grad_(), k, v], seen_in(choice))
@@ -140,7 +138,7 @@ def test_a_gradient_is_refused() -> None:
         out.sum().backward()
 
 
-def test_what_does_not_say_which_blocks_are_seen_is_refused() -> None:
+def test_what_does_not_say_which_blocks_are_seen_is_refused():
     q = torch.randn(1, 40, 2, 8)
     named = Outside(chosen=Chosen([]))
     for options in (
@@ -154,7 +152,7 @@ def test_what_does_not_say_which_blocks_are_seen_is_refused() -> None:
 
 
 @pytest.mark.parametrize("tokens", [5, 32, 33, 60, 1001])
-def test_flops_are_those_of_as_many_blocks_as_may_be_named(tokens: int) -> None:
+def test_flops_are_those_of_as_many_blocks_as_may_be_named(tokens):
     window = replace(WINDOW, chosen=0, chosen_block=32, chosen_every=16)
     beside = attention_flops(WINDOW, 3, 8, tokens, True) - attention_flops(
         window, 3, 8, tokens, True

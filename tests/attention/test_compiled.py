@@ -78,7 +78,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
         Pattern((8, 32), (1, 4), look_back=1, overlap="once", queries="all", sinks=3),
     ],
 )
-def test_compiled_equals_eager(pattern: Pattern, options: dict) -> None:
+def test_compiled_equals_eager(pattern, options):
     """Every option of a pattern, shared key heads, rows from outside and sinks that are turned."""
 
     far = None
@@ -95,7 +95,7 @@ def test_compiled_equals_eager(pattern: Pattern, options: dict) -> None:
     compare(attend, torch.compile(attend, backend="aot_eager"), tensors(3, 80))
 
 
-def test_no_graph_holds_what_comes_from_outside() -> None:
+def test_no_graph_holds_what_comes_from_outside():
     """In chunks, far keys differ at each call, and their provider keeps a cache: neither compiles anything again."""
     ids, targets = draw(2, 400), draw(2, 400, seed=1)
     model = net(PAPER_64TH, layers=1)
@@ -113,7 +113,7 @@ def test_no_graph_holds_what_comes_from_outside() -> None:
 @pytest.mark.parametrize(
     ("padded", "backend"), [(False, "aot_eager"), pytest.param(True, "inductor", marks=COMPILER)]
 )
-def test_a_compiled_layer_of_torch(padded: bool, backend: str) -> None:
+def test_a_compiled_layer_of_torch(padded, backend):
     layer = nn.TransformerEncoderLayer(32, HEADS, 48, dropout=0.0, batch_first=True)
     layer.self_attn = DilatedAttention(32, HEADS, PATTERN)
     x = torch.randn(2, 100, 32, requires_grad=True)
@@ -122,7 +122,7 @@ def test_a_compiled_layer_of_torch(padded: bool, backend: str) -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_autocast(compiled: bool) -> None:
+def test_autocast(compiled):
     """Projections in bf16, the operator as exact as bf16 inputs allow, and the same compiled."""
     module = DilatedAttention(32, HEADS, PAPER_64TH)
     f = torch.compile(module, backend="aot_eager") if compiled else module
@@ -138,7 +138,7 @@ def test_autocast(compiled: bool) -> None:
 
 
 @pytest.mark.parametrize(("reentrant", "compiled"), [(True, False), (False, False), (False, True)])
-def test_checkpoint(reentrant: bool, compiled: bool) -> None:
+def test_checkpoint(reentrant, compiled):
     def again(*qkv: Tensor) -> Tensor:
         return checkpoint(plain, *qkv, use_reentrant=reentrant)
 

@@ -44,7 +44,7 @@ from longnet_cli.attention.kernels import KERNELS
 from longnet_cli.attention.planning import Shard, plan_calls
 
 
-def test_strided_and_expanded_inputs() -> None:
+def test_strided_and_expanded_inputs():
     """A fused projection hands over interleaved q, k, v; grouped-query heads are expanded; d of sum() has stride 0."""
     pattern = Pattern((8, 32), (1, 4))
     qkv = torch.randn(2, 40, 3, 4, 8, dtype=torch.float64, requires_grad=True)
@@ -84,7 +84,7 @@ SECOND_DERIVATIVES = {
 
 
 @pytest.mark.parametrize("way", SECOND_DERIVATIVES)
-def test_second_derivatives_are_refused(way: str) -> None:
+def test_second_derivatives_are_refused(way):
     inputs = [torch.randn(1, 20, 2, 4, dtype=torch.float64, requires_grad=True) for _ in "qkv"]
     assert torch.autograd.gradcheck(attended, inputs)
     with pytest.raises(RuntimeError, match=r"^dilated attention has no second derivative$"):
@@ -92,7 +92,7 @@ def test_second_derivatives_are_refused(way: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["cpu_flash", "math"])
-def test_autocast_changes_no_number(kernel: str) -> None:
+def test_autocast_changes_no_number(kernel):
     """Projections under autocast hand over bf16; the kernels' own arithmetic must not be cast again."""
     choice = Choice(Pattern((8, 32), (1, 4)), 2, 50, 4, 8, 3, True, None, seed=4)
     attend = partial(run, dilated_attention, choice.qkv(torch.float32), choice.pattern, start=3)
@@ -101,7 +101,7 @@ def test_autocast_changes_no_number(kernel: str) -> None:
         assert all(map(torch.equal, attend(kernel=kernel), expected))
 
 
-def test_autocast_casts_several_types_as_sdpa_does() -> None:
+def test_autocast_casts_several_types_as_sdpa_does():
     q, k, v = (torch.randn(1, 50, 4, 8, requires_grad=True) for _ in "qkv")
     pattern = Pattern((64,), (1,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -116,7 +116,7 @@ def test_autocast_casts_several_types_as_sdpa_does() -> None:
 
 
 @pytest.mark.parametrize("pattern", [Pattern((8, 32), (1, 4)), Pattern.window(8, sinks=2)])
-def test_the_meta_device_has_shapes_and_no_numbers(pattern: Pattern) -> None:
+def test_the_meta_device_has_shapes_and_no_numbers(pattern):
     q = torch.empty(2, 50, 4, 8, device="meta", requires_grad=True)
     out = dilated_attention(q, q, q, pattern, lengths=[50, 20])
     (grad,) = torch.autograd.grad(out.sum(), q)
@@ -125,7 +125,7 @@ def test_the_meta_device_has_shapes_and_no_numbers(pattern: Pattern) -> None:
     assert out.shape == grad.shape == q.shape
 
 
-def test_calls_are_split_around_kernel_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_split_around_kernel_limits(monkeypatch):
     math, seen = KERNELS["math"], []
     forward = math.forward
     monkeypatch.setattr(type(math), "max_batch", lambda *_: 2)
@@ -138,7 +138,7 @@ def test_calls_are_split_around_kernel_limits(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     "name", ["attention_causal", "attention_bidirectional", "attention_bidirectional_zero_key"]
 )
-def test_golden(name: str) -> None:
+def test_golden(name):
     """The official implementation's outputs, in the regimes where it is right."""
     path = GOLDEN / f"{name}.safetensors"
     if not path.exists():
@@ -195,7 +195,7 @@ def test_golden(name: str) -> None:
         ({"far": [FarKeys(3, 8, 9, *torch.zeros(2, 1, 2, 2, 4))]}, "name level 3"),
     ],
 )
-def test_wrong_calls_say_what_is_wrong(change: dict, message: str) -> None:
+def test_wrong_calls_say_what_is_wrong(change, message):
     call = {
         "q": torch.zeros(1, 8, 2, 4),
         "k": torch.zeros(1, 8, 2, 4),
@@ -205,7 +205,7 @@ def test_wrong_calls_say_what_is_wrong(change: dict, message: str) -> None:
         dilated_attention(**call, pattern=Pattern((8,), (1,)))
 
 
-def test_a_capturing_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capturing_stream_is_refused(monkeypatch):
     """Before a kernel is tried, which would fail there; in a backward pass too."""
     pattern, qkv = Pattern((8,), (1,)), torch.randn(3, 1, 16, 2, 8, requires_grad=True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -229,7 +229,7 @@ def each_alone(documents: list[int]):
 
 
 @given(choice=choices(), sizes=cuts())
-def test_documents_equal_the_reference(choice: Choice, sizes: list[int]) -> None:
+def test_documents_equal_the_reference(choice, sizes):
     """With every option of a pattern: look-back, sinks, shared key heads."""
     inputs, documents = choice.qkv(), split(choice.tokens, sizes)
     options = {"causal": choice.causal} | turning(choice)
@@ -238,7 +238,7 @@ def test_documents_equal_the_reference(choice: Choice, sizes: list[int]) -> None
     assert_close(found, expected, 1e-12)
 
 
-def test_a_document_that_fits_the_first_segment_is_one_call_on_a_cpu() -> None:
+def test_a_document_that_fits_the_first_segment_is_one_call_on_a_cpu():
     x = torch.empty(1, 2000, 6, 32)
     shard = Shard(documents=[300, 1024, 676])
     plan = plan_calls(KERNELS["cpu_flash"], x, x, x, Pattern((1024, 4096), (1, 4)), shard)
@@ -247,7 +247,7 @@ def test_a_document_that_fits_the_first_segment_is_one_call_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [100, 129, 512, 700, 1030])
-def test_causal_squares_of_all_sizes(tokens: int, dtype: torch.dtype) -> None:
+def test_causal_squares_of_all_sizes(tokens, dtype):
     """They go in steps of rows, or as one call; with several levels and without."""
     for pattern in (Pattern((2048,), (1,)), Pattern((1024, 2048), (1, 2))):
         choice = Choice(pattern, 1, tokens, 2, 8, 0, True, None, seed=tokens)
@@ -297,7 +297,7 @@ def outputs_and_gradients(
     ("bias", "mask", "padding", "inputs"),
     list(product([True, False], [None, "hint", "bool", "float"], [None, "bool", "float"], [1, 3])),
 )
-def test_one_full_segment_is_multihead_attention(dtype, bias, mask, padding, inputs) -> None:
+def test_one_full_segment_is_multihead_attention(dtype, bias, mask, padding, inputs):
     torch.manual_seed(0)
     theirs, ours = pair(dtype, bias)
     xs = [torch.randn(3, TOKENS, 24, dtype=dtype) for _ in range(inputs)]
@@ -323,7 +323,7 @@ def test_one_full_segment_is_multihead_attention(dtype, bias, mask, padding, inp
         assert error <= NEAR[dtype], name
 
 
-def test_starts_from_the_same_random_weights() -> None:
+def test_starts_from_the_same_random_weights():
     torch.manual_seed(5)
     theirs = nn.MultiheadAttention(24, 4, batch_first=True)
     torch.manual_seed(5)
@@ -334,7 +334,7 @@ def test_starts_from_the_same_random_weights() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_pattern_is_that_of_the_reference(causal: bool) -> None:
+def test_the_pattern_is_that_of_the_reference(causal):
     theirs, ours = pair(torch.float64, pattern=PAPER_64TH)
     x = torch.randn(2, 333, 24, dtype=torch.float64)
     projected = nn.functional.linear(x, theirs.in_proj_weight, theirs.in_proj_bias)
@@ -351,7 +351,7 @@ def test_the_pattern_is_that_of_the_reference(causal: bool) -> None:
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("pattern", [FULL, Pattern((8, 32), (1, 4))])
-def test_inside_torchs_encoder(pattern: Pattern, norm_first: bool, padded: bool) -> None:
+def test_inside_torchs_encoder(pattern, norm_first, padded):
     """In eval mode torch calls a fused dense layer wherever it can: never around our module."""
     torch.manual_seed(1)
     layer = nn.TransformerEncoderLayer(
@@ -397,13 +397,13 @@ def test_inside_torchs_encoder(pattern: Pattern, norm_first: bool, padded: bool)
         ),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(options: dict, message: str) -> None:
+def test_what_is_not_supported_is_refused_by_name(options, message):
     x = torch.zeros(2, TOKENS, 24)
     with pytest.raises(ValueError, match=message):
         DilatedAttention(24, 4, FULL)(**({"query": x, "key": x, "value": x} | options))
 
 
-def test_nested_tensors_are_refused() -> None:
+def test_nested_tensors_are_refused():
     """As torch's encoder makes them of a padded batch in eval mode, if it is older than the module in it."""
     encoder = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(24, 4, 48, batch_first=True), 1
@@ -421,6 +421,6 @@ def test_nested_tensors_are_refused() -> None:
         ({"num_heads": 5}, "multiple of num_heads, got 24 and 5"),
     ],
 )
-def test_modules_that_cannot_be(options: dict, message: str) -> None:
+def test_modules_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         DilatedAttention(**({"embed_dim": 24, "num_heads": 4, "pattern": FULL} | options))

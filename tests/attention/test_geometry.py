@@ -39,9 +39,7 @@ TILED = Pattern((4, 32), (1, 2), look_back=1, overlap="once")
 @example(
     choice=Choice(TILED, 1, 96, 1, 2, 0, False, None, 0), shards=[(44.5 / 96, 47.5 / 96)]
 )  # one segment of 4
-def test_far_spans_are_what_a_shard_sees_outside_it(
-    choice: Choice, shards: list[tuple[float, float]]
-) -> None:
+def test_far_spans_are_what_a_shard_sees_outside_it(choice, shards):
     """All of it, no position twice, none that the level before covers for all queries or that lies before the first of
     the past, and sinks where the first level has none.
     """
@@ -66,7 +64,7 @@ def test_far_spans_are_what_a_shard_sees_outside_it(
         assert [span for span in spans if span.level == SINKS] == sinks
 
 
-def test_figures_of_the_paper() -> None:
+def test_figures_of_the_paper():
     paper = Pattern.paper()
     assert round(paper.keys_per_query) == 4267
     assert paper.cache_rows == 11_606
@@ -74,7 +72,7 @@ def test_figures_of_the_paper() -> None:
     assert Pattern.geometric(2**30).levels[-1] == (2**30, 2**19)
 
 
-def test_offsets() -> None:
+def test_offsets():
     modulo, grouped = Pattern((8,), (4,)), Pattern((8,), (4,), "grouped")
     assert modulo.offsets(0, 6) == (0, 1, 2, 3, 0, 1)
     assert grouped.offsets(0, 6) == (0, 0, 1, 1, 2, 2)
@@ -82,7 +80,7 @@ def test_offsets() -> None:
 
 
 @pytest.mark.parametrize("head_offsets", ["modulo", "grouped"])
-def test_few_calls(head_offsets: str) -> None:
+def test_few_calls(head_offsets):
     """12 heads, whole segments: the paper's pattern takes 12 calls, not the 25 of a call an offset."""
     paper = Pattern(Pattern.paper().segment_lengths, Pattern.paper().dilation_rates, head_offsets)
     assert len(branches(Layout(paper, 12, 12), 0, 65_536, True, "exact", ())) == 12

@@ -53,7 +53,7 @@ def strided(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return x.to(dtype)[:, ::3].transpose(1, 2)
 
 
-def test_cpu_flash_copies_many_rows_that_lie_far_apart() -> None:
+def test_cpu_flash_copies_many_rows_that_lie_far_apart():
     """More than a page apart, and as many queries as are worth it: the result is the same."""
     flash = kernels.KERNELS["cpu_flash"]
     q, k, v, dout = (strided(1, 8, 520, 64, dtype=torch.float32, seed=s) for s in range(4))
@@ -68,7 +68,7 @@ def test_cpu_flash_copies_many_rows_that_lie_far_apart() -> None:
         assert (a - b).norm() <= 1e-6 * b.norm()
 
 
-def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_gets_flash_and_the_environment_decides(monkeypatch):
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     assert kernels.select_kernel(CPU, torch.float32, 64).name == "cpu_flash"
     monkeypatch.setenv("LONGNET_KERNEL", "math")
@@ -117,9 +117,7 @@ def fails(kernel, *_):
         ("forward", fails, "AssertionError: no reason given"),
     ],
 )
-def test_a_kernel_that_is_wrong_or_fails_is_passed_over(
-    monkeypatch: pytest.MonkeyPatch, call, wrong, said
-) -> None:
+def test_a_kernel_that_is_wrong_or_fails_is_passed_over(monkeypatch, call, wrong, said):
     """What only real calls have is tried: a merged lse, rows that fill no tile, heads that share a key head."""
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     flash = kernels.KERNELS["cpu_flash"]
@@ -131,8 +129,8 @@ def test_a_kernel_that_is_wrong_or_fails_is_passed_over(
 
 
 def test_a_kernel_is_probed_again_for_algorithms_that_are_always_equal(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     flash = kernels.KERNELS["cpu_flash"]
     backward = flash.backward
@@ -153,7 +151,7 @@ def test_a_kernel_is_probed_again_for_algorithms_that_are_always_equal(
         torch.use_deterministic_algorithms(False)
 
 
-def test_probing_leaves_the_random_state_alone() -> None:
+def test_probing_leaves_the_random_state_alone():
     state = torch.get_rng_state()
     kernels.select_kernel(CPU, torch.float32, 24)
     assert torch.equal(state, torch.get_rng_state())
@@ -173,9 +171,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_plain_math_takes_long_rows_in_blocks_of_keys(
-    causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_math_takes_long_rows_in_blocks_of_keys(causal, monkeypatch):
     q, k, v, dout = (strided(1, 2, 300, 8, dtype=torch.float64, seed=s) for s in range(4))
     results, largest = [], []
     for most in (1 << 26, 1 << 14):  # scores; with the second, blocks of 27 keys
@@ -191,14 +187,14 @@ def test_plain_math_takes_long_rows_in_blocks_of_keys(
     assert largest == [2 * 300 * 300, 2 * 300 * 27]
 
 
-def test_cuda_limits() -> None:
+def test_cuda_limits():
     cuda = kernels.KERNELS["cuda_flash"]
     assert cuda.max_batch(12, 1, 64) <= 65_535
     assert cuda.max_batch(12, 2048, 64) * 12 * 2048 * 64 < 2**31
     assert cuda.max_batch(1, 1 << 30, 64) == 1
 
 
-def test_efficient_attention_serves_what_flash_does_not(card) -> None:
+def test_efficient_attention_serves_what_flash_does_not(card):
     cuda, efficient, flash = (
         card(8),
         kernels.KERNELS["cuda_efficient"],
@@ -212,7 +208,7 @@ def test_efficient_attention_serves_what_flash_does_not(card) -> None:
     assert "compute capability 8.0 for bf16" in efficient.refusal(card(7), torch.bfloat16, 64)
 
 
-def test_plain_math_on_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_math_on_a_gpu_is_said(monkeypatch):
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     with pytest.warns(
         UserWarning, match="attention in torch.float64 on cuda falls back to plain math"
@@ -235,7 +231,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], torch.device]:
     return of
 
 
-def test_a_broken_package_stops_no_other_kernel(monkeypatch: pytest.MonkeyPatch, card) -> None:
+def test_a_broken_package_stops_no_other_kernel(monkeypatch, card):
     """As flash-attn's with another nvidia-cutlass-dsl, or of another torch: on a CPU nobody imports it."""
     imported = []
 
@@ -255,7 +251,7 @@ def test_a_broken_package_stops_no_other_kernel(monkeypatch: pytest.MonkeyPatch,
     assert imported == ["flash_attn.flash_attn_interface"]
 
 
-def test_a_card_gets_flash_attn_if_it_is_there(monkeypatch: pytest.MonkeyPatch, card) -> None:
+def test_a_card_gets_flash_attn_if_it_is_there(monkeypatch, card):
     monkeypatch.delenv("LONGNET_KERNEL", raising=False)
     monkeypatch.setattr(kernels, "_failure", lambda *_: None)
     monkeypatch.setattr(cuda_kernels.FlashAttnKernel, "functions", lambda _: (print, print))
@@ -313,7 +309,7 @@ def blocks_of(pattern: Pattern, tokens: int) -> Chosen:
     return Chosen(chosen_calls(pattern, 0, seen, torch.device("cpu")))
 
 
-def test_a_layer_starts_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_starts_few_operators(monkeypatch):
     """For 65,536 tokens of 12 heads x 64 in bf16, tried with a quarter of them, of one head x 8 in fp32.
 
     The limit is so much less, too.
@@ -354,7 +350,7 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def test_what_chosen_blocks_take_for_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_chosen_blocks_take_for_a_time(monkeypatch):
     """Keys and values of a call, the keys turned in fp32, and their product."""
     limit = 4 << 20
     monkeypatch.setattr(chosen, "GATHERED", {"cpu": limit})
@@ -368,7 +364,7 @@ def test_what_chosen_blocks_take_for_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert limit < live.peak <= 6 * limit
 
 
-def test_memory_of_a_forward_and_a_backward() -> None:
+def test_memory_of_a_forward_and_a_backward():
     """In times the bytes of q, beside inputs and dout: the 4 of the result and of gradients cannot be less."""
     q, k, v, dout = torch.randn(4, 1, 4096, 4, 64).unbind()
     tensors = [x.requires_grad_() for x in (q, k, v)]
@@ -379,7 +375,7 @@ def test_memory_of_a_forward_and_a_backward() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("tokens", [1 << 15, 1 << 17])
-def test_memory_of_a_backward(tokens: int) -> None:
+def test_memory_of_a_backward(tokens):
     """In times the bytes of q, beside the five of saved tensors and dout: the 3 of gradients cannot be less.
 
     On fake tensors: torch knows what its CUDA operators return. They allocate more inside.

@@ -96,18 +96,18 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", READ)
-def test_reads(text: str) -> None:
+def test_reads(text):
     assert parse_pattern(text) == READ[text]
     assert is_pattern(text.strip())
 
 
 @pytest.mark.parametrize("text", WRITTEN)
-def test_writes_a_name_or_levels(text: str) -> None:
+def test_writes_a_name_or_levels(text):
     assert format_pattern(WRITTEN[text]) == text
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_wrong_words(text: str) -> None:
+def test_wrong_words(text):
     with pytest.raises(ValueError, match=r".") as caught:
         parse_pattern(text)
     assert str(caught.value).startswith(WRONG[text])
@@ -115,7 +115,7 @@ def test_wrong_words(text: str) -> None:
 
 
 @given(patterns() | choices().map(lambda choice: choice.pattern) | chosen_patterns())
-def test_round_trip(pattern: Pattern) -> None:
+def test_round_trip(pattern):
     text = format_pattern(pattern)
     assert parse_pattern(text) == parse_pattern(format_levels(pattern)) == pattern
     assert is_pattern(text)
@@ -123,7 +123,7 @@ def test_round_trip(pattern: Pattern) -> None:
 
 
 @given(st.integers(1, MAX_SIZE), st.integers(1, 10**4), st.sampled_from([1, 64, 1000, 1 << 20]))
-def test_constructors_round_trip(length: int, base: int, ratio: int) -> None:
+def test_constructors_round_trip(length, base, ratio):
     try:
         made = Pattern.geometric(length, base, ratio + 1)
     except ValueError:  # more levels than there can be
@@ -136,7 +136,7 @@ def test_constructors_round_trip(length: int, base: int, ratio: int) -> None:
     | st.integers(1, 40).map(lambda n: n << 20)
     | st.integers(1, 90).map(lambda n: n * 10**9)
 )
-def test_sizes_round_trip(size: int) -> None:
+def test_sizes_round_trip(size):
     assert parse_size(format_size(size)) == size
     assert len(format_size(size)) <= len(str(size))
 
@@ -144,18 +144,18 @@ def test_sizes_round_trip(size: int) -> None:
 @pytest.mark.parametrize(
     "text", ["./1Ki/1", "my-run/window", "2024-run/4", "longnet-tiny", "recipe.toml", "2024/run"]
 )
-def test_other_words_are_no_patterns(text: str) -> None:
+def test_other_words_are_no_patterns(text):
     assert not is_pattern(text)
 
 
-def test_the_documented_way_from_python() -> None:
+def test_the_documented_way_from_python():
     assert "parse_pattern" in (Pattern.__doc__ or "")
     page = (ROOT / "docs/patterns.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(program)
 
 
-def test_options_stand_in_for_defaults_that_do_not_fit_the_size() -> None:
+def test_options_stand_in_for_defaults_that_do_not_fit_the_size():
     """Blocks of 32 do not divide a window of 48, but the blocks given do."""
     assert parse_pattern("finding:48,chosen=4x16") == Pattern(
         (48,), (1,), look_back=1, chosen=4, chosen_block=16

@@ -50,19 +50,19 @@ CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_ever
 @pytest.mark.parametrize("kernel", ["cpu_flash", "math"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @given(choice=choices())
-def test_every_choice_equals_the_reference(choice: Choice, dtype: torch.dtype, kernel: str) -> None:
+def test_every_choice_equals_the_reference(choice, dtype, kernel):
     compare_with_reference(choice, dtype, kernel)
 
 
 @given(choice=choices(causal=False))
-def test_zero_keys_equal_the_reference(choice: Choice) -> None:
+def test_zero_keys_equal_the_reference(choice):
     plain = Pattern(choice.pattern.segment_lengths, choice.pattern.dilation_rates)
     choice = replace(choice, pattern=plain, start=0, by_level=False)
     compare_with_reference(choice, padding="zero_key")
 
 
 @given(choice=choices())
-def test_gradients_are_added_to_views_without_overlap(choice: Choice) -> None:
+def test_gradients_are_added_to_views_without_overlap(choice):
     """Where two numbers of a view are one place, a sum of several threads is wrong, now and then."""
     places = torch.arange(choice.tokens * choice.kv_heads).view(
         1, choice.tokens, choice.kv_heads, 1
@@ -77,9 +77,7 @@ def test_gradients_are_added_to_views_without_overlap(choice: Choice) -> None:
 
 
 @given(choice=choices(), sizes=cuts(), called=st.booleans(), zero_keys=st.booleans())
-def test_shards_with_their_far_keys_equal_the_whole(
-    choice: Choice, sizes: list[int], called: bool, zero_keys: bool
-) -> None:
+def test_shards_with_their_far_keys_equal_the_whole(choice, sizes, called, zero_keys):
     """Each shard gets what `far_spans` says, in parts, one per shard that made them; gradients flow back into those.
 
     `called`: far keys that tell of their gradients early, as those of other ranks do.
@@ -142,9 +140,7 @@ LONG = Choice(Pattern.dense(), 1, 300, 4, 8, 0, True, None, seed=0)
 @given(choice=choices(causal=True), sizes=cuts(), keep=st.booleans())
 @example(choice=LONG, sizes=[1, 20, 3, 100], keep=False)
 @example(choice=replace(LONG, pattern=Pattern((8, 96), (1, 2), look_back=1)), sizes=[7], keep=False)
-def test_any_shards_with_their_cache_equal_the_whole(
-    choice: Choice, sizes: list[int], keep: bool
-) -> None:
+def test_any_shards_with_their_cache_equal_the_whole(choice, sizes, keep):
     """Rows of long segments come when they are needed."""
     pattern, options, (q, k, v, _) = choice.pattern, turning(choice), choice.qkv()
     layout, parts, seen = Layout(pattern, choice.heads, choice.kv_heads), [], []
@@ -165,7 +161,7 @@ def test_any_shards_with_their_cache_equal_the_whole(
 
 
 @given(choice=choices())
-def test_flops_are_those_of_the_pairs_that_meet(choice: Choice) -> None:
+def test_flops_are_those_of_the_pairs_that_meet(choice):
     """Those of a causal square count half: the pairs that meet, less half of those of a row and itself."""
     pattern = choice.pattern
     counts = key_counts(pattern, choice.heads, choice.tokens, choice.causal, 0, "exact")[0]
@@ -175,7 +171,7 @@ def test_flops_are_those_of_the_pairs_that_meet(choice: Choice) -> None:
 
 
 @pytest.mark.parametrize("head_offsets", ["modulo", "grouped"])
-def test_a_cache_holds_what_the_heads_of_a_grouped_model_share_once(head_offsets: str) -> None:
+def test_a_cache_holds_what_the_heads_of_a_grouped_model_share_once(head_offsets):
     """12 query heads on 3 key heads: a quarter of the finest level and of the sinks."""
     pattern = Pattern((64, 256), (1, 4), head_offsets, look_back=1, overlap="once", sinks=4)
     # key head 1 has query heads 4 to 7, of offsets 0 to 3, or 1 and 2
@@ -185,7 +181,7 @@ def test_a_cache_holds_what_the_heads_of_a_grouped_model_share_once(head_offsets
         assert cache.nbytes == 2 * 8 * 4 * (128 * kv_heads + 128 * lanes + 4 * kv_heads)
 
 
-def test_a_query_sees_what_the_table_says() -> None:
+def test_a_query_sees_what_the_table_says():
     """The far row of the evidence: a window of 1,024 and 4,096 further tokens at rate 4, scaled to a 64th."""
     pattern = Pattern((16, 16), (1, 4), look_back=(1, 5), overlap="once", queries="all", sinks=2)
     counts = key_counts(pattern, 4, 256, True, 0, "exact")[0]
@@ -212,7 +208,7 @@ def test_a_query_sees_what_the_table_says() -> None:
         (Pattern((8, 32), (1, 2), look_back=(2, 1)), True),
     ],
 )
-def test_keys_per_query_are_those_in_the_middle(pattern: Pattern, causal: bool) -> None:
+def test_keys_per_query_are_those_in_the_middle(pattern, causal):
     """Counted over a segment of the widest level, far from both ends; causal, half of them and all sinks."""
     w = max(pattern.segment_lengths)
     middle = slice(3 * w, 4 * w)
@@ -289,7 +285,7 @@ WRONG: dict[Pattern, list[tuple[dict, str]]] = {
 @pytest.mark.parametrize(
     ("pattern", "options", "message"), [(x, *row) for x, rows in WRONG.items() for row in rows]
 )
-def test_wrong_options_say_what_is_wrong(pattern: Pattern, options: dict, message: str) -> None:
+def test_wrong_options_say_what_is_wrong(pattern, options, message):
     with pytest.raises(ValueError, match=message) as error:
         replace(pattern, **options)
     assert "\n" not in str(error.value)
@@ -339,7 +335,7 @@ def test_wrong_options_say_what_is_wrong(pattern: Pattern, options: dict, messag
         (Pattern.window(4), {"start": 4, "far": [(0, 0, 4)], "rows": 3}, r"need \(1, 4, 2, 4\)"),
     ],
 )
-def test_wrong_calls_say_what_is_wrong(pattern: Pattern, call: dict, message: str) -> None:
+def test_wrong_calls_say_what_is_wrong(pattern, call, message):
     options = dict(call)
     rows, heads = options.pop("rows", 9), options.pop("heads", 2)
     far = [FarKeys(*span, *torch.zeros(2, 1, rows, heads, 4)) for span in options.pop("far", [])]

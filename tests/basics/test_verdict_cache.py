@@ -27,7 +27,7 @@ class Found:
         return {"layers": [self.times, None], "why": "ö"}
 
 
-def test_the_same_question_is_answered_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_question_is_answered_once(cache, monkeypatch):
     find = Found()
     first = remembered({"trial": "a"}, find)
     assert remembered({"trial": "a"}, find) == first == {"layers": [1, None], "why": "ö"}
@@ -40,7 +40,7 @@ def test_the_same_question_is_answered_once(cache: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "damage", ["", "{", "[]", "{}", '{"asked": {}, "found": 7}', "[" * 100_000, "\x00"]
 )
-def test_a_damaged_answer_is_found_again(cache: Path, damage: str) -> None:
+def test_a_damaged_answer_is_found_again(cache, damage):
     find = Found()
     remembered({"trial": "a"}, find)
     [path] = cache.iterdir()
@@ -49,9 +49,7 @@ def test_a_damaged_answer_is_found_again(cache: Path, damage: str) -> None:
     assert json.loads(path.read_text())["found"]["layers"] == [2, None]
 
 
-def test_a_folder_that_cannot_be_written_keeps_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("kept")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     find = Found()
@@ -59,7 +57,7 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_cache_is(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert cache_folder() == Path("/somewhere/longnet")
     monkeypatch.setenv("XDG_CACHE_HOME", "")

@@ -51,9 +51,7 @@ def write(path: Path, chats: list[list[dict]]) -> Path:
     )
 
 
-def test_a_template_without_system_has_it_in_the_first_message(
-    words: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_template_without_system_has_it_in_the_first_message(words, tmp_path):
     (tmp_path / "words/chat_template.jinja").write_text(REFUSING)
     template = ChatTemplate(tmp_path / "words", words)
     said, more = (
@@ -68,7 +66,7 @@ def test_a_template_without_system_has_it_in_the_first_message(
         template.encode([*CHATS[1], said])
 
 
-def test_a_template_that_makes_much_of_little_is_refused(words: Tokenizer, tmp_path: Path) -> None:
+def test_a_template_that_makes_much_of_little_is_refused(words, tmp_path):
     (tmp_path / "words/chat_template.jinja").write_text("{{ 'a' * 3000000 }}")
     with pytest.raises(ConfigError, match="the chat template makes 3,000,000 characters"):
         ChatTemplate(tmp_path / "words", words).encode(CHATS[0])
@@ -85,9 +83,7 @@ def test_a_template_that_makes_much_of_little_is_refused(words: Tokenizer, tmp_p
         "indent=4, separators=(', ', ' = ')",
     ],
 )
-def test_tojson_has_the_options_of_transformers(
-    words: Tokenizer, tmp_path: Path, options: str
-) -> None:
+def test_tojson_has_the_options_of_transformers(words, tmp_path, options):
     hf = pytest.importorskip("transformers")
     fast = hf.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "words/tokenizer.json"))
     template = "{{ messages | tojson(" + options + ") }} {{ messages[0].content | tojson }}"
@@ -98,9 +94,7 @@ def test_tojson_has_the_options_of_transformers(
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.stream"])
-def test_a_chat_is_what_transformers_makes_of_it(
-    words: Tokenizer, tmp_path: Path, name: str
-) -> None:
+def test_a_chat_is_what_transformers_makes_of_it(words, tmp_path, name):
     hf = pytest.importorskip("transformers")
     fast = hf.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "words/tokenizer.json"), bos_token="<|endoftext|>"
@@ -152,7 +146,7 @@ FORGED = {  # special tokens beside those of the template, what changes texts, a
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_no_text_of_a_message_becomes_a_special_token(tmp_path: Path, kind: str) -> None:
+def test_no_text_of_a_message_becomes_a_special_token(tmp_path, kind):
     special, normalizer, message = FORGED[kind]
     inner = tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json())
     names = ["<|im_start|>", "<|im_end|>", *special]
@@ -169,7 +163,7 @@ def test_no_text_of_a_message_becomes_a_special_token(tmp_path: Path, kind: str)
     assert words.decode(ids, special=False).split() == ["user", *said.split(), "assistant"]
 
 
-def test_chats_that_need_other_marks_soon_share_one(words: Tokenizer, tmp_path: Path) -> None:
+def test_chats_that_need_other_marks_soon_share_one(words, tmp_path):
     template, texts = ChatTemplate(tmp_path / "words", words), ("\ue001", "\ue000", "plain")
     _renamed.cache_clear()
     first = [template.encode(text).tolist() for text in texts]
@@ -177,7 +171,7 @@ def test_chats_that_need_other_marks_soon_share_one(words: Tokenizer, tmp_path: 
     assert _renamed.cache_info().misses == 3
 
 
-def test_a_special_token_in_the_vocabulary_is_no_word_of_a_message(tmp_path: Path) -> None:
+def test_a_special_token_in_the_vocabulary_is_no_word_of_a_message(tmp_path):
     inner = tokenizers.Tokenizer(
         models.WordLevel({"[UNK]": 0, "[SEP]": 1, "a": 2}, unk_token="[UNK]")
     )
@@ -191,7 +185,7 @@ def test_a_special_token_in_the_vocabulary_is_no_word_of_a_message(tmp_path: Pat
         template.encode("".join(map(chr, range(0xE000, 0xF900))))
 
 
-def test_what_is_no_chat_is_named(words: Tokenizer, tmp_path: Path) -> None:
+def test_what_is_no_chat_is_named(words, tmp_path):
     lines = [
         {"messages": CHATS[0]},
         {"messages": [{"content": "x"}]},
@@ -223,9 +217,7 @@ def test_what_is_no_chat_is_named(words: Tokenizer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.stream"])
 @pytest.mark.parametrize("column", [None, "messages"])
-def test_tokenize_writes_the_ids_that_are_read(
-    words: Tokenizer, tmp_path: Path, name: str, column: str | None
-) -> None:
+def test_tokenize_writes_the_ids_that_are_read(words, tmp_path, name, column):
     many = [*CHATS, [{"role": "user", "content": "wörld <|im_start|> " * 50}], *CHATS * 20]
     texts = tmp_path / "a.txt"
     texts.write_text("text <|im_end|>")
@@ -251,9 +243,7 @@ def test_tokenize_writes_the_ids_that_are_read(
     assert result.bytes == sum(len(f"<|endoftext|>{chat}".encode()) for chat in chats) + text_bytes
 
 
-def test_tokenize_resumes_among_chats_that_the_template_refuses(
-    words: Tokenizer, tmp_path: Path, run_longnet
-) -> None:
+def test_tokenize_resumes_among_chats_that_the_template_refuses(words, tmp_path, run_longnet):
     (tmp_path / "words/chat_template.jinja").write_text(REFUSING)
     write(tmp_path / "x.jsonl", CHATS * 3)
     command = "tokenize x.jsonl --tokenizer words --shard-tokens 30 -o"

@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
-from conftest import RunLongnet
 from files import FORMATS, IDS, read, tokens, write_file, write_parquet, write_rows, write_stream
 
 from longnet_cli.basics.errors import ConfigError, DataError
@@ -92,7 +91,7 @@ def read_kept(path: Path, **options: object) -> list[tuple[str, list[int], dict]
     ]
 
 
-def test_a_column_may_be_inside_of_others(path: Path) -> None:
+def test_a_column_may_be_inside_of_others(path):
     bodies = [text.text for text in Inputs([path], column="doc.body").texts()]
     assert bodies == ["one", "two", "three"]
     assert [ids for _, ids, _ in read_kept(path, column="doc.ids")] == [[1, 2], [3], []]
@@ -108,7 +107,7 @@ def test_a_column_may_be_inside_of_others(path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_name_with_a_dot_comes_before_one_inside(tmp_path: Path) -> None:
+def test_a_name_with_a_dot_comes_before_one_inside(tmp_path):
     rows = [{"doc": {"body": "inside"}, "doc.body": "beside"}]
     for form in FORMS:
         assert [
@@ -117,7 +116,7 @@ def test_a_name_with_a_dot_comes_before_one_inside(tmp_path: Path) -> None:
         ] == ["beside"]
 
 
-def test_what_is_in_a_null_is_null(tmp_path: Path) -> None:
+def test_what_is_in_a_null_is_null(tmp_path):
     rows = [
         {"doc": {"body": "a"}, "n": {"a": 1}},
         {"doc": {"body": "b"}, "n": None},
@@ -134,7 +133,7 @@ def test_what_is_in_a_null_is_null(tmp_path: Path) -> None:
         ]
 
 
-def test_documents_are_named_by_id_and_by_any_column(path: Path) -> None:
+def test_documents_are_named_by_id_and_by_any_column(path):
     assert [name for name, _, _ in read_kept(path)] == ["7", "8", "9"]
     assert [name for name, _, _ in read_kept(path, id_column="text", column="doc.body")] == [
         "first",
@@ -148,7 +147,7 @@ def test_documents_are_named_by_id_and_by_any_column(path: Path) -> None:
         read_kept(path, id_column="doc")
 
 
-def test_an_id_that_is_no_name_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_an_id_that_is_no_name_is_not_taken_for_one(tmp_path):
     for form in ("x.arrow", "x.parquet"):
         file = write_rows(tmp_path / form, [{"id": 0.5, "text": "a"}, {"id": 0.5, "text": "b"}])
         assert [name for name, _, _ in read_kept(file)] == [f"{form}:0", f"{form}:1"]
@@ -159,7 +158,7 @@ def test_an_id_that_is_no_name_is_not_taken_for_one(tmp_path: Path) -> None:
     assert [name for name, _, _ in read_kept(both)] == ["a", "b"]
 
 
-def test_columns_are_carried_along(path: Path) -> None:
+def test_columns_are_carried_along(path):
     kept = [found[2] for found in read_kept(path, keep=("n", "doc.deep.name", "text", "id"))]
     assert kept == [
         {
@@ -172,7 +171,7 @@ def test_columns_are_carried_along(path: Path) -> None:
     ]
 
 
-def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path: Path) -> None:
+def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path):
     rows = [
         {"text": "a", "n": None},
         {"text": "b", "n": 1},
@@ -194,7 +193,7 @@ def test_json_says_of_what_type_it_is_in_its_first_lines(tmp_path: Path) -> None
         read_kept(late, keep=("n",))
 
 
-def test_bytes_are_base64_in_json_lines(tmp_path: Path, run_longnet: RunLongnet) -> None:
+def test_bytes_are_base64_in_json_lines(tmp_path, run_longnet):
     ends = pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["x"]))
     write_file(
         tmp_path / "x.arrow",
@@ -331,6 +330,6 @@ WRITTEN: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("form", WRITTEN)
-def test_other_libraries(form: str, tmp_path: Path) -> None:
+def test_other_libraries(form, tmp_path):
     WRITTEN[form](tmp_path / form)
     assert read_text(tmp_path / form) == TEXTS

@@ -303,9 +303,7 @@ def texts(path: Path) -> list[str]:
     return ["".join(text.parts) for text in Inputs([path]).texts()]
 
 
-def test_text_json_lines_and_arrow_are_read_by_their_first_bytes(
-    suffix: str, tmp_path: Path
-) -> None:
+def test_text_json_lines_and_arrow_are_read_by_their_first_bytes(suffix, tmp_path):
     pack = PACKERS[suffix]
     lines = [TEXT, "two", "three"]
     json_lines = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode()
@@ -326,7 +324,7 @@ def test_text_json_lines_and_arrow_are_read_by_their_first_bytes(
     assert texts(tmp_path / "mark") == ["x"]
 
 
-def test_a_folder_of_compressed_files_is_read(suffix: str, tmp_path: Path) -> None:
+def test_a_folder_of_compressed_files_is_read(suffix, tmp_path):
     pack = PACKERS[suffix]
     for name in (f"a.txt{suffix}", f"b.txt{suffix}", f"code.tar{suffix}"):
         (tmp_path / name).write_bytes(pack(b"text"))
@@ -353,9 +351,7 @@ def test_a_folder_of_compressed_files_is_read(suffix: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("keep", [(), ("id",)])
-def test_rows_before_damage_are_read(
-    suffix: str, tmp_path: Path, keep: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_before_damage_are_read(suffix, tmp_path, keep, monkeypatch):
     """But for those of the last 4 KiB; zstd loses a larger block. They are as many, however fast they come."""
     lines = [
         json.dumps({"id": row, "text": random.Random(row).randbytes(200).hex()}) + "\n"
@@ -377,7 +373,7 @@ def test_rows_before_damage_are_read(
     )
 
 
-def test_damage_is_one_line(suffix: str, tmp_path: Path) -> None:
+def test_damage_is_one_line(suffix, tmp_path):
     packed, path = PACKERS[suffix](TEXT.encode()), tmp_path / "x"
     for data in (packed[:-3], packed[: len(packed) // 2], packed[:-12] + b"\0" * 12):
         path.write_bytes(data)
@@ -392,15 +388,13 @@ def test_damage_is_one_line(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("pack", "program"), [(bz2.compress, "bzip2"), (lzma.compress, "xz")])
-def test_the_refusal_of_another_compression_says_what_unpacks_it(
-    pack: Callable[[bytes], bytes], program: str, tmp_path: Path
-) -> None:
+def test_the_refusal_of_another_compression_says_what_unpacks_it(pack, program, tmp_path):
     (tmp_path / "packed").write_bytes(pack(TEXT.encode()))
     with pytest.raises(DataError, match=rf"packed: .*: unpack it first \({program} -d\)$"):
         texts(tmp_path / "packed")
 
 
-def test_a_long_text_goes_through_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_goes_through_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("longnet_cli.data.opening.TEXT_PART", 7)
     path = tmp_path / "x.txt"
     path.write_text("\ufeff" + TEXT)
@@ -425,7 +419,7 @@ def test_a_long_text_goes_through_in_parts(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "jsonl"])
-def test_a_megabyte_that_unpacks_to_a_gigabyte_streams(form: str, tmp_path: Path) -> None:
+def test_a_megabyte_that_unpacks_to_a_gigabyte_streams(form, tmp_path):
     """In 3 GiB of data at most, most of which a program of Arrow reserves and does not use."""
     line, limit = b"some words, and some more of them.\n" * 1000, 3 << 30
     if form == "jsonl":
@@ -445,14 +439,14 @@ def test_a_megabyte_that_unpacks_to_a_gigabyte_streams(form: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("text", ["A", "ARROW", "ARROW1", "ARROW1 is how a file of Arrow begins"])
-def test_a_text_may_begin_as_a_table_does(tmp_path: Path, text: str) -> None:
+def test_a_text_may_begin_as_a_table_does(tmp_path, text):
     names = ["x.txt", "x"] if len(text) < 8 else ["x.txt", "x.arrow"]
     for name in names:
         (tmp_path / name).write_text(text)
         assert tokens(read(tmp_path / name)) == [list(text.encode())]
 
 
-def test_an_encrypted_column_is_refused_and_the_others_are_read(tmp_path: Path) -> None:
+def test_an_encrypted_column_is_refused_and_the_others_are_read(tmp_path):
     import pyarrow.parquet as pq
 
     encryption = pytest.importorskip("pyarrow.parquet.encryption")

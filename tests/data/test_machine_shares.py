@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from builders import tiny_model
-from conftest import RunLongnet
 from files import write_rows
 
 from longnet_cli.basics.errors import DataError, InputWarning
@@ -55,7 +54,7 @@ def check_equal(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
                 assert value == other[key], key
 
 
-def test_the_largest_file_goes_to_the_lightest_share() -> None:
+def test_the_largest_file_goes_to_the_lightest_share():
     files = [("b", 3), ("a", 3), ("c", 10), ("d", 4), ("e", 0), ("f", 0), ("g", 0)]
     shares = [Share(number, 3).of_files(files) for number in (1, 2, 3)]
     assert shares == [[2], [3, 4, 5, 6], [0, 1]]  # c; d and what is empty; a before b
@@ -66,7 +65,7 @@ def test_the_largest_file_goes_to_the_lightest_share() -> None:
 @pytest.mark.parametrize(
     "text", ["0/2", "3/2", "1", "1/", "/2", "-1/2", "1/0", "1/2/3", "\u0661/2"]
 )
-def test_what_is_no_share_is_refused(text: str) -> None:
+def test_what_is_no_share_is_refused(text):
     with pytest.raises(ValueError, match="is no share: write I/N"):
         Share.parse(text)
     assert str(Share.parse("2/4")) == "2/4"
@@ -74,9 +73,7 @@ def test_what_is_no_share_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("kind", ["files", "documents"])
-def test_the_shares_together_are_one_run(
-    run_longnet: RunLongnet, tmp_path: Path, job: str, kind: str
-) -> None:
+def test_the_shares_together_are_one_run(run_longnet, tmp_path, job, kind):
     """Files in a folder; or the rows of two files, with an empty text and a name that repeats."""
     data, command = tmp_path / "in", JOBS[job]
     data.mkdir()
@@ -105,7 +102,7 @@ def test_the_shares_together_are_one_run(
         run_longnet("score out -m ./model", code=0)
 
 
-def test_a_share_of_files_reads_no_other_file(tmp_path: Path) -> None:
+def test_a_share_of_files_reads_no_other_file(tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("x" * (number + 1))
     (tmp_path / "3.txt").write_bytes(b"\xff\xff\xff")  # share 2, as the second of its size
@@ -124,8 +121,8 @@ def test_a_share_of_files_reads_no_other_file(tmp_path: Path) -> None:
 
 
 def test_documents_keep_their_numbers_though_a_text_cannot_be_read_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     """The share that has the text sees its damage. The others do not, and count on from the same number."""
     monkeypatch.setattr("longnet_cli.data.opening.TEXT_PART", 4)
     (tmp_path / "a.txt").write_bytes(b"some text, then \xff and more")
@@ -172,9 +169,7 @@ def write_share(folder: Path, share: str | None, ends: bool = True, **settings: 
         ({"c": ("3/3", {"inputs": "8 files"})}, r"out/c: inputs is '8 files', beside"),
     ],
 )
-def test_a_folder_of_shares_is_all_of_one_run_or_is_refused(
-    tmp_path: Path, changes: dict[str, Any], error: str | None
-) -> None:
+def test_a_folder_of_shares_is_all_of_one_run_or_is_refused(tmp_path, changes, error):
     out = tmp_path / "out"
     shares = {"a": ("1/3", {}), "b": ("2/3", {}), "c": ("3/3", {})} | changes
     for name, written in shares.items():
@@ -189,7 +184,7 @@ def test_a_folder_of_shares_is_all_of_one_run_or_is_refused(
             list(Inputs([folder]).texts())
 
 
-def test_a_shard_of_a_share_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_shard_of_a_share_that_is_gone_is_named(tmp_path):
     for name in ("1", "2"):
         write_share(tmp_path / name, f"{name}/2")
     (tmp_path / "2/shard-00000.arrow").unlink()
@@ -212,17 +207,13 @@ def test_a_shard_of_a_share_that_is_gone_is_named(tmp_path: Path) -> None:
         ("score a.txt --share 3/2", "'3/2' is no share"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(
-    run_longnet: RunLongnet, tmp_path: Path, command: str, error: str
-) -> None:
+def test_what_cannot_be_shared_is_refused(run_longnet, tmp_path, command, error):
     (tmp_path / "a.txt").write_text("text")
     assert error in run_longnet(command, code=2).stderr
     assert not (tmp_path / "v").exists()
 
 
-def test_another_share_and_other_files_are_refused_when_a_run_resumes(
-    run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+def test_another_share_and_other_files_are_refused_when_a_run_resumes(run_longnet, tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(4):
         (tmp_path / f"in/{number}.txt").write_text("text " * (number + 1))
@@ -235,7 +226,7 @@ def test_another_share_and_other_files_are_refused_when_a_run_resumes(
     assert "cannot resume: inputs was '4 files" in done.stderr
 
 
-def test_a_total_is_that_of_its_share(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_a_total_is_that_of_its_share(run_longnet, tmp_path):
     tiny_model(tmp_path / "model")
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"text of {name}")
@@ -246,7 +237,7 @@ def test_a_total_is_that_of_its_share(run_longnet: RunLongnet, tmp_path: Path) -
     assert (total["share"], total["n_docs"]) == ("2/2", 1)
 
 
-def test_a_store_says_the_sizes_by_which_files_are_shared(tmp_path: Path) -> None:
+def test_a_store_says_the_sizes_by_which_files_are_shared(tmp_path):
     """Of a folder behind a filesystem of pyarrow, as of the same local folder."""
     for number in range(6):
         (tmp_path / f"{number}.txt").write_text("x" * (1 + number * number))

@@ -363,7 +363,7 @@ def array(kind: int, count: int, of: bytes = b"", *, order: str = "<") -> bytes:
         ),
     ],
 )
-def test_counts_of_a_gguf_file(tmp_path: Path, data: bytes, line: str) -> None:
+def test_counts_of_a_gguf_file(tmp_path, data, line):
     pytest.importorskip("gguf")
     from longnet_cli.models.gguf import open_gguf
 
@@ -378,7 +378,7 @@ class Filler:
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_checkpoints(tmp_path: Path, old: bool) -> None:
+def test_checkpoints(tmp_path, old):
     name = "layers.0.ffn.fc1.weight"
     contents: dict[str, Any] = {
         "it asks for __builtin__.bytearray": {name: torch.zeros(4, 4), "filler": Filler()},
@@ -430,7 +430,7 @@ CHARSMAP = base64.b64encode(struct.pack("<II", 4, 0) + b"a\0" + b"b" * 999 + b"\
         ({"model": {"vocab": {"a": 4_294_967_295}}}, "an id 4294967295"),
     ],
 )
-def test_tokenizers(tmp_path: Path, changes: dict, line: str) -> None:
+def test_tokenizers(tmp_path, changes, line):
     known = json.loads(Tokenizer.bytes().to_json())
     model = known["model"] | {
         "vocab": known["model"]["vocab"] | changes.pop("model", {}).get("vocab", {})
@@ -440,7 +440,7 @@ def test_tokenizers(tmp_path: Path, changes: dict, line: str) -> None:
         Tokenizer.load(tmp_path)
 
 
-def test_a_regular_expression_without_end(tmp_path: Path, run_longnet: Any) -> None:
+def test_a_regular_expression_without_end(tmp_path, run_longnet):
     known = json.loads(Tokenizer.bytes().to_json())
     split = {
         "type": "Split",
@@ -469,7 +469,7 @@ def test_a_regular_expression_without_end(tmp_path: Path, run_longnet: Any) -> N
         ),
     ],
 )
-def test_rows_of_hdf5_that_are_not_there(tmp_path: Path, changes: dict, line: str) -> None:
+def test_rows_of_hdf5_that_are_not_there(tmp_path, changes, line):
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "x.h5", "w") as file:
         width = changes.get("chunks", (0, 4))[-1]

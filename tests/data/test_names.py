@@ -199,7 +199,7 @@ def test_a_dataset_of_splits_asks_for_one(tmp_path):
         ("contest latest", None),
     ],
 )
-def test_a_folder_of_a_hub_asks_for_a_split(tmp_path: Path, files: str, named: str | None) -> None:
+def test_a_folder_of_a_hub_asks_for_a_split(tmp_path, files, named):
     for file in files.split():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / f"{file}.jsonl").write_text('{"text": "x"}\n')

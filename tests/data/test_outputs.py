@@ -66,7 +66,7 @@ def test_ids_are_uint16_only_where_the_vocabulary_fits():
 
 
 @pytest.mark.parametrize("kind", [pa.float32(), pa.float16()])
-def test_vectors_are_an_array_of_numpy(tmp_path: Path, kind: pa.DataType) -> None:
+def test_vectors_are_an_array_of_numpy(tmp_path, kind):
     values = np.arange(3 * 2000, dtype=kind.to_pandas_dtype()).reshape(-1, 3)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), 3)
     batch = pa.record_batch(
@@ -183,7 +183,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     "inputs", [["a.arrow"], ["b.arrow", "a*.arrow"], ["file://{}/a.arrow"], ["soft.arrow"]]
 )
-def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[str]) -> None:
+def test_a_file_is_known_by_every_name(files, output, inputs):
     inputs = [item.format(files) for item in inputs]
     with pytest.raises(
         ConfigError, match=r"^-o .*arrow is .*arrow, which this command reads: name another output$"
@@ -204,16 +204,14 @@ def test_a_file_is_known_by_every_name(files: Path, output: str, inputs: list[st
         ("b.arrow", ["a.arrow"], [None, Path("b.arrow")]),
     ],
 )
-def test_lists_folders_and_models_count(
-    files: Path, output: str, inputs: list[str], also: list[Path | None]
-) -> None:
+def test_lists_folders_and_models_count(files, output, inputs, also):
     with pytest.raises(
         ConfigError, match=r"^-o .* (is|holds) .*, which this command reads: name another output$"
     ):
         refuse_overwriting("-o", [output], InputFiles(inputs), also)
 
 
-def test_what_is_not_read_may_be_replaced(files: Path) -> None:
+def test_what_is_not_read_may_be_replaced(files):
     refuse_overwriting("-o", ["b.arrow", "model", "new", "/dev/null", "-"], InputFiles(["a.arrow"]))
     refuse_overwriting("-o", ["folder"], InputFiles(["a.arrow", "model/config.json"]))
 
@@ -222,7 +220,7 @@ def small() -> LongNet:
     return tiny_net(vocab_size=300, segment_lengths=(8, 16), tie_embeddings=False).eval()
 
 
-def test_the_tokenizer_of_a_model_is_asked_for_by_content(tmp_path: Path) -> None:
+def test_the_tokenizer_of_a_model_is_asked_for_by_content(tmp_path):
     own, other = Tokenizer.train([["some text and more text"] * 9], 265), Tokenizer.bytes()
     small().save_pretrained(tmp_path, own.to_json())
     own.save(tmp_path / "copy.json")
@@ -247,7 +245,7 @@ def test_the_tokenizer_of_a_model_is_asked_for_by_content(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("chunk", [4, 1000])
-def test_numbers_that_are_not_finite_name_document_and_token(tmp_path: Path, chunk: int) -> None:
+def test_numbers_that_are_not_finite_name_document_and_token(tmp_path, chunk):
     net = small()
     with torch.no_grad():
         net.embedding.weight[ord("z")] = torch.inf

@@ -23,7 +23,7 @@ from longnet_cli.basics.events import Events
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.opened_inputs import Text
 from longnet_cli.data.passages import JUST_NOW, MARK, PassageIndex, open_index
-from longnet_cli.data.text_pieces import SIZES, Unit, cut
+from longnet_cli.data.text_pieces import SIZES, cut
 
 PROSE = st.lists(
     st.sampled_from(
@@ -39,9 +39,7 @@ PROSE = st.lists(
 @example(
     words=["x" * 300, "x" * 300, "A word. ", "no end ", "x" * 300], cuts=[]
 )  # a small letter begins no sentence
-def test_pieces_are_the_text_and_end_where_it_ends(
-    unit: Unit, words: list[str], cuts: list[int]
-) -> None:
+def test_pieces_are_the_text_and_end_where_it_ends(unit, words, cuts):
     """None is too long. One that could go on ends with a sentence or paragraph, unless none ends (late) in it."""
     text = "".join(words)
     places = sorted({0, len(text), *(place % (len(text) + 1) for place in cuts)})
@@ -67,7 +65,7 @@ def test_pieces_are_the_text_and_end_where_it_ends(
         assert ended or (longer and not re.search(rf"({end})\S", late))
 
 
-def test_sentences_and_paragraphs_of_prose() -> None:
+def test_sentences_and_paragraphs_of_prose():
     text = (
         'Mr. J. Doe left, e.g. by boat. "Why?" He did not say!\n\nChapter 2\n\n'
         "北京。上海。 Écrit par St. Exupéry... Fin"
@@ -152,17 +150,17 @@ TEXTS = {
         ("zzz " * 9 + " ".join(f"w{i}" for i in range(3000)) + " lockers", "en"),
     ],
 )
-def test_words_find_their_passage_and_syntax_is_words(question: str, name: str) -> None:
+def test_words_find_their_passage_and_syntax_is_words(question, name):
     assert found(TEXTS, question) == [name]
 
 
 @pytest.mark.parametrize(("word", "other"), [("कुल", "कल"), ("がみ", "かみ"), ("มุม", "มม")])
-def test_marks_that_make_another_word_are_compared(word: str, other: str) -> None:
+def test_marks_that_make_another_word_are_compared(word, other):
     assert found({"a": word}, word) == ["a"]
     assert found({"a": word}, other) == []
 
 
-def test_places_are_those_of_the_text_as_it_is() -> None:
+def test_places_are_those_of_the_text_as_it_is():
     text = " " + "Élan vital. " * 50 + "\n\n" + "ガンダム。" * 60 + "\0" + "ﬁne \uff21\uff29. " * 90
     text = unicodedata.normalize("NFD", text)
     index = PassageIndex()
@@ -173,16 +171,16 @@ def test_places_are_those_of_the_text_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("question", ["violet \ud800", "\udcff"])
-def test_a_question_that_is_not_utf_8_is_refused(question: str) -> None:
+def test_a_question_that_is_not_utf_8_is_refused(question):
     with pytest.raises(ConfigError, match="question is not UTF-8"):
         found(TEXTS, question)
 
 
-def test_nothing_is_found_without_a_shared_word() -> None:
+def test_nothing_is_found_without_a_shared_word():
     assert found(TEXTS, "xyzzy ?!\0 *") == found(TEXTS, '"" ""') == found({"a": " \n "}, "a") == []
 
 
-def test_passages_come_in_the_order_of_the_texts_with_their_places(tmp_path: Path) -> None:
+def test_passages_come_in_the_order_of_the_texts_with_their_places(tmp_path):
     other = "Nothing to see in this sentence. " * 60
     text = f"\n {other}The key is 1. The key. The key.\n\n{other}北京 key. {other}The key is 2."
     (tmp_path / "b.txt").write_text(text)
@@ -212,7 +210,7 @@ def asked(path: Path, inputs: list[Path], question: str, **options: str | bool) 
         return [passage.doc_id for passage in index.find(question, 9)]
 
 
-def test_an_index_in_a_file_follows_its_inputs(tmp_path: Path) -> None:
+def test_an_index_in_a_file_follows_its_inputs(tmp_path):
     """After any change it finds what a new one finds, and without one it is only read."""
     path, names = tmp_path / "i.sqlite", [tmp_path / f"{name}.txt" for name in "abc"]
     rows = tmp_path / "r.jsonl"
@@ -253,7 +251,7 @@ def test_an_index_in_a_file_follows_its_inputs(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_an_edit_in_the_middle_of_a_large_table_is_noticed(tmp_path: Path) -> None:
+def test_an_edit_in_the_middle_of_a_large_table_is_noticed(tmp_path):
     """It changes neither the size nor, as it is set back, the time of writing."""
     table, index = tmp_path / "t.arrow", tmp_path / "i.sqlite"
     write_rows(table, [{"text": f"w{i:05}w {'x' * 5000}"} for i in range(2000)])
@@ -264,7 +262,7 @@ def test_an_edit_in_the_middle_of_a_large_table_is_noticed(tmp_path: Path) -> No
     assert asked(index, [table], "edited") == ["t.arrow:1000"]
 
 
-def test_a_known_file_has_the_name_that_it_has_now(tmp_path: Path) -> None:
+def test_a_known_file_has_the_name_that_it_has_now(tmp_path):
     for folder in ("x", "x/sub", "y"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.txt").write_text(f"one {folder}")
@@ -275,9 +273,7 @@ def test_a_known_file_has_the_name_that_it_has_now(tmp_path: Path) -> None:
     assert asked(index, both, "one") == [*map(str, both)]
 
 
-def test_two_processes_answer_from_their_own_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_answer_from_their_own_files(tmp_path, monkeypatch):
     """The second waits for the first, and then says that it has waited long enough."""
     index = tmp_path / "i.sqlite"
     for name in ("mine", "theirs"):
@@ -297,7 +293,7 @@ def test_two_processes_answer_from_their_own_files(
         asked(index, [tmp_path / "mine.txt"], "door")
 
 
-def test_two_first_runs_at_once_leave_each_passage_once(tmp_path: Path) -> None:
+def test_two_first_runs_at_once_leave_each_passage_once(tmp_path):
     index, inputs = tmp_path / "i.sqlite", [tmp_path / "a.txt"]
     inputs[0].write_text("one passage")
     with open_index(str(index)) as first:
@@ -308,7 +304,7 @@ def test_two_first_runs_at_once_leave_each_passage_once(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "i.sqlite"]
 
 
-def test_a_call_that_is_refused_leaves_no_index_and_changes_none(tmp_path: Path) -> None:
+def test_a_call_that_is_refused_leaves_no_index_and_changes_none(tmp_path):
     index, text = tmp_path / "i.sqlite", tmp_path / "a.txt"
     text.write_text("one passage")
     for wrong in ({"inputs": [tmp_path / "missing"]}, {"inputs": [text], "column": "body"}):
@@ -319,9 +315,7 @@ def test_a_call_that_is_refused_leaves_no_index_and_changes_none(tmp_path: Path)
 
 @pytest.mark.parametrize("limit", [0, 100_000])
 @pytest.mark.parametrize("known", [False, True])
-def test_a_full_disk_is_one_line_and_the_index_stays(
-    tmp_path: Path, limit: int, known: bool
-) -> None:
+def test_a_full_disk_is_one_line_and_the_index_stays(tmp_path, limit, known):
     index, text = tmp_path / "i.sqlite", tmp_path / "a.txt"
     text.write_text("short")
     if known:
@@ -345,7 +339,7 @@ def test_a_full_disk_is_one_line_and_the_index_stays(
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "i.sqlite"]
 
 
-def test_a_file_that_is_no_index_is_refused_and_stays(tmp_path: Path) -> None:
+def test_a_file_that_is_no_index_is_refused_and_stays(tmp_path):
     (tmp_path / "x.txt").write_text("some text " * 200)
     (tmp_path / "empty").write_text("")
     (tmp_path / "folder").mkdir()
@@ -367,7 +361,7 @@ def test_a_file_that_is_no_index_is_refused_and_stays(tmp_path: Path) -> None:
         assert not before or (tmp_path / name).read_bytes() == before
 
 
-def test_a_python_without_full_text_search_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_full_text_search_is_told(monkeypatch):
     for lacking in ("fts5(words, tokenize='no_such_tokenizer')", "no_such_module"):
         table = f"CREATE VIRTUAL TABLE passages USING {lacking}"
         monkeypatch.setattr("longnet_cli.data.passages.TABLES", [table])

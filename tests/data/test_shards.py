@@ -18,7 +18,6 @@ import pyarrow.fs as fs
 import pyarrow.ipc as ipc
 import pytest
 from builders import tiny_model
-from conftest import RunLongnet
 from files import write_rows
 from processes import contents
 
@@ -298,9 +297,7 @@ COMMANDS = {
         *((job, form) for job in ("score", "encode") for form in ("in.jsonl", "in.arrow")),
     ],
 )
-def test_only_other_contents_are_refused(
-    run_longnet: RunLongnet, tmp_path: Path, job: str, name: str
-) -> None:
+def test_only_other_contents_are_refused(run_longnet, tmp_path, job, name):
     """By the digests of what finished shards hold. A kill before the last of these leaves `out`, beside `whole`."""
     out, path = tmp_path / "out", tmp_path / name
     kind = {"in.jsonl": lambda n: {"text": f"text {n}"}, "in.arrow": lambda n: {"ids": [n] * 9}}[
@@ -330,7 +327,7 @@ def test_only_other_contents_are_refused(
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_file_is_known_by_its_size_and_its_ends(tmp_path: Path) -> None:
+def test_a_file_is_known_by_its_size_and_its_ends(tmp_path):
     path, data = tmp_path / "large.arrow", bytearray(np.random.default_rng(0).bytes(3 * END))
     path.write_bytes(data)
     digest = content_digest(InputFile(path, "large", "large"))
@@ -344,7 +341,7 @@ def test_a_file_is_known_by_its_size_and_its_ends(tmp_path: Path) -> None:
     assert content_digest(InputFile(None, "-", "-")) is None
 
 
-def test_a_file_in_a_store_is_known_by_its_tag_or_its_time(tmp_path: Path) -> None:
+def test_a_file_in_a_store_is_known_by_its_tag_or_its_time(tmp_path):
     (tmp_path / "a").write_text("a")
     store = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
     first = content_digest(InputFile(Path("a"), "a", "store://a", store))

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pyarrow.ipc as ipc
@@ -200,7 +199,7 @@ def test_a_bad_tokenizer_file_is_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-def test_the_end_of_text_is_named_by_token_or_id(trained: Tokenizer) -> None:
+def test_the_end_of_text_is_named_by_token_or_id(trained):
     own = trained.eos_id
     assert [
         end_of_text(name, trained) for name in (None, False, True, END_OF_TEXT, str(own), own)
@@ -228,7 +227,7 @@ def test_the_end_of_text_is_named_by_token_or_id(trained: Tokenizer) -> None:
             end_of_text(name, tokenizer)
 
 
-def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path: Path) -> None:
+def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path):
     inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     names = [
         "<|im_end|>",
@@ -277,7 +276,7 @@ def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path: Path) -> None:
     st.text(alphabet="ab ,\u6f22", max_size=400),
     st.lists(st.integers(1, 90), min_size=1, max_size=5),
 )
-def test_a_text_that_comes_in_parts_is_cut_as_the_whole(text: str, sizes: list[int]) -> None:
+def test_a_text_that_comes_in_parts_is_cut_as_the_whole(text, sizes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_pieces, "PIECE", 7)
         patch.setattr(text_pieces, "LONGEST_PIECE", 30)
@@ -358,7 +357,7 @@ def document(inner: tokenizers.Tokenizer, text: str) -> Document:
 @example(pieces=["  the net  "])
 @example(pieces=["the net, the text. \u00e9the ab hen "] * 9)
 @given(pieces=st.lists(ODD, max_size=30))
-def test_places_are_the_tokenizers_offsets(kind: str, pieces: list[str]) -> None:
+def test_places_are_the_tokenizers_offsets(kind, pieces):
     """A text is read in pieces."""
     text, inner = "".join(pieces), made(kind)
     with pytest.MonkeyPatch.context() as patched:
@@ -393,7 +392,7 @@ def test_places_are_the_tokenizers_offsets(kind: str, pieces: list[str]) -> None
     assert places.of(0, len(found)) == (min(s for s, _ in spoken), max(e for _, e in spoken))
 
 
-def test_score_writes_the_place_of_each_token(tmp_path: Path) -> None:
+def test_score_writes_the_place_of_each_token(tmp_path):
     """Not counted from ids because the normalizer made the text longer and then shorter by as much."""
     inner, texts = made("bytes with NFC"), [CHANGED, CASES, "the net  reads"]
     tiny_net(vocab_size=400).save_pretrained(tmp_path / "model", inner.to_str())

@@ -94,7 +94,7 @@ def check(found: list[Vectors], *, coords: bool = True, atol: float = 0.0) -> No
     "layout",
     ["fixed", "list", "large", "xy", "none", "half", "double", "document", "document list"],
 )
-def test_every_layout(tmp_path: Path, suffix: str, rows: int, layout: str) -> None:
+def test_every_layout(tmp_path, suffix, rows, layout):
     if layout.startswith("document"):
         table = by_document("list" if layout.endswith("list") else "fixed")
     else:
@@ -107,26 +107,26 @@ def test_every_layout(tmp_path: Path, suffix: str, rows: int, layout: str) -> No
     check(read(path), coords=layout != "none", atol=4e-3 if layout == "half" else 0)
 
 
-def test_a_pipe_and_pieces_that_go_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_and_pieces_that_go_to_disk(tmp_path, monkeypatch):
     data = write(by_row(), tmp_path / "slides.stream", 2).read_bytes()
     monkeypatch.setattr(documents, "SPOOL_BYTES", 64)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     check(read("-"))
 
 
-def test_damage_within_a_document_leaves_out_the_rest_of_its_file(tmp_path: Path) -> None:
+def test_damage_within_a_document_leaves_out_the_rest_of_its_file(tmp_path):
     path = write(by_row(), tmp_path / "cut.stream", 2)
     path.write_bytes(path.read_bytes()[:-400])
     *_, last = read(path, skip_bad=True)
     assert last.file
 
 
-def test_what_lies_in_a_file_is_not_read_before_it_is_wanted(tmp_path: Path) -> None:
+def test_what_lies_in_a_file_is_not_read_before_it_is_wanted(tmp_path):
     found = read(write(by_row(), tmp_path / "slides.arrow", 3))
     assert not any(isinstance(part.ids, np.ndarray) for x in found for part in x.parts)
 
 
-def test_without_ids_a_file_is_one_document(tmp_path: Path) -> None:
+def test_without_ids_a_file_is_one_document(tmp_path):
     (found,) = read(write(by_row().drop_columns(["slide_id"]), tmp_path / "slide-7.parquet", 3))
     assert (found.doc_id, len(found)) == ("slide-7.parquet", 20)
     (empty,) = read(write(by_row().drop_columns(["slide_id"])[:0], tmp_path / "empty.arrow"))
@@ -149,7 +149,7 @@ def test_without_ids_a_file_is_one_document(tmp_path: Path) -> None:
         ({}, None),
     ],
 )
-def test_hdf5(tmp_path: Path, attributes: dict, size: float | None, batched: bool) -> None:
+def test_hdf5(tmp_path, attributes, size, batched):
     h5py = pytest.importorskip("h5py")
     for name, x in SLIDES.items():
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
@@ -165,7 +165,7 @@ def test_hdf5(tmp_path: Path, attributes: dict, size: float | None, batched: boo
     assert (empty.doc_id, len(empty)) == ("d", 0)
 
 
-def test_hdf5_that_is_not_one_of_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hdf5_that_is_not_one_of_tiles(tmp_path, monkeypatch):
     h5py = pytest.importorskip("h5py")
     path = tmp_path / "slide.h5"
     with h5py.File(path, "w") as file:
@@ -185,7 +185,7 @@ def test_hdf5_that_is_not_one_of_tiles(tmp_path: Path, monkeypatch: pytest.Monke
         read(path)
 
 
-def test_hdf5_with_a_damaged_index_of_chunks(tmp_path: Path) -> None:
+def test_hdf5_with_a_damaged_index_of_chunks(tmp_path):
     h5py = pytest.importorskip("h5py")
     for name in "ab":
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
@@ -200,7 +200,7 @@ def test_hdf5_with_a_damaged_index_of_chunks(tmp_path: Path) -> None:
     assert (bad.file, good.doc_id, len(good)) == (True, "b", 7)
 
 
-def test_damaged_hdf5_is_one_line(tmp_path: Path) -> None:
+def test_damaged_hdf5_is_one_line(tmp_path):
     """Whatever byte is another one, it is read, or refused in one line."""
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "whole.h5", "w") as file:
@@ -265,7 +265,7 @@ HUGE[2, 4] = 1e300
         ),
     ],
 )
-def test_what_is_wrong_is_one_line(tmp_path: Path, table: pa.Table, line: str) -> None:
+def test_what_is_wrong_is_one_line(tmp_path, table, line):
     for suffix in (".arrow", ".parquet"):
         path = write(table, tmp_path / f"wrong{suffix}")
         with pytest.raises((DataError, ConfigError)) as caught:
@@ -275,7 +275,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, table: pa.Table, line: str) -
         assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_number_is_in_its_row_wherever_reading_begins(tmp_path: Path) -> None:
+def test_a_wrong_number_is_in_its_row_wherever_reading_begins(tmp_path):
     table = change(slide_id=["a"] * 3, features=vectors(HUGE, number=pa.float64()))
     (found,) = read(write_file(tmp_path / "x.arrow", table, 1))  # of three batches
     for start in range(3):
@@ -283,7 +283,7 @@ def test_a_wrong_number_is_in_its_row_wherever_reading_begins(tmp_path: Path) ->
             found.read(start)
 
 
-def test_coordinates_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> None:
+def test_coordinates_that_are_not_wanted_are_not_looked_at(tmp_path):
     table = change(x=["a", "b", "c"]).replace_schema_metadata({"longnet.tile_size": "-3"})
     with pytest.raises(DataError, match="in its metadata is no size of a tile"):
         read(write(table, tmp_path / "s.arrow"))
@@ -292,7 +292,7 @@ def test_coordinates_that_are_not_wanted_are_not_looked_at(tmp_path: Path) -> No
     assert [(len(x), x.width, x.coords) for x in found] == [(1, 1, None), (1, 2, None)]
 
 
-def test_spans_that_start_again_are_refused(tmp_path: Path) -> None:
+def test_spans_that_start_again_are_refused(tmp_path):
     columns = {"doc_id": ["a"] * 4, "embedding": vectors(np.ones((4, 3)))}
 
     def of(*spans: int) -> Path:

@@ -65,7 +65,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ids=str,
 )
 @torch.no_grad()
-def test_golden_vectors_of_all_layers(dtype: torch.dtype, near: float) -> None:
+def test_golden_vectors_of_all_layers(dtype, near):
     """In bf16, the official classes differ from their own fp32 by 3.4e-2 here."""
     state, wanted, theirs = read_golden("slide_encoder_zero_key")
     theirs.pop("final_norm_eps")
@@ -88,7 +88,7 @@ def test_golden_vectors_of_all_layers(dtype: torch.dtype, near: float) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_names_and_shapes_are_the_official_ones_in_order(arch: str) -> None:
+def test_names_and_shapes_are_the_official_ones_in_order(arch):
     depth, dim = map(int, re.findall(r"\d+", arch))
     modules = [
         "patch_embed.proj",
@@ -115,7 +115,7 @@ def test_names_and_shapes_are_the_official_ones_in_order(arch: str) -> None:
     assert model.config.num_heads == 16
 
 
-def test_checkpoints_go_both_ways(checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoints_go_both_ways(checkpoint, tmp_path):
     state = torch.load(checkpoint)["model"]
     model = create_model(str(checkpoint), "tiny", 6)
     assert all(module.training for module in model.modules())
@@ -129,7 +129,7 @@ def test_checkpoints_go_both_ways(checkpoint: Path, tmp_path: Path) -> None:
     assert torch.equal(other.eval()(features, coords)[0], model.eval()(features, coords)[0])
 
 
-def test_what_create_model_refuses(checkpoint: Path, tmp_path: Path) -> None:
+def test_what_create_model_refuses(checkpoint, tmp_path):
     state = torch.load(checkpoint)["model"]
     state["norm.bias"] *= torch.nan
     torch.save({"model": state}, tmp_path / "nan.pth")
@@ -164,9 +164,7 @@ def test_what_create_model_refuses(checkpoint: Path, tmp_path: Path) -> None:
             refused()
 
 
-def test_a_name_on_a_hub_comes_from_the_cache(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_on_a_hub_comes_from_the_cache(checkpoint, tmp_path, monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -190,7 +188,7 @@ def test_a_name_on_a_hub_comes_from_the_cache(
 
 
 @torch.no_grad()
-def test_tile_size_moves_the_grid_alone_and_tiles_outside_it_are_refused() -> None:
+def test_tile_size_moves_the_grid_alone_and_tiles_outside_it_are_refused():
     model, (features, coords) = small(tile_size=128), tiles(80)
     assert model.config.segment_lengths == (
         1024,
@@ -222,7 +220,7 @@ def test_tile_size_moves_the_grid_alone_and_tiles_outside_it_are_refused() -> No
     torch.testing.assert_close(together[0][1:], alone[0])
 
 
-def test_training_has_the_official_dropout_and_every_module_is_the_nets() -> None:
+def test_training_has_the_official_dropout_and_every_module_is_the_nets():
     model, (features, coords) = small(True, depth=3), tiles(60)
     assert torch.equal(model(features, coords)[0], model(features, coords)[0])
     model.train()
@@ -244,7 +242,7 @@ def test_training_has_the_official_dropout_and_every_module_is_the_nets() -> Non
 
 
 @torch.no_grad()
-def test_every_module_is_the_nets_own() -> None:
+def test_every_module_is_the_nets_own():
     """Hooks see the forward pass, and what is put in a module's place takes part in it."""
     model, (features, coords) = small(True), tiles(60)
     layer, seen = model.encoder.layers[1], []
@@ -279,7 +277,7 @@ def test_every_module_is_the_nets_own() -> None:
 
 
 @torch.no_grad()
-def test_any_dtype_of_weights() -> None:
+def test_any_dtype_of_weights():
     features, coords = tiles(70)
     wanted = small().double()(features.double(), coords)[0]
     assert wanted.dtype == torch.float64
@@ -297,7 +295,7 @@ def installed() -> Iterator[None]:
         sys.modules.pop(name)
 
 
-def test_install_answers_the_official_imports(installed: None) -> None:
+def test_install_answers_the_official_imports(installed):
     import gigapath.slide_encoder as module
     from gigapath.slide_encoder import create_model as found
 
@@ -306,7 +304,7 @@ def test_install_answers_the_official_imports(installed: None) -> None:
         import gigapath.tile_encoder  # noqa: F401
 
 
-def test_the_import_needs_no_library_of_the_official_code() -> None:
+def test_the_import_needs_no_library_of_the_official_code():
     program = (
         "import sys; sys.modules |= dict.fromkeys('timm fairscale einops flash_attn xformers huggingface_hub'.split());"
         "from longnet_cli.integrations.gigapath import create_model, install; install();"

@@ -250,9 +250,7 @@ def outcome(folder: Path, pattern: Pattern | None) -> tuple[str, str]:
         ("bamba", {}, "whole", "whole", ""),  # an infinity in its config.json
     ],
 )
-def test_settings_that_change_attention(
-    name: str, settings: dict, own: str, pattern: str, why: str
-) -> None:
+def test_settings_that_change_attention(name, settings, own, pattern, why):
     if name not in hf.CONFIG_MAPPING:
         pytest.skip(f"transformers {hf.__version__} has no {name}")
     with saved(name, **settings) as folder:
@@ -262,7 +260,7 @@ def test_settings_that_change_attention(
 
 
 @pytest.mark.slow
-def test_every_architecture_is_right_or_refused() -> None:
+def test_every_architecture_is_right_or_refused():
     tally: Counter[str] = Counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -297,7 +295,7 @@ def forwards(model: hf.PreTrainedModel) -> list[int]:
     return counts
 
 
-def test_a_model_is_tried_once_for_its_settings_and_weights() -> None:
+def test_a_model_is_tried_once_for_its_settings_and_weights():
     yarn = {"rope_parameters": YARN}
     for changes, scale, times in (({}, 1, 3), ({}, 1, 0), (yarn, 1, 3), ({}, 2, 3)):
         net = built(llama, **changes)
@@ -313,7 +311,7 @@ def test_a_model_is_tried_once_for_its_settings_and_weights() -> None:
     assert counts == [17, 17]  # one more than its window
 
 
-def test_a_trial_leaves_the_model_as_it_was() -> None:
+def test_a_trial_leaves_the_model_as_it_was():
     net = built(llama).train()
     before = {name: x.clone() for name, x in net.state_dict().items()}
     use_dilated_attention(net, Pattern.window(16, sinks=2))
@@ -325,9 +323,7 @@ def test_a_trial_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_attention_is_refused_with_the_difference(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_attention_is_refused_with_the_difference(dtype, monkeypatch):
     """A model whose sliding layers have sinks that its attention function loses, as ours once did."""
     torch.manual_seed(0)
     net = grown(hf.AutoModelForCausalLM.from_config(tiny_config("mimo_v2_flash"))).to(dtype)
@@ -340,7 +336,7 @@ def test_another_attention_is_refused_with_the_difference(
         use_dilated_attention(net, WIDE)
 
 
-def test_a_long_trial_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_trial_is_said(monkeypatch):
     monkeypatch.setattr(trying, "_LONG", 0.0)
     with pytest.warns(
         InputWarning, match=r"LlamaForCausalLM was tried with a pattern, on 64 tokens in \d+ s"
@@ -348,7 +344,7 @@ def test_a_long_trial_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         use_dilated_attention(built(llama), WIDE)
 
 
-def test_what_the_command_says(tmp_path: Path) -> None:
+def test_what_the_command_says(tmp_path):
     """A refusal in one line with exit code 2; a note where chunks are not read; the same numbers for any chunk."""
     rows = pa.table({"input_ids": [[*range(3, 90)]]})
     with (
@@ -388,7 +384,7 @@ def test_what_the_command_says(tmp_path: Path) -> None:
     )
 
 
-def test_models_of_images_and_texts(tmp_path: Path) -> None:
+def test_models_of_images_and_texts(tmp_path):
     """CLIP is refused in one line, and its part that reads texts takes no vectors, not even none."""
     sizes = {
         "hidden_size": 32,
@@ -407,7 +403,7 @@ def test_models_of_images_and_texts(tmp_path: Path) -> None:
         assert ModelFolder(tmp_path / "text").net(pattern=WIDE)(ids(20)).shape == (2, 20, 32)
 
 
-def test_a_model_that_cannot_run_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_run_is_refused_in_one_line(monkeypatch):
     with saved("llama") as folder:
 
         def broken(*args: Any, **options: Any) -> None:

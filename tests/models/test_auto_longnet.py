@@ -70,7 +70,7 @@ def ids(*shape: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_auto_classes_open_what_a_longnet_saves(net: LongNet, folder: Path) -> None:
+def test_auto_classes_open_what_a_longnet_saves(net, folder):
     config = hf.AutoConfig.from_pretrained(folder)
     assert config.longnet == net.config
     assert (config.hidden_size, config.num_hidden_layers, config.eos_token_id) == (16, 2, 256)
@@ -89,9 +89,7 @@ def test_auto_classes_open_what_a_longnet_saves(net: LongNet, folder: Path) -> N
     assert words.eos_token == "<|endoftext|>"
 
 
-def test_what_does_not_know_a_longnet_names_the_import(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_know_a_longnet_names_the_import(folder, monkeypatch):
     monkeypatch.delitem(hf.CONFIG_MAPPING._extra_content, MODEL_TYPE)
     with pytest.raises(
         ValueError,
@@ -100,9 +98,7 @@ def test_what_does_not_know_a_longnet_names_the_import(
         hf.AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_what_transformers_saves_is_a_longnet_again(
-    net: LongNet, folder: Path, tmp_path: Path
-) -> None:
+def test_what_transformers_saves_is_a_longnet_again(net, folder, tmp_path):
     model, report = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     model.save_pretrained(tmp_path / "again")
@@ -121,7 +117,7 @@ def test_what_transformers_saves_is_a_longnet_again(
     )  # drawn once, as a LongNet
 
 
-def test_a_resized_vocabulary_is_saved(folder: Path, tmp_path: Path) -> None:
+def test_a_resized_vocabulary_is_saved(folder, tmp_path):
     base = hf.AutoModel.from_pretrained(folder)
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
     for resized in (base, model):
@@ -134,7 +130,7 @@ def test_a_resized_vocabulary_is_saved(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(model(ids(1, 20)).logits, large.logits(large(ids(1, 20))))
 
 
-def test_keys_that_transformers_writes_are_known_by_name_and_no_others(folder: Path) -> None:
+def test_keys_that_transformers_writes_are_known_by_name_and_no_others(folder):
     assert {*hf.PretrainedConfig().to_dict()} <= TRANSFORMERS_KEYS
     path = folder / "config.json"
     data = json.loads(path.read_text())
@@ -157,7 +153,7 @@ def test_keys_that_transformers_writes_are_known_by_name_and_no_others(folder: P
         LongNet.from_pretrained(folder)
 
 
-def test_weights_that_are_missing_are_an_error(folder: Path) -> None:
+def test_weights_that_are_missing_are_an_error(folder):
     from safetensors.torch import load, save_file
 
     weights = load(
@@ -175,7 +171,7 @@ def test_weights_that_are_missing_are_an_error(folder: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_come_out_alone(net: LongNet, folder: Path, side: str) -> None:
+def test_padded_rows_come_out_alone(net, folder, side):
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
     rows = [ids(1, 43)[0], ids(1, 9)[0], ids(1, 43)[0][:0]]
     padded = torch.zeros(3, 43, dtype=torch.int64)
@@ -189,7 +185,7 @@ def test_padded_rows_come_out_alone(net: LongNet, folder: Path, side: str) -> No
 
 
 @pytest.mark.full
-def test_it_generates_what_the_command_generates(net: LongNet, folder: Path, words: Any) -> None:
+def test_it_generates_what_the_command_generates(net, folder, words):
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
     options = {"max_new_tokens": 40, "do_sample": False}
     inputs = words(TEXTS, padding=True, return_tensors="pt")
@@ -231,7 +227,7 @@ def test_it_generates_what_the_command_generates(net: LongNet, folder: Path, wor
 
 @pytest.mark.ci
 @pytest.mark.parametrize("net", ["untied"], indirect=True)
-def test_a_trainer_trains(net: LongNet, folder: Path, tmp_path: Path) -> None:
+def test_a_trainer_trains(net, folder, tmp_path):
     """The first loss is the LongNet's; its checkpoint is a LongNet, with the losses and logits that it evaluates."""
     pytest.importorskip("accelerate")
     tokens = ids(1, 40)
@@ -271,7 +267,7 @@ def test_a_trainer_trains(net: LongNet, folder: Path, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_bidirectional_net_fills_masks(tmp_path: Path) -> None:
+def test_a_bidirectional_net_fills_masks(tmp_path):
     net = tiny_net(causal=False, position="rope").eval()
     net.save_pretrained(tmp_path)
     model = hf.AutoModelForMaskedLM.from_pretrained(tmp_path)
@@ -285,9 +281,7 @@ def test_a_bidirectional_net_fills_masks(tmp_path: Path) -> None:
         hf.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_causal_net_and_one_without_vocabulary_say_what_opens_them(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_causal_net_and_one_without_vocabulary_say_what_opens_them(folder, tmp_path):
     with pytest.raises(ValueError, match="causal: open it with AutoModelForCausalLM"):
         hf.AutoModelForMaskedLM.from_pretrained(folder)
     tiny_net(vocab_size=0).save_pretrained(tmp_path / "vectors")
@@ -299,7 +293,7 @@ def test_a_causal_net_and_one_without_vocabulary_say_what_opens_them(
     assert hidden.shape == (1, 5, 16)
 
 
-def test_what_a_longnet_does_not_do_is_refused(folder: Path) -> None:
+def test_what_a_longnet_does_not_do_is_refused(folder):
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
     tokens = ids(1, 10)
     with pytest.raises(ValueError, match="packed texts"):
@@ -321,7 +315,7 @@ def test_what_a_longnet_does_not_do_is_refused(folder: Path) -> None:
         model.generate_batch(tokens.tolist())
 
 
-def test_settings_of_a_folder_are_kept_or_refused(folder: Path, tmp_path: Path) -> None:
+def test_settings_of_a_folder_are_kept_or_refused(folder, tmp_path):
     open_, tokens = hf.AutoModelForCausalLM.from_pretrained, ids(1, 10)
     for name in ("output_hidden_states", "output_attentions"):
         with pytest.raises(ValueError, match=f"no {name}"):
@@ -336,7 +330,7 @@ def test_settings_of_a_folder_are_kept_or_refused(folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("net", ["sinks"], indirect=True)
-def test_activations_are_computed_again(net: LongNet, folder: Path) -> None:
+def test_activations_are_computed_again(net, folder):
     """Loss and gradients stay the same, fewer tensors are saved, and the cache that the config asks for is not made."""
     tokens, runs = ids(1, 30), []
     model = hf.AutoModelForCausalLM.from_pretrained(folder, use_cache=True).train()
@@ -368,7 +362,7 @@ def test_activations_are_computed_again(net: LongNet, folder: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("net", ["sinks", "untied"], indirect=True)
-def test_the_base_model_and_the_output_matrix_make_the_logits(net: LongNet, folder: Path) -> None:
+def test_the_base_model_and_the_output_matrix_make_the_logits(net, folder):
     """TRL puts them together itself; they are one model with the rest, also in a copy."""
     tokens = ids(2, 30)
     model = copy.deepcopy(hf.AutoModelForCausalLM.from_pretrained(folder))
@@ -382,7 +376,7 @@ def test_the_base_model_and_the_output_matrix_make_the_logits(net: LongNet, fold
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_vectors_are_those_of_encode(causal: bool, tmp_path: Path) -> None:
+def test_vectors_are_those_of_encode(causal, tmp_path):
     net = tiny_net(position="rope", causal=causal).eval()
     net.save_pretrained(tmp_path, BYTES.to_json())
     documents = [Document(str(i), BYTES.encode(text), None, "test") for i, text in enumerate(TEXTS)]
@@ -414,9 +408,7 @@ def test_vectors_are_those_of_encode(causal: bool, tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("net", ["sinks", "untied"], indirect=True)
-def test_offloaded_weights_come_back_for_the_output(
-    net: LongNet, folder: Path, tmp_path: Path
-) -> None:
+def test_offloaded_weights_come_back_for_the_output(net, folder, tmp_path):
     """The logits are those of the LongNet wherever accelerate keeps the matrix, and never of other memory."""
     accelerate = pytest.importorskip("accelerate")
     tokens, cpu = ids(2, 30), torch.device("cpu")
@@ -450,9 +442,7 @@ TRAINED = [
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
 @pytest.mark.parametrize("trained", TRAINED, ids=lambda trained: str(*trained.values()))
 @pytest.mark.parametrize("net", ["sinks", "untied"], indirect=True)
-def test_what_peft_puts_in_place_of_a_module_is_trained_and_saved(
-    trained: dict[str, Any], folder: Path, tmp_path: Path
-) -> None:
+def test_what_peft_puts_in_place_of_a_module_is_trained_and_saved(trained, folder, tmp_path):
     peft = pytest.importorskip("peft")
     tokens = torch.tensor([[3, 7, 5, 3, 9, 5]])
     model = hf.AutoModelForCausalLM.from_pretrained(folder)

@@ -176,7 +176,7 @@ def scaled_up(net: hf.PreTrainedModel) -> hf.PreTrainedModel:
 
 
 @pytest.mark.parametrize("case", SCALED)
-def test_positions_are_those_of_the_same_weights_in_transformers(tmp_path: Path, case: str) -> None:
+def test_positions_are_those_of_the_same_weights_in_transformers(tmp_path, case):
     settings, keys, tensors = SCALED[case]
     if not tensors:
         keys = {"llama.rope.scaling.factor": 4.0, **keys}
@@ -189,7 +189,7 @@ def test_positions_are_those_of_the_same_weights_in_transformers(tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_a_qwen_has_the_biases_and_norms_of_its_file(tmp_path: Path, kind: str) -> None:
+def test_a_qwen_has_the_biases_and_norms_of_its_file(tmp_path, kind):
     """And heads that are not as wide as the net is by their number, as those of Qwen 3."""
     width = 32 if kind == "qwen3" else DIM // HEADS
     model = scaled_up(random_net(kind, head_dim=width))
@@ -214,16 +214,14 @@ def test_a_qwen_has_the_biases_and_norms_of_its_file(tmp_path: Path, kind: str) 
 
 
 @pytest.mark.parametrize("kind", ["phi3", "gemma2"])
-def test_another_architecture_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_another_architecture_is_refused_by_name(tmp_path, kind):
     source = write_gguf(tmp_path / "model.gguf", random_net(kind))
     error = refused(f"convert {source} -o {tmp_path}/made")
     said = f"general.architecture = {kind}: of GGUF files, llama, qwen2, qwen3 are read"
     assert (error.exit_code, str(error).startswith(f"{source}: {said}")) == (4, True)
 
 
-def test_a_file_on_a_hub_has_its_commit_in_the_folder_made_of_it(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_a_file_on_a_hub_has_its_commit_in_the_folder_made_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     data = write_gguf(tmp_path / "made.gguf", random_net()).read_bytes()
     commit = fill_cache(tmp_path / "hub", "org/llama", {"q.gguf": data})
@@ -234,7 +232,7 @@ def test_a_file_on_a_hub_has_its_commit_in_the_folder_made_of_it(
     )
 
 
-def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> None:
+def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path):
     """Exactly, where weights are plain; with its tokenizer, in the type that is asked for."""
     model, folder = random_net(), tmp_path / "llama"
     result = invoke("convert", write_gguf(tmp_path / "model.gguf", model), "-o", folder, code=0)
@@ -261,7 +259,7 @@ def test_a_converted_folder_is_the_model_and_loads_anywhere(tmp_path: Path) -> N
     assert (again.exit_code, "is not an empty folder" in str(again)) == (2, True)
 
 
-def test_quantized_weights_are_written_as_plain_ones(tmp_path: Path) -> None:
+def test_quantized_weights_are_written_as_plain_ones(tmp_path):
     source = write_gguf(tmp_path / "model.gguf", random_net(), "Q8_0")
     for dtype, kind in (("auto", torch.bfloat16), ("fp32", torch.float32), ("fp16", torch.float16)):
         result = invoke(f"convert {source} -o {tmp_path}/{dtype} --dtype {dtype}")
@@ -278,9 +276,7 @@ def test_quantized_weights_are_written_as_plain_ones(tmp_path: Path) -> None:
     assert 0 < (exact - own).abs().max() <= own.abs().max() / 127
 
 
-def test_progress_is_that_of_the_library(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_is_that_of_the_library(tmp_path, capfd, monkeypatch):
     """Also where the library writes its own bar: ours comes out, and nothing else. The file is read once."""
     source, more = write_gguf(tmp_path / "model.gguf", random_net(), "Q8_0"), list[int]()
     own, reads = gguf.GGUFReader.__init__, list[Any]()
@@ -299,7 +295,7 @@ def test_progress_is_that_of_the_library(
     assert all(line.startswith("converting: ") for line in lines)
 
 
-def test_a_file_is_a_model(tmp_path: Path) -> None:
+def test_a_file_is_a_model(tmp_path):
     """Converted on the way, in the type it is computed in, with the scores of its folder; nothing stays behind."""
     source, text = write_gguf(tmp_path / "model.gguf", random_net()), tmp_path / "text.txt"
     text.write_text("the moth, then the other")
@@ -313,7 +309,7 @@ def test_a_file_is_a_model(tmp_path: Path) -> None:
     assert "longnet convert" in str(refused(f"pattern {source}"))
 
 
-def test_files_that_cannot_be_converted(tmp_path: Path) -> None:
+def test_files_that_cannot_be_converted(tmp_path):
     source = write_gguf(tmp_path / "model.gguf", random_net())
     (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[: 1 << 14])
     (tmp_path / "text.txt").write_text("not a model")
@@ -354,7 +350,7 @@ REFUSED = {  # keys and tensors of a file, and what is said
 
 
 @pytest.mark.parametrize("said", REFUSED)
-def test_what_the_net_has_no_place_for_is_refused_by_name(tmp_path: Path, said: str) -> None:
+def test_what_the_net_has_no_place_for_is_refused_by_name(tmp_path, said):
     keys = {key: value for key, value in REFUSED[said].items() if not isinstance(value, np.ndarray)}
     source = write_gguf(
         tmp_path / "model.gguf",
@@ -368,8 +364,8 @@ def test_what_the_net_has_no_place_for_is_refused_by_name(tmp_path: Path, said: 
 
 
 def test_every_key_of_an_architecture_is_read_or_refused_or_known_to_do_nothing(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     """With 7 as its value, which the net does not have: what does not show in the settings is one of a few."""
     groups = [
         gguf.Keys.LLM,
@@ -400,7 +396,7 @@ def test_every_key_of_an_architecture_is_read_or_refused_or_known_to_do_nothing(
     assert silent == WITHOUT_EFFECT | {".rope.scaling.original_context_length"}
 
 
-def test_words_are_split_as_the_file_says(tmp_path: Path) -> None:
+def test_words_are_split_as_the_file_says(tmp_path):
     text = "the 123 moths"
     splits = {"gpt-2": ["the", " 123", " moths"], "smollm": ["the", " ", "1", "2", "3", " moths"],
               "llama-bpe": ["the", " ", "123", " moths"]}  # fmt: skip

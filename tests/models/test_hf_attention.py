@@ -5,9 +5,7 @@ All from their config classes with random weights; nothing is downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,9 +93,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         (llama, FAR, {"is_causal": False}),  # a decoder made bidirectional
     ],
 )
-def test_a_pattern_is_the_dense_reference(
-    model: Callable[[], hf.PreTrainedModel], pattern: Pattern, how: dict[str, Any]
-) -> None:
+def test_a_pattern_is_the_dense_reference(model, pattern, how):
     """The paper's at 1/64 scale, over more than one of its widest segments; it is not what dense attention gives."""
     net, tokens = (
         use_dilated_attention(built(model), pattern),
@@ -119,9 +115,7 @@ def attention_module(choice: Choice) -> nn.Module:
 
 
 @given(choice=choices(causal=True), sizes=cuts())
-def test_any_pattern_with_cached_keys_is_the_dense_reference(
-    choice: Choice, sizes: list[int]
-) -> None:
+def test_any_pattern_with_cached_keys_is_the_dense_reference(choice, sizes):
     """The attention function, given all keys so far: outputs and gradients, with fewer key heads than query heads."""
     choice = replace(
         choice, start=0, by_level=False
@@ -157,7 +151,7 @@ def test_any_pattern_with_cached_keys_is_the_dense_reference(
 
 
 @pytest.mark.parametrize("kind", ["default", *ROPES, "partial", "neighbours", "none"])
-def test_sinks_are_seen_as_if_right_before_the_window(kind: str) -> None:
+def test_sinks_are_seen_as_if_right_before_the_window(kind):
     """So a token's only layer gives what dense attention gives where nothing but sinks and window is there."""
     net = built(rotary, kind=kind)
     tokens, last = ids(150), 140
@@ -174,7 +168,7 @@ def test_sinks_are_seen_as_if_right_before_the_window(kind: str) -> None:
     assert near == (kind == "none")
 
 
-def test_sinks_that_cannot_be_moved_are_refused() -> None:
+def test_sinks_that_cannot_be_moved_are_refused():
     """By name, and the model goes on with what it had."""
     ropes = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     gptj = hf.GPTJForCausalLM(
@@ -222,9 +216,7 @@ def left_padded(tokens: int) -> Tensor:
         ),
     ],
 )
-def test_generate_is_exact_with_any_cache(
-    model: Callable[[], hf.PreTrainedModel], pattern: Pattern
-) -> None:
+def test_generate_is_exact_with_any_cache(model, pattern):
     """Token for token what one pass over all before it has as its best, for rows of different lengths too."""
     net = use_dilated_attention(built(model), pattern)
     net.generation_config.eos_token_id = None
@@ -254,7 +246,7 @@ def test_generate_is_exact_with_any_cache(
 
 
 @pytest.mark.parametrize("pattern", [WINDOW, CHOSEN])
-def test_forks_of_a_cache_read_on_alone(pattern: Pattern) -> None:
+def test_forks_of_a_cache_read_on_alone(pattern):
     net = use_dilated_attention(built(llama), pattern)
     cache = LongNetCache(net.config)
     net(ids(60)[:, :40], past_key_values=cache)
@@ -266,9 +258,7 @@ def test_forks_of_a_cache_read_on_alone(pattern: Pattern) -> None:
 
 
 @pytest.mark.parametrize("model", [llama, qwen3, gpt2])
-def test_where_a_text_names_all_blocks_attention_is_dense(
-    model: Callable[[], hf.PreTrainedModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_a_text_names_all_blocks_attention_is_dense(model, monkeypatch):
     monkeypatch.setattr(ReadText, "named", lambda self, pattern, first, near: range(near // 8))
     net, tokens = built(model), ids(100)
     with torch.no_grad():
@@ -283,7 +273,7 @@ def test_where_a_text_names_all_blocks_attention_is_dense(
 
 
 @pytest.mark.parametrize("pattern", [FAR, CHOSEN])
-def test_a_cache_follows_beams(pattern: Pattern) -> None:
+def test_a_cache_follows_beams(pattern):
     """Each beam has the score of its tokens, as one pass over them gives it."""
     net = use_dilated_attention(built(llama, eos_token_id=None), pattern)
     beams = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 20, "pad_token_id": 0}
@@ -295,7 +285,7 @@ def test_a_cache_follows_beams(pattern: Pattern) -> None:
     torch.testing.assert_close(of_tokens / 20, found.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
-def test_a_bounded_cache_is_bounded_and_follows_beams() -> None:
+def test_a_bounded_cache_is_bounded_and_follows_beams():
     """Padded rows, too."""
     net = use_dilated_attention(built(llama, eos_token_id=None), FAR)
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 40, "pad_token_id": 0}
@@ -308,7 +298,7 @@ def test_a_bounded_cache_is_bounded_and_follows_beams() -> None:
     assert cache.nbytes == 2 * rows
 
 
-def test_padding_on_both_sides_is_as_alone() -> None:
+def test_padding_on_both_sides_is_as_alone():
     """Without a cache, gradients too; a row without a token harms nobody."""
     net = use_dilated_attention(built(llama), FAR)
     mask = torch.zeros(3, 60, dtype=torch.int64)
@@ -329,7 +319,7 @@ def test_padding_on_both_sides_is_as_alone() -> None:
 @pytest.mark.ci
 @pytest.mark.full
 @pytest.mark.parametrize(("model", "pattern"), [(llama, FAR), (bert, PAPER_64TH)])
-def test_a_compiled_model(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
+def test_a_compiled_model(model, pattern):
     """Padded batches too."""
     torch._dynamo.reset()
     net = use_dilated_attention(built(model), pattern)
@@ -350,7 +340,7 @@ def test_a_compiled_model(model: Callable[[], hf.PreTrainedModel], pattern: Patt
 @pytest.mark.parametrize(
     "pattern", [Pattern((8, 32), (1, 4), "grouped"), TILED, GROUPED, FAR, CHOSEN]
 )
-def test_the_pattern_is_saved_and_loaded(tmp_path: Path, pattern: Pattern) -> None:
+def test_the_pattern_is_saved_and_loaded(tmp_path, pattern):
     net = use_dilated_attention(built(llama), pattern)
     net.save_pretrained(tmp_path)
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -367,7 +357,7 @@ def test_the_pattern_is_saved_and_loaded(tmp_path: Path, pattern: Pattern) -> No
 
 
 @pytest.mark.parametrize("model", [llama, bert])
-def test_autocast_and_checkpointing(model: Callable[[], hf.PreTrainedModel]) -> None:
+def test_autocast_and_checkpointing(model):
     """bf16 is near; activations computed again are the same."""
     net = use_dilated_attention(built(model), PAPER_64TH)
     exact = outputs_and_gradients(net, "dilated", input_ids=ids(150))
@@ -401,13 +391,13 @@ PACKED = torch.cat([torch.arange(20), torch.arange(20)])[None].expand(2, -1)
         ({"position_ids": PACKED}, r"a row each; torch\.export and"),
     ],
 )
-def test_calls_that_are_refused(call: dict[str, Tensor], message: str) -> None:
+def test_calls_that_are_refused(call, message):
     net = use_dilated_attention(built(llama), PAPER_64TH)
     with pytest.raises(ValueError, match=message):
         net(ids(40), use_cache=False, **call)
 
 
-def test_caches_that_are_refused() -> None:
+def test_caches_that_are_refused():
     net = use_dilated_attention(built(llama, eos_token_id=None), PAPER_64TH)
     options = {"max_new_tokens": 3, "pad_token_id": 0}
     with pytest.raises(ValueError, match="generates with a LongNetCache, with a DynamicCache"):
@@ -445,12 +435,12 @@ def test_caches_that_are_refused() -> None:
         ),
     ],
 )
-def test_models_that_are_refused(model: Callable[[], hf.PreTrainedModel], message: str) -> None:
+def test_models_that_are_refused(model, message):
     with pytest.raises(ConfigError, match=message):
         use_dilated_attention(model(), PAPER_64TH)
 
 
-def test_configs_that_are_refused() -> None:
+def test_configs_that_are_refused():
     net = built(llama)
     with pytest.raises(ConfigError, match=r"call use_dilated_attention\(model, pattern\)"):
         use_dilated_attention(net)

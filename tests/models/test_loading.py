@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.ci
 @pytest.mark.full
-def test_weights_are_mapped_not_copied(folder: Path, command_env: dict[str, str]) -> None:
+def test_weights_are_mapped_not_copied(folder, command_env):
     tried, weights = extra_memory(
         folder, "bfloat16", command_env
     )  # the first time, a few tokens go through the model
@@ -46,7 +46,7 @@ def test_weights_are_mapped_not_copied(folder: Path, command_env: dict[str, str]
     assert extra <= 1.3 * weights
 
 
-def test_weights_have_the_type_that_is_asked_for(folder: Path) -> None:
+def test_weights_have_the_type_that_is_asked_for(folder):
     for dtype in (torch.bfloat16, torch.float32):
         net = ModelFolder(folder).net(dtype=dtype)
         assert {parameter.dtype for parameter in net.parameters()} == {dtype}

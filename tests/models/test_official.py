@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from builders import level_options, official_slide_state, read_golden
-from conftest import RunLongnet
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,7 +24,7 @@ from longnet_cli.nets.slide import SlideEncoder
     "kind",
     ["pth", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("legacy", "safetensors"))],
 )
-def test_golden_slide_encoder(run_longnet: RunLongnet, tmp_path: Path, kind: str) -> None:
+def test_golden_slide_encoder(run_longnet, tmp_path, kind):
     state, wanted, theirs = read_golden("slide_encoder_zero_key")
     path = tmp_path / "slide_encoder.pth"
     if kind == "safetensors":
@@ -50,7 +49,7 @@ def test_golden_slide_encoder(run_longnet: RunLongnet, tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize("name", ["decoder_subln_xpos", "encoder_subln_zero_key"])
-def test_golden_torchscale(run_longnet: RunLongnet, tmp_path: Path, name: str) -> None:
+def test_golden_torchscale(run_longnet, tmp_path, name):
     state, wanted, theirs = read_golden(name)
     side = name.partition("_")[0]
     inside = {
@@ -73,7 +72,7 @@ def test_golden_torchscale(run_longnet: RunLongnet, tmp_path: Path, name: str) -
     torch.testing.assert_close(ours, golden, rtol=0, atol=1e-5)
 
 
-def test_the_official_models_are_known(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_the_official_models_are_known(run_longnet, tmp_path):
     """Prov-GigaPath's heads and pattern need not be given."""
     torch.save({"model": official_slide_state()}, tmp_path / "slide.pth")
     run_longnet(f"convert {tmp_path}/slide.pth -o {tmp_path}/slide --dtype bf16", code=0)
@@ -82,7 +81,7 @@ def test_the_official_models_are_known(run_longnet: RunLongnet, tmp_path: Path) 
     assert (config.num_heads, config.in_features, config.padding) == (16, 6, "zero_key")
 
 
-def test_what_does_not_fit_is_named(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_named(run_longnet, tmp_path):
     state = official_slide_state(
         **{"encoder.layers.1.ffn.fc1.bias": torch.zeros(7), "classifier.weight": torch.zeros(2, 2)}
     )
@@ -106,7 +105,7 @@ class Runs:
         return Path.write_text, (self.path, "it ran")
 
 
-def test_nothing_in_a_pickle_runs(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_nothing_in_a_pickle_runs(run_longnet, tmp_path):
     torch.save(
         {"model": official_slide_state(), "then": Runs(tmp_path / "ran")}, tmp_path / "zip.pth"
     )
@@ -120,7 +119,7 @@ def test_nothing_in_a_pickle_runs(run_longnet: RunLongnet, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_file(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_a_damaged_file(run_longnet, tmp_path):
     torch.save(official_slide_state(), tmp_path / "whole.pth")
     data = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
@@ -128,7 +127,7 @@ def test_a_damaged_file(run_longnet: RunLongnet, tmp_path: Path) -> None:
     assert (result.returncode, result.stderr.count("\n")) == (4, 1)
 
 
-def test_a_longnet_is_written_with_other_weights(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_a_longnet_is_written_with_other_weights(run_longnet, tmp_path):
     """longnet-tiny is stored in bfloat16: in float32 it is twice as large, and back again it is the same files."""
     wide, half = tmp_path / "wide", tmp_path / "half"
     for source, output, dtype in (("longnet-tiny", wide, "fp32"), (wide, half, "bf16")):

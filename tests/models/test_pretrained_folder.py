@@ -36,9 +36,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-def test_what_does_not_know_the_type_names_the_import(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_know_the_type_names_the_import(folder, monkeypatch):
     found = config_of(folder)
     assert found["architectures"] == ["DilatedLlamaForCausalLM"]
     assert (
@@ -51,7 +49,7 @@ def test_what_does_not_know_the_type_names_the_import(
         hf.AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_what_was_opened_is_saved_as_it_was(folder: Path, tmp_path: Path) -> None:
+def test_what_was_opened_is_saved_as_it_was(folder, tmp_path):
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
     assert (
         hf.MODEL_FOR_CAUSAL_LM_MAPPING[hf.LlamaConfig] is hf.LlamaForCausalLM
@@ -74,7 +72,7 @@ def test_what_was_opened_is_saved_as_it_was(folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("asked", ["sdpa", "eager"])
-def test_a_folder_that_is_opened_dense_says_so(folder: Path, asked: str) -> None:
+def test_a_folder_that_is_opened_dense_says_so(folder, asked):
     with pytest.warns(UserWarning, match=f"attn_implementation='{asked}' runs it dense") as noted:
         hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=asked)
     assert len(noted) == 1
@@ -83,7 +81,7 @@ def test_a_folder_that_is_opened_dense_says_so(folder: Path, asked: str) -> None
         hf.AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_whoever_put_a_pattern_there_it_is_saved_as_one(tmp_path: Path) -> None:
+def test_whoever_put_a_pattern_there_it_is_saved_as_one(tmp_path):
     config = built(llama).config
     write_pattern(config, SINKS)
     config.save_pretrained(tmp_path / "a")
@@ -96,13 +94,13 @@ def test_whoever_put_a_pattern_there_it_is_saved_as_one(tmp_path: Path) -> None:
     assert config_of(tmp_path / "b")["model_type"] == DILATED_TYPE
 
 
-def test_a_dense_pattern_is_no_secret(tmp_path: Path) -> None:
+def test_a_dense_pattern_is_no_secret(tmp_path):
     use_dilated_attention(built(llama), Pattern.dense()).save_pretrained(tmp_path)
     assert config_of(tmp_path)["model_type"] == "llama"
     assert hf.AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
-def test_an_unknown_type_behind_it_is_named(folder: Path) -> None:
+def test_an_unknown_type_behind_it_is_named(folder):
     data = config_of(folder) | {"dilated_model_type": "nobody"}
     (folder / "config.json").write_text(json.dumps(data))
     with pytest.raises(ConfigError, match="does not know the model type 'nobody'"):

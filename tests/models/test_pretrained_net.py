@@ -98,9 +98,7 @@ def assert_stream_is_whole(stream: Callable[..., torch.Tensor], net: Transformer
     ("model", "attention"),
     [*((model, "own") for model in (*CAUSAL, mixed, sliding)), (mixed, "dilated")],
 )
-def test_a_stream_with_the_cache_of_transformers_is_the_whole(
-    model: Callable[[], hf.PreTrainedModel], attention: str
-) -> None:
+def test_a_stream_with_the_cache_of_transformers_is_the_whole(model, attention):
     net = net_of(model, attention)
     assert net.config.memory == "cache"
     assert (
@@ -117,7 +115,7 @@ def test_a_stream_with_the_cache_of_transformers_is_the_whole(
         *((x, CHOSEN) for x in (llama, gpt2)),
     ],
 )
-def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel], pattern: Pattern) -> None:
+def test_a_stream_is_the_whole(model, pattern):
     """In chunks that cut segments of every level, single tokens too; it remembers only what can be seen later."""
     net = net_of(model, pattern=pattern)
     c = net.config
@@ -132,7 +130,7 @@ def test_a_stream_is_the_whole(model: Callable[[], hf.PreTrainedModel], pattern:
 
 
 @pytest.mark.parametrize("kind", ["default", "llama3", "yarn", "partial", "neighbours"])
-def test_a_document_is_the_same_at_any_position(kind: str) -> None:
+def test_a_document_is_the_same_at_any_position(kind):
     """Float32 phases are off by 0.06 at 10^6 and noise at 10^8."""
     net = TransformersNet(
         use_dilated_attention(built(rotary, kind=kind), Pattern.window(20, sinks=3))
@@ -145,7 +143,7 @@ def test_a_document_is_the_same_at_any_position(kind: str) -> None:
     assert (nats_from(net, ids(120), 10**8) - near).abs().max() > 1e-2
 
 
-def test_positions_that_are_made_in_another_way_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_that_are_made_in_another_way_end(monkeypatch):
     """Where nothing says what the columns are, a document ends before float32 phases are noise."""
     made = hf.models.llama.modeling_llama.LlamaRotaryEmbedding
     forward = made.forward
@@ -160,9 +158,7 @@ def test_positions_that_are_made_in_another_way_end(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("attention", ["dilated", "dense", "own"])
 @pytest.mark.parametrize("model", [llama, gpt2])
-def test_scores_are_those_of_the_models_own_loss(
-    model: Callable[[], hf.PreTrainedModel], attention: str
-) -> None:
+def test_scores_are_those_of_the_models_own_loss(model, attention):
     """Of documents alone and in company, in one chunk and in many."""
     net = net_of(model, attention)
     documents = [make_document(length) for length in (130, 3, 260, 1, 50)]
@@ -178,9 +174,7 @@ def test_scores_are_those_of_the_models_own_loss(
 
 @pytest.mark.parametrize("attention", ["dilated", "dense", "own"])
 @pytest.mark.parametrize("model", [llama, bert, modernbert])
-def test_vectors_are_the_means_of_the_models_own_hidden_states(
-    model: Callable[[], hf.PreTrainedModel], attention: str
-) -> None:
+def test_vectors_are_the_means_of_the_models_own_hidden_states(model, attention):
     net = net_of(model, attention)
     documents = [make_document(length) for length in (5, 33, 1, 200, 64)]
     for chunk in (1000, 40):
@@ -196,7 +190,7 @@ def test_vectors_are_the_means_of_the_models_own_hidden_states(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_saved_is_loaded(model: Callable[[], hf.PreTrainedModel], tmp_path: Path) -> None:
+def test_saved_is_loaded(model, tmp_path):
     """Every architecture from its folder, its own class, its pattern with all options; sharded weights too."""
     saved = use_dilated_attention(built(model), FAR)
     saved.save_pretrained(tmp_path, max_shard_size="40KB")
@@ -228,9 +222,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_real_command(
-    folder: Path, run_longnet: Callable[..., subprocess.CompletedProcess]
-) -> None:
+def test_the_real_command(folder, run_longnet):
     """Nothing but the one value on stdout, nothing on stderr: no progress bar and no advice of transformers."""
     done = run_longnet(
         f"score --ppl {folder}/text.txt --model {folder}", *OPTIONS, "--format", "json", "-q"
@@ -243,7 +235,7 @@ def test_the_real_command(
     assert here["total"]["n_tokens"] == here["total"]["n_bytes"] == 300
 
 
-def test_a_cache_of_transformers_is_not_saved(tmp_path: Path) -> None:
+def test_a_cache_of_transformers_is_not_saved(tmp_path):
     built(mixed).save_pretrained(tmp_path)
     (tmp_path / "x.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
     for words in (["--save-state", "new"], ["--state", "old"]):
@@ -251,7 +243,7 @@ def test_a_cache_of_transformers_is_not_saved(tmp_path: Path) -> None:
         assert "this model keeps a cache of its own" in str(error)
 
 
-def test_score_with_options(folder: Path) -> None:
+def test_score_with_options(folder):
     def ppl(*options: str) -> float:
         result = invoke(f"score {folder}/text.txt --model {folder} --format json", *options, code=0)
         assert ("it keeps all keys of a document" in result.stderr) == ("dense" in options)
@@ -267,7 +259,7 @@ def test_score_with_options(folder: Path) -> None:
     assert not math.isclose(dilated, dense, rel_tol=1e-4)
 
 
-def test_what_decides_the_vectors_decides_what_can_be_resumed(folder: Path, tmp_path: Path) -> None:
+def test_what_decides_the_vectors_decides_what_can_be_resumed(folder, tmp_path):
     def run(**options) -> None:
         net = ModelFolder(folder).net(**options)
         job = Encoder(Reader(net), EncodeOptions(), EncodeFacts(256))
@@ -340,9 +332,7 @@ def spoilt(folder: Path, tmp_path: Path) -> Callable[..., Path]:
         ),
     ],
 )
-def test_configurations_that_are_refused(
-    spoilt: Callable[..., Path], changes: dict, message: str
-) -> None:
+def test_configurations_that_are_refused(spoilt, changes, message):
     place = spoilt(
         **{"dilated_attention": {"segment_lengths": [8], "dilation_rates": [1]}} | changes
     )
@@ -353,7 +343,7 @@ def test_configurations_that_are_refused(
     assert caught.value.exit_code == 2
 
 
-def test_settings_beside_the_model(spoilt: Callable[..., Path], folder: Path) -> None:
+def test_settings_beside_the_model(spoilt, folder):
     """What transformers would return does not matter; an id before each text does."""
     place, text = (
         spoilt(return_dict="", output_attentions=True, torchscript=True),
@@ -371,7 +361,7 @@ def test_settings_beside_the_model(spoilt: Callable[..., Path], folder: Path) ->
         )
 
 
-def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path):
     built(llama).save_pretrained(tmp_path, max_shard_size="40KB")
     path = tmp_path / "model.safetensors.index.json"
     for name in ("../model.safetensors", "/model.safetensors"):
@@ -383,9 +373,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("named", ["dilated", "somebody/kernel", "eager"])
-def test_an_attention_that_config_json_names_is_not_used(
-    spoilt: Callable[..., Path], named: str
-) -> None:
+def test_an_attention_that_config_json_names_is_not_used(spoilt, named):
     levels = {"segment_lengths": [8], "dilation_rates": [1]}
     code = {"auto_map": {"AutoModelForCausalLM": "mine.Mine"}}  # never run
     place = spoilt(
@@ -396,7 +384,7 @@ def test_an_attention_that_config_json_names_is_not_used(
 
 
 @pytest.mark.parametrize("attention", ["dilated", "dense"])
-def test_a_decoder_that_its_configuration_makes_bidirectional(attention: str) -> None:
+def test_a_decoder_that_its_configuration_makes_bidirectional(attention):
     net = net_of(llama, attention, is_causal=False)
     assert (net.config.causal, net.config.memory) == (False, "none")
     with torch.no_grad():
@@ -407,7 +395,7 @@ def test_a_decoder_that_its_configuration_makes_bidirectional(attention: str) ->
     assert (alone - padded).abs().max() <= 1e-5 * alone.abs().max()
 
 
-def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> None:
+def test_weights_that_are_refused(spoilt, folder):
     place = spoilt(num_hidden_layers=3)
     with pytest.raises(
         CheckpointError, match=r"weights are missing, model\.layers\.2\.input_layernorm\.weight"
@@ -430,7 +418,7 @@ def test_weights_that_are_refused(spoilt: Callable[..., Path], folder: Path) -> 
     assert "pickled weights are never read" in str(error)
 
 
-def test_a_model_without_a_tokenizer_is_refused(spoilt: Callable[..., Path], folder: Path) -> None:
+def test_a_model_without_a_tokenizer_is_refused(spoilt, folder):
     text, place = folder / "text.txt", spoilt()
     (place / "tokenizer.json").unlink()
     error = refused(f"score {text} --model {place}", *OPTIONS)
@@ -446,9 +434,7 @@ def test_a_model_without_a_tokenizer_is_refused(spoilt: Callable[..., Path], fol
         ("gguf", ["convert", "m.gguf", "-o", "out"], "gguf"),
     ],
 )
-def test_without_a_library(
-    library: str, words: list[str], extra: str, folder: Path, command_env: dict[str, str]
-) -> None:
+def test_without_a_library(library, words, extra, folder, command_env):
     (folder / "m.gguf").write_bytes(b"GGUF")
     script = (
         f"import sys; sys.modules['{library}'] = None; from longnet_cli.cli.app import main; main()"
@@ -461,13 +447,13 @@ def test_without_a_library(
     assert done.stderr.rstrip().endswith(f"pip install '.[{extra}]'")
 
 
-def test_models_that_cannot_score() -> None:
+def test_models_that_cannot_score():
     headless = hf.LlamaModel(hf.LlamaConfig(**SMALL, num_key_value_heads=2))
     with pytest.raises(ConfigError, match="LlamaModel has no output layer"):
         list(scores(TransformersNet(headless), [make_document(9)], bos=0))
 
 
-def test_positions_that_end() -> None:
+def test_positions_that_end():
     """RoBERTa keeps the first places of its table for the padding."""
     config = hf.RobertaConfig(**SMALL | {"pad_token_id": 1}, max_position_embeddings=34)
     net = TransformersNet(hf.RobertaModel(config))

@@ -86,7 +86,7 @@ POOLS = [
 
 @pytest.mark.parametrize("older", [False, True], ids=["layout6", "older"])
 @pytest.mark.parametrize("pool", POOLS, ids=str)
-def test_every_pooling_in_both_layouts(pool: Any, older: bool, tmp_path: Path) -> None:
+def test_every_pooling_in_both_layouts(pool, older, tmp_path):
     after = () if pool == "max" else ("normalize",)
     if older and not isinstance(pool, str):
         pool = tuple(sorted(pool))  # older folders have no order of their own
@@ -116,7 +116,7 @@ NETS = {
 @pytest.mark.filterwarnings("ignore:.*no pattern is given")
 @pytest.mark.parametrize("prompt", ["", "query: "])
 @pytest.mark.parametrize("kind", NETS)
-def test_architectures(kind: str, prompt: str, tmp_path: Path) -> None:
+def test_architectures(kind, prompt, tmp_path):
     pool = "lasttoken" if kind == "qwen3" else "mean"
     folder = save_model(
         tmp_path / "model", kind, NETS[kind](), pool=pool, prompts={"document": prompt}, window=None
@@ -148,12 +148,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.ci
 @pytest.mark.parametrize("case", CASES)
-def test_what_a_folder_says(case: str, tmp_path: Path) -> None:
+def test_what_a_folder_says(case, tmp_path):
     folder = save_model(tmp_path / "model", **CASES[case])
     assert difference(folder, texts(12, 12)) < 1e-5
 
 
-def test_every_activation(tmp_path: Path) -> None:
+def test_every_activation(tmp_path):
     folder = save_model(tmp_path / "model", after=("dense",))
     found = []
     for kind in (
@@ -170,9 +170,7 @@ def test_every_activation(tmp_path: Path) -> None:
 
 @pytest.mark.ci
 @pytest.mark.parametrize("names", [("passage",), ("corpus", "x"), ("x",)])
-def test_a_prompt_that_the_library_does_not_read(
-    names: tuple[str, ...], tmp_path: Path, run_longnet: Any
-) -> None:
+def test_a_prompt_that_the_library_does_not_read(names, tmp_path, run_longnet):
     folder = save_model(tmp_path / "model", prompts=dict.fromkeys(names, "query: "))
     edit(folder, SETTINGS, default_prompt_name=names[-1])
     documents = texts(5, 12)
@@ -187,7 +185,7 @@ def test_a_prompt_that_the_library_does_not_read(
     assert "the prompt 'query: ' is not read, as in encode_document" in found.stderr
 
 
-def test_truncated_vectors_and_overrides(tmp_path: Path) -> None:
+def test_truncated_vectors_and_overrides(tmp_path):
     folder = save_model(tmp_path / "model")
     edit(folder, SETTINGS, truncate_dim=7)
     documents = texts(5, 12)
@@ -200,7 +198,7 @@ def test_truncated_vectors_and_overrides(tmp_path: Path) -> None:
     )
 
 
-def test_token_ids_are_read_as_the_text_and_specials_around_them_refused(tmp_path: Path) -> None:
+def test_token_ids_are_read_as_the_text_and_specials_around_them_refused(tmp_path):
     folder = save_model(tmp_path / "model")
     ids = [word_pieces().encode(text, add_special_tokens=False).ids for text in texts(4, 12)[:4]]
     table = pa.table({"doc_id": [str(i) for i in range(4)], "input_ids": ids})
@@ -268,9 +266,7 @@ AS_PUBLISHED: dict[str, tuple[dict[str, Any], Callable[[Path], Any]]] = {
 
 @pytest.mark.filterwarnings("ignore:.*no pattern is given")
 @pytest.mark.parametrize("what", AS_PUBLISHED)
-def test_folders_as_others_publish_them(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_as_others_publish_them(what, tmp_path, monkeypatch):
     """The class is that of AutoModel; heads and poolers are nothing that the vectors are made of."""
     options, change = AS_PUBLISHED[what]
     folder = save_model(tmp_path / "model", **options)
@@ -287,7 +283,7 @@ def nets(name: str) -> list[Net]:
     return [ModelFolder.find(name, embeds=True).load(device=torch.device("cpu")).net]
 
 
-def test_a_body_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+def test_a_body_that_is_not_whole_is_refused(tmp_path):
     folder = save_model(tmp_path / "model")
     rewrite(folder, lambda name: None if name == "encoder.layer.1.output.dense.bias" else name)
     with pytest.raises(
@@ -343,7 +339,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-def test_what_is_not_computed_is_refused_by_name_in_one_line(tmp_path: Path) -> None:
+def test_what_is_not_computed_is_refused_by_name_in_one_line(tmp_path):
     whole = save_model(tmp_path / "model", after=("dense", "normalize"))
     for index, (file, values, said) in enumerate(REFUSED):
         folder = shutil.copytree(whole, tmp_path / str(index))
@@ -359,7 +355,7 @@ def test_what_is_not_computed_is_refused_by_name_in_one_line(tmp_path: Path) -> 
         plain_model(whole)
 
 
-def test_a_text_that_changes_the_prompts_tokens_is_left_out_alone(tmp_path: Path) -> None:
+def test_a_text_that_changes_the_prompts_tokens_is_left_out_alone(tmp_path):
     folder = save_model(tmp_path / "model", prompts={"document": "i"})
     table = pa.table(
         {"doc_id": [*"abcd"], "text": ["the net", "n the document", "of long", "an net"]}
@@ -376,8 +372,8 @@ def test_a_text_that_changes_the_prompts_tokens_is_left_out_alone(tmp_path: Path
 
 
 def test_every_span_has_a_row_where_the_library_counts_a_token_as_the_prompts(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     words = byte_level(True)
     folder = save_model(
         tmp_path / "model",
@@ -394,9 +390,7 @@ def test_every_span_has_a_row_where_the_library_counts_a_token_as_the_prompts(
         assert spans
 
 
-def test_a_tokenizer_beside_the_folder_is_read_as_the_folder_says(
-    tmp_path: Path, run_longnet: Any
-) -> None:
+def test_a_tokenizer_beside_the_folder_is_read_as_the_folder_says(tmp_path, run_longnet):
     folder = save_model(tmp_path / "model", words=word_pieces(lowercase=False), older=True)
     wanted = vectors(folder, ["THE Net reads"])
     (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
@@ -411,7 +405,7 @@ def test_a_tokenizer_beside_the_folder_is_read_as_the_folder_says(
     assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
 
 
-def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
+def test_what_has_no_effect_is_refused(tmp_path):
     cls = save_model(tmp_path / "cls", pool="cls")
     for options, said in (
         ({"span": 4, "stride": 2}, "each span is a window"),
@@ -425,7 +419,7 @@ def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
         vectors(cut, ["the net"], normalize=False)
 
 
-def test_a_special_token_at_the_end_of_a_piece_is_not_cut() -> None:
+def test_a_special_token_at_the_end_of_a_piece_is_not_cut():
     inner = byte_level()
     inner.normalizer = None
     words = Tokenizer(inner)
@@ -439,7 +433,7 @@ def test_a_special_token_at_the_end_of_a_piece_is_not_cut() -> None:
     assert all(each is not None for each in places)
 
 
-def test_missing_weights_and_other_sizes(tmp_path: Path) -> None:
+def test_missing_weights_and_other_sizes(tmp_path):
     folder = save_model(tmp_path / "model", after=("dense", "normalize"))
     with pytest.raises(LongNetError, match="leave out --pool"):
         vectors(folder, ["the net"], pool="mean+max")

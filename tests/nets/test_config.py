@@ -33,7 +33,7 @@ def message(**changes: object) -> str:
     return text
 
 
-def test_paper_configuration() -> None:
+def test_paper_configuration():
     config = parse_config(PAPER, "config.json")
     assert config.pattern == Pattern.paper()
     assert config.head_dim == 64
@@ -42,7 +42,7 @@ def test_paper_configuration() -> None:
     assert parse_config(config.model_dump(mode="json"), "again") == config
 
 
-def test_chosen_blocks_are_written_where_they_differ_from_the_defaults() -> None:
+def test_chosen_blocks_are_written_where_they_differ_from_the_defaults():
     data = {key: value for key, value in PAPER.items() if key not in WITHOUT_LEVELS} | {
         "position": "rope"
     }
@@ -58,7 +58,7 @@ def test_chosen_blocks_are_written_where_they_differ_from_the_defaults() -> None
         parse_config(data | {"pattern": "window:1Ki,chosen=16", "chosen_layers": [1]}, "x")
 
 
-def test_unknown_key_names_the_nearest() -> None:
+def test_unknown_key_names_the_nearest():
     assert (
         message(num_layer=12) == "config.json: unknown key 'num_layer': did you mean 'num_layers'?"
     )
@@ -109,11 +109,11 @@ def test_unknown_key_names_the_nearest() -> None:
         ),
     ],
 )
-def test_refusals(changes: dict, part: str) -> None:
+def test_refusals(changes, part):
     assert part in message(**changes)
 
 
-def test_options_of_a_pattern_are_written_where_they_differ_from_the_papers() -> None:
+def test_options_of_a_pattern_are_written_where_they_differ_from_the_papers():
     """A model without them has the config.json, and the digest of it, that it always had."""
     plain = parse_config(PAPER, "config.json")
     assert not {"look_back", "overlap", "queries", "sinks"} & plain.model_dump().keys()
@@ -142,7 +142,7 @@ class Recipe(BaseModel):
     stages: list[Optimizer] = []
 
 
-def test_nested_models_have_dotted_names() -> None:
+def test_nested_models_have_dotted_names():
     assert validate(Recipe, {"optimizer": {"lr": 1e-3}}, "r").optimizer == Optimizer(lr=1e-3)
     for data, text in [
         (

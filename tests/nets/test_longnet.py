@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,7 +45,7 @@ def token_ids(batch: int, length: int) -> Tensor:
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_token_reaches_as_far_as_the_pattern_says(num_layers: int, causal: bool) -> None:
+def test_a_token_reaches_as_far_as_the_pattern_says(num_layers, causal):
     """Change each of 200 tokens: the outputs that change are those within num_layers hops of rows that it shares."""
     net = build(num_layers=num_layers, causal=causal, position="rope")
     tokens = token_ids(1, 200)
@@ -71,7 +70,7 @@ def test_a_token_reaches_as_far_as_the_pattern_says(num_layers: int, causal: boo
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_padded_row_is_what_it_would_be_alone(causal: bool) -> None:
+def test_a_padded_row_is_what_it_would_be_alone(causal):
     net, tokens = build(causal=causal, position="rope"), token_ids(3, 70)
     hidden = net(tokens, lengths=[70, 33, 1])
     for row, length in enumerate((70, 33, 1)):
@@ -81,7 +80,7 @@ def test_a_padded_row_is_what_it_would_be_alone(causal: bool) -> None:
 
 
 @pytest.mark.parametrize("position", ["rope", "xpos", "none"])
-def test_documents_in_a_row_are_what_they_would_be_alone(position: str) -> None:
+def test_documents_in_a_row_are_what_they_would_be_alone(position):
     net, documents = build(position=position), [5, 64, 1, 30]
     tokens = token_ids(2, sum(documents))
     alone = torch.cat([net(part) for part in tokens.split(documents, 1)], 1)
@@ -89,7 +88,7 @@ def test_documents_in_a_row_are_what_they_would_be_alone(position: str) -> None:
 
 
 @torch.no_grad()
-def test_sinks_are_seen_at_one_distance_however_far_the_rest_is() -> None:
+def test_sinks_are_seen_at_one_distance_however_far_the_rest_is():
     """8,192 tokens, all but the sinks moved: every segment sees those right before its window."""
     torch.manual_seed(0)
     net, tokens = (
@@ -117,7 +116,7 @@ def test_sinks_are_seen_at_one_distance_however_far_the_rest_is() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("limit", [1, 37 * 10, 37 * 130])
-def test_chunked_nll_is_cross_entropy(tied: bool, limit: int) -> None:
+def test_chunked_nll_is_cross_entropy(tied, limit):
     net, tokens = build(tie_embeddings=tied), token_ids(2, 65)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = -100
@@ -137,7 +136,7 @@ def test_chunked_nll_is_cross_entropy(tied: bool, limit: int) -> None:
         assert torch.equal(net.nll(net(tokens), targets, limit=limit), nll)
 
 
-def test_only_one_chunk_of_logits_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_chunk_of_logits_lives(monkeypatch):
     net, tokens = build(torch.float32), token_ids(1, 100)
     sizes: list[int] = []
     logits = LongNet.logits
@@ -161,7 +160,7 @@ def test_only_one_chunk_of_logits_lives(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("norm", ["subln", "pre"])
 @pytest.mark.parametrize("final_norm", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_counts_its_parameters(norm: str, final_norm: bool, tied: bool) -> None:
+def test_counts_its_parameters(norm, final_norm, tied):
     config = small(norm=norm, final_norm=final_norm, tie_embeddings=tied)
     assert (
         sum(parameter.numel() for parameter in LongNet(config).parameters())
@@ -169,7 +168,7 @@ def test_counts_its_parameters(norm: str, final_norm: bool, tied: bool) -> None:
     )
 
 
-def test_initial_weights() -> None:
+def test_initial_weights():
     """MAGNETO's gains: xavier_uniform has the variance gain^2 * 2 / (fan_in + fan_out)."""
     net = LongNet(small(dim=256, num_layers=6, ffn_dim=1024, vocab_size=1000))
     gain = torch.log(torch.tensor(12.0)).sqrt().item()
@@ -192,7 +191,7 @@ def test_initial_weights() -> None:
     )
 
 
-def test_meta_device_then_weights() -> None:
+def test_meta_device_then_weights():
     with torch.device("meta"):
         net = LongNet(small())
     assert all(parameter.is_meta for parameter in net.parameters())
@@ -205,7 +204,7 @@ def test_meta_device_then_weights() -> None:
         assert torch.equal(ours, wanted)
 
 
-def test_a_net_without_embedding_says_so() -> None:
+def test_a_net_without_embedding_says_so():
     net = build(vocab_size=0, causal=False, position="none")
     assert net(embeddings=torch.randn(1, 20, 32, dtype=torch.float64)).shape == (1, 20, 32)
     with pytest.raises(ConfigError, match="no token embedding"):
@@ -233,7 +232,7 @@ class Casts(TorchDispatchMode):
         return found
 
 
-def test_products_share_one_cast_and_inner_norms_stay_narrow() -> None:
+def test_products_share_one_cast_and_inner_norms_stay_narrow():
     wide, narrow = torch.float32, torch.bfloat16
     config = LongNetConfig(
         vocab_size=50, dim=32, num_layers=1, num_heads=4, ffn_dim=48, segment_lengths=(16,), dilation_rates=(1,),
@@ -261,9 +260,7 @@ def test_products_share_one_cast_and_inner_norms_stay_narrow() -> None:
         ("", 0),
     ],
 )
-def test_slow_bf16_is_said_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, notes: int
-) -> None:
+def test_slow_bf16_is_said_once(tmp_path, monkeypatch, flags, notes):
     (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
     monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
     device._warn_of_slow_bf16.cache_clear()
@@ -300,7 +297,7 @@ def drawn(tokens: int, dtype: torch.dtype, head_dim: int = 16) -> Tensor:
 
 
 @pytest.mark.parametrize("start", [0, 2**24 - 8, 2**30 - 8])
-def test_phases_far_out(start: int) -> None:
+def test_phases_far_out(start):
     table = position_table(config("rope", head_dim=64), start, 16, "cpu", torch.float32)
     assert table.q is table.k
     # the oracle has 64 bits of mantissa: 1e9 rad to 1e-10
@@ -318,7 +315,7 @@ def test_phases_far_out(start: int) -> None:
         ("look_back=1", (0, 0, 0), (0, 0, 0)),
     ],
 )
-def test_levels_with_their_own_positions_compress_distances(options, reached, seen_at) -> None:
+def test_levels_with_their_own_positions_compress_distances(options, reached, seen_at):
     """In two documents that follow each other. That levels are one softmax, the reference of attention shows."""
     model = net(parse_pattern(f"16/1,64/4,256/16,{options}"), "rope_by_level", layers=1).double()
     attention, documents = model.layers[0].attention, (100, 130)
@@ -338,7 +335,7 @@ def test_levels_with_their_own_positions_compress_distances(options, reached, se
 
 
 @pytest.mark.parametrize("position", ["rope", "xpos"])
-def test_any_start_is_a_row_of_the_whole_table(position: str) -> None:
+def test_any_start_is_a_row_of_the_whole_table(position):
     tokens = TABLE_ROWS + 300  # more than one block of phases
     whole = position_table(config(position), 0, tokens, "cpu", torch.float32)
     part = position_table(config(position), TABLE_ROWS - 100, 400, "cpu", torch.float32)
@@ -346,21 +343,21 @@ def test_any_start_is_a_row_of_the_whole_table(position: str) -> None:
     assert torch.equal(whole.k[TABLE_ROWS - 100 :], part.k)
 
 
-def test_xpos_is_finite_at_its_limit() -> None:
+def test_xpos_is_finite_at_its_limit():
     table = position_table(config("xpos", (65536,)), 0, 65536, "cpu", torch.float32)
     for factors in table:
         assert torch.view_as_real(factors).isfinite().all()
         assert factors.abs().min() > torch.finfo(torch.float32).tiny
 
 
-def test_xpos_refuses_float16_in_long_segments() -> None:
+def test_xpos_refuses_float16_in_long_segments():
     position_table(config("xpos", (8192,)), 0, 4, "cpu", torch.float16)
     with pytest.raises(ConfigError, match="use bfloat16"):
         position_table(config("xpos", (16384,)), 0, 4, "cpu", torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_types_are_kept_and_products_are_wide(dtype: torch.dtype) -> None:
+def test_types_are_kept_and_products_are_wide(dtype):
     q = drawn(8, dtype)
     table = position_table(config("rope"), 1000, 8, "cpu", dtype)
     turned, _ = rotate(q, q, table)

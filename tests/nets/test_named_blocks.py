@@ -58,9 +58,7 @@ def blocks_by_query(calls: list[ChosenCall], start: int) -> dict[tuple[int, int]
     seed=st.integers(0, 999), tokens=st.integers(1, 300), words=st.sampled_from([2, 9, 40]), sizes=cuts(),
     every=st.sampled_from([1, 4, 8]), most=st.sampled_from([2, named_blocks.MOST_PLACES]),
 )  # fmt: skip
-def test_names_are_those_of_a_plain_count(
-    seed: int, tokens: int, words: int, sizes: list[int], every: int, most: int
-) -> None:
+def test_names_are_those_of_a_plain_count(seed, tokens, words, sizes, every, most):
     """In any chunks, single tokens included, and in any of two rows; what stands often names nothing."""
     chance, pattern = random.Random(seed), replace(PATTERN, chosen_every=every)
     ids = torch.tensor([[chance.randrange(words) for _ in range(tokens)] for _ in range(2)])
@@ -77,7 +75,7 @@ def test_names_are_those_of_a_plain_count(
     assert found == expected
 
 
-def test_a_fork_reads_on_alone() -> None:
+def test_a_fork_reads_on_alone():
     model = net(PATTERN).double()
     with torch.no_grad():
         stream, ids = CausalStream(model), draw(2, 200)
@@ -86,14 +84,14 @@ def test_a_fork_reads_on_alone() -> None:
         torch.testing.assert_close(stream(ids[:, 120:]), model(ids)[:, 120:])
 
 
-def test_several_ranks_are_refused() -> None:
+def test_several_ranks_are_refused():
     model, ids = net(PATTERN), draw(1, 100)
     exchange = Exchange(model.config, [0, 50, 100], rank=0, cached=True)
     with pytest.raises(ConfigError, match="a pattern with chosen blocks is read by one process"):
         CausalStream(model)(ids[:, :50], exchange=exchange)
 
 
-def test_a_net_sees_what_its_text_names() -> None:
+def test_a_net_sees_what_its_text_names():
     """With the same queries and keys, another text gives other hidden states; vectors have no text."""
     model, ids = net(PATTERN), draw(2, 200)
     with torch.no_grad():

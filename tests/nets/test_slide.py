@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from builders import slide, slide_config, slide_encoder
@@ -18,7 +16,7 @@ from longnet_cli.nets.slide import SlideEncoder, grid_cells
 @pytest.mark.parametrize("padding", ["zero_key", "exact"])
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @torch.no_grad()
-def test_a_padded_batch_is_each_slide_alone(padding: str, pool: str) -> None:
+def test_a_padded_batch_is_each_slide_alone(padding, pool):
     encoder, lengths = slide_encoder(padding=padding), [70, 131, 1]
     features, coords = (
         torch.full((3, 131, 6), torch.nan),
@@ -38,7 +36,7 @@ def test_a_padded_batch_is_each_slide_alone(padding: str, pool: str) -> None:
 
 
 @torch.no_grad()
-def test_the_side_of_a_tile_is_given_for_a_call_or_for_each_slide() -> None:
+def test_the_side_of_a_tile_is_given_for_a_call_or_for_each_slide():
     encoder, sides = slide_encoder(), [256, 512, 100.5]
     slides = [slide(40, row) for row in range(3)]
     features = torch.stack([x for x, _ in slides])
@@ -79,9 +77,7 @@ def grown(encoder: SlideEncoder, dtype: torch.dtype) -> tuple[dict[str, Tensor],
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_layers_that_are_computed_again_give_the_same_gradients(
-    dtype: torch.dtype, near: float
-) -> None:
+def test_layers_that_are_computed_again_give_the_same_gradients(dtype, near):
     encoder = slide_encoder(num_layers=4, dropout=0.25, drop_path=0.3)
     assert encoder.activation_checkpointing
     found, few = grown(encoder, dtype)
@@ -91,7 +87,7 @@ def test_layers_that_are_computed_again_give_the_same_gradients(
     assert few < many / 5  # without: some 30 tensors a layer; with: its input
 
 
-def test_drop_path_grows_from_layer_to_layer_and_leaves_out_whole_slides() -> None:
+def test_drop_path_grows_from_layer_to_layer_and_leaves_out_whole_slides():
     encoder = slide_encoder(num_layers=4, drop_path=0.6)
     shares = [layer.drop_path.p for layer in encoder.net.layers]
     assert shares == pytest.approx([0, 0.2, 0.4, 0.6])
@@ -103,14 +99,14 @@ def test_drop_path_grows_from_layer_to_layer_and_leaves_out_whole_slides() -> No
     torch.testing.assert_close(left, x * kept[:, None, None] / 0.4)
 
 
-def test_cells_are_exact_at_their_edges() -> None:
+def test_cells_are_exact_at_their_edges():
     coords = torch.tensor([[0, 255], [256, 511], [512, 2**40 * 256 - 1]])
     assert grid_cells(coords, 256).tolist() == [[0, 0], [1, 1], [2, 2**40 - 1]]
     assert grid_cells(torch.tensor([[-1.0, 0.5]]), 256).tolist() == [[-1, 0]]
 
 
 @torch.no_grad()
-def test_saved_and_loaded(tmp_path: Path) -> None:
+def test_saved_and_loaded(tmp_path):
     encoder, (features, coords) = slide_encoder(), slide(40)
     encoder.save_pretrained(tmp_path)
     inputs = features[None], coords[None]
@@ -147,13 +143,13 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         ({"tile_size": 0}, "tile_size must be above 0"),
     ],
 )
-def test_what_is_refused(change: dict, message: str) -> None:
+def test_what_is_refused(change, message):
     inputs = {"features": torch.zeros(1, 4, 6), "coords": torch.zeros(1, 4, 2), **change}
     with pytest.raises(ValueError, match=message):
         slide_encoder()(**inputs)
 
 
-def test_configurations_that_cannot_be() -> None:
+def test_configurations_that_cannot_be():
     with pytest.raises(ValueError, match="a dim that 4 divides"):
         slide_config(dim=34, num_heads=2)
     with pytest.raises(ValueError, match="causal"):

@@ -26,7 +26,7 @@ def small(**changes: object) -> LongNetConfig:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_saved_is_loaded(tmp_path: Path, tied: bool) -> None:
+def test_saved_is_loaded(tmp_path, tied):
     net = LongNet(small(tie_embeddings=tied))
     net.save_pretrained(tmp_path / "run", tokenizer_json='{"version": "1.0"}')
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
@@ -52,9 +52,7 @@ def test_saved_is_loaded(tmp_path: Path, tied: bool) -> None:
     )
 
 
-def test_saving_replaces_and_leaves_no_temporary_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saving_replaces_and_leaves_no_temporary_file(tmp_path, monkeypatch):
     first, second = LongNet(small()), LongNet(small())
     (tmp_path / ".model.safetensors.0123abcd.tmp").write_bytes(b"of one that was killed")
     (tmp_path / ".model.89abcdef.tmp").mkdir()
@@ -77,9 +75,7 @@ def test_saving_replaces_and_leaves_no_temporary_file(
         first.save_pretrained(tmp_path / "file" / "model")
 
 
-def test_a_directory_has_a_config_only_when_it_has_all_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_has_a_config_only_when_it_has_all_else(tmp_path, monkeypatch):
     rename, named = os.replace, []
 
     def interrupted(old: Path, new: Path) -> None:
@@ -94,14 +90,14 @@ def test_a_directory_has_a_config_only_when_it_has_all_else(
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
-def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+def test_equal_models_are_equal_files(tmp_path):
     net = LongNet(small())
     for number in range(8):  # safetensors would put four keys of metadata in a random order
         net.save_pretrained(tmp_path / str(number), tokenizer_json='{"version": "1.0"}')
     assert len({path.read_bytes() for path in tmp_path.glob("*/model.safetensors")}) == 1
 
 
-def test_no_flipped_byte_changes_the_weights_without_a_word(tmp_path: Path) -> None:
+def test_no_flipped_byte_changes_the_weights_without_a_word(tmp_path):
     LongNet(small()).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
@@ -114,7 +110,7 @@ def test_no_flipped_byte_changes_the_weights_without_a_word(tmp_path: Path) -> N
     LongNet.from_pretrained(tmp_path)
 
 
-def test_a_changed_configuration_is_told_unless_it_only_looks_different(tmp_path: Path) -> None:
+def test_a_changed_configuration_is_told_unless_it_only_looks_different(tmp_path):
     LongNet(small()).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     data = json.loads(path.read_text())
@@ -130,7 +126,7 @@ def test_a_changed_configuration_is_told_unless_it_only_looks_different(tmp_path
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     net = LongNet(small())
     with torch.no_grad():
         net.layers[1].ffn.fc1.weight[3, 4] = value
@@ -197,9 +193,7 @@ def truncate(folder: Path) -> None:
         ),
     ],
 )
-def test_wrong_files_are_told_in_one_line(
-    tmp_path: Path, spoil: Callable[[Path], None], part: str
-) -> None:
+def test_wrong_files_are_told_in_one_line(tmp_path, spoil, part):
     LongNet(small()).save_pretrained(tmp_path)
     spoil(tmp_path)
     with pytest.raises(CheckpointError) as caught:
@@ -210,7 +204,7 @@ def test_wrong_files_are_told_in_one_line(
     assert "\n" not in text
 
 
-def test_torchscale_refusals() -> None:
+def test_torchscale_refusals():
     net = LongNet(small())
     state = to_torchscale(net)
     for changes, part in [
@@ -239,7 +233,7 @@ ENCODER = {"vocab_size": 0, "position": "none", "causal": False}
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_embeddings": False}, ENCODER, ENCODER | {"norm": "pre"}]
 )
-def test_official_names_are_read(changes: dict) -> None:
+def test_official_names_are_read(changes):
     net = LongNet(small(head_offsets="grouped", **changes))
     state = to_torchscale(net)
     if not net.config.vocab_size:
