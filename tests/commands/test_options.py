@@ -9,13 +9,11 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from builders import SIZES
-from conftest import RunLongnet
 from places import ROOT
 from typer.testing import CliRunner
 
@@ -55,7 +53,7 @@ def command_of(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_readable_in_80_columns(name: str) -> None:
+def test_help_is_readable_in_80_columns(name):
     done = CliRunner().invoke(
         app, [*name.split(), "--help"], env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
     )
@@ -73,7 +71,7 @@ def test_help_is_readable_in_80_columns(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "ask", "pattern"])
-def test_the_short_help_fits_a_screen(name: str) -> None:
+def test_the_short_help_fits_a_screen(name):
     """What the command does, an example, and its arguments and options: 12 at most, or all if they are as few."""
     output = CliRunner().invoke(app, [*name.split(), "-h"]).output
     lines = output.splitlines()
@@ -86,13 +84,13 @@ def test_the_short_help_fits_a_screen(name: str) -> None:
     assert output.count("Example: longnet ") == 1
 
 
-def test_the_help_of_all_fits_a_screen() -> None:
+def test_the_help_of_all_fits_a_screen():
     output = CliRunner().invoke(app, ["-h"], env={"COLUMNS": "80"}).output
     assert len(output.strip().splitlines()) <= 40
 
 
 @pytest.mark.ci
-def test_examples_of_the_help_run(run_longnet: RunLongnet, tmp_path: Path) -> None:
+def test_examples_of_the_help_run(run_longnet, tmp_path):
     """As they stand, beside the documentation and the examples of this checkout, and a model of `make demo`."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("transformers")
@@ -128,15 +126,13 @@ def test_examples_of_the_help_run(run_longnet: RunLongnet, tmp_path: Path) -> No
         ("help score", "--tokenizer-differs"),
     ],
 )
-def test_the_short_help_is_asked_for_outside_of_values(
-    run_longnet: RunLongnet, words: str, said: str
-) -> None:
+def test_the_short_help_is_asked_for_outside_of_values(run_longnet, words, said):
     done = run_longnet(*words.split())
     assert said in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_default_is_shown_once_however_often_help_is_asked_for(name: str) -> None:
+def test_each_default_is_shown_once_however_often_help_is_asked_for(name):
     wide = {"COLUMNS": "300", "NO_COLOR": "1"}
     for _ in range(2):
         lines = CliRunner().invoke(app, [*name.split(), "--help"], env=wide).output.splitlines()
@@ -147,7 +143,7 @@ def test_each_default_is_shown_once_however_often_help_is_asked_for(name: str) -
                     assert f"(default: {default})" in row or name == "bench"
 
 
-def test_an_option_of_several_commands_takes_the_same_values() -> None:
+def test_an_option_of_several_commands_takes_the_same_values():
     metavars: dict[str, set[str]] = {}
     for name in COMMANDS:
         for each in command_of(name).params:
@@ -188,7 +184,7 @@ class Small:
     mesh: Mesh = Mesh()
 
 
-def test_a_pair_of_options_is_refused_also_across_groups() -> None:
+def test_a_pair_of_options_is_refused_also_across_groups():
     pairs = [
         Needs("--quiet", "--end|--sp", "hides it", "--end"),
         Excludes("-q", "--dp", "is for one process"),
@@ -202,7 +198,7 @@ def test_a_pair_of_options_is_refused_also_across_groups() -> None:
         check_pairs(pairs, Small(inputs=["a"], quiet=True, end="x", mesh=Mesh(dp=2)))
 
 
-def test_the_value_of_an_option_may_be_left_out() -> None:
+def test_the_value_of_an_option_may_be_left_out():
     assert parse("a") == (["a"], None)
     assert parse("a", "--end") == (["a"], True)
     assert parse("--end", "-q", "a") == parse("a", "--end", "--quiet") == (["a"], True)
@@ -288,7 +284,7 @@ SHAPE = {**SIZES, "position": "rope"}
 STAGES = {"train.stages": [{"seq_len": 64, "steps": 1}]}
 
 
-def test_recipes_say_patterns_too() -> None:
+def test_recipes_say_patterns_too():
     recipe = {**{f"model.{key}": value for key, value in SHAPE.items()}, **STAGES}
     found = load_recipe(None, {**recipe, "model.pattern": "geometric:64,base=16"})
     assert found.model.pattern == Pattern((16, 32, 64), (1, 2, 4))
@@ -299,13 +295,13 @@ def test_recipes_say_patterns_too() -> None:
         load_recipe(None, {**recipe, "model.pattern": "16/1", "model.segment_lengths": [8]})
 
 
-def test_inputs_take_the_place_of_the_recipes_mix() -> None:
+def test_inputs_take_the_place_of_the_recipes_mix():
     assert load_recipe("longnet-tiny", {"model.vocab_size": 257}).data.mix
     found = load_recipe("longnet-tiny", {"model.vocab_size": 257, "data.train": ["mine"]})
     assert [source.inputs for source in found.data.sources] == [["mine"]]
 
 
-def test_a_configuration_with_another_pattern(model: Path) -> None:
+def test_a_configuration_with_another_pattern(model):
     assert load_config(model, Pattern((4,), (2,), "grouped")).pattern == Pattern(
         (4,), (2,), "grouped"
     )

@@ -25,7 +25,7 @@ import pytest
 import torch
 from builders import tiny_llama, tiny_model, tiny_net
 from places import ROOT, imported
-from processes import invoke
+from processes import invoke, total
 from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
@@ -48,7 +48,7 @@ def longnet(*arguments: str | Path) -> None:
     invoke(*arguments, code=0)
 
 
-def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> None:
+def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path):
     script = ROOT / "examples/stdlib_corpus.py"
     subprocess.run([sys.executable, script, tmp_path / "lists"], check=True, capture_output=True)
     train = (tmp_path / "lists/train.txt").read_text().splitlines()
@@ -71,9 +71,7 @@ def test_the_standard_library_is_split_by_the_hash_of_a_path(tmp_path: Path) -> 
     assert not module.is_held_out("json/decoder.py")
 
 
-def test_packages_become_long_documents_and_are_held_out_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_become_long_documents_and_are_held_out_whole(tmp_path, monkeypatch):
     module = imported(ROOT / "examples/package_corpus.py")
     names = [f"package{i}" for i in range(40)]
     for name in (*names, "pip"):
@@ -96,7 +94,7 @@ def test_packages_become_long_documents_and_are_held_out_whole(
     assert "# package0/a/two.py\n" in first["text"]
 
 
-def test_a_wheel_becomes_a_document_from_its_middle(tmp_path: Path) -> None:
+def test_a_wheel_becomes_a_document_from_its_middle(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
         for name in (*(f"a/{i}.py" for i in range(6)), "a-1.dist-info/b.py"):
             wheel.writestr(name, f"# {name}\n" * 5_000)
@@ -109,9 +107,7 @@ def test_a_wheel_becomes_a_document_from_its_middle(tmp_path: Path) -> None:
     assert "\n# a/3.py\n# a/3.py\n" in row["text"]
 
 
-def test_an_encoder_learns_masked_tokens(
-    tmp_path: Path, command_env: dict[str, str], python: Path
-) -> None:
+def test_an_encoder_learns_masked_tokens(tmp_path, command_env, python):
     """The recipe at a small size: below what a net without context reaches."""
     tokens, run, held_out = tmp_path / "tokens", tmp_path / "encoder", tmp_path / "held_out"
     held_out.mkdir()
@@ -122,23 +118,10 @@ def test_an_encoder_learns_masked_tokens(
         "data.held_out": [str(held_out)], "train.stages": [{"seq_len": 128, "steps": 140}], "train.batch_tokens": 1024,
         "optimizer.lr": 2e-2,
     }  # fmt: skip
-    sets = [
-        word
-        for key, value in settings.items()
-        for word in ("--set", f"{key}={json.dumps(value)}".replace(": ", "="))
-    ]
-    longnet(
-        "train",
-        ROOT / "examples/encoder.toml",
-        "--data",
-        tokens,
-        "--tokenizer",
-        tokens,
-        "-o",
-        run,
-        "-q",
-        *sets,
-    )
+    command = ["train", ROOT / "examples/encoder.toml", "--data", tokens, "--tokenizer", tokens]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={json.dumps(value)}".replace(": ", "=")]
+    longnet(*command, "-o", run, "-q")
     loss = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["held_out_loss"]
     ids = np.concatenate([x.read() for x in Inputs([held_out], Tokenizer.load(tokens)).documents()])
     shares = np.unique(ids, return_counts=True)[1] / len(ids)
@@ -146,8 +129,8 @@ def test_an_encoder_learns_masked_tokens(
 
 
 def test_labels_of_slides_are_predicted_from_a_frozen_and_from_a_tuned_encoder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("h5py")
     module = imported(ROOT / "examples/finetune_slides.py")
     assert module.auc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])) == pytest.approx(
@@ -194,23 +177,14 @@ def test_labels_of_slides_are_predicted_from_a_frozen_and_from_a_tuned_encoder(
     assert [module.rate_at(epoch, 5) for epoch in (0.5, 1, 3, 5)] == pytest.approx([0.5, 1, 0.5, 0])
 
 
-def test_a_llama_learns_densely_and_dilated(
-    tmp_path: Path, command_env: dict[str, str], python: Path
-) -> None:
+def test_a_llama_learns_densely_and_dilated(tmp_path, run_python, python):
     """The script at a small size: both losses fall, side by side, and what it saves is what the commands take."""
     pytest.importorskip("transformers")
     tokens, output, steps = tmp_path / "tokens", tmp_path / "run", 10
     longnet("tokenize", ROOT / "examples", "-o", tokens, "--train-vocab", "512")
     script = ROOT / "examples/hf_llama.py"
     size = ["--tokens", tokens, "--steps", str(steps), "--context", "128"]
-    done = subprocess.run(
-        [python, script, output, *size],
-        env=command_env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python(script, output, *size, python=python)
     rows = [json.loads(line) for line in (output / "curves.jsonl").read_text().splitlines()]
     assert [(row["attention"], row["step"]) for row in rows] == [
         (name, step) for step in range(1, steps + 1) for name in ("dense", "dilated")
@@ -221,17 +195,12 @@ def test_a_llama_learns_densely_and_dilated(
     assert len(done.stdout.splitlines()) == 1 + steps + 1
     assert "dense / dilated = " in done.stdout.splitlines()[-1]
 
-    assert ModelFolder(output / "dilated").net().config.pattern.segment_lengths == (
-        8,
-        16,
-        32,
-        64,
-        128,
-    )
+    dilated = ModelFolder(output / "dilated").net().config.pattern
+    assert dilated.segment_lengths == (8, 16, 32, 64, 128)
     assert ModelFolder(output / "dense").net().config.pattern == Pattern.dense()
 
 
-def test_both_llamas_begin_with_the_same_weights() -> None:
+def test_both_llamas_begin_with_the_same_weights():
     pytest.importorskip("transformers")
     build = imported(ROOT / "examples/hf_llama.py").build
     dense, dilated = (build(100, 4096, 0, is_dilated) for is_dilated in (False, True))
@@ -241,39 +210,21 @@ def test_both_llamas_begin_with_the_same_weights() -> None:
     assert dense.config._attn_implementation == "sdpa"
 
 
-def test_patterns_are_compared_on_a_pretrained_model(
-    tmp_path: Path, command_env: dict[str, str], python: Path
-) -> None:
+def test_patterns_are_compared_on_a_pretrained_model(tmp_path, run_python):
     """In windows of what the model was trained on, dense; a document as one otherwise. One process per pattern."""
     tiny_llama(tmp_path / "llama", max_position_embeddings=64, bos_token_id=7)
     (tmp_path / "a.txt").write_text("some text " * 30)
     (tmp_path / "b.txt").write_text("another text " * 30)
-    command = [
-        sys.executable,
-        ROOT / "examples/compare_patterns.py",
-        tmp_path / "llama",
-        tmp_path / "a.txt",
-    ]
-    command += [tmp_path / "b.txt", "--tokens", "200", "dense", "window:16,sinks=2"]
-    done = subprocess.run(command, env=command_env, capture_output=True, text=True, check=True)
+    words = "./llama a.txt b.txt --tokens 200 dense window:16,sinks=2"
+    done = run_python(ROOT / "examples/compare_patterns.py", *words.split())
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["pattern"], row["document"], row["from"], row["tokens"]) for row in rows[3:8]] == [
         ("dense", "b.txt", 0, 10), ("dense", "b.txt", 10, 90), ("dense", "b.txt", 100, 100),
         ("window:16,sinks=2", "a.txt", 0, 10), ("window:16,sinks=2", "a.txt", 10, 90),
     ]  # fmt: skip
     (tmp_path / "first.txt").write_text(("some text " * 30)[:200])
-    alone = [
-        "score",
-        tmp_path / "first.txt",
-        "--model",
-        tmp_path / "llama",
-        "--context",
-        "64",
-        "--format",
-        "json",
-    ]
-    total = json.loads(invoke(*map(str, alone)).stdout)["total"]
-    assert sum(row["nats"] for row in rows[:3]) == pytest.approx(total["nll_sum"], rel=1e-6)
+    alone = total(tmp_path / "first.txt", "--model", tmp_path / "llama", "--context", 64)
+    assert sum(row["nats"] for row in rows[:3]) == pytest.approx(alone["nll_sum"], rel=1e-6)
     table = [line for line in done.stderr.splitlines() if line.startswith("| `")]
     assert [line.split(" | ")[0] for line in table] == ["| `dense`", "| `window:16,sinks=2`"]
 
@@ -308,9 +259,7 @@ def wheels_of(names: Iterable[str], folder: Path) -> None:
                     wheel.write(file.locate(), file)
 
 
-def test_the_report_of_a_gpu_is_whole(
-    tmp_path: Path, command_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_of_a_gpu_is_whole(tmp_path, command_env, monkeypatch):
     """On the CPU, in tiny sizes: every section, every figure, and the tests of a GPU themselves.
 
     As on a machine that has torch, this checkout and wheels, but no package index, and that has not installed us.
@@ -357,7 +306,7 @@ def test_the_report_of_a_gpu_is_whole(
         assert "- " not in parts[title].split("|---")[-1], "a row was not measured"
 
 
-def test_predictions_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_are_judged(tmp_path, monkeypatch):
     """Each is an interval within a factor of two, of a number that some step of the report has."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     script = importlib.import_module("gpu_report")
@@ -380,14 +329,14 @@ def test_predictions_are_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert script.judged("Attention", [{"seconds": 1.0}], "another card") == []
 
 
-def test_what_the_time_does_not_allow_is_named(tmp_path: Path, command_env: dict[str, str]) -> None:
+def test_what_the_time_does_not_allow_is_named(tmp_path, command_env):
     done = gpu_report(command_env, "--small", "--minutes", "0", "-o", tmp_path / "gpu.md")
     assert done.returncode == 1
     assert (tmp_path / "gpu.md").read_text().count(": not run, the time was over") == 6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_there_is_one_line(tmp_path: Path, command_env: dict[str, str]) -> None:
+def test_without_a_gpu_there_is_one_line(tmp_path, command_env):
     done = gpu_report(command_env, "-o", tmp_path / "gpu.md")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "there is no device 'cuda' here" in done.stderr
@@ -395,9 +344,7 @@ def test_without_a_gpu_there_is_one_line(tmp_path: Path, command_env: dict[str, 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_notebook_of_a_first_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_notebook_of_a_first_run(tmp_path, monkeypatch, capsys):
     """Up to where it needs a GPU, and without its installing."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -434,7 +381,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("cluster")
 
 
-def test_a_plan_for_a_cluster_adds_up(cluster: ModuleType, tmp_path: Path) -> None:
+def test_a_plan_for_a_cluster_adds_up(cluster, tmp_path):
     (tmp_path / "own.toml").write_text(MACHINE)
     machine = cluster.find_machine(str(tmp_path / "own.toml"))
     plans = cluster.training_plans(small_recipe(), machine)
@@ -447,9 +394,8 @@ def test_a_plan_for_a_cluster_adds_up(cluster: ModuleType, tmp_path: Path) -> No
     ]
     assert cluster.ordered(tied) == tied
     for plan in plans:
-        assert plan.total == pytest.approx(
-            3 * (sum(plan.seconds.values()) - plan.seconds[cluster.HIDDEN])
-        )
+        seen = sum(plan.seconds.values()) - plan.seconds[cluster.HIDDEN]
+        assert plan.total == pytest.approx(3 * seen)
         crossing = plan.seconds["exchange"] + plan.seconds[cluster.HIDDEN]
         assert (crossing > 0) == ("--sp 1 " not in plan.options)
     alone = next(plan for plan in plans if plan.options == "--sp 1 --dp 4 --chunk 1Ki --shard none")
@@ -466,9 +412,8 @@ def test_a_plan_for_a_cluster_adds_up(cluster: ModuleType, tmp_path: Path) -> No
     )  # over the network, in a ring
     assert alone.seconds["weights"] == pytest.approx(crossed + 40 * 1e-4)
     kinds = training_memory(small_recipe(**{"train.chunk": 1024}), torch.device("cpu"), ranks)
-    assert {kind: n for kind, n in alone.memory.items() if n} == {
-        kind: n for kind, n in kinds.items() if n
-    }
+    for kind in {*kinds, *alone.memory}:
+        assert alone.memory.get(kind, 0) == kinds.get(kind, 0)
     named = {
         "parallel.sp": 4,
         "parallel.shard": "none",
@@ -495,9 +440,7 @@ def test_a_plan_for_a_cluster_adds_up(cluster: ModuleType, tmp_path: Path) -> No
         ("own.toml", MACHINE.replace("1e10", "-1"), "rates must be positive"),
     ],
 )
-def test_a_wrong_machine_of_a_cluster_is_named(
-    cluster: ModuleType, name: str, text: str, message: str, tmp_path: Path
-) -> None:
+def test_a_wrong_machine_of_a_cluster_is_named(cluster, name, text, message, tmp_path):
     path = tmp_path / "own.toml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
@@ -507,9 +450,7 @@ def test_a_wrong_machine_of_a_cluster_is_named(
 @pytest.mark.parametrize(
     "pattern", [Pattern((128,), (1,)), Pattern.window(32), Pattern((32,), (1,))]
 )
-def test_a_cluster_counts_keys_twice_where_chunks_see_each_other(
-    cluster: ModuleType, pattern: Pattern
-) -> None:
+def test_a_cluster_counts_keys_twice_where_chunks_see_each_other(cluster, pattern):
     net = tiny_net(causal=False, position="rope", **vars(pattern)).eval()
     net(torch.zeros(1, 4, dtype=torch.int64))  # the first pass tries the kernel, by products
     reading = ReadingPlan(net.config, 64)
@@ -523,12 +464,7 @@ def test_a_cluster_counts_keys_twice_where_chunks_see_each_other(
     assert reading.product_flops(False) + again == pytest.approx(counted, rel=1e-6)
 
 
-def test_the_commands_of_a_cluster(
-    cluster: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_commands_of_a_cluster(cluster, tmp_path, monkeypatch, capsys):
     """A calibrated machine is planned for; ranks share a document."""
 
     def run(*words: str) -> str:
@@ -547,17 +483,8 @@ def test_the_commands_of_a_cluster(
     )
     assert "train longnet-125m -o run --data DATA --tokenizer TOKENIZER --set" in training
     assert "links tokens at most 32,768 apart, and sequences have 65,536" in training
-    reading = [
-        "plan",
-        "--model",
-        "longnet-tiny",
-        "--tokens",
-        "4Mi",
-        "--pattern",
-        "geometric:4Mi",
-        "--on",
-    ]
-    plans = [run(*reading, f"h100x{n}") for n in (1, 2, 16)]
+    reading = "plan --model longnet-tiny --tokens 4Mi --pattern geometric:4Mi --on"
+    plans = [run(*reading.split(), f"h100x{n}") for n in (1, 2, 16)]
     one, two, _ = (float(re.search(r"matrix products +([\d.]+) ms", plan)[1]) for plan in plans)
     assert one == pytest.approx(2 * two, rel=0.01)
     pattern = "geometric:4Mi,base=2Ki,ratio=2"
@@ -573,9 +500,7 @@ def test_the_commands_of_a_cluster(
     assert "7 of 8 devices have nothing to read" in short
 
 
-def test_a_plan_that_does_not_fit_names_an_option_that_would(
-    cluster: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_that_does_not_fit_names_an_option_that_would(cluster, tmp_path, capsys):
     (tmp_path / "own.toml").write_text(MACHINE)
     encoder = tiny_model(tmp_path / "encoder", causal=False, position="rope")
     for length, said in (("4Mi", ": --spill would"), ("16Mi", ", nor with --spill")):

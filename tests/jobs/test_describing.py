@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from pattern_nets import net
 from places import ROOT
 from processes import invoke
 from reference import key_counts
-from strategies import Choice, choices
+from strategies import choices
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
@@ -58,7 +57,7 @@ ROW = {
 
 @pytest.mark.parametrize("pattern", EVEN, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-def test_costs_are_the_counted_ones(pattern: Pattern, causal: bool) -> None:
+def test_costs_are_the_counted_ones(pattern, causal):
     seq, heads = 1024, 4
     found = describe(Subject("", pattern, heads, 8, causal), seq)
     assert found.total.flops == attention_flops(pattern, heads, 8, seq, causal)
@@ -80,7 +79,7 @@ def test_costs_are_the_counted_ones(pattern: Pattern, causal: bool) -> None:
 
 
 @given(choices())
-def test_a_picture_has_what_the_reference_counts(choice: Choice) -> None:
+def test_a_picture_has_what_the_reference_counts(choice):
     seq = choice.tokens
     counts = key_counts(choice.pattern, choice.heads, seq, choice.causal, 0, "exact")[0].numpy() > 0
     cells = picture(choice.pattern, seq, seq, choice.heads, choice.causal)
@@ -90,7 +89,7 @@ def test_a_picture_has_what_the_reference_counts(choice: Choice) -> None:
     assert (part == cells[seq - size :, first : first + size]).all()
 
 
-def test_chosen_blocks() -> None:
+def test_chosen_blocks():
     """The keys that a text may name at most, and what is kept."""
     pattern = Pattern((128,), (1,), look_back=2, chosen=4, chosen_block=32, chosen_every=4)
     for seq in (60, 384, 700, 400_011):
@@ -104,7 +103,7 @@ def test_chosen_blocks() -> None:
     assert (cells[799, 512:] == 0).all()
 
 
-def test_a_billion_tokens() -> None:
+def test_a_billion_tokens():
     pattern = Pattern.geometric(10**9)
     found = describe(Subject("", pattern, 2, 4), default_length(pattern))
     assert found.total.flops == attention_flops(pattern, 2, 4, 1 << 30, True)
@@ -112,7 +111,7 @@ def test_a_billion_tokens() -> None:
     assert found.total.cache_rows == cached_rows(Layout(pattern, 2, 2)) // 2 == 40960
 
 
-def test_the_command_loads_no_torch_for_a_pattern() -> None:
+def test_the_command_loads_no_torch_for_a_pattern():
     program = (
         "import sys; from longnet_cli.cli.app import app; "
         "app(['pattern', 'geometric:1e9'], standalone_mode=False)"
@@ -123,7 +122,7 @@ def test_the_command_loads_no_torch_for_a_pattern() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_json_has_the_keys_of_the_contract() -> None:
+def test_json_has_the_keys_of_the_contract():
     result = invoke("pattern paper window:1Ki,sinks=4 longnet-tiny --format json", code=0)
     rows = json.loads(result.stdout)
     assert [row["pattern"] for row in rows[1:]] == ["1024/1,look_back=1,sinks=4", TINY]
@@ -134,13 +133,13 @@ def test_json_has_the_keys_of_the_contract() -> None:
 
 
 @pytest.mark.parametrize("name", ["longnet-125m", "examples/small.toml", "./models/longnet-tiny"])
-def test_recipes_and_models_are_described(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_and_models_are_described(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     subject = find_subject(name)
     assert subject.causal
 
 
-def test_a_model_of_transformers(tmp_path: Path) -> None:
+def test_a_model_of_transformers(tmp_path):
     sizes = {"num_attention_heads": 4, "num_hidden_layers": 3, "hidden_size": 32}
     config = {
         **sizes,
@@ -159,7 +158,7 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
 @given(
     st.integers(40, 10**12), st.sampled_from(["paper", "window:1Ki,sinks=4", "1Ki/1,3Ki/7,9Ki/5"])
 )
-def test_pictures_of_any_length(seq: int, text: str) -> None:
+def test_pictures_of_any_length(seq, text):
     cells = picture(parse_pattern(text), seq, 16, 12)
     assert cells.shape == (min(seq, 16),) * 2
     assert (np.triu(cells, 1) == NOTHING)[np.triu_indices(len(cells), 1)].all()
@@ -172,7 +171,7 @@ def test_pictures_of_any_length(seq: int, text: str) -> None:
     [Pattern((16,), (1,)), Pattern.window(8), Pattern((8, 32), (1, 4)), replace(EVEN[2], sinks=0)],
     ids=str,
 )
-def test_nothing_is_linked_farther(pattern: Pattern, layers: int) -> None:
+def test_nothing_is_linked_farther(pattern, layers):
     """Another first token changes tokens within the distance, and none beyond it."""
     model, ids = net(pattern, layers=layers).double(), torch.arange(300)[None] % 50
     with torch.no_grad():
@@ -182,9 +181,7 @@ def test_nothing_is_linked_farther(pattern: Pattern, layers: int) -> None:
     assert reach / 3 < distance <= reach
 
 
-def test_a_recipe_notes_a_long_warm_up_and_a_pattern_shorter_than_the_sequences(
-    tmp_path: Path,
-) -> None:
+def test_a_recipe_notes_a_long_warm_up_and_a_pattern_shorter_than_the_sequences(tmp_path):
     warm_up, short = recipe(tmp_path, **{"schedule.warmup_steps": 500}).notes()
     assert (
         "links tokens at most 32 apart, and sequences have 64: what is farther is never seen"

@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ import pyarrow as pa
 import pytest
 import torch
 from builders import scores, tiny_llama, tiny_net
-from conftest import RunLongnet
 from files import write_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -109,7 +106,7 @@ def estimated(
         {"context": None, "bos": None},
     ],
 )
-def test_windows_of_scoring_are_those_that_are_read(how: dict[str, Any]) -> None:
+def test_windows_of_scoring_are_those_that_are_read(how):
     net, how = net_of(), {"bos": BOS, "stride": None, "last": None} | how
     with counting(net) as made:
         scored = list(scores(net, documents(), chunk=64, **how))
@@ -128,37 +125,25 @@ def test_windows_of_scoring_are_those_that_are_read(how: dict[str, Any]) -> None
     )
 
 
+def counted_flops(job: RowJob, texts: list[Document]) -> int:
+    """The FLOPs of matrices that torch counts."""
+    job.reader.model(torch.zeros(1, 4, dtype=torch.int64))  # probes the kernel, by matrix products
+    with FlopCounterMode(display=False) as counter:
+        job.rows(texts).read_all()
+    flops = counter.get_flop_counts()["Global"]
+    return sum(n for operator, n in flops.items() if "attention" not in str(operator))
+
+
 @pytest.mark.parametrize(
-    ("causal", "options"),
-    [
-        (True, None),
-        (True, {}),
-        (False, {}),
-    ],
+    ("causal", "make_job"), [(True, SCORER), (True, ENCODER), (False, ENCODER)]
 )
-def test_flops_are_those_that_torch_counts(causal: bool, options: dict | None) -> None:
+def test_flops_are_those_that_torch_counts(causal, make_job):
     """Of matrices: at one key per query there is next to no attention, of which none is counted here."""
     net = net_of(segment_lengths=(1,), dilation_rates=(1,), causal=causal)
-    net(
-        torch.zeros(1, 4, dtype=torch.int64)
-    )  # the first forward probes the kernel, by matrix products
-    make_job: Callable[[Reader], RowJob]
-    with FlopCounterMode(display=False) as counter:
-        if options is None:
-            make_job = SCORER
-            list(scores(net, documents(), bos=BOS, chunk=64))
-        else:
-            make_job = partial(Encoder, options=EncodeOptions(**options), facts=EncodeFacts(BOS))
-            encode(
-                net, documents(), EncodeOptions(**options), EncodeFacts(BOS), chunk=64
-            ).read_all()
-    counted = sum(
-        n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
-    )
+    counted = counted_flops(make_job(Reader(net, chunk=64)), documents())
     found = estimated(net, make_job, chunk=64)
-    assert found.facts["documents"] == len(LENGTHS) - (
-        options is not None
-    )  # an empty one has no row
+    # an empty one has no row of vectors
+    assert found.facts["documents"] == len(LENGTHS) - (make_job is ENCODER)
     attention = found.facts["tokens_read"] * net.config.attention_flops(1)
     assert found.facts["flops"] - attention == pytest.approx(counted, rel=1e-6)
 
@@ -173,7 +158,7 @@ def test_flops_are_those_that_torch_counts(causal: bool, options: dict | None) -
     ],
 )
 @pytest.mark.parametrize("tokens", [150, 39_999])  # at whose end a segment of each level is open
-def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
+def test_the_cache_is_that_of_a_stream(pattern, tokens):
     shape = {"dim": 4, "num_heads": 2, "num_layers": 1, "ffn_dim": 1} if tokens > 150 else {}
     net = net_of(**shape, **vars(pattern))
     with torch.inference_mode():
@@ -183,9 +168,7 @@ def test_the_cache_is_that_of_a_stream(pattern: Pattern, tokens: int) -> None:
     assert cache_bytes(net.config, tokens, 4) == stream.cache_bytes
 
 
-def test_what_does_not_fit_is_refused_with_what_to_change(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_does_not_fit_is_refused_with_what_to_change(capsys):
     net = net_of(dim=64, ffn_dim=256)
     whole = estimated(
         net, ENCODER, documents((60_000,) * 2), chunk=50_000, room=Room(1 << 40, 1 << 40)
@@ -206,7 +189,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(
     assert "it does not fit" in capsys.readouterr().out
 
 
-def test_bf16_is_named_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_named_where_it_pays(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
     for flags, dtype, is_named in (
         ("avx512_bf16", "auto", True),
@@ -220,7 +203,7 @@ def test_bf16_is_named_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ) is is_named
 
 
-def test_hidden_states_are_kept_on_a_disk(tmp_path: Path) -> None:
+def test_hidden_states_are_kept_on_a_disk(tmp_path):
     both = net_of(causal=False)
     stored = estimated(both, ENCODER, documents((60_000,)), chunk=256, room=Room(1 << 40, 1))
     assert stored.advice == "--spill DIR keeps the largest part on a disk"
@@ -230,7 +213,7 @@ def test_hidden_states_are_kept_on_a_disk(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_document_that_the_job_refuses_is_refused_or_left_out() -> None:
+def test_a_document_that_the_job_refuses_is_refused_or_left_out():
     net = net_of()
 
     class Limited(Encoder):
@@ -282,7 +265,7 @@ def some_texts(words: Tokenizer, number: int, seed: int) -> list[Text]:
     return found
 
 
-def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:
+def test_a_sample_of_all_is_exact(words):
     net, found = net_of(vocab_size=words.vocab_size), some_texts(words, 20, 0)
     job, encode = (
         partial(Scorer, options=ScoreOptions(), facts=ModelFacts(0)),
@@ -297,20 +280,18 @@ def test_a_sample_of_all_is_exact(words: Tokenizer) -> None:
     assert (few.facts["sampled"], few.facts["documents"]) == (5, 20)
 
 
-def test_the_command_writes_nothing_and_refuses_what_it_would(
-    run_longnet: RunLongnet, tmp_path: Path
-) -> None:
+def test_the_command_writes_nothing_and_refuses_what_it_would(run_longnet, tmp_path):
     for index in range(4):
         (tmp_path / f"{index}.txt").write_text("some text, " * 40 * (index + 1))
     (tmp_path / "list").write_text("0.txt\n1.txt\n2.txt\n3.txt\n")
     before = {path.name for path in tmp_path.iterdir()}
 
-    def stated(*words: str) -> dict[str, Any]:
-        done = run_longnet(*words, "--dry-run", "--format", "json")
-        assert (done.returncode, done.stderr) == (0, "")
+    def stated(words: str) -> dict[str, Any]:
+        done = run_longnet(f"{words} --dry-run --format json", code=0)
+        assert done.stderr == ""
         return json.loads(done.stdout)
 
-    found = stated("encode", "@list", "-o", "vectors")
+    found = stated("encode @list -o vectors")
     assert (found["documents"], found["fits"], found["sampled"]) == (4, True, None)
     assert found["peak_bytes"] == sum(found["memory_bytes"].values())
     assert found["seconds"] > 0
@@ -318,20 +299,17 @@ def test_the_command_writes_nothing_and_refuses_what_it_would(
     assert (table.returncode, table.stderr) == (0, "")
     assert "estimated from 2 texts" in table.stdout
     assert {path.name for path in tmp_path.iterdir()} == before
-    read = [
-        stated("score", "@list", "--context", "64", *more)["tokens_read"]
-        for more in ([], ["--last", "16"])
-    ]
-    assert read[1] < read[0]
+    score = "score @list --context 64"
+    assert stated(f"{score} --last 16")["tokens_read"] < stated(score)["tokens_read"]
 
     run_longnet("encode 0.txt 1.txt -o vectors --shard-rows 1", code=0)
     refused = run_longnet("encode @list -o vectors --dry-run", code=2)
     assert "vectors holds a finished data set" in refused.stderr
-    rest = stated("encode", "@list", "-o", "vectors", "--resume")
+    rest = stated("encode @list -o vectors --resume")
     assert (rest["documents"], 0 < rest["tokens"] < found["tokens"]) == (2, True)
 
 
-def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
+def test_a_model_of_transformers_is_estimated(tmp_path):
     tiny_llama(tmp_path, num_key_value_heads=2, max_position_embeddings=256)
     net = ModelFolder(tmp_path).net(pattern=Pattern.window(16, sinks=4))
     with counting(net) as made:
@@ -351,7 +329,7 @@ def test_a_model_of_transformers_is_estimated(tmp_path: Path) -> None:
         estimated(trained, ENCODER)
 
 
-def test_weights_that_do_not_fit_are_refused_before_they_are_loaded() -> None:
+def test_weights_that_do_not_fit_are_refused_before_they_are_loaded():
     ModelFolder.find("longnet-tiny").check_weights_fit("auto", torch.device("cpu"), 5 * 4_100_000)
     with pytest.raises(
         MemoryLimitError, match=r"longnet-tiny: the weights take 0.0 GiB and 0.0 GiB are free"
@@ -373,28 +351,13 @@ print(json.dumps([done.returncode, done.stderr, resource.getrusage(resource.RUSA
 @pytest.mark.parametrize(
     ("lengths", "chunk"), [((300,) * 60, "8Ki"), ((12_000,), "4Ki"), ((40, 2000, 900), "1Ki")]
 )
-def test_the_peak_is_that_of_a_real_run(
-    command: str, lengths: tuple[int, ...], chunk: str, tmp_path: Path, command_env: dict[str, str]
-) -> None:
+def test_the_peak_is_that_of_a_real_run(command, lengths, chunk, tmp_path, run_python):
     rows = [np.resize(np.arange(300, 900, dtype=np.int32), length) for length in lengths]
     table = pa.table({"doc_id": [str(i) for i in range(len(rows))], "input_ids": pa.array(rows)})
     write_file(tmp_path / "x.arrow", table)
-    args = [command, tmp_path / "x.arrow", "-o", tmp_path / "out.arrow", "--chunk", chunk, "-q"]
-    words = [sys.executable, "-m", "longnet_cli", *map(str, args)]
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*words, *more], capture_output=True, text=True, env=command_env, check=True
-        )
-
-    stated = json.loads(run("--dry-run", "--format", "json").stdout)
-    real = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(words)],
-        capture_output=True,
-        text=True,
-        env=command_env,
-        check=True,
-    )
+    words = f"-m longnet_cli {command} x.arrow -o out.arrow -q --chunk {chunk}".split()
+    stated = json.loads(run_python(*words, "--dry-run", "--format", "json").stdout)
+    real = run_python("-c", RUN, json.dumps([sys.executable, *words]))
     code, said, peak = json.loads(real.stdout)
     assert (code, said) == (0, "")
     print(

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +59,7 @@ def recipe(model: dict, seq_len: int = 1024, **train: object) -> Recipe:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("again", [False, True])
-def test_what_a_token_takes_is_measured_in_a_few_layers(dtype: str, again: bool) -> None:
+def test_what_a_token_takes_is_measured_in_a_few_layers(dtype, again):
     """As torch sees it in a step of three layers, though two are measured; and without the gradients of weights."""
     config = LongNetConfig(**MODEL | {"num_layers": 3})
     whole = activation_bytes(config, dtype, "null", again)
@@ -76,13 +75,13 @@ def test_what_a_token_takes_is_measured_in_a_few_layers(dtype: str, again: bool)
     assert layer == (4 * d if again else kept)
 
 
-def test_a_kernel_for_gpus_is_named_and_a_cpu_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_for_gpus_is_named_and_a_cpu_measures(monkeypatch):
     monkeypatch.setenv("LONGNET_KERNEL", "cuda_flash")
     assert activation_bytes(LongNetConfig(**MODEL | {"dim": 32}), "fp32", "null", False) > 0
     assert os.environ["LONGNET_KERNEL"] == "cuda_flash"
 
 
-def test_flops_are_those_that_torch_counts() -> None:
+def test_flops_are_those_that_torch_counts():
     """Of the matrices; attention's kernels, which torch does not count, have a test in test_benchmark.py."""
     config = LongNetConfig(**MODEL)
     net, ids = LongNet(config), torch.randint(0, 100, (1, 256))
@@ -140,9 +139,7 @@ print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
         "weights take the most",
     ],
 )
-def test_the_peak_is_that_of_a_real_run(
-    changes: dict, tmp_path: Path, command_env: dict[str, str]
-) -> None:
+def test_the_peak_is_that_of_a_real_run(changes, tmp_path, command_env):
     data = tmp_path / "data.txt"
     data.write_text("a line of text.\n" * 1024)
     settings = {f"model.{key}": value for key, value in LARGE.items()} | {
@@ -166,7 +163,7 @@ def test_the_peak_is_that_of_a_real_run(
     assert ("evaluation" in memory) is bool(settings["data.held_out"])
 
 
-def test_a_dry_run_plans_for_many_ranks_in_one_process(tmp_path: Path) -> None:
+def test_a_dry_run_plans_for_many_ranks_in_one_process(tmp_path):
     """It gives each of them its share of a step, and of this CPU."""
     data = tmp_path / "a.txt"
     data.write_text("a line of text.\n" * 9)
@@ -184,7 +181,7 @@ def test_a_dry_run_plans_for_many_ranks_in_one_process(tmp_path: Path) -> None:
     assert facts("score", data, "--dp", 64)["tokens"] == facts("score", data)["tokens"]
 
 
-def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
+def test_ranks_hold_their_share_beside_what_a_step_gathers():
     one = recipe(MODEL, chunk=1024, batch_tokens=1024)
     shared = one.model_copy(update={"parallel": one.parallel.model_copy(update={"shard": "full"})})
     whole, share = (training_memory(each, CPU, Ranks(0, 4, 4)) for each in (one, shared))
@@ -193,7 +190,7 @@ def test_ranks_hold_their_share_beside_what_a_step_gathers() -> None:
     assert share["optimizer"] == pytest.approx(whole["optimizer"] / 4)
 
 
-def test_documents_of_several_windows_fill_a_chunk() -> None:
+def test_documents_of_several_windows_fill_a_chunk():
     """The largest forward that packing makes of short documents is what the activations are counted for."""
     packed, apart = (
         training_memory(
@@ -214,7 +211,7 @@ def test_documents_of_several_windows_fill_a_chunk() -> None:
 
 
 @given(st.integers(1, 60), st.integers(0, 4), st.integers(1, 60), st.integers(1, 400))
-def test_seen_segments(w: int, back: int, chunk: int, seq_len: int) -> None:
+def test_seen_segments(w, back, chunk, seq_len):
     seen = {
         span.start // w
         for end in range(chunk, seq_len, chunk)
@@ -223,7 +220,7 @@ def test_seen_segments(w: int, back: int, chunk: int, seq_len: int) -> None:
     assert seen_segments(w, back, chunk, seq_len) == len(seen)
 
 
-def test_the_last_chunk_alone_is_not_computed_again() -> None:
+def test_the_last_chunk_alone_is_not_computed_again():
     whole, halves, uneven = (
         estimate_training(recipe(MODEL, chunk=chunk, batch_tokens=1024), CPU).facts["flops"]
         for chunk in (1024, 512, 1023)
@@ -231,13 +228,13 @@ def test_the_last_chunk_alone_is_not_computed_again() -> None:
     assert (uneven - whole) / (halves - whole) == pytest.approx(2 * 1023 / 1024)
 
 
-def test_short_documents_have_little_attention() -> None:
+def test_short_documents_have_little_attention():
     config = LongNetConfig(**MODEL)
     whole, apart = config.training_flops([512]), config.training_flops([32] * 16)
     assert apart == 16 * config.training_flops([32]) < whole
 
 
-def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_that_fits_is_found(monkeypatch):
     def with_chunk(chunk: int) -> Recipe:
         return recipe(MODEL, seq_len=256, chunk=chunk, batch_tokens=10_000)
 
@@ -254,9 +251,7 @@ def test_a_chunk_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("gib", "chunk"), [(0, 16384), (5, 16384), (24, 32768), (80, 131072), (1000, 131072)]
 )
-def test_a_gpu_gets_the_longest_chunk_that_it_holds(
-    monkeypatch: pytest.MonkeyPatch, gib: int, chunk: int
-) -> None:
+def test_a_gpu_gets_the_longest_chunk_that_it_holds(monkeypatch, gib, chunk):
     monkeypatch.setattr("longnet_cli.jobs.training.costs.free_memory", lambda device: gib << 30)
     model = MODEL | {"dim": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 3072}
     settings = {"dtype": "bf16", "seq_len": 1 << 20}
@@ -267,7 +262,7 @@ def test_a_gpu_gets_the_longest_chunk_that_it_holds(
     assert settle_chunk(named, gpu, Ranks()) == named
 
 
-def test_no_chunk_cuts_a_bidirectional_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_chunk_cuts_a_bidirectional_window(monkeypatch):
     def with_window(seq_len: int, chunk: int) -> Recipe:
         model = MODEL | {"causal": False, "position": "rope"}
         return recipe(model, seq_len, objective="masked", chunk=chunk, batch_tokens=8192)

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,7 +99,7 @@ def attention_in_shards(dtype: torch.dtype, problems: int) -> None:
         *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)),
     ],
 )
-def test_attention_in_shards_is_that_of_the_whole(world: int, tmp_path: Path) -> None:
+def test_attention_in_shards_is_that_of_the_whole(world, tmp_path):
     run_ranks(world, tmp_path, in_both_types, attention_in_shards, 24 if world < 8 else 12)
 
 
@@ -115,7 +114,7 @@ def plans_that_differ() -> None:
         exchange.run(keys, keys)
 
 
-def test_ranks_that_plan_differently_do_not_wait_for_each_other(tmp_path: Path) -> None:
+def test_ranks_that_plan_differently_do_not_wait_for_each_other(tmp_path):
     """All of them end, also those whose plans fit."""
     run_ranks(3, tmp_path, plans_that_differ)
 
@@ -184,7 +183,7 @@ def counted_traffic() -> None:
 
 
 @pytest.mark.parametrize("world", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
-def test_one_exchange_a_layer_and_its_bytes_are_the_formulas(world: int, tmp_path: Path) -> None:
+def test_one_exchange_a_layer_and_its_bytes_are_the_formulas(world, tmp_path):
     run_ranks(world, tmp_path, counted_traffic)
 
 
@@ -233,11 +232,11 @@ def counted_copies() -> None:
 
 
 @pytest.mark.ci
-def test_packing_takes_four_copies_a_layer(tmp_path: Path) -> None:
+def test_packing_takes_four_copies_a_layer(tmp_path):
     run_ranks(3, tmp_path, counted_copies)
 
 
-def test_a_mistaken_rank_is_noticed() -> None:
+def test_a_mistaken_rank_is_noticed():
     """Geometry needs no process: rows go to later ranks only, and every row that is needed is sent once."""
     model: LongNet = net(PAPER_64TH)
     exchange = Exchange(model.config, even_edges(0, 1000, 4), rank=2)
@@ -305,7 +304,7 @@ def training_in_shards(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("world", [3, pytest.param(2, marks=pytest.mark.slow)])
-def test_chunked_and_packed_training_over_ranks(world: int, tmp_path: Path) -> None:
+def test_chunked_and_packed_training_over_ranks(world, tmp_path):
     run_ranks(world, tmp_path, in_both_types, training_in_shards)
 
 
@@ -343,7 +342,7 @@ def slices_of_stored_windows(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [240, 30])
-def test_a_rank_reads_its_slices_of_windows_in_files(chunk: int, tmp_path: Path) -> None:
+def test_a_rank_reads_its_slices_of_windows_in_files(chunk, tmp_path):
     run_ranks(2, tmp_path, slices_of_stored_windows, chunk)
 
 
@@ -403,12 +402,12 @@ def layer_by_layer_in_shards() -> None:
 
 
 @pytest.mark.parametrize("world", [3, pytest.param(2, marks=pytest.mark.slow)])
-def test_layer_by_layer_over_ranks(world: int, tmp_path: Path) -> None:
+def test_layer_by_layer_over_ranks(world, tmp_path):
     run_ranks(world, tmp_path, layer_by_layer_in_shards)
 
 
 @pytest.mark.parametrize("world", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
-def test_streaming_over_ranks(world: int, tmp_path: Path) -> None:
+def test_streaming_over_ranks(world, tmp_path):
     run_ranks(world, tmp_path, streaming_in_shards)
 
 
@@ -494,7 +493,7 @@ def collectives_of_layers(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("power", [11, pytest.param(16, marks=pytest.mark.slow)])
-def test_a_layer_takes_one_collective(power: int, tmp_path: Path) -> None:
+def test_a_layer_takes_one_collective(power, tmp_path):
     run_ranks(4, tmp_path, collectives_of_layers, 1 << power)
 
 
@@ -513,5 +512,5 @@ def collectives_of_chunks() -> None:
     assert counted.take() == {"all_to_all_single": 3 * (1 + 2 * 2), "all_reduce": 3 * open_spans}
 
 
-def test_a_chunk_takes_those_of_its_layers(tmp_path: Path) -> None:
+def test_a_chunk_takes_those_of_its_layers(tmp_path):
     run_ranks(2, tmp_path, collectives_of_chunks)

@@ -70,7 +70,7 @@ def ids(rows: int, tokens: int) -> Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"look_back": 1, "sinks": 4}], ids=["paper", "sinks"])
-def test_forward_nll_backward_and_optimizer(options: dict) -> None:
+def test_forward_nll_backward_and_optimizer(options):
     model = net(**options)
     # torch's fused AdamW refuses the meta device
     optimizers = (
@@ -86,7 +86,7 @@ def test_forward_nll_backward_and_optimizer(options: dict) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"look_back": 1, "sinks": 4}], ids=["paper", "sinks"])
-def test_streaming_and_chunked_backward(options: dict) -> None:
+def test_streaming_and_chunked_backward(options):
     model = net(**options)
     stream = CausalStream(model)
     for tokens in (40, 7, 1, 100):
@@ -95,14 +95,14 @@ def test_streaming_and_chunked_backward(options: dict) -> None:
     assert backward_in_chunks(model, ids(1, 150), ids(1, 150), 40).device == GPU
 
 
-def test_masked_targets_on_the_host_are_found_there() -> None:
+def test_masked_targets_on_the_host_are_found_there():
     """Asking a GPU which tokens are hidden would wait for it in every forward."""
     targets = torch.full((2, 100), IGNORED)
     targets[:, ::7] = 1
     assert backward(net(causal=False), ids(2, 100), targets, chunk=100).device == GPU
 
 
-def test_layer_by_layer_on_the_device_reads_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_by_layer_on_the_device_reads_no_number(monkeypatch):
     """Where there is room, hidden states stay there, and so do the rows that chunks see of each other."""
     made: list[torch.device] = []
     monkeypatch.setattr(layerwise, "free_memory", lambda device: made.append(device) or 1 << 40)
@@ -120,7 +120,7 @@ def ids_at(start: int, stop: int) -> Tensor:
     return ids(1, stop - start)
 
 
-def test_padded_rows_and_layer_by_layer() -> None:
+def test_padded_rows_and_layer_by_layer():
     model = net(causal=False)
     assert model(ids(3, 50), lengths=[50, 20, 31]).device == GPU
     layers = _Layers(model, 150, 40, "fp32", Ranks())
