@@ -22,6 +22,8 @@ PAPER_64TH = Pattern(
     (32, 64, 128, 256, 512), (1, 2, 4, 6, 12)
 )  # r = 6 and 12 do not divide w, as in the paper
 
+CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import dilated_attention_reference
 from strategies import (
+    CHOSEN,
     TOLERANCE,
     Choice,
     SeenBlocks,
@@ -26,14 +27,12 @@ from strategies import (
 )
 from torch import Tensor
 
-from longnet_cli.attention import KVCache, Outside, Pattern, chosen, dilated_attention
+from longnet_cli.attention import KVCache, Outside, chosen, dilated_attention
 from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.chosen import Chosen
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.spans import Layout
-
-WINDOW = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 
 
 def attend(choice: Choice, qkv: list[Tensor], seen: list[SeenBlocks], **options) -> Tensor:
@@ -113,17 +112,17 @@ def test_shards_with_a_cache_that_is_forked_reordered_and_saved_equal_the_whole(
 
 def test_whole_groups_in_shards_equal_the_whole_to_the_bit():
     """Shards of whole segments: the same calls, on the same rows."""
-    choice = Choice(WINDOW, 2, 160, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True)
+    choice = Choice(CHOSEN, 2, 160, 4, 8, 0, True, None, 1, kv_heads=2, rotary=True)
     qkv, seen = choice.qkv(torch.float32)[:3], seen_in(choice)
     kernel = select_kernel(torch.device("cpu"), torch.float32, 8)
     out, lse = torch.zeros(2, 160, 4, 8), torch.zeros(2, 160, 4)
     shards = [x.clone() for x in (out, lse)]
-    everything = Chosen(blocks_of_shard(WINDOW, seen))
+    everything = Chosen(blocks_of_shard(CHOSEN, seen))
     chosen.add_blocks(kernel, 0.5, everything, 8, turn, *qkv, out, lse)
     for start in range(0, 160, 16):
         stop = start + 16
         rows = torch.stack(qkv[1:])[:, :, :stop]
-        part = Chosen(blocks_of_shard(WINDOW, seen, start, stop), rows)
+        part = Chosen(blocks_of_shard(CHOSEN, seen, start, stop), rows)
         some = [x[:, start:stop] for x in (*qkv, *shards)]
         chosen.add_blocks(kernel, 0.5, part, 8, turn, *some)
     assert torch.equal(out, shards[0])
@@ -131,7 +130,7 @@ def test_whole_groups_in_shards_equal_the_whole_to_the_bit():
 
 
 def test_a_gradient_is_refused():
-    choice = Choice(WINDOW, 1, 160, 2, 8, 0, True, None, 1, kv_heads=2)
+    choice = Choice(CHOSEN, 1, 160, 2, 8, 0, True, None, 1, kv_heads=2)
     q, k, v = choice.qkv()[:3]
     out = attend(choice, [q.requires_grad_(), k, v], seen_in(choice))
     with pytest.raises(ValueError, match="chosen blocks have no gradient"):
@@ -148,13 +147,13 @@ def test_what_does_not_say_which_blocks_are_seen_is_refused():
         {"far": named, "documents": [20, 20]},
     ):
         with pytest.raises(ValueError, match="which blocks a document's queries see is not given"):
-            dilated_attention(q, q, q, WINDOW, **options)
+            dilated_attention(q, q, q, CHOSEN, **options)
 
 
 @pytest.mark.parametrize("tokens", [5, 32, 33, 60, 1001])
 def test_flops_are_those_of_as_many_blocks_as_may_be_named(tokens):
-    window = replace(WINDOW, chosen=0, chosen_block=32, chosen_every=16)
-    beside = attention_flops(WINDOW, 3, 8, tokens, True) - attention_flops(
+    window = replace(CHOSEN, chosen=0, chosen_block=32, chosen_every=16)
+    beside = attention_flops(CHOSEN, 3, 8, tokens, True) - attention_flops(
         window, 3, 8, tokens, True
     )
     assert beside == 4 * 3 * 8 * max(0, tokens - 32) * 4 * 8

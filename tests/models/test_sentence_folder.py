@@ -325,10 +325,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (SETTINGS, {"prompts": {"document": 3}}, "no text: 3"),
     # odd values
     ("1_Pooling/config.json", {"pooling_mode": 5}, ""),
-    ("1_Pooling/config.json", {"pooling_mode": [["mean"]]}, ""),
     (SETTINGS, {"prompts": ["a"]}, ""),
     (SETTINGS, {"truncate_dim": 0}, ""),
-    (SETTINGS, {"truncate_dim": 1.5}, ""),
     (PLAIN, {"modality_config": "text"}, ""),
     (PLAIN, {"max_seq_length": "8"}, ""),
     (PLAIN, {"model_kwargs": {"torch_dtype": "bfloat16"}}, ""),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pattern_nets import net
+from pattern_nets import draw, net
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +30,7 @@ PATTERN = {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)}
 
 
 def small(**changes: object) -> LongNetConfig:
-    sizes = {"vocab_size": 37, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 64}
+    sizes = {"vocab_size": 50, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 64}
     return LongNetConfig(**(sizes | PATTERN | changes))
 
 
@@ -39,18 +39,14 @@ def build(dtype: torch.dtype = torch.float64, **changes: object) -> LongNet:
     return LongNet(small(**changes)).to(dtype)
 
 
-def token_ids(batch: int, length: int) -> Tensor:
-    return torch.randint(37, (batch, length), generator=torch.Generator().manual_seed(length))
-
-
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_token_reaches_as_far_as_the_pattern_says(num_layers, causal):
     """Change each of 200 tokens: the outputs that change are those within num_layers hops of rows that it shares."""
     net = build(num_layers=num_layers, causal=causal, position="rope")
-    tokens = token_ids(1, 200)
+    tokens = draw(1, 200)
     changed_tokens = tokens.repeat(200, 1)  # row i differs in token i
-    changed_tokens.diagonal().add_(1).remainder_(37)
+    changed_tokens.diagonal().add_(1).remainder_(50)
     with torch.no_grad():
         base = net(tokens)
         change = (
@@ -71,7 +67,7 @@ def test_a_token_reaches_as_far_as_the_pattern_says(num_layers, causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_padded_row_is_what_it_would_be_alone(causal):
-    net, tokens = build(causal=causal, position="rope"), token_ids(3, 70)
+    net, tokens = build(causal=causal, position="rope"), draw(3, 70)
     hidden = net(tokens, lengths=[70, 33, 1])
     for row, length in enumerate((70, 33, 1)):
         torch.testing.assert_close(
@@ -82,7 +78,7 @@ def test_a_padded_row_is_what_it_would_be_alone(causal):
 @pytest.mark.parametrize("position", ["rope", "xpos", "none"])
 def test_documents_in_a_row_are_what_they_would_be_alone(position):
     net, documents = build(position=position), [5, 64, 1, 30]
-    tokens = token_ids(2, sum(documents))
+    tokens = draw(2, sum(documents))
     alone = torch.cat([net(part) for part in tokens.split(documents, 1)], 1)
     torch.testing.assert_close(net(tokens, documents=documents), alone, rtol=0, atol=1e-12)
 
@@ -93,7 +89,7 @@ def test_sinks_are_seen_at_one_distance_however_far_the_rest_is():
     torch.manual_seed(0)
     net, tokens = (
         LongNet(small(position="rope", **vars(Pattern.window(64, sinks=4)))),
-        token_ids(1, 8192),
+        draw(1, 8192),
     )
     sinks: list[tuple[Tensor, Tensor]] = []
 
@@ -115,9 +111,9 @@ def test_sinks_are_seen_at_one_distance_however_far_the_rest_is():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("limit", [1, 37 * 10, 37 * 130])
+@pytest.mark.parametrize("limit", [1, 50 * 10, 50 * 130])
 def test_chunked_nll_is_cross_entropy(tied, limit):
-    net, tokens = build(tie_embeddings=tied), token_ids(2, 65)
+    net, tokens = build(tie_embeddings=tied), draw(2, 65)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = -100
     wanted = F.cross_entropy(
@@ -137,7 +133,7 @@ def test_chunked_nll_is_cross_entropy(tied, limit):
 
 
 def test_only_one_chunk_of_logits_lives(monkeypatch):
-    net, tokens = build(torch.float32), token_ids(1, 100)
+    net, tokens = build(torch.float32), draw(1, 100)
     sizes: list[int] = []
     logits = LongNet.logits
     monkeypatch.setattr(
@@ -148,11 +144,11 @@ def test_only_one_chunk_of_logits_lives(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.numel()) or t, lambda t: t
     ):
-        nll = net.nll(hidden, tokens, limit=37 * 16)
+        nll = net.nll(hidden, tokens, limit=50 * 16)
     assert nll.dtype is torch.float32
-    assert max(sizes) == 37 * 16
+    assert max(sizes) == 50 * 16
     assert len(sizes) == 7
-    assert 37 * 16 not in saved  # no logits wait for the backward
+    assert 50 * 16 not in saved  # no logits wait for the backward
     nll.sum().backward()
     assert len(sizes) == 14
 
@@ -208,7 +204,7 @@ def test_a_net_without_embedding_says_so():
     net = build(vocab_size=0, causal=False, position="none")
     assert net(embeddings=torch.randn(1, 20, 32, dtype=torch.float64)).shape == (1, 20, 32)
     with pytest.raises(ConfigError, match="no token embedding"):
-        net(token_ids(1, 4))
+        net(draw(1, 4))
     with pytest.raises(ConfigError, match="no vocabulary"):
         net.logits(torch.randn(1, 4, 32, dtype=torch.float64))
     with pytest.raises(ValueError, match="either tokens or embeddings"):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pattern_nets import draw, net
-from strategies import cuts, split
+from strategies import CHOSEN, cuts, split
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.chosen import ChosenCall
@@ -21,8 +21,6 @@ from longnet_cli.nets import named_blocks
 from longnet_cli.nets.named_blocks import ReadText, named_calls
 from longnet_cli.running.causal_stream import CausalStream
 from longnet_cli.running.ranks.exchange import Exchange
-
-PATTERN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 
 
 def plainly(ids: list[int], first: int, near: int, pattern: Pattern) -> list[int]:
@@ -60,7 +58,7 @@ def blocks_by_query(calls: list[ChosenCall], start: int) -> dict[tuple[int, int]
 )  # fmt: skip
 def test_names_are_those_of_a_plain_count(seed, tokens, words, sizes, every, most):
     """In any chunks, single tokens included, and in any of two rows; what stands often names nothing."""
-    chance, pattern = random.Random(seed), replace(PATTERN, chosen_every=every)
+    chance, pattern = random.Random(seed), replace(CHOSEN, chosen_every=every)
     ids = torch.tensor([[chance.randrange(words) for _ in range(tokens)] for _ in range(2)])
     texts, start, found, expected = [ReadText(), ReadText()], 0, {}, {}
     with pytest.MonkeyPatch.context() as patched:
@@ -76,7 +74,7 @@ def test_names_are_those_of_a_plain_count(seed, tokens, words, sizes, every, mos
 
 
 def test_a_fork_reads_on_alone():
-    model = net(PATTERN).double()
+    model = net(CHOSEN).double()
     with torch.no_grad():
         stream, ids = CausalStream(model), draw(2, 200)
         stream(ids[:, :120])
@@ -85,7 +83,7 @@ def test_a_fork_reads_on_alone():
 
 
 def test_several_ranks_are_refused():
-    model, ids = net(PATTERN), draw(1, 100)
+    model, ids = net(CHOSEN), draw(1, 100)
     exchange = Exchange(model.config, [0, 50, 100], rank=0, cached=True)
     with pytest.raises(ConfigError, match="a pattern with chosen blocks is read by one process"):
         CausalStream(model)(ids[:, :50], exchange=exchange)
@@ -93,7 +91,7 @@ def test_several_ranks_are_refused():
 
 def test_a_net_sees_what_its_text_names():
     """With the same queries and keys, another text gives other hidden states; vectors have no text."""
-    model, ids = net(PATTERN), draw(2, 200)
+    model, ids = net(CHOSEN), draw(2, 200)
     with torch.no_grad():
         hidden = model(ids)
         model.embedding.weight[:] = model.embedding.weight[torch.arange(50) // 2 * 2].clone()
