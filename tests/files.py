@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,36 +107,28 @@ def form(
     return lambda folder: write(folder / name, content, **options)
 
 
+arrow_file = partial(form, "x.arrow", write_file)
+parquet_file = partial(form, "x.parquet", write_parquet)
 PARTED = [IDS[0], IDS[1][:3], IDS[1][3:], IDS[2][:60], IDS[2][60:65], IDS[2][65:]]
 LZ4 = ipc.IpcWriteOptions(compression="lz4")
 FORMATS: dict[str, Callable[[Path], Path]] = {
-    "file": form("x.arrow", write_file, token_table(pa.list_(pa.int32()))),
-    "file lz4": form("x.arrow", write_file, token_table(pa.list_(pa.int32())), options=LZ4),
+    "file": arrow_file(token_table(pa.list_(pa.int32()))),
+    "file lz4": arrow_file(token_table(pa.list_(pa.int32())), options=LZ4),
     "file named txt": form("x.txt", write_file, token_table(pa.large_list(pa.uint16()))),
     "stream": form("x.arrow", write_stream, token_table(pa.large_list(pa.int64()))),
     "stream uint8": form("x.arrow", write_stream, token_table(pa.list_(pa.uint8()), "tokens")),
-    "parquet list": form("x.parquet", write_parquet, token_table(pa.list_(pa.int32()))),
-    "parquet large_list": form(
-        "x.parquet", write_parquet, token_table(pa.large_list(pa.uint32()), "token_ids")
-    ),
-    "text column": form("x.arrow", write_file, pa.table({"text": TEXTS, "other": [1, 2, 3]})),
-    "large text column": form(
-        "x.parquet", write_parquet, pa.table({"text": pa.array(TEXTS, pa.large_string())})
-    ),
-    "flat column": form(
-        "x.arrow",
-        write_file,
+    "parquet list": parquet_file(token_table(pa.list_(pa.int32()))),
+    "parquet large_list": parquet_file(token_table(pa.large_list(pa.uint32()), "token_ids")),
+    "text column": arrow_file(pa.table({"text": TEXTS, "other": [1, 2, 3]})),
+    "large text column": parquet_file(pa.table({"text": pa.array(TEXTS, pa.large_string())})),
+    "flat column": arrow_file(
         pa.table({"tokens": pa.array([i for x in IDS for i in (256, *x)], pa.int32())}),
         rows=7,
     ),
-    "flat parquet": form(
-        "x.parquet",
-        write_parquet,
+    "flat parquet": parquet_file(
         pa.table({"ids": pa.array([i for x in IDS for i in (*x, 256)], pa.uint16())}),
     ),
-    "split documents": form(
-        "x.arrow",
-        write_file,
+    "split documents": arrow_file(
         pa.table(
             {
                 "doc_id": [*"abbbc"],
@@ -143,9 +136,7 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
             }
         ),
     ),
-    "split documents in parquet": form(
-        "x.parquet",
-        write_parquet,
+    "split documents in parquet": parquet_file(
         pa.table(
             {
                 "doc_id": [*"abbccc"],
@@ -154,9 +145,7 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
             }
         ),
     ),
-    "fixed_size_list": form(
-        "x.arrow",
-        write_file,
+    "fixed_size_list": arrow_file(
         pa.table(
             {
                 "doc_id": [n for n, ids in enumerate(IDS) for _ in ids],
@@ -164,9 +153,7 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
             }
         ),
     ),
-    "int64 file in one batch": form(
-        "x.arrow", write_file, token_table(pa.list_(pa.int64())), rows=99
-    ),
+    "int64 file in one batch": arrow_file(token_table(pa.list_(pa.int64())), rows=99),
     "uint64 lz4 stream": form(
         "x.arrow", write_stream, token_table(pa.list_(pa.uint64())), options=LZ4
     ),

@@ -416,18 +416,7 @@ CONTRACT = {
     "peak_rss_bytes", "cache_bytes",
 }  # fmt: skip
 SHAPE = {"heads", "head_dim", "batch", "causal", "dtype", "device", "kernel", "pattern"}
-TINY = [
-    "--heads",
-    "2",
-    "--head-dim",
-    "8",
-    "--repeats",
-    "1",
-    "--device",
-    "cpu",
-    "--pattern",
-    "16/1,32/2",
-]
+TINY = "bench --heads 2 --head-dim 8 --repeats 1 --device cpu --pattern 16/1,32/2"
 
 Bench = Callable[..., Result]
 
@@ -435,7 +424,7 @@ Bench = Callable[..., Result]
 @pytest.fixture
 def bench() -> Bench:
     """The command in this process, where torch is loaded already."""
-    return lambda *args: invoke("bench", *TINY, *args)
+    return lambda words: invoke(f"{TINY} {words}")
 
 
 def rows_of(text: str) -> list[dict[str, Any]]:
@@ -443,7 +432,7 @@ def rows_of(text: str) -> list[dict[str, Any]]:
 
 
 def test_rows_have_every_key_of_the_contract(bench):
-    result = bench("--seq", "48,64", "--direction", "forward,backward", "--format", "jsonl", "-q")
+    result = bench("--seq 48,64 --direction forward,backward --format jsonl -q")
     assert (result.exit_code, result.stderr) == (0, "")
     rows = rows_of(result.stdout)
     assert len(rows) == 8
@@ -454,7 +443,7 @@ def test_rows_have_every_key_of_the_contract(bench):
 
 
 def test_markdown_is_a_table_and_the_ratios_follow_on_stderr(bench):
-    result = bench("--seq", "64")
+    result = bench("--seq 64")
     head, rule, *rows = result.stdout.splitlines()
     assert head.replace("|", "").split()[:4] == ["impl", "direction", "seq", "seconds"]
     assert {len(line) for line in (head, rule, *rows)} == {79}  # it fits a terminal
@@ -467,16 +456,16 @@ def test_markdown_is_a_table_and_the_ratios_follow_on_stderr(bench):
 
 
 def test_skipped_and_stopped_rows_give_their_reason(bench):
-    result = bench("--seq", "64,1e12", "--bidirectional", "--impl", "dilated", "--format", "jsonl")
+    result = bench("--seq 64,1e12 --bidirectional --impl dilated --format jsonl")
     assert [row["status"] for row in rows_of(result.stdout)] == ["ok", "skipped"]
     assert "dilated forward at 1000000000000: skipped, needs " in result.stderr
-    result = bench("--seq", "64", "--max-time", "0", "--format", "jsonl")
+    result = bench("--seq 64 --max-time 0 --format jsonl")
     assert [row["status"] for row in rows_of(result.stdout)] == ["stopped", "stopped"]
     assert result.exit_code == 0
 
 
 def test_flex_attention_needs_a_compiler(bench, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    result = bench("--seq", "64", "--impl", "flex")
+    result = bench("--seq 64 --impl flex")
     assert isinstance(result.exception, ConfigError)
     assert "needs a C++ compiler, and there is no no-such-compiler" in str(result.exception)

@@ -233,27 +233,15 @@ def test_the_page_of_formats_lists_every_form():
     ] == []
 
 
-ALONE = [
-    (
-        ["score", "--context", "64,8Ki", "--token-logprobs", "x.arrow"],
-        "log-probabilities of tokens need one context",
-    ),
-    (
-        ["score", "--context", "64,8Ki", "--token-logprobs", "x.arrow", "--dry-run"],
-        "log-probabilities of tokens need one",
-    ),
-    (["score", "--stride", "5"], "a stride of 5 tokens needs a context"),
-    (["encode", "-o", "x.arrow", "--pool", "middle"], "there is no pooling 'middle'"),
-    (["generate", "--temperature", "-1"], "temperature must be 0 or more"),
-    (
-        ["generate", "--state", "state", "--pattern", "window:2Ki"],
-        "state: it was saved with the pattern window:1Ki, and",
-    ),
-    (
-        ["generate", "--state", "choosing", "--pattern", "window:1Ki"],
-        "choosing: it was saved with the pattern window:1Ki,chosen=32x32, and",
-    ),
-]
+ALONE = """
+score --context 64,8Ki --token-logprobs x.arrow => log-probabilities of tokens need one context
+score --context 64,8Ki --token-logprobs x.arrow --dry-run => log-probabilities of tokens need one
+score --stride 5 => a stride of 5 tokens needs a context
+encode -o x.arrow --pool middle => there is no pooling 'middle'
+generate --temperature -1 => temperature must be 0 or more
+generate --state state --pattern window:2Ki => state: it was saved with the pattern window:1Ki, and
+generate --state choosing --pattern window:1Ki => choosing: it was saved with the pattern window:1Ki,chosen=32x32, and
+"""
 
 
 def test_what_options_alone_decide_is_refused_before_torch_is_loaded(tmp_path, run_python):
@@ -268,15 +256,17 @@ def test_what_options_alone_decide_is_refused_before_torch_is_loaded(tmp_path, r
 import json, sys
 from longnet_cli.cli.app import main
 for words in json.loads(sys.argv[1]):
-    sys.argv = ["longnet", words[0], "text.txt", *words[1:]]
+    command, *options = words.split()
+    sys.argv = ["longnet", command, "text.txt", *options]
     try:
         main()
     except SystemExit as stop:
         print(stop.code, "torch" in sys.modules)
 """
-    done = run_python("-c", script, json.dumps([words for words, _ in ALONE]))
-    assert done.stdout.splitlines() == ["2 False"] * len(ALONE)
-    for line, (_, said) in zip(done.stderr.splitlines(), ALONE, strict=True):
+    rows = [row.split(" => ") for row in ALONE.strip().splitlines()]
+    done = run_python("-c", script, json.dumps([words for words, _ in rows]))
+    assert done.stdout.splitlines() == ["2 False"] * len(rows)
+    for line, (_, said) in zip(done.stderr.splitlines(), rows, strict=True):
         assert line.startswith(f"longnet: error: {said}")
 
 

@@ -293,20 +293,8 @@ def test_a_picture_says_what_of_which_machine(tmp_path, monkeypatch):
 def test_bench_and_score_go_into_plot(run_longnet, tmp_path):
     """The real commands, through a pipe and from a file."""
     pytest.importorskip("matplotlib")
-    options = [
-        "--seq",
-        "64,128",
-        "--heads",
-        "1",
-        "--head-dim",
-        "8",
-        "--repeats",
-        "1",
-        "-q",
-        "--format",
-        "jsonl",
-    ]
-    rows = run_longnet("bench", *options).stdout
+    words = "bench --seq 64,128 --heads 1 --head-dim 8 --repeats 1 -q --format jsonl"
+    rows = run_longnet(words).stdout
     assert all(row["machine"] and row["date"] for row in map(json.loads, rows.splitlines()))
     done = run_longnet("plot - --show peak_rss_bytes,seconds -o a.svg", input=rows)
     assert (done.returncode, done.stderr) == (0, "-> a.svg\n")
@@ -315,18 +303,8 @@ def test_bench_and_score_go_into_plot(run_longnet, tmp_path):
     assert "dense" in said
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"a text, {name}, and a text, and a text " * 3)
-    command = [
-        "score",
-        "a.txt",
-        "b.txt",
-        "-q",
-        "--context",
-        "8,32",
-        "--by-position",
-        "--format",
-        "json",
-    ]
-    scores = run_longnet(*command)
+    words = "score a.txt b.txt -q --context 8,32 --by-position --format json"
+    scores = run_longnet(words)
     (tmp_path / "scores.json").write_text(scores.stdout)
     done = run_longnet("plot scores.json -o b.svg")
     assert (done.returncode, done.stderr) == (0, "-> b.svg\n")

@@ -113,17 +113,7 @@ def test_greedy_tokens_are_those_of_transformers(run, smollm2, page, tmp_path):
     from transformers import AutoModelForCausalLM
 
     (tmp_path / "page.txt").write_text(page, encoding="utf-8")
-    words = (
-        "generate",
-        "--input",
-        "page.txt",
-        "--model",
-        smollm2,
-        "--max-tokens",
-        16,
-        "--bos",
-        "none",
-    )
+    words = "generate --input page.txt --max-tokens 16 --bos none --model", smollm2
     ours = run(*words, "--dtype", "fp32", "--format", "jsonl", "-q", mib=2500).rows[0]["tokens"]
     ids = (
         tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
@@ -141,18 +131,7 @@ def test_greedy_tokens_are_those_of_transformers(run, smollm2, page, tmp_path):
 def test_a_question_to_a_library_is_answered_from_the_right_file(run, smollm2, library, tmp_path):
     (tmp_path / "files.txt").write_text("\n".join(map(str, library)))
     question = "What is the period of the underlying Mersenne Twister core generator?"
-    words = (
-        "ask",
-        "@files.txt",
-        question,
-        "--model",
-        smollm2,
-        "--max-tokens",
-        24,
-        "--format",
-        "json",
-        "-q",
-    )
+    words = "ask --max-tokens 24 --format json -q --model", smollm2, "@files.txt", question
     told = json.loads(run(*words, mib=2000).stdout)
     assert "19937" in told["answer"]
     source = max(told["sources"], key=lambda source: source["score"])
@@ -168,19 +147,7 @@ def test_an_adapter_starts_at_the_model_and_within_its_plan(run, smollm2, page, 
     ids = words.encode(text, add_special_tokens=False).ids
     assert len(ids) == 800  # after the start token, as many as a window predicts
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    command = [
-        "train",
-        "--init",
-        smollm2,
-        "--data",
-        "text.txt",
-        "--seq-len",
-        800,
-        "--steps",
-        1,
-        "-o",
-        "run",
-    ]
+    command = ["train --data text.txt --seq-len 800 --steps 1 -o run --init", smollm2]
     for setting in ("train.chunk=256", "train.batch_tokens=800", "lora.rank=4", "train.dtype=fp32"):
         command += ["--set", setting]
     plan = json.loads(run(*command, "--dry-run", "--format", "json", mib=2500).stdout)
@@ -206,16 +173,7 @@ def test_vectors_of_rows_are_those_of_sentence_transformers(run, minilm, lines, 
         }
     )
     pq.write_table(table, tmp_path / "rows.parquet")
-    run(
-        "encode rows.parquet --model",
-        minilm,
-        "-o",
-        "vectors",
-        "--shard-format",
-        "parquet",
-        "-q",
-        mib=1500,
-    )
+    run("encode rows.parquet -o vectors --shard-format parquet -q --model", minilm, mib=1500)
     found = pq.read_table(tmp_path / "vectors")
     ours = np.stack(found["embedding"].to_numpy())
     theirs = SentenceTransformer(str(minilm)).encode(table["text"].to_pylist())

@@ -46,10 +46,8 @@ def test_a_vocabulary_of_a_text_of_megabytes_is_that_of_the_library(run, book, t
 @pytest.mark.slow
 def test_tokens_of_a_folder_are_those_of_the_library(run, library, tmp_path):
     (tmp_path / "files.txt").write_text("\n".join(map(str, library)))
-    run(
-        "tokenize @files.txt -o tokens --tokenizer longnet-tiny --shard-tokens 500k",
-        mib=300,
-    )
+    words = "tokenize @files.txt -o tokens --tokenizer longnet-tiny --shard-tokens 500k"
+    run(words, mib=300)
     theirs = tokenizers.Tokenizer.from_file("models/longnet-tiny/tokenizer.json")
     texts = [path.read_bytes().decode("utf-8-sig") for path in library]
     whole = [np.array(each.ids) for each in theirs.encode_batch(texts, add_special_tokens=False)]
