@@ -115,18 +115,16 @@ def ask(options: AskCommand) -> None:
     quiet = options.computing.quiet
     left_out = count_left_out(options.skip_bad, quiet)
     sources = InputFiles(names, skip_bad=options.skip_bad)
-    found = _search(options, sources, [question for _, question in questions], left_out)
-    several = options.questions is not None
-    for number, ((name, question), passages) in enumerate(zip(questions, found, strict=True)):
-        if several:
+    best = _search(options, sources, [question for _, question in questions], left_out)
+    for number, ((name, question), passages) in enumerate(zip(questions, best, strict=True)):
+        if options.questions is not None:
             answered = _answer(options, loaded, question, passages, number)
             emit_jsonl({"id": name} | answered.row())
         elif passages:
             answered = _answer(options, loaded, question, passages)
             if options.format == "json":
                 emit_json(answered.row())
-    without = sum(not passages for passages in found)
-    if without:
+    if without := best.count([]):
         what = f"{without} of {count_of(len(questions), 'question')}"
         raise LongNetError(
             f"no passage has a word of {what}, which nothing answers: ask in words that the text has"
@@ -189,9 +187,9 @@ def _answer(
     prints = options.format == "text" and options.questions is None
     if loaded is None:
         if prints:
-            write_text("\n".join(f"{_place(each)}:\n{each.text}\n" for each in passages))
+            write_text("\n".join(f"{_place(source)}:\n{source.text}\n" for source in passages))
         return Answer(question, None, passages, None)
-    how = options.sampling.arguments()
+    sampling = options.sampling.arguments()
     answered = answer(
         loaded,
         question,
@@ -202,11 +200,11 @@ def _answer(
         number=number,
         chunk=options.computing.chunk,
         dtype=options.computing.dtype,
-        **how,
+        **sampling,
     )
     if prints:
         write_text("\n")
-        drawn = f", seed {how['seed']}" if options.sampling.temperature else ""
+        drawn = f", seed {sampling['seed']}" if options.sampling.temperature else ""
         _tell_sources(answered, drawn, options.computing.quiet)
     return answered
 

@@ -99,9 +99,8 @@ def encode(options: EncodeCommand) -> None:
     """
     from longnet_cli.jobs.job_options import EncodeOptions
 
-    asked = EncodeOptions(
-        **{each.name: getattr(options, each.name) for each in fields(EncodeOptions)}
-    )
+    names = (field.name for field in fields(EncodeOptions))
+    asked = EncodeOptions(**{name: getattr(options, name) for name in names})
     check_pairs([SAMPLE], options)
     lines, dry_run = options.format == "jsonl", options.running.dry_run
     if lines and (dry_run or options.output != "-"):
@@ -116,18 +115,13 @@ def encode(options: EncodeCommand) -> None:
     from longnet_cli.jobs.encoding import Encoder, for_model
     from longnet_cli.jobs.row_jobs import Output
 
-    own, facts = for_model(asked, opened.folder, opened.loaded)
-    job = Encoder(opened.reader(), own, facts)
+    settled, facts = for_model(asked, opened.folder, opened.loaded)
+    job = Encoder(opened.reader(), settled, facts)
     inputs = replace(opened.inputs(facts.tokenizer_for(opened.loaded)), unit=job.unit)
     if options.running.dry_run:
         plan(opened, job, inputs, options.running.sample, options.format)
         return
-    output = Output(
-        options.output,
-        options.shard_rows,
-        options.shard_format,
-        options.running.resume,
-        lines=lines,
-    )
+    resume = options.running.resume
+    output = Output(options.output, options.shard_rows, options.shard_format, resume, lines=lines)
     opened.run(job, inputs, output)
     opened.end()

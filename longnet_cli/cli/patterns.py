@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longnet_cli.basics.sizes import format_count
 
@@ -66,10 +66,9 @@ def pattern(options: PatternCommand) -> None:
         refuse_overwriting(
             "-o", [options.output], also=[name for name in options.patterns if os.path.isfile(name)]
         )
-    given = {
-        name: value for name in ("heads", "causal") if (value := getattr(options, name)) is not None
-    }
-    subjects = [replace(find_subject(text), **given) for text in options.patterns]
+    asked = {"heads": options.heads, "causal": options.causal}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    subjects = [replace(find_subject(text), **changes) for text in options.patterns]
     length = options.seq or max(default_length(subject.pattern) for subject in subjects)
     if options.output:
         draw_picture(subjects, length, options.output)
@@ -110,9 +109,5 @@ def _print(shown: Description) -> None:
 
 def _costs(costs: PatternCosts | LevelCosts, flops: str) -> str:
     rows = "-" if costs.cache_rows is None else f"{costs.cache_rows:,}"
-    keys = (
-        f"{costs.keys_per_query:,.0f}"
-        if costs.keys_per_query >= 10
-        else f"{costs.keys_per_query:.3g}"
-    )
+    keys = f"{costs.keys_per_query:{',.0f' if costs.keys_per_query >= 10 else '.3g'}}"
     return f"{keys:>16}{flops:>7}{rows:>15}"

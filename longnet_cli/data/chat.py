@@ -41,15 +41,11 @@ from .tokenizer import (
 
 TEMPLATE = "chat_template.jinja"
 SECONDS = 20  # for a template to render a chat
-TEXT_ROOM, TEXT_GROWTH = (
-    1 << 20,
-    16,
-)  # characters of a chat at most, and for each character of its messages
+TEXT_ROOM = 1 << 20  # characters of a chat at most
+TEXT_GROWTH = 16  # and for each character of its messages
 MARKS = range(0xE000, 0xF900)  # private-use characters
-NAMED, HIDDEN = (
-    0xF0000,
-    0x100000,
-)  # private-use characters after a mark, for special tokens, and for hidden characters
+# Private-use characters after a mark, for special tokens, and for hidden characters
+NAMED, HIDDEN = 0xF0000, 0x100000
 
 
 def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -58,11 +54,9 @@ def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
         return {}
     settings = read_settings(tokenizer.folder / SETTINGS)
     template = _template(tokenizer.folder, settings)
-    return (
-        {}
-        if template is None
-        else {"chat_template": json_sha256([template, _named_tokens(settings)])}
-    )
+    if template is None:
+        return {}
+    return {"chat_template": json_sha256([template, _named_tokens(settings)])}
 
 
 # Not apply_chat_template: a base install has no transformers, and text in a message could be a special token there.
@@ -87,7 +81,7 @@ class ChatTemplate:
         self._first = sorted({text[0] for text in self._special})
         longest = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
         self._mark = MARKS.start
-        self._said = {*template, *"".join(self._special)}
+        self._signs = {*template, *"".join(self._special)}
         self._any, self._start = re.compile(longest), re.compile(f"(?={longest}).", re.DOTALL)
 
     def encode(
@@ -99,22 +93,23 @@ class ChatTemplate:
         message there may be several, each with a `role` and a `content`. Raises RefusedError for what the template
         refuses, and for what are no messages.
         """
-        said = [{"role": "user", "content": message}] if isinstance(message, str) else [*message]
-        if not all(
-            isinstance(each, Mapping) and all(isinstance(x, str) for x in each.values())
-            for each in said
-        ):
-            raise RefusedError("a message is a mapping with a role and a content, which are texts")
-        messages = [{"role": "system", "content": system}] if system else []
+        asked = [{"role": "user", "content": message}] if isinstance(message, str) else message
+        messages: list[Mapping[str, str]] = [*asked]
+        for item in messages:
+            texts = item.values() if isinstance(item, Mapping) else [None]
+            if not all(isinstance(text, str) for text in texts):
+                raise RefusedError(
+                    "a message is a mapping with a role and a content, which are texts"
+                )
+        before = [{"role": "system", "content": system}] if system else []
         try:
-            return self._encode(*self._render([*messages, *said], prompt=True))
+            return self._encode(*self._render([*before, *messages], prompt=True))
         except RefusedError:
-            if not (system and said):
+            if not (before and messages):
                 raise
-            first, *others = said
-            return self.encode(
-                [{**first, "content": f"{system}\n\n{first.get('content', '')}"}, *others]
-            )
+            first, *others = messages
+            content = f"{system}\n\n{first.get('content', '')}"
+            return self.encode([{**first, "content": content}, *others])
 
     def read_chat(
         self, messages: Sequence[Mapping[str, str]]
@@ -134,21 +129,23 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
         """Return the text that the template makes of messages, and the mark that hides special tokens in them."""
-        said = self._said.union(*(text for message in messages for text in message.values()))
+        written = "".join(text for message in messages for text in message.values())
+        signs = self._signs.union(written)
         # the last mark first, and then on from there: `_renamed` is slow, and all chats soon share one mark
-        self._mark = next(
-            (n for n in (*range(self._mark, MARKS.stop), *MARKS) if chr(n) not in said), MARKS.stop
-        )
+        marks = (*range(self._mark, MARKS.stop), *MARKS)
+        self._mark = next((number for number in marks if chr(number) not in signs), MARKS.stop)
         if self._mark not in MARKS:
             raise RefusedError(
                 "the messages have all private-use characters, of which one must be free"
             )
         mark = chr(self._mark)
 
-        def hide(found: re.Match[str]) -> str:
-            return mark + chr(HIDDEN + self._first.index(found[0]))
+        def hide(start: re.Match[str]) -> str:
+            return mark + chr(HIDDEN + self._first.index(start[0]))
 
-        hidden = [{key: self._start.sub(hide, text) for key, text in m.items()} for m in messages]
+        hidden = []
+        for message in messages:
+            hidden.append({key: self._start.sub(hide, text) for key, text in message.items()})
         variables = {
             "messages": hidden,
             "add_generation_prompt": prompt,
@@ -158,9 +155,8 @@ class ChatTemplate:
         with _limited(self._folder):
             text = self._template.render(variables | self._named)
             text.encode()  # raises an error for half of a character
-            if len(text) > TEXT_ROOM + TEXT_GROWTH * sum(
-                len(x) for m in hidden for x in m.values()
-            ):
+
+            if len(text) > TEXT_ROOM + TEXT_GROWTH * len(written):
                 raise ConfigError(
                     f"{self._folder}: the chat template makes {len(text):,} characters"
                 )
@@ -169,26 +165,26 @@ class ChatTemplate:
     def _shown(self, rendered: str, mark: str) -> str:
         """Return a text with the characters that are hidden in it."""
         hidden = f"{mark}([{chr(HIDDEN)}-\U0010ffff])"
-        return re.sub(hidden, lambda found: self._first[ord(found[1]) - HIDDEN], rendered)
+        return re.sub(hidden, lambda match: self._first[ord(match[1]) - HIDDEN], rendered)
 
     def _encode(self, rendered: str, mark: str) -> np.ndarray:
         """Return the ids of a rendered text, (tokens,) int64, with the special tokens that the template wrote."""
         with library_call():
             inner, names, contents = _renamed(self.tokenizer, mark)
-            text = self._shown(self._any.sub(lambda found: names[found[0]], rendered), mark)
+            text = self._shown(self._any.sub(lambda match: names[match[0]], rendered), mark)
             written = {name: content for content, name in names.items()}
             # A token of whole words, for one, is none within a word: its name is lost. Each time, lost marks go.
             while True:
                 encoding = inner.encode(text, add_special_tokens=False)
                 places = zip(encoding.ids, encoding.offsets, strict=True)
-                seen = {
+                tokens = {
                     text.find(names[contents[i]], *place) for i, place in places if i in contents
                 }
-                if not (lost := {found.start() for found in re.finditer(mark, text)} - seen):
+                lost = {match.start() for match in re.finditer(mark, text)} - tokens
+                if not lost:
                     break
-                for start in sorted(
-                    lost, reverse=True
-                ):  # of a template that cuts texts, a mark may be alone
+                # of a template that cuts texts, a mark may be alone
+                for start in sorted(lost, reverse=True):
                     name = text[start : start + 2]
                     text = text[:start] + written.get(name, name[1:]) + text[start + 2 :]
         ids = (self.tokenizer.id_of(contents[i]) if i in contents else i for i in encoding.ids)
@@ -212,11 +208,9 @@ def _renamed(
             added["normalized"] = False  # otherwise nothing would be left of the name
     model = data["model"]
     merged = {part for pair in model.get("merges", ()) for part in (*pair, "".join(pair))}
-    words = (
-        {}
-        if decodes_bytes(data)
-        else {text: name for text, name in names.items() if text not in merged}
-    )
+    words = {text: name for text, name in names.items() if text not in merged}
+    if decodes_bytes(data):
+        words = {}
     if isinstance(model["vocab"], dict):
         model["vocab"] = {words.get(text, text): index for text, index in model["vocab"].items()}
     else:
@@ -244,9 +238,8 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
             raise ConfigError(f"{folder / TEMPLATE}: cannot be read: {one_line(error)}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        template = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}.get(
-            "default"
-        )
+        tables = [table for table in template if isinstance(table, dict)]
+        template = {table.get("name"): table.get("template") for table in tables}.get("default")
     return template if isinstance(template, str) else None
 
 

@@ -39,16 +39,16 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
 
     def read(names: list[str]) -> Iterator[pa.RecordBatch]:
         wanted = {key: datasets[key] for key in names if key in datasets}
-        counts = {key: rows.count for key, rows in wanted.items()}
-        if len({*counts.values()}) > 1:
-            sizes = ", ".join(f"{key} {count}" for key, count in counts.items())
+        counts = {rows.count for rows in wanted.values()}
+        if len(counts) > 1:
+            sizes = ", ".join(f"{key} {rows.count}" for key, rows in wanted.items())
             raise DataError(f"{where}: its datasets have different numbers of rows: {sizes}")
-        total = next(iter(counts.values()), 0)
         for key, rows in wanted.items():
             with _reading(f"{where}: {key}"):
                 problem = rows.problem()
             if problem:
                 raise DataError(f"{where}: {key}: {problem}")
+        total = max(counts, default=0)
         row_bytes = sum(rows.width * rows.dtype.itemsize for rows in wanted.values())
         step = max(1, BATCH_BYTES // max(1, row_bytes))
         for start in range(0, total, step):
@@ -85,22 +85,18 @@ class _RowsDataset:
 
         HDF5 gives zeros for rows that the file declares and does not have.
         """
-        stored, sizes = self.dataset.id, self.dataset.chunks
-        if sizes is None:
-            return (
-                "the file lacks some of its rows"
-                if stored.get_storage_size() < self.dataset.nbytes
-                else None
-            )
-        if (size := math.prod(sizes) * self.dtype.itemsize) > MOST_CHUNK_BYTES:
+        stored, sides = self.dataset.id, self.dataset.chunks
+        if sides is None:
+            lacks = stored.get_storage_size() < self.dataset.nbytes
+            return "the file lacks some of its rows" if lacks else None
+        size = math.prod(sides) * self.dtype.itemsize
+        if size > MOST_CHUNK_BYTES:
             return f"its chunks have {size:,} bytes each, and {MOST_CHUNK_BYTES:,} are the most: write smaller ones"
-        declared = math.prod(
-            -(-length // side) for length, side in zip(self.dataset.shape, sizes, strict=True)
-        )
+        declared = math.prod(-(-np.array(self.dataset.shape) // sides).tolist())
         present = stored.get_num_chunks()
-        return (
-            f"the file has {present:,} of its {declared:,} chunks" if present < declared else None
-        )
+        if present < declared:
+            return f"the file has {present:,} of its {declared:,} chunks"
+        return None
 
     def read(self, start: int, stop: int) -> pa.Array:
         rows = self.dataset[..., start:stop, :]
@@ -111,16 +107,14 @@ class _RowsDataset:
 
 def _rows(content: Any, key: str, h5py: Any) -> _RowsDataset | None:
     """Return the rows of numbers under `key`; None for anything else, and for data outside of the file."""
-    if not isinstance(content.get(key, getlink=True), h5py.HardLink) or not isinstance(
-        content[key], h5py.Dataset
-    ):
+    if not isinstance(content.get(key, getlink=True), h5py.HardLink):
         return None
     dataset = content[key]
-    if dataset.is_virtual or dataset.external or dataset.dtype.kind not in "fiu":
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
         return None
     shape: tuple[int, ...] = dataset.shape or ()
     fits = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
-    return _RowsDataset(dataset) if fits and shape[-1] else None
+    return _RowsDataset(dataset) if fits and shape[-1] and dataset.dtype.kind in "fiu" else None
 
 
 def _tile_size(attributes: Any) -> float | None:
@@ -129,13 +123,12 @@ def _tile_size(attributes: Any) -> float | None:
     TRIDENT gives it directly. CLAM gives it in pixels of a smaller image.
     """
 
-    def number(name: str) -> float | None:
-        value = np.asarray(attributes[name]).reshape(-1) if name in attributes else np.empty(0)
-        return (
-            float(value[0]) if value.size and value.dtype.kind in "fiu" and value[0] > 0 else None
-        )
+    def number(name: str) -> float:
+        values = np.asarray(attributes.get(name, ())).reshape(-1)
+        return float(values[0]) if values.size and values.dtype.kind in "fiu" else 0.0
 
-    if size := number("patch_size_level0"):
+    if (size := number("patch_size_level0")) > 0:
         return size
-    size = number("patch_size")
-    return size * (number("downsample") or 1.0) if size else None
+    if not (size := number("patch_size")) > 0:
+        return None
+    return size * max(0.0, number("downsample")) or size

@@ -57,47 +57,54 @@ class Answer(NamedTuple):
 def answer(
     loaded: Loaded,
     question: str,
-    found: Sequence[Passage],
+    passages: Sequence[Passage],
     on_text: Callable[[str], None] = lambda text: None,
     *,
     system: str | None = None,
     max_tokens: int = 256,
     stop: Sequence[str] = (),
-    **how: Any,
+    **options: Any,
 ) -> Answer:
     """Answer a question from the passages that were found: the best that leave room for `max_tokens`.
 
     The prompt is that of `prompt`. The answer ends where `generate` ends it, at a line that begins with "Question:",
-    and before a sentence of five words or more that it has already. `on_text` gets it as it comes. `how` are more
+    and before a sentence of five words or more that it has already. `on_text` gets it as it comes. `options` are more
     arguments of `generate`, and it raises as that does; also ConfigError for a model without a tokenizer.
     """
     from .generating import StopTexts, generate
 
-    if not found:
+    if not passages:
         return Answer(question, None, [], loaded.origin)
-    asked, sources = prompt(loaded, question, found, max_tokens, system)
-    how |= {"bos": None} if loaded.chat else {}
-    stop = [*stop, ASKED_AGAIN] if loaded.chat else [*stop, ASKED_AGAIN, PLAIN_STOP]
-    said, tokens, reason = "", 0, None
+    asked, sources = prompt(loaded, question, passages, max_tokens, system)
+    stop = [*stop, ASKED_AGAIN]
+    if loaded.chat:
+        options["bos"] = None
+    else:
+        stop.append(PLAIN_STOP)
+    answered = ""
+    tokens = 0
+    reason: FinishReason | None = None
     repeated = StopTexts(sentences := list[str]())
-    for step in generate(loaded, asked, max_tokens=max_tokens, stop=stop, **how):
+    for step in generate(loaded, asked, max_tokens=max_tokens, stop=stop, **options):
         text, reason = "", step.finish_reason
         for sign in step.text:
             text += repeated.add(sign)
             if repeated.reached:
                 break
             if sign in SENTENCE_END:
-                sentences[:] = long_sentences(said + text)
+                sentences[:] = long_sentences(answered + text)
         if repeated.reached:
             reason = "stop"
         elif reason:
             text += repeated.end()
-        text = text if said else text.lstrip()
-        said, tokens = said + text, tokens + 1
+        if not answered:
+            text = text.lstrip()
+        answered += text
+        tokens += 1
         on_text(text)
         if reason:
             break
-    return Answer(question, said.rstrip(), sources, loaded.origin, len(asked), tokens, reason)
+    return Answer(question, answered.rstrip(), sources, loaded.origin, len(asked), tokens, reason)
 
 
 def long_sentences(text: str) -> list[str]:
@@ -109,7 +116,7 @@ def long_sentences(text: str) -> list[str]:
 def prompt(
     loaded: Loaded,
     question: str,
-    found: Sequence[Passage],
+    passages: Sequence[Passage],
     max_tokens: int,
     system: str | None = None,
 ) -> tuple[Document, list[Passage]]:
@@ -118,24 +125,24 @@ def prompt(
     It is in the model's chat template, if that is loaded. `system` replaces SYSTEM before the passages, and BRIEFLY
     after the question.
     """
-    words, most, passages = loaded.tokenizer, loaded.net.config.max_tokens, list(found)
+    words, most = loaded.tokenizer, loaded.net.config.max_tokens
     if words is None:
         raise ConfigError(f"{loaded.origin}: there is no tokenizer, which reads a question")
     asked = f"Question: {question}"
     if system is None:
-        system, asked = SYSTEM, f"{asked}\n{BRIEFLY}"
+        system = SYSTEM
+        asked += f"\n{BRIEFLY}"
+    best = list(passages)
     while True:
-        text = "\n\n".join([*(passage.text for passage in passages), asked])
-        ids = (
-            loaded.chat.encode(text, system)
-            if loaded.chat
-            else words.encode(f"{system}\n\n{text}\nAnswer:")
-        )
-        if (
-            not passages[1:] or most is None or len(ids) + max_tokens < most
-        ):  # one may stand before them
-            return Document("question", ids, None, "the question with its best passage"), passages
-        passages.remove(min(passages, key=lambda passage: passage.score))
+        text = "\n\n".join([*(passage.text for passage in best), asked])
+        if loaded.chat:
+            ids = loaded.chat.encode(text, system)
+        else:
+            ids = words.encode(f"{system}\n\n{text}\nAnswer:")
+        # one token may stand before them
+        if len(best) < 2 or most is None or len(ids) + max_tokens < most:
+            return Document("question", ids, None, "the question with its best passage"), best
+        best.remove(min(best, key=lambda passage: passage.score))
 
 
 def ask(
@@ -172,15 +179,15 @@ def ask(
             from .passage_vectors import PassageVectors
 
             find = PassageVectors(vectors, index).find
-        found = find(question, passages)
+        best = find(question, passages)
     if model is None:
-        return Answer(question, None, found, None)
+        return Answer(question, None, best, None)
     from .generating import load_model
 
     return answer(
         load_model(model, device, dtype),
         question,
-        found,
+        best,
         system=system,
         max_tokens=max_tokens,
         temperature=temperature,
@@ -201,9 +208,7 @@ def _fill(index: PassageIndex, texts: Any) -> None:
     table = tables(texts)
     if not isinstance(table, pa.Table) or "text" not in table.column_names:
         raise ConfigError("a list of texts, or a table with a column 'text', is needed to ask")
-    names = next(
-        (table[name].to_pylist() for name in ID_COLUMNS if name in table.column_names),
-        range(len(table)),
-    )
+    columns = (table[name].to_pylist() for name in ID_COLUMNS if name in table.column_names)
+    names = next(columns, range(len(table)))
     for name, text in zip(names, table["text"].to_pylist(), strict=True):
         index.add(Text(str(name), text or "", "table"))

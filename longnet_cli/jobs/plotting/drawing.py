@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.errors import ConfigError, LongNetError, extra
 
@@ -79,14 +81,15 @@ def points(
     rows: Iterable[Row], axes: tuple[Axis, Axis], x_key: str, y_key: str, error_key: str = ""
 ) -> list[Point]:
     """Return the points of rows that the axes can show, in rising order of x: of several at one x, the last."""
-    found: dict[float, Point] = {}
+    of_x, of_y = axes
+    points: dict[float, Point] = {}
     for row in rows:
         x, y = number(row.get(x_key)), number(row.get(y_key))
         if x is None or y is None:
             continue
-        if all(value > 0 or not axis.base for axis, value in zip(axes, (x, y), strict=True)):
-            found[x] = Point(x, y, number(row.get(error_key)))
-    return [found[x] for x in sorted(found)]
+        if (x > 0 or not of_x.base) and (y > 0 or not of_y.base):
+            points[x] = Point(x, y, number(row.get(error_key)))
+    return [points[x] for x in sorted(points)]
 
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -151,24 +154,18 @@ def _draw(axes: Axes, panel: Panel) -> dict[str, object]:
 
 
 def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> object:
-    x, y, known = zip(*curve.points, strict=True)
-    errors = [math.nan if error is None else error for error in known]
-    style: dict[str, Any] = {
-        "linewidth": 1.2,
-        "color": color,
-        "linestyle": "--" if curve.extrapolated else "-",
-    }
-    if len(x) == 1 or (
-        panel.x.base and not curve.extrapolated
-    ):  # a line cannot show one point; of few, show each
+    # (3, points): None becomes NaN
+    x, y, errors = np.array(curve.points, float).T
+    style: dict[str, Any] = {"linewidth": 1.2, "color": color}
+    # a line cannot show one point; of few, show each
+    if len(x) == 1 or (panel.x.base and not curve.extrapolated):
         style |= {"marker": "o", "markersize": 4 if panel.x.base else 6}
-    if not all(map(math.isnan, errors)):
-        low, high = ([b + sign * e for b, e in zip(y, errors, strict=True)] for sign in (-1, 1))
+    if not np.isnan(errors).all():
         if len(x) == 1:
             axes.errorbar(x, y, errors, color=color, linewidth=1.2, capsize=2)
         else:
-            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    return axes.plot(x, y, **style)[0]
+            axes.fill_between(x, y - errors, y + errors, color=color, alpha=0.15, linewidth=0)
+    return axes.plot(x, y, "--" if curve.extrapolated else "-", **style)[0]
 
 
 def _set_ticks(axis: MatplotlibAxis, kind: Axis) -> None:

@@ -7,7 +7,7 @@ batch are read, and sent to the device, only when they are needed.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from itertools import accumulate, pairwise
 from operator import add
 from typing import Any, NamedTuple
@@ -52,9 +52,8 @@ class LazyTokens:
         start, stop, _ = columns.indices(self.shape[1])
         if isinstance(row, int):
             return self.read(row, start, stop)
-        return torch.stack(
-            [self.read(each, start, stop) for each in range(*row.indices(self.shape[0]))]
-        )
+        rows = range(*row.indices(self.shape[0]))
+        return torch.stack([self.read(index, start, stop) for index in rows])
 
 
 def stored_tokens(batch: Batch, offset: int, tokens: int, device: torch.device) -> LazyTokens:
@@ -113,19 +112,20 @@ def backward(
     """
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
     chunk *= ranks.sp
-    how: dict[str, Any] = {
-        "scale": scale,
-        "dtype": dtype,
-        "ranks": ranks,
-        "allocate": allocate,
-        "on_chunk": on_chunk,
-    }
+    in_chunks = partial(
+        backward_in_chunks,
+        scale=scale,
+        dtype=dtype,
+        ranks=ranks,
+        allocate=allocate,
+        on_chunk=on_chunk,
+    )
     forwards = list(plan_forwards(starts or [[0]] * tokens.shape[0], tokens.shape[1], chunk))
     for index, forward in enumerate(forwards, 1):
         final = index == len(forwards)
         ids, wanted = regrouped(tokens, forward.rows), regrouped(targets, forward.rows)
         if ids.shape[1] > chunk:
-            total += backward_in_chunks(model, ids, wanted, chunk, final=final, **how)
+            total += in_chunks(model, ids, wanted, chunk, final=final)
             continue
         loss = _nll(model, ids, wanted, forward.documents, ranks, dtype)
         final_backward(model, final)
@@ -163,10 +163,8 @@ def _nll(
         chosen = None if config.causal else (targets != IGNORED).nonzero(as_tuple=True)
         hidden = model(ids, start=start, documents=documents, far=far)
         if chosen:
-            hidden, targets = (
-                hidden[tuple(to_device(index, ids.device) for index in chosen)],
-                targets[chosen],
-            )
+            hidden = hidden[tuple(to_device(index, ids.device) for index in chosen)]
+            targets = targets[chosen]
         return model.nll(hidden, to_device(targets, ids.device)).sum(dtype=torch.float64)
 
 
@@ -196,10 +194,10 @@ def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> I
             if lengths and stop - start > room:
                 yield _Forward([runs], lengths)
                 runs, lengths, room = [], [], chunk
-            neighbours = (
-                bool(runs) and runs[-1][0] == row
-            )  # documents of one window: they are one run
-            runs.append((row, runs.pop()[1] if neighbours else start, stop))
+            begin = start
+            if runs and runs[-1][0] == row:  # documents of one window are one run
+                _, begin, _ = runs.pop()
+            runs.append((row, begin, stop))
             lengths.append(stop - start)
             room -= stop - start
     if lengths:
@@ -232,11 +230,8 @@ def inputs_and_targets(
     )
     count = (targets >= 0).sum()
     ranks.sum(count)
-    return (
-        to_device(seen, device),
-        targets,
-        max(1, int(count) // ranks.sp),
-    )  # a group's ranks have the same tokens
+    # a group's ranks have the same tokens
+    return to_device(seen, device), targets, max(1, int(count) // ranks.sp)
 
 
 def mask_tokens(
@@ -255,9 +250,8 @@ def mask_tokens(
     chosen = chance < rate
     if eos_id is not None:
         chosen &= tokens != eos_id
-        others = torch.where(
-            others == eos_id, tokens, others
-        )  # an `eos_id` inside a document would cut it
+        # an `eos_id` inside a document would cut it
+        others = torch.where(others == eos_id, tokens, others)
     seen = tokens.masked_fill(chosen & (kind < MASKED), mask_id)
     seen = torch.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), others, seen)
     return seen, tokens.masked_fill(~chosen, IGNORED)
@@ -296,8 +290,9 @@ def evaluate(
         if recipe.train.objective == "masked":
             return _score_masked(Reader(model, **reading), _masked_windows(data, recipe, stage))
         context = recipe.train.held_out_context
-        how = ScoreOptions((context,) if context else None), ModelFacts(data.eos_id)
-        rows = score(model, data.held_out, *how, **reading).read_all().to_pylist()
+        options = ScoreOptions((context,) if context else None)
+        scored = score(model, data.held_out, options, ModelFacts(data.eos_id), **reading)
+        rows = scored.read_all().to_pylist()
         return reduce(add, (Score(row["nll_sum"], row["n_tokens"], row["n_bytes"]) for row in rows))
     finally:
         model.train()
@@ -332,16 +327,16 @@ def _score_masked(reader: Reader, windows: Iterator[_MaskedWindow]) -> Score:
     sums = torch.zeros(2, dtype=torch.float64, device=reader.device)  # nats, tokens
     for pieces in reader.read(windows):
         for piece in pieces:
-            if piece.hidden is not None:
-                targets = piece.window.targets[
-                    piece.start : piece.stop
-                ]  # on the host: no wait for a GPU
-                chosen = (targets != IGNORED).nonzero().flatten()
-                hidden = piece.hidden[to_device(chosen, reader.device)]
-                with precision(reader.dtype, reader.device):
-                    nll = reader.model.nll(hidden, to_device(targets[chosen], reader.device))
-                sums[0] += nll.sum(dtype=torch.float64)
-                sums[1] += len(chosen)
+            if piece.hidden is None:
+                continue
+            # on the host: no wait for a GPU
+            targets = piece.window.targets[piece.start : piece.stop]
+            chosen = (targets != IGNORED).nonzero().flatten()
+            hidden = piece.hidden[to_device(chosen, reader.device)]
+            with precision(reader.dtype, reader.device):
+                nll = reader.model.nll(hidden, to_device(targets[chosen], reader.device))
+            sums[0] += nll.sum(dtype=torch.float64)
+            sums[1] += len(chosen)
     reader.ranks.sum(sums)
     nats, tokens = sums.tolist()
     if not tokens:

@@ -27,9 +27,8 @@ from longnet_cli.data.token_documents import Document
 
 POSITION_VERSION = 2
 
-RUN_TOKENS = (
-    1 << 17
-)  # read from one place of a file: half a megabyte of int32, long enough for a sequential read
+# Read from one place of a file: half a megabyte of int32, long enough for a sequential read
+RUN_TOKENS = 1 << 17
 DIGEST_TOKENS = 256  # tokens at the start of a stream that its digest covers
 POOL_RUNS = 16  # runs of windows from all over the stream whose windows are shuffled together
 LONGEST_PERIOD = 10_000  # most windows in the period of a mix, whose table is made in some 10 ms
@@ -296,19 +295,24 @@ class TokenWindows:
         source, epoch, start = self.locate(step)
         stream = self.sources[source]
         index = stream.locate(start)
-        offset = max(
-            0, start - int(stream.starts[index]) - 1
-        )  # also 0 for the eos before the document
-        place = {"source": source, "epoch": epoch, "document": index, "offset": offset}
-        return {**self.identity, "step": step, **place, "where": stream.documents[index].where}
+        return {
+            **self.identity,
+            "step": step,
+            "source": source,
+            "epoch": epoch,
+            "document": index,
+            # also 0 for the eos before the document
+            "offset": max(0, start - int(stream.starts[index]) - 1),
+            "where": stream.documents[index].where,
+        }
 
     def places(self, first: int, last: int) -> list[str]:
         """Return where the windows first .. last - 1 start: file and row, each once, in order."""
-        located = (self.locate(n) for n in range(first, last))
-        streams = ((self.sources[source], start) for source, _, start in located)
-        return list(
-            dict.fromkeys(stream.documents[stream.locate(start)].where for stream, start in streams)
-        )
+        places = dict[str, None]()
+        for source, _, start in map(self.locate, range(first, last)):
+            stream = self.sources[source]
+            places[stream.documents[stream.locate(start)].where] = None
+        return list(places)
 
     def _epoch(self, source: int, epoch: int) -> _Epoch:
         return _Epoch((self.seed, source, epoch), len(self.sources[source]), self.seq_len)
