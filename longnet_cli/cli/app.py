@@ -4,6 +4,7 @@ import codecs
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from longnet_cli.basics.errors import (
 from longnet_cli.running.ranks.launch import (
     LAUNCHED,
     LOST,
+    end_with_parent,
     started_by_torchrun,
     under_torchrun,
     unwind_on_signals,
@@ -104,18 +106,13 @@ def run(app: typer.Typer) -> NoReturn:
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         # An unset locale claims ASCII, which says nothing: use UTF-8 for names and text, as Python's UTF-8 mode does.
-        unset = "PYTHONIOENCODING" not in os.environ
-        if (
-            unset
-            and isinstance(stream, io.TextIOWrapper)
-            and codecs.lookup(stream.encoding).name == "ascii"
-        ):
+        if "PYTHONIOENCODING" in os.environ or not isinstance(stream, io.TextIOWrapper):
+            continue
+        if codecs.lookup(stream.encoding).name == "ascii":
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     _hold_standard_handles()
     try:
         if started_by_torchrun():
-            from longnet_cli.running.ranks.launch import end_with_parent
-
             end_with_parent()
         else:
             unwind_on_signals()
@@ -168,9 +165,8 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # the reader, say `head`, has read enough
         return 141
     if _is_lost_rank(error) and LAUNCHED in os.environ:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # of torchrun, which ends the others: nothing may come in between
+        # of torchrun, which ends the others: nothing may come in between
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return LOST
     _let_the_first_speak(error)
     if isinstance(error, LongNetError):
@@ -178,10 +174,8 @@ def _explain(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, USAGE_ERROR):
         if type(error).__name__ != "NoArgsIsHelpError":  # then the help is already printed
-            _say(
-                f"{error.format_message()} "
-                + (f"(help: {error.ctx.command_path} -h)" if error.ctx else "")
-            )
+            advice = f"(help: {error.ctx.command_path} -h)" if error.ctx else ""
+            _say(f"{error.format_message()} {advice}")
         return ConfigError.exit_code
     if _is_lost_rank(error):
         _say("another rank ended, and this one with it")
@@ -212,10 +206,8 @@ def _is_lost_rank(error: BaseException) -> bool:
     """Return whether a collective failed because another rank is gone. gloo and NCCL say so only in their messages."""
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error)
-        for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
-    )
+    signs = "Connection closed by peer|Connection reset by peer|Broken pipe|gloo"
+    return isinstance(error, RuntimeError) and bool(re.search(signs, str(error)))
 
 
 def _show_warning(

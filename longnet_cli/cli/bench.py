@@ -133,12 +133,11 @@ def bench(options: BenchCommand) -> None:
         events = Events(progress=advance, total=totals.append)
         for row in measure(settings, events=events):
             rows.append(row)
-            if options.format == "md":
-                table.write(
-                    vars(row) | {"seconds": row.status if row.seconds is None else row.seconds}
-                )
+            shown = vars(row)
+            if options.format == "jsonl":
+                emit_jsonl(shown)
             else:
-                emit_jsonl(vars(row))
+                table.write(shown if row.seconds else shown | {"seconds": row.status})
             if row.reason:
                 tell(f"{_title(row)}: {row.status}, {row.reason}", quiet)
             advance(0, last=_title(row))
@@ -147,10 +146,10 @@ def bench(options: BenchCommand) -> None:
 
 
 def _title(row: Measurement) -> str:
-    part = (
-        f", tokens {format_count(row.start or 0)} to {format_count(row.stop)}" if row.stop else ""
-    )
-    return f"{row.impl} {row.direction} at {row.seq}{part}"
+    title = f"{row.impl} {row.direction} at {row.seq}"
+    if row.stop:
+        title += f", tokens {format_count(row.start or 0)} to {format_count(row.stop)}"
+    return title
 
 
 def _tell_ratios(rows: Sequence[Measurement], quiet: bool) -> None:
@@ -161,12 +160,7 @@ def _tell_ratios(rows: Sequence[Measurement], quiet: bool) -> None:
         if row.impl == "dilated" and row.stop is None
     }
     for row in rows:
-        if (
-            row.impl != "dilated"
-            and row.seconds
-            and (seconds := ours.get((row.seq, row.direction)))
-        ):
-            tell(
-                f"dilated is {row.seconds / seconds:.3g}x {row.impl} at {row.seq}, {row.direction}",
-                quiet,
-            )
+        seconds = ours.get((row.seq, row.direction))
+        if row.impl != "dilated" and row.seconds and seconds:
+            ratio = f"{row.seconds / seconds:.3g}x {row.impl}"
+            tell(f"dilated is {ratio} at {row.seq}, {row.direction}", quiet)

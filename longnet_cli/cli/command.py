@@ -136,31 +136,28 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of a command line. Raises ConfigError for an option that took an argument."""
-        options = [parameter for parameter in self.params if parameter.param_type_name == "option"]
+        names: set[str] = set()
         optional: set[str] = set()  # options whose value may be omitted
-        for option in options:
-            if str(option.metavar).startswith("["):
-                optional.update(option.opts)
+        for parameter in self.params:
+            names.update(parameter.opts)
+            if str(parameter.metavar).startswith("[") and parameter.param_type_name == "option":
+                optional.update(parameter.opts)
         words = args[: args.index("--")] if "--" in args else args
         marked = list(_mark_bare(words, optional))
-        name = value = ""
-        for index, word in enumerate(marked):
-            if word in optional:
-                name, value = words[index : index + 2]
-                break
+        taking = [index for index, word in enumerate(marked) if word in optional]
         try:
             return super().parse_args(ctx, [*marked, *args[len(words) :]])
         except typer.BadParameter as error:
             # pydantic's words, by which typer parses
             error.message = error.message.removeprefix("Value error, ")
             missing: Any = error.param
-            if not name or missing is None or missing.param_type_name != "argument":
+            if not taking or missing is None or missing.param_type_name != "argument":
                 raise
+            name, value = words[taking[0] : taking[0] + 2]
             raise ConfigError(
                 f"{name} took '{value}' as its value, and no {missing.metavar} is left: write {name} last"
             ) from None
         except USAGE_ERROR as error:
-            names = {name for option in options for name in option.opts}
             for advice in ELSEWHERE.get(getattr(error, "option_name", ""), ()):
                 if advice.split()[-1] in names:
                     raise ConfigError(f"there is no {error.option_name} here: {advice}") from None
@@ -178,7 +175,9 @@ class Command(TyperCommand):
         if ctx.params.get("quiet"):
             # of downloads; read when they are imported
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        if sys.stdout is None and _prints(ctx.params):  # closed by `>&-`
+        # in a dry run, without --output, and with --output -, the result goes to stdout
+        prints = ctx.params.get("dry_run") or ctx.params.get("output") in (None, "-")
+        if sys.stdout is None and prints:  # closed by `>&-`
             raise LongNetError(
                 "stdout is closed, and what this command finds goes there: nothing was done"
             )
@@ -212,11 +211,9 @@ def _short_row(parameter: Any) -> list[str]:
     if parameter.param_type_name == "option":
         spellings = [*sorted(parameter.opts, key=len), *parameter.secondary_opts]
         names = f"{', '.join(spellings)} {parameter.metavar or ''}".strip()
-    sentence = re.match(r".*?\.(?= |$)", parameter.help)
-    default = re.search(r" \(default: [^)]{,40}\)$", parameter.help)
-    text = sentence[0] if sentence else parameter.help
-    if default:
-        text += default[0]
+    sentence = re.match(r".*?\.(?= |$)|.*", parameter.help)
+    default = re.search(r"( \(default: [^)]{,40}\))?$", parameter.help)
+    text = "".join(match[0] for match in (sentence, default) if match)
     indent = " " * SHORT_COLUMN
     lines = textwrap.wrap(
         text, 80, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
@@ -250,11 +247,6 @@ def _check(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is not a number: {value}")
     if isinstance(value, int | float) and MAX_SIZE < abs(value) < math.inf:
         raise ConfigError(f"{name} is out of range: {value:.3g} is not less than 2^63")
-
-
-def _prints(params: Mapping[str, Any]) -> bool:
-    """Return whether the result goes to stdout: in a dry run, without --output, and with --output -."""
-    return bool(params.get("dry_run")) or params.get("output") in (None, "-")
 
 
 class Needs(NamedTuple):

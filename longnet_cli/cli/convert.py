@@ -64,10 +64,15 @@ def convert(options: ConvertCommand) -> None:
     source, output = options.source, options.output
     if options.update:
         ask_hub(source, None)
-    given = {
-        name: getattr(options, name)
-        for name in ("heads", "segment_lengths", "dilation_rates", "padding")
-    }
     with progress("converting", total=100, unit="parts", quiet=options.quiet, every=5) as advance:
-        what = run(source, output, options.dtype, Events(progress=advance), **given)
+        what = run(
+            source,
+            output,
+            options.dtype,
+            Events(progress=advance),
+            heads=options.heads,
+            segment_lengths=options.segment_lengths,
+            dilation_rates=options.dilation_rates,
+            padding=options.padding,
+        )
     tell(f"{source}: {what} -> {output}", options.quiet)

@@ -85,24 +85,18 @@ def _print(inspection: Inspection) -> None:
         print(printable(f"{name:<12} {'-' if value is None else value}"))
 
     row("documents", inspection.documents)
+    unit = "vectors" if inspection.vectors else "tokens"
     n_bytes = inspection.byte_tokens
-    unit = (
-        "bytes"
-        if n_bytes == inspection.tokens > 0
-        else "vectors"
-        if inspection.vectors
-        else "tokens"
-    )
-    what = " (bytes)" if unit == "bytes" else f" ({n_bytes} of them bytes)" if n_bytes else ""
+    what = f" ({n_bytes} of them bytes)" if n_bytes else ""
+    if n_bytes and n_bytes == inspection.tokens:
+        unit, what = "bytes", " (bytes)"
     row("tokens", f"{inspection.tokens}{what}")
     if inspection.vectors:
         row("vectors", f"{inspection.vectors} of {' or '.join(map(str, inspection.sizes))} numbers")
     row("bytes", inspection.n_bytes)
     if inspection.documents:
-        row(
-            "length",
-            ", ".join(f"{name} {value:.10g}" for name, value in inspection.length().items()),
-        )
+        lengths = (f"{name} {value:.10g}" for name, value in inspection.length().items())
+        row("length", ", ".join(lengths))
     row("ids", None if inspection.low is None else f"{inspection.low} .. {inspection.high}")
     row("formats", _counts(inspection.formats))
     row("token types", _counts(inspection.token_types))
@@ -125,7 +119,5 @@ def _print(inspection: Inspection) -> None:
 
 
 def _counts(values: dict[str, int]) -> str | None:
-    return (
-        ", ".join(f"{value} ({count} file{'s' * (count > 1)})" for value, count in values.items())
-        or None
-    )
+    counts = (f"{value} ({count} file{'s' * (count > 1)})" for value, count in values.items())
+    return ", ".join(counts) or None

@@ -185,25 +185,20 @@ class _ArrowBytes:
     def stored(self, array: pa.Array) -> StoredIds | None:
         """Return the place in the file of (tokens,) ids of the last batch; None if they are in memory. Ignore nulls."""
         data, last = array.buffers()[-1], self.last
-        if (
-            self.file is None
-            or data is None
-            or last is None
-            or not 0 <= data.address - last.address < last.size
-        ):
-            return (
-                None  # compressed, in another byte order, or not aligned: pyarrow has made a copy
-            )
+        if self.file is None or data is None or last is None:
+            return None
+        offset = data.address - last.address
+        if not 0 <= offset < last.size:
+            return None  # compressed, in another byte order, or not aligned: pyarrow made a copy
         dtype = numpy_dtype(array.type)
-        start = self.start + data.address - last.address
+        start = self.start + offset
         return StoredIds(self.file, start + array.offset * dtype.itemsize, dtype, len(array))
 
 
 def _refuse_overlap(batch: pa.RecordBatch) -> None:
     """Raise ValueError when two buffers share memory: one of their offsets is wrong, which Arrow does not check."""
     buffers = (buffer for column in batch.columns for buffer in column.buffers() if buffer)
-    for (address, size), (following, _) in pairwise(
-        sorted((buffer.address, buffer.size) for buffer in buffers)
-    ):
+    places = sorted((buffer.address, buffer.size) for buffer in buffers)
+    for (address, size), (following, _) in pairwise(places):
         if address + size > following:
             raise ValueError("two buffers overlap")

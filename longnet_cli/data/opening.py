@@ -89,34 +89,30 @@ def open_input(input_file: InputFile, wanted: Wanted) -> Text | Table:
             return _open_pipe(input_file, Pipe(open(input_file.path, "rb")), wanted)
         stored = StoredFile(input_file.path, input_file.where)
         opened = _open_file(input_file, stored, wanted)
-        if isinstance(opened, Table) and input_file.path == STDIN:
+        if isinstance(opened, Text):
+            return opened
+        if input_file.path == STDIN:
             opened = replace(opened, ready=lambda: True)
-        if isinstance(opened, Table) and opened.format not in (
-            "Parquet",
-            "HDF5",
-        ):  # which are not read in order
-            return replace(opened, fraction=lambda rows: stored.tell() / stored.size)
-        return opened
+        if opened.format in ("Parquet", "HDF5"):  # which are not read in order
+            return opened
+        return replace(opened, fraction=lambda rows: stored.tell() / stored.size)
 
 
 def _open_file(input_file: InputFile, stream: Any, wanted: Wanted) -> Text | Table:
     """Open `stream`, a binary file that can seek: a StoredFile, or a buffered one."""
     kind = sniff(stream.read(8))
     stream.seek(0)
-    if kind == "text":
-        buffered = (
-            io.BufferedReader(stream, TEXT_BUFFER) if isinstance(stream, StoredFile) else stream
-        )
-        return _open_pipe(input_file, Pipe(buffered), wanted)
+    is_stored = isinstance(stream, StoredFile)
     if kind == "parquet":
         return _open_parquet(input_file, stream)
     if kind == "hdf5":
         return open_hdf5(input_file.name, input_file.where, stream)
-    if kind == "file":
-        if isinstance(stream, StoredFile):
-            return arrow.open_file(input_file.name, input_file.where, stream)
-        return _open_pipe(input_file, Pipe(stream), wanted)
-    return arrow.open_ipc_stream(input_file.name, input_file.where, stream)
+    if kind == "stream":
+        return arrow.open_ipc_stream(input_file.name, input_file.where, stream)
+    if kind == "file" and is_stored:
+        return arrow.open_file(input_file.name, input_file.where, stream)
+    buffered = io.BufferedReader(stream, TEXT_BUFFER) if is_stored else stream
+    return _open_pipe(input_file, Pipe(buffered), wanted)
 
 
 def _open_pipe(
@@ -134,12 +130,10 @@ def _open_pipe(
             return arrow.open_ipc_stream(input_file.name, input_file.where, pipe)
         if kind == "file" and arrow.is_sequential(pipe.peek(12)):
             return arrow.open_pipe(input_file.name, input_file.where, pipe)
-        whole = (
-            pa.BufferReader(pipe.read())
-            if kind == "parquet"
-            else StoredFile(_copy(pipe), input_file.where)
-        )
-        return _open_file(input_file, whole, wanted)  # its index is at its end
+        # its index is at its end
+        if kind == "parquet":
+            return _open_parquet(input_file, pa.BufferReader(pipe.read()))
+        return _open_file(input_file, StoredFile(_copy(pipe), input_file.where), wanted)
 
 
 def _copy(pipe: Pipe) -> int:
@@ -256,14 +250,8 @@ def _open_parquet(input_file: InputFile, file: Any) -> Table:
     def fraction(rows: int) -> float:
         return rows / max(1, metadata.num_rows)
 
-    return Table(
-        input_file.name,
-        input_file.where,
-        parquet.schema_arrow,
-        batches,
-        "Parquet",
-        fraction=fraction,
-    )
+    name, where = input_file.name, input_file.where
+    return Table(name, where, parquet.schema_arrow, batches, "Parquet", fraction=fraction)
 
 
 def _root(path: str, names: Sequence[str]) -> str:

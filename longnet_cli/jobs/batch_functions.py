@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from inspect import Parameter, Signature
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -80,16 +81,13 @@ class Reading:
 
 def _with_options_of(*kinds: type) -> Callable[[Callable[..., object]], Callable[..., object]]:
     """Give a function the signature of one that takes the fields of these dataclasses as keyword arguments."""
-    options = [field for kind in kinds for field in fields(kind) if field.name != "embeds"]
-    named = [
-        Parameter(
-            option.name, Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type
-        )
-        for option in options
-    ]
+    parameters = [Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD)]
+    keyword = partial(Parameter, kind=Parameter.KEYWORD_ONLY)
+    for option in chain.from_iterable(map(fields, kinds)):
+        if option.name != "embeds":
+            parameters.append(keyword(option.name, default=option.default, annotation=option.type))
 
     def decorate(function: Callable[..., object]) -> Callable[..., object]:
-        parameters = [Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD), *named]
         function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         return function
 
@@ -338,6 +336,5 @@ def _rows(
             carried.append(pa.field(name, plain(pa.nulls(0, place.type)).type))
     job.kept_fields = carried
     with suppress(NoTokensError):  # there may be tokens in other batches
-        documents = inputs.documents_of(opened) if len(table) else ()
-        yield from job.rows(documents)
+        yield from job.rows(inputs.documents_of(opened) if len(table) else ())
     yield pa.RecordBatch.from_pylist([], job.schema)

@@ -20,27 +20,27 @@ def convert(
     output: str | Path,
     dtype: str = "auto",
     events: Events | None = None,
-    **given: Any,
+    **values: Any,
 ) -> str:
     """Write the model `source` to the new folder `output`. Return a few words about what was done.
 
     `source` is a GGUF file, a checkpoint of the official implementation, or the name or folder of a LongNet, whose
     weights are converted to another type. A GGUF file or a LongNet on a hub is named as in --model, and config.json
-    then has its commit (`_name_or_path`). `given` holds values that a checkpoint lacks, as in `official.Given`.
+    then has its commit (`_name_or_path`). `values` are those that a checkpoint lacks, as in `official.Given`.
     `dtype` is fp32, bf16, fp16 or auto. auto keeps the file's own type, or takes bf16 if the weights are quantized.
     `events.progress` gets the percents of a GGUF file that are unpacked.
     Raises CheckpointError for a damaged file or a file of an unknown kind, ConfigError for a folder that is in use, for
-    missing libraries, for values `given` to any other kind of model, and for a LongNet without a `dtype`.
+    missing libraries, for `values` for any other kind of model, and for a LongNet without a `dtype`.
     """
     refuse_web_address(str(source))
     path, origin = Path(source), str(source)
     if "/" in origin and not path.exists():
         path, origin = find_model(origin)
-    given = {name: value for name, value in given.items() if value is not None}
+    values = {name: value for name, value in values.items() if value is not None}
     if path.is_file() and is_checkpoint(path):
-        return convert_official(path, Path(output), DTYPES.get(dtype), Given(**given))
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        return convert_official(path, Path(output), DTYPES.get(dtype), Given(**values))
+    if values:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in values)
         raise ConfigError(
             f"{source}: {names}: only for a checkpoint of the official implementation"
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -48,8 +48,7 @@ class Score:
         n_bytes = None
         if self.n_bytes is not None and other.n_bytes is not None:
             n_bytes = self.n_bytes + other.n_bytes
-        nll_sum = self.nll_sum + other.nll_sum
-        return Score(nll_sum, self.n_tokens + other.n_tokens, n_bytes)
+        return Score(self.nll_sum + other.nll_sum, self.n_tokens + other.n_tokens, n_bytes)
 
     def as_dict(self) -> dict[str, float | int | None]:
         """Return a dict with the keys of the machine formats."""
@@ -173,9 +172,8 @@ class Total:
         self.contexts = list(contexts)
         self.scores = [Score(0.0, 0, 0) for _ in contexts]
         self.clusters = Clusters(len(self.contexts) + 2)  # of documents that have tokens
-        self.places: list[dict[str, dict[Range, Clusters]]] = [
-            {} for _ in contexts
-        ]  # of each table, by range
+        # of each context, by table and range
+        self.places: list[dict[str, dict[Range, Clusters]]] = [{} for _ in contexts]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add the row of the next document, with the columns of `Scorer.schema`."""
@@ -187,15 +185,10 @@ class Total:
         for index, context in enumerate(self.contexts):
             self.scores[index] += Score(nats[index], tokens, n_bytes)
             for key in TABLES:
-                table = row.get(column(key, context, self.contexts)) or ()
-                self._add_table(self.places[index].setdefault(key, {}) if table else {}, table)
-
-    def _add_table(self, clusters: dict[Range, Clusters], table: Iterable[Row]) -> None:
-        """Add the rows of a document's table, each to the sums of its range."""
-        for row in table:
-            of_range = clusters.setdefault((row["from"], row["to"]), Clusters(2))  # type: ignore[arg-type]
-            count = row["n_tokens"] or 0
-            of_range.add([(row["nll"] or 0.0) * count, count])
+                for part in row.get(column(key, context, self.contexts)) or ():
+                    of_table = self.places[index].setdefault(key, {})
+                    of_range = of_table.setdefault((part["from"], part["to"]), Clusters(2))
+                    of_range.add([part["nll"] * part["n_tokens"], part["n_tokens"]])
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return a dict for each context, with the keys of the machine formats."""
@@ -232,17 +225,13 @@ def column(name: str, context: int | None, contexts: Sequence[int | None]) -> st
 
 def _cluster_rows(parts: Mapping[Range, Clusters]) -> list[Row]:
     """Return the rows of a table, with documents and standard errors. A part adds up nats and tokens."""
-    return [
-        {
-            "from": first,
-            "to": last,
-            "n_tokens": int(clusters.sums[TOKENS]),
-            "n_docs": clusters.documents,
-            "nll": float(clusters.sums[0] / clusters.sums[TOKENS]),
-            "nll_se": clusters.error(np.array([1.0, 0.0]), TOKENS),
-        }
-        for (first, last), clusters in sorted(parts.items())
-    ]
+    rows: list[Row] = []
+    for (first, last), clusters in sorted(parts.items()):
+        nats, tokens = clusters.sums.tolist()
+        error = clusters.error(np.array([1.0, 0.0]), TOKENS)
+        rows.append({"from": first, "to": last, "n_tokens": int(tokens)})
+        rows[-1] |= {"n_docs": clusters.documents, "nll": nats / tokens, "nll_se": error}
+    return rows
 
 
 def _times(factor: float | None, error: float | None) -> float | None:
