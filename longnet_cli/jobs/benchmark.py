@@ -316,11 +316,11 @@ def flex_attention(
         for level in range(len(pattern.levels))
     ]
 
-    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        found = (query // pattern.segment_lengths[0] > pattern.look_backs[0]) & (
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        visible = (query // pattern.segment_lengths[0] > pattern.look_backs[0]) & (
             key < pattern.sinks
         )
-        before = torch.zeros_like(found)
+        before = torch.zeros_like(visible)
         for (w, r), back, offset in zip(pattern.levels, pattern.look_backs, offsets, strict=True):
             covers = (query // w - back <= key // w) & (key // w <= query // w + back)
             shown = (
@@ -329,14 +329,14 @@ def flex_attention(
                 & ((key >= pattern.sinks) | (w == pattern.segment_lengths[0]))
             )
             asks = (query % w % r == offset[head]) | (pattern.queries == "all")
-            found = found | (shown & asks & ~before)
+            visible = visible | (shown & asks & ~before)
             before = covers if pattern.overlap == "once" else before
-        return found & (key <= query) if causal else found
+        return visible & (key <= query) if causal else visible
 
     of_heads = heads if max(pattern.dilation_rates) > 1 else None
     # not compiled, it would hold ten bytes for each score
     mask = torch.compile(flex.create_block_mask)(
-        seen, None, of_heads, tokens, tokens, device=device
+        sees, None, of_heads, tokens, tokens, device=device
     )
     return partial(torch.compile(flex.flex_attention, dynamic=False), block_mask=mask)
 

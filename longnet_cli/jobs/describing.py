@@ -256,13 +256,13 @@ def picture(
                         end, np.where(asking < high, high, 0)[:, None]
                     )  # the cell's last query
                 key = _next_kept(np.maximum(keys[None, :-1], begin), w, r, offset)
-                seen = (asking < high)[:, None] & (key < np.minimum(keys[None, 1:], end))
-                drawn[seen & (drawn == NOTHING)] = level
+                sees = (asking < high)[:, None] & (key < np.minimum(keys[None, 1:], end))
+                drawn[sees & (drawn == NOTHING)] = level
     if pattern.apart:  # seen by queries whose first level covers none of them
         asks = low[:, None] // pattern.segment_lengths[0] > pattern.look_backs[0]
         among = np.array([pattern.apart_rows(int(position)) for position in low])
-        seen = asks & (keys[None, :-1] < among[:, None])
-        drawn[seen & (drawn == NOTHING)] = len(pattern.levels)
+        sees = asks & (keys[None, :-1] < among[:, None])
+        drawn[sees & (drawn == NOTHING)] = len(pattern.levels)
     return drawn
 
 
@@ -271,8 +271,8 @@ def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray
     inside = positions % w
     start = positions - inside
     rows = np.maximum(0, -((offset - inside) // r))
-    kept = start + offset + rows * r
-    return np.where(kept < start + w, kept, start + w + offset)
+    following = start + offset + rows * r
+    return np.where(following < start + w, following, start + w + offset)
 
 
 _TEXT_SIZE, _PICTURE_SIZE, _INSET_SIZE = 32, 480, 64  # rows and columns
@@ -360,8 +360,8 @@ def _draw_inset(axes: Axes, subject: Subject, seq: int, color: str) -> None:
     """Draw single tokens of the widest level into the empty half: what head 0 sees in a colour, other heads in grey."""
     pattern = subject.pattern
     first_query = seq - _INSET_SIZE
-    seen = keys_seen(pattern, len(pattern.levels) - 1, np.array([first_query]), seq, True)
-    first_key = int(seen[0][0][0])
+    intervals = keys_seen(pattern, len(pattern.levels) - 1, np.array([first_query]), seq, True)
+    first_key = int(intervals[0][0][0])
     cells: Any = NOTHING
     for heads in (1, subject.heads):
         shown = picture(pattern, seq, _INSET_SIZE, heads, first_key=first_key)

@@ -221,7 +221,7 @@ def inputs_and_targets(
     if recipe.train.objective == "causal":
         ids, nexts = (stored_tokens(batch, offset, length - 1, device) for offset in (0, 1))
         return ids, nexts, rows * (length - 1) * ranks.dp
-    seen, targets = mask_tokens(
+    masked, targets = mask_tokens(
         stored_tokens(batch, 0, length - 1, torch.device("cpu"))[:, :],
         recipe.train.mask_rate,
         mask_id=recipe.model.vocab_size - 1,
@@ -231,7 +231,7 @@ def inputs_and_targets(
     count = (targets >= 0).sum()
     ranks.sum(count)
     # a group's ranks have the same tokens
-    return to_device(seen, device), targets, max(1, int(count) // ranks.sp)
+    return to_device(masked, device), targets, max(1, int(count) // ranks.sp)
 
 
 def mask_tokens(
@@ -252,9 +252,9 @@ def mask_tokens(
         chosen &= tokens != eos_id
         # an `eos_id` inside a document would cut it
         others = torch.where(others == eos_id, tokens, others)
-    seen = tokens.masked_fill(chosen & (kind < MASKED), mask_id)
-    seen = torch.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), others, seen)
-    return seen, tokens.masked_fill(~chosen, IGNORED)
+    shown = tokens.masked_fill(chosen & (kind < MASKED), mask_id)
+    shown = torch.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), others, shown)
+    return shown, tokens.masked_fill(~chosen, IGNORED)
 
 
 def _draw(seed: Sequence[int], tokens: int, mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
