@@ -92,7 +92,8 @@ class _RowsDataset:
         size = math.prod(sides) * self.dtype.itemsize
         if size > MOST_CHUNK_BYTES:
             return f"its chunks have {size:,} bytes each, and {MOST_CHUNK_BYTES:,} are the most: write smaller ones"
-        declared = math.prod(-(-np.array(self.dataset.shape) // sides).tolist())
+        lengths = zip(self.dataset.shape, sides, strict=True)
+        declared = math.prod(-(-length // side) for length, side in lengths)
         present = stored.get_num_chunks()
         if present < declared:
             return f"the file has {present:,} of its {declared:,} chunks"
