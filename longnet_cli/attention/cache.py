@@ -187,16 +187,16 @@ class KVCache:
         single = k.shape[1] == 1 and stop is None and not needs_gradient
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
-        seen = _open_segments(self.layout, self.position, int(single))
-        kept = seen if single else _open_segments(self.layout, stop, 0)
+        visible = _open_segments(self.layout, self.position, int(single))
+        still_open = visible if single else _open_segments(self.layout, stop, 0)
         with torch.no_grad():
             tensors = (torch.cat((k, v)),) if single else (k, v)  # in fewer operations
-            for segment in kept:
+            for segment in still_open:
                 self._rows(segment).put(tensors, start)
         if not sink_segments(self.pattern, self.position, stop):
-            seen = tuple(segment for segment in seen if segment.span.level != SINKS)
-        far_keys = self._far_keys(seen)
-        self._segments = {segment.whole: self._segments[segment.whole] for segment in kept}
+            visible = tuple(segment for segment in visible if segment.span.level != SINKS)
+        far_keys = self._far_keys(visible)
+        self._segments = {segment.whole: self._segments[segment.whole] for segment in still_open}
         self.position = stop
         if self.past is None:
             return Outside(far_keys)
@@ -301,9 +301,9 @@ class KVCache:
             )
         for name, shape in shapes.items():
             if tuple(saved[name].shape) != shape or saved[name].dtype != self.dtype:
-                given = f"{tuple(saved[name].shape)} of {saved[name].dtype}"
+                found = f"{tuple(saved[name].shape)} of {saved[name].dtype}"
                 raise ValueError(
-                    f"{name} is {given}, for {position} tokens and {shape} of {self.dtype}"
+                    f"{name} is {found}, for {position} tokens and {shape} of {self.dtype}"
                 )
 
 

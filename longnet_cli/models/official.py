@@ -286,13 +286,13 @@ class _Contents:
             "padding": "exact" if self.decoder else "zero_key",
         }
         settings |= self._slide_settings() if self.slide else self._torchscale_settings(dim)
-        given = {
+        of_user = {
             "num_heads": self.given.heads,
             "segment_lengths": self.given.segment_lengths,
             "dilation_rates": self.given.dilation_rates,
             "padding": self.given.padding,
         }
-        settings |= {name: value for name, value in given.items() if value}
+        settings |= {name: value for name, value in of_user.items() if value}
         if missing := [option for name, option in _OPTIONS.items() if name not in settings]:
             what = f"{self.what}, and no file says the pattern of one"
             raise ConfigError(f"{self.path}: {what}: give {', '.join(missing)}")

@@ -212,9 +212,9 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
         """Replace `pattern` by its fields."""
         if not isinstance(data, Mapping) or "pattern" not in data:
             return data
-        if given := [name for name in data if name in PATTERN_FIELDS]:
+        if fields := [name for name in data if name in PATTERN_FIELDS]:
             raise ValueError(
-                f"pattern says the whole pattern: leave out {', '.join(given)}, or leave out pattern"
+                f"pattern says the whole pattern: leave out {', '.join(fields)}, or leave out pattern"
             )
         pattern = data["pattern"]
         if isinstance(pattern, str):

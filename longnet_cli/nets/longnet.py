@@ -244,10 +244,8 @@ class LongNet(Net):
         x = self.embed(tokens, embeddings)
         if isinstance(lengths, Tensor):
             lengths = lengths.tolist()  # waits for a GPU: once, not in every layer
-        table, place = (
-            self.positions(x, start, documents),
-            Placement(start, lengths, documents, total),
-        )
+        table = self.positions(x, start, documents)
+        place = Placement(start, lengths, documents, total)
         if self.config.pattern.chosen and not far:
             far = whole_text(self.config.pattern, tokens)
         for index, layer in enumerate(self.layers):
@@ -287,9 +285,10 @@ class LongNet(Net):
         rest = position_table(self.config, 0, max(others), x.device, dtype)
         assert rest is not None
         q = torch.cat([table.q, *(rest.q[:n] for n in others)])
-        return PositionTable(
-            q, q if table.k is table.q else torch.cat([table.k, *(rest.k[:n] for n in others)])
-        )
+        if table.k is table.q:
+            return PositionTable(q, q)
+        k = torch.cat([table.k, *(rest.k[:n] for n in others)])
+        return PositionTable(q, k)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., vocab_size) of hidden states (..., dim), in the dtype of the matrix product."""

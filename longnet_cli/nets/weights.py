@@ -208,11 +208,8 @@ def load_pretrained(
             )
             stored = {name: file.get_tensor(name) for name in slices}  # mapped, not read
             model = empty_net(build, config, stored, str(path))
-            if (
-                verify
-                and saved.get(CONFIG_SHA256, known := json_sha256(_own_config(folder / CONFIG)))
-                != known
-            ):
+            digest = json_sha256(_own_config(folder / CONFIG))
+            if verify and saved.get(CONFIG_SHA256, digest) != digest:
                 raise CheckpointError(
                     f"{folder / CONFIG}: not what the weights were saved with: put that back, or if the change is "
                     "meant, save it from Python: LongNet.from_pretrained(folder, verify=False).save_pretrained(folder)"
@@ -264,13 +261,13 @@ def model_origin(
     The keys are `longnet.model` (its name), `longnet.model_sha256` or those of other `digests`,
     `longnet.tokenizer_sha256` and `longnet.pattern`.
     """
-    known = {
+    facts = {
         "longnet.model": name,
         **(digests or {"longnet.model_sha256": model_digest(model)}),
         "longnet.tokenizer_sha256": tokenizer_sha256,
         "longnet.pattern": format_pattern(model.config.pattern),
     }
-    return {key: value for key, value in known.items() if value is not None}
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def empty_net(

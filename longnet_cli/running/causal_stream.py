@@ -44,7 +44,9 @@ class LayerCaches:
         keep: int = 0,
         allocate: Callable[..., Tensor] = torch.empty,
     ) -> None:
-        self.pattern, self.keep, self.allocate = pattern, keep, allocate
+        self.pattern = pattern
+        self.keep = keep
+        self.allocate = allocate
         self.by_layer: dict[int, KVCache] = {}
         self.texts: list[ReadText] = []
         self._named: Sequence[ChosenCall] = ()
@@ -166,12 +168,11 @@ class CausalStream(LayerCaches):
         far = self.provider(tokens, exchange)
         hidden = self.model(tokens, embeddings=embeddings, start=start, far=far)
         if exchange:
-            self.last_hidden = self.last_tokens = None
+            self.last_hidden = None
+            self.last_tokens = None
         elif hidden.shape[1]:
-            self.last_hidden, self.last_tokens = (
-                _last(hidden),
-                None if tokens is None else _last(tokens),
-            )
+            self.last_hidden = _last(hidden)
+            self.last_tokens = None if tokens is None else _last(tokens)
         return hidden
 
     def far(self) -> list[Outside]:
@@ -213,11 +214,9 @@ class CausalStream(LayerCaches):
         keys; DataError for a damaged one.
         """
         place = Path(folder)
-        given = {
-            **reader_facts(model, None, tokenizer_sha256),
-            "dtype": dtype and dtype_name(dtype),
-        }
-        facts, saved = read_state(place, given)
+        reader: dict[str, Any] = dict(reader_facts(model, None, tokenizer_sha256))
+        reader["dtype"] = dtype and dtype_name(dtype)
+        facts, saved = read_state(place, reader)
         stream = cls(model, **options)
         try:
             stream._restore_last(facts, saved)
@@ -233,53 +232,47 @@ class CausalStream(LayerCaches):
 
     def _restore_last(self, facts: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
         """Take the last token and its hidden state. Raises ValueError for what no stream has saved."""
-        config, device = self.model.config, next(self.model.parameters()).device
-        hidden, last, ids = saved.get("last_hidden"), facts.get("last_tokens"), saved.get("ids")
-        types = next(self.model.parameters()).dtype, getattr(torch, facts["dtype"])
-        if (
-            hidden is None
-            or hidden.dim() != 2
-            or hidden.shape[1] != config.dim
-            or hidden.dtype not in types
-        ):
+        config = self.model.config
+        weight = next(self.model.parameters())
+        hidden = saved.get("last_hidden")
+        types = weight.dtype, getattr(torch, facts["dtype"])
+        if hidden is None or hidden.shape[1:] != (config.dim,) or hidden.dtype not in types:
             raise ValueError("it has no last hidden state of this model")
-        self.last_hidden = hidden.to(device, copy=True)
+        self.last_hidden = hidden.to(weight.device, copy=True)
+        last = facts.get("last_tokens")
         if last is not None:
-            if (
-                not isinstance(last, list)
-                or len(last) != len(hidden)
-                or not all(type(x) is int for x in last)
-            ):
+            are_ids = isinstance(last, list) and all(type(token) is int for token in last)
+            if not are_ids or len(last) != len(hidden):
                 raise ValueError(f"{last!r:.40} are not its last tokens")
-            self.last_tokens = torch.tensor(last, device=device)
-        known = [x for x in (self.last_tokens, ids) if x is not None and x.numel()]
-        if any(not 0 <= int(bound) < config.vocab_size for x in known for bound in x.aminmax()):
-            raise ValueError("it has ids that the model does not know")
+            self.last_tokens = torch.tensor(last, device=weight.device)
+        for ids in (self.last_tokens, saved.get("ids")):
+            bounds = ids.aminmax() if ids is not None and ids.numel() else ()
+            if any(not 0 <= int(bound) < config.vocab_size for bound in bounds):
+                raise ValueError("it has ids that the model does not know")
 
     def _restore_caches(self, facts: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
         """Take the caches and the ids. Raises ValueError for what is no state of this model."""
-        config, device, tokens = (
-            self.model.config,
-            next(self.model.parameters()).device,
-            facts["tokens"],
-        )
-        ids, like = saved.get("ids"), {"dtype": getattr(torch, facts["dtype"]), "device": device}
+        config = self.model.config
+        device = next(self.model.parameters()).device
+        tokens = facts["tokens"]
+        ids = saved.get("ids")
         expected = (torch.int32, (self.batch, tokens)) if self.pattern.chosen else None
         if (None if ids is None else (ids.dtype, tuple(ids.shape))) != expected:
             raise ValueError(f"ids are not those of {self.batch} x {tokens} tokens")
         self.texts = [ReadText() for _ in (() if ids is None else ids)]
         for text, row in zip(self.texts, saved.get("ids", ()), strict=True):
             text.put(0, row)
-        heads = config.num_heads, config.kv_heads
-        q, k = (torch.empty(self.batch, 0, number, config.head_dim, **like) for number in heads)
+        like: dict[str, Any] = {"dtype": getattr(torch, facts["dtype"]), "device": device}
+        q = torch.empty(self.batch, 0, config.num_heads, config.head_dim, **like)
+        k = torch.empty(self.batch, 0, config.kv_heads, config.head_dim, **like)
         for layer in range(config.num_layers):
-            begin, cache = f"{layer}.", self.of_layer(layer, q, k)
-            own = {
-                name.removeprefix(begin): x.to(device)
-                for name, x in saved.items()
-                if name.startswith(begin)
-            }
-            cache.restore(tokens, own)
+            cache = self.of_layer(layer, q, k)
+            prefix = f"{layer}."
+            of_layer = {}
+            for name, tensor in saved.items():
+                if name.startswith(prefix):
+                    of_layer[name.removeprefix(prefix)] = tensor.to(device)
+            cache.restore(tokens, of_layer)
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all that `load` needs beside the facts, by name: tensors that are valid until more is read."""

@@ -64,7 +64,8 @@ class MappedMemory:
         if free := self._free[aligned(size)]:
             offset = free.pop()
         elif self._used + size <= len(self._map):
-            offset, self._used = self._used, self._used + aligned(size)
+            offset = self._used
+            self._used += aligned(size)
         else:
             self._alive -= 1
             raise ValueError(f"of {len(self._map)} mapped bytes none are left for {size} more")

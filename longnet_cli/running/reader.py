@@ -141,12 +141,14 @@ def reading_steps(windows: Iterable[Z], chunk: int, streams: bool) -> Iterator[l
     for window in windows:
         if step and streams and len(window) > chunk:
             yield step
-            step, tokens = [], 0
+            step = []
+            tokens = 0
         step.append(window)
         tokens += len(window)
         if tokens >= chunk or not tokens:
             yield step
-            step, tokens = [], 0
+            step = []
+            tokens = 0
     if step:
         yield step
 
@@ -187,7 +189,8 @@ class Reader:
         events: Events | None = None,
     ) -> None:
         """Raise ConfigError for a chunk below 1."""
-        self.model, self.spill = model, spill
+        self.model = model
+        self.spill = spill
         self.device = next(model.parameters()).device
         self.dtype = resolve_dtype(dtype, self.device)
         self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), earlier_chunk, ranks)
@@ -221,17 +224,19 @@ class Reader:
                 padded = torch.nn.utils.rnn.pad_sequence(read, batch_first=True)
                 with precision(self.dtype, self.device):
                     # padding is on the right, where a causal net does not see it
-                    more: dict[str, Any] = {} if self.model.config.causal else {"lengths": lengths}
-                    hidden.update(
-                        zip(batch, self.model(to_device(padded, self.device), **more), strict=True)
-                    )
+                    options: dict[str, Any] = {}
+                    if not self.model.config.causal:
+                        options["lengths"] = lengths
+                    rows = self.model(to_device(padded, self.device), **options)
+                    hidden.update(zip(batch, rows, strict=True))
             self.events.progress(sum(windows[i].counted for i in batch))
-        return [
-            Piece(
-                w, w.wanted, w.stop, hidden[i][w.wanted - w.start : len(w)] if i in hidden else None
-            )
-            for i, w in enumerate(windows)
-        ]
+        pieces = []
+        for index, window in enumerate(windows):
+            wanted = None
+            if index in hidden:
+                wanted = hidden[index][window.wanted - window.start : len(window)]
+            pieces.append(Piece(window, window.wanted, window.stop, wanted))
+        return pieces
 
     def _stream(self, window: W) -> Iterator[list[Piece[W]]]:
         """Read a causal window chunk by chunk.
@@ -239,42 +244,40 @@ class Reader:
         Nothing here waits for a GPU: while it computes a chunk, the ids of the next chunk are read and sent to it.
         Reading takes less than a hundredth of the computing time, too little for a thread of its own.
         """
-        stream, ranks = open_stream(self.model), self.ranks
+        stream = open_stream(self.model)
+        ranks = self.ranks
         for edges in self._chunks(window):
-            ids = to_device(
-                self._ids(window, edges[ranks.rank], edges[ranks.rank + 1])[None], self.device
-            )
-            more: dict[str, Any] = {}
+            ids = self._ids_of_rank(window, edges)
+            options: dict[str, Any] = {}
             if ranks.group:
                 inside = [edge - window.start for edge in edges]
-                more["exchange"] = Exchange(
-                    self.model.config, inside, group=ranks.group, cached=True
-                )
+                exchange = Exchange(self.model.config, inside, group=ranks.group, cached=True)
+                options["exchange"] = exchange
             with torch.inference_mode(), precision(self.dtype, self.device):
-                hidden = stream(ids, **more)
+                hidden = stream(ids, **options)
             yield self._shared(window, edges, hidden[0])
 
     def _whole(self, window: W) -> Iterator[list[Piece[W]]]:
         """Read a bidirectional window: in one forward pass if it fits all ranks together, otherwise layer by layer."""
-        ranks, total = self.ranks, len(window)
+        ranks = self.ranks
+        total = len(window)
         chunks = self._chunks(window)
         if len(chunks) == 1 and ranks.group:
-            exchange = Exchange(
-                self.model.config, [edge - window.start for edge in chunks[0]], group=ranks.group
-            )
-            ids = to_device(
-                self._ids(window, *chunks[0][ranks.rank : ranks.rank + 2])[None], self.device
-            )
+            inside = [edge - window.start for edge in chunks[0]]
+            exchange = Exchange(self.model.config, inside, group=ranks.group)
+            ids = self._ids_of_rank(window, chunks[0])
             with torch.inference_mode(), precision(self.dtype, self.device):
                 hidden = self.model(ids, start=exchange.start, far=exchange, total=total)
             yield self._shared(window, chunks[0], hidden[0])
             return
-        done, layers = 0, self.model.config.num_layers
+        done = 0
+        layers = self.model.config.num_layers
 
         def count(tokens: int) -> None:
             """Report one token for as many of single layers as there are layers."""
             nonlocal done
-            before, done = done // layers, done + tokens
+            before = done // layers
+            done += tokens
             self.events.progress(done // layers - before)
 
         mine = hidden_in_chunks(
@@ -289,8 +292,8 @@ class Reader:
         )
         for turn in range(window.start, window.stop, self.chunk * ranks.world):
             edges = [min(turn + self.chunk * rank, window.stop) for rank in range(ranks.world + 1)]
-            own = edges[ranks.rank] < edges[ranks.rank + 1]
-            yield self._pieces(window, edges, next(mine)[0] if own else None)
+            has_tokens = edges[ranks.rank] < edges[ranks.rank + 1]
+            yield self._pieces(window, edges, next(mine)[0] if has_tokens else None)
 
     def _chunks(self, window: Window) -> list[list[int]]:
         """Return the edges of the ranks' shards, chunk by chunk."""
@@ -306,15 +309,19 @@ class Reader:
         """Return the wanted part of each rank's shard. `hidden` belongs to this rank's shard."""
         pieces = []
         for rank in range(self.ranks.world):
-            start, stop = max(edges[rank], window.wanted), edges[rank + 1]
+            start = max(edges[rank], window.wanted)
+            stop = edges[rank + 1]
             if start < stop:
-                own = (
-                    hidden[start - edges[rank] :]
-                    if rank == self.ranks.rank and hidden is not None
-                    else None
-                )
-                pieces.append(Piece(window, start, stop, own))
+                wanted = None
+                if rank == self.ranks.rank and hidden is not None:
+                    wanted = hidden[start - edges[rank] :]
+                pieces.append(Piece(window, start, stop, wanted))
         return pieces
+
+    def _ids_of_rank(self, window: Window, edges: Sequence[int]) -> Tensor:
+        """Return the ids (1, n) of this rank's shard, on the device."""
+        start, stop = edges[self.ranks.rank : self.ranks.rank + 2]
+        return to_device(self._ids(window, start, stop)[None], self.device)
 
     @staticmethod
     def _ids(window: Window, start: int, stop: int) -> Tensor:
@@ -333,7 +340,8 @@ def batches_by_length(
         (index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index]
     )
     while order:
-        longest, rows = lengths[order[0]], 1
+        longest = lengths[order[0]]
+        rows = 1
         for index in order[1 : max(1, limit // longest)]:
             if least is not None and rows * longest >= least and 16 * lengths[index] < 15 * longest:
                 break

@@ -127,14 +127,15 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
             raise ConfigError(f"{folder}: no state, {MANIFEST} is of another kind")
         _check_facts(saved)
         for key, why in _SAME.items():
-            known, given = saved.get(key), facts.get(key)
-            if known and given and known != given:
+            at_saving = saved.get(key)
+            now = facts.get(key)
+            if at_saving and now and at_saving != now:
                 model = saved.get("longnet.model")
                 names = {
                     "name": f", {model}" if model else "",
                     "by": f" by {model}" if model else "",
                 }
-                raise ConfigError(f"{folder}: {why.format(saved=known, given=given, **names)}")
+                raise ConfigError(f"{folder}: {why.format(saved=at_saving, given=now, **names)}")
         if damage := find_mismatch(path, STATE_VERSION):
             raise CheckpointError(damage)
         tensors: dict[str, Tensor] = {}

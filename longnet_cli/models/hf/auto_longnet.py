@@ -71,12 +71,14 @@ class LongNetHFConfig(hf.PretrainedConfig):
 
     def __init__(self, **settings: Any) -> None:
         settings = {self.attribute_map.get(key, key): value for key, value in settings.items()}
-        own = parse_config(own_keys(settings), str(settings.get("name_or_path") or "config.json"))
+        longnet = parse_config(
+            own_keys(settings), str(settings.get("name_or_path") or "config.json")
+        )
         super().__init__(
             **{key: value for key, value in settings.items() if key in TRANSFORMERS_KEYS}
         )
         for name in LongNetConfig.model_fields:
-            setattr(self, name, getattr(own, name))
+            setattr(self, name, getattr(longnet, name))
         if "use_cache" in settings:
             self.use_cache = settings["use_cache"]
 
@@ -254,22 +256,22 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
 
         Layers that are computed again in the backward pass would add their keys twice: they get none.
         """
-        given = older if cache is None else cache
-        if given is None:
+        if cache is None:
+            cache = older
+        if cache is None:
             wanted = self.config.use_cache if use_cache is None else use_cache
             again = any(layer.gradient_checkpointing for layer in self.layers)
             again = again and self.training and torch.is_grad_enabled()
-            return (
-                LongNetCache(self.config) if wanted and self.config.causal and not again else None
-            )
+            makes_one = wanted and self.config.causal and not again
+            return LongNetCache(self.config) if makes_one else None
         if not self.config.causal:
             raise ValueError("a bidirectional LongNet reads a text at once: it has no cache")
-        layers = getattr(given, "layers", [])
+        layers = getattr(cache, "layers", [])
         if len(layers) != len(self.layers) or not all(isinstance(x, Memory) for x in layers):
             raise ValueError(
                 "a LongNet remembers in a LongNetCache(model.config): it takes no other cache"
             )
-        return given
+        return cache
 
 
 class LongNetModel(LongNetPreTrainedModel):
@@ -314,22 +316,24 @@ class LongNetModel(LongNetPreTrainedModel):
         if not stops.any():
             return self.net.embedding.weight.new_zeros(len(ids), self.config.hidden_size)
         places = torch.arange(ids.shape[1], device=ids.device)
-        wanted = ((places >= starts[:, None]) & (places < stops[:, None]))[
-            ..., None
-        ]  # (B, 1 + N, 1)
+        is_wanted = (places >= starts[:, None]) & (places < stops[:, None])
+        unwanted = ~is_wanted[..., None]  # (B, 1 + N, 1)
         parts: Iterable[Tensor]
         if torch.is_grad_enabled() or not self.config.causal:
             parts = [self.net(ids, lengths=stops.tolist())]
         else:
-            stream, chunk = CausalStream(self.net), default_chunk(self.net.config, ids.device)
+            stream = CausalStream(self.net)
+            chunk = default_chunk(self.net.config, ids.device)
             parts = (stream(part) for part in ids.split(max(1, chunk // len(ids)), 1))
-        total, at = torch.zeros((), dtype=torch.float64, device=ids.device), 0
+        total = torch.zeros((), dtype=torch.float64, device=ids.device)
+        first = 0
         for hidden in parts:
-            total = total + hidden.masked_fill(~wanted[:, at : at + hidden.shape[1]], 0).sum(
-                1, dtype=torch.float64
-            )
-            at += hidden.shape[1]
-        return F.normalize((total / (stops - starts).clamp(min=1)[:, None]).float(), dim=-1)
+            last = first + hidden.shape[1]
+            of_part = hidden.masked_fill(unwanted[:, first:last], 0)
+            total = total + of_part.sum(1, dtype=torch.float64)
+            first = last
+        counts = (stops - starts).clamp(min=1)
+        return F.normalize((total / counts[:, None]).float(), dim=-1)
 
 
 class _LongNetWithLogits(LongNetPreTrainedModel):
@@ -361,8 +365,12 @@ class _LongNetWithLogits(LongNetPreTrainedModel):
         """
         cache = self._cache(use_cache, cache, past_key_values)
         hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.net.logits(hidden[:, kept])
+        columns: slice | Tensor
+        if isinstance(logits_to_keep, Tensor):
+            columns = logits_to_keep
+        else:
+            columns = slice(-logits_to_keep, None)
+        logits = self.net.logits(hidden[:, columns])
         loss = None
         if labels is not None:
             loss = self.loss_function(

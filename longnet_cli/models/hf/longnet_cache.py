@@ -58,7 +58,8 @@ def by_rows(
     `shape` begins with (B, N): new tokens after `before` columns. `columns` is the result of `columns_of`. Rows without
     a token yet are left out. Returns None if no row has a token.
     """
-    (batch, new, *_), out = shape, None
+    batch, new = shape[:2]
+    out = None
     spans = [[0, before + new]] * batch if columns is None else columns.tolist()
     members_of: dict[int, list[int]] = {}
     for row, (column, stop) in enumerate(spans):
@@ -67,10 +68,16 @@ def by_rows(
     for column, members in members_of.items():
         skip = max(column - before, 0)
         lengths = [max(0, spans[row][1] - before - skip) for row in members]
-        known = None if min(lengths) == new - skip else lengths
+        is_whole = min(lengths) == new - skip
         everyone = len(members) == batch
         computed = compute(
-            AlignedRows(None if everyone else members, column, skip, before + skip - column, known)
+            AlignedRows(
+                members=None if everyone else members,
+                column=column,
+                skip=skip,
+                start=before + skip - column,
+                lengths=None if is_whole else lengths,
+            )
         )
         if everyone and not skip:
             return computed
@@ -84,7 +91,8 @@ def columns_of(tokens: Tensor) -> Tensor | None:
 
     Returns None if all are tokens. A row without a token starts at L. Padding between tokens raises ValueError.
     """
-    counts, columns = tokens.sum(-1), torch.arange(tokens.shape[-1], device=tokens.device)
+    counts = tokens.sum(-1)
+    columns = torch.arange(tokens.shape[-1], device=tokens.device)
     begin = tokens.int().argmax(-1).where(counts > 0, tokens.shape[-1])
     stop = begin + counts
     whole = (tokens == ((columns >= begin[:, None]) & (columns < stop[:, None]))).all(-1)
@@ -95,11 +103,8 @@ def columns_of(tokens: Tensor) -> Tensor | None:
             f"row {row} has padding between its tokens: pad on the left or on the right, and prompts of generate() on "
             'the left (tokenizer.padding_side = "left")'
         )
-    return (
-        None
-        if counts.numel() and bool((spans[:, 1] - spans[:, 0] == tokens.shape[-1]).all())
-        else spans[:, :2]
-    )
+    no_padding = (spans[:, 1] - spans[:, 0] == tokens.shape[-1]).all()
+    return None if counts.numel() and bool(no_padding) else spans[:, :2]
 
 
 _CHANGED = "the padding of a batch changed while it was cached: pass the whole attention_mask"
@@ -111,7 +116,8 @@ class _RowCaches(LayerCaches):
 
     def __init__(self, pattern: Pattern, rows: list[int]) -> None:
         super().__init__(pattern)
-        self.rows, self.start = rows, 0
+        self.rows = rows
+        self.start = 0
 
     def of_layer(self, layer: int, q: Tensor, k: Tensor) -> KVCache:
         """Return the cache of a layer. Raises ValueError if it does not hold all earlier columns."""
@@ -131,11 +137,11 @@ class LongNetCache(hf.DynamicCache):
     """
 
     def __init__(self, config: hf.PretrainedConfig) -> None:
-        own = copy.copy(config.get_text_config(decoder=True))
+        of_text = copy.copy(config.get_text_config(decoder=True))
         # Layers that reuse the keys of others get a cache too. Older versions cut as many layers off the end.
-        newer = hasattr(own, "kv_sharing_modes")
-        own.num_kv_shared_layers = 0 if newer else -own.num_hidden_layers
-        super().__init__(config=own)
+        newer = hasattr(of_text, "kv_sharing_modes")
+        of_text.num_kv_shared_layers = 0 if newer else -of_text.num_hidden_layers
+        super().__init__(config=of_text)
         self.layers: list[Any] = [
             Memory(number) if type(layer) is DynamicLayer else layer
             for number, layer in enumerate(self.layers)
@@ -152,7 +158,8 @@ class LongNetCache(hf.DynamicCache):
     def fork(self) -> LongNetCache:
         """Return another cache that has read the same tokens: what one reads from now on is not in the other."""
         new = copy.copy(self)
-        new.layers, new._last = [copy.copy(layer) for layer in self.layers], None
+        new.layers = [copy.copy(layer) for layer in self.layers]
+        new._last = None
         new._parts = {column: part.fork() for column, part in self._parts.items()}
         return new
 
@@ -183,12 +190,15 @@ class LongNetCache(hf.DynamicCache):
         for layer in self.layers:
             if not isinstance(layer, Memory):
                 getattr(layer, how)(argument)
-        parts, self._parts, self._batch = self._parts, {}, len(rows)
-        for column, part in parts.items():
+        self._batch = len(rows)
+        for column, part in [*self._parts.items()]:
             places = {row: place for place, row in enumerate(part.rows)}
-            if mine := [i for i, row in enumerate(rows) if row in places]:
-                part.select([places[rows[i]] for i in mine])
-                part.rows, self._parts[column] = mine, part
+            new_rows = [new for new, row in enumerate(rows) if row in places]
+            if new_rows:
+                part.select([places[rows[new]] for new in new_rows])
+                part.rows = new_rows
+            else:
+                del self._parts[column]
 
     def reset(self) -> None:
         super().reset()
@@ -202,7 +212,8 @@ class LongNetCache(hf.DynamicCache):
             raise ValueError(
                 "a LongNetCache is for dilated attention: call use_dilated_attention(model, pattern) before"
             )
-        self._last, self._batch = self.layers[layer_idx], len(key_states)
+        self._last = self.layers[layer_idx]
+        self._batch = len(key_states)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(self._last, Memory):
             setattr(keys, CACHE, self)
@@ -238,7 +249,8 @@ class Memory(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        self.position, self.waits = 0, False
+        self.position = 0
+        self.waits = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

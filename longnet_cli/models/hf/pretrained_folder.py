@@ -104,20 +104,22 @@ def read_architecture(
     data = {
         key: x for key, x in from_file(_without_attention(settings)).items() if key not in _OF_CALLS
     }
-    kind, name, code = (
-        data.get("model_type"),
-        (data.get("architectures") or [None])[0],
-        data.pop("auto_map", None),
-    )
-    own = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None  # noqa: SIM401 (`get` loads no class)
-    architecture: Any = (
-        own and hf.MODEL_MAPPING.get(own, None) if embeds else getattr(hf, str(name), None)
-    )
-    known = own and isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel)
-    if not known or not (
-        architecture.config_class is own
-        or embeds
-        or hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(own, None) is architecture
+    kind = data.get("model_type")
+    name = (data.get("architectures") or [None])[0]
+    code = data.pop("auto_map", None)
+    settings_class = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None  # noqa: SIM401 (`get` loads no class)
+    architecture: Any = getattr(hf, str(name), None)
+    if embeds:
+        architecture = settings_class and hf.MODEL_MAPPING.get(settings_class, None)
+    is_model = isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel)
+    if (
+        not settings_class
+        or not is_model
+        or not (
+            architecture.config_class is settings_class
+            or embeds
+            or hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(settings_class, None) is architecture
+        )
     ):
         what = f"does not know the architecture {name} (model_type {kind})"
         instead = ", and code of the folder's own (auto_map) is never run" if code else ""
@@ -325,20 +327,19 @@ def write_folder(
     `dense` leaves the pattern out of config.json. Raises LongNetError if the folder cannot be written.
     """
     try:
-        with whole_folder(folder, CONFIG) as made:
-            model.save_pretrained(made, state_dict=dict(state), max_shard_size=1 << 62)
-            settings = json.loads((made / CONFIG).read_text(encoding="utf-8")) | {
-                "dtype": "float32"
-            }
+        with whole_folder(folder, CONFIG) as place:
+            model.save_pretrained(place, state_dict=dict(state), max_shard_size=1 << 62)
+            settings = json.loads((place / CONFIG).read_text(encoding="utf-8"))
+            settings["dtype"] = "float32"
             if dense:
                 settings = from_file(settings)
                 settings.pop(_PATTERN, None)
-            (made / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            (made / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+            (place / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            (place / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
             if source and _same_tokenizer(source / TOKENIZER, tokenizer_json):
                 for name in (*BESIDE_TOKENIZER, TOKENIZER):
                     if (source / name).is_file():
-                        shutil.copyfile(source / name, made / name)
+                        shutil.copyfile(source / name, place / name)
     except LongNetError as error:
         cause = getattr(error.__cause__, "strerror", None) or error.__cause__ or error
         raise LongNetError(f"{folder}: cannot write the model: {cause}") from None

@@ -130,16 +130,13 @@ class TransformersNet(Net):
             return None
         assert self._cache_name
         config = self.model.config
-        kept = (
-            LongNetCache(config)
-            if config._attn_implementation == ATTENTION_NAME
-            else hf.DynamicCache(config=config)
-        )
-        cache = {self._cache_name: kept, "use_cache": True}
+        is_dilated = config._attn_implementation == ATTENTION_NAME
+        cache = LongNetCache(config) if is_dilated else hf.DynamicCache(config=config)
+        options = {self._cache_name: cache, "use_cache": True}
 
         @torch.no_grad()
         def read(tokens: Tensor) -> Tensor:
-            return body(self.model)(input_ids=tokens, **cache).last_hidden_state
+            return body(self.model)(input_ids=tokens, **options).last_hidden_state
 
         return read
 
@@ -157,19 +154,19 @@ class TransformersNet(Net):
 
         The arguments are as in `LongNet.forward`. `far` and `documents` work only if far keys reach all layers.
         """
-        given = tokens if embeddings is None else embeddings
-        assert given is not None
+        inputs = tokens if embeddings is None else embeddings
+        assert inputs is not None
         # transformers runs no model without tokens: on a rank that has none, one goes along, outside attention
-        if empty := far is not None and not given.shape[1]:
-            given, documents = given.new_zeros(given.shape[0], 1, *given.shape[2:]), None
-        options: dict[str, Any] = {"input_ids" if embeddings is None else "inputs_embeds": given}
-        if (
-            lengths is not None and not self.config.causal
-        ):  # a causal net does not see padding on the right
-            places = torch.arange(given.shape[1], device=given.device)
-            options["attention_mask"] = (
-                places < torch.tensor(lengths, device=given.device)[:, None]
-            ).long()
+        empty = far is not None and not inputs.shape[1]
+        if empty:
+            inputs = inputs.new_zeros(inputs.shape[0], 1, *inputs.shape[2:])
+            documents = None
+        options: dict[str, Any] = {"input_ids" if embeddings is None else "inputs_embeds": inputs}
+        if lengths is not None and not self.config.causal:
+            # a causal net does not see padding on the right
+            places = torch.arange(inputs.shape[1], device=inputs.device)
+            stops = torch.tensor(lengths, device=inputs.device)
+            options["attention_mask"] = (places < stops[:, None]).long()
         if far is not None:
             options |= {"start": start, "far": far, "empty": empty}
         if (
@@ -177,13 +174,13 @@ class TransformersNet(Net):
         ):  # with a mask: transformers would make one of positions that restart
             options |= {
                 "documents": documents,
-                "attention_mask": given.new_ones(given.shape[:2], dtype=torch.int64),
+                "attention_mask": inputs.new_ones(inputs.shape[:2], dtype=torch.int64),
             }
         if far is not None or documents is not None:
-            first, *rest = documents or [given.shape[1]]
+            first, *rest = documents or [inputs.shape[1]]
             runs = [range(start, start + first), *map(range, rest)]
             positions = torch.cat(
-                [torch.arange(x.start, x.stop, device=given.device) for x in runs]
+                [torch.arange(x.start, x.stop, device=inputs.device) for x in runs]
             )
             options["position_ids"] = positions[None] + first_position(self.model)
         if "use_cache" in self._accepted:
@@ -244,16 +241,14 @@ class TransformersNet(Net):
 
         With LoRA, the weights are the merged ones, and the adapter is in a subfolder.
         """
-        own = {
-            name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())
-        }  # tied ones once
+        named = (*self.model.named_parameters(), *self.model.named_buffers())  # tied ones once
+        names = {name for name, _ in named}
         inner = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        inner = {name: tensor for name, tensor in inner.items() if name in own}
+        inner = {name: tensor for name, tensor in inner.items() if name in names}
         if self._save_adapter:
             self._save_adapter(folder / ADAPTER, inner)
-            trim_memory(
-                next(self.parameters()).device
-            )  # the merged weights are as large as the net, and larger
+            # the merged weights are as large as the net, and larger
+            trim_memory(next(self.parameters()).device)
         weights = merged(self.model, inner)
         write_folder(
             self.model, folder, weights, tokenizer_json, self.folder, dense=self.config.as_trained
@@ -263,19 +258,15 @@ class TransformersNet(Net):
     def _plain_logits(self) -> bool:
         """True if the output layer alone makes the model's logits, tried on a few tokens."""
         ids = torch.arange(4, device=next(self.parameters()).device)[None] % self.config.vocab_size
-        output, options = (
-            self.model.get_output_embeddings(),
-            {"use_cache": False} if self._cache_name else {},
-        )
+        output = self.model.get_output_embeddings()
+        options = {"use_cache": False} if self._cache_name else {}
         with torch.no_grad():
             hidden = self(ids)
-            if hidden.shape[-1] != getattr(
-                output, "in_features", hidden.shape[-1]
-            ):  # as Electra's can be
+            size = hidden.shape[-1]
+            if getattr(output, "in_features", size) != size:  # as Electra's can be
                 return False
-            return torch.allclose(
-                output(hidden), self.model(input_ids=ids, **options).logits, rtol=1e-5, atol=1e-6
-            )
+            logits = self.model(input_ids=ids, **options).logits
+            return torch.allclose(output(hidden), logits, rtol=1e-5, atol=1e-6)
 
     def _try(self) -> str | None:
         """Return why this net reads no chunks, and let it read none; None if chunks are right, or there are none.
@@ -294,10 +285,10 @@ class TransformersNet(Net):
 
     def _in_chunks(self, tokens: Tensor) -> Tensor:
         """Return the hidden states of tokens (B, N), which come in three chunks, the last token alone."""
-        stream, half = open_stream(self), tokens.shape[1] // 2
-        return torch.cat(
-            [stream(x) for x in tokens.split([half, tokens.shape[1] - half - 1, 1], 1)], 1
-        )
+        stream = open_stream(self)
+        half = tokens.shape[1] // 2
+        chunks = tokens.split([half, tokens.shape[1] - half - 1, 1], 1)
+        return torch.cat([stream(chunk) for chunk in chunks], 1)
 
     @torch.no_grad()
     def _far_keys_reach_every_layer(self) -> bool:

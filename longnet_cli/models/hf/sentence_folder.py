@@ -220,9 +220,9 @@ def _odd_values(folder: Path) -> Iterator[None]:
         TypeError,
         ValueError,
     ) as error:
-        said = one_line(error)[:200]
+        reason = one_line(error)[:200]
         raise CheckpointError(
-            f"{folder}: what it says for sentence-transformers cannot be read: {said}"
+            f"{folder}: what it says for sentence-transformers cannot be read: {reason}"
         ) from None
 
 
@@ -285,9 +285,9 @@ def _kind(folder: Path, module: Any) -> str:
         "Pooling",
         *_MODULES,
     }:
-        known = ", ".join(["Transformer", "Pooling", *_MODULES])
+        computed = ", ".join(["Transformer", "Pooling", *_MODULES])
         raise ConfigError(
-            f"{folder / MODULES}: longnet does not compute the module {name}: it knows {known}"
+            f"{folder / MODULES}: longnet does not compute the module {name}: it knows {computed}"
         )
     return kind
 

@@ -88,10 +88,8 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor
 @contextmanager
 def attending(model: PreTrainedModel, implementation: str | None = None) -> Iterator[None]:
     """Put a model into eval mode, without gradients and with an attention by name (None: its own), for a while."""
-    modes, before = (
-        [(module, module.training) for module in model.modules()],
-        model.config._attn_implementation,
-    )
+    modes = [(module, module.training) for module in model.modules()]
+    before = model.config._attn_implementation
     try:
         if implementation:
             model.set_attn_implementation(implementation)
@@ -129,7 +127,9 @@ def why_not(model: PreTrainedModel, form: str, run: Run, expected: Run | None = 
 
 
 def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | None:
-    architecture, weight, begun = type(model).__name__, next(model.parameters()), time.monotonic()
+    begun = time.monotonic()
+    architecture = type(model).__name__
+    weight = next(model.parameters())
     count = _tokens(model)
 
     def nats(run: Run) -> Tensor:
@@ -138,7 +138,8 @@ def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | No
     try:
         ids = _some_ids(model, count + 1)
         with attending(model):
-            right, actual = nats(expected), nats(run)
+            right = nats(expected)
+            actual = nats(run)
             allowed = TOLERANCE
             if weight.dtype.itemsize < 4:
                 allowed = TOLERANCE_16
@@ -148,8 +149,8 @@ def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | No
     except Exception as error:  # a model's code fails as it likes
         if isinstance(error, LongNetError) or is_out_of_memory(error):
             raise  # this says nothing of the model, and is not kept
-        said = one_line(error)
-        return f"{architecture} cannot be run {form} ({type(error).__name__}: {said[:160]})"
+        reason = one_line(error)[:160]
+        return f"{architecture} cannot be run {form} ({type(error).__name__}: {reason})"
     if (seconds := time.monotonic() - begun) >= _LONG:
         line = f"{architecture} was tried {form}, on {count} tokens in {seconds:.0f} s; the answer is kept"
         warnings.warn(line, InputWarning, stacklevel=2)

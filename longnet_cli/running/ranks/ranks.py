@@ -165,10 +165,12 @@ def join(
     check_agent()
     _allow_files(2 * world + _FILES)  # gloo connects every rank with all others
     # gloo: hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
-    backend, own = ("cpu:gloo,cuda:nccl", where) if where.type == "cuda" else ("gloo", None)
+    gpu = where if where.type == "cuda" else None
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     with _silent_stdout():
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=own)
-        rank, group = dist.get_rank(), None
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=gpu)
+        rank = dist.get_rank()
+        group = None
         if (
             sp == world
         ):  # another group of the same ranks would take another half a gigabyte of the GPU
@@ -178,9 +180,9 @@ def join(
                 members = dist.new_group(list(range(first, first + sp)))
                 if first <= rank < first + sp:
                     group = members
-    if own is not None:
+    if gpu is not None:
         for used in filter(None, (dist.group.WORLD, group)):
-            used._get_backend(own)._set_default_timeout(GPU_TIMEOUT)  # of NCCL alone
+            used._get_backend(gpu)._set_default_timeout(GPU_TIMEOUT)  # of NCCL alone
     unwind_on_signals()  # from now on there is something to clean up and to save
     return Ranks(rank, world, sp, group), where
 
