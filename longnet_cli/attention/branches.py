@@ -189,11 +189,6 @@ def level_flops(
     return [*(2 * head_dim * sum(map(pairs, calls)) for calls in levels), apart]
 
 
-def backward_flops(pattern: Pattern, heads: int, head_dim: int, tokens: int, causal: bool) -> float:
-    """Return the executed FLOPs of a backward pass over one document."""
-    return BACKWARD_FLOPS * attention_flops(pattern, heads, head_dim, tokens, causal)
-
-
 _Positions = tuple[int, int]  # [start, stop)
 
 

@@ -39,15 +39,9 @@ class CudaFlashKernel(Kernel):
         elements = heads * (-(-rows // 128) * 128) * max(head_dim, 32)
         return max(1, min(self._MAX_SEGMENTS, (self._MAX_ELEMENTS - 1) // elements))
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, qkv: Sequence[Tensor], causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         """Return out like q, and lse (batch, heads, rows), given views (batch, rows, heads, head_dim)."""
+        q, k, v = qkv
         op = torch.ops.aten._flash_attention_forward.default
         sizes = (None, None, q.shape[1], k.shape[1])
         out, lse, *_ = op(q, k, v, *sizes, 0.0, causal, False, scale=scale)
@@ -70,8 +64,8 @@ class CudaFlashKernel(Kernel):
         causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = self.attend(q, k, v, causal, scale)
+        rows_first = [x.transpose(1, 2) for x in (q, k, v)]
+        out, lse = self.attend(rows_first, causal, scale)
         return out.transpose(1, 2), lse
 
     def backward(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
@@ -98,16 +92,10 @@ class CudaEfficientKernel(CudaFlashKernel):
         old = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0)
         return "it needs compute capability 8.0 for bf16" if old else None
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, qkv: Sequence[Tensor], causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, _ = qkv
         op = torch.ops.aten._efficient_attention_forward.default
-        padded = [_whole_lines(x) for x in (q, k, v)]
+        padded = map(_whole_lines, qkv)
         rows, head_dim = q.shape[1], q.shape[-1]
         sizes = (None, None, rows, k.shape[1])
         mask = int(causal)
@@ -129,11 +117,7 @@ class CudaEfficientKernel(CudaFlashKernel):
         inputs = (dout, q, k, v, None, out)
         mask = int(causal)
         dq, dk, dv, _ = op(*inputs, *sizes, lse, *no_dropout, mask, False, scale=scale)
-        return (
-            dq[..., :head_dim],
-            dk[..., :head_dim],
-            dv[..., :head_dim],
-        )
+        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
 
 
 def _whole_lines(x: Tensor) -> Tensor:
@@ -165,14 +149,8 @@ class FlashAttnKernel(CudaFlashKernel):
             return f"flash_attn cannot be imported: {type(error).__name__}: {reason}"
         return None
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, qkv: Sequence[Tensor], causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = qkv
         forward, _ = self.functions()
         out, lse, *_ = forward(
             q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_softmax=False, **_PLAIN

@@ -75,7 +75,7 @@ class Pattern:
 
     def __post_init__(self) -> None:
         for name in ("segment_lengths", "dilation_rates"):
-            self._set(name, _whole_numbers(name, getattr(self, name)))
+            self._set(name, whole_numbers(name, getattr(self, name)))
         if not self.segment_lengths or len(self.segment_lengths) != len(self.dilation_rates):
             raise ValueError(
                 "segment_lengths and dilation_rates need one entry per level, "
@@ -100,12 +100,12 @@ class Pattern:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
         levels = len(self.segment_lengths)
         back = (self.look_back,) * levels if isinstance(self.look_back, int) else self.look_back
-        self._set("look_back", _whole_numbers("look_back", back))
+        self._set("look_back", whole_numbers("look_back", back))
         if len(self.look_backs) != levels or min(self.look_backs) < 0:
             raise ValueError(
                 f"look_back needs one number from 0, or {levels}, one per level, got {self.look_backs}"
             )
-        self._set("sinks", *_whole_numbers("sinks", [self.sinks]))
+        self._set("sinks", *whole_numbers("sinks", [self.sinks]))
         self._check_order()
         self._check_chosen()
 
@@ -308,7 +308,7 @@ class Pattern:
     def _check_chosen(self) -> None:
         names = ("chosen", "chosen_block", "chosen_every")
         for name in names:
-            self._set(name, *_whole_numbers(name, [getattr(self, name)]))
+            self._set(name, *whole_numbers(name, [getattr(self, name)]))
         w, block, every = self.segment_lengths[0], self.chosen_block, self.chosen_every
         if not self.chosen:
             for name in names[1:]:
@@ -332,7 +332,8 @@ class Pattern:
             raise ValueError(f"chosen_every must divide chosen_block, {block}, got {every}")
 
 
-def _whole_numbers(name: str, numbers: object) -> tuple[int, ...]:
+def whole_numbers(name: str, numbers: object) -> tuple[int, ...]:
+    """Return numbers as whole ones. Raises ValueError, with their `name`, for any that are none."""
     try:
         return tuple(map(operator.index, numbers))  # type: ignore[call-overload]
     except TypeError:

@@ -8,7 +8,6 @@ B batch, N tokens of the shard, H query heads, K key heads, D head_dim.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +20,7 @@ from torch import Tensor
 from .branches import Branch, Turned, Union, branches, united
 from .cache import FarKeys
 from .merging import GradientSum, Merge
-from .pattern import Padding, Pattern
+from .pattern import Padding, Pattern, whole_numbers
 from .plain_call import Kernel
 from .sinks import SinkRows
 from .spans import SINKS, FarSpan, Layout, Rows
@@ -54,8 +53,8 @@ class Shard(NamedTuple):
         """Return the same shard with its lists of numbers as tuples. Raises ValueError for other than whole numbers."""
         if self.lengths is None and self.documents is None:
             return self
-        lengths = _whole_numbers("lengths", self.lengths)
-        documents = _whole_numbers("documents", self.documents)
+        lengths = _numbers("lengths", self.lengths)
+        documents = _numbers("documents", self.documents)
         return self._replace(lengths=lengths, documents=documents)
 
     def places(self, batch: int, tokens: int) -> Iterator[tuple[slice, slice]]:
@@ -84,15 +83,10 @@ class Shard(NamedTuple):
             row = stop_row
 
 
-def _whole_numbers(name: str, numbers: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
-    if numbers is None:
-        return None
+def _numbers(name: str, numbers: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
     if isinstance(numbers, Tensor):
         numbers = numbers.tolist()
-    try:
-        return tuple(map(operator.index, numbers))
-    except TypeError:
-        raise ValueError(f"{name} needs whole numbers, in one dimension, got {numbers}") from None
+    return None if numbers is None else whole_numbers(name, numbers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from longnet_cli.attention import KVCache, Pattern, dilated_attention
-from longnet_cli.attention.branches import attention_flops, backward_flops
+from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.notation import format_levels
 from longnet_cli.basics.configuration import validate
@@ -243,8 +243,8 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
         shape = (s.batch, s.heads, chunk, s.head_dim)
 
     def flops(tokens: int) -> float:
-        count = backward_flops if back else attention_flops
-        return s.batch * count(pattern, s.heads, s.head_dim, tokens, s.causal)
+        forward = s.batch * attention_flops(pattern, s.heads, s.head_dim, tokens, s.causal)
+        return BACKWARD_FLOPS * forward if back else forward
 
     def start() -> Callable[..., object]:
         draw = torch.Generator(s.device).manual_seed(0)

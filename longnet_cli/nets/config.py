@@ -30,7 +30,6 @@ from longnet_cli.basics.configuration import StrictModel, validate
 
 # many documents have the same length
 _attention_flops = lru_cache(maxsize=1 << 16)(branches.attention_flops)
-_backward_flops = lru_cache(maxsize=1 << 16)(branches.backward_flops)
 
 
 class NetConfig:
@@ -100,18 +99,15 @@ class NetConfig:
 
     def attention_backward_flops(self, tokens: int) -> float:
         """Return the FLOPs of the attention in a backward pass of all layers, over one document of `tokens` tokens."""
-        sizes = self.pattern, self.num_heads, self.head_dim, tokens, self.causal
-        return self.num_layers * _backward_flops(*sizes)
+        return branches.BACKWARD_FLOPS * self.attention_flops(tokens)
 
     def training_flops(self, documents: Sequence[int], predicted: float = 1.0) -> float:
         """Return the FLOPs of a forward and a backward pass over documents of these lengths.
 
         The share `predicted` of the tokens has logits.
         """
-        attention = sum(
-            self.attention_flops(tokens) + self.attention_backward_flops(tokens)
-            for tokens in documents
-        )
+        forward = sum(map(self.attention_flops, documents))
+        attention = (1 + branches.BACKWARD_FLOPS) * forward
         matrices = self.layer_flops() + predicted * self.vocabulary_flops()
         passes = 2 if self.frozen else 3  # forward, gradients of activations, gradients of weights
         return passes * matrices * sum(documents) + attention

@@ -172,7 +172,7 @@ def test_golden(name):
         ({"start": -1}, "start"),
         ({"lengths": [9]}, "lengths"),
         ({"lengths": torch.tensor([4.0])}, "lengths needs whole numbers"),
-        ({"lengths": [[4]]}, "lengths needs whole numbers, in one dimension"),
+        ({"lengths": [[4]]}, "lengths needs whole numbers, got"),
         ({"documents": [5.5, 2.5]}, "documents needs whole numbers"),
         (
             dict.fromkeys("qkv", torch.zeros(1, 8, 2, 4, dtype=torch.int64)),
