@@ -51,10 +51,15 @@ class InputFile:
     @property
     def size(self) -> int | None:
         """The bytes of a file, None for a pipe and where a store does not say."""
+        return self.stored_size if self.status is None else self.status.st_size
+
+    @property
+    def status(self) -> os.stat_result | None:
+        """What this machine says of a file, None for a pipe and for a file in a store."""
         if self.path is not None and self.filesystem is None:
             with suppress(OSError):
-                return self.path.stat().st_size if self.path.is_file() else None
-        return self.stored_size
+                return self.path.stat() if self.path.is_file() else None
+        return None
 
 
 class InputFiles:

@@ -306,8 +306,7 @@ def _in_word(sign: str) -> str:
 def _known_now(source: InputFile, read_as: str, earlier: KnownFile | None) -> KnownFile:
     """Return what is known of a file now. It is read only if its size and times are not those of `earlier`."""
     state = None
-    if source.path is not None and source.size is not None:
-        status = source.path.stat()
+    if status := source.status:
         changed = max(status.st_mtime_ns, status.st_ctime_ns)
         if time.time_ns() - changed > JUST_NOW * 10**9:
             state = f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
@@ -317,7 +316,7 @@ def _known_now(source: InputFile, read_as: str, earlier: KnownFile | None) -> Kn
 
 def _digest(source: InputFile) -> str | None:
     """Return a digest of all bytes of a file; of one in a store, of its version; None of a pipe."""
-    if source.path is None or source.size is None:
+    if source.path is None or source.status is None:
         return content_digest(source)
     digest = hashlib.sha256()
     with reading(source.where), open(source.path, "rb") as file:

@@ -166,7 +166,7 @@ class _NumpyArray:
     """A writer of the column `embedding` as an array (rows, dim), with the two methods that pyarrow's writers have."""
 
     def __init__(self, sink: BinaryIO, schema: pa.Schema) -> None:
-        if "embedding" not in schema.names or "layers" in schema.names:
+        if "embedding" not in schema.names:
             raise ConfigError(
                 "an array of NumPy (.npy) holds one vector for each row: name an .arrow file"
             )

@@ -180,15 +180,18 @@ class Unread(Document):
 class Apart:
     """Names of documents, one after the other: a name that repeats the one before would be read back with it as one."""
 
-    last = written = ""
+    last: str | None = None
+    written: str | None = None
     repeats = 0
 
     def name(self, doc_id: str) -> str:
         """Return the name of the next document: `doc_id`, or `doc_id#1`, `doc_id#2` where it repeats."""
         self.repeats = self.repeats + 1 if doc_id == self.last else 0
         name = f"{doc_id}#{self.repeats}" if self.repeats else doc_id
-        self.last, self.written = doc_id, f"{name}#1" if name == self.written else name
-        return self.written
+        if name == self.written:
+            name = f"{name}#1"
+        self.last, self.written = doc_id, name
+        return name
 
 
 def collect(parts: Iterable[Part]) -> list[Part]:

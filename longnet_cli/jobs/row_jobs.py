@@ -266,9 +266,9 @@ class Output:
     """The place of rows: a folder of shards, a file, or `-`, a stream on stdout.
 
     A shard ends with the document that brings it to `shard_size`, in the job's `shard_unit` (None: the job's own size).
-    `resume` continues a folder that an earlier run left unfinished, without reading the documents of finished shards
-    again. A `sink` gets the rows instead of a file or stream, each batch at once. A stream has `lines` of JSON, or else
-    it is Arrow.
+    `resume` continues a folder that an earlier run left unfinished: the net does not read the documents of finished
+    shards again. A `sink` gets the rows instead of a file or stream, each batch at once. A stream has `lines` of JSON,
+    or else it is Arrow.
     """
 
     path: str | Path

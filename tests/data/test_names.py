@@ -26,6 +26,7 @@ from longnet_cli.data import remote
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.input_files import find_files
 from longnet_cli.data.opened_inputs import reading
+from longnet_cli.data.token_documents import Apart
 from longnet_cli.data.tokenizer import Tokenizer
 
 
@@ -463,3 +464,16 @@ def test_fsspec_reaches_what_pyarrow_cannot():
     assert read("memory://bucket/part-2.arrow") == read("memory://bucket/x.parquet") == IDS
     names = [source.name for source in Inputs(["memory://bucket/part*.arrow"]).all_files]
     assert names == ["part-2.arrow", "part-10.arrow"]
+
+
+def test_a_question_is_answered_from_texts_in_a_store(tmp_path: Path):
+    memory = pytest.importorskip("fsspec", reason="fsspec is not installed").filesystem("memory")
+    memory.pipe("/shelf/a.txt", b"The key of the shed is 4821.")
+    for _ in range(2):  # the second time from the index
+        words = ("memory://shelf/a.txt", "Which key?", "--index", tmp_path / "index.sqlite")
+        assert "the shed is 4821" in invoke("ask", *words).stdout
+
+
+def test_a_first_name_that_is_empty_stays():
+    apart = Apart()
+    assert [apart.name(name) for name in ("", "", "a")] == ["", "#1", "a"]

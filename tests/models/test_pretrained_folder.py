@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 import transformers as hf
-from hf_models import built, ids, llama
+from hf_models import built, ids, llama, sharing
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
@@ -69,6 +69,15 @@ def test_what_was_opened_is_saved_as_it_was(folder, tmp_path):
     assert config_of(tmp_path / "own") == {
         key: value for key, value in own.items() if key != "dilated_attention"
     } | {"model_type": "llama"}
+
+
+def test_undone_attention_leaves_no_hook():
+    model = built(sharing)
+    for _ in range(2):
+        use_dilated_attention(model, Pattern.window(8))
+        assert len(model.model._forward_pre_hooks) == 1
+    use_own_attention(model)
+    assert not model.model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("asked", ["sdpa", "eager"])

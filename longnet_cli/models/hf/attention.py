@@ -66,6 +66,7 @@ _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its s
 _PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, what that says, and the `Pattern`
 _CURRENT = "_dilated_pass"  # attribute of a model and of its attention modules: the `_CurrentPass` of all of them
 _OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
+_HOOK = "_dilated_hook"  # attribute of a model: the handle of the hook that keeps all queries
 
 _NO_LAYER = (
     "every layer of this model has a sliding window: there is no global attention to replace"
@@ -137,8 +138,10 @@ def use_dilated_attention(
         setattr(module, _TURN, turn)
         setattr(module, _CURRENT, getattr(model, _CURRENT))
     make_phases_exact(model)
-    if "logits_to_keep" in inspect.signature(body(model).forward).parameters:
-        body(model).register_forward_pre_hook(_keep_queries, with_kwargs=True)
+    reuses_keys = "logits_to_keep" in inspect.signature(body(model).forward).parameters
+    if reuses_keys and not hasattr(model, _HOOK):
+        hook = body(model).register_forward_pre_hook(_keep_queries, with_kwargs=True)
+        setattr(model, _HOOK, hook)
     return model
 
 
@@ -201,6 +204,9 @@ def use_own_attention(model: PreTrainedModel) -> PreTrainedModel:
         model.set_attn_implementation(getattr(model, _OWN, "sdpa"))
     if hasattr(model.config, "dilated_attention"):
         del model.config.dilated_attention
+    if hasattr(model, _HOOK):
+        getattr(model, _HOOK).remove()
+        delattr(model, _HOOK)
     unmark(model.config)
     return model
 
