@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.ipc as ipc
 import pytest
-from processes import kill_and_resume
+from processes import kill_and_resume, kill_training
 
 
 @pytest.fixture(scope="session")
@@ -14,11 +14,27 @@ def pages(book: str) -> list[str]:
     return [book[start : start + 4000] for start in range(0, 4_000_000, 4000)]
 
 
-def test_a_folder_that_was_killed_goes_on_to_the_same_bytes(start, library, tmp_path):
-    files = sorted(library, key=lambda path: path.stat().st_size)[::6]
+@pytest.mark.parametrize(
+    ("command", "every"),
+    [
+        ("tokenize @files.txt --tokenizer longnet-tiny --shard-tokens 50k", 6),
+        pytest.param("encode @files.txt --shard-rows 2", 48, marks=pytest.mark.slow),
+    ],
+)
+def test_a_folder_that_was_killed_goes_on_to_the_same_bytes(
+    start, library, tmp_path, command, every
+):
+    files = sorted(library, key=lambda path: path.stat().st_size)[::every]
     (tmp_path / "files.txt").write_text("\n".join(map(str, files)))
-    words = "tokenize @files.txt --tokenizer longnet-tiny --shard-tokens 50k"
-    kill_and_resume(start, [words], tmp_path, kills=2)
+    kill_and_resume(start, [command], tmp_path, kills=2)
+
+
+@pytest.mark.slow
+def test_training_that_was_killed_goes_on_to_the_same_bytes(start, book, tmp_path):
+    (tmp_path / "book.txt").write_text(book, encoding="utf-8")
+    words = """train longnet-tiny --data book.txt --tokenizer longnet-tiny --resume -q --seq-len 2Ki
+        --steps 5 --set train.batch_tokens=2048 --set train.save_every=1"""
+    kill_training(lambda folder: start(words, "-o", folder), tmp_path, kills=3)
 
 
 @pytest.mark.slow
