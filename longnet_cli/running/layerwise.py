@@ -84,7 +84,7 @@ def fits_beside(forward: int, size: int, device: torch.device) -> bool:
     return free is not None and size + 2 * forward <= free
 
 
-class _Chunk(NamedTuple):
+class _RankChunk(NamedTuple):
     """The tokens [start, stop), which this rank computes while others compute the rest of `turn` tokens.
 
     Their hidden states are at `place` among those that the rank holds.
@@ -116,7 +116,7 @@ class _Layers:
         self.dtype = dtype
         self.device = next(model.parameters()).device
         self.ranks = ranks
-        self.chunks: list[_Chunk] = []  # of this rank
+        self.chunks: list[_RankChunk] = []  # of this rank
         self.held = 0  # tokens in them
         self.first_rows: dict[FarSpan, int] = {}  # of each segment, among the rows of all
         self.rows = 0  # of all segments
@@ -126,7 +126,7 @@ class _Layers:
                 turn = start - ranks.rank * chunk
                 of_turn = min(turn + ranks.world * chunk, tokens) - turn
                 place = slice(self.held, self.held + stop - start)
-                self.chunks.append(_Chunk(start, stop, place, of_turn))
+                self.chunks.append(_RankChunk(start, stop, place, of_turn))
                 self.held = place.stop
             for span in self._spans(start, stop):
                 whole = self._whole(span)
@@ -200,7 +200,7 @@ class _Layers:
                 some.copy_(sums)
         return segments
 
-    def _touched(self, chunk: _Chunk) -> Iterator[FarSpan]:
+    def _touched(self, chunk: _RankChunk) -> Iterator[FarSpan]:
         """Yield the whole spans of the segments in which a chunk has tokens; all sinks lie in one segment."""
         for level, w in enumerate(self.pattern.segment_lengths):
             for position in range(chunk.start // w * w, chunk.stop, w):
@@ -208,7 +208,7 @@ class _Layers:
         yield self._whole(FarSpan(SINKS, 0, 0))
 
     @torch.no_grad()
-    def _keys(self, layer: Layer, x: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    def _keys(self, layer: Layer, x: Tensor, chunk: _RankChunk) -> tuple[Tensor, Tensor]:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
             table = self.model.positions(x, chunk.start)
@@ -217,7 +217,7 @@ class _Layers:
 
     @torch.no_grad()
     def _compute(
-        self, layer: Layer, x: Tensor, chunk: _Chunk, far: Outside, is_last: bool
+        self, layer: Layer, x: Tensor, chunk: _RankChunk, far: Outside, is_last: bool
     ) -> Tensor:
         x = x.to(self.device)
         with precision(self.dtype, self.device):
@@ -226,7 +226,7 @@ class _Layers:
             x = layer(x, table, place, lambda q, k, v: far)
             return self.model.final_norm(x) if is_last else x
 
-    def _far(self, segments: Segments, chunk: _Chunk) -> Outside:
+    def _far(self, segments: Segments, chunk: _RankChunk) -> Outside:
         """Return the collected rows that a chunk sees."""
         far_keys = []
         for span in self._spans(chunk.start, chunk.stop):
