@@ -184,7 +184,9 @@ class KVCache:
         at `stop`, each rank stores its own shard, which starts at `start`, and then those of the others (`take`).
         """
         needs_gradient = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-        single = k.shape[1] == 1 and stop is None and not needs_gradient
+        # nobody counts room for a segment of one token, which no later token sees
+        lasting = min(self.pattern.segment_lengths) > 1
+        single = k.shape[1] == 1 and stop is None and not needs_gradient and lasting
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
         visible = _open_segments(self.layout, self.position, int(single))

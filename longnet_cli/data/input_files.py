@@ -55,7 +55,7 @@ class InputFile:
 
     @property
     def status(self) -> os.stat_result | None:
-        """What this machine says of a file, None for a pipe and for a file in a store."""
+        """The status of a file on this machine, None for a pipe and for a file in a store."""
         if self.path is not None and self.filesystem is None:
             with suppress(OSError):
                 return self.path.stat() if self.path.is_file() else None

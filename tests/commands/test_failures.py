@@ -222,7 +222,7 @@ def corpus(tmp_path: Path) -> Path:
 def test_killed_and_resumed_the_shards_are_the_same(command, start, corpus, tmp_path):
     tiny_model(tmp_path / "model", **SIZES)
     words = {
-        "tokenize": ["tokenize --shard-tokens 10000 --eos", corpus],
+        "tokenize": ["tokenize --eos --shard-tokens 10000", corpus],
         "encode": ["encode -m ./model --span 50 --shard-rows 100", *sorted(corpus.iterdir())[:9]],
     }
     kill_and_resume(start, words[command], tmp_path, kills=3)
