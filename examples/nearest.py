@@ -106,7 +106,7 @@ def text_of(row: dict, column: str | None, root: Path) -> str:
     if column is None and not file.is_file():
         return ""
     try:
-        text = row[column] if column else file.read_bytes().decode()
+        text = row[column] if column else file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:  # compressed
         return ""
     return text[row.get("char_start") or 0 : row.get("char_end")]

@@ -62,7 +62,8 @@ class AskCommand:
         "or JSON Lines. The last word is the question, in quotes.",
     )
     questions: str | None = INPUT.common(
-        "--questions FILE", "Ask each `question` of this file, not QUESTION."
+        "--questions FILE",
+        "Ask the `question` of each row of this file (JSON Lines, Arrow or Parquet), not QUESTION.",
     )
     column: str | None = INPUT.common(
         "--column NAME", "Read this column, or a field of a struct. (default: text)"
@@ -102,7 +103,7 @@ def ask(options: AskCommand) -> None:
 
     Example: longnet ask docs/*.md "How does a stopped run go on?"
 
-    The passages are those that have the words of the question (BM25), of some 200 tokens each.
+    The passages are those that have the words of the question (BM25), of 100 to 200 tokens each.
     Without --model, they are printed. With it, the answer is, and stderr names them.
     If there are none, the exit code is 1.
     """
@@ -125,10 +126,8 @@ def ask(options: AskCommand) -> None:
             if options.format == "json":
                 emit_json(answered.row())
     if without := best.count([]):
-        what = f"{without} of {count_of(len(questions), 'question')}"
-        raise LongNetError(
-            f"no passage has a word of {what}, which nothing answers: ask in words that the text has"
-        )
+        what = "the question" if len(questions) == 1 else f"{without} of {len(questions)} questions"
+        raise LongNetError(f"no passage has any word of {what}: ask in words that the texts have")
     end(left_out, first=True, quiet=quiet)
 
 

@@ -106,7 +106,8 @@ class ScoreCommand:
     output: str | None = OUTPUT.common(
         "--output -o PATH",
         "Write a row per document instead, with what it gains from the longest context: to a new folder of shards, "
-        "one .arrow, .parquet or .jsonl file, or - for an Arrow stream on stdout. (default: print the scores)",
+        "one .arrow or .parquet file, one .jsonl file (which ends with the totals), or - for an Arrow stream on "
+        "stdout. (default: print the scores)",
     )
     shard_tokens: int | None = OUTPUT.size(
         "--shard-tokens SIZE", "Start a new shard after this many tokens. (default: 4Mi)"

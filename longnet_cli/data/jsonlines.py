@@ -301,7 +301,8 @@ def _parse(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from error
+        problem = error.msg.removesuffix(" at")  # Unterminated string starting at
+        raise ValueError(f"not JSON: {problem} at character {error.pos}") from error
     except (
         ValueError,
         RecursionError,

@@ -232,7 +232,7 @@ def test_several_questions_have_a_line_each_and_one_without_a_passage_has_no_ans
     assert [row["question"] for row in rows] == questions
     assert (rows[1]["answer"], rows[1]["sources"]) == (None, [])
     assert "near" in rows[2]["sources"][0]["text"]
-    assert done.stderr.startswith("longnet: error: no passage has a word of 1 of 3 questions")
+    assert done.stderr.startswith("longnet: error: no passage has any word of 1 of 3 questions")
     assert run_longnet(*words, "xyzzy?", code=1).stdout == ""
     again = run_longnet(*words, ODD_QUESTION, "--format", "json")
     assert {"id": "q.jsonl:0"} | json.loads(again.stdout) == rows[0]
