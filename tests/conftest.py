@@ -43,9 +43,8 @@ RunLongnet = Callable[..., subprocess.CompletedProcess]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(_own_cache().cleanup)
-    if config.getoption("--record-durations") and not hasattr(
-        config, "workerinput"
-    ):  # by the process that starts all
+    # by the process that starts all
+    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder())
     # A script's background job, `make test &`, starts with Ctrl-C ignored, and `nohup make test` with SIGHUP ignored:
     # commands under test would inherit it.

@@ -87,9 +87,8 @@ def serve(place: str) -> None:
             importlib.import_module(name)
     commands = importlib.import_module("typer.main")
     commands.get_command = functools.cache(commands.get_command)
-    commands.get_command(
-        sys.modules["longnet_cli.cli.app"].app
-    )  # which takes longer than a small command
+    # which takes longer than a small command
+    commands.get_command(sys.modules["longnet_cli.cli.app"].app)
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page
     listener = socket.socket(socket.AF_UNIX)
@@ -127,9 +126,8 @@ def serve(place: str) -> None:
                     return
                 for handle in handles:
                     os.close(handle)
-                with contextlib.suppress(
-                    OSError
-                ):  # it may have been killed: then its socket is at its end
+                # it may have been killed: then its socket is at its end
+                with contextlib.suppress(OSError):
                     client.sendall(f"{process}\n".encode())
                 running[process] = client, os.pidfd_open(process)
                 for file in running[process]:
@@ -162,9 +160,8 @@ def become(job: dict, handles: list[int]) -> None:
         streams[handle] = open(handle, mode, 1 if by_line else -1, errors=errors, closefd=False)  # noqa: SIM115
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = streams
     sys.argv = job["args"]
-    if any(
-        name.startswith("HF_") for name in job["environment"]
-    ):  # which these read when they are imported
+    # which these read when they are imported
+    if any(name.startswith("HF_") for name in job["environment"]):
         for name in [*sys.modules]:
             if name.partition(".")[0] in ("accelerate", "huggingface_hub", "transformers"):
                 del sys.modules[name]

@@ -37,9 +37,8 @@ ROPES = {
 
 LEVELS = Pattern((8, 24, 60), (1, 3, 5))
 WINDOW = Pattern.window(16, sinks=3)
-FAR = Pattern(
-    (16, 16), (1, 4), "modulo", (1, 3), "once", "all", 4
-)  # a window, and a far level before it
+# a window, and a far level before it
+FAR = Pattern((16, 16), (1, 4), "modulo", (1, 3), "once", "all", 4)
 TILED = Pattern((8, 32, 128), (1, 4, 16), look_back=1, overlap="once", queries="all")
 CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 GROUPED = Pattern((8, 20), (1, 3), "grouped", look_back=1, sinks=2)

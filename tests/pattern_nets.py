@@ -73,9 +73,8 @@ def native(pattern: Pattern = WINDOW, **more: Any) -> LongNet:
         "position": "rope",
     }
     model = LongNet(LongNetConfig(**sizes | vars(pattern) | more))
-    for parameter in (
-        model.parameters()
-    ):  # initial weights are so small that the same token would come again and again
+    # initial weights are so small that the same token would come again and again
+    for parameter in model.parameters():
         parameter.data.mul_(3 if parameter.dim() > 1 else 1)
     return model.eval()
 

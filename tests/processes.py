@@ -180,9 +180,8 @@ def kill_training(
         elif moment == "start":
             time.sleep(chance.uniform(0, start))
         else:
-            wait_for_news(
-                process, run / "checkpoints"
-            )  # one that is being written has a name of its own
+            # one that is being written has a name of its own
+            wait_for_news(process, run / "checkpoints")
             time.sleep(chance.uniform(0, 0.02 if moment == "checkpoint" else 0.5))
         if process.poll() is None and (victims := processes_of(run)):
             victim = chance.choice(victims)

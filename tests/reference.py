@@ -34,9 +34,8 @@ def dilated_attention_reference(
     chosen blocks. `choice` says which blocks are seen.
     """
     if lengths is not None:
-        out = (
-            q.sum(2) * 0 if q.dim() == 5 else q * 0
-        )  # zeros, and in the graph even where every length is 0
+        # zeros, and in the graph even where every length is 0
+        out = q.sum(2) * 0 if q.dim() == 5 else q * 0
         for b, n in enumerate(torch.as_tensor(lengths).tolist()):
             if n:
                 q_, k_, v_ = (x[b : b + 1, :n] for x in (q, k, v))
@@ -55,9 +54,8 @@ def dilated_attention_reference(
     counts, zeros = key_counts(pattern, q.shape[2], q.shape[1], causal, start, padding)
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k)
     n, w, b = pattern.sinks, pattern.segment_lengths[0], pattern.look_backs[0]
-    late = torch.arange(
-        min((b + 1) * w, q.shape[1]), q.shape[1]
-    )  # queries whose first level covers no sinks
+    # queries whose first level covers no sinks
+    late = torch.arange(min((b + 1) * w, q.shape[1]), q.shape[1])
     if n and turn and len(late):
         segments, of = (late // w).unique(return_inverse=True)
         sinks = k[:, None, :n].expand(-1, len(segments), -1, -1, -1)
@@ -73,9 +71,8 @@ def dilated_attention_reference(
         unseen, float("-inf")
     )
     logits = torch.cat([logits, zeros.to(q).log().expand(*scores.shape[:3], 1)], dim=-1)
-    covered = counts.any(
-        dim=-1, keepdim=True
-    )  # (batch, heads, tokens, 1): queries that take part in some level
+    # (batch, heads, tokens, 1): queries that take part in some level
+    covered = counts.any(dim=-1, keepdim=True)
     weights = torch.where(covered, logits, 0.0).softmax(-1) * covered
     return torch.einsum("bhnm,bmhd->bnhd", weights[..., :-1], v)
 
@@ -91,9 +88,8 @@ def _scores_of_blocks(
         for place, block in enumerate(blocks):
             keys = range(block * size, (block + 1) * size)
             moved = k[row, keys]
-            if (
-                turn
-            ):  # the block's first key is seen as if it stood so many blocks before the near keys
+            # the block's first key is seen as if it stood so many blocks before the near keys
+            if turn:
                 distance = near - (len(blocks) - place) * size - keys.start
                 moved = turn(moved[None, None], torch.tensor([distance]))[0, 0]
             places.append(torch.cartesian_prod(*map(torch.tensor, ([row], queries, keys))))
@@ -106,9 +102,8 @@ def _by_level(
 ) -> Tensor:
     """Return attention of (batch, tokens, levels, heads, head_dim) tensors to the keys of all levels."""
     k, v = (x.repeat_interleave(q.shape[3] // x.shape[3], 3) for x in (k, v))
-    counts = torch.stack(
-        [of_level for of_level, _ in of_levels], -2
-    )  # (heads, queries, levels, keys)
+    # (heads, queries, levels, keys)
+    counts = torch.stack([of_level for of_level, _ in of_levels], -2)
     scores = torch.einsum("bnlhd,bmlhd->bhnlm", q, k) * scale
     logits = scores + counts.to(q).masked_fill(counts == 0, 1).log().masked_fill(
         counts == 0, float("-inf")
@@ -162,8 +157,7 @@ def level_counts(
             asks = torch.ones_like(sampled) if pattern.queries == "all" else sampled
             seen = asks[:, None] & sampled[None, :] & may
             counts[head] = seen
-            if (
-                padding == "zero_key" and not causal
-            ):  # each segment is padded to ceil(w / r) rows per head
+            # each segment is padded to ceil(w / r) rows per head
+            if padding == "zero_key" and not causal:
                 zeros[head, :, 0] = asks * (-(-w // r) - seen.sum(-1))
         yield counts, zeros

@@ -18,9 +18,8 @@ from longnet_cli.attention.chosen import ChosenCall, Group, chosen_calls, groups
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 SeenBlocks = tuple[Group, list[int]]
-PAPER_64TH = Pattern(
-    (32, 64, 128, 256, 512), (1, 2, 4, 6, 12)
-)  # r = 6 and 12 do not divide w, as in the paper
+# r = 6 and 12 do not divide w, as in the paper
+PAPER_64TH = Pattern((32, 64, 128, 256, 512), (1, 2, 4, 6, 12))
 
 CHOSEN = Pattern((16,), (1,), look_back=1, chosen=4, chosen_block=8, chosen_every=4)
 

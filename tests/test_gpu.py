@@ -151,9 +151,8 @@ def wrong_results(kernel: str, dtype: str, names: Iterable[str] = CASES) -> list
             attend = partial(like["attend"], pattern=pattern, kernel=kernel, **options)
             found = run(attend, like, dtype, DEVICE, wide=False)
             exact = exact_attention(name, dtype)
-            floor = 0.1 * max(
-                x.norm().item() for x in exact
-            )  # dq and dk of a single token are zero
+            # dq and dk of a single token are zero
+            floor = 0.1 * max(x.norm().item() for x in exact)
             for what, a, b in zip(("out", "dq", "dk", "dv"), found, exact, strict=True):
                 off = (a - b).norm().item() / max(b.norm().item(), floor)
                 if not off <= TOLERANCE[dtype]:

@@ -107,9 +107,8 @@ class CudaEfficientKernel(CudaFlashKernel):
         dout, q, k, v, out, lse = tensors
         rows, head_dim = q.shape[1], q.shape[-1]
         sizes = (None, None, rows, k.shape[1])
-        out = (
-            out.contiguous()
-        )  # in half precision, its rows are read as if they followed each other
+        # in half precision, its rows are read as if they followed each other
+        out = out.contiguous()
         dout, q, k, v, out = (_whole_lines(x) for x in (dout, q, k, v, out))
         lse = pad(lse, (0, -rows % 32), value=float("inf"))
         no_rng = torch.empty((), dtype=torch.int64, device=q.device)  # read only with dropout

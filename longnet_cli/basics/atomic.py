@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 
 from .errors import ConfigError, LongNetError
 
-_TEMPORARY = re.compile(
-    r"\.(.+)\.[0-9a-f]{8}\.tmp"
-)  # a file that is being written; the group is its final name
+# a file that is being written; the group is its final name
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
@@ -114,9 +113,8 @@ def _new_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
             handle = os.open(
                 temporary, os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666
             )
-            with suppress(
-                OSError
-            ):  # a network file system without locks, where leftovers are never removed
+            # a network file system without locks, where leftovers are never removed
+            with suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(
                 handle

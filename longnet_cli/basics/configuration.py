@@ -70,9 +70,8 @@ def read_text(path: str | Path) -> str:
     ValueError for bytes that are not UTF-8.
     """
     path = Path(path)
-    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(
-        mode
-    ):  # `path.read_text` reports a folder
+    # `path.read_text` reports a folder
+    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
         raise OSError(0, "a pipe or a device, not a file: save it to a file", str(path))
     try:
         return path.read_text(encoding="utf-8")

@@ -7,9 +7,8 @@ from .configuration import parse, read_text
 from .errors import CheckpointError
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-SHARDED = (
-    "model.safetensors.index.json"  # what transformers writes beside the shards of a large model
-)
+# what transformers writes beside the shards of a large model
+SHARDED = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 # files that may stand beside a tokenizer.json: they tell a library how to build the tokenizer and write a chat
 BESIDE_TOKENIZER = (

@@ -12,11 +12,8 @@ _SIZE = re.compile(
 )
 _BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB")
 MAX_SIZE = 2**63 - 1  # what an int64 position can hold
-DTYPES_OF_TORCH = {
-    "float32": "fp32",
-    "bfloat16": "bf16",
-    "float16": "fp16",
-}  # and our names of them
+# and our names of them
+DTYPES_OF_TORCH = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _SIZE_EXAMPLES = "write 1000000, 1_000_000, 1e6, 1M (10^6) or 64Ki (64 x 1024)"
 
 

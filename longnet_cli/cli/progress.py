@@ -71,9 +71,8 @@ class _Meter:
         self.done = start
         self.began = time.monotonic()
         self.fields: dict[str, object] = {}
-        self.marks = deque(
-            [(self.began, start)]
-        )  # (time, done), one per second, of the last minute
+        # (time, done), one per second, of the last minute
+        self.marks = deque([(self.began, start)])
 
     @property
     def total(self) -> int | None:
@@ -124,10 +123,8 @@ class _Meter:
 
 
 def _lines(description: str, meter: _Meter, every: float) -> Advance:
-    due, stream = (
-        meter.began + every,
-        sys.stderr,
-    )  # now: a library's bar may take its place while it is silenced
+    # now: a library's bar may take its place while it is silenced
+    due, stream = (meter.began + every, sys.stderr)
 
     def advance(amount: int, **fields: object) -> None:
         nonlocal due

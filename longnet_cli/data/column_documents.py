@@ -283,9 +283,8 @@ def _chat_reader(
             f"{table.where}: {columns.documents!r} holds chats, which need the chat template of a tokenizer: give a "
             "folder with a tokenizer.json and its template (--tokenizer, or --model)"
         )
-    from .chat import (
-        ChatTemplate,
-    )  # imported late: it loads Jinja, which other data do not need
+    # imported late: it loads Jinja, which other data do not need
+    from .chat import ChatTemplate
 
     template = ChatTemplate(tokenizer.folder, tokenizer)
 

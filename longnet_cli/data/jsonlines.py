@@ -101,9 +101,8 @@ def _beginning(
         except ValueError as error:
             problem = problem or str(error)
             continue
-        if named or line.startswith(
-            (b"{", BYTE_ORDER_MARK)
-        ):  # the objects in a pretty-printed one are indented
+        # the objects in a pretty-printed one are indented
+        if named or line.startswith((b"{", BYTE_ORDER_MARK)):
             objects.append(row)
             fields = fields or _column_types(row, wanted, usual)
             problem = problem or _problem(row, usual)
@@ -140,10 +139,8 @@ class _OpenedLines:
         self.where, self.pipe, self.wanted, self.schema = where, pipe, wanted, schema
         self.bad: dict[int, str] = {}
         self.blank, self.begins = list[int](), set[int]()
-        self._missing, self._keys = (
-            wanted.keep,
-            dict[str, None](),
-        )  # columns that no line has so far; keys of all lines
+        # columns that no line has so far; keys of all lines
+        self._missing, self._keys = (wanted.keep, dict[str, None]())
         self._doc_id: Any = None
 
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:

@@ -147,9 +147,8 @@ def _without_views(kind: pa.DataType) -> pa.DataType:
     )
 
 
-FEW_BYTES = (
-    1 << 12
-)  # that `Pipe.ready` reads at a time: each read copies all that waits in the pipe
+# that `Pipe.ready` reads at a time: each read copies all that waits in the pipe
+FEW_BYTES = 1 << 12
 
 
 class Stdin(io.RawIOBase):

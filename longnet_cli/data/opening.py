@@ -72,9 +72,8 @@ def open_input(input_file: InputFile, wanted: Wanted) -> Text | Table:
         return replace(opened, ready=pipe.ready) if isinstance(opened, Table) else opened
     with reading(input_file.where):
         if input_file.filesystem is not None:
-            from .remote import (
-                open_remote,
-            )  # imported late: 20 ms that local input does not need
+            # imported late: 20 ms that local input does not need
+            from .remote import open_remote
 
             file = open_remote(input_file.filesystem, str(input_file.path), input_file.where)
             # A store that is busy answers with some lines. pyarrow tries again only if they fit what it asked for.

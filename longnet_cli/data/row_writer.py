@@ -87,9 +87,8 @@ class ShardWriter:
                 self._sink.flush()
             return
         if str(self.output) != "-":
-            with suppress(
-                Exception
-            ):  # a Parquet writer closes itself later, into a file that is gone
+            # a Parquet writer closes itself later, into a file that is gone
+            with suppress(Exception):
                 self._writer.close()
         elif self._between_messages and not self.lines:
             cast(_Stdout, self._sink).cut()

@@ -178,11 +178,8 @@ PASSAGE_ENDS = (
 
 Unit = Literal["sentence", "paragraph", "passage"]
 ENDS = {"sentence": SENTENCE_END, "paragraph": PARAGRAPH_END}
-SIZES = {
-    "sentence": 1 << 14,
-    "paragraph": 1 << 14,
-    "passage": 800,
-}  # bytes at most; 800 are about 200 tokens of prose
+# bytes at most; 800 are about 200 tokens of prose
+SIZES = {"sentence": 1 << 14, "paragraph": 1 << 14, "passage": 800}
 PART = 1 << 16  # characters
 
 

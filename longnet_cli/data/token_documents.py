@@ -14,9 +14,8 @@ from longnet_cli.basics.errors import DataError
 from .stored_files import FileChangedError, Part, no_place
 from .tokenizer import Tokenizer
 
-STEP = (
-    1 << 18
-)  # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
+# tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
+STEP = 1 << 18
 SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
 
 
@@ -248,9 +247,8 @@ class TextPlaces:
         if words is not None and document.places is None and words.spells:
             steps = range(0, len(document), STEP)
             sizes = (words.n_bytes(document.read(i, i + STEP)) or 0 for i in steps)
-            self._counts = (
-                sum(sizes) == document.n_bytes
-            )  # otherwise the tokenizer dropped some of the text
+            # otherwise the tokenizer dropped some of the text
+            self._counts = sum(sizes) == document.n_bytes
             self._begin, self._inside = words.characters
 
     def of(self, start: int, end: int) -> tuple[int | None, int | None]:

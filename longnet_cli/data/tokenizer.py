@@ -131,9 +131,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 GROUP = 1 << 22
 PLACED_GROUP = 1 << 17  # with places, an encoding takes 150 bytes per character
 MOST_IDS = 1 << 24  # in a vocabulary: each takes memory before a text is read
-MOST_GROWTH = (
-    256  # of a text by a normalizer, at worst. Unicode's own, NFKC, makes 18 characters of one.
-)
+# of a text by a normalizer, at worst. Unicode's own, NFKC, makes 18 characters of one.
+MOST_GROWTH = 256
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -171,9 +170,8 @@ class Tokenizer:
     """
 
     folder: Path | None = None
-    splits_special = (
-        True  # whether a special token that is written in a text is encoded as its characters
-    )
+    # whether a special token that is written in a text is encoded as its characters
+    splits_special = True
     tells_places = False  # whether `encode_long` gives the place of each token in the text
     prompt_ids: tuple[int, ...] = ()  # of the text `_prompt`, which stands before each document
     _prompt = ""

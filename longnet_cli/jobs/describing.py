@@ -111,9 +111,8 @@ def find_subject(text: str) -> Subject:
                 f"{error}; or name a recipe or a model; these are shipped: {names}"
             ) from None
     if file or (not path and text not in list_models()):
-        from longnet_cli.jobs.training.recipe import (
-            load_recipe,
-        )  # any tokenizer: a pattern has no vocabulary
+        # any tokenizer: a pattern has no vocabulary
+        from longnet_cli.jobs.training.recipe import load_recipe
 
         return _of_config(text, load_recipe(text, {"data.tokenizer": "bytes"}).model)
     folder = ModelFolder.find(text)
@@ -252,9 +251,8 @@ def picture(
             asking = low if pattern.queries == "all" else _next_kept(low, w, r, offset)
             for begin, end in keys_seen(pattern, level, asking[:, None], seq, causal):
                 if causal and (level == 0 or pattern.overlap == "repeat"):
-                    end = np.maximum(
-                        end, np.where(asking < high, high, 0)[:, None]
-                    )  # the cell's last query
+                    # the cell's last query
+                    end = np.maximum(end, np.where(asking < high, high, 0)[:, None])
                 key = _next_kept(np.maximum(keys[None, :-1], begin), w, r, offset)
                 sees = (asking < high)[:, None] & (key < np.minimum(keys[None, 1:], end))
                 drawn[sees & (drawn == NOTHING)] = level

@@ -56,9 +56,8 @@ from longnet_cli.running.reader import (
     fitting_chunk,
 )
 
-HEAP_GAPS = (
-    1.2  # of a CPU's memory in one run and in another: whether a large tensor fits a gap is chance
-)
+# of a CPU's memory in one run and in another: whether a large tensor fits a gap is chance
+HEAP_GAPS = 1.2
 TOKENS = 16  # of a measured pass, and half of those of another one
 
 
@@ -155,9 +154,8 @@ def step_of_layers(
         modules = net.layers
     net.to(device)
     for module in net.modules():
-        if isinstance(
-            module, nn.Embedding
-        ):  # its gradient is as large as the table; what follows has one all the same
+        # its gradient is as large as the table; what follows has one all the same
+        if isinstance(module, nn.Embedding):
             module.requires_grad_(False)
             module.register_forward_hook(lambda module, args, embedded: embedded.requires_grad_())
     for layer in modules if again else ():
@@ -245,9 +243,8 @@ def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
     A chunk sees the segment inside which it starts, if any, and the `back` segments before its own.
     """
     ends = -(-seq_len // chunk) - 1
-    if (
-        chunk >= (1 + back) * w
-    ):  # no segment is seen from two ends; an end on a segment's edge sees one fewer
+    # no segment is seen from two ends; an end on a segment's edge sees one fewer
+    if chunk >= (1 + back) * w:
         return ends * (1 + back) - ends // (w // math.gcd(w, chunk))
     # all segments, from the first one that the first end sees up to the last end
     return -(-ends * chunk // w) - max(0, chunk // w - back) if ends else 0
@@ -292,10 +289,8 @@ class Estimate:
     spillable: Sequence[str] = ()
     hint: str = ""
 
-    HELD: ClassVar[tuple[str, ...]] = (
-        "program",
-        "loading",
-    )  # in use when `free` is measured, or free again later
+    # in use when `free` is measured, or free again later
+    HELD: ClassVar[tuple[str, ...]] = ("program", "loading")
 
     @property
     def peak(self) -> int:

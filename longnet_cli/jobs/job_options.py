@@ -8,11 +8,8 @@ from typing import Literal
 
 from longnet_cli.basics.errors import ConfigError
 
-UNITS = {
-    "sentence": 25,
-    "paragraph": 100,
-    "passage": 150,
-}  # of a text, and about as many tokens of prose
+# of a text, and about as many tokens of prose
+UNITS = {"sentence": 25, "paragraph": 100, "passage": 150}
 POOLS = ("cls", "max", "mean", "sqrt", "weighted", "last", "first")
 ONE_STATE = {"cls", "first", "last"}  # poolings that take one state of a sequence
 NO_PREFIX = "none"

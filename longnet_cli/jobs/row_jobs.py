@@ -96,9 +96,8 @@ class RowJob(ABC):
     shard_size: ClassVar[int]
     batch_rows: ClassVar[int] = 1  # a file or a stream has batches of this many rows or more
     unit: Unit | None = None  # of a text, that has a row
-    names_apart: ClassVar[bool] = (
-        False  # neighbouring documents of one name get names of their own in an output
-    )
+    # neighbouring documents of one name get names of their own in an output
+    names_apart: ClassVar[bool] = False
     failure: LongNetError | None = None  # of a document; it is raised after the rows before it
 
     def __init__(

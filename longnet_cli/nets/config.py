@@ -121,9 +121,8 @@ class NetConfig:
 XPOS_MAX_SEGMENT = 65536
 
 MOST_LAYERS = 10_000  # each is made, and some plans count them one by one
-_LARGEST = (
-    1 << 24
-)  # rows and columns of a layer's matrices: torch cannot count the bytes of far larger ones
+# rows and columns of a layer's matrices: torch cannot count the bytes of far larger ones
+_LARGEST = 1 << 24
 
 _OPTIONS = {*PATTERN_FIELDS, "drop_path"} - {"segment_lengths", "dilation_rates", "head_offsets"}
 
@@ -358,9 +357,8 @@ class SlideConfig(LongNetConfig):
     causal: bool = False
     position: Literal["rope", "none"] = "none"
     in_features: int = Field(default=1536, gt=0)
-    grid: int = Field(
-        default=1000, ge=0, le=1 << 24
-    )  # cells are float32 numbers in the rows that the net reads
+    # cells are float32 numbers in the rows that the net reads
+    grid: int = Field(default=1000, ge=0, le=1 << 24)
     tile_size: int = Field(default=256, gt=0)
     drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
 
@@ -392,12 +390,10 @@ class TransformersConfig(NetConfig, BaseModel):
     head_dim: int
     ffn_dim: int
     causal: bool
-    memory: Literal[
-        "segments", "cache", "none"
-    ]  # the memory of a causal sequence between its chunks
-    max_tokens: (
-        int | None
-    )  # the size of a table of positions; for a dense net as trained, its training length
+    # the memory of a causal sequence between its chunks
+    memory: Literal["segments", "cache", "none"]
+    # the size of a table of positions; for a dense net as trained, its training length
+    max_tokens: int | None
     as_trained: bool  # no pattern is given: dense, on sequences of at most its training length
     pattern: Pattern
     parameters: int

@@ -184,9 +184,8 @@ class LongNet(Net):
         self.config: LongNetConfig = config
         self.row_size = None if config.vocab_size else config.dim
         self.embedding = None
-        if (
-            config.vocab_size
-        ):  # an empty table: `init_weights` draws it, and nn.Embedding would draw it before
+        # an empty table: `init_weights` draws it, and nn.Embedding would draw it before
+        if config.vocab_size:
             table = torch.empty(config.vocab_size, config.dim)
             self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=table)
         self.layers = nn.ModuleList(self.layer_kind(config) for _ in range(config.num_layers))
@@ -195,9 +194,8 @@ class LongNet(Net):
         )
         untied = config.vocab_size and not config.tie_embeddings
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None
-        if not any(
-            p.is_meta for p in self.parameters()
-        ):  # on the meta device, drawing would import half of torch
+        # on the meta device, drawing would import half of torch
+        if not any(p.is_meta for p in self.parameters()):
             self.init_weights()
 
     @torch.no_grad()
@@ -265,9 +263,8 @@ class LongNet(Net):
             raise ConfigError(
                 "this model has no token embedding (vocab_size 0): it reads embeddings, not tokens"
             )
-        return tokens.to(
-            next(self.parameters()).dtype
-        )  # vectors, from a caller that passes any rows as tokens
+        # vectors, from a caller that passes any rows as tokens
+        return tokens.to(next(self.parameters()).dtype)
 
     def positions(
         self, x: Tensor, start: int, documents: Sequence[int] | None = None

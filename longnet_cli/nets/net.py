@@ -147,9 +147,8 @@ class Net(nn.Module):
     has_grid: bool = False  # whether the vectors that it reads lie in a grid
     digest: str | None = None  # of configuration and weights, where both stay as they are
     row_size: int | None = None  # the size of the vectors that the net reads in place of token ids
-    layer_by_layer: bool = (
-        False  # whether jobs can run its layers one by one, and see the states between them
-    )
+    # whether jobs can run its layers one by one, and see the states between them
+    layer_by_layer: bool = False
 
     def start_rows(self, bos: Bos) -> np.ndarray:
         """Return the rows that the net reads before each document: the ids of `bos`, (n,) int64, if it is causal."""

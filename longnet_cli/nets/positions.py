@@ -80,9 +80,8 @@ def position_table(
         position = torch.arange(start + begin, start + end, dtype=torch.int64, device=device)
         if xpos:
             place = (position % longest - longest // 2).double()
-            phase = (place[:, None] * frequencies).remainder_(2 * math.pi)[
-                :, None
-            ]  # (rows, 1, D/2)
+            # (rows, 1, D/2)
+            phase = (place[:, None] * frequencies).remainder_(2 * math.pi)[:, None]
             exponent = (place / XPOS_SCALE_BASE)[:, None, None] * log_zeta
             q[rows] = torch.polar(exponent.exp(), phase)
             k[rows] = torch.polar(exponent.neg_().exp_(), phase)

@@ -35,12 +35,10 @@ HEAD_EPS = 1e-6  # of the last norm; the others have the configuration's
 CLS_CELL = -1.0  # both numbers of the cell of the CLS row, whose vector is not read
 
 
-CROWD = (
-    8  # mean tiles per cell from which the cell size is most likely wrong; overlapping tiles have 4
-)
-TileSize = (
-    float | Sequence[float] | Tensor | None
-)  # one side for all slides, or one for each; None is the model's own
+# mean tiles per cell from which the cell size is most likely wrong; overlapping tiles have 4
+CROWD = 8
+# one side for all slides, or one for each; None is the model's own
+TileSize = float | Sequence[float] | Tensor | None
 
 
 class Tiles(DocumentLike, Protocol):
@@ -81,9 +79,8 @@ def tile_cells(document: Tiles, config: SlideConfig, tile_size: float | None = N
             f"{document.where}: document {document.doc_id!r} has no coordinates, which the model needs: a column "
             "coords of pairs, or x and y"
         )
-    side = (
-        tile_size or document.tile_size or config.tile_size
-    )  # in pixels of the document's coordinates
+    # in pixels of the document's coordinates
+    side = tile_size or document.tile_size or config.tile_size
     cells = grid_cells(torch.from_numpy(document.coords), side)
     if outside := outside_grid(cells, config.grid):
         index, problem = outside
@@ -381,7 +378,6 @@ def _pooled(x: Tensor, counts: Tensor, pool: SlidePool) -> Tensor:
     if pool == "cls":
         return x[:, 0]
     real = torch.arange(x.shape[1] - 1) < counts[:, None]
-    tiles = torch.where(
-        real[..., None].to(x.device), x[:, 1:], x.new_zeros(())
-    )  # padding may be NaN
+    # padding may be NaN
+    tiles = torch.where(real[..., None].to(x.device), x[:, 1:], x.new_zeros(()))
     return tiles.sum(1, dtype=torch.float64) / counts[:, None].to(x.device)

@@ -331,9 +331,8 @@ def write_tensors(
 
     The library's own writer orders the metadata at random (its issue #584); here, equal models give equal files.
     """
-    names = sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), name)
-    )  # so each is aligned
+    # so each is aligned
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:

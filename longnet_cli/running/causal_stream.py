@@ -192,9 +192,8 @@ class CausalStream(LayerCaches):
         facts: dict[str, Any] = dict(reader_facts(self.model, name, tokenizer_sha256))
         facts |= {"dtype": dtype_name(self.caches[0].dtype), "tokens": self.position}
         facts["last_tokens"] = None if self.last_tokens is None else self.last_tokens.tolist()
-        facts["as_trained"] = getattr(
-            self.model.config, "as_trained", False
-        )  # then --state takes no pattern
+        # then --state takes no pattern
+        facts["as_trained"] = getattr(self.model.config, "as_trained", False)
         return write_state(Path(folder), facts, self._state())
 
     @classmethod

@@ -96,9 +96,8 @@ class _RankChunk(NamedTuple):
     turn: int
 
 
-Segments = dict[
-    FarSpan, SegmentRows
-]  # by the span of the whole segment, up to the end of the sequence
+# by the span of the whole segment, up to the end of the sequence
+Segments = dict[FarSpan, SegmentRows]
 
 
 class _Layers:

@@ -47,9 +47,8 @@ class MappedMemory:
                     allocate(file.fileno(), size)
                     self._map = mmap.mmap(file.fileno(), size)
         self._used = self._alive = 0
-        self._free: defaultdict[int, list[int]] = defaultdict(
-            list
-        )  # size -> offsets of the rooms of that size
+        # size -> offsets of the rooms of that size
+        self._free: defaultdict[int, list[int]] = defaultdict(list)
 
     def empty(
         self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -69,9 +68,8 @@ class MappedMemory:
         else:
             self._alive -= 1
             raise ValueError(f"of {len(self._map)} mapped bytes none are left for {size} more")
-        room = np.frombuffer(
-            self._map, np.uint8, size, offset
-        )  # kept alive by the tensor's storage
+        # kept alive by the tensor's storage
+        room = np.frombuffer(self._map, np.uint8, size, offset)
         weakref.finalize(room, self._give_back, offset, aligned(size))
         return torch.from_numpy(room).view(dtype).view(*shape)
 

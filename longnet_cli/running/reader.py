@@ -31,9 +31,8 @@ from longnet_cli.running.layerwise import hidden_in_chunks
 from longnet_cli.running.ranks.exchange import Exchange
 from longnet_cli.running.ranks.ranks import Ranks
 
-CHUNK_BYTES = (
-    256 << 20
-)  # for one chunk's activations; a GPU takes an eighth of its free memory if that is more
+# for one chunk's activations; a GPU takes an eighth of its free memory if that is more
+CHUNK_BYTES = 256 << 20
 SHORTEST_CHUNK = 256  # below it, the calls cost more than the computation
 # Other jobs have a number of tokens, on a CPU and on a GPU. A recipe trains with the same chunk on every CPU, and with
 # the longest that fits on a GPU: beyond GPU_TRAINING_CHUNK, none keeps it busier. The rows of `bench` compare models

@@ -105,9 +105,8 @@ def test_no_graph_holds_what_comes_from_outside():
     found = [backward(model, ids, targets, chunk=100, starts=None), *gradients(model)]
     for a, b in zip(found, expected, strict=True):
         assert error(a, b) <= 1e-6
-    assert (
-        counter.frame_count == 2 * 4
-    )  # without and with gradients: the layer and its attention, before and after
+    # without and with gradients: the layer and its attention, before and after
+    assert counter.frame_count == 2 * 4
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,8 @@ TILED = Pattern((4, 32), (1, 2), look_back=1, overlap="once")
 
 
 @given(choice=choices(), shards=st.lists(st.tuples(PLACES, PLACES), min_size=9, max_size=9))
-@example(
-    choice=Choice(TILED, 1, 96, 1, 2, 0, False, None, 0), shards=[(44.5 / 96, 47.5 / 96)]
-)  # one segment of 4
+# one segment of 4
+@example(choice=Choice(TILED, 1, 96, 1, 2, 0, False, None, 0), shards=[(44.5 / 96, 47.5 / 96)])
 def test_far_spans_are_what_a_shard_sees_outside_it(choice, shards):
     """All of it, no position twice, none that the level before covers for all queries or that lies before the first of
     the past, and sinks where the first level has none.

@@ -215,9 +215,8 @@ def test_plain_math_on_a_gpu_is_said(monkeypatch):
     ) as said:
         assert kernels.select_kernel(torch.device("cuda"), torch.float64, 64).name == "math"
     assert [str(warning.message).count("\n") for warning in said] == [0]
-    kernels.select_kernel(
-        torch.device("cuda"), torch.float64, 64, "math"
-    )  # as was asked for: nothing to say
+    # as was asked for: nothing to say
+    kernels.select_kernel(torch.device("cuda"), torch.float64, 64, "math")
 
 
 @pytest.fixture

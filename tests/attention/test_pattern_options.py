@@ -214,9 +214,8 @@ def test_keys_per_query_are_those_in_the_middle(pattern, causal):
     middle = slice(3 * w, 4 * w)
     counts = key_counts(pattern, max(pattern.dilation_rates), 6 * w, causal, 0, "exact")[0].double()
     mean = counts[:, middle].sum(-1).mean().item()
-    own = (
-        counts.diagonal(0, 1, 2)[:, middle].mean().item() / 2 if causal else 0
-    )  # half a row: itself
+    # half a row: itself
+    own = counts.diagonal(0, 1, 2)[:, middle].mean().item() / 2 if causal else 0
     expected = (pattern.keys_per_query - pattern.sinks) / (2 if causal else 1) + pattern.sinks
     assert mean - own == pytest.approx(expected)
 

@@ -171,9 +171,8 @@ def test_each_result_comes_before_the_next_row_and_a_signal_ends_the_wait(
     assert second.wait(20) == 128 + number
     timer.cancel()
     assert command == "tokenize" or second.stderr.read().startswith(b"stopped: ")
-    assert not second.stdout.read().endswith(
-        b"\xff\xff\xff\xff\0\0\0\0"
-    )  # which would say that this was all
+    # which would say that this was all
+    assert not second.stdout.read().endswith(b"\xff\xff\xff\xff\0\0\0\0")
 
 
 @pytest.mark.parametrize("command", ["score --format jsonl", "encode", "tokenize -o -"])

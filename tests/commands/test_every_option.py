@@ -43,11 +43,8 @@ from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.training.recipe import LoraRecipe, Recipe
 
-TYPERS = {
-    "--install-completion",
-    "--show-completion",
-    "-h",
-}  # options of typer, which change a shell's start, and the short help
+# options of typer, which change a shell's start, and the short help
+TYPERS = {"--install-completion", "--show-completion", "-h"}
 ALONE = ("memory", "compiled")  # what is seen of a process that does nothing else
 REAL = ("processes", "terminal")  # what is seen from outside
 EXTRAS = {"p.svg": "matplotlib", "metrics.jsonl": "matplotlib", "lora.": "peft"}

@@ -257,9 +257,8 @@ def test_a_signal_ends_a_wait_for_input(start, tmp_path, output):
     process.stdin.write(b"a line\n")
     process.stdin.flush()
     wait_for(lambda: unread(process.stdin) == 0)  # and now it waits for more
-    for _ in range(
-        10
-    ):  # Python learns of a signal right before a call that waits only from the next one
+    # Python learns of a signal right before a call that waits only from the next one
+    for _ in range(10):
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(2)
@@ -273,9 +272,8 @@ def test_a_signal_ends_a_wait_for_a_reader_that_stalls(start, corpus):
     process = start("tokenize", corpus, "-o", "-")
     assert process.stdout.read(1)
     size = fcntl.fcntl(process.stdout, fcntl.F_GETPIPE_SZ)
-    wait_for(
-        lambda: unread(process.stdout) >= size - 2 * mmap.PAGESIZE
-    )  # its last pages may be full in part
+    # its last pages may be full in part
+    wait_for(lambda: unread(process.stdout) >= size - 2 * mmap.PAGESIZE)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
     assert process.stderr.read() == b""

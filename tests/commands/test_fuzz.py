@@ -26,9 +26,8 @@ from longnet_cli.cli.app import app
 from longnet_cli.jobs.training.recipe import Recipe
 from longnet_cli.nets.config import LongNetConfig
 
-CPU_SECONDS = (
-    10  # that a run may use: a hang, if it is not one that waits, however busy the machine is
-)
+# that a run may use: a hang, if it is not one that waits, however busy the machine is
+CPU_SECONDS = 10
 MEMORY = 12 << 30  # bytes of addresses that a run may have
 CODES = {0, 1, 2, 3, 4, 5}
 SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim": 24}
@@ -149,9 +148,8 @@ COMMANDS = {
     "bench": "--seq 64 --heads 1 --head-dim 8 --repeats 1 --max-time 1 -q",
     "data inspect": "t.txt",
 }
-FEW = {
-    "--nproc": ["", "0", "-1", "x", "1.5", str(2**63)]
-}  # options that would start a thousand processes
+# options that would start a thousand processes
+FEW = {"--nproc": ["", "0", "-1", "x", "1.5", str(2**63)]}
 
 
 class Done(NamedTuple):

@@ -99,9 +99,8 @@ def test_examples_of_the_help_run(run_longnet, tmp_path):
     save_model(tmp_path / "minilm")
     for folder in ("docs", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    texts = [
-        command_of(name).help for name in (*COMMANDS, "ask", "pattern")
-    ]  # tokenize is before train
+    # tokenize is before train
+    texts = [command_of(name).help for name in (*COMMANDS, "ask", "pattern")]
     examples = re.findall(r"^Example: longnet (.*)", "\n".join(texts), re.MULTILINE)
     assert len(examples) == len(texts)
     for words in map(shlex.split, examples):

@@ -103,9 +103,8 @@ def test_a_chat_is_what_transformers_makes_of_it(words, tmp_path, name):
     found = list(Inputs([path], words, keep=("n",)).documents())
     for document, chat in zip(found, CHATS, strict=True):
         text = fast.apply_chat_template(chat, chat_template=TEMPLATE, tokenize=False)
-        assert (
-            "<|endoftext|>" + words.decode(document.read()) == text
-        )  # the start is the reader's, as of any document
+        # the start is the reader's, as of any document
+        assert "<|endoftext|>" + words.decode(document.read()) == text
     start, end = words.id_of("<|im_start|>"), words.id_of("<|im_end|>")
     assert [token for token in found[0].read().tolist() if token > 255] == [
         start,

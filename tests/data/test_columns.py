@@ -98,9 +98,8 @@ def test_a_column_may_be_inside_of_others(path):
     assert [
         name for name, _, _ in read_kept(path, column="doc.body", id_column="doc.deep.name")
     ] == ["x", "y"]
-    assert read_kept(path, column="doc.body", id_column="doc.deep.name")[1][1] == list(
-        b"twothree"
-    )  # neighbours are one
+    # neighbours are one
+    assert read_kept(path, column="doc.body", id_column="doc.deep.name")[1][1] == list(b"twothree")
     for column in ("doc.text", "doc.body.x", "nothing", "doc"):
         with pytest.raises((ConfigError, DataError), match=r"column|no key") as caught:
             read_kept(path, column=column)

@@ -224,9 +224,8 @@ def test_inputs_of_different_types_are_an_error_that_names_both(tmp_path):
     one = write_file(tmp_path / "one.arrow", token_table(pa.list_(pa.int32())))
     two = write_stream(tmp_path / "two.arrow", token_table(pa.large_list(pa.int64())))
     same = write_parquet(tmp_path / "same.parquet", token_table(pa.large_list(pa.int32())))
-    lines = write_lines(
-        tmp_path / "x.jsonl", [{"ids": ids} for ids in IDS]
-    )  # JSON has one type of number
+    # JSON has one type of number
+    lines = write_lines(tmp_path / "x.jsonl", [{"ids": ids} for ids in IDS])
     assert tokens(read(one, same, lines)) == IDS * 3
     with pytest.raises(
         DataError, match=r"two\.arrow: its tokens are int64 and those of .*one\.arrow are int32"
@@ -249,9 +248,8 @@ def test_the_eos_id_can_be_given(tmp_path):
         ):
             read(path, tokenizer=None, eos_id=eos_id)
     bare = write_file(tmp_path / "bare.arrow", flat.replace_schema_metadata(None))
-    assert tokens(read(bare, tokenizer=None, eos_id=70_000)) == [
-        [1, 2, 256, 3, 2, 4]
-    ]  # past what uint16 can hold
+    # past what uint16 can hold
+    assert tokens(read(bare, tokenizer=None, eos_id=70_000)) == [[1, 2, 256, 3, 2, 4]]
     with pytest.raises(ConfigError, match="does not fit a vocabulary of 257"):
         read(bare, eos_id=257)
 
@@ -316,9 +314,8 @@ def test_text_json_lines_and_arrow_are_read_by_their_first_bytes(suffix, tmp_pat
         for data in (json_lines, (tmp_path / "stream").read_bytes()):
             (tmp_path / name).write_bytes(pack(data))
             assert texts(tmp_path / name) == lines
-    (tmp_path / "twice").write_bytes(
-        pack(TEXT.encode()[:100]) + pack(TEXT.encode()[100:])
-    )  # as `cat a.gz b.gz`
+    # as `cat a.gz b.gz`
+    (tmp_path / "twice").write_bytes(pack(TEXT.encode()[:100]) + pack(TEXT.encode()[100:]))
     assert texts(tmp_path / "twice") == [TEXT]
     (tmp_path / "mark").write_bytes(pack(b"\xef\xbb\xbfx"))
     assert texts(tmp_path / "mark") == ["x"]
@@ -380,9 +377,8 @@ def test_damage_is_one_line(suffix, tmp_path):
         with pytest.raises(DataError, match=r"x: the \w+ data is damaged or truncated") as caught:
             list(Inputs([path], BYTES).documents())
         assert "\n" not in str(caught.value)
-    path.write_bytes(
-        PACKERS[suffix](packed)
-    )  # only one skin is taken off: there are files that unpack to themselves
+    # only one skin is taken off: there are files that unpack to themselves
+    path.write_bytes(PACKERS[suffix](packed))
     with pytest.raises(DataError, match="neither Arrow, Parquet nor UTF-8 text"):
         list(Inputs([path], BYTES).documents())
 

@@ -57,10 +57,8 @@ def test_json_lines_are_read_as_they_come(tmp_path, monkeypatch):
     monkeypatch.setattr("longnet_cli.data.jsonlines.BATCH_BYTES", 1)
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
     documents = iter(Inputs([tmp_path / "x.jsonl"], BYTES).documents())
-    assert [next(documents).read().tolist() for _ in "ab"] == [
-        [97],
-        [98],
-    ]  # what stands before it comes first
+    # what stands before it comes first
+    assert [next(documents).read().tolist() for _ in "ab"] == [[97], [98]]
     with pytest.raises(DataError, match="line 3: not JSON: Expecting value at character 8"):
         next(documents)
 

@@ -142,9 +142,8 @@ def cuts(name: str, data: bytes, chosen: random.Random, count: int) -> Iterator[
         whole = name == "json lines" and (
             place == len(data) - 1 or data[:place].endswith((b"\n", b"}"))
         )
-        if (
-            not whole
-        ):  # a text format of whole lines does not say how many: a cut between two cannot be seen
+        # a text format of whole lines does not say how many: a cut between two cannot be seen
+        if not whole:
             yield Mutation(f"cut at {place}", data[:place], ERROR)
 
 
@@ -243,9 +242,8 @@ def judge(mutation: Mutation, result: tuple[str, Any], name: str) -> str | None:
 def test_damage_is_one_line_or_changes_nothing(tmp_path, command_env, name, piped):
     suffix = ".jsonl" if name == "json lines" else ""
     items = [Mutation("the original", ORIGINALS[name], SAME), *mutations(name)]
-    if (
-        piped and suffix
-    ):  # a pipe has no name that promises JSON Lines: what begins otherwise is a text to be read
+    # a pipe has no name that promises JSON Lines: what begins otherwise is a text to be read
+    if piped and suffix:
         items = [
             item
             for item in items
@@ -305,11 +303,8 @@ def test_an_index_that_has_lost_or_repeats_a_batch_loses_and_repeats_none(tmp_pa
     }[lost]
     data[start : start + 76] = count.to_bytes(4, "little") + kept
     (tmp_path / "x.arrow").write_bytes(data)
-    assert ipc.open_file(tmp_path / "x.arrow").read_all().num_rows in (
-        3,
-        4,
-        5,
-    )  # pyarrow sees nothing
+    # pyarrow sees nothing
+    assert ipc.open_file(tmp_path / "x.arrow").read_all().num_rows in (3, 4, 5)
     documents = Inputs([tmp_path / "x.arrow"]).documents()
     if count == 3:
         assert [document.tokens.tolist() for document in documents] == IDS

@@ -449,9 +449,8 @@ def test_what_nobody_can_reach_is_a_mistake(monkeypatch):
             ConfigError, match=r"no filesystem is known for (zz|nope\+more)://|pip install fsspec"
         ):
             read(uri)
-    monkeypatch.setitem(
-        __import__("sys").modules, "fsspec.core", None
-    )  # as if it were not installed
+    # as if it were not installed
+    monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)
     with pytest.raises(
         ConfigError, match="zz://bucket/x: zz:// needs a package: pip install fsspec"
     ):

@@ -36,9 +36,8 @@ PROSE = st.lists(
 @given(words=PROSE, cuts=st.lists(st.integers(0, 99_999), max_size=4))
 @example(words=["x" * 300] * 99, cuts=[5])
 @example(words=["\n"] * 2000 + ["Who? "], cuts=[])
-@example(
-    words=["x" * 300, "x" * 300, "A word. ", "no end ", "x" * 300], cuts=[]
-)  # a small letter begins no sentence
+# a small letter begins no sentence
+@example(words=["x" * 300, "x" * 300, "A word. ", "no end ", "x" * 300], cuts=[])
 def test_pieces_are_the_text_and_end_where_it_ends(unit, words, cuts):
     """None is too long. One that could go on ends with a sentence or paragraph, unless none ends (late) in it."""
     text = "".join(words)
@@ -76,9 +75,8 @@ def test_sentences_and_paragraphs_of_prose():
     ]  # fmt: skip
     assert [*cut([text], "paragraph")] == [text[:55], "Chapter 2\n\n", text[66:]]
     filler = "This is a sentence of prose. " * 15
-    first, second, _ = cut(
-        [f"{filler}\n\n{filler}And one more. {filler}"], "passage"
-    )  # 435 bytes, then 884
+    # 435 bytes, then 884
+    first, second, _ = cut([f"{filler}\n\n{filler}And one more. {filler}"], "passage")
     assert (first.rstrip(), second[-10:]) == (filler.rstrip(), "of prose. ")
 
 

@@ -313,9 +313,8 @@ def test_only_other_contents_are_refused(run_longnet, tmp_path, job, name):
     (out / "_manifest.arrow").unlink()
     (out / UNFINISHED).write_text(manifest.to_json())
     before, good = contents(out), path.read_bytes()
-    byte = good.index(
-        b"3" if name.endswith("jsonl") else b"\x03" + bytes(7) + b"\x03"
-    )  # of a finished shard
+    # of a finished shard
+    byte = good.index(b"3" if name.endswith("jsonl") else b"\x03" + bytes(7) + b"\x03")
     path.write_bytes(good[:byte] + b"4" + good[byte + 1 :])
     done = run_longnet(f"{COMMANDS[job]} {name} -o out --resume")
     assert (done.returncode, len(done.stderr.splitlines())) == (3, 1), done.stderr

@@ -103,9 +103,8 @@ def test_no_cut_is_in_a_number_or_in_a_special_token(monkeypatch, pattern, split
         assert len(tokenizer.cutter([text]).take(len(text))) > 10
         assert tokenizer.encode(text).tolist() == inner.encode(text).ids
     inner.add_special_tokens([f"<{'a b ' * 200}>"])
-    assert Tokenizer(inner).cutter(texts).take(9999) == [
-        "".join(texts)
-    ]  # nobody looks as far as this token is long
+    # nobody looks as far as this token is long
+    assert Tokenizer(inner).cutter(texts).take(9999) == ["".join(texts)]
 
 
 def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
@@ -122,22 +121,18 @@ def test_a_tokenizer_whose_words_cross_the_cuts_is_not_cut(monkeypatch):
     assert Tokenizer(inner).n_bytes(np.array([0])) is None
     inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "▁": 2}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    inner.normalizer = normalizers.Prepend(
-        "b"
-    )  # before all that it is given: each piece would get one
+    # before all that it is given: each piece would get one
+    inner.normalizer = normalizers.Prepend("b")
     assert Tokenizer(inner).encode(text).tolist() == inner.encode(text).ids
     comment = "a <" + " a b" * text_pieces.REACH + "> b"
-    for pattern in (
-        tokenizers.Regex("<.*>"),
-        comment[2:-2],
-    ):  # it may be longer than what is seen of it beside a cut
+    # it may be longer than what is seen of it beside a cut
+    for pattern in (tokenizers.Regex("<.*>"), comment[2:-2]):
         inner.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(pattern, "b")]
         )
         assert Tokenizer(inner).encode(comment).tolist() == inner.encode(comment).ids
-    inner.normalizer = normalizers.Replace(
-        tokenizers.Regex(" {2,}"), " "
-    )  # as most of SentencePiece's kind have
+    # as most of SentencePiece's kind have
+    inner.normalizer = normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
     assert len(Tokenizer(inner).cutter([comment]).take(len(comment))) > 100
 
 
@@ -249,24 +244,21 @@ def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path):
     for name in names:
         one = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
         one.add_special_tokens([name])
-        assert Tokenizer(one).eos_id == (
-            None if name == "STOP" else 1
-        )  # the others are usual names
+        # the others are usual names
+        assert Tokenizer(one).eos_id == (None if name == "STOP" else 1)
         assert (
             end({"eos_token": name})
             == end({"eos_token": {"content": name, "lstrip": False}})
             == name
         )
     assert end({"eos_token": None, "sep_token": "[SEP]"}) == "[SEP]"
-    assert (
-        end({"eos_token": "</s>"}) == end({}) == end([]) == "<|endoftext|>"
-    )  # the first known one that is there
+    # the first known one that is there
+    assert end({"eos_token": "</s>"}) == end({}) == end([]) == "<|endoftext|>"
     copy = tmp_path / "copy.json"
     inner.save(str(copy))
     assert end({"eos_token": "STOP"}) == "STOP"
-    assert ModelFolder(tmp_path).tokenizer(str(copy)).eos_id == inner.token_to_id(
-        "STOP"
-    )  # equal: the model's own
+    # equal: the model's own
+    assert ModelFolder(tmp_path).tokenizer(str(copy)).eos_id == inner.token_to_id("STOP")
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json: cannot be read"):
         Tokenizer.load(tmp_path)

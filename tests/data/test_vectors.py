@@ -131,9 +131,8 @@ def test_without_ids_a_file_is_one_document(tmp_path):
     assert (found.doc_id, len(found)) == ("slide-7.parquet", 20)
     (empty,) = read(write(by_row().drop_columns(["slide_id"])[:0], tmp_path / "empty.arrow"))
     assert (empty.doc_id, len(empty)) == ("empty.arrow", 0)
-    with pytest.raises(
-        DataError, match="the table has 0 rows"
-    ):  # of which nobody knows the documents
+    # of which nobody knows the documents
+    with pytest.raises(DataError, match="the table has 0 rows"):
         read(write(by_row()[:0], tmp_path / "named.arrow"))
     several = read(write(by_document().drop_columns(["doc_id"]), tmp_path / "d.arrow"))
     assert [x.doc_id for x in several] == ["d.arrow:0", "d.arrow:1", "d.arrow:2"]

@@ -401,15 +401,13 @@ def test_a_plan_for_a_cluster_adds_up(cluster, tmp_path):
     alone = next(plan for plan in plans if plan.options == "--sp 1 --dp 4 --chunk 1Ki --shard none")
     ranks = Ranks(0, 4, 1)
     work = step_flops(small_recipe(**{"train.chunk": 1024}), small_recipe().train.stages[0], ranks)
-    assert alone.seconds["matrix products"] == pytest.approx(
-        work.products * 1024 / 5e9
-    )  # a window for each rank
+    # a window for each rank
+    assert alone.seconds["matrix products"] == pytest.approx(work.products * 1024 / 5e9)
     assert alone.seconds["attention"] == pytest.approx(
         (work.attention + work.attention_backward / 2) * 1024 / 1e10
     )
-    crossed = (
-        2 * 3 / 4 * 4 * small_recipe().model.num_parameters() / 1e8
-    )  # over the network, in a ring
+    # over the network, in a ring
+    crossed = 2 * 3 / 4 * 4 * small_recipe().model.num_parameters() / 1e8
     assert alone.seconds["weights"] == pytest.approx(crossed + 40 * 1e-4)
     kinds = training_memory(small_recipe(**{"train.chunk": 1024}), torch.device("cpu"), ranks)
     for kind in {*kinds, *alone.memory}:

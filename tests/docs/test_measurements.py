@@ -19,11 +19,9 @@ pytestmark = pytest.mark.ci
 FOLDER = ROOT / "docs/measurements"
 WINDOW, CHOSEN = "window:64,sinks=4", "window:64,chosen=2x32"
 # of each script: its arguments in a folder with a Llama and texts, and how many rows it prints
+# ways and methods
 SCRIPTS = {
-    "ask.py": (
-        f"./llama --text a.txt --tokens 500 --passages 1 --alone --pattern {WINDOW}",
-        15,
-    ),  # ways and methods
+    "ask.py": (f"./llama --text a.txt --tokens 500 --passages 1 --alone --pattern {WINDOW}", 15),
     "passage.py": (
         f"./llama {CHOSEN} --passages a.txt --filler b.txt --tokens 50 --distances 300 --near 9 --every 4",
         2,

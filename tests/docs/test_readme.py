@@ -41,10 +41,8 @@ COMPLETE = {
     "README": "torch", "ask": "transformers", "patterns": "torch", "score": "polars",
     "embeddings": "sentence_transformers",
 }  # fmt: skip
-TESTED_ELSEWHERE = {
-    "clients.md",
-    "vectors.md",
-}  # by slow tests of their own: they need what the tests do not install
+# by slow tests of their own: they need what the tests do not install
+TESTED_ELSEWHERE = {"clients.md", "vectors.md"}
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),

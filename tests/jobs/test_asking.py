@@ -303,9 +303,8 @@ def test_places_are_exact(name, text, span):
     places = TextPlaces(Document("a", ids, len(data), "a", tokenizer=words))
     lengths = words.token_bytes
     edges = np.concatenate([[0], np.cumsum(lengths[ids])])  # in bytes
-    owner = [
-        index for index, character in enumerate(text) for _ in character.encode()
-    ]  # of each byte
+    # of each byte
+    owner = [index for index, character in enumerate(text) for _ in character.encode()]
     for start in range(0, len(ids), span):
         end = min(start + span, len(ids))
         own = owner[edges[start] : edges[end]]

@@ -81,15 +81,13 @@ def test_rows_that_would_not_fit_are_skipped_and_the_others_run(monkeypatch):
 
 
 def test_memory_that_runs_out_is_a_row_and_not_the_end(monkeypatch):
-    monkeypatch.setattr(
-        benchmark, "free_memory", lambda device: None
-    )  # nobody knows, so it is tried
+    # nobody knows, so it is tried
+    monkeypatch.setattr(benchmark, "free_memory", lambda device: None)
     assert [
         row.status for row in rows_of([10**12, 64], impl=["dilated"], causal=False, **TINY)
     ] == ["oom", "ok"]
-    (row,) = rows_of(
-        [10**12], impl=["dilated"], causal=False, batch=2**32, **TINY
-    )  # more than torch can count
+    # more than torch can count
+    (row,) = rows_of([10**12], impl=["dilated"], causal=False, batch=2**32, **TINY)
     assert row.status == "oom"
 
 

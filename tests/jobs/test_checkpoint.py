@@ -43,9 +43,8 @@ from longnet_cli.running.ranks.ranks import Ranks
 
 pytestmark = pytest.mark.full
 
-Made = tuple[
-    Recipe, Path, bytes
-]  # a recipe, a run of it that was stopped, and the bytes it must end with
+# a recipe, a run of it that was stopped, and the bytes it must end with
+Made = tuple[Recipe, Path, bytes]
 
 
 @pytest.fixture

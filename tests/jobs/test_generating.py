@@ -75,18 +75,15 @@ def test_draws_follow_the_softmax_and_top_p_takes_the_fewest_tokens():
         return (torch.bincount(drawn, minlength=4) / draws).tolist()
 
     assert shares(1, 1, 4000) == pytest.approx([0.125, 0.5, 0.125, 0.25], abs=0.03)
-    assert shares(1, 0.875, 4000) == pytest.approx(
-        [1 / 7, 4 / 7, 0, 2 / 7], abs=0.03
-    )  # of equal ones the first
+    # of equal ones the first
+    assert shares(1, 0.875, 4000) == pytest.approx([1 / 7, 4 / 7, 0, 2 / 7], abs=0.03)
     assert shares(1, 0.75, 4000) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.03)
     assert shares(1, 0.5) == shares(1, 1e-9) == shares(1e-9, 1) == shares(0, 1) == [0, 1, 0, 0]
-    assert all(
-        shares(tiny, 1) == [0, 1, 0, 0] for tiny in (1e-37, 1e-39, 1e-45, 1e-46)
-    )  # 0 / 0 in float32
+    # 0 / 0 in float32
+    assert all(shares(tiny, 1) == [0, 1, 0, 0] for tiny in (1e-37, 1e-39, 1e-45, 1e-46))
     assert shares(0.5, 1, 4000) == pytest.approx([1 / 22, 16 / 22, 1 / 22, 4 / 22], abs=0.03)
-    assert Sampler(1, 0.5, 0)(logits)[1] == pytest.approx(
-        np.log(0.5)
-    )  # what the model says, whatever is cut
+    # what the model says, whatever is cut
+    assert Sampler(1, 0.5, 0)(logits)[1] == pytest.approx(np.log(0.5))
     with pytest.raises(NotFiniteError, match="not finite"):
         Sampler(0, 1, 0)(torch.tensor([0.0, torch.nan]))
 
@@ -227,9 +224,8 @@ def test_no_part_is_half_a_character(name):
     assert "".join(parts) == words.decode(np.array(ids)) == TEXT * 3
     assert not any(REPLACEMENT in part for part in parts)
     assert max(map(len, parts)) <= 8
-    assert (
-        streamed(words, words.encode("añ").tolist()[:-1])[-1] == REPLACEMENT
-    )  # cut in a character
+    # cut in a character
+    assert streamed(words, words.encode("añ").tolist()[:-1])[-1] == REPLACEMENT
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])

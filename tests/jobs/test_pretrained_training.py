@@ -174,9 +174,8 @@ def test_lora_leaves_the_merged_model_and_the_adapter(llama, corpus, tmp_path):
     assert torch.equal(merged["lm_head.weight"], weights(llama)["lm_head.weight"])
     base = hf.AutoModelForCausalLM.from_pretrained(llama)
     settings = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
-    assert settings["target_modules"] == sorted(
-        settings["target_modules"]
-    )  # a set: equal runs have equal bytes
+    # a set: equal runs have equal bytes
+    assert settings["target_modules"] == sorted(settings["target_modules"])
     adapted = (
         peft.PeftModel.from_pretrained(base, tmp_path / "run/adapter")
         .merge_and_unload()
@@ -256,9 +255,8 @@ def train_on(llama: Path, corpus: Path, runs: list[tuple[Path, int, str, str, bo
 
 @pytest.mark.ci
 def test_two_ranks_are_one(llama, corpus, tmp_path):
-    hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(
-        llama
-    )  # for LoRA
+    # for LoRA
+    hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16).save_pretrained(llama)
     alone = [(tmp_path / f"{WINDOW}{lora}", 1, "none", WINDOW, lora) for lora in (0, 1)]
     train_on(llama, corpus, alone)
     settings = [
@@ -272,11 +270,8 @@ def test_two_ranks_are_one(llama, corpus, tmp_path):
         single = tmp_path / f"{pattern}{lora}"
         torch.testing.assert_close(weights(output), weights(single), rtol=2e-4, atol=2e-4)
         two, one = ([line["grad_norm"] for line in metrics_of(path)] for path in (output, single))
-        assert two == pytest.approx(one, rel=1e-3), (
-            dp,
-            shard,
-            pattern,
-        )  # AdamW does not see how large gradients are
+        # AdamW does not see how large gradients are
+        assert two == pytest.approx(one, rel=1e-3), (dp, shard, pattern)
 
 
 def test_a_model_without_a_pattern_trains_dense_as_far_as_it_was_trained(llama, corpus, tmp_path):

@@ -153,9 +153,8 @@ def test_it_is_a_plain_loop_over_windows(mean_model, cls_model, context, stride,
     assert metadata[b"longnet.context"] == str(context or 20).encode()
     assert metadata[b"longnet.stride"] == str(span if cls and span else stride or room).encode()
     assert metadata[b"longnet.prompt"] == PROMPT.encode()
-    assert (
-        metadata[b"longnet.modules"] == b"Pooling"
-    )  # the Normalize at the end is told by the next one
+    # the Normalize at the end is told by the next one
+    assert metadata[b"longnet.modules"] == b"Pooling"
     assert metadata[b"longnet.normalized"] == b"true"
 
 

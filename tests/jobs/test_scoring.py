@@ -318,9 +318,8 @@ def plain(
 
     Without a stride, windows of a whole document do not overlap, and the last one may be shorter.
     """
-    ids = (
-        document.tokens if bos is None else np.concatenate(([bos], document.tokens))
-    )  # ids[i + 1] is the i-th target
+    # ids[i + 1] is the i-th target
+    ids = document.tokens if bos is None else np.concatenate(([bos], document.tokens))
     end, begin = len(ids) - 1, 0 if last is None else len(ids) - 1 - last
     nats, seen = [], []
     for block in range(begin, end, stride or context):

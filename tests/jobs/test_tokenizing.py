@@ -104,9 +104,8 @@ def test_shards_end_at_documents_and_batches_cut_rows(corpus, tmp_path, monkeypa
     assert [shard.name for shard in result.shards] == ["shard-00000.arrow", "shard-00001.arrow"]
     reader = ipc.open_file(result.shards[0])
     batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-    assert [batch.num_rows for batch in batches] == [1] * len(
-        batches
-    )  # what fits a batch is never cut
+    # what fits a batch is never cut
+    assert [batch.num_rows for batch in batches] == [1] * len(batches)
     assert max(batch.column("input_ids").flatten().nbytes for batch in batches) == 100
     table = reader.read_all()
     assert table["doc_id"].to_pylist() == ["a.txt"] + ["b.txt"] * (len(batches) - 1)
@@ -343,9 +342,8 @@ def test_an_interruption_between_any_two_lines_is_what_the_caller_sees():
 
     def run(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        list(
-            groups(itertools.repeat(0, 100_000))
-        )  # not for ever: Python drops what is raised in a garbage collection
+        # not for ever: Python drops what is raised in a garbage collection
+        list(groups(itertools.repeat(0, 100_000)))
 
     seen, chance, before = 0, random.Random(0), signal.signal(signal.SIGALRM, interrupt)
     switched = sys.getswitchinterval()
@@ -409,9 +407,8 @@ def test_the_rest_is_written_as_if_it_were_all(tmp_path, run_longnet, inputs, ou
     assert good.stderr.decode() == f"{TOTALS}{place}\n"
     if output == "out":
         shards, wanted = contents(tmp_path / "out"), contents(tmp_path / "good/out")
-        assert shards.pop("_manifest.arrow") != wanted.pop(
-            "_manifest.arrow"
-        )  # in the number of what is left out
+        # in the number of what is left out
+        assert shards.pop("_manifest.arrow") != wanted.pop("_manifest.arrow")
         assert shards == wanted
         totals = read_manifest(tmp_path / "good/out").totals
         assert read_manifest(tmp_path / "out").totals == {

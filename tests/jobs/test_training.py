@@ -202,9 +202,8 @@ def test_muon_computes_in_fp32_on_a_cpu(corpus):
     before = [p.detach().double() for p in group["params"]]
     muon.step()
     for p, was in zip(group["params"], before, strict=True):
-        x = (
-            p.grad.double() / p.grad.double().norm()
-        )  # the momentum of a first step points the same way
+        # the momentum of a first step points the same way
+        x = p.grad.double() / p.grad.double().norm()
         for _ in range(5):
             square = x @ x.T if len(x) <= x.shape[1] else x.T @ x
             square = -4.775 * square + 2.0315 * square @ square

@@ -69,9 +69,8 @@ def test_what_a_token_takes_is_measured_in_a_few_layers(dtype, again):
         LongNetConfig(**MODEL | {"num_layers": 2}), dtype, "null", again
     )
     s, d, f = 4 if dtype == "fp32" else 2, MODEL["dim"], MODEL["ffn_dim"]
-    kept = (
-        (8 + 7 * s) * d + 3 * s * f + 16 + 4 * s + 4 * MODEL["num_heads"]
-    )  # by hand; of both norms, their statistics
+    # by hand; of both norms, their statistics
+    kept = (8 + 7 * s) * d + 3 * s * f + 16 + 4 * s + 4 * MODEL["num_heads"]
     assert layer == (4 * d if again else kept)
 
 
@@ -91,9 +90,8 @@ def test_flops_are_those_that_torch_counts():
     counted = sum(
         n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
     )
-    one_key = LongNetConfig(
-        **(MODEL | {"segment_lengths": (1,), "dilation_rates": (1,)})
-    )  # next to no attention
+    # next to no attention
+    one_key = LongNetConfig(**(MODEL | {"segment_lengths": (1,), "dilation_rates": (1,)}))
     attention = 3.5 * 4 * 64 / 2
     assert one_key.training_flops([256]) - attention * 256 == pytest.approx(counted)
     assert config.training_flops([256]) > one_key.training_flops([256])

@@ -99,13 +99,10 @@ def test_every_token_is_an_input_once_an_epoch(seq_len):
         inputs = np.sort(
             np.concatenate([np.arange(start, start + seq_len) for _, _, start in visited])
         )
-        assert np.array_equal(
-            inputs, np.arange(inputs[0], inputs[0] + count * seq_len)
-        )  # each once, without a gap
-        head, tail = (
-            inputs[0],
-            len(source) - 1 - (inputs[-1] + 1),
-        )  # the last token is nothing but a target
+        # each once, without a gap
+        assert np.array_equal(inputs, np.arange(inputs[0], inputs[0] + count * seq_len))
+        # the last token is nothing but a target
+        head, tail = (inputs[0], len(source) - 1 - (inputs[-1] + 1))
         assert head >= 0
         assert tail >= 0
         assert head + tail == (len(source) - 1) % seq_len
@@ -224,13 +221,11 @@ def test_reads_of_a_pool_are_few_long_ranges():
     for pool in np.split(starts, range(24, 1250, 24)):
         pool = np.sort(pool)
         ranges.append(np.split(pool, np.flatnonzero(np.diff(pool) != 8) + 1))
-    assert (
-        max(map(len, ranges)) <= 4
-    )  # 3 blocks, and what is left of one that the pool before did not finish
+    # 3 blocks, and what is left of one that the pool before did not finish
+    assert max(map(len, ranges)) <= 4
     assert np.mean([len(run) for pool in ranges for run in pool]) > 6
-    assert (
-        np.mean(np.abs(np.diff(starts)) == 8) < 0.1
-    )  # yet neighbours are hardly ever visited in a row
+    # yet neighbours are hardly ever visited in a row
+    assert np.mean(np.abs(np.diff(starts)) == 8) < 0.1
 
 
 def test_epochs_differ_in_phase_and_order_and_so_do_seeds_and_sources():

@@ -112,9 +112,8 @@ def test_what_transformers_saves_is_a_longnet_again(net, folder, tmp_path):
     torch.manual_seed(3)
     drawn = hf.AutoModelForCausalLM.from_config(model.config)
     torch.manual_seed(3)
-    assert torch.equal(
-        drawn.embedding.weight, LongNet(net.config).embedding.weight
-    )  # drawn once, as a LongNet
+    # drawn once, as a LongNet
+    assert torch.equal(drawn.embedding.weight, LongNet(net.config).embedding.weight)
 
 
 def test_a_resized_vocabulary_is_saved(folder, tmp_path):
@@ -156,9 +155,8 @@ def test_keys_that_transformers_writes_are_known_by_name_and_no_others(folder):
 def test_weights_that_are_missing_are_an_error(folder):
     from safetensors.torch import load, save_file
 
-    weights = load(
-        (folder / "model.safetensors").read_bytes()
-    )  # a file that is replaced must not be mapped
+    # a file that is replaced must not be mapped
+    weights = load((folder / "model.safetensors").read_bytes())
     removed = weights.pop("layers.1.attention.q.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"missing tensor layers\.1\.attention\.q\.weight"):

@@ -117,9 +117,8 @@ def attention_module(choice: Choice) -> nn.Module:
 @given(choice=choices(causal=True), sizes=cuts())
 def test_any_pattern_with_cached_keys_is_the_dense_reference(choice, sizes):
     """The attention function, given all keys so far: outputs and gradients, with fewer key heads than query heads."""
-    choice = replace(
-        choice, start=0, by_level=False
-    )  # transformers rotates queries and keys itself
+    # transformers rotates queries and keys itself
+    choice = replace(choice, start=0, by_level=False)
     module, results = attention_module(choice), []
     for whole in (True, False):
         *inputs, dout = (x.requires_grad_() for x in choice.qkv())
@@ -346,9 +345,8 @@ def test_the_pattern_is_saved_and_loaded(tmp_path, pattern):
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert pattern_of(again.config) == pattern
     assert torch.equal(again(ids(100)).logits, net(ids(100)).logits)
-    own = type(built(llama)).from_pretrained(
-        tmp_path
-    )  # no Auto class, which would call use_dilated_attention
+    # no Auto class, which would call use_dilated_attention
+    own = type(built(llama)).from_pretrained(tmp_path)
     if pattern.moves_keys:
         with pytest.raises(ConfigError, match=r"call use_dilated_attention\(model\) after loading"):
             own(ids(100))
@@ -364,9 +362,8 @@ def test_autocast_and_checkpointing(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = outputs_and_gradients(net, "dilated", input_ids=ids(150))
     for name, value in exact.items():
-        assert (rough[name] - value).norm() <= 5e-2 * max(0.1, value.norm()), (
-            name
-        )  # BERT's key biases have none
+        # BERT's key biases have none
+        assert (rough[name] - value).norm() <= 5e-2 * max(0.1, value.norm()), name
     assert not torch.equal(rough["logits"].float(), exact["logits"])
     net.train()
     net.gradient_checkpointing_enable()

@@ -36,9 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ci
 @pytest.mark.full
 def test_weights_are_mapped_not_copied(folder, command_env):
-    tried, weights = extra_memory(
-        folder, "bfloat16", command_env
-    )  # the first time, a few tokens go through the model
+    # the first time, a few tokens go through the model
+    tried, weights = extra_memory(folder, "bfloat16", command_env)
     assert weights > 140_000_000
     assert tried <= 1.6 * weights
     extra, _ = extra_memory(folder, "bfloat16", command_env)

@@ -52,9 +52,8 @@ def test_golden_slide_encoder(run_longnet, tmp_path, kind):
 def test_golden_torchscale(run_longnet, tmp_path, name):
     state, wanted, theirs = read_golden(name)
     side = name.partition("_")[0]
-    inside = {
-        f"module.model.slide_encoder.{side}.{key}": tensor for key, tensor in state.items()
-    }  # of larger models
+    # of larger models
+    inside = {f"module.model.slide_encoder.{side}.{key}": tensor for key, tensor in state.items()}
     torch.save(inside, tmp_path / "net.pt")
     heads = [] if theirs["xpos"] else ["--heads", str(theirs["heads"])]  # its scales say them
     run_longnet(

@@ -39,9 +39,8 @@ def config_of(folder: Path) -> dict[str, Any]:
 def test_what_does_not_know_the_type_names_the_import(folder, monkeypatch):
     found = config_of(folder)
     assert found["architectures"] == ["DilatedLlamaForCausalLM"]
-    assert (
-        found["attn_implementation"] == "dilated"
-    )  # at which LlamaForCausalLM fails, which looks at no type
+    # at which LlamaForCausalLM fails, which looks at no type
+    assert found["attn_implementation"] == "dilated"
     monkeypatch.delitem(hf.CONFIG_MAPPING._extra_content, DILATED_TYPE)
     with pytest.raises(
         ValueError, match=r"model type `import longnet_cli\.integrations\.transformers`"
@@ -51,9 +50,8 @@ def test_what_does_not_know_the_type_names_the_import(folder, monkeypatch):
 
 def test_what_was_opened_is_saved_as_it_was(folder, tmp_path):
     model = hf.AutoModelForCausalLM.from_pretrained(folder)
-    assert (
-        hf.MODEL_FOR_CAUSAL_LM_MAPPING[hf.LlamaConfig] is hf.LlamaForCausalLM
-    )  # that of all others
+    # that of all others
+    assert hf.MODEL_FOR_CAUSAL_LM_MAPPING[hf.LlamaConfig] is hf.LlamaForCausalLM
     copies = [model, copy.deepcopy(model), hf.AutoModelForCausalLM.from_config(model.config)]
     for i, each in enumerate(copies):
         each.save_pretrained(tmp_path / str(i))

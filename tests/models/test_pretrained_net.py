@@ -101,9 +101,8 @@ def assert_stream_is_whole(stream: Callable[..., torch.Tensor], net: Transformer
 def test_a_stream_with_the_cache_of_transformers_is_the_whole(model, attention):
     net = net_of(model, attention)
     assert net.config.memory == "cache"
-    assert (
-        net.note is None if attention == "dilated" else "keeps all keys" in net.note
-    )  # a LongNetCache keeps few
+    # a LongNetCache keeps few
+    assert net.note is None if attention == "dilated" else "keeps all keys" in net.note
     assert_stream_is_whole(open_stream(net), net)
 
 

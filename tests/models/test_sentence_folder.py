@@ -274,9 +274,8 @@ def test_folders_as_others_publish_them(what, tmp_path, monkeypatch):
     assert difference(folder, texts(4, 12)) < 1e-5
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert model_digest(*nets("../model")) == model_digest(
-        *nets(str(folder))
-    )  # nothing in it is random
+    # nothing in it is random
+    assert model_digest(*nets("../model")) == model_digest(*nets(str(folder)))
 
 
 def nets(name: str) -> list[Net]:
@@ -355,9 +354,10 @@ def test_what_is_not_computed_is_refused_by_name_in_one_line(tmp_path):
 
 def test_a_text_that_changes_the_prompts_tokens_is_left_out_alone(tmp_path):
     folder = save_model(tmp_path / "model", prompts={"document": "i"})
+    # i + n is "in"
     table = pa.table(
         {"doc_id": [*"abcd"], "text": ["the net", "n the document", "of long", "an net"]}
-    )  # i + n is "in"
+    )
     with pytest.raises(LongNetError, match="joins the prompt 'i'"):
         encode_batches(table, model=str(folder))
     assert encode_batches(table, model=str(folder), skip_bad=True)["doc_id"].to_pylist() == [*"acd"]

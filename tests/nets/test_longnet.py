@@ -49,9 +49,8 @@ def test_a_token_reaches_as_far_as_the_pattern_says(num_layers, causal):
     changed_tokens.diagonal().add_(1).remainder_(50)
     with torch.no_grad():
         base = net(tokens)
-        change = (
-            torch.cat([net(rows) - base for rows in changed_tokens.split(50)]).abs().amax(-1)
-        )  # (token, output)
+        # (token, output)
+        change = torch.cat([net(rows) - base for rows in changed_tokens.split(50)]).abs().amax(-1)
     hop = torch.eye(200, dtype=torch.bool)
     position = torch.arange(200)
     for level, (w, r) in enumerate(net.config.pattern.levels):

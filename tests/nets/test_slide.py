@@ -18,10 +18,8 @@ from longnet_cli.nets.slide import SlideEncoder, grid_cells
 @torch.no_grad()
 def test_a_padded_batch_is_each_slide_alone(padding, pool):
     encoder, lengths = slide_encoder(padding=padding), [70, 131, 1]
-    features, coords = (
-        torch.full((3, 131, 6), torch.nan),
-        torch.full((3, 131, 2), -7.0),
-    )  # padding may be anything
+    # padding may be anything
+    features, coords = (torch.full((3, 131, 6), torch.nan), torch.full((3, 131, 2), -7.0))
     alone = []
     for row, tiles in enumerate(lengths):
         x, at = slide(tiles, row)

@@ -223,10 +223,8 @@ def test_torchscale_refusals():
         from_torchscale(state, net.config)
 
 
-MADE_ANEW = {
-    "layers.0.self_attn.xpos.scale": torch.zeros(4),
-    "version": torch.tensor([3.0]),
-}  # which files may have
+# which files may have
+MADE_ANEW = {"layers.0.self_attn.xpos.scale": torch.zeros(4), "version": torch.tensor([3.0])}
 ENCODER = {"vocab_size": 0, "position": "none", "causal": False}
 
 

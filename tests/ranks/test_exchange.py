@@ -157,9 +157,8 @@ def counted_traffic() -> None:
         assert forward == way_back
         # research/parallel.md 3, on all ranks together: causal ranks receive half of what they would otherwise
         wider = [(w, r) for w, r in pattern.levels if w > shard]
-        everything = sum(
-            w // r * (w // shard - 1) * (tokens // w) for w, r in wider
-        )  # rows that other ranks read
+        # rows that other ranks read
+        everything = sum(w // r * (w // shard - 1) * (tokens // w) for w, r in wider)
         each = 2 * model.config.dim * 4
         assert forward == layers * each * everything // 2
         traffic.append(forward)
@@ -352,9 +351,8 @@ def streaming_in_shards() -> None:
     for seed in range(9):
         pick = random.Random(seed)
         pattern = random_pattern(pick)
-        few = (
-            seed == 8
-        )  # the last chunk has fewer tokens than there are ranks, and starts inside a segment
+        # the last chunk has fewer tokens than there are ranks, and starts inside a segment
+        few = seed == 8
         model, tokens = net(pattern).double(), 26 if few else pick.randint(1, 500)
         ids = draw(1, tokens + 1, seed)
         with torch.no_grad():
@@ -454,9 +452,8 @@ class Counted:
         self.calls: Counter[str] = Counter()
         self.device, self.by_gloo = device, 0
         for name in NAMES:
-            setattr(
-                dist, name, self._counting(name, getattr(dist, name))
-            )  # the process ends with the test
+            # the process ends with the test
+            setattr(dist, name, self._counting(name, getattr(dist, name)))
 
     def _counting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:

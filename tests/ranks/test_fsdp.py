@@ -56,9 +56,8 @@ def batch_of_all(
     )
     ids, targets = draw(rows, tokens, seed).clamp_(max=EOS - 1), draw(rows, tokens, seed + 9)
     for _ in range(pick.choice([0, 2, 9])):
-        ids[pick.randrange(rows), pick.randrange(tokens)] = (
-            EOS  # groups have other numbers of forwards
-        )
+        # groups have other numbers of forwards
+        ids[pick.randrange(rows), pick.randrange(tokens)] = EOS
     if ignored == "a group":
         targets[: rows // ranks.dp] = -100
     elif ignored == "a rank":
@@ -145,9 +144,8 @@ def counted_collectives() -> None:
     model = net(random_pattern(random.Random(1)), layers=3)
     shard_weights(model, mesh(1))
     ids = draw(2, 200)
-    ids[0, 50:] = (
-        EOS  # the first row is many documents, some longer than both chunks; the second is one
-    )
+    # the first row is many documents, some longer than both chunks; the second is one
+    ids[0, 50:] = EOS
     ids[0, 120::7] = 0
     for _ in range(2):
         calls.clear()
@@ -263,9 +261,8 @@ def test_stopped_and_resumed_over_ranks(dp, sp, shard, corpus, tmp_path):
 
     newest = checkpoints_in(tmp_path / "stopped/checkpoints")[0]
     assert read_checkpoint(newest)["progress"]["step"] == 5
-    train(
-        recipe(corpus, **SETTINGS), tmp_path / "alone again", resume=str(newest)
-    )  # on one process
+    # on one process
+    train(recipe(corpus, **SETTINGS), tmp_path / "alone again", resume=str(newest))
     for found, wanted in zip(losses(tmp_path / "alone again"), expected[5:], strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
     run_ranks(dp * sp, tmp_path, train_on, dp, corpus, shard, (tmp_path / "stopped", 0))

@@ -51,9 +51,8 @@ def test_a_rank_with_bad_data_ends_the_job_and_says_where(folder, run_longnet, a
     rows = [[index % 250 for index in range(400)] for _ in range(20)]
     rows[17][200] = 9999
     write_file(folder / "bad.arrow", pa.table({"input_ids": rows}))
-    words = (
-        "train recipe.toml --data bad.arrow -o run --nproc 2 --dp 2"  # only one of them reads it
-    )
+    # only one of them reads it
+    words = "train recipe.toml --data bad.arrow -o run --nproc 2 --dp 2"
     done = run_longnet(words, cwd=folder, env=aborting, timeout=60, code=3)
     line = done.stderr.splitlines()[-1]
     assert line.startswith("longnet: error: rank ")

@@ -54,10 +54,8 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with four GPUs, and rank 0 of four."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    for name in (
-        "TORCH_FR_BUFFER_SIZE",
-        "NCCL_LAUNCH_ORDER_IMPLICIT",
-    ):  # which it sets, for this test alone
+    # which it sets, for this test alone
+    for name in ("TORCH_FR_BUFFER_SIZE", "NCCL_LAUNCH_ORDER_IMPLICIT"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(module, "select_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -106,9 +104,8 @@ def test_gpus_wait_for_minutes_and_hosts_for_a_checkpoint(monkeypatch):
 def test_ranks_wait_for_each_other_on_their_hosts():
     with Collectives() as seen:
         Ranks(0, 2).barrier()
-    assert seen.names == [
-        "allreduce_"
-    ]  # of a tensor of the host; a barrier is a call of NCCL, where there is one
+    # of a tensor of the host; a barrier is a call of NCCL, where there is one
+    assert seen.names == ["allreduce_"]
 
 
 def test_all_ranks_wait_until_a_checkpoint_is_on_the_disk(monkeypatch, tmp_path):

@@ -142,9 +142,8 @@ def test_an_array_of_tasks_encodes_what_one_process_does(slurm, run, lines, tmp_
     )
     job = done.stdout.strip()
 
-    manifest = (
-        tmp_path / "out/2/_unfinished.json"
-    )  # after the first shard, so that there is something to keep
+    # after the first shard, so that there is something to keep
+    manifest = tmp_path / "out/2/_unfinished.json"
     wait_for(["ls", str(manifest.parent)], slurm, "_unfinished.json", 300)
     subprocess.run(["pkill", "-KILL", "-f", f"encode {lines} -o out/2"], check=True)
     wait_for(["squeue", "--noheader", "--states=all", "--format=%K %T"], slurm, "2 FAILED", 120)

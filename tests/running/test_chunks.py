@@ -39,9 +39,8 @@ from longnet_cli.running.layerwise import fits_beside, hidden_in_chunks
 from longnet_cli.running.reader import batches_by_length, default_chunk
 
 NESTED = Pattern((16, 32, 128), (1, 3, 8))  # xPos needs segments that nest
-TWICE = settings(
-    max_examples=2 * settings.default.max_examples
-)  # of patterns with chosen blocks and without
+# of patterns with chosen blocks and without
+TWICE = settings(max_examples=2 * settings.default.max_examples)
 
 
 def asked(

@@ -78,9 +78,8 @@ def test_room_is_given_again():
     assert third.data_ptr() == place
     assert (second == 2).all()
     del second, third
-    assert (
-        room.empty((16, 4), dtype=torch.float32).data_ptr() == place
-    )  # of another size, where nothing is alive
+    # of another size, where nothing is alive
+    assert room.empty((16, 4), dtype=torch.float32).data_ptr() == place
 
 
 def test_a_folder_or_a_disk_that_does_not_do(tmp_path):

@@ -138,9 +138,8 @@ def test_a_killed_save_leaves_the_old_state(tmp_path, monkeypatch, first):
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "shutil.rmtree", lambda *_, **__: None
-        )  # nothing is cleaned up by a process that is gone
+        # nothing is cleaned up by a process that is gone
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
         for name in real:
             patch.setattr(f"os.{name}", killed(name))
         while calls >= last:  # the last save called fewer

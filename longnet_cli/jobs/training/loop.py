@@ -179,9 +179,8 @@ class _TrainingRun:
             fsdp.shard_weights(self.model, ranks)
         self.optimizers = build_optimizers(self.model, recipe.optimizer)
         change_layers(self.model, recipe.train)
-        torch.manual_seed(
-            recipe.train.seed + ranks.rank
-        )  # the weights are the same on all ranks, dropout is not
+        # the weights are the same on all ranks, dropout is not
+        torch.manual_seed(recipe.train.seed + ranks.rank)
         self.progress, self.random = Progress(), random_state(device)
         self.log = MetricsLog(output / "metrics.jsonl" if ranks.writes else None)
         self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
@@ -253,9 +252,8 @@ class _TrainingRun:
             self._end()
             raise
         except DataError as error:
-            if (
-                self.ranks.world > 1 or not self.progress.step
-            ):  # the other ranks wait for this one in a collective
+            # the other ranks wait for this one in a collective
+            if self.ranks.world > 1 or not self.progress.step:
                 raise
             self.save()
             raise DataError(
@@ -324,9 +322,8 @@ class _TrainingRun:
         documents = [stop - start for row in starts for start, stop in pairwise([*row, length])]
         flops = recipe.model.training_flops(documents, train.predicted)
         seen = rows * length * ranks.dp
-        self.log.add(
-            seen, flops * ranks.dp, loss, grad_norm
-        )  # other groups' documents are assumed to be alike
+        # other groups' documents are assumed to be alike
+        self.log.add(seen, flops * ranks.dp, loss, grad_norm)
         return seen
 
     def _refuse_divergence(self, loss: float, grad_norm: float, position: dict[str, Any]) -> None:

@@ -401,10 +401,8 @@ def _changed(old: object, new: object, path: str) -> Iterator[str]:
         yield path
 
 
-TUNING_RATES = {
-    "init": 2e-5,
-    "lora": 2e-4,
-}  # optimizer.lr of a run that starts from a trained model
+# optimizer.lr of a run that starts from a trained model
+TUNING_RATES = {"init": 2e-5, "lora": 2e-4}
 
 # keys that say the same in another way: an override of the first removes the others from the recipe
 SAID_OTHERWISE = {"model.pattern": PATTERN_FIELDS, "data.train": ("mix",), "data.mix": ("train",)}

@@ -105,9 +105,8 @@ def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
     """Return the path of the recipe that the resumed run has written, None without one. Raises ConfigError."""
     if resume is False:
         return None
-    runs = (
-        [folder] if resume is True else [Path(resume), Path(resume).parent.parent]
-    )  # a run, or its checkpoint
+    # a run, or its checkpoint
+    runs = [folder] if resume is True else [Path(resume), Path(resume).parent.parent]
     try:
         return next((str(run / RECIPE) for run in runs if (run / RECIPE).exists()), None)
     except OSError as error:  # the name is too long

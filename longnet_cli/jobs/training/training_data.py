@@ -64,9 +64,8 @@ def build_data(
             f"data.held_out, {', '.join(map(str, data.held_out_files.names))}: every document is empty"
         )
     longest, most = max(map(len, held_out), default=0), recipe.model.max_tokens
-    if (
-        most and min(longest, train.held_out_context or longest) > most
-    ):  # rather than at the first evaluation
+    # rather than at the first evaluation
+    if most and min(longest, train.held_out_context or longest) > most:
         why = (
             f"data.held_out: a document has {longest:,} tokens, and the model reads {most} at most"
         )

@@ -111,9 +111,8 @@ def use_dilated_attention(
     earlier = config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION_NAME)
-        if (
-            config._attn_implementation != ATTENTION_NAME
-        ):  # transformers only warns, and keeps the old attention
+        # transformers only warns, and keeps the old attention
+        if config._attn_implementation != ATTENTION_NAME:
             raise ConfigError(
                 f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated"
             )
@@ -123,9 +122,8 @@ def use_dilated_attention(
     except Exception as error:
         with suppress(ValueError):
             model.set_attn_implementation(earlier)
-        if isinstance(
-            error, ValueError
-        ):  # transformers refuses an attention that the model does not support
+        # transformers refuses an attention that the model does not support
+        if isinstance(error, ValueError):
             raise ConfigError(one_line(error)) from None
         raise
     if earlier != ATTENTION_NAME:

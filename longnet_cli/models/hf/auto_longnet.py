@@ -146,9 +146,8 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         self._modules = net._modules  # what a tool puts in a child's place is the net's as well
         self.__dict__["net"] = net  # not a submodule: its layers are already this module's
         for module in self.modules():
-            module._is_hf_initialized = (
-                True  # the LongNet did it; transformers would draw other weights
-            )
+            # the LongNet did it; transformers would draw other weights
+            module._is_hf_initialized = True
         self.post_init()
 
     @classmethod
@@ -305,9 +304,8 @@ class LongNetModel(LongNetPreTrainedModel):
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         # a tokenizer returns numbers of float32 for texts without tokens
-        ids = input_ids.long().gather(
-            1, (1 - mask).argsort(dim=1, stable=True)
-        )  # padding goes to the right
+        # padding goes to the right
+        ids = input_ids.long().gather(1, (1 - mask).argsort(dim=1, stable=True))
         bos = getattr(self.config, "bos_token_id", None) if self.config.causal else None
         if bos is not None:
             ids = F.pad(ids, (1, 0), value=bos)

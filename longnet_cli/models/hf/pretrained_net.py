@@ -58,9 +58,8 @@ from longnet_cli.running.device import trim_memory
 
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
 _ENCODERS = {"mpnet"}  # which look in both directions, though their modules do not say so
-_POOLER = (
-    "pooler."  # of the names of weights that make another output of a model than its hidden states
-)
+# of the names of weights that make another output of a model than its hidden states
+_POOLER = "pooler."
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _GROWS = "it keeps all keys of a document, so that memory grows with it"
 _NOTES = {
@@ -100,9 +99,8 @@ class TransformersNet(Net):
         wrong = self._try()
         self.note = f"{wrong}: {_NOTES['none']}" if wrong else _NOTES[self.config.memory]
         self.too_wide: str | None = None  # a warning
-        if (
-            dilated and self.config.streams
-        ):  # then the memory "cache" is a LongNetCache, which is bounded
+        # then the memory "cache" is a LongNetCache, which is bounded
+        if dilated and self.config.streams:
             dense = self.config.pattern == Pattern.dense()
             self.too_wide = None if dense else _too_wide(model, self.config.pattern)
             self.note = _GROWS if dense else self.too_wide
@@ -169,9 +167,8 @@ class TransformersNet(Net):
             options["attention_mask"] = (places < stops[:, None]).long()
         if far is not None:
             options |= {"start": start, "far": far, "empty": empty}
-        if (
-            documents is not None
-        ):  # with a mask: transformers would make one of positions that restart
+        # with a mask: transformers would make one of positions that restart
+        if documents is not None:
             options |= {
                 "documents": documents,
                 "attention_mask": inputs.new_ones(inputs.shape[:2], dtype=torch.int64),
@@ -461,9 +458,8 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is an encoder-decoder: longnet takes decoders and encoders")
-    causal = (
-        getattr(config, "is_causal", True) is not False
-    )  # False makes a decoder look in both directions
+    # False makes a decoder look in both directions
+    causal = getattr(config, "is_causal", True) is not False
     directions = {
         causal and module.is_causal
         for module in body(model).modules()

@@ -189,9 +189,8 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
             if prompts.get("document")
             else ("passage", "corpus", settings.get("default_prompt_name"))
         )
-        if (
-            settings.get("truncate_dim") is not None
-        ):  # the library cuts a vector after it has scaled it
+        # the library cuts a vector after it has scaled it
+        if settings.get("truncate_dim") is not None:
             steps.append(FirstNumbers(_whole(folder / PROMPTS, settings, "truncate_dim")))
         normalized = bool(steps) and isinstance(steps[-1], Normalize)
         return SentenceModel(
@@ -383,9 +382,8 @@ def _transformer(folder: Path) -> tuple[int | None, bool]:
             raise ConfigError(f"{path}: longnet does not know what {key} does: {value}")
     if window is None:
         window = _json(folder / "tokenizer_config.json", {}).get("model_max_length")
-    window = _whole(
-        path, settings, "document_length", window
-    )  # the library's rule: it replaces the other
+    # the library's rule: it replaces the other
+    window = _whole(path, settings, "document_length", window)
     return window if isinstance(window, int) and window < 1 << 40 else None, bool(
         settings.get("do_lower_case")
     )

@@ -75,9 +75,8 @@ def add_lora(
         with whole_folder(folder, _CONFIG) as place:
             adapted.save_pretrained(place, state_dict=named, save_embedding_layers=False)
             settings = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
-            if isinstance(
-                settings["target_modules"], list
-            ):  # a set of peft's, in the order of its hashes
+            # a set of peft's, in the order of its hashes
+            if isinstance(settings["target_modules"], list):
                 settings["target_modules"].sort()
             (place / _CONFIG).write_text(
                 json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8"
@@ -141,9 +140,8 @@ def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
     weights = {}
     for name in [name for name in state if ".lora_" not in name]:
         stem, base, rest = name.rpartition(_BASE)
-        wide = state[name].to(
-            torch.float32, copy=bool(base)
-        )  # and added to in place, so that no third copy is made
+        # and added to in place, so that no third copy is made
+        wide = state[name].to(torch.float32, copy=bool(base))
         if base and (a := state.get(stem + _A)) is not None and rest == ".weight":
             layer = model.get_submodule(stem)
             delta = layer.scaling[_NAME] * (state[stem + _B] @ a)
@@ -168,9 +166,8 @@ def unwritten(
         model = getattr(hf, settings["architectures"][0])(config)
     model = model.to_empty(device="cpu").train()
     write_pattern(model.config, Pattern.dense())
-    model.set_attn_implementation(
-        ATTENTION_NAME
-    )  # its weights are no numbers: nothing can be tried
+    # its weights are no numbers: nothing can be tried
+    model.set_attn_implementation(ATTENTION_NAME)
     if lora is not None:
         add_lora(model, **lora)
     return model, layers_of(model, layers)

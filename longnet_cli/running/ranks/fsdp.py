@@ -44,15 +44,12 @@ def shard_weights(model: Net, ranks: Ranks) -> None:
     mesh = init_device_mesh(
         next(model.parameters()).device.type, (ranks.world,), mesh_dim_names=("ranks",)
     )
-    for module in (
-        *model.layer_modules,
-        model,
-    ):  # the root takes what is in no layer: tables and the final norm
+    # the root takes what is in no layer: tables and the final norm
+    for module in (*model.layer_modules, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
     for part in _parts(model):
-        part.set_gradient_divide_factor(
-            1.0
-        )  # no mean: the loss is scaled by the tokens of all ranks
+        # no mean: the loss is scaled by the tokens of all ranks
+        part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # a plain sum: gloo has no scaled one
 
 

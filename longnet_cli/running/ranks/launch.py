@@ -100,9 +100,8 @@ class Signals:
         """Raise KeyboardInterrupt (SIGINT) or SystemExit (others) on all ranks, if one of them has had a signal."""
         mine = self._asked
         asked = _BY_WEIGHT[int(self._largest(_BY_WEIGHT.index(mine)))]
-        if (
-            mine and self._asked == mine
-        ):  # keep a signal that came while ranks waited for each other
+        # keep a signal that came while ranks waited for each other
+        if mine and self._asked == mine:
             self._asked = 0
         if asked == signal.SIGINT:
             raise KeyboardInterrupt
@@ -163,9 +162,8 @@ def continue_children_at_the_end() -> None:
     threading.Thread(target=send, daemon=True).start()
 
 
-LAUNCHED = (
-    "LONGNET_LAUNCHED"  # the id of the `--nproc` process, which reports what happens to its ranks
-)
+# the id of the `--nproc` process, which reports what happens to its ranks
+LAUNCHED = "LONGNET_LAUNCHED"
 MOST_PER_CORE = 4  # processes: a machine that is asked for a thousand would hang
 LOST = 69  # exit code of a rank of `--nproc` that lost another rank
 
@@ -208,14 +206,12 @@ def start_ranks(nproc: int, *, dry_run: bool = False) -> None:
         elif word != "--update" and not word.startswith("--nproc="):  # this process has updated
             arguments.append(word)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    os.environ.setdefault(
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"
-    )  # after a signal, ranks finish the step and save
+    # after a signal, ranks finish the step and save
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     continue_children_at_the_end()
     logging.disable(logging.ERROR)  # torchrun reports a failure in thirty lines; one is enough
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # a lost store is a warning with forty frames of C++
+    # a lost store is a warning with forty frames of C++
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ[LAUNCHED] = str(os.getpid())
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; torchrun would handle it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})

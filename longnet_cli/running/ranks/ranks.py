@@ -22,12 +22,10 @@ from longnet_cli.running.ranks.launch import (
     unwind_on_signals,
 )
 
-TIMEOUT = timedelta(
-    minutes=30
-)  # of a collective of hosts: rank 0 may write a checkpoint while the others wait
-GPU_TIMEOUT = timedelta(
-    minutes=10
-)  # of one of GPUs: a rank whose GPU hangs is ended by its timeout alone
+# of a collective of hosts: rank 0 may write a checkpoint while the others wait
+TIMEOUT = timedelta(minutes=30)
+# of one of GPUs: a rank whose GPU hangs is ended by its timeout alone
+GPU_TIMEOUT = timedelta(minutes=10)
 _FILES = 1024  # that a process may open beside its connections
 
 
@@ -85,9 +83,8 @@ class Ranks:
         if self.world == 1:
             return
         works = []
-        for dtype in dict.fromkeys(
-            x.dtype for x in tensors if x.is_cuda
-        ):  # NCCL takes all of a dtype in one launch
+        # NCCL takes all of a dtype in one launch
+        for dtype in dict.fromkeys(x.dtype for x in tensors if x.is_cuda):
             with dist._coalescing_manager(self.everyone, async_ops=True) as coalesced:
                 for tensor in tensors:
                     if tensor.is_cuda and tensor.dtype == dtype:
@@ -157,9 +154,8 @@ def join(
         torch.cuda.set_device(where)
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives, which a timeout prints
         if torch.version.hip is None:  # there, it hangs
-            os.environ.setdefault(
-                "NCCL_LAUNCH_ORDER_IMPLICIT", "1"
-            )  # of the groups' communicators and that of all
+            # of the groups' communicators and that of all
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     if planned:
         return Ranks(0, world, sp, planned=True), where
     check_agent()
@@ -171,9 +167,8 @@ def join(
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=gpu)
         rank = dist.get_rank()
         group = None
-        if (
-            sp == world
-        ):  # another group of the same ranks would take another half a gigabyte of the GPU
+        # another group of the same ranks would take another half a gigabyte of the GPU
+        if sp == world:
             group = dist.group.WORLD
         elif sp > 1:
             for first in range(0, world, sp):  # every process makes every group, in the same order
