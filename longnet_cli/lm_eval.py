@@ -49,10 +49,8 @@ class LongNetLM(HFLM):
             raise ConfigError(
                 f"{cut[0]}: lm-eval cuts at commas, so write a pattern in JSON: --model_args '{whole}'"
             )
-        self.folder, self.pattern = (
-            ModelFolder.find(str(pretrained)),
-            read_pattern(pattern, "pattern"),
-        )
+        self.folder = ModelFolder.find(str(pretrained))
+        self.pattern = read_pattern(pattern, "pattern")
         config = self.folder.net_config(self.pattern)
         if not (config.causal and config.vocab_size):
             raise ConfigError(

@@ -299,7 +299,8 @@ class _ShardGeometry(NamedTuple):
 
     def sink_calls(self, spans: Sequence[FarSpan], turned: Turned | None) -> Iterator[Branch]:
         """Yield the calls that show all sinks to the queries, of any residue, whose first level covers no sink."""
-        w, sinks = self.pattern.segment_lengths[0], self.pattern.sinks
+        w = self.pattern.segment_lengths[0]
+        sinks = self.pattern.sinks
         segments = sink_segments(self.pattern, self.start, self.stop)
         if not segments:
             return
@@ -359,7 +360,8 @@ class _ShardGeometry(NamedTuple):
 
         All heads see all of them. With several `segments`, the keys of the next one are `segment_step` tokens later.
         """
-        heads, w = self.num_heads, self.pattern.segment_lengths[0]
+        heads = self.num_heads
+        w = self.pattern.segment_lengths[0]
         of_queries = self._all_rows(w, queries)
         of_keys = HeadRows(self.kv_of, [first_token] * heads, [rows] * heads, segment_step or w, 1)
         for branch in self._calls(segments, 1, of_queries, of_keys):

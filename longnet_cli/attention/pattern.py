@@ -276,7 +276,8 @@ class Pattern:
 
     def _check_order(self) -> None:
         """Raise ValueError if, with levels in this order, some part of attention is no rectangle of rows and keys."""
-        lengths, backs = self.segment_lengths, self.look_backs
+        lengths = self.segment_lengths
+        backs = self.look_backs
         asked = {
             "overlap": self.overlap == "once",
             "queries": self.queries == "all",
@@ -309,7 +310,9 @@ class Pattern:
         names = ("chosen", "chosen_block", "chosen_every")
         for name in names:
             self._set(name, *whole_numbers(name, [getattr(self, name)]))
-        w, block, every = self.segment_lengths[0], self.chosen_block, self.chosen_every
+        w = self.segment_lengths[0]
+        block = self.chosen_block
+        every = self.chosen_every
         if not self.chosen:
             for name in names[1:]:
                 if getattr(self, name) != getattr(Pattern, name):

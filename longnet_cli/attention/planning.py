@@ -72,7 +72,8 @@ class Shard(NamedTuple):
                 yield slice(0, batch), slice(start, stop)
             return
         lengths = (tokens,) * batch if self.lengths is None else (*self.lengths,)
-        shortest, longest = min(lengths, default=0), max(lengths, default=0)
+        shortest = min(lengths, default=0)
+        longest = max(lengths, default=0)
         if len(lengths) != batch or not 0 <= shortest <= longest <= tokens:
             raise ValueError(f"lengths needs {batch} numbers from 0 to {tokens}, got {[*lengths]}")
         row = 0
@@ -158,15 +159,18 @@ def _plan(
     for i, span in enumerate(spans):
         _check_far(span, of_far[2 * i : 2 * i + 2], q, k, pattern)
     batch, tokens = q.shape[:2]
-    heads, by_level = q.shape[-2], len(q.shape) == 5
+    heads = q.shape[-2]
+    by_level = len(q.shape) == 5
     layout = Layout(pattern, heads, k.shape[-2])
-    placed, sinks = [], dict(turned)
+    placed = []
+    sinks = dict(turned)
     unites = kernel.takes_counts and not by_level and shard.padding == "exact"
     for rows, columns in shard.places(batch, tokens):
         start = 0
         outside: tuple[FarSpan, ...] = ()
         if columns.start == 0:  # only the first document may have started before the shard
-            start, outside = shard.start, spans
+            start = shard.start
+            outside = spans
         length = columns.stop - columns.start
         row = sinks.get(columns.start)
         alone = start == 0 and not outside and row is None
@@ -267,7 +271,8 @@ def merged_forward(
         with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
             return merged_forward(plan, scale, q, k, v, far)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    kernel, placed = plan.kernel, plan.placed
+    kernel = plan.kernel
+    placed = plan.placed
     if plan.start:
         merge = _single_token(plan, plan.start, scale, q, k, v, far)
         placed = [(rows, columns, calls[1:]) for rows, columns, calls in placed if len(calls) > 1]
@@ -318,7 +323,8 @@ def merged_backward(
         with torch.autocast(device.type, enabled=False):
             return merged_backward(plan, scale, tensors, far, on_far)
     dout, q, k, v, out, lse = map(unit_stride, tensors)
-    of_queries, keys = (dout, q, out, lse[..., None]), (k, v)
+    of_queries = (dout, q, out, lse[..., None])
+    keys = (k, v)
     sums = _Gradients(plan, scale, of_queries, keys, far, far_first=on_far is not None)
     if on_far:
         sums.add_calls(_only(plan.placed, far=True))
@@ -382,7 +388,8 @@ class _Gradients:
 
     def add_calls(self, placed: Sequence[PlacedCalls]) -> None:
         """Add the gradients of calls on views."""
-        kernel, scale = self._kernel, self._scale
+        kernel = self._kernel
+        scale = self._scale
         query_like = (*self._of_queries, self.q.place)
         key_like = (*self._keys, self.k.place, self.v.place)
         layouts = self._plan.layouts

@@ -137,7 +137,8 @@ def _runs(
     equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], heads: range
 ) -> Iterator[Heads]:
     """Yield these heads in runs that are as long as possible."""
-    first, number = heads.start, 0
+    first = heads.start
+    number = 0
     growth: list[int] | None = None  # of `even`, from each head of a run to the next
     for head in heads:
         if number and equal[head] == equal[first]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from .configuration import parse, read_text
 from .errors import CheckpointError
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
 # what transformers writes beside the shards of a large model
 SHARDED = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -18,7 +20,8 @@ BESIDE_TOKENIZER = (
     "chat_template.jinja",
 )
 # of sentence-transformers: the prompts, the list of modules, and names that the configuration of the first one has had
-PROMPTS, MODULES = "config_sentence_transformers.json", "modules.json"
+PROMPTS = "config_sentence_transformers.json"
+MODULES = "modules.json"
 TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -33,7 +36,8 @@ END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 MODEL_TYPE = "longnet: import longnet_cli.integrations.transformers"
 
 # Metadata keys of model.safetensors: digests of what was saved together. Other tools drop them when they save.
-TENSORS_SHA256, CONFIG_SHA256 = "longnet.tensors_sha256", "longnet.config_sha256"
+TENSORS_SHA256 = "longnet.tensors_sha256"
+CONFIG_SHA256 = "longnet.config_sha256"
 TOKENIZER_SHA256 = "longnet.tokenizer_sha256"
 
 

@@ -161,7 +161,8 @@ def _search(
         refuse_overwriting(
             "--index", [options.index], sources, [options.questions, options.vectors]
         )
-    size, quiet = inputs.num_bytes(), options.computing.quiet
+    size = inputs.num_bytes()
+    quiet = options.computing.quiet
     with open_index(options.index) as index:
         with progress("indexing", size, "B", quiet=quiet) as advance:
             index.update(inputs, Events(progress=advance, left_out=left_out))
@@ -223,7 +224,8 @@ def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[tuple[st
                 f"{question}: name files, folders or -, and write the question last, in quotes"
             )
     else:
-        names, questions = options.words, [*_read_questions(options.questions)]
+        names = options.words
+        questions = [*_read_questions(options.questions)]
     for _, question in questions:
         check_question(question)
     return names, questions

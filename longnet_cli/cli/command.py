@@ -63,7 +63,8 @@ def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         command(_filled(taken, values))
 
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__name__ = command.__name__
+    run.__doc__ = command.__doc__
     short = Parameter("short_help", Parameter.KEYWORD_ONLY, default=SHORT_HELP, annotation=bool)
     run.__signature__ = Signature([*_parameters(taken), short])  # type: ignore[attr-defined]
     run.common = {*_common(taken)}  # type: ignore[attr-defined]

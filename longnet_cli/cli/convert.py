@@ -61,7 +61,8 @@ def convert(options: ConvertCommand) -> None:
     """
     from longnet_cli.jobs.converting import convert as run
 
-    source, output = options.source, options.output
+    source = options.source
+    output = options.output
     if options.update:
         ask_hub(source, None)
     with progress("converting", total=100, unit="parts", quiet=options.quiet, every=5) as advance:

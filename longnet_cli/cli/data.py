@@ -89,7 +89,8 @@ def _print(inspection: Inspection) -> None:
     n_bytes = inspection.byte_tokens
     what = f" ({n_bytes} of them bytes)" if n_bytes else ""
     if n_bytes and n_bytes == inspection.tokens:
-        unit, what = "bytes", " (bytes)"
+        unit = "bytes"
+        what = " (bytes)"
     row("tokens", f"{inspection.tokens}{what}")
     if inspection.vectors:
         row("vectors", f"{inspection.vectors} of {' or '.join(map(str, inspection.sizes))} numbers")

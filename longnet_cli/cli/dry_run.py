@@ -92,7 +92,8 @@ def _show(
     if format == "json":
         emit_json(estimate.facts)
     else:
-        parameters, trained = facts["parameters"], facts.get("trained")
+        parameters = facts["parameters"]
+        trained = facts.get("trained")
         of_lora = f", frozen; LoRA trains {trained:,}" if trained not in (parameters, None) else ""
         rows = [("parameters", format_count(parameters), f"{parameters:,}{of_lora}"), *before]
         rate = f"at {format_count(facts['flops_per_second'])} FLOP/s (measured)"

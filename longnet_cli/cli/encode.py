@@ -102,7 +102,8 @@ def encode(options: EncodeCommand) -> None:
     names = (field.name for field in fields(EncodeOptions))
     asked = EncodeOptions(**{name: getattr(options, name) for name in names})
     check_pairs([SAMPLE], options)
-    lines, dry_run = options.format == "jsonl", options.running.dry_run
+    lines = options.format == "jsonl"
+    dry_run = options.running.dry_run
     if lines and (dry_run or options.output != "-"):
         why = "--dry-run prints one value" if dry_run else "a file is what its name says"
         raise ConfigError(f"--format jsonl is for vectors on stdout, and {why}: leave it out")

@@ -146,7 +146,8 @@ def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
     from longnet_cli.attention.notation import format_pattern, parse_pattern
     from longnet_cli.basics.configuration import parse, read_text
 
-    choice, computing = options.choice, options.computing
+    choice = options.choice
+    computing = options.computing
     asked = shared.read_pattern(choice.pattern)
     try:
         manifest = parse(read_text(Path(state) / "manifest.json"))
@@ -185,7 +186,8 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     named = ModelAndInputs(documents, options.choice)
     refuse_torchrun("generate")
     opened = named.open(Mesh(), options.computing, dry_run=options.dry_run, chat=options.chat)
-    tokenizer, has_text = opened.loaded.tokenizer, options.prompt is not None or text is not None
+    tokenizer = opened.loaded.tokenizer
+    has_text = options.prompt is not None or text is not None
     if tokenizer is None and (options.format == "text" or options.sampling.stop or has_text):
         raise ConfigError(
             f"{options.choice.name}: there is no tokenizer: give --tokenizer, or token ids with --input and --format "
@@ -201,7 +203,8 @@ def _estimate(
     from longnet_cli.jobs.estimating import estimate_reading
     from longnet_cli.jobs.generating import plan_generation, seconds_of_new_token, trial_of
 
-    net, save_state = job.loaded.net, job.options.save_state
+    net = job.loaded.net
+    save_state = job.options.save_state
     plan = plan_generation(
         net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1
     )
@@ -220,7 +223,8 @@ class _TextGenerator:
     def __init__(self, options: GenerateCommand, loaded: Loaded) -> None:
         from longnet_cli.nets.weights import model_origin
 
-        self.options, self.loaded = options, loaded
+        self.options = options
+        self.loaded = loaded
         default = 0 if options.save_state else MAX_TOKENS
         self.max_tokens = default if options.max_tokens is None else options.max_tokens
         # a template has its own start ids
@@ -241,7 +245,8 @@ class _TextGenerator:
         """
         from longnet_cli.jobs.generating import generate as run
 
-        options, computing = self.options, self.options.computing
+        options = self.options
+        computing = self.options.computing
         with progress("reading the prompt", total=len(document), quiet=computing.quiet) as advance:
             steps = run(
                 self.loaded,
@@ -338,7 +343,9 @@ def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
     from longnet_cli.running.device import DTYPES, resolve_dtype
     from longnet_cli.running.saved_state import check_place
 
-    net, state, save_state = loaded.net, options.state, options.save_state
+    net = loaded.net
+    state = options.state
+    save_state = options.save_state
     if not state and not save_state:
         return None
     if net.stream():
@@ -396,7 +403,9 @@ class _Printer:
         options: GenerateCommand,
         origin: Mapping[str, str | None],
     ) -> None:
-        self.document, self.seed, self.origin = document, seed, origin
+        self.document = document
+        self.seed = seed
+        self.origin = origin
         self.format = options.format
         self.quiet = options.computing.quiet
         self.steps: list[Step] = []

@@ -169,13 +169,13 @@ def complete_model(incomplete: str) -> list[str]:
     return [name for name in list_models() if name.startswith(incomplete)]
 
 
-INPUT, MODEL, PATTERN, OUTPUT = (
-    HelpPanel("Input"),
-    HelpPanel("Model"),
-    HelpPanel("Pattern"),
-    HelpPanel("Output"),
-)
-SAMPLING, COMPUTE, LAST = HelpPanel("How to choose tokens"), HelpPanel("Compute"), HelpPanel(OTHER)
+INPUT = HelpPanel("Input")
+MODEL = HelpPanel("Model")
+PATTERN = HelpPanel("Pattern")
+OUTPUT = HelpPanel("Output")
+SAMPLING = HelpPanel("How to choose tokens")
+COMPUTE = HelpPanel("Compute")
+LAST = HelpPanel(OTHER)
 
 # Single options of several commands. Those that always come together are in the dataclasses below.
 inputs_argument = partial(
@@ -320,7 +320,8 @@ class Sampling:
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `jobs.generating.generate`, with a new seed if none is given."""
-        seed, top_p = self.seed, self.top_p
+        seed = self.seed
+        top_p = self.top_p
         drawn = {
             "top_p": 1.0 if top_p is None else top_p,
             "seed": secrets.randbelow(1 << 32) if seed is None else seed,

@@ -48,7 +48,8 @@ class MarkdownTable:
         human: Mapping[str, Callable[[Any], str]],
         titles: Mapping[str, str],
     ) -> None:
-        self.columns, self.human = list(columns), human
+        self.columns = list(columns)
+        self.human = human
         self.titles = [titles.get(column, column) for column in self.columns]
         self.widths: list[int] = []  # set by the first row
 

@@ -8,7 +8,8 @@ from longnet_cli.basics.errors import ConfigError
 from .options import INPUT, OUTPUT, argument
 from .output import tell
 
-PICTURE, PAGE = "curves.png", "surprise.html"
+PICTURE = "curves.png"
+PAGE = "surprise.html"
 
 
 @dataclass(frozen=True)

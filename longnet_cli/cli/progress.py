@@ -12,7 +12,9 @@ from longnet_cli.basics.sizes import format_count, format_duration
 from .output import printable
 
 RECENT = 60.0  # seconds
-BAR, SHORT_BAR = 24, 8  # columns
+# columns
+BAR = 24
+SHORT_BAR = 8
 Advance = Callable[..., None]
 
 
@@ -33,7 +35,8 @@ def progress(
     narrow, the last ones are left out. Without a terminal, a line comes every `every` seconds, so a quick job prints
     nothing.
     """
-    meter, description = _Meter(total, unit, start), printable(description)
+    meter = _Meter(total, unit, start)
+    description = printable(description)
     if quiet or not sys.stderr:
         yield meter.advance
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -47,11 +50,13 @@ class ExpectedTokens:
     """An estimate of the tokens of all documents, by the share of the inputs that those so far take."""
 
     def __init__(self) -> None:
-        self._tokens, self._share = 0, 0.0
+        self._tokens = 0
+        self._share = 0.0
 
     def count(self, tokens: int, share: float | None) -> None:
         """Count the tokens of the next document, after which this `share` of the inputs was read; None if unknown."""
-        self._tokens, self._share = self._tokens + tokens, share or 0.0
+        self._tokens = self._tokens + tokens
+        self._share = share or 0.0
 
     def total(self) -> int | None:
         """Return the expected number, None before the first document and where no size of a file is known."""
@@ -67,7 +72,9 @@ class _Meter:
     """
 
     def __init__(self, total: int | Callable[[], int | None] | None, unit: str, start: int) -> None:
-        self._total, self.unit, self.start = total, unit, start
+        self._total = total
+        self.unit = unit
+        self.start = start
         self.done = start
         self.began = time.monotonic()
         self.fields: dict[str, object] = {}
@@ -101,7 +108,8 @@ class _Meter:
 
         If it is longer than `width`, the last fields are left out.
         """
-        elapsed, total = time.monotonic() - self.began, self.total
+        elapsed = time.monotonic() - self.began
+        total = self.total
         rate = (self.done - self.start) / elapsed if elapsed > 0 else 0.0
         about = "~" if callable(self._total) else ""
         of_total = f"/{about}{format_count(total)}" if total is not None else ""
@@ -124,7 +132,8 @@ class _Meter:
 
 def _lines(description: str, meter: _Meter, every: float) -> Advance:
     # now: a library's bar may take its place while it is silenced
-    due, stream = (meter.began + every, sys.stderr)
+    due = meter.began + every
+    stream = sys.stderr
 
     def advance(amount: int, **fields: object) -> None:
         nonlocal due

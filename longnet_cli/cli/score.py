@@ -129,7 +129,8 @@ def score(options: ScoreCommand) -> None:
     """
     from longnet_cli.jobs.job_options import ScoreOptions
 
-    contexts, output = options.context or (), options.output
+    contexts = options.context or ()
+    output = options.output
     asked = ScoreOptions(tuple(contexts) or None, options.stride, options.last, options.by_position)
     keys = ROW_KEYS | {*OF_CONTEXTS}
     if len(contexts) > 1:
@@ -234,8 +235,11 @@ class _Printed:
     ) -> None:
         from longnet_cli.jobs.scoring.measures import Total
 
-        self.format, self.contexts, self.print = format, contexts, print  # of a line of JSON
-        self.total, self.rows = Total(contexts), list[dict[str, Any]]()
+        self.format = format
+        self.contexts = contexts
+        self.print = print  # a line of JSON
+        self.total = Total(contexts)
+        self.rows = list[dict[str, Any]]()
         self.header = True
 
     def write(self, batch: pa.RecordBatch) -> None:

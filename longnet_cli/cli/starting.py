@@ -220,7 +220,9 @@ class Opened:
         """Write the rows of a job, with progress, and say how many there are. For `logprobs`, see `Events`."""
         from longnet_cli.jobs.row_jobs import run
 
-        quiet, expected, path = self.quiet, ExpectedTokens(), str(output.path)
+        quiet = self.quiet
+        expected = ExpectedTokens()
+        path = str(output.path)
         files = [source.path for source in self.input_files.found if source.path]
         if not self.named and any(path.suffix != ".py" for path in files):
             note(
@@ -275,7 +277,8 @@ def open_command(
     from longnet_cli.data.output_paths import is_folder, refuse_other_suffix, refuse_overwriting
     from longnet_cli.data.shards import run_to_resume
 
-    output, running = options.output, options.running
+    output = options.output
+    running = options.running
     written = {option: path for option, path in {"-o": output, **also}.items() if path is not None}
     for option, path in written.items():
         refuse_other_suffix(option, path, embeds)
@@ -311,7 +314,8 @@ class ModelAndInputs:
         from longnet_cli.hub.model_names import as_stored
         from longnet_cli.models.folder import ModelFolder
 
-        model, tokenizer = choice.name, documents.tokenizer
+        model = choice.name
+        tokenizer = documents.tokenizer
         if choice.update:
             ask_hub(model, tokenizer)
         if earlier:

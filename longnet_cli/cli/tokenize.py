@@ -105,7 +105,8 @@ def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> 
     from longnet_cli.jobs.tokenizing import SHARD_TOKENS
     from longnet_cli.jobs.tokenizing import tokenize as run
 
-    quiet, done = options.quiet, earlier.totals["bytes"] if earlier else 0
+    quiet = options.quiet
+    done = earlier.totals["bytes"] if earlier else 0
     left_out = count_left_out(options.skip_bad, quiet)
     with progress(
         "tokenizing", total=data.num_bytes(), unit="B", start=done, quiet=quiet

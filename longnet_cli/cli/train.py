@@ -317,7 +317,10 @@ class _Shown:
     def __init__(
         self, recipe: Recipe, options: TrainCommand, stack: ExitStack, quiet: bool
     ) -> None:
-        self.recipe, self.options, self.stack, self.quiet = recipe, options, stack, quiet
+        self.recipe = recipe
+        self.options = options
+        self.stack = stack
+        self.quiet = quiet
         self.fields: dict[str, str | None] = {}
 
     def begin(self, step: int, tokens: int) -> None:

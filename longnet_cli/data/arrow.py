@@ -110,7 +110,9 @@ class _ArrowBytes:
     closed = False
 
     def __init__(self, where: str, stream: Any) -> None:
-        self.where, self.stream, self.tell = where, stream, stream.tell
+        self.where = where
+        self.stream = stream
+        self.tell = stream.tell
         self.file = stream if isinstance(stream, StoredFile) else None
         self.map: pa.Buffer | None = pa.py_buffer(self.file.map()) if self.file else None
         self.last: pa.Buffer | None = None
@@ -135,10 +137,12 @@ class _ArrowBytes:
         reader = ipc.open_stream(self)
 
         def batches() -> Iterator[pa.RecordBatch]:
-            count, place = 0, self.tell()
+            count = 0
+            place = self.tell()
             for batch in reader:
                 yield batch
-                count, place = count + 1, self.tell()
+                count = count + 1
+                place = self.tell()
             if self.tell() == place:  # pyarrow takes the end of the data for the marker
                 raise DataError(
                     f"{self.where}: truncated after {count} batches: the end-of-stream marker is missing"
@@ -177,14 +181,16 @@ class _ArrowBytes:
                         break
                     _refuse_overlap(batch)
                 yield batch
-                count, rows = count + 1, rows + batch.num_rows
+                count = count + 1
+                rows = rows + batch.num_rows
             self.map = self.last = None  # documents keep this object, and a map keeps its file open
 
         return Table(name, self.where, schema, read, format, self.stored)
 
     def stored(self, array: pa.Array) -> StoredIds | None:
         """Return the place in the file of (tokens,) ids of the last batch; None if they are in memory. Ignore nulls."""
-        data, last = array.buffers()[-1], self.last
+        data = array.buffers()[-1]
+        last = self.last
         if self.file is None or data is None or last is None:
             return None
         offset = data.address - last.address

@@ -45,7 +45,8 @@ TEXT_ROOM = 1 << 20  # characters of a chat at most
 TEXT_GROWTH = 16  # and for each character of its messages
 MARKS = range(0xE000, 0xF900)  # private-use characters
 # Private-use characters after a mark, for special tokens, and for hidden characters
-NAMED, HIDDEN = 0xF0000, 0x100000
+NAMED = 0xF0000
+HIDDEN = 0x100000
 
 
 def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -73,7 +74,8 @@ class ChatTemplate:
             raise ConfigError(
                 f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for chats"
             )
-        self._folder, self._named = folder, _named_tokens(settings)
+        self._folder = folder
+        self._named = _named_tokens(settings)
         with _limited(folder):
             self._template = _environment().from_string(template)
         self.tokenizer = tokenizer
@@ -82,7 +84,8 @@ class ChatTemplate:
         longest = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
         self._mark = MARKS.start
         self._signs = {*template, *"".join(self._special)}
-        self._any, self._start = re.compile(longest), re.compile(f"(?={longest}).", re.DOTALL)
+        self._any = re.compile(longest)
+        self._start = re.compile(f"(?={longest}).", re.DOTALL)
 
     def encode(
         self, message: str | Sequence[Mapping[str, str]], system: str | None = None

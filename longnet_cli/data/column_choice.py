@@ -42,7 +42,8 @@ def numbers(
     valid = None
     if values.null_count:
         bitmap, data = values.buffers()
-        size, offset = len(values), values.offset
+        size = len(values)
+        offset = values.offset
         valid = pa.Array.from_buffers(pa.bool_(), size, [None, bitmap], offset=offset)
         values = pa.Array.from_buffers(values.type, size, [None, data], offset=offset)
     stored = table.stored(values)
@@ -57,7 +58,8 @@ _LISTS = (*_PLAIN_LISTS, pa.types.is_list_view, pa.types.is_large_list_view)
 
 
 VECTOR_COLUMNS = ("features", "embedding", "embeddings")
-ID_COLUMNS, VECTOR_ID_COLUMNS = ("doc_id", "id"), ("slide_id", "doc_id")
+ID_COLUMNS = ("doc_id", "id")
+VECTOR_ID_COLUMNS = ("slide_id", "doc_id")
 COORDS = (("coords",), ("x", "y"))
 
 
@@ -138,7 +140,8 @@ def choose_columns(
     that is asked for beside a flat column. Raises DataError for a name that several columns have, and for document
     names that are not text or integers.
     """
-    vectors, present = form == "vectors", table.schema.names
+    vectors = form == "vectors"
+    present = table.schema.names
     if vectors:
         documents = _choose_vectors(table, wanted.column)
     else:
@@ -213,7 +216,8 @@ def _choose(table: Table, column: str | None, ids: bool, chats: bool) -> str:
             table, f"column {column!r} does not hold {'token ids or text' if ids else 'text'}"
         )
     kinds = defaultdict(pa.null, ((field.name, field.type) for field in table.schema))
-    of_ids, of_chats = TOKEN_COLUMNS * ids, (CHAT_COLUMN,) * chats
+    of_ids = TOKEN_COLUMNS * ids
+    of_chats = (CHAT_COLUMN,) * chats
     lists = [name for name in of_ids if _is_list(kinds[name])]
     flat = [name for name in of_ids if kinds[name] in INTEGERS]
     if is_text(kinds["text"]):
@@ -229,7 +233,8 @@ def _choose_vectors(table: Table, column: str | None) -> str:
     names = [name for name in VECTOR_COLUMNS if name in table.schema.names]
     which = f"no column named {', '.join(VECTOR_COLUMNS)} holds"
     if column is not None:
-        names, which = [column], f"column {column!r} does not hold"
+        names = [column]
+        which = f"column {column!r} does not hold"
     kinds = {name: _type(table, name) for name in names}
     candidates = [name for name, kind in kinds.items() if is_vector(kind) or is_vectors(kind)]
     missing = f"{which} vectors, lists of float16, float32 or float64, which the model reads"

@@ -56,7 +56,8 @@ def choose_files(folder: str, names: Sequence[str], read: Read) -> tuple[list[st
             shards = [shard for shard in shards if "/" not in shard] or shards
             _refuse_splits(folder, shards)
             return shards, _tell_unread(folder, files, shards)
-    chosen, empty = [], True
+    chosen = []
+    empty = True
     for file in files:
         head = read(file, 8192)
         if _looks_like_text(file, head):

@@ -85,7 +85,8 @@ class _RowsDataset:
 
         HDF5 gives zeros for rows that the file declares and does not have.
         """
-        stored, sides = self.dataset.id, self.dataset.chunks
+        stored = self.dataset.id
+        sides = self.dataset.chunks
         if sides is None:
             lacks = stored.get_storage_size() < self.dataset.nbytes
             return "the file lacks some of its rows" if lacks else None

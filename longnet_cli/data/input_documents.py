@@ -312,7 +312,9 @@ class Inputs:
         return item
 
     def _ids(self, table: Table, columns: Columns) -> Iterator[Document]:
-        tokenizer, vocab_size, eos_id = self.tokenizer, self.vocab_size, self.eos_id
+        tokenizer = self.tokenizer
+        vocab_size = self.vocab_size
+        eos_id = self.eos_id
         _check_tokenizer(table, tokenizer)
         if vocab_size is None:
             of_file = partial(_metadata_int, table, "longnet.vocab_size")
@@ -359,7 +361,9 @@ class DocumentPass:
 
         With `skip_bad`, yield errors instead of raising them.
         """
-        self._inputs, self._read, self._finish = inputs, read, finish
+        self._inputs = inputs
+        self._read = read
+        self._finish = finish
         self._digests = digests
         self._apart = Apart() if names_apart else None
         self._index = 0  # of the next item, if a share is one of documents
@@ -380,7 +384,8 @@ class DocumentPass:
 
     def _items(self) -> Iterator[Any]:
         """Yield the items of the share, and errors in place of what cannot be read."""
-        inputs, types = self._inputs, TokenTypes()
+        inputs = self._inputs
+        types = TokenTypes()
         files = inputs.files
         sizes = [input_file.size for input_file in files]
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
@@ -463,7 +468,10 @@ class DocumentPass:
         return replace(opened, read=read)
 
     def _batch(self, begin: float, end: float, rows: int) -> None:
-        self._begin, self._end, self._rows, self._given = begin, end, rows, 0
+        self._begin = begin
+        self._end = end
+        self._rows = rows
+        self._given = 0
 
 
 def _check_tokenizer(table: Table, tokenizer: Tokenizer | None) -> None:

@@ -69,7 +69,8 @@ class InputFiles:
     """
 
     def __init__(self, names: Sequence[str | Path], *, skip_bad: bool = False) -> None:
-        self.names, self.skip_bad = names, skip_bad
+        self.names = names
+        self.skip_bad = skip_bad
 
     def __iter__(self) -> Iterator[InputFile]:
         if self.missing and not self.skip_bad:

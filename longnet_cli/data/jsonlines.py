@@ -27,12 +27,15 @@ from .opened_inputs import (
 BATCH_BYTES = 4 << 20  # of the lines in one batch
 MOST_NAMED = 20  # keys in an error
 LOOK_AHEAD = 1 << 20  # bytes of lines that decide the types of carried columns
-HEAD_LINES, HEAD_BYTES = 100, 16 << 20  # of the lines that tell whether an input is JSON Lines
+# of the lines that tell whether an input is JSON Lines
+HEAD_LINES = 100
+HEAD_BYTES = 16 << 20
 PATIENCE = 0.5  # seconds that a line from a slow producer waits for others
 
 _BEGINNING = re.compile(rb"(\xef\xbb\xbf)?\{|\s")
 _ABSENT = object()  # in place of a value, null or not
-_TEXT, _IDS = pa.large_string(), pa.large_list(pa.int64())
+_TEXT = pa.large_string()
+_IDS = pa.large_list(pa.int64())
 _NAMES = (str, int)  # types of a document's name, and no bool
 _CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages with any keys
 _Reader = Callable[[dict[str, Any]], Any]
@@ -93,7 +96,9 @@ def _beginning(
     """
     usual = (wanted.column,) if wanted.column else ("text", *TOKEN_COLUMNS, CHAT_COLUMN)
     fields: dict[str, pa.DataType] = {}
-    lines, objects, problem = list[bytes](), list[dict[str, Any]](), ""
+    lines = list[bytes]()
+    objects = list[dict[str, Any]]()
+    problem = ""
     for line in _head(pipe, named):
         lines.append(line)
         try:
@@ -136,11 +141,16 @@ class _OpenedLines:
     """The rows of an opened input, as `Table` tells of `bad` and `blank` ones, and of those in `begins`."""
 
     def __init__(self, where: str, pipe: Pipe, wanted: Wanted, schema: pa.Schema) -> None:
-        self.where, self.pipe, self.wanted, self.schema = where, pipe, wanted, schema
+        self.where = where
+        self.pipe = pipe
+        self.wanted = wanted
+        self.schema = schema
         self.bad: dict[int, str] = {}
-        self.blank, self.begins = list[int](), set[int]()
+        self.blank = list[int]()
+        self.begins = set[int]()
         # columns that no line has so far; keys of all lines
-        self._missing, self._keys = (wanted.keep, dict[str, None]())
+        self._missing = wanted.keep
+        self._keys = dict[str, None]()
         self._doc_id: Any = None
 
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -152,7 +162,8 @@ class _OpenedLines:
             _reader(field.name, field.type, field.name in self.wanted.keep) for field in schema
         ]
         rows: list[list[Any]] = []
-        size, begun = 0, time.monotonic()
+        size = 0
+        begun = time.monotonic()
         try:
             for number, line in enumerate(self._lines()):
                 rows.append(self._read(number, line, readers, id_column))
@@ -160,7 +171,9 @@ class _OpenedLines:
                 late = time.monotonic() - begun > PATIENCE or not self.pipe.ready()
                 if self.bad or size >= BATCH_BYTES or late:
                     yield _batch(rows, schema)
-                    rows, size, begun = [], 0, time.monotonic()
+                    rows = []
+                    size = 0
+                    begun = time.monotonic()
         except DataError:  # the rows before it come first, however fast they came
             if rows:
                 yield _batch(rows, schema)
@@ -195,7 +208,8 @@ class _OpenedLines:
                 )
                 self._keys |= dict.fromkeys(row)
             cells = [read(row) for read in readers]
-            before, self._doc_id = self._doc_id, _value(row, id_column)
+            before = self._doc_id
+            self._doc_id = _value(row, id_column)
             if type(before) is not type(self._doc_id):  # 1 and "1" are two documents
                 self.begins.add(number)
             return cells
@@ -252,7 +266,9 @@ def _kept_types(
     """
     if not names:
         return {}
-    lines, rows, types = list[bytes](), [], {}
+    lines = list[bytes]()
+    rows = []
+    types = {}
     begun = time.monotonic()
     with suppress(DataError):  # of damaged packed data, which raises it again
         while sum(map(len, lines)) < LOOK_AHEAD and (line := pipe.readline()):
@@ -429,5 +445,6 @@ def _column(cells: list[Any], kind: pa.DataType) -> pa.Array:
     if kind != _IDS:
         return pa.array(cells, kind)
     lists = [pa.array([], pa.int64()) if cell is None else cell for cell in cells]
-    offsets, missing = np.cumsum([0, *map(len, lists)]), pa.array([cell is None for cell in cells])
+    offsets = np.cumsum([0, *map(len, lists)])
+    missing = pa.array([cell is None for cell in cells])
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.concat_arrays(lists), mask=missing)

@@ -91,9 +91,11 @@ class ColumnPlace(NamedTuple):
 
 def find_column(schema: pa.Schema, name: str) -> ColumnPlace | None:
     """Return the place of a column, which may be inside others (`doc.body`), or None for an unknown name."""
-    kinds, steps = {field.name: field.type for field in schema}, name.split(".")
+    kinds = {field.name: field.type for field in schema}
+    steps = name.split(".")
     for cut in range(len(steps), 0, -1):  # a name may have dots of its own
-        root, fields = ".".join(steps[:cut]), steps[cut:]
+        root = ".".join(steps[:cut])
+        fields = steps[cut:]
         kind: Any = kinds.get(root)
         for step in fields:
             inside = (
@@ -126,7 +128,8 @@ def pick(batch: pa.RecordBatch, name: str) -> pa.Array:
 def plain(column: pa.Array) -> pa.Array:
     """Return the same values in a plain type: no dictionary, extension type or view, which pyarrow does not take."""
     if pa.types.is_dictionary(column.type):
-        indices, values = column.indices, plain(column.dictionary)
+        indices = column.indices
+        values = plain(column.dictionary)
         return pa.DictionaryArray.from_arrays(
             indices, values, ordered=column.type.ordered
         ).dictionary_decode()
@@ -191,7 +194,8 @@ class Pipe:
 
     def __init__(self, raw: Any, stdin: Stdin | None = None) -> None:
         """Read from `raw`, a buffered binary file: its `readline` must be fast. It may be the buffer of `stdin`."""
-        self._raw, self._stdin = raw, stdin
+        self._raw = raw
+        self._stdin = stdin
         self._head = b""
         self._position = 0
 

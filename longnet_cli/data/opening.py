@@ -202,7 +202,8 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
             advice = next((text for magic, text in _ADVICE.items() if data.startswith(magic)), "")
             raise DataError(f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}{advice}")
         yield text
-        position, data = position + used, data[used:] + following
+        position = position + used
+        data = data[used:] + following
 
 
 def _open_parquet(input_file: InputFile, file: Any) -> Table:
@@ -249,7 +250,8 @@ def _open_parquet(input_file: InputFile, file: Any) -> Table:
     def fraction(rows: int) -> float:
         return rows / max(1, metadata.num_rows)
 
-    name, where = input_file.name, input_file.where
+    name = input_file.name
+    where = input_file.where
     return Table(name, where, parquet.schema_arrow, batches, "Parquet", fraction=fraction)
 
 
@@ -279,7 +281,8 @@ class _Unpacked(io.RawIOBase):
     """A raw file that unpacks a binary file. Reading raises DataError, with `where`, for damaged or cut data."""
 
     def __init__(self, kind: str, packed: Any, where: str) -> None:
-        self._kind, self._where = kind, where
+        self._kind = kind
+        self._where = where
         self._damage: DataError | None = None
         if kind == "gzip":
             # `read` joins steps, and would lose all of them

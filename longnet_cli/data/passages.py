@@ -172,11 +172,13 @@ class PassageIndex:
         events = events or Events()
         rows = self._run("SELECT file, read_as, state, digest, left_out FROM files")
         known = {file: KnownFile(*row) for file, *row in rows}
-        files, left_out = dict[str, KnownFile](), defaultdict[str, list[str]](list)
+        files = dict[str, KnownFile]()
+        left_out = defaultdict[str, list[str]](list)
 
         def read(opened: Text | Table, types: Any) -> Iterable[Any]:
             source = inputs.all_files.found[len(documents.opened) - 1]
-            earlier, read_as = known.get(source.where), f"{inputs.wanted} {source.name}"
+            earlier = known.get(source.where)
+            read_as = f"{inputs.wanted} {source.name}"
             files[source.where] = now = _known_now(source, read_as, earlier)
             contents = read_as, now.digest
             if now.digest is None or not earlier or contents != (earlier.read_as, earlier.digest):
@@ -211,7 +213,8 @@ class PassageIndex:
         """Add the passages of a text, which is in a `file` of the inputs. `on_bytes` gets the size of each."""
         end = 0
         for piece in cut(text.parts, "passage"):
-            end, passage = end + len(piece), piece.strip()
+            end = end + len(piece)
+            passage = piece.strip()
             start = end - len(piece.lstrip())
             compared = passage
             if not passage.isascii() or "\0" in passage:
@@ -297,7 +300,8 @@ def _in_word(sign: str) -> str:
     """
     if sign == SOFT_HYPHEN:
         return ""
-    category, above = unicodedata.category(sign), unicodedata.combining(sign)
+    category = unicodedata.category(sign)
+    above = unicodedata.combining(sign)
     if category[0] not in "LNM" and category != "Co":
         return " "
     return "" if 10 <= above <= 36 or above >= 200 else sign

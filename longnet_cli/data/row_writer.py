@@ -169,7 +169,9 @@ class _NumpyArray:
             raise ConfigError(
                 "an array of NumPy (.npy) holds one vector for each row: name an .arrow file"
             )
-        self._sink, self._kind, self._rows = sink, schema.field("embedding").type, 0
+        self._sink = sink
+        self._kind = schema.field("embedding").type
+        self._rows = 0
         self._write_header()
 
     def _write_header(self) -> None:  # it has room for any number of rows

@@ -180,7 +180,8 @@ class ShardFolder:
             "documents": 0,
             **self._counts,
         }
-        self._writer, self._counts = None, Counter()
+        self._writer = None
+        self._counts = Counter()
         self._open.close()  # gives the file its final name
         self._manifest.shards.append(shard)
         self._note_inputs()
@@ -256,7 +257,8 @@ class ShardFolder:
         write_file(self.folder / UNFINISHED, self._manifest.to_json().encode())
 
     def _refuse_other_settings(self, earlier: Manifest) -> None:
-        old, new = earlier.settings, self._manifest.settings
+        old = earlier.settings
+        new = self._manifest.settings
         for name in [*new, *old]:
             if old.get(name) != new.get(name):
                 needed = "the same inputs and options"
@@ -285,13 +287,15 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
                 import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
 
                 parquet = pq.ParquetFile(file)
-                stored, written = parquet.metadata.num_rows, parquet.schema_arrow
+                stored = parquet.metadata.num_rows
+                written = parquet.schema_arrow
                 pq.ParquetWriter(again := pa.BufferOutputStream(), schema).close()
                 # Parquet names the items of lists its own way
                 schema = pq.read_schema(pa.BufferReader(again.getvalue()))
             else:
                 table = arrow.open_file(path.name, str(path), file)
-                stored, written = sum(batch.num_rows for batch in table.read([])), table.schema
+                stored = sum(batch.num_rows for batch in table.read([]))
+                written = table.schema
         if rows not in (None, stored):
             raise ValueError(f"{stored} rows instead of {rows}")
         if not written.equals(schema, check_metadata=True):

@@ -25,7 +25,8 @@ class FileChangedError(DataError):
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(f"{where}: {reason}")
-        self.where, self.reason = where, reason
+        self.where = where
+        self.reason = reason
 
     def at(self, row: int) -> "FileChangedError":
         """Return the same error, which also names the first row that is lost."""

@@ -55,8 +55,11 @@ class TextCutter:
     def __init__(
         self, parts: Iterable[str], end_of: Callable[[str, int], int], ahead: int = 0
     ) -> None:
-        self._parts, self._end_of, self._ahead = iter(parts), end_of, ahead
-        self._text, self._start = "", 0
+        self._parts = iter(parts)
+        self._end_of = end_of
+        self._ahead = ahead
+        self._text = ""
+        self._start = 0
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._next, "")
@@ -76,7 +79,8 @@ class TextCutter:
                 break
             self._text = self._text[self._start :] + part
             self._start = 0
-        start, self._start = self._start, self._end_of(self._text, self._start)
+        start = self._start
+        self._start = self._end_of(self._text, self._start)
         return self._text[start : self._start]
 
 
@@ -90,10 +94,13 @@ def cut_text(
     """
 
     def end_of(text: str, start: int) -> int:
-        place, limit, tries = start + PIECE, min(start + LONGEST_PIECE, len(text)), 0
+        place = start + PIECE
+        limit = min(start + LONGEST_PIECE, len(text))
+        tries = 0
         while match := cut.search(text, place, limit):
             end = match.start()
-            before, after = text[max(start, end - REACH) : end], text[end : end + REACH]
+            before = text[max(start, end - REACH) : end]
+            after = text[end : end + REACH]
             if split(before + after) == split(before) + split(after):
                 return end
             tries += 1
@@ -154,7 +161,8 @@ def _steps(normalizer: Any) -> set[str]:
     """Return the types of the steps of a normalizer of a tokenizer.json; for an unbounded `Replace`, its pattern."""
     if not isinstance(normalizer, dict):
         return set()
-    steps, pattern = normalizer.get("normalizers"), normalizer.get("pattern", {})
+    steps = normalizer.get("normalizers")
+    pattern = normalizer.get("pattern", {})
     if isinstance(steps, list):
         return set().union(*map(_steps, steps))
     unbounded = pattern.get("Regex", SPACES) != SPACES or len(pattern.get("String", "")) > REACH
@@ -208,7 +216,8 @@ def cut(parts: Iterable[str], unit: Unit) -> TextCutter:
 
 def note_ends(parts: Iterable[str], unit: Unit, ends: MutableSequence[int]) -> Iterator[str]:
     """Yield a text in parts, and note in `ends` the characters after its units."""
-    cutter, end = cut(parts, unit), 0
+    cutter = cut(parts, unit)
+    end = 0
     while pieces := cutter.take(PART):
         for piece in pieces:
             end += len(piece)

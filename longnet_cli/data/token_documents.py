@@ -26,7 +26,8 @@ class Document:
     tokens in a file reads none of them.
     """
 
-    step, width = STEP, 1  # tokens per step of a pass, numbers per token
+    step = STEP  # tokens per step of a pass
+    width = 1  # numbers per token
     has_vectors = False  # in place of ids
 
     def __init__(
@@ -173,7 +174,8 @@ class Unread(Document):
 
     def __init__(self, error: DataError, *, file: bool = False) -> None:
         super().__init__("", np.empty(0, np.int64), 0, str(error))
-        self.error, self.file = error, file
+        self.error = error
+        self.file = file
 
 
 class Apart:
@@ -189,7 +191,8 @@ class Apart:
         name = f"{doc_id}#{self.repeats}" if self.repeats else doc_id
         if name == self.written:
             name = f"{name}#1"
-        self.last, self.written = doc_id, name
+        self.last = doc_id
+        self.written = name
         return name
 
 

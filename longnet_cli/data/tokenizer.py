@@ -403,7 +403,8 @@ class Tokenizer:
         if self._prompt:
             parts = chain((self._prompt + part for part in islice(parts, 1)), parts)
         placed = self.tells_places and bool(self._prompt or not self.spells)
-        place, skip = -len(self._prompt), len(self.prompt_ids)
+        place = -len(self._prompt)
+        skip = len(self.prompt_ids)
         cutter = self.cutter(parts)
         while pieces := cutter.take(PLACED_GROUP if placed else GROUP):
             size = sum(len(piece.encode()) for piece in pieces)
@@ -513,7 +514,8 @@ class Tokenizer:
     def encodes_as(self, other: Tokenizer) -> bool:
         """Return whether both encode a text alike, whatever their templates are."""
         beside = {"post_processor", "truncation", "padding"}
-        mine, theirs = self._description, other._description
+        mine = self._description
+        theirs = other._description
         return all(mine[key] == theirs.get(key) for key in mine.keys() - beside)
 
     @cached_property
@@ -544,7 +546,8 @@ class Tokenizer:
     @cached_property
     def is_bytes(self) -> bool:
         """Return whether ids are the text's bytes: encoding then needs neither the library nor its memory."""
-        model, pre = self._description["model"], self._description["pre_tokenizer"] or {}
+        model = self._description["model"]
+        pre = self._description["pre_tokenizer"] or {}
         return (
             model["type"] == "BPE"
             and not model["merges"]

@@ -57,7 +57,10 @@ class Vectors(Document):
         kept: Mapping[str, pa.Scalar],
     ) -> None:
         """Make a document of `parts`, with `width` numbers per vector. In a `flat` part, each vector is a row."""
-        self.width, self.coords, self.tile_size, self._row = width, coords, tile_size, place
+        self.width = width
+        self.coords = coords
+        self.tile_size = tile_size
+        self._row = place
         self.step = max(1, STEP // max(1, width))
         super().__init__(doc_id, parts, None, where, kept=kept)
 
@@ -95,7 +98,8 @@ class Vectors(Document):
         """Return the file and row of a vector, for a message."""
         number = bisect_right(self._starts, index) - 1
         part = self.parts[number]
-        row, inside = part.row or 0, index - self._starts[number]
+        row = part.row or 0
+        inside = index - self._starts[number]
         return self._row(row + inside) if part.flat else f"{self._row(row)}, vector {inside}"
 
 
@@ -141,7 +145,9 @@ def vector_documents(table: Table, columns: Columns) -> Iterator[Document]:
 def _document(
     table: Table, columns: Columns, tile_size: float | None, group: DocumentRows
 ) -> Vectors:
-    nested, width, points = is_vectors(columns.type), None, list[np.ndarray]()
+    nested = is_vectors(columns.type)
+    width = None
+    points = list[np.ndarray]()
 
     def parts() -> Iterator[Part]:
         nonlocal width

@@ -86,7 +86,8 @@ def answer(
     reason: FinishReason | None = None
     repeated = StopTexts(sentences := list[str]())
     for step in generate(loaded, asked, max_tokens=max_tokens, stop=stop, **options):
-        text, reason = "", step.finish_reason
+        text = ""
+        reason = step.finish_reason
         for sign in step.text:
             text += repeated.add(sign)
             if repeated.reached:
@@ -125,7 +126,8 @@ def prompt(
     It is in the model's chat template, if that is loaded. `system` replaces SYSTEM before the passages, and BRIEFLY
     after the question.
     """
-    words, most = loaded.tokenizer, loaded.net.config.max_tokens
+    words = loaded.tokenizer
+    most = loaded.net.config.max_tokens
     if words is None:
         raise ConfigError(f"{loaded.origin}: there is no tokenizer, which reads a question")
     asked = f"Question: {question}"

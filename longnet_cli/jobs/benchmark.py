@@ -457,8 +457,12 @@ def measure_stream(
     At the deadline and at Ctrl-C, the run ends as "stopped", with a row of what was measured so far. If memory runs
     out, it ends in the same way as "oom".
     """
-    total, chunk = case.row.seq, case.row.chunk or case.row.seq
-    position, begin, decade, whole = 0, 0, FIRST_DECADE, _Clock(device)
+    total = case.row.seq
+    chunk = case.row.chunk or case.row.seq
+    position = 0
+    begin = 0
+    decade = FIRST_DECADE
+    whole = _Clock(device)
 
     def ended(status: str, why: str | None) -> Measurement:
         reason = why and f"{why} after {position} tokens"
@@ -471,7 +475,8 @@ def measure_stream(
 
     try:
         case.start()(chunk)  # warm-up
-        run, whole = case.start(), _Clock(device)
+        run = case.start()
+        whole = _Clock(device)
         part = whole
         while position < total and (not position or time.perf_counter() < deadline):
             # a decade cuts a chunk in two, so that later chunks end where they would have ended
@@ -484,7 +489,9 @@ def measure_stream(
                 yield case.measured(
                     begin, position, peak(), start=begin, stop=position, **part.spent()
                 )
-                part, begin, decade = _Clock(device), position, decade * 10
+                part = _Clock(device)
+                begin = position
+                decade = decade * 10
         yield ended("ok", None) if position == total else ended("stopped", "the time is over")
     except KeyboardInterrupt:
         yield ended("stopped", "interrupted")

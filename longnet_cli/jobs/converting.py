@@ -33,7 +33,8 @@ def convert(
     missing libraries, for `values` for any other kind of model, and for a LongNet without a `dtype`.
     """
     refuse_web_address(str(source))
-    path, origin = Path(source), str(source)
+    path = Path(source)
+    origin = str(source)
     if "/" in origin and not path.exists():
         path, origin = find_model(origin)
     values = {name: value for name, value in values.items() if value is not None}

@@ -98,7 +98,8 @@ def find_subject(text: str) -> Subject:
     Raises ConfigError of one line, CheckpointError for a model that cannot be read.
     """
     shipped = sorted({*(path.stem for path in preset_dir().glob("*.toml")), *list_models()})
-    spelt, file = is_pattern(text), text.endswith((".toml", ".json"))
+    spelt = is_pattern(text)
+    file = text.endswith((".toml", ".json"))
     path = file or "/" in text
     if spelt or (not path and text not in shipped):
         try:
@@ -179,7 +180,8 @@ def describe(subject: Subject, seq: int) -> Description:
 
 def _refuse_the_boundless(pattern: Pattern, seq: int) -> None:
     """Raise ConfigError for positions past 2^60, near the end of int64, and for a plan with too many parts."""
-    parts, inner = 0, pattern.segment_lengths[0]
+    parts = 0
+    inner = pattern.segment_lengths[0]
     for (w, r), back in zip(pattern.levels, pattern.look_backs, strict=True):
         if max(seq, (back + 2) * w, r) > LONGEST:
             raise ConfigError(
@@ -240,7 +242,8 @@ def picture(
     edges = np.array([seq * i // size for i in range(size + 1)])
     keys = queries = edges
     if first_key is not None:
-        keys, queries = np.arange(size + 1) + first_key, np.arange(size + 1) + seq - size
+        keys = np.arange(size + 1) + first_key
+        queries = np.arange(size + 1) + seq - size
     low, high = queries[:-1], queries[1:]
     drawn = np.full((size, size), NOTHING)
     for level, (w, r) in enumerate(pattern.levels):
@@ -273,7 +276,10 @@ def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray
     return np.where(following < start + w, following, start + w + offset)
 
 
-_TEXT_SIZE, _PICTURE_SIZE, _INSET_SIZE = 32, 480, 64  # rows and columns
+# rows and columns
+_TEXT_SIZE = 32
+_PICTURE_SIZE = 480
+_INSET_SIZE = 64
 
 
 def draw_text(subject: Subject, seq: int) -> Iterator[str]:

@@ -88,7 +88,8 @@ class TextCut:
         self.room: int | None = None
         self.one_state = False
         self.size = self.stride = 0  # of windows, in tokens of a document
-        stride, context = options.stride, options.context
+        stride = options.stride
+        context = options.context
         if context is None:
             if stride is not None:
                 raise ConfigError(
@@ -151,7 +152,8 @@ def for_model(
         ids = tokenizer.encode(prefix).tolist() if prefix and tokenizer else None
         return options.with_defaults(), EncodeFacts(**ModelFacts.of(loaded).__dict__, prefix=ids)
     model = embedding.model
-    context, normalize = options.context, options.normalize
+    context = options.context
+    normalize = options.normalize
     if normalize is False and "Normalize" in model.modules:
         raise ConfigError(
             f"{folder.name} scales vectors amid its modules ({model.modules}): leave out --no-normalize"
@@ -170,7 +172,8 @@ def for_model(
 
 def _facts(loaded: Loaded, embedding: Embedding, prompt: str) -> EncodeFacts:
     """Return how an embedding model reads texts after a `prompt`."""
-    model, words = embedding.model, embedding.words.for_documents(prompt)
+    model = embedding.model
+    words = embedding.words.for_documents(prompt)
     opening, closing = words.ids_around
     unpooled = None
     if prompt and not model.pools_prompt:
@@ -242,8 +245,12 @@ class Encoder(RowJob):
 
     options: EncodeOptions
     facts: EncodeFacts
-    doing, row_name, text_fields = "encoding", "vector", PLACE_FIELDS
-    shard_name, shard_unit, shard_size = "vectors", "rows", 1 << 12
+    doing = "encoding"
+    row_name = "vector"
+    text_fields = PLACE_FIELDS
+    shard_name = "vectors"
+    shard_unit = "rows"
+    shard_size = 1 << 12
     skips_empty = names_apart = True
     nothing = "there is nothing to encode: every document is empty or left out"
 
@@ -304,7 +311,9 @@ class Encoder(RowJob):
         A vector stands for the tokens [start, end) of document `doc_id`. The metadata keys are `longnet.*`; unknown
         values are left out.
         """
-        options, facts, net = self.options, self.facts, self.reader.model
+        options = self.options
+        facts = self.facts
+        net = self.reader.model
         pool = options.pool or ""
         known = {
             "longnet.model": facts.model_name,
@@ -336,7 +345,8 @@ class Encoder(RowJob):
         Also raises TooLongError for too many tokens, ConfigError for ids that have the template's special tokens, and
         DataError for a document that has nothing to pool.
         """
-        facts, net = self.facts, self.reader.model
+        facts = self.facts
+        net = self.reader.model
         if self.unit and document.ends is None:
             raise ConfigError(
                 f"{document.where}: this is no text with a {self.unit}: give texts, or --span 256"
@@ -380,7 +390,9 @@ class Encoder(RowJob):
 
         A token belongs to the unit of a text in which it ends. Raises ConfigError if nobody knows where that is.
         """
-        tokens, span, room = len(document), self.options.span, self.cut.room
+        tokens = len(document)
+        span = self.options.span
+        room = self.cut.room
         if not isinstance(span, str):
             size = span or tokens
             return range(size, tokens + size, size)
@@ -399,7 +411,8 @@ class Encoder(RowJob):
         return stops
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
-        head, windows = torch.inference_mode()(self.reader.model.head), self._windows(sequences)
+        head = torch.inference_mode()(self.reader.model.head)
+        windows = self._windows(sequences)
         for pieces in self.reader.read(windows):
             with torch.inference_mode():
                 self._pool_together(pieces)
@@ -409,7 +422,8 @@ class Encoder(RowJob):
 
     def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_PooledWindow]:
         """Yield the windows of each document, in order, with one pooling or one mean for all of them."""
-        cut, pool = self.cut, self.options.pool or ""
+        cut = self.cut
+        pool = self.options.pool or ""
         for sequence in sequences:
             document = sequence.document
             before = sequence.own_start
@@ -447,9 +461,11 @@ class Encoder(RowJob):
     def _pool_together(self, pieces: Sequence[Piece[_PooledWindow]]) -> None:
         """Pool the whole documents among the pieces in a few calls. A CPU adds long ones faster one by one."""
         limit = SHORT if self.reader.device.type == "cpu" else self.reader.chunk
-        poolings, states = [], []
+        poolings = []
+        states = []
         for piece in pieces:
-            pooling, hidden = piece.window.pooling, piece.hidden
+            pooling = piece.window.pooling
+            hidden = piece.hidden
             if hidden is not None and len(hidden) <= limit and pooling.ends_with(hidden):
                 poolings.append(pooling)
                 states.append(hidden)
@@ -458,7 +474,8 @@ class Encoder(RowJob):
 
     def _pooled(self, piece: Piece[_PooledWindow]) -> Iterable[Row]:
         """Return the rows that a piece finishes."""
-        window, hidden = piece.window, piece.hidden
+        window = piece.window
+        hidden = piece.hidden
         if hidden is None:  # it is of another rank: zeros that take no memory
             hidden = torch.zeros(1, 1, device=self.reader.device).expand(
                 len(piece), self.reader.model.config.dim

@@ -219,7 +219,8 @@ class FarBytes(NamedTuple):
 
 def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> FarBytes:
     """Return the bytes for one sequence of `seq_len` tokens, with `itemsize` bytes per number of a key."""
-    pattern, cut = config.pattern, seq_len > chunk
+    pattern = config.pattern
+    cut = seq_len > chunk
     layout = Layout(pattern, config.num_heads, config.kv_heads)
     stored = passing = 0
     backs = dict(enumerate(pattern.look_backs)) if cut else {}
@@ -256,9 +257,12 @@ def kept_by_chunks(reader: Reader, plan: ReadingPlan, chunk: int) -> dict[str, i
     cache: keys and values, in a causal net. hidden: hidden states, in a bidirectional net, and the keys of a layer,
     unless they are on a disk or, because a GPU has no room, in the host's memory.
     """
-    net, config, device = reader.model, reader.model.config, reader.device
+    net = reader.model
+    config = reader.model.config
+    device = reader.device
     if config.causal and plan.in_chunks(chunk):
-        itemsize, written = itemsize_of(reader.dtype, device), device.type == "cpu"
+        itemsize = itemsize_of(reader.dtype, device)
+        written = device.type == "cpu"
         return {"cache": cache_bytes(config, plan.longest, itemsize, written=written)}
     size = spilled_bytes(net, plan, chunk, reader.ranks)
     fits = device.type == "cpu" or fits_beside(config.forward_bytes(chunk), size, device)
@@ -355,7 +359,9 @@ def estimate_reading(
     `room` is the memory before the net was loaded, `kept` what the job itself keeps of the longest document, in bytes
     by kind.
     """
-    net, config, spill = reader.model, reader.model.config, bool(reader.spill)
+    net = reader.model
+    config = reader.model.config
+    spill = bool(reader.spill)
     most_while_loading = machines.peak_memory(reader.device)
     trial = try_reading(reader, plan, task, room.free)
     rate = reader.all_ranks.own(trial.rate, reader.device)
@@ -375,7 +381,8 @@ def estimate_reading(
     memory = {"program": program, **needed(reader.chunk)}
     # for files whose weights were converted to another type
     memory["loading"] = max(0, most_while_loading - sum(memory.values()))
-    flops, on_disk = plan.flops(task.scores), spilled_bytes(net, plan, reader.chunk, reader.ranks)
+    flops = plan.flops(task.scores)
+    on_disk = spilled_bytes(net, plan, reader.chunk, reader.ranks)
     on_fp32 = reader.device.type == "cpu" and reader.dtype == "fp32"
     instructions = machines.bf16_instructions() if on_fp32 else None
     return Estimate(

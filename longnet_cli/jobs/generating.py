@@ -63,7 +63,8 @@ class StopTexts:
 
     def end(self) -> str:
         """Return the text that was held back."""
-        held, self._held = self._held, ""
+        held = self._held
+        self._held = ""
         return held
 
 
@@ -139,7 +140,8 @@ def generate(
     logit that is NaN.
     """
     loaded = _loaded(model, dtype, bos)
-    net, tokenizer = loaded.net, tokenizer or loaded.tokenizer
+    net = loaded.net
+    tokenizer = tokenizer or loaded.tokenizer
     chats = chat or not isinstance(prompt, str | Document)
     begun = chats or (stream is not None and stream.position)
     before = bos if bos != "own" else None if begun else loaded.bos
@@ -197,7 +199,8 @@ def plan_generation(
 ) -> ReadingPlan:
     """Count the reading of prompts, and of the most tokens that continue each. Raises as `generate`."""
     _check(model, max_tokens, least)
-    plan, begin = ReadingPlan(model.config, chunk, streamed=True), time.perf_counter()
+    plan = ReadingPlan(model.config, chunk, streamed=True)
+    begin = time.perf_counter()
     for prompt in prompts:
         model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
         plan.add_document(len(prompt))
@@ -238,7 +241,8 @@ class Sampler:
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int, number: int = 0) -> None:
-        self.temperature, self.top_p = temperature, top_p
+        self.temperature = temperature
+        self.top_p = top_p
         self.random = np.random.default_rng((seed, number))
 
     def __call__(self, logits: Tensor) -> tuple[int, float]:
@@ -258,7 +262,8 @@ class Sampler:
     def _draw(self, logits: Tensor) -> int:
         """Return a drawn id. Nothing is sorted where all ids may be drawn."""
         scores = (logits - logits.max()) / self.temperature
-        probabilities, order = scores.softmax(-1), None
+        probabilities = scores.softmax(-1)
+        order = None
         if self.top_p < 1:
             probabilities, order = probabilities.sort(descending=True, stable=True)
         sums = probabilities.cpu().double().cumsum(-1)

@@ -144,7 +144,8 @@ def _columns(inputs: Inputs, table: Table) -> tuple[Inputs, Columns]:
 
 def _note_metadata(inspection: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:
     for key, value in metadata.items():
-        name, text = key.decode("utf-8", "replace"), value.decode("utf-8", "replace")
+        name = key.decode("utf-8", "replace")
+        text = value.decode("utf-8", "replace")
         if not name.startswith("longnet."):
             continue
         texts = inspection.metadata[name]

@@ -83,7 +83,9 @@ class Pooling:
         self.document = document
         self.pools = pool.split("+")
         self.number = number
-        self.begin, self.ends, self.after = begin, ends, after
+        self.begin = begin
+        self.ends = ends
+        self.after = after
         self.end = min(ends[-1], len(document))
         self.position = begin - before  # the next token; less than `begin` before the document
         self.vector: Tensor | None = None  # of the whole document, by `pool_together`
@@ -105,7 +107,8 @@ class Pooling:
             start = self.ends[index - 1] if index else self.begin
             end = min(self.ends[index], self.end)
             stop = end + self.after * (end == self.end)
-            part, hidden = hidden[: stop - self.position], hidden[stop - self.position :]
+            part = hidden[: stop - self.position]
+            hidden = hidden[stop - self.position :]
             self.position += len(part)
             self._take(part)
             if self.position == stop:
@@ -113,7 +116,8 @@ class Pooling:
                 self._reset()
 
     def _reset(self, skipped: int = 0) -> None:
-        self._count, self._weight = 0, skipped
+        self._count = 0
+        self._weight = skipped
         # of the open span, by pooling: a sum (float64), a maximum or one state
         self._sums: dict[str, Tensor] = {}
 
@@ -141,7 +145,9 @@ class Pooling:
 
     def divisors(self, more: int = 0) -> list[float]:
         """Return what the sums are divided by, for each pooling, after `more` tokens."""
-        count, last, skipped = self._count + more, self._weight + more, self._weight - self._count
+        count = self._count + more
+        last = self._weight + more
+        skipped = self._weight - self._count
         weights = (last * (last + 1) - skipped * (skipped + 1)) / 2
         of_sums = {"mean": count, "sqrt": count**0.5, "weighted": weights}
         return [of_sums.get(pool, 1) for pool in self.pools]

@@ -45,7 +45,9 @@ class ReadingPlan:
     sampled: int | None = None
 
     def __init__(self, config: NetConfig, chunk: int, *, streamed: bool = False) -> None:
-        self.config, self.chunk, self.streamed = config, chunk, streamed
+        self.config = config
+        self.chunk = chunk
+        self.streamed = streamed
         # of the rows of all forward passes; a long window is one row
         self._lengths = Counter[int]()
         self.examples: list[Document] = []
@@ -77,7 +79,8 @@ class ReadingPlan:
                 yield range(tokens)
 
         for step in reading_steps(of_lengths(), self.chunk, self.config.streams):
-            tokens, longest = sum(map(len, step)), max(map(len, step))
+            tokens = sum(map(len, step))
+            longest = max(map(len, step))
             self.longest = max(self.longest, longest)
             at_once = self.chunk if self.config.streams else max(self.chunk, longest)
             self.largest = max(self.largest, min(tokens, at_once))
@@ -171,11 +174,14 @@ class Sample:
     """
 
     def __init__(self, size: int, encode: Callable[[Text], Document]) -> None:
-        self.size, self.encode = size, encode
+        self.size = size
+        self.encode = encode
         self.texts = 0
         self.bytes = array("q")
         self._drawn: list[tuple[int, int]] = []  # tokens and bytes of each text in the sample
-        self._seconds, self._tokenized = 0.0, 0  # the time for so many bytes
+        # the time for so many bytes
+        self._seconds = 0.0
+        self._tokenized = 0
         self._random = np.random.default_rng(SEED)
 
     def add(self, text: Text) -> Document | None:

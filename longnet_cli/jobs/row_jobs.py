@@ -103,7 +103,9 @@ class RowJob(ABC):
     def __init__(
         self, reader: Reader, options: ScoreOptions | EncodeOptions, facts: ModelFacts
     ) -> None:
-        self.reader, self.options, self.facts = reader, options, facts
+        self.reader = reader
+        self.options = options
+        self.facts = facts
 
     @abstractmethod
     def sequence(self, document: Document) -> InputSequence[Document]:
@@ -346,7 +348,8 @@ def _write_stream(
 
     `least` rows or more are written at a time, or fewer where the input waits.
     """
-    written, waiting = Counter[str](), list[pa.RecordBatch]()
+    written = Counter[str]()
+    waiting = list[pa.RecordBatch]()
 
     def flush() -> None:
         if sink and waiting:

@@ -349,7 +349,9 @@ class TokenBatches:
     def __init__(
         self, output: ShardFolder | ShardWriter, shard_tokens: int, kept: Sequence[pa.Field]
     ) -> None:
-        self._output, self._shard_tokens, self._kept = output, shard_tokens, kept
+        self._output = output
+        self._shard_tokens = shard_tokens
+        self._kept = kept
         self._folder = output if isinstance(output, ShardFolder) else None
         self.totals = Counter(self._folder.totals if self._folder else {})
         name = str(output.output) if isinstance(output, ShardWriter) else ""

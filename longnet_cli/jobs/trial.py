@@ -54,7 +54,9 @@ def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float | Non
 
     The chunks are shorter where a forward pass might need more than a quarter of the `free` bytes.
     """
-    net, device, config = reader.model, reader.device, reader.model.config
+    net = reader.model
+    device = reader.device
+    config = reader.model.config
     at_once = fitting_chunk(lambda n: 4 * config.forward_bytes(n), plan.largest, free)
     chunk = min(reader.chunk, at_once or SHORTEST_CHUNK)
     trial_reader = Reader(
@@ -65,7 +67,8 @@ def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float | Non
         head = document.head(tokens)
         return head if any(task.windows(len(head))) else document  # it may be too short for the job
 
-    longest, others = plan.examples[:1], plan.examples[1:]
+    longest = plan.examples[:1]
+    others = plan.examples[1:]
     documents = [cut(document, CHUNKS * chunk) for document in longest]
     documents += [cut(document, chunk) for document in others]
     counted = ReadingPlan(config, chunk, streamed=plan.streamed)

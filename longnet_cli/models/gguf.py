@@ -55,7 +55,9 @@ SETTINGS = {
     ".rope.dimension_count": "head_dim",
     ".vocab_size": "vocab_size",
 }
-BASE, KIND, FACTOR = ".rope.freq_base", ".rope.scaling.type", ".rope.scaling.factor"
+BASE = ".rope.freq_base"
+KIND = ".rope.scaling.type"
+FACTOR = ".rope.scaling.factor"
 ORIGINAL = ".rope.scaling.original_context_length"
 # Keys without effect on a net, and the values of further keys that say what the net is anyway.
 WITHOUT_EFFECT = {".pooling_type", ".rope.scaling.finetuned"}
@@ -72,7 +74,9 @@ TOKENIZER = re.compile(
     r"|unknown)_token_id|add_(bos|eos|sep)_token|add_space_prefix|merges|model|pre|scores|token_type|token_type_count"
     r"|tokens))"
 )
-MODEL, PRE, PREFIX = "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix"
+MODEL = "tokenizer.ggml.model"
+PRE = "tokenizer.ggml.pre"
+PREFIX = "tokenizer.ggml.add_space_prefix"
 
 
 class _Bar(io.StringIO):

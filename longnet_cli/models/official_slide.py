@@ -65,7 +65,8 @@ class OfficialFeedForward(_Official, FeedForward):
 
 
 class OfficialBlock(_Official, Layer):
-    attention_kind, ffn_kind = OfficialAttention, OfficialFeedForward
+    attention_kind = OfficialAttention
+    ffn_kind = OfficialFeedForward
     official: ClassVar = {
         "attention": "self_attn",
         "attention_norm": "self_attn_layer_norm",

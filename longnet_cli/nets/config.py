@@ -330,7 +330,8 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
 
     def num_parameters(self) -> int:
         """Return the number of trainable parameters; tied embeddings count once."""
-        d, f = self.dim, self.ffn_dim
+        d = self.dim
+        f = self.ffn_dim
         attention = 4 * (d * d + d) + (2 * d if self.norm == "subln" else 0)
         ffn = d * f + f + f * d + d + (2 * f if self.norm == "subln" else 0)
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)

@@ -55,7 +55,8 @@ class Norm(nn.LayerNorm):
             return super().forward(x)
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            weight = self.weight.to(x.dtype)
+            bias = self.bias.to(x.dtype)
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(dtype)
 
 
@@ -145,7 +146,9 @@ class DropPath(nn.Module):
 class Layer(nn.Module):
     """One layer: hidden (B, N, dim) -> hidden (B, N, dim)."""
 
-    attention_kind, ffn_kind = Attention, FeedForward  # `models.official_slide` has others
+    # `models.official_slide` has others
+    attention_kind = Attention
+    ffn_kind = FeedForward
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()

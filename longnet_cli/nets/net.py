@@ -226,7 +226,8 @@ class Net(nn.Module):
         The result is (B, N) in float32, or in float64 for float64 hidden states; 0 where a target is -100. At most
         `limit` elements of logits exist at a time. The backward pass recomputes them chunk by chunk.
         """
-        rows, wanted = hidden.flatten(0, -2), targets.flatten()  # (B N, dim), (B N,)
+        rows = hidden.flatten(0, -2)  # (B N, dim)
+        wanted = targets.flatten()  # (B N,)
         size = max(1, limit // max(1, self.config.vocab_size))
         if len(rows) <= size:
             return self._nll(rows, wanted).view(targets.shape)

@@ -96,7 +96,8 @@ def check_header(
         raise CheckpointError(
             f"{where}: it has {len(layers)} layers, its configuration needs {config.num_layers}"
         )
-    numbers, needed = sum(math.prod(shape) for _, shape in stored.values()), config.num_parameters()
+    numbers = sum(math.prod(shape) for _, shape in stored.values())
+    needed = config.num_parameters()
     if needed > 2 * numbers + _SMALL:
         raise CheckpointError(
             f"{where}: it has {numbers:,} numbers, its configuration needs {needed:,}"
@@ -336,7 +337,8 @@ def write_tensors(
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:
-        start, end = end, end + tensors[name].nbytes
+        start = end
+        end = end + tensors[name].nbytes
         kind = {**TYPE_NAMES, torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}[
             tensors[name].dtype
         ]
@@ -364,7 +366,8 @@ def sort_metadata(path: Path) -> None:
         )
 
 
-TOKENIZER_CONFIG, SENTENCES = "tokenizer_config.json", TRANSFORMER_CONFIGS[0]
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SENTENCES = TRANSFORMER_CONFIGS[0]
 
 # Keys that transformers writes into config.json, or `longnet`, without effect on what a LongNet computes
 TRANSFORMERS_KEYS = frozenset(

@@ -217,7 +217,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, most)  # never shrink the heap
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+# of malloc.h
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 
 @torch.no_grad()
@@ -229,7 +231,8 @@ def matmul_peak(device: torch.device, dtype: str = "auto") -> float:
     """
     n = 8192 if device.type == "cuda" else 1024
     x = torch.randn(n, n, device=device).to(DTYPES[resolve_dtype(dtype, device)])
-    best, begin = float("inf"), time.perf_counter()
+    best = float("inf")
+    begin = time.perf_counter()
     times = 0
     while times < 3 or time.perf_counter() < begin + 0.3:
         start = time.perf_counter()

@@ -37,8 +37,10 @@ SHORTEST_CHUNK = 256  # below it, the calls cost more than the computation
 # Other jobs have a number of tokens, on a CPU and on a GPU. A recipe trains with the same chunk on every CPU, and with
 # the longest that fits on a GPU: beyond GPU_TRAINING_CHUNK, none keeps it busier. The rows of `bench` compare models
 # and patterns, at the same chunk; with a shorter one, a GPU waits for the CPU.
-TRAINING_CHUNK, GPU_TRAINING_CHUNK = 1 << 14, 1 << 17
-BENCH_CHUNK, GPU_BENCH_CHUNK = 1 << 16, 1 << 20
+TRAINING_CHUNK = 1 << 14
+GPU_TRAINING_CHUNK = 1 << 17
+BENCH_CHUNK = 1 << 16
+GPU_BENCH_CHUNK = 1 << 20
 
 
 def chunk_of(

@@ -36,7 +36,8 @@ from longnet_cli.basics.sealed_manifests import find_mismatch, read_sealed, writ
 from longnet_cli.nets.net import Net
 from longnet_cli.nets.weights import TYPE_NAMES, model_digest, model_origin, write_tensors
 
-MANIFEST, PIECE = "manifest.json", re.compile(r"piece-[0-9a-f]{8}-\d{5,}\.safetensors")
+MANIFEST = "manifest.json"
+PIECE = re.compile(r"piece-[0-9a-f]{8}-\d{5,}\.safetensors")
 STATE_VERSION = 4
 KIND = "longnet state"
 READER = "reader_sha256"

@@ -113,7 +113,8 @@ def _tokenizer(files: Sequence[LogprobFile], name: str | None) -> Tokenizer:
         raise ConfigError(
             f"{files[0].where} and {files[1].where} are of two tokenizers: their tokens differ"
         )
-    where, model = files[0].where, name or files[0].metadata.get("longnet.model")
+    where = files[0].where
+    model = name or files[0].metadata.get("longnet.model")
     if not model:
         raise ConfigError(f"{where} does not say which model it is of: give --tokenizer")
     try:

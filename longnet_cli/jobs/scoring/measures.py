@@ -157,7 +157,9 @@ class Clusters:
         return math.sqrt(variance) / float(self.sums[denominator])
 
 
-BYTES, TOKENS = -2, -1  # indices among a document's quantities, after the nats at each context
+# indices among a document's quantities, after the nats at each context
+BYTES = -2
+TOKENS = -1
 
 
 class Total:

@@ -96,7 +96,8 @@ class Cut:
     @property
     def least(self) -> int:
         """The fewest tokens of a document whose `last` tokens all get windows as long as every context."""
-        options, last = self.options, self.options.last or 0
+        options = self.options
+        last = self.options.last or 0
         return self.first_target + max(
             last if size is None else size + last - min(options.stride or size, last)
             for size in options.contexts
@@ -149,7 +150,8 @@ def score(
 
 def most_likely(model: Net, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Return the most likely next id (N,) int64 of each hidden state (N, dim), and its log-probability (N,)."""
-    ids, logprobs = [], []
+    ids = []
+    logprobs = []
     for rows in hidden.split(max(1, LOGITS_LIMIT // model.config.vocab_size)):
         logits = model.logits(rows).float()
         best = logits.max(-1)
@@ -214,9 +216,13 @@ class Scorer(RowJob):
     """The job of `score`: a row for each document. The arguments are as those of `score`."""
 
     options: ScoreOptions
-    doing, row_name = "scoring", "row"
-    shard_name, shard_unit, shard_size = "gains", "tokens", 1 << 22
-    batch_rows, scores = 1 << 12, True
+    doing = "scoring"
+    row_name = "row"
+    shard_name = "gains"
+    shard_unit = "tokens"
+    shard_size = 1 << 22
+    batch_rows = 1 << 12
+    scores = True
 
     def __init__(
         self,
@@ -249,7 +255,8 @@ class Scorer(RowJob):
         `measures.Gain`. Columns that are there once for each of several contexts end with the context. The metadata
         keys are `longnet.*`; unknown values are left out.
         """
-        options, facts = self.options, self.facts
+        options = self.options
+        facts = self.facts
         known = {
             "longnet.model": facts.model_name,
             "longnet.tokenizer_sha256": facts.tokenizer_sha256,
@@ -353,7 +360,8 @@ class Scorer(RowJob):
 
         With `top`, two more are for the most likely ids and their log-probabilities.
         """
-        device, ranks = self.reader.device, self.reader.ranks
+        device = self.reader.device
+        ranks = self.reader.ranks
         tokens = sum(map(len, pieces))
         columns = [torch.zeros(tokens, device=device)]
         if self.top:

@@ -63,13 +63,15 @@ def write_token_logprobs(
                 columns = zip(zip(*rows, strict=True), writer.schema, strict=True)
                 arrays = [pa.array(values, field.type) for values, field in columns]
                 writer.write(pa.record_batch(arrays, schema=writer.schema))
-            rows, size = [], 0
+            rows = []
+            size = 0
 
         def take(document: Document, start: int, *lists: np.ndarray) -> None:
             nonlocal size, part, places
             part += 1
             if places is None or places.document is not document:
-                part, places = 0, TextPlaces(document)
+                part = 0
+                places = TextPlaces(document)
             tokens = len(lists[0])
             in_text = places.of_tokens(start, start + tokens)
             rows.append((document.doc_id, part, start, *lists, *in_text))
@@ -103,7 +105,8 @@ class LogprobFile:
             raise DataError(
                 f"{name}: not a file of log-probabilities, which `longnet score --token-logprobs` writes"
             )
-        self._table, self.where = table, table.where
+        self._table = table
+        self.where = table.where
         self.metadata = {
             key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
         }
@@ -113,7 +116,8 @@ class LogprobFile:
 
         Raises DataError for a damaged row.
         """
-        table, row = self._table, 0
+        table = self._table
+        row = 0
         names = [*_COLUMNS, *(_TOP if top and {*_TOP} <= {*table.schema.names} else ())]
         for batch in table.read(names):
             doc_ids, starts, *lists = (pick(batch, name) for name in names)

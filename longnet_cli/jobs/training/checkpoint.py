@@ -36,7 +36,9 @@ class Checkpoints:
     """The checkpoints in a folder, of which the newest `keep` stay. Training waits while one is written."""
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
-        self.folder, self.ranks, self.keep = folder, ranks, keep
+        self.folder = folder
+        self.ranks = ranks
+        self.keep = keep
         self.saved: int | None = None  # step of the newest checkpoint on the disk
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -177,7 +177,8 @@ def costly_evaluation(recipe: Recipe, lengths: Sequence[int]) -> str | None:
         for stage in train.stages
     )
     of_step = train.stages[0].seq_len if train.objective == "masked" else max(lengths, default=1)
-    size, reading = train.held_out_context or of_step, ReadingPlan(config, train.chunk)
+    size = train.held_out_context or of_step
+    reading = ReadingPlan(config, train.chunk)
     windows = [min(size, tokens - start) for tokens in lengths for start in range(0, tokens, size)]
     reading.add((tokens, round(tokens * train.predicted)) for tokens in windows)
     times = reading.flops(scores=True) / (step * train.evaluate_every)
@@ -333,7 +334,8 @@ def _stage_memory(
     windows = max(1, tokens * ranks.sp // stage.seq_len)
     far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize)
     dtype = "fp32" if itemsize == 4 else "bf16"
-    lora, again = json.dumps(_lora(recipe)), train.activation_checkpointing
+    lora = json.dumps(_lora(recipe))
+    again = train.activation_checkpointing
     saved = activation_bytes(config, dtype, lora, again)  # per token
     logits = logits_bytes(config, round(tokens * train.predicted))
     return {

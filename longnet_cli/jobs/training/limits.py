@@ -11,10 +11,8 @@ from .recipe import Recipe
 
 def check_memory(recipe: Recipe) -> None:
     """Raise MemoryLimitError for a net whose weights alone exceed the free memory, before the net is built."""
-    needed, free = (
-        4 * recipe.model.trained + recipe.model.frozen_bytes,
-        free_memory(torch.device("cpu")),
-    )
+    needed = 4 * recipe.model.trained + recipe.model.frozen_bytes
+    free = free_memory(torch.device("cpu"))
     if free is not None and needed > free:
         change = (
             "take a smaller model" if recipe.pretrained else "lower model.dim or model.num_layers"

@@ -65,7 +65,8 @@ class _Ahead(Iterator[tuple[Batch, dict[str, Any]]]):
     """Batches, of which the next may be fetched early. What the fetching raises, is raised when its turn comes."""
 
     def __init__(self, batches: Iterator[tuple[Batch, dict[str, Any]]], tokens: int) -> None:
-        self._batches, self._tokens = batches, tokens
+        self._batches = batches
+        self._tokens = tokens
         self._fetched: list[Future[tuple[Batch, dict[str, Any]]]] = []
 
     def fetch(self) -> None:
@@ -181,14 +182,16 @@ class _TrainingRun:
         change_layers(self.model, recipe.train)
         # the weights are the same on all ranks, dropout is not
         torch.manual_seed(recipe.train.seed + ranks.rank)
-        self.progress, self.random = Progress(), random_state(device)
+        self.progress = Progress()
+        self.random = random_state(device)
         self.log = MetricsLog(output / "metrics.jsonl" if ranks.writes else None)
         self.checkpoints = Checkpoints(output / CHECKPOINTS, ranks, recipe.train.keep)
         self.saved_at = time.monotonic()
 
     def resume(self, resume: Resume) -> None:
         """Restore a checkpoint, if there is one and `resume` allows it. Open the run's folder and log."""
-        checkpoint, log = find_checkpoint(self.output, resume, self.ranks, self.events.note), None
+        checkpoint = find_checkpoint(self.output, resume, self.ranks, self.events.note)
+        log = None
         if checkpoint is None and (self.output / RECIPE).exists():
             self.events.note(
                 f"{self.output}: a run that has saved no checkpoint, so it starts again (train.save_every)"
@@ -197,7 +200,8 @@ class _TrainingRun:
             state = read_checkpoint(checkpoint)
             self._refuse_other(state, checkpoint)
             restore(checkpoint, self.model, self.optimizers, self.device, self.ranks)
-            self.progress, log = Progress(**state["progress"]), state["log"]
+            self.progress = Progress(**state["progress"])
+            log = state["log"]
             self.random = random_state(self.device)
             if checkpoint.parent == self.checkpoints.folder:
                 self.checkpoints.saved = self.progress.step
@@ -228,7 +232,8 @@ class _TrainingRun:
 
     def go(self, signals: Signals) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
-        self.signals, line = signals, None
+        self.signals = signals
+        line = None
         gc.freeze()  # a collection need not walk the documents, the model and what was imported
         try:
             if self.progress.step:  # the run may have stopped before this step's report
@@ -276,7 +281,10 @@ class _TrainingRun:
 
     def _step(self, batch: Batch, position: dict[str, Any], fetch_next: Callable[[], None]) -> int:
         """Run one optimizer step; return the tokens that all ranks read. Nothing changes before the optimizer runs."""
-        recipe, train, ranks, eos_id = self.recipe, self.recipe.train, self.ranks, self.data.eos_id
+        recipe = self.recipe
+        train = self.recipe.train
+        ranks = self.ranks
+        eos_id = self.data.eos_id
         # what is predicted from what, and where documents start in it
         ids, targets, count = inputs_and_targets(
             batch, recipe, self.device, ranks, eos_id=eos_id, seed=position["seed"]
@@ -335,7 +343,8 @@ class _TrainingRun:
         if finite and loss <= limit:
             return
         self._end()
-        windows, last = self.data.windows[self._stage_of(self.progress.step + 1)], position["step"]
+        windows = self.data.windows[self._stage_of(self.progress.step + 1)]
+        last = position["step"]
         first = last - windows.rows * windows.world
         places = windows.places(first, last)
         where = self.output if self.output.is_absolute() else f"./{self.output}"
@@ -355,7 +364,8 @@ class _TrainingRun:
 
     def _report(self) -> Metrics | None:
         """Evaluate and write a line of metrics for the last step, if they are due and not done yet."""
-        train, progress = self.recipe.train, self.progress
+        train = self.recipe.train
+        progress = self.progress
         if progress.reported == progress.step:
             return None
         stage = train.stages[self._stage_of(progress.step)]
@@ -366,7 +376,8 @@ class _TrainingRun:
                 held_out = self._evaluate(stage)
         line = None
         if held_out or last or progress.step % train.log_every == 0:
-            rate, memory = self.recipe.learning_rate(progress.step - 1), peak_memory(self.device)
+            rate = self.recipe.learning_rate(progress.step - 1)
+            memory = peak_memory(self.device)
             peak = self.peak * self.ranks.world if self.peak else None
             line = self.log.write(
                 progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out
@@ -376,7 +387,9 @@ class _TrainingRun:
 
     def _evaluate(self, stage: Stage) -> Score:
         """Return the score of the held-out documents. Write best/ if the loss is lower than ever."""
-        read, total, sharded = 0, sum(map(len, self.data.held_out)), fsdp.is_sharded(self.model)
+        read = 0
+        total = sum(map(len, self.data.held_out))
+        sharded = fsdp.is_sharded(self.model)
 
         def on_part(tokens: int) -> None:
             nonlocal read
@@ -435,6 +448,7 @@ class _TrainingRun:
     def _write_model(self, folder: Path) -> None:
         state = fsdp.whole_state(self.model, self.ranks)
         if self.ranks.writes:
-            tokenizer, eos_id = self.data.tokenizer, self.data.eos_id
+            tokenizer = self.data.tokenizer
+            eos_id = self.data.eos_id
             self.model.save(folder, tokenizer.to_json(), state, tokenizer.token_of(eos_id))
         self.ranks.barrier()  # otherwise another rank could end, and end this one while it writes

@@ -46,8 +46,12 @@ class MetricsLog:
         self._reset()
 
     def _reset(self) -> None:
-        self.began, self.steps, self.new_tokens = time.perf_counter(), 0, 0
-        self.flops, self.loss, self.grad_norm = 0.0, 0.0, 0.0
+        self.began = time.perf_counter()
+        self.steps = 0
+        self.new_tokens = 0
+        self.flops = 0.0
+        self.loss = 0.0
+        self.grad_norm = 0.0
 
     def add(self, tokens: int, flops: float, loss: float, grad_norm: float) -> None:
         """Add a step of all ranks."""

@@ -72,7 +72,8 @@ def regrouped(tokens: Tokens, rows: list[list[Run]]) -> LazyTokens:
     """Return ids (B, N) grouped into new rows (b, n): each is a list of runs in order."""
 
     def read(row: int, start: int, stop: int) -> Tensor:
-        parts, offset = list[Tensor](), 0
+        parts = list[Tensor]()
+        offset = 0
         for source, begin, end in rows[row]:
             inside = max(begin, begin + start - offset), min(end, begin + stop - offset)
             if inside[0] < inside[1]:
@@ -123,7 +124,8 @@ def backward(
     forwards = list(plan_forwards(starts or [[0]] * tokens.shape[0], tokens.shape[1], chunk))
     for index, forward in enumerate(forwards, 1):
         final = index == len(forwards)
-        ids, wanted = regrouped(tokens, forward.rows), regrouped(targets, forward.rows)
+        ids = regrouped(tokens, forward.rows)
+        wanted = regrouped(targets, forward.rows)
         if ids.shape[1] > chunk:
             total += in_chunks(model, ids, wanted, chunk, final=final)
             continue
@@ -149,14 +151,18 @@ def _nll(
 
     In a bidirectional net, only tokens with a target get logits.
     """
-    config, shard, start = model.config, slice(None), 0
+    config = model.config
+    shard = slice(None)
+    start = 0
     far: FarProvider | None = None
     if ranks.sp > 1:
         cuts = list(accumulate(documents or ()))
         far = exchange = Exchange(
             config, ranks.edges(0, tokens.shape[1]), group=ranks.group, cuts=cuts
         )
-        shard, start, documents = slice(*exchange.mine), exchange.start, exchange.documents
+        shard = slice(*exchange.mine)
+        start = exchange.start
+        documents = exchange.documents
     ids, targets = tokens[:, shard], wanted[:, shard]
     with precision(dtype, ids.device):
         # before the forward pass: for targets on a GPU, this waits for all queued work. A causal net predicts all.
@@ -188,12 +194,16 @@ def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> I
     for batch in batches_by_length([length] * len(whole), chunk):
         yield _Forward([[(whole[index], 0, length)] for index in batch], None)
     # the rule of reading sorts by length and pads: here, neighbours stay one run of ids, and nothing is padded
-    runs, lengths, room = list[Run](), list[int](), chunk
+    runs = list[Run]()
+    lengths = list[int]()
+    room = chunk
     for row, begins in enumerate(starts):
         for start, stop in pairwise([*begins, length]) if len(begins) > 1 else ():
             if lengths and stop - start > room:
                 yield _Forward([runs], lengths)
-                runs, lengths, room = [], [], chunk
+                runs = []
+                lengths = []
+                room = chunk
             begin = start
             if runs and runs[-1][0] == row:  # documents of one window are one run
                 _, begin, _ = runs.pop()
@@ -205,7 +215,8 @@ def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> I
 
 
 # shares of the chosen tokens that become the mask, or a random token; the rest stay, and are predicted too
-MASKED, RANDOM = 0.8, 0.1
+MASKED = 0.8
+RANDOM = 0.1
 
 
 def inputs_and_targets(

@@ -19,7 +19,9 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
     in_layers: set[int] = set()
     for layer in model.layer_modules:
         in_layers.update(map(id, layer.parameters()))
-    tables, matrices, vectors = list[Tensor](), list[Tensor](), list[Tensor]()
+    tables = list[Tensor]()
+    matrices = list[Tensor]()
+    vectors = list[Tensor]()
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue

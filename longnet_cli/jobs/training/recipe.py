@@ -291,7 +291,9 @@ class Recipe(StrictModel):
 
     def notes(self) -> list[str]:
         """Return a line if all steps are warm-up, and one if sequences are longer than the pattern links."""
-        steps, warmup, lines = self.train.steps, self.schedule.warmup_steps, list[str]()
+        steps = self.train.steps
+        warmup = self.schedule.warmup_steps
+        lines = list[str]()
         if steps <= warmup:
             rises = f"the learning rate rises for schedule.warmup_steps={warmup}"
             lines.append(f"all {steps} steps are warm-up: {rises}")
@@ -362,7 +364,8 @@ class PretrainedRecipe(Recipe):
 
     @model_validator(mode="after")
     def _windows_fit_the_model(self) -> PretrainedRecipe:
-        longest, most = max(stage.seq_len for stage in self.train.stages), self.model.max_tokens
+        longest = max(stage.seq_len for stage in self.train.stages)
+        most = self.model.max_tokens
         if most is not None and longest > most:
             choice = (
                 ': set model.pattern, as "pretrained" or "dense"' if self.model.as_trained else ""

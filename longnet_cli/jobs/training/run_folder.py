@@ -17,7 +17,9 @@ from longnet_cli.running.ranks.ranks import Ranks
 from .checkpoint import STATE, checkpoints_in, find_damage, newest_whole
 from .recipe import Recipe, load_recipe
 
-CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
+# folders of a run
+CHECKPOINTS = "checkpoints"
+BEST = "best"
 RECIPE = "recipe.json"
 MODEL_FILES = (WEIGHTS, TOKENIZER, CONFIG)
 RUN_FILES = (BEST, CHECKPOINTS, RECIPE, "metrics.jsonl")
@@ -162,7 +164,8 @@ def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
 
     A recipe.json and a tokenizer.json beside metrics.jsonl belong to the run itself, which continues with them.
     """
-    data, again = recipe.data, (output / "metrics.jsonl").exists()
+    data = recipe.data
+    again = (output / "metrics.jsonl").exists()
     files = [output / RECIPE, output / "metrics.jsonl", output / CHECKPOINTS]
     for name in MODEL_FILES:
         files += [output / name, output / BEST / name]

@@ -30,7 +30,8 @@ def build_data(
 
     Raises ConfigError where there are no data, or where their tokens are not the model's, DataError for too few.
     """
-    data, train = recipe.data, recipe.train
+    data = recipe.data
+    train = recipe.train
     with naming("data.tokenizer"):
         tokenizer = Tokenizer.load(data.tokenizer)
     with naming("data.eos"):
@@ -63,7 +64,8 @@ def build_data(
         raise DataError(
             f"data.held_out, {', '.join(map(str, data.held_out_files.names))}: every document is empty"
         )
-    longest, most = max(map(len, held_out), default=0), recipe.model.max_tokens
+    longest = max(map(len, held_out), default=0)
+    most = recipe.model.max_tokens
     # rather than at the first evaluation
     if most and min(longest, train.held_out_context or longest) > most:
         why = (

@@ -61,7 +61,8 @@ class TokenStream:
 
     def read_into(self, out: np.ndarray, start: int) -> None:
         """Fill `out`, (tokens,) int64, with the tokens from position `start` on. Reads nothing else."""
-        stop, first = start + len(out), self.locate(start)
+        stop = start + len(out)
+        first = self.locate(start)
         bounds = self.starts[first : self.locate(stop - 1) + 2].tolist()
         for index, (eos, end) in enumerate(pairwise(bounds), first):
             begin = max(eos + 1, start)
@@ -192,7 +193,8 @@ class _Epoch:
         if pool != self._pool:
             first = position - place
             members = _shuffled(self._bits(pool), min(self.run * POOL_RUNS, self.windows - first))
-            self._pool, self._members = pool, first + members
+            self._pool = pool
+            self._members = first + members
         visited = int(self._members[place])
         index = int(self.ends.searchsorted(visited, side="right"))
         in_run = visited - (int(self.ends[index - 1]) if index else 0)
@@ -262,7 +264,8 @@ class TokenWindows:
             "tokens": [len(stream) for stream in sources],
             "digests": [stream.digest for stream in sources],
         }
-        self.seed, self.step = seed, 0
+        self.seed = seed
+        self.step = 0
         self._epochs = [self._epoch(source, 0) for source in range(len(sources))]
 
     def __iter__(self) -> Iterator[tuple[Batch, dict[str, Any]]]:

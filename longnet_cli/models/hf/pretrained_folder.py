@@ -42,7 +42,8 @@ DILATED_TYPE = "import longnet_cli.integrations.transformers"
 ATTENTION_NAME = "dilated"  # the name of the attention
 _OWN_TYPE = "dilated_model_type"  # key of the model's own type in such a file
 _PREFIX = "Dilated"  # of the names in `architectures`
-_PATTERN, _ATTENTION = "dilated_attention", "attn_implementation"
+_PATTERN = "dilated_attention"
+_ATTENTION = "attn_implementation"
 _OWN_CLASS = "_own_class"  # attribute of a marked configuration class: the original class
 
 Prepare = Callable[[hf.PreTrainedModel], Any]

@@ -201,7 +201,8 @@ class TransformersNet(Net):
             ) from None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        output, name = self.model.get_output_embeddings(), type(self.model).__name__
+        output = self.model.get_output_embeddings()
+        name = type(self.model).__name__
         if output is None:
             raise ConfigError(f"{name} has no output layer: it cannot score tokens")
         if not self._plain_logits:
@@ -377,7 +378,8 @@ def _check_weights(
     poolers = [name for name in report["missing_keys"] if embeds and name.startswith(_POOLER)]
     for name in poolers:  # instead of random numbers, which would be in the model's digest
         model.get_parameter(name).data.zero_()
-    missing, surplus = report["missing_keys"].difference(poolers), report["unexpected_keys"]
+    missing = report["missing_keys"].difference(poolers)
+    surplus = report["unexpected_keys"]
     for what, names in (("missing", missing), ("unexpected", set() if embeds else surplus)):
         if names:
             raise CheckpointError(f"{folder}: weights are {what}, {min(names)} among {len(names)}")

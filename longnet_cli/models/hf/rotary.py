@@ -32,8 +32,11 @@ from longnet_cli.models.hf.trying import attending, body, hidden_states
 # frequencies that depend on the longest sequence of a batch: a document's numbers would depend on the other rows
 _ROPE_OF_LENGTH = {"dynamic", "longrope"}
 
-_PROBE, _KEYS = "dilated_probe", "_dilated_probe_keys"
-_POSITION, _DISTANCE = 3, 61  # of the tried keys: small, as transformers' phases are float32
+_PROBE = "dilated_probe"
+_KEYS = "_dilated_probe_keys"
+# of the tried keys: small, as transformers' phases are float32
+_POSITION = 3
+_DISTANCE = 61
 _LEARNED = ("position_embeddings", "embed_positions", "wpe")  # names of learned tables
 
 
@@ -256,7 +259,8 @@ def _moved(k: Tensor, turn: Turn | None) -> Tensor:
 
 def _equal(actual: Tensor, expected: Tensor) -> bool:
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 3e-2
-    actual, expected = actual.double(), expected.double()
+    actual = actual.double()
+    expected = expected.double()
     return bool((actual - expected).norm() <= tolerance * expected.norm())
 
 

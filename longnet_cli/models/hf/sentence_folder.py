@@ -88,11 +88,9 @@ class Dense(nn.Module):
         self, inputs: int, outputs: int, *, bias: bool, activation: nn.Module, residual: bool
     ) -> None:
         super().__init__()
-        self.linear, self.activation, self.adds = (
-            nn.Linear(inputs, outputs, bias=bias),
-            activation,
-            residual,
-        )
+        self.linear = nn.Linear(inputs, outputs, bias=bias)
+        self.activation = activation
+        self.adds = residual
         self.residual = (
             nn.Linear(inputs, outputs, bias=False)
             if residual and inputs != outputs
@@ -257,10 +255,8 @@ def read_words(folder: Path, lowercase: bool) -> Tokenizer:
             f"{folder}: its tokenizer gives a text several types of token (token_type_ids): one is read"
         )
     words = lowercased(Tokenizer(inner)) if lowercase else Tokenizer(inner)
-    words.splits_special, words.special_ids = (
-        bool(tokenizer.split_special_tokens),
-        frozenset(tokenizer.all_special_ids),
-    )
+    words.splits_special = bool(tokenizer.split_special_tokens)
+    words.special_ids = frozenset(tokenizer.all_special_ids)
     return words
 
 
@@ -317,7 +313,8 @@ def _dense(folder: Path) -> nn.Module:
     if activation is None or not name.startswith("torch.nn.modules."):
         raise ConfigError(f"{path}: longnet does not know the activation {name}")
     sizes = [_whole(path, settings, key) for key in ("in_features", "out_features")]
-    bias, residual = settings.get("bias", True) is not False, bool(settings.get("use_residual"))
+    bias = settings.get("bias", True) is not False
+    residual = bool(settings.get("use_residual"))
     return _loaded(Dense(*sizes, bias=bias, activation=activation(), residual=residual), folder)
 
 

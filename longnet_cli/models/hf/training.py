@@ -28,7 +28,9 @@ from longnet_cli.models.hf.pretrained_folder import with_infinities
 from longnet_cli.models.hf.trying import layers_of
 
 _NAME = "default"  # peft's name for a model's first adapter
-_BASE, _A, _B = ".base_layer", f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
+_BASE = ".base_layer"
+_A = f".lora_A.{_NAME}.weight"
+_B = f".lora_B.{_NAME}.weight"
 
 _CONFIG = "adapter_config.json"
 
@@ -94,7 +96,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.dtype, kind = x.dtype, x.device.type
+        ctx.dtype = x.dtype
+        kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 

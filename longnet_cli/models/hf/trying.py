@@ -34,9 +34,11 @@ from longnet_cli.nets.weights import tensor_digest
 Run = Callable[[Tensor], Tensor]  # ids (B, N) -> hidden states (B, N, dim)
 
 # tokens of a trial: without a window or chunk in the configuration, and with a long one
-FEW, MOST = (64, 512)
+FEW = 64
+MOST = 512
 # the largest difference of a token's nats, relative to their mean; in 16 bits, also 3 times that of eager and sdpa
-TOLERANCE, TOLERANCE_16 = 1e-3, 2e-2
+TOLERANCE = 1e-3
+TOLERANCE_16 = 2e-2
 _WINDOWS = re.compile(r"(window|chunk|block)(_size|_length)?|local_attention")
 _LONG = 2.0  # seconds of a trial that are worth a line
 SOME = 16  # first numbers of each weight that tell models apart: few to read, and training changes them

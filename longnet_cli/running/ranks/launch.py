@@ -86,7 +86,8 @@ class Signals:
 
     def __init__(self, largest: Callable[[float], float]) -> None:
         """Take `Ranks.largest`, by which ranks agree."""
-        self._largest, self._asked = largest, 0
+        self._largest = largest
+        self._asked = 0
 
     def note(self, number: int, frame: object) -> None:
         """Note a signal, as its handler. A second SIGINT kills: whoever presses Ctrl-C twice means it."""
@@ -199,7 +200,8 @@ def start_ranks(nproc: int, *, dry_run: bool = False) -> None:
             f"{nproc} processes, and this machine has {count_of(cores, 'core')}: start {most} at most (--nproc, --sp, "
             "--dp)"
         )
-    arguments, words = [], iter(sys.argv[1:])
+    arguments = []
+    words = iter(sys.argv[1:])
     for word in words:
         if word == "--nproc":
             next(words, None)

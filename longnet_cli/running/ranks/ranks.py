@@ -195,7 +195,8 @@ def _allow_files(number: int) -> None:
 def _silent_stdout() -> Iterator[None]:
     """Discard what C++ code prints. Gloo, until torch 2.9 at least, reports new connections on stdout."""
     try:
-        stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        stdout = os.dup(1)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
     except OSError:  # stdout is closed
         yield
         return
