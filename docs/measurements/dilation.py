@@ -11,7 +11,7 @@
 `train` trains nets of a seed one after the other, appends the rows of each to dilation.jsonl beside this script, keeps
 the net itself in bfloat16 in nets/SEED-NAME, and measures that. A net whose rows are there is left out. If it is
 killed, the same command goes on. Nets that are not `anew` go on from the seed's trunk, dense in blocks of 1,024, with
-the same windows in the same order.
+the same windows in the same order. Those of no steps are the trunk itself, with another pattern.
 
 A step of 16,384 tokens takes one core of an AMD EPYC 3 to 6.5 s for a net of the paper's table, 2 to 4 s for others:
 5 to 6 hours for all nets of seed 0 that lack a row, scoring included.
@@ -48,8 +48,9 @@ import foreign
 import numpy as np
 import torch
 from by_recall import distances
+from self_extend import grouped_positions
 
-from longnet_cli import LongNet, LongNetError, ModelFacts
+from longnet_cli import LongNet, LongNetError, ModelFacts, parse_pattern
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.input_files import InputFiles
 from longnet_cli.data.tokenizer import Tokenizer
@@ -69,13 +70,17 @@ WIDE = {"vocab_size": 4096, "dim": 192, "num_layers": 4, "num_heads": 12, "ffn_d
 class Arm(NamedTuple):
     """A net to train: `steps` of `batch_tokens`, in windows of `window`, on texts of `kinds` in equal shares.
 
-    It goes on from the trunk of its seed or, if it is trained `anew`, has the sizes `net`. It is compared with the net
-    `beside`. A net of the paper's `table` is measured as `contexts` shows it.
+    It goes on from the trunk of its seed or, if it is trained `anew`, has the sizes `net`. With no steps, it is the
+    trunk with another pattern. It is compared with the net `beside`. A net of the paper's `table` is measured as
+    `contexts` shows it.
     """
 
     pattern: str
     position: str = "rope"
     beside: str = "window"
+    group_sizes: tuple[
+        int, ...
+    ] = ()  # tokens of a position of each level, in place of its dilation rate
     steps: int = 96
     window: int = WINDOW
     batch_tokens: int = WINDOW
@@ -91,6 +96,10 @@ class Arm(NamedTuple):
 BLOCKS = {"window": 1024, "batch_tokens": 8192, "steps": 750}
 FROM_SCRATCH = {"anew": True, "steps": 471, "lr": 3e-3, "warmup": 40, "beside": "scratch-window"}
 LONGER = {"steps": 384, "beside": "window-384"}
+UNTRAINED = {"steps": 0, "beside": "window-0"}
+AGAIN = {"beside": "window-96"}  # on the trunks that are kept
+ALL_KEYS = "512/1,2Ki/1,8Ki/1,look_back=1,overlap=once,queries=all"
+SELF_EXTEND = {"pattern": ALL_KEYS, "position": "rope_by_level", "group_sizes": (1, 4, 16)}
 # Every residue of rate 12 has a head, as in the paper; its levels end at the length of the window
 TABLE = {"anew": True, "net": WIDE, "kinds": KINDS[1:], "table": True}
 TABLE |= {"steps": 427, "lr": 2e-3, "warmup": 40, "beside": "window-16Ki"}
@@ -113,6 +122,12 @@ ARMS = {  # in the order in which they are trained
     "scratch-mapped": Arm(LEVELS, "rope_by_level", **FROM_SCRATCH),
     "window-384": Arm("window:1Ki", **LONGER),
     "mapped-384": Arm(LEVELS, "rope_by_level", **LONGER),
+    "window-0": Arm("window:1Ki", **UNTRAINED),
+    "mapped-0": Arm(LEVELS, "rope_by_level", **UNTRAINED),
+    "self-extend-0": Arm(**SELF_EXTEND, **UNTRAINED),
+    "window-96": Arm("window:1Ki", **AGAIN),
+    "mapped-96": Arm(LEVELS, "rope_by_level", **AGAIN),
+    "self-extend-96": Arm(**SELF_EXTEND, **AGAIN),
 }
 
 HELD_OUT = 6  # of so many documents, one
@@ -244,7 +259,8 @@ def train_net(folder: Path, seed: int, name: str) -> float:
         else:
             settings["init"] = str(trunk(folder, seed, arm.position))
         began = time.process_time()
-        train(load_recipe(None, settings), place)
+        with grouped_positions(arm.group_sizes):
+            train(load_recipe(None, settings), place)
         done.write_text(str(time.process_time() - began))
     if not kept.exists():
         convert(place, kept, "bf16")
@@ -323,10 +339,12 @@ def measure(folder: Path, seed: int, name: str) -> None:
     """Train and evaluate a net of a seed, and append its rows."""
     if any((row["seed"], row["pattern"]) == (seed, name) for row in rows()):
         return
-    arm, seconds = ARMS[name], train_net(folder, seed, name)
+    arm = ARMS[name]
+    seconds = train_net(folder, seed, name) if arm.steps else 0
     if name == "trunk":
         return
-    net = LongNet.from_pretrained(NETS / f"{seed}-{name}").eval()
+    place = NETS / f"{seed}-{name}" if arm.steps else trunk(folder, seed, arm.position)
+    net = LongNet.from_pretrained(place, pattern=parse_pattern(arm.pattern)).eval()
     sizes = net.config
     facts = {
         "seed": seed,
@@ -344,10 +362,11 @@ def measure(folder: Path, seed: int, name: str) -> None:
     }
     lines = []
     for kind in arm.kinds:
-        found = {} if arm.table else evaluate(net, folder, kind)
-        if kind == KINDS[1]:
-            contexts = CONTEXTS_OF_TABLE if arm.table else CONTEXTS[:1]
-            found["foreign"] = foreign_past(net, folder, contexts)
+        with grouped_positions(arm.group_sizes):
+            found = {} if arm.table else evaluate(net, folder, kind)
+            if kind == KINDS[1]:
+                contexts = CONTEXTS_OF_TABLE if arm.table else CONTEXTS[:1]
+                found["foreign"] = foreign_past(net, folder, contexts)
         lines.append(json.dumps({**facts, "text": kind, **found}) + "\n")
     with ROWS.open("a", encoding="utf-8") as file:
         file.write("".join(lines))

@@ -8,12 +8,15 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from builders import tiny_llama
 from places import ROOT, imported
 from processes import invoke
 
 from longnet_cli import LongNet, LongNetError
 from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.nets.config import LongNetConfig
+from longnet_cli.nets.positions import position_table
 
 pytestmark = pytest.mark.ci
 FOLDER = ROOT / "docs/measurements"
@@ -118,6 +121,12 @@ def test_nets_of_a_seed_have_rows_that_the_tables_read(tmp_path, monkeypatch):
         "trunk": dilation.Arm("32/1", **anew, window=32, batch_tokens=64, steps=2),
         "window": dilation.Arm("window:16", **size),
         "mapped": dilation.Arm(levels, "rope_by_level", **size),
+        "all-keys": dilation.Arm(
+            "8/1,32/1,look_back=1,overlap=once,queries=all",
+            "rope_by_level",
+            group_sizes=(1, 2),
+            **size | {"steps": 0},
+        ),
         "scratch-window": dilation.Arm("window:16", **anew, **size),
         "of-paper": dilation.Arm(
             "16/1,64/2", "xpos", "of-paper", **anew, **size, kinds=("python",), table=True
@@ -152,10 +161,11 @@ def test_nets_of_a_seed_have_rows_that_the_tables_read(tmp_path, monkeypatch):
         dilation.measure(tmp_path, 0, name)
     rows = dilation.rows()
     assert [(row["pattern"], row["text"]) for row in rows] == [
-        *((name, kind) for name in [*arms][1:4] for kind in dilation.KINDS),
+        *((name, kind) for name in [*arms][1:5] for kind in dilation.KINDS),
         ("of-paper", "python"),
     ]
-    assert {path.name for path in (tmp_path / "nets").iterdir()} == {f"0-{name}" for name in arms}
+    trained = {f"0-{name}" for name in arms if arms[name].steps}
+    assert {path.name for path in (tmp_path / "nets").iterdir()} == trained
     assert LongNet.from_pretrained(tmp_path / "nets/0-mapped").config.position == "rope_by_level"
     for row in rows[:-1]:
         whole = row["nats"]["64"]
@@ -172,5 +182,23 @@ def test_nets_of_a_seed_have_rows_that_the_tables_read(tmp_path, monkeypatch):
     quotient = mapped["beside_64"][0] / mapped["beside_16"][0]
     assert mapped["reach"][0] == pytest.approx(quotient, abs=2e-4)
     of_windows = {row["net"]: row for row in dilation.contexts()}
-    assert [row["contexts"] for row in of_windows.values()] == [[16, 64]] * 3 + [[32, 64]]
+    assert [row["contexts"] for row in of_windows.values()] == [[16, 64]] * 4 + [[32, 64]]
     assert of_windows["mapped"]["beside"][0] != 1
+
+
+def test_grouped_positions_show_every_key_where_a_level_shows_it(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    self_extend = imported(FOLDER / "self_extend.py")
+    sizes = {"vocab_size": 257, "dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 16}
+    sizes |= {"position": "rope_by_level", "queries": "all", "overlap": "once", "look_back": 1}
+    mapped = LongNetConfig(**sizes, segment_lengths=[8, 32], dilation_rates=[1, 2])
+    all_keys = LongNetConfig(**sizes, segment_lengths=[8, 32], dilation_rates=[1, 1])
+
+    def positions(config):
+        return position_table(config, 0, 64, "cpu", torch.float32)
+
+    with self_extend.grouped_positions((1, 2)):
+        grouped = positions(all_keys)
+    for given, expected in zip(grouped, positions(mapped), strict=True):
+        torch.testing.assert_close(given, expected, rtol=0, atol=0)
+    assert not torch.equal(positions(all_keys).k, grouped.k)  # and they end with the context
