@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from longnet_cli.basics.errors import LEFT_OUT, ConfigError
+from longnet_cli.basics.errors import LEFT_OUT, ConfigError, LongNetError
 from longnet_cli.basics.finite_json import finite, to_json
 from longnet_cli.basics.sizes import count_of
 
 if TYPE_CHECKING:
-    from longnet_cli.basics.errors import LongNetError
     from longnet_cli.basics.events import LeftOut
 
 
@@ -170,7 +169,6 @@ def say_what_is_kept(output: str, quiet: bool) -> Iterator[None]:
     One of several ranks says so for Ctrl-C alone. torchrun ends it by SIGTERM if another rank failed too, and then the
     error of that rank is all there is to say.
     """
-    from longnet_cli.data.manifest import read_manifest
     from longnet_cli.data.output_paths import is_folder
     from longnet_cli.running.ranks.launch import under_torchrun
 
@@ -183,13 +181,23 @@ def say_what_is_kept(output: str, quiet: bool) -> Iterator[None]:
             what = "only what was written to stdout is kept"
         elif not is_folder(output):
             what = f"nothing is kept in {output}, which is written whole; of a folder (-o NAME), finished shards are"
-        elif manifest := read_manifest(output):
-            kept = f"{output} keeps {manifest.totals['documents']:,} documents"
-            what = f"{kept}: the same command with --resume goes on"
         else:
-            what = f"nothing is kept in {output}, in which no shard was begun: the same command starts again"
+            what = _kept_in_folder(output)
         tell(f"stopped: {what}", quiet)
         raise
+
+
+def _kept_in_folder(folder: str) -> str:
+    from longnet_cli.data.manifest import read_manifest
+
+    try:
+        manifest = read_manifest(folder)
+    except LongNetError as error:
+        return str(error)
+    if manifest is None:
+        return f"nothing is kept in {folder}, in which no shard was begun: the same command starts again"
+    kept = f"{folder} keeps {manifest.totals['documents']:,} documents"
+    return f"{kept}: the same command with --resume goes on"
 
 
 def count_left_out(skip_bad: bool, quiet: bool) -> LeftOut:

@@ -54,7 +54,7 @@ TABLES = (
     "CREATE VIRTUAL TABLE passages USING fts5(file UNINDEXED, doc_id UNINDEXED, char_start UNINDEXED, "
     f'char_end UNINDEXED, text UNINDEXED, compared, tokenize="{WORDS}")',
 )
-MARK = 0x6C6E7003  # in the file's header: "lnp" and the version of the tables, of the cut and of `compared`
+MARK = 0x6C6E7004  # in the file's header: "lnp" and the version of the tables, of the cut and of `compared`
 SOFT_HYPHEN = "\u00ad"  # where a word may be broken: web pages and PDFs have it within words
 WAIT = 60  # seconds for which a process waits for another one
 JUST_NOW = 2  # seconds in which a file may change twice and have one time of change

@@ -170,10 +170,16 @@ def _steps(normalizer: Any) -> set[str]:
 
 
 PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
-# No sentence ends before a small letter, or after an initial or a usual abbreviation. Some writing has no spaces.
+# A full stop after an initial or one of these, as regular expressions, ends no sentence.
+ABBREVIATIONS = (
+    *("Dr", "Mr", "Mrs", "Ms", "Prof", "Sr", "St", "Fig", "vs", r"[Ee]\.g", r"[Ii]\.e"),
+    r"No(?=\.\s+\d)",
+)
+_NO_END = "".join(rf"(?<!\b{word}\.)" for word in ("[A-Z]", *ABBREVIATIONS))
+# No sentence ends before a small letter. Some writing has no spaces.
 SENTENCE_END = re.compile(
     PARAGRAPH_END.pattern
-    + r"|(?<!\b[A-Z])(?<!\b[DMS]r)(?<!\bM[rs]s)(?<!\bMs)(?<!\bSt)(?<!\bvs)[.!?\u2026]+[)\]\"'\u201d\u2019\u00bb]*"
+    + rf"|[.!?\u2026]{_NO_END}[.!?\u2026]*[)\]\"'\u201d\u2019\u00bb]*"
     + r"\s+(?![a-z\u00df-\u00f6\u00f8-\u00ff\u0430-\u044f])"
     + r"|[\u3002\uff01\uff1f]+[\u300d\u300f\uff09\u201d]*\s*"
 )

@@ -194,13 +194,15 @@ class Tokenizer:
                 f"the tokenizer has an id {self.vocab_size - 1}: {MOST_IDS - 1:,} is the largest"
             )
         names = [*(special_token((settings or {}).get(key)) for key in EOS_KEYS), *EOS_NAMES]
-        self.eos_id: int | None = next(
-            (self._vocab[name] for name in names if name in self._vocab), None
-        )
+        known = (index for name in names if (index := self.id_of(name)) is not None)
+        self.eos_id: int | None = next(known, None)
 
     def id_of(self, token: str) -> int | None:
-        """Return the id of a token, written as in tokenizer.json; None if it is not in the vocabulary."""
-        return self._vocab.get(token)
+        """Return the id of a token, written as in tokenizer.json; None if it is not in the vocabulary.
+
+        A token of no characters has no name: nobody means it, also where a vocabulary has one.
+        """
+        return self._vocab.get(token) if token else None
 
     def with_eos(self, written: str | int | None) -> Tokenizer:
         """Return the tokenizer with the end-of-text token that `--eos` names, a token or an id; unchanged for None.
@@ -267,34 +269,39 @@ class Tokenizer:
         Raises ConfigError for a missing file and for one that is no tokenizer.
         """
         path = Path(path)
-        settings: dict[str, Any] = {}
+        in_folder = path.name == TOKENIZER
         try:
             if path.name in FINISHED:
-                settings = getattr(read_manifest(path.parent), "tokenizer", None) or {}
-                text = settings.get("json", "")
+                description = getattr(read_manifest(path.parent), "tokenizer", None) or {}
             else:
-                text = read_text(path)
+                settings = read_settings(path.with_name(SETTINGS)) if in_folder else {}
+                description = {**settings, "json": read_text(path)}
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
                 f"{path}: cannot read the tokenizer: {reason}{download_again(path)}"
             ) from error
-        with library_call(f"{path}: not a tokenizer.json: ", download_again(path)):
+        tokenizer = cls.from_description(description, path, download_again(path))
+        if in_folder:
+            tokenizer.folder = path.parent
+        return tokenizer
+
+    @classmethod
+    def from_description(
+        cls, description: Mapping[str, Any], where: str | Path, advice: str = ""
+    ) -> Tokenizer:
+        """Return the tokenizer with this `description`, which stands in the file or folder `where`.
+
+        Raises ConfigError, with the `advice`, for what is no tokenizer, and for one that may make a text much longer.
+        """
+        text = description.get("json", "")
+        with library_call(f"{where}: not a tokenizer.json: ", advice):
             inner = tokenizers.Tokenizer.from_str(text)
         for part in ("normalizer", "decoder"):
             if (growth := _growth(json.loads(text).get(part))) > MOST_GROWTH:
                 what = f"its {part} may make a text {growth:,.0f} times as long"
-                raise ConfigError(f"{path}: {what}: {MOST_GROWTH} times is the most")
-        if path.name != TOKENIZER:
-            return cls(inner, settings)
-        tokenizer = cls(inner, read_settings(path.with_name(SETTINGS)))
-        tokenizer.folder = path.parent
-        return tokenizer
-
-    @classmethod
-    def from_description(cls, description: Mapping[str, str]) -> Tokenizer:
-        """Return the tokenizer with this `description`."""
-        return cls(tokenizers.Tokenizer.from_str(description["json"]), description)
+                raise ConfigError(f"{where}: {what}: {MOST_GROWTH} times is the most")
+        return cls(inner, description)
 
     @classmethod
     def load(cls, spec: str | Path) -> Tokenizer:

@@ -25,6 +25,7 @@ from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.basics.events import Events, OnSkip
 from longnet_cli.basics.sizes import format_count
 from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.manifest import Manifest
 from longnet_cli.data.opened_inputs import numpy_dtype
 from longnet_cli.data.opening import Text
 from longnet_cli.data.output_paths import OUTPUT_SUFFIXES, is_folder
@@ -97,7 +98,7 @@ def tokenize(
     events = events or Events()
     # a folder that cannot be resumed is refused here, before a tokenizer is trained
     earlier = run_to_resume(output, resume=resume) if in_folder else None
-    words = _tokenizer(inputs, tokenizer, train_vocab, earlier.tokenizer if earlier else None)
+    words = _tokenizer(inputs, tokenizer, train_vocab, output, earlier)
     appended = end_of_text(eos, words)
     of_settings: object = appended is not None
     if appended not in (None, words.eos_id):
@@ -154,7 +155,8 @@ def _tokenizer(
     inputs: Inputs,
     tokenizer: str | Path | Tokenizer | None,
     train_vocab: int | None,
-    earlier: dict[str, str] | None,
+    output: str | Path,
+    earlier: Manifest | None,
 ) -> Tokenizer:
     """Return the given tokenizer, bytes for None; with `train_vocab`, a new one, or that of an `earlier` run."""
     if train_vocab is None:
@@ -167,8 +169,8 @@ def _tokenizer(
         raise ConfigError(
             "a tokenizer is trained on all of the input, and not on a share of it: train it first"
         )
-    if earlier is not None:
-        return Tokenizer.from_description(earlier)
+    if earlier and earlier.tokenizer:
+        return Tokenizer.from_description(earlier.tokenizer, output)
     if any(str(item) == "-" for item in inputs.all_files.names):
         raise ConfigError(
             "training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file"

@@ -350,7 +350,7 @@ def test_a_killed_spilled_encode(kind, tmp_path, start):
 
 
 @pytest.mark.parametrize("command", ["score", "encode"])
-def test_a_stopped_command_says_what_is_kept(command, tmp_path, monkeypatch):
+def test_a_stopped_command_says_what_is_kept(command, tmp_path, monkeypatch, capsys):
     model = f"{tiny_model(tmp_path / 'model')}/"
     texts = [tmp_path / f"{name}.txt" for name in "abcd"]
     for path in texts:
@@ -375,6 +375,11 @@ def test_a_stopped_command_says_what_is_kept(command, tmp_path, monkeypatch):
         "Aborted!",
         "Aborted.",
     )
+
+    (tmp_path / "out" / "_unfinished.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt), say_what_is_kept(str(tmp_path / "out"), quiet=False):
+        raise KeyboardInterrupt
+    assert "_unfinished.json: not a manifest of shards" in capsys.readouterr().err
 
     def stop_at_once(*_: object) -> None:
         raise KeyboardInterrupt

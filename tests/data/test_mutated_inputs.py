@@ -430,9 +430,12 @@ def test_tokenizers(tmp_path, changes, line):
     model = known["model"] | {
         "vocab": known["model"]["vocab"] | changes.pop("model", {}).get("vocab", {})
     }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(known | changes | {"model": model}))
+    text = json.dumps(known | changes | {"model": model})
+    (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ConfigError, match=line):
         Tokenizer.load(tmp_path)
+    with pytest.raises(ConfigError, match=line):  # of a run that is resumed
+        Tokenizer.from_description({"json": text}, tmp_path)
 
 
 def test_a_regular_expression_without_end(tmp_path, run_longnet):

@@ -64,6 +64,16 @@ def test_pieces_are_the_text_and_end_where_it_ends(unit, words, cuts):
         assert ended or (longer and not re.search(rf"({end})\S", late))
 
 
+def test_an_abbreviation_before_a_name_or_a_number_ends_no_sentence():
+    whole = [
+        "So did Prof. Ox, Dr. Doe, Mrs. Poe, St. John vs. Kent, e.g. Paris, i.e. Rome, Fig. 3 of No. 5. ",
+        "Was it J. Ox or plan B? ",
+        "No. ",
+        "I.e. Nobody knows Sr. Lee.",
+    ]
+    assert [*cut(["".join(whole)], "sentence")] == whole
+
+
 def test_sentences_and_paragraphs_of_prose():
     text = (
         'Mr. J. Doe left, e.g. by boat. "Why?" He did not say!\n\nChapter 2\n\n'

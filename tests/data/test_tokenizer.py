@@ -222,6 +222,13 @@ def test_the_end_of_text_is_named_by_token_or_id(trained):
             end_of_text(name, tokenizer)
 
 
+def test_a_token_of_no_characters_is_no_end_of_text():
+    """Where tokenizer_config.json names no token, its name is as empty."""
+    words = Tokenizer(sentence_pieces(open=""))
+    assert "" in words._inner.get_vocab()
+    assert (words.eos_id, words.id_of("")) == (words.id_of("</s>"), None)
+
+
 def test_the_end_of_text_is_what_tokenizer_config_says(tmp_path):
     inner = tokenizers.Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     names = [
