@@ -48,27 +48,29 @@ class BenchCommand:
     )
     impl: Sequence[str] | None = MEASURE.common(
         "--impl NAME,...",
-        "Run dilated, dense or flex (FlexAttention). (default: dilated,dense)",
+        "Measure dilated, dense or flex (torch's FlexAttention). (default: dilated,dense)",
     )
     direction: Sequence[str] | None = MEASURE.common(
         "--direction NAME,...",
-        "Time the forward, or the backward alone. (default: forward)",
+        "Time the pass forward or backward, or both, each alone. (default: forward)",
     )
     repeats: int = MEASURE.option(
         "--repeats N", "Repeat each row N times; the median counts.", default=3
     )
     max_time: float | None = MEASURE.common(
         "--max-time SECONDS",
-        "Stop after this many seconds. (default: 60 without --seq)",
+        "Stop after this many seconds. (default: 60, or no limit with --seq)",
     )
     max_dense_time: float = MEASURE.option(
         "--max-dense-time SECONDS",
         "Skip dense and flex runs that would take more seconds than this.",
         default=60.0,
     )
-    heads: int | None = SHAPE.common("--heads N", "Use N heads. (default: 12, or 2 *)")
+    heads: int | None = SHAPE.common(
+        "--heads N", "Use N heads. (default: 12; on a CPU, 2 from 1e6 tokens)"
+    )
     head_dim: int | None = SHAPE.common(
-        "--head-dim N", "Set the size of each head. (default: 64, or 32 *)"
+        "--head-dim N", "Set the size of each head. (default: 64; on a CPU, 32 from 1e6 tokens)"
     )
     batch: int = SHAPE.option("--batch N", "Run N sequences at a time.", default=1)
     causal: bool = SHAPE.option(
@@ -76,8 +78,8 @@ class BenchCommand:
     )
     pattern: str | None = PATTERN.common(
         "--pattern PATTERN",
-        "Use a pattern, as window:1Ki,sinks=4 or 1Ki/1,4Ki/4. (default: paper; from 1e6 tokens geometric, base=256, on "
-        "a GPU base=2Ki)",
+        "Measure dilated attention of this pattern: window:1Ki,sinks=4 or 1Ki/1,4Ki/4. (default: paper; from 1e6 "
+        "tokens geometric, base=256, on a GPU base=2Ki)",
     )
     format: Literal["md", "jsonl"] = OUTPUT.common(
         "--format md|jsonl", "Print rows in this format.", default="md"
@@ -93,7 +95,7 @@ class BenchCommand:
 
 
 def bench(options: BenchCommand) -> None:
-    """Measure dilated beside dense attention, up to a billion tokens.
+    """Measure how fast dilated attention is beside dense attention, up to a billion tokens.
 
     Example: longnet bench --seq 2Ki,8Ki --repeats 1
 
@@ -104,8 +106,6 @@ def bench(options: BenchCommand) -> None:
 
     Rows that would need too much memory or time are skipped and say so.
     Ctrl-C keeps the rows so far.
-
-    * on a CPU, if a sequence has 1e6 tokens or more.
     """
     refuse_torchrun("bench")
     from longnet_cli.attention.notation import format_pattern

@@ -82,6 +82,7 @@ def test_the_short_help_fits_a_screen(name):
     options = [line for line in lines if line.startswith("-")]
     assert 3 <= len(options) <= 12
     assert output.count("Example: longnet ") == 1
+    assert "*)" not in output  # a footnote would stand elsewhere
 
 
 def test_the_help_of_all_fits_a_screen():
