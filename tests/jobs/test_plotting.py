@@ -290,6 +290,29 @@ def test_a_picture_says_what_of_which_machine(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("lengths", "sizes", "ticks"),
+    [
+        ((2048, 8192), (310, 400), "2k 3k 4k 5k 6k 7k 8k 320MiB 352MiB 384MiB"),
+        ((2048, 2048), (350, 350), "1k 2k 5k 10k 128MiB 256MiB 512MiB 1GiB"),
+        ((5000, 60_000), (335, 340), "5k 10k 20k 50k 320MiB 352MiB"),
+        ((1, 10**12), (1, 1024), "10^{0} 10^{2} 10^{4} 10^{6} 10^{8} 10^{10} 10^{12} "
+         "1MiB 4MiB 16MiB 64MiB 256MiB 1GiB"),
+    ],
+)  # fmt: skip
+def test_a_logarithmic_axis_has_three_to_nine_ticks(tmp_path, lengths, sizes, ticks):
+    """At powers of its base if there are enough, otherwise between them; a short axis ends at ticks."""
+    pytest.importorskip("matplotlib")
+    rows = [
+        bench_row("dilated", seq, 1.0, peak_rss_bytes=size << 20)
+        for seq, size in zip(lengths, sizes, strict=True)
+    ]
+    shown = by_key(write(tmp_path / "a.jsonl", *rows))["peak_rss_bytes"]
+    draw_picture([shown], tmp_path / "a.svg")
+    said = " ".join(comments(tmp_path / "a.svg"))
+    assert re.findall(r"10\^{\d+}|\d\w+", said) == ticks.split()
+
+
 def test_bench_and_score_go_into_plot(run_longnet, tmp_path):
     """The real commands, through a pipe and from a file."""
     pytest.importorskip("matplotlib")

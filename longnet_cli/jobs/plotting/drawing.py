@@ -27,13 +27,13 @@ Row = Mapping[str, Any]
 class Axis:
     """An axis: its title, and the base of its logarithmic scale, or 0 for a linear one.
 
-    `unit` is that of plain numbers. With a base of 2, `write` is the format of numbers at ticks.
+    `unit` is that of plain numbers. `write` is the format of ticks that are not powers of ten.
     """
 
     title: str
     base: int = 0
     unit: str = ""
-    write: Callable[[float], str] = str
+    write: Callable[[float], str] = "{:g}".format
 
 
 class Point(NamedTuple):
@@ -168,18 +168,36 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> object:
     return axes.plot(x, y, "--" if curve.extrapolated else "-", **style)[0]
 
 
+# Multiples of a power of the base at which a logarithmic axis has ticks: the first of these that give enough
+MULTIPLES = {
+    10: ((1,), (1, 2, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9)),
+    2: ((1,), (1, 1.5), (1, 1.25, 1.5, 1.75), (1, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)),
+}
+FEWEST_TICKS = 3
+MOST_TICKS = 9
+
+
 def _set_ticks(axis: MatplotlibAxis, kind: Axis) -> None:
-    """Give a logarithmic axis ticks at powers of its base, at least two: 10^3 or, for a base of 2, 1Ki or 1 GiB."""
+    """Give a logarithmic axis three to nine ticks: 10^3, 10^4, 10^5; or 1k, 2k, 5k; or 1Ki, 2Ki, 4Ki.
+
+    If the axis is too short for three, it is made longer, up to the next tick on each side.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+    low, high = sorted(axis.get_view_interval())
     base = float(kind.base)
-    low, high = (math.log(value, base) for value in sorted(axis.get_view_interval()))
-    powers = range(math.ceil(low), math.floor(high) + 1)
-    if len(powers) < 2:
-        powers = range(math.floor(low), math.ceil(high) + 1)
-        axis.set_view_interval(base ** powers[0], base ** powers[-1], ignore=True)
-    ticks = [base**power for power in powers[:: -(-len(powers) // 9)]]
-    axis.set_major_locator(FixedLocator(ticks))
+    powers = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
+    for multiples in MULTIPLES[kind.base]:
+        places = [multiple * base**power for power in powers for multiple in multiples]
+        ticks = [place for place in places if low <= place <= high]
+        if len(ticks) >= FEWEST_TICKS:
+            break
+    else:
+        before = [place for place in places if place < low]
+        after = [place for place in places if place > high]
+        ticks = [before[-1], *ticks, after[0]]
+        axis.set_view_interval(before[-1], after[0], ignore=True)
+    axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // MOST_TICKS)]))
     axis.set_minor_locator(NullLocator())
-    if kind.base == 2:
+    if kind.base == 2 or len(multiples) > 1:
         axis.set_major_formatter(FuncFormatter(lambda value, _: kind.write(value)))

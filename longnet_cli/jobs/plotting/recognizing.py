@@ -19,7 +19,12 @@ from longnet_cli.basics.sizes import format_size
 
 from .drawing import Axis, Curve, Panel, Point, Row, number, points
 
-TOKENS = Axis("tokens in the sequence", base=10)
+
+def _size(number: float) -> str:
+    return format_size(round(number))
+
+
+TOKENS = Axis("tokens in the sequence", base=10, write=_size)
 
 # The key of each panel, its axis, and the power of the length with which dense attention grows (None: unknown)
 BENCH_PANELS = (
@@ -27,7 +32,7 @@ BENCH_PANELS = (
     ("seconds_per_token", Axis("time per token", base=10, unit=", seconds"), 1),
     (
         "peak_rss_bytes",
-        Axis("peak memory", base=2, write=lambda size: f"{format_size(round(size))}B"),
+        Axis("peak memory", base=2, write=lambda size: f"{_size(size)}B"),
         None,
     ),
 )
@@ -157,7 +162,7 @@ class Run(_Measurements):
             yield Panel(keys[0][0], STEP, axis, curves)
 
 
-CONTEXT = Axis("context, tokens", base=2, write=lambda tokens: format_size(round(tokens)))
+CONTEXT = Axis("context, tokens", base=2, write=_size)
 NATS = Axis("nats per token")
 
 # Keys of a total, with their axes and the keys of their standard errors
@@ -167,7 +172,7 @@ TOTALS = (
 )
 # Keys of a total's lists, with their axes. A row is drawn where its range starts.
 LISTS = (
-    ("by_position", Axis("tokens seen, from", base=2, write=CONTEXT.write)),
+    ("by_position", Axis("tokens seen, from", base=2, write=_size)),
     ("by_segment_position", Axis("place in the shortest segment, from")),
 )
 
