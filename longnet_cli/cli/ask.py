@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from longnet_cli.basics.errors import ConfigError, LongNetError, one_line
+from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import count_of, format_count
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.asking import Answer
     from longnet_cli.models.folder import Loaded
 
-FIRST_WORDS = 60  # characters of a source
+EXCERPT = 60  # characters of a source
 SMALL = 10**9  # parameters, below which a model is often wrong
 # measured by docs/measurements/answers.py
 RIGHT_BY_SMALL = "SmolLM2-135M answered 18 of 40 questions about Python right"
@@ -251,7 +251,10 @@ def _place(passage: Passage) -> str:
 
 
 def _tell_sources(answered: Answer, drawn: str, quiet: bool) -> None:
+    from longnet_cli.data.passages import excerpt
+
     for number, source in enumerate(answered.sources, 1):
-        tell(f"source {number}: {_place(source)}: {one_line(source.text)[:FIRST_WORDS]} ...", quiet)
+        shown = excerpt(source.text, answered.question, EXCERPT)
+        tell(f"source {number}: {_place(source)}: {shown} ...", quiet)
     read = count_of(answered.n_prompt, "token")
     tell(f"{read} read, {answered.n_tokens} generated ({answered.finish_reason}{drawn})", quiet)

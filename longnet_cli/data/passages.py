@@ -57,6 +57,7 @@ TABLES = (
 MARK = 0x6C6E7004  # in the file's header: "lnp" and the version of the tables, of the cut and of `compared`
 SOFT_HYPHEN = "\u00ad"  # where a word may be broken: web pages and PDFs have it within words
 WAIT = 60  # seconds for which a process waits for another one
+STEM = 4  # letters by which an excerpt compares words
 JUST_NOW = 2  # seconds in which a file may change twice and have one time of change
 
 
@@ -290,6 +291,27 @@ def as_compared(text: str) -> str:
     words = "".join(map(_in_word, text))
     letters = "".join(map(_in_word, unicodedata.normalize("NFKD", words)))
     return unicodedata.normalize("NFKC", letters.casefold())
+
+
+def excerpt(text: str, question: str, size: int) -> str:
+    """Return about `size` characters of a text, in one line, that have as many of the question's words as possible.
+
+    They begin with such a word, or else with the text. Words are alike if their first STEM letters are.
+    """
+    words = text.split()
+    lengths = {word[:STEM]: len(word) for word in as_compared(question).split()}
+
+    def shown(start: int) -> str:
+        return " ".join(words[start:])[:size]
+
+    def shared(start: int) -> int:
+        stems = {word[:STEM] for word in as_compared(shown(start)).split()}
+        return sum(lengths[stem] for stem in stems & lengths.keys())
+
+    stems = [as_compared(word).strip()[:STEM] for word in words]
+    starts = [0, *(start for start, stem in enumerate(stems) if stem in lengths)]
+    start = max(starts, key=shared)
+    return f"... {shown(start)}" if start else shown(start)
 
 
 @cache

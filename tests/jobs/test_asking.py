@@ -196,11 +196,14 @@ def test_an_answer_goes_to_stdout_and_its_sources_to_stderr(model, run_longnet):
     words = [ODD_QUESTION, "-m", model, "-n", "9"]
     done = run_longnet("ask --passages 1 texts", *words, code=0)
     begin, end, shown = re.findall(
-        r"source 1: a.txt, characters ([\d,]+) to ([\d,]+): (.+) \.\.\.\n", done.stderr
+        r"source 1: a.txt, characters ([\d,]+) to ([\d,]+): \.\.\. (.+) \.\.\.\n", done.stderr
     )[0]
     passage = TEXT[int(begin.replace(",", "")) : int(end.replace(",", ""))]
     assert "key is 4821" in passage
-    assert passage.startswith(shown)
+    assert shown in passage
+    assert shown.startswith(
+        "The shed's key is 4821."
+    )  # the question's words, and not the beginning
     row = json.loads(run_longnet("ask --passages 1 --format json texts", *words).stdout)
     assert done.stdout.strip() == row.pop("answer")
     assert re.findall("note: .* parameters: .* of 40 questions .* read the sources", done.stderr)
