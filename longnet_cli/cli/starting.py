@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from longnet_cli.basics.errors import ConfigError
@@ -243,6 +244,7 @@ class Opened:
         ):
             job.reader.events = Events(
                 progress=advance,
+                note=partial(note, quiet=quiet),
                 left_out=self.left_out,
                 document=on_document,
                 logprobs=logprobs,

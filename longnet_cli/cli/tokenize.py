@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.events import Events
@@ -11,7 +12,7 @@ from longnet_cli.basics.sizes import format_count
 
 from . import options as shared
 from .options import INPUT, OUTPUT, HelpPanel, bare_or
-from .output import check_output, count_left_out, end, tell
+from .output import check_output, count_left_out, end, note, tell
 from .progress import progress
 from .starting import ask_hub, refuse_read_once, refuse_torchrun
 
@@ -120,7 +121,7 @@ def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> 
             shard_format=options.shard_format,
             eos=bare_or(options.eos, True),
             resume=options.resume,
-            events=Events(progress=advance, left_out=left_out),
+            events=Events(progress=advance, note=partial(note, quiet=quiet), left_out=left_out),
         )
     place = "stdout" if options.output == "-" else options.output
     place += f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""

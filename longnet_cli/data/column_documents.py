@@ -179,6 +179,9 @@ def _values(table: Table, doc_id: str, rows: Iterator[DocumentRows]) -> Iterator
                 f"{table.place(row.row)}: part {row.part} of document {doc_id!r} stands where part {expected} "
                 f"should: {why}"
             )
+        if expected and row.part is None:
+            first = expected == 1
+            table.joined.update(documents=first, rows=1 + first)
         yield from row.values
 
 

@@ -32,6 +32,7 @@ from longnet_cli.basics.errors import (
     LongNetError,
     RefusedError,
 )
+from longnet_cli.basics.sizes import count_of
 
 from .column_choice import (
     INTEGERS,
@@ -224,12 +225,18 @@ class Inputs:
                 total += size
         return total
 
-    def documents(self, *, digests: bool = False, names_apart: bool = False) -> DocumentPass:
+    def documents(
+        self,
+        *,
+        digests: bool = False,
+        names_apart: bool = False,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> DocumentPass:
         """Return the documents of every file, in order: each a Document of token ids, or Vectors.
 
-        For `names_apart`, see `DocumentPass`.
+        For `names_apart` and `note`, see `DocumentPass`.
         """
-        return DocumentPass(self, self.items, digests, names_apart, self.document)
+        return DocumentPass(self, self.items, digests, names_apart, self.document, note)
 
     def untokenized(self) -> DocumentPass:
         """Return the documents of `documents`, but leave each Text untokenized.
@@ -238,14 +245,20 @@ class Inputs:
         """
         return DocumentPass(self, self.items)
 
-    def texts(self, words: Tokenizer | None = None, *, digests: bool = False) -> DocumentPass:
+    def texts(
+        self,
+        words: Tokenizer | None = None,
+        *,
+        digests: bool = False,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> DocumentPass:
         """Return the Text of text files and of text columns, in order. A long file is read part by part.
 
         Chats are read only with a tokenizer, `words`. With `skip_bad`, a long file is read to its end before its Text
         is yielded, and waits in a file in $TMPDIR.
         """
         read = partial(self.items, form="text", words=words)
-        return DocumentPass(self, read, digests, names_apart=self.id_column is None)
+        return DocumentPass(self, read, digests, names_apart=self.id_column is None, note=note)
 
     def stored(self) -> Iterator[Any]:
         """Yield the documents of `documents` whose lengths are known at once and which can be read a second time.
@@ -356,14 +369,17 @@ class DocumentPass:
         digests: bool = False,
         names_apart: bool = False,
         finish: Callable[[Any], Any] = lambda item: item,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Yield what `finish` makes of the items that `read` returns for each file.
 
-        With `skip_bad`, yield errors instead of raising them.
+        With `skip_bad`, yield errors instead of raising them. `note` gets a line at the end if rows were joined.
         """
         self._inputs = inputs
         self._read = read
         self._finish = finish
+        self._note = note
+        self._joined = Counter[str]()  # rows and documents
         self._digests = digests
         self._apart = Apart() if names_apart else None
         self._index = 0  # of the next item, if a share is one of documents
@@ -410,6 +426,9 @@ class DocumentPass:
                     yield from self._of_share(item)
             except DataError as error:
                 yield from self._of_share(self._unread(error))
+        if self._joined and not inputs.vectors:
+            counts = f"{self._joined['rows']:,} rows became {count_of(self._joined['documents'], 'document')}"
+            self._note(f"{counts}: neighbouring rows of one name are joined (--id-column)")
 
     def _unread(self, error: DataError) -> Unread:
         """Return a stand-in for what is left of a file. Raises the error itself unless it may be skipped."""
@@ -465,7 +484,7 @@ class DocumentPass:
                 yield batch
             self._batch(1.0, 1.0, 0)
 
-        return replace(opened, read=read)
+        return replace(opened, read=read, joined=self._joined)
 
     def _batch(self, begin: float, end: float, rows: int) -> None:
         self._begin = begin

@@ -4,6 +4,7 @@ import io
 import select
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,9 +56,10 @@ class Table:
     from 1. `typed` says whether the writer of the file chose the integer types of the schema, which JSON does not
     have. `bad` gives the reason for rows whose values are null because they could not be read, `blank` the rows before
     which a blank line was skipped. At a row in `begins`, a document begins, though it has the name of the one before;
-    with `rows_alone`, at each. `document` is the name of the one document that the table is, if its file says so.
-    `fraction` returns which part of the file the batches so far take, from 0 to 1, when they have so many rows; 0 if it
-    is not known. `ready` says of stdin whether more of it, or its end, has come (`Pipe`); it is None of other inputs.
+    with `rows_alone`, at each. `joined` counts the documents of several rows that have no numbers, and these rows.
+    `document` is the name of the one document that the table is, if its file says so. `fraction` returns which part of
+    the file the batches so far take, from 0 to 1, when they have so many rows; 0 if it is not known. `ready` says of
+    stdin whether more of it, or its end, has come (`Pipe`); it is None of other inputs.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Table:
     blank: list[int] = field(default_factory=list)
     begins: set[int] = field(default_factory=set)
     rows_alone: bool = False
+    joined: Counter[str] = field(default_factory=Counter)
     document: str | None = None
     fraction: Callable[[int], float] = lambda rows: 0.0
     ready: Callable[[], bool] | None = None

@@ -299,7 +299,9 @@ def run(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
     events = job.reader.events
     in_folder = is_folder(output.path, resume=output.resume)
     names_apart = job.names_apart and inputs.id_column is None
-    reading = inputs.documents(digests=in_folder and ranks.writes, names_apart=names_apart)
+    reading = inputs.documents(
+        digests=in_folder and ranks.writes, names_apart=names_apart, note=events.note
+    )
     documents: Iterator[Document] = iter(reading)
     if inputs.keep or job.text_fields:  # first_kept waits for the first document
         job.kept_fields, documents = first_kept(documents, job.text_fields)

@@ -105,7 +105,7 @@ def tokenize(
         of_settings = str(appended)  # 1 would equal True
         words = words.with_eos(appended)
 
-    documents = inputs.texts(words, digests=in_folder)
+    documents = inputs.texts(words, digests=in_folder, note=events.note)
     apart = Apart() if inputs.id_column is None else None
     texts: Iterator[Any] = _readable(documents, events.left_out.skip, apart)
     kept: list[pa.Field] = []

@@ -369,6 +369,21 @@ def test_other_text_than_the_default_models_is_noted(run_longnet, tmp_path):
 # --- encode ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["score -m {}", "encode -m {}", "tokenize"])
+def test_rows_that_are_joined_are_noted(run_longnet, model, tmp_path, command):
+    """Once a run, of all files; not of rows that are numbered, and not with --quiet."""
+    for name in "ab":
+        rows = [{"id": doc_id, "text": "words"} for doc_id in "xxyzzz"]
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    write_lines(tmp_path / "c.jsonl", [{"id": "x", "text": "words", "part": n} for n in range(3)])
+    command = command.format(model)
+    words = f"{command} a.jsonl b.jsonl c.jsonl -o out.jsonl"
+    noted = "longnet: note: 10 rows became 4 documents: neighbouring rows of one name are joined"
+    assert run_longnet(words).stderr.count(noted) == 1
+    assert "joined" not in run_longnet(f"{words} -q").stderr
+    assert "joined" not in run_longnet(f"{command} c.jsonl -o out.jsonl").stderr
+
+
 def test_encode_prints_the_lines_that_a_file_has(run_longnet, model, prose, tmp_path):
     command = ["encode --model", model, prose]
     printed = run_longnet(*command, "--format", "jsonl", code=0).stdout
