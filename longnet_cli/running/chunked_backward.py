@@ -9,7 +9,6 @@ B batch, N tokens, n tokens of a shard, H heads, K key heads, D head dim.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -129,7 +128,7 @@ class _Chunk:
             if layer == len(keys_of_layers):  # otherwise activation checkpointing computes it again
                 keys_of_layers.append((k, v))
             keys = [gradients.collecting(layer, x, k.device) for x in far[layer]]
-            near = self.exchange.run(k, v) if self.exchange else []
+            near = self.exchange.send(k, v) if self.exchange else []
             return Outside([*keys, *near])
 
         with precision(dtype, tokens.device):
@@ -199,28 +198,28 @@ class FarGradients:
         gradients = None
         for span in open_spans(self.pattern, stop):
             key = layer, whole_segment(self.pattern, span)
-            segment = self.sums.get(key)
-            if segment is None or span.stop <= start:
+            of_chunk = span.part(start, stop)
+            if key not in self.sums or of_chunk.start == of_chunk.stop:
                 continue
-            of_chunk = self._sum_over_ranks(segment, span.part(start, stop), k.device)
+            rows = self._over_ranks(self.sums[key], of_chunk, k.device)
             if gradients is None:
-                gradients = torch.zeros(2, *k.shape, dtype=segment.packed.dtype, device=k.device)
-            segment.add_to(gradients.unbind(), begin)
-            if self.ranks.sp_rank:
-                # some of these rows may belong to the chunk before: its sum must have them once, from rank 0
-                of_chunk.zero_()
+                gradients = torch.zeros(2, *k.shape, dtype=rows.packed.dtype, device=k.device)
+            rows.add_to(gradients.unbind(), begin)
             if span.start >= start:
                 del self.sums[key]  # no earlier chunk has rows of it
         return gradients
 
-    def _sum_over_ranks(self, segment: SegmentRows, span: FarSpan, device: torch.device) -> Tensor:
-        """Add up the rows that a chunk has of a segment, `span`, over the ranks, in place. Return a view of them."""
-        of_lanes = self.layout.packed(span, segment.span.start)
-        first_row = min(of_lanes.first_tokens)
-        stop_row = max(map(operator.add, of_lanes.first_tokens, of_lanes.counts))
-        of_chunk = segment.packed[:, first_row:stop_row]
+    def _over_ranks(self, segment: SegmentRows, span: FarSpan, device: torch.device) -> SegmentRows:
+        """Return the rows that a chunk has of a segment, those of `span`, summed over the ranks.
+
+        Each row of a segment is in one chunk, so no sum is used twice. Two ranks, a segment of three chunks:
+
+            chunk            0    1    2                    chunk 2 takes its rows first, then chunk 1, then 0
+            sum of rank 0  [ .... .... 2222 ]               each of them: rank 0's rows + rank 1's rows
+            sum of rank 1  [ .... .... 2222 ]
+        """
+        packed = segment.of(span).to(device)
         if self.ranks.sp > 1:
-            total = of_chunk.to(device).contiguous()
-            dist.all_reduce(total, group=self.ranks.group)
-            of_chunk.copy_(total)
-        return of_chunk
+            packed = packed.contiguous()
+            dist.all_reduce(packed, group=self.ranks.group)
+        return SegmentRows(self.layout, span, packed)

@@ -87,8 +87,6 @@ class Exchange:
             raise ValueError("documents over several ranks are for causal nets")
         inside = {cut for cut in cuts if first < cut < last}
         self.starts = sorted({0 if cached else first, *inside})  # of documents
-        levels = zip(self.pattern.segment_lengths, self.pattern.look_backs, strict=True)
-        self._reach = max((1 + look_back) * w for w, look_back in levels)
         # of each reader, the same on every rank: a collective is entered by all or by none
         self._wanted = [self._wanted_by(reader) for reader in range(self.ranks)]
         self.needed = any(self._wanted)
@@ -97,9 +95,9 @@ class Exchange:
         self.joined = []  # what is received, the rows of all makers in one parcel
         for span, attended in self._wanted[self.rank]:
             self.joined.append(Parcel(span, 0, self._rows(span), attended))
-        if not any(parcel.attended for parcel in self.joined):
-            # this rank attends to none, yet the others wait for it in the backward: it must stay in the graph
-            self.joined.append(Parcel(FarSpan(0, self.start, self.start), 0, 0, True))
+        # No row, but far keys even of a rank that attends to none. The others wait for it in the backward, so it must
+        # stay in the graph.
+        self.joined.append(Parcel(FarSpan(0, self.start, self.start), 0, 0, attended=True))
         self._maps: dict[tuple[torch.Size, torch.device], _Maps] = {}
 
     @property
@@ -129,10 +127,10 @@ class Exchange:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
         """Send a layer's keys and values (B, n, H, D); return what the shard sees outside, as a `FarProvider` does."""
-        return Outside(self.run(k, v))
+        return Outside(self.send(k, v))
 
-    def run(
-        self, k: Tensor, v: Tensor, on_arrival: Callable[[list[FarKeys]], None] | None = None
+    def send(
+        self, k: Tensor, v: Tensor, on_arrival: Callable[[list[FarKeys]], None] = lambda keys: None
     ) -> list[FarKeys]:
         """Send a layer's keys and values as a call does; return the far keys that the shard attends to.
 
@@ -141,16 +139,14 @@ class Exchange:
         if not self.needed:
             return []
         self._agree(k.shape)
-        flight = _Flight()
-        way_back = _WayBack(self, k)
-        rows = _AllToAll.apply(self, flight, way_back, k, v)
+        trip = _RoundTrip(self, k)
+        rows = _AllToAll.apply(trip, k, v)
         received = []
         for index, parcel in enumerate(self.joined):
             of_k, of_v = rows[2 * index : 2 * index + 2]
-            back = partial(way_back.take, index)
-            received.append(FarKeys(*parcel.span, of_k, of_v, ready=flight.land, back=back))
-        if on_arrival:
-            flight.after.append(partial(on_arrival, received))
+            back = partial(trip.take, index)
+            received.append(FarKeys(*parcel.span, of_k, of_v, ready=trip.arrive, back=back))
+        trip.on_arrival = partial(on_arrival, received)
         of_parcels = zip(received, self.joined, strict=True)
         return [keys for keys, parcel in of_parcels if parcel.attended]
 
@@ -212,38 +208,24 @@ class Exchange:
         start = min(self.edges[reader], end) - document
         stop = min(self.edges[reader + 1], end) - document
         earliest = max(0, self.edges[0] - document)  # earlier rows are in caches
-        wanted: dict[tuple[FarSpan, str], tuple[FarSpan, bool]] = {}
-
-        def want(spans: Sequence[FarSpan], attended: bool) -> None:
-            for span in spans:
-                segment = whole_segment(self.pattern, span)
-                before = span.part(earliest, start)
-                after = span.part(stop, span.stop)
-                for side, part in (("before", before), ("after", after)):
-                    if self._rows(part):
-                        kept, _ = wanted.get((segment, side), (part, False))
-                        wanted[segment, side] = kept, attended  # what is kept holds what is seen
-
+        spans: list[tuple[FarSpan, bool]] = []
         if self.cached:
-            last = self.edges[-1] - document
-            want(open_spans(self.pattern, last), attended=False)
+            spans += [(span, False) for span in open_spans(self.pattern, self.edges[-1] - document)]
         if start < stop:
             seen = far_spans(self.pattern, start, stop, self.causal, end - document)
-            want(seen, attended=True)
+            spans += [(span, True) for span in seen]
+        wanted: dict[tuple[FarSpan, bool], tuple[FarSpan, bool]] = {}
+        for span, attended in spans:
+            for part in (span.part(earliest, start), span.part(stop, span.stop)):
+                if self._rows(part):
+                    # what is kept of a segment comes first, and holds what is seen of it
+                    place = whole_segment(self.pattern, part), part.start < start
+                    kept, _ = wanted.get(place, (part, False))
+                    wanted[place] = kept, attended
         return [*wanted.values()]
 
-    def _reaches(self, maker: int, reader: int) -> bool:
-        """Return whether `reader` may want rows of `maker`. With a thousand ranks, most pairs are far apart."""
-        if maker == reader or self.cached or self.pattern.sinks:
-            return maker != reader
-        if maker > reader:
-            return not self.causal and self.edges[maker] < self.edges[reader + 1] + self._reach
-        return self.edges[maker + 1] > self.edges[reader] - self._reach
-
     def _parcels(self, maker: int, reader: int) -> list[Parcel]:
-        """Return the rows of `maker` that `reader` wants."""
-        if not self._reaches(maker, reader):
-            return []
+        """Return the rows of `maker` that `reader` wants; of itself, a rank wants none."""
         document, end = self.document(self.edges[reader])
         start = self.edges[maker] - document
         stop = min(self.edges[maker + 1], end) - document
@@ -260,16 +242,20 @@ class Exchange:
 
 
 class _Maps(NamedTuple):
-    """The indices, (rows,) int64, of rows of D numbers that are sent and received.
+    """Which rows of D numbers a message has: indices, (rows,) int64.
 
-    `sent` has the rows of k or v (B, n, H, D), in the order in which they are sent. `joined` has, for each row of the
-    joined parcels (B, rows, lanes, D), one parcel after the other, the received row that fills it. `received` is the
-    inverse of `joined`; for a received row that nobody reads, it is one past the end.
+        k or v of the maker                the message              far keys of the reader
+        (B, n, H, D)                                                (B, rows, lanes, D), parcel by parcel
+        row 0  1  2  3  4  5    sent       row 0  1  2    joined    row 0  1  2
+            a  b  c  d  e  f    = 1 3 4        b  d  e    = 2 0 1       e  b  d
+
+    The way back takes the same indices, and adds: a gradient of far keys goes to the row of the message that filled
+    them, and from there to the row of k or v. `arriving` is the number of rows of the message that arrives.
     """
 
     sent: Tensor
     joined: Tensor
-    received: Tensor
+    arriving: int
 
     @classmethod
     def of(cls, exchange: Exchange, like: Sequence[int], device: torch.device) -> _Maps:
@@ -287,152 +273,142 @@ class _Maps(NamedTuple):
             segment = unfilled(parcel)
             segment.put([rows], parcel.start)
             leaving.append(segment)
-        sent = _numbers(leaving)
 
-        arriving = [unfilled(parcel) for parcel in chain(*exchange.received)]
         joining = [unfilled(parcel) for parcel in exchange.joined]
-        first = 0
-        for part in arriving:
-            last = first + part.packed.numel()
-            numbers = torch.arange(first, last).view_as(part.packed)
-            first = last
+        arriving = 0
+        for parcel in chain(*exchange.received):
+            shape = exchange.shape(parcel, of_rows)
+            numbers = arriving + torch.arange(prod(shape)).view(shape)
+            arriving += prod(shape)
             for whole in joining:
-                if whole.span.level == part.span.level:
-                    whole.put_packed([numbers], part.span)
-        joined = _numbers(joining)
-        filled = (joined >= 0).nonzero().flatten()
-        received = torch.full((first,), len(joined))
-        received[joined[filled]] = filled
-        # a lane with one row fewer has an arbitrary row in its place, which nobody reads
-        sent = sent.clamp(min=0).to(device)
-        joined = joined.clamp(min=0).to(device)
-        return cls(sent, joined, received.to(device))
+                if whole.span.level == parcel.span.level:
+                    whole.put_packed([numbers], parcel.span)
+        return cls(_numbers(leaving).to(device), _numbers(joining).to(device), arriving)
 
 
 def _numbers(segments: Sequence[SegmentRows]) -> Tensor:
-    """Return all numbers of packed rows, one segment after the other."""
+    """Return all numbers of packed rows, one segment after the other.
+
+    A lane with one row fewer has an arbitrary row in its place, which nobody reads, and whose gradient is 0.
+    """
     none = torch.zeros(0, dtype=torch.int64)
-    return torch.cat([none, *(segment.packed.flatten() for segment in segments)])
+    return torch.cat([none, *(segment.packed.flatten() for segment in segments)]).clamp(min=0)
 
 
-class _Flight:
-    """An exchange under way. `after` is called when it has landed."""
+class _Message:
+    """Rows on their way between the ranks, (rows, k and v, D): a rank sends some, and gets others."""
 
-    def __init__(self) -> None:
-        self.work: Any = None
-        self.held: Tensor | None = None  # keeps what is being sent alive until it has been sent
-        self.after: list[Callable[[], object]] = []
-
-    def start(
-        self, got: Tensor, sent: Tensor, sizes: tuple[list[int], list[int]], group: Any
+    def __init__(
+        self, sent: Tensor, rows: int, sizes: tuple[list[int], list[int]], group: Any
     ) -> None:
-        self.held = sent
-        self.work = dist.all_to_all_single(
-            got.view(-1), sent.view(-1), *sizes, group=group, async_op=True
-        )
+        """Start. `rows` are to come. `sizes` count the numbers that come from each rank, and that go to it."""
+        self._sent = sent  # alive until it has been sent
+        self._received = sent.new_empty(rows, *sent.shape[1:])
+        flat = self._received.view(-1), sent.view(-1)
+        self._work = dist.all_to_all_single(*flat, *sizes, group=group, async_op=True)
 
-    def land(self) -> None:
-        if self.work is not None:
-            self.work.wait()
-            self.work = self.held = None
-            for call in self.after:
-                call()
-            self.after = []
+    def land(self) -> Tensor:
+        """Wait for the rows that come, and return them."""
+        self._work.wait()
+        return self._received
 
 
-class _WayBack:
-    """The gradients of far rows. They go back to the ranks that made the rows once all attended parcels have theirs."""
+class _RoundTrip:
+    """The rows of a layer on their way to other ranks, and the gradients of these rows on their way back.
+
+        forward     leave ---> attention to near keys ---> arrive ---> attention to far keys
+        backward    gradients of far keys: take, take, .. ---> gradients of near keys ---> come_back
+
+    A message travels while near keys are attended to, or get their gradients. It leaves with `leave`, and on the way
+    back with the last `take`. Autograd calls `leave` and `come_back` (`_AllToAll`); attention calls `arrive` and
+    `take`, which it knows as `ready` and `back` of the far keys.
+    """
 
     def __init__(self, exchange: Exchange, k: Tensor) -> None:
-        self.exchange = exchange
-        self.like = k.detach()[:, :0]
-        self.shape = k.shape
+        """Make room for the far keys. `k` has the shape of keys, (B, n, H, D)."""
         self.maps = exchange.maps(k)
-        self.sent_back = exchange.sizes(exchange.received, k.shape)
-        self.coming_back = exchange.sizes(exchange.sent, k.shape)
-        self.gradients: dict[int, tuple[Tensor, Tensor]] = {}  # of the joined parcels, by index
-        self.flight = _Flight()
-        self.rows = self.like.new_empty(0)  # that came back, (rows sent, 2, D)
+        self.shape = k.shape
+        self.shapes = [exchange.shape(parcel, k.shape) for parcel in exchange.joined]
+        self.attended = sum(parcel.attended for parcel in exchange.joined)
+        self.to_others = exchange.sizes(exchange.sent, k.shape)
+        self.from_others = exchange.sizes(exchange.received, k.shape)
+        self.group = exchange.group
+        self.far = k.new_empty(
+            2, len(self.maps.joined), k.shape[-1]
+        )  # k and v of all joined parcels
+        self.on_arrival: Callable[[], None] = lambda: None
+        self.message: _Message | None = None  # under way
+        self.gradients: list[
+            tuple[int, Tensor, Tensor]
+        ] = []  # of attended parcels, with their index
+
+    def leave(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Send rows of k and v; return k and v of every joined parcel, whose numbers come when they `arrive`."""
+        width = self.shape[-1]
+        # k and v of a row side by side: each rank's rows lie together
+        rows = k.new_empty(len(self.maps.sent), 2, width)
+        for place, x in enumerate((k, v)):
+            torch.index_select(x.reshape(-1, width), 0, self.maps.sent, out=rows[:, place])
+        sizes = self.from_others, self.to_others
+        self.message = _Message(rows, self.maps.arriving, sizes, self.group)
+        # by `data`, memory that is filled later is no change of a tensor that autograd has already
+        return [*chain(*self._parcels(self.far.data))]
+
+    def arrive(self) -> None:
+        """Wait for the rows of other ranks, and fill the far keys. Do nothing if they have arrived already."""
+        if self.message:
+            received = self.message.land()
+            self.message = None
+            for place, rows in enumerate(self.far):
+                torch.index_select(received[:, place], 0, self.maps.joined, out=rows)
+            self.on_arrival()
 
     def take(self, index: int, dk: Tensor, dv: Tensor) -> None:
         """Take the gradients of a joined parcel. All of them leave with those of the last attended one."""
-        self.gradients[index] = (dk, dv)
-        if len(self.gradients) == sum(parcel.attended for parcel in self.exchange.joined):
-            self._depart()
-
-    def _depart(self) -> None:
+        self.gradients.append((index, dk, dv))
+        if len(self.gradients) < self.attended:
+            return
         width = self.shape[-1]
-        sent = self.like.new_empty(len(self.maps.received), 2, width)
-        for place in range(2):
-            of_rows = []
-            for index, parcel in enumerate(self.exchange.joined):
-                if index in self.gradients:
-                    gradient = self.gradients[index][place].to(sent.dtype)
-                else:
-                    shape = self.exchange.shape(parcel, self.shape)
-                    gradient = sent.new_zeros(1).expand(shape)
-                of_rows.append(gradient.reshape(-1, width))
-            of_rows.append(sent.new_zeros(1, width))  # of received rows that nobody reads
-            sent[:, place] = torch.cat(of_rows)[self.maps.received]
-        self.gradients = {}
-        self.rows = self.like.new_empty(len(self.maps.sent), 2, width)
-        sizes = self.coming_back, self.sent_back
-        self.flight.start(self.rows, sent, sizes, self.exchange.group)
+        gradients = self.far.new_zeros(len(self.maps.joined), 2, width)
+        parcels = self._parcels(gradients.transpose(0, 1))
+        for index_of_parcel, *of_parcel in self.gradients:
+            for place, gradient in zip(parcels[index_of_parcel], of_parcel, strict=True):
+                place.copy_(gradient)
+        self.gradients = []
+        rows = self.far.new_zeros(self.maps.arriving, 2, width)
+        rows.index_add_(0, self.maps.joined, gradients)
+        sizes = self.to_others, self.from_others
+        self.message = _Message(rows, len(self.maps.sent), sizes, self.group)
 
-    def land(self) -> Tensor:
-        """Return the gradients that came back, (rows sent, 2, D)."""
-        self.flight.land()
-        return self.rows
+    def come_back(self) -> list[Tensor]:
+        """Return the gradients of k and v, (B, n, H, D) each. They are summed in fp32 or fp64."""
+        assert self.message
+        rows = self.message.land()
+        self.message = None
+        wide = rows.to(accumulator(rows.dtype))
+        sums = wide.new_zeros(self.shape[:-1].numel(), 2, self.shape[-1])
+        sums.index_add_(0, self.maps.sent, wide)
+        return [total.reshape(self.shape) for total in sums.to(rows.dtype).unbind(1)]
+
+    def _parcels(self, rows: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return views of k and v of each joined parcel, (B, rows, lanes, D), in rows (k and v, rows of all, D)."""
+        parts = rows.split([prod(shape[:-1]) for shape in self.shapes], 1)
+        pairs = zip(parts, self.shapes, strict=True)
+        return [part.view(2, *shape).unbind() for part, shape in pairs]
 
 
 class _AllToAll(torch.autograd.Function):
     """The map (k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each.
 
-    Their gradients come back through `FarKeys.back`, before autograd asks for them.
+    Their gradients come to the trip, through `FarKeys.back`, before autograd asks for those of k and v.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, exchange: Exchange, flight: _Flight, way_back: _WayBack, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, trip: _RoundTrip, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.way_back = way_back
-        ctx.dtype = k.dtype
-        maps = way_back.maps
-        width = k.shape[-1]
-        # k and v of a row side by side: each rank's rows lie together
-        sent = k.new_empty(len(maps.sent), 2, width)
-        for place, x in enumerate((k, v)):
-            torch.index_select(x.reshape(-1, width), 0, maps.sent, out=sent[:, place])
-        received = k.new_empty(len(maps.received), 2, width)
-        joined = [k.new_empty(len(maps.joined), width) for _ in range(2)]
-
-        def unpack() -> None:
-            for place, rows in enumerate(joined):
-                # into `data`: autograd has the tensors already, and must not see a change
-                torch.index_select(received[:, place], 0, maps.joined, out=rows.data)
-
-        flight.after.append(unpack)
-        sizes = way_back.sent_back, way_back.coming_back
-        flight.start(received, sent, sizes, exchange.group)
-        far_rows = []
-        first = 0
-        for parcel in exchange.joined:
-            shape = exchange.shape(parcel, k.shape)
-            last = first + prod(shape[:3])
-            far_rows += [rows[first:last].view(shape) for rows in joined]
-            first = last
-        return tuple(far_rows)
+        ctx.trip = trip
+        return tuple(trip.leave(k, v))
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows = ctx.way_back.land()
-        maps = ctx.way_back.maps
-        shape = ctx.way_back.shape
-        wide = accumulator(ctx.dtype)
-        sums = torch.zeros(2, *shape, dtype=wide, device=rows.device)
-        for place in range(2):
-            of_rows = sums[place].view(-1, shape[-1])
-            of_rows.index_add_(0, maps.sent, rows[:, place].to(wide))
-        dk, dv = sums.to(ctx.dtype)
-        return None, None, None, dk, dv
+        return None, *ctx.trip.come_back()
