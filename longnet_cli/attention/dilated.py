@@ -244,10 +244,7 @@ class _ShardCall(NamedTuple):
         there = [*far_rows]
         if sinks:
             there += sinks.turned(k, v, far_rows)
-        far_first = on_far if any(back) else None
-        grads = merged_backward(self.plan, self.scale, tensors, there, far_first)
-        if not far_first:
-            on_far(grads[3:])
+        grads = merged_backward(self.plan, self.scale, tensors, there, on_far)
         if sinks:
             for d, dx in zip(of_sinks, grads[1:3], strict=True):
                 sinks.rows.give_own(d, dx)

@@ -65,22 +65,15 @@ class Merge:
         return _as(self._out, self._dtype), self._lse
 
 
-class GradientSum:
-    """The sum of all parts of a gradient, in fp32 or fp64."""
+def gradient_sum(x: Tensor) -> Tensor:
+    """Return zeros of the shape of x, in fp32 or fp64, to which the parts of its gradient are added."""
+    return torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device)
 
-    def __init__(self, x: Tensor, written: bool = False) -> None:
-        """Allocate the sum. `written`: fresh parts write every row."""
-        self.place = (torch.empty if written else torch.zeros)(
-            x.shape, dtype=accumulator(x.dtype), device=x.device
-        )
 
-    def add(self, place: Tensor, part: Tensor, rows: Rows, fresh: bool) -> None:
-        """Add the part of a call to `place`, its view of the sum. `fresh`: nothing was added there before."""
-        if fresh:
-            place.copy_(part)
-            return
-        for into, share in apart(place, part, rows):
-            into.add_(share)
+def add_gradient(total: Tensor, part: Tensor, rows: Rows) -> None:
+    """Add the part of a call to `total`, its view of the sum."""
+    for into, share in apart(total, part, rows):
+        into.add_(share)
 
 
 def apart(total: Tensor, part: Tensor, keys: Rows) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .branches import Branch, Turned, Union, branches, united
 from .cache import FarKeys
-from .merging import GradientSum, Merge
+from .merging import Merge, add_gradient, gradient_sum
 from .pattern import Padding, Pattern, whole_numbers
 from .plain_call import Kernel
 from .sinks import SinkRows
@@ -94,16 +94,14 @@ def _numbers(name: str, numbers: Sequence[int] | Tensor | None) -> tuple[int, ..
 class AttentionPlan:
     """All calls of a batch, for a kernel, by their places.
 
-    `covered`: the branches that cover reach every row. `squares`: besides, in each of these, queries and keys are the
-        same rows of the same heads (H = K). `start`: the branch that a forward starts with, without a merge, as it has
-        all heads of a single token.
-        `layouts`: those of the views of near rows, as `kernel_calls` has found them.
+    covered: the branches that cover reach every row.
+    start: the branch that a forward starts with, without a merge, as it has all heads of a single token.
+    layouts: those of the views of near rows, as `kernel_calls` has found them.
     """
 
     kernel: Kernel
     placed: Sequence[PlacedCalls]
     covered: bool = False
-    squares: bool = False
     start: Branch | None = None
     layouts: Layouts = field(default_factory=dict)
 
@@ -181,17 +179,13 @@ def _plan(
             calls = branches(layout, start, length, *options)
         placed.append((rows, columns, calls))
     reached = 0  # tokens of the batch in places whose branches cover them
-    squares = heads == layout.kv_heads
     for rows, columns, calls in placed:
-        covering = [branch for branch in calls if branch.covers]
-        if covering:
+        if any(branch.covers for branch in calls):
             reached += (rows.stop - rows.start) * (columns.stop - columns.start)
-        squares = squares and all(branch.queries == branch.keys for branch in covering)
     covered = reached == batch * tokens
-    squares = squares and covered
     first = placed[0][2][0] if covered and len(placed) == tokens == 1 else None
     whole = first and first.queries.heads * first.queries.rows == heads and not first.zero_keys
-    return AttentionPlan(kernel, placed, covered, squares, first if whole else None)
+    return AttentionPlan(kernel, placed, covered, first if whole else None)
 
 
 def _check_tensors(q: _Facts, k: _Facts, v: _Facts, pattern: Pattern) -> None:
@@ -311,29 +305,44 @@ def merged_backward(
     scale: float,
     tensors: Sequence[Tensor],
     far: Sequence[Tensor],
-    on_far: Callable[[Sequence[Tensor]], None] | None = None,
+    on_far: Callable[[Sequence[Tensor]], None] = lambda gradients: None,
 ) -> list[Tensor]:
     """Return dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...), all in fp32 or fp64.
 
-    `tensors` are dout, q, k, v, and the merged out and LSE. With `on_far`, far keys come first, and `on_far` is called
-    once with their gradients, before the gradients of near keys are computed.
+    `tensors` are dout, q, k, v, and the merged out and LSE. Far keys come first: `on_far` is called with their
+    gradients before those of near keys are computed.
     """
     device = tensors[0].device
     if autocasts(device):
         with torch.autocast(device.type, enabled=False):
             return merged_backward(plan, scale, tensors, far, on_far)
     dout, q, k, v, out, lse = map(unit_stride, tensors)
-    of_queries = (dout, q, out, lse[..., None])
-    keys = (k, v)
-    sums = _Gradients(plan, scale, of_queries, keys, far, far_first=on_far is not None)
-    if on_far:
-        sums.add_calls(_only(plan.placed, far=True))
-        on_far(sums.of_far)
-        sums.add_calls(_only(plan.placed, far=False))
-    else:
-        sums.add_calls(plan.placed)
-    dq, *of_keys = (total.place for total in (sums.q, sums.k, sums.v))
-    return [dq, *of_keys, *sums.of_far]
+    dq, dk, dv = map(gradient_sum, (q, k, v))
+    of_far = [gradient_sum(x) for x in far]
+
+    def far_tensors(index: int) -> list[Tensor]:
+        """Return k and v of far keys, and the sums of their gradients."""
+        both = slice(2 * index, 2 * index + 2)
+        return [*far[both], *of_far[both]]
+
+    def add_calls(far_calls: bool) -> None:
+        calls = _only(plan.placed, far_calls)
+        query_like = (dout, q, out, lse[..., None], dq)
+        views = kernel_calls(
+            calls, plan.kernel, query_like, (k, v, dk, dv), far_tensors, plan.layouts
+        )
+        for branch, (dout_, q_, out_, lse_, dq_), (k_, v_, *sums) in views:
+            of_call = (dout_, q_, k_, v_, out_, lse_[..., 0])
+            part, *parts = plan.kernel.backward(of_call, branch.causal, scale, *_counts(branch, q_))
+            add_gradient(dq_, part, branch.queries)
+            for total, part_of_keys in zip(sums, parts, strict=True):
+                add_gradient(total, part_of_keys, branch.keys)
+            del part, parts, part_of_keys  # the next call needs the memory
+
+    add_calls(far_calls=True)
+    on_far(of_far)
+    add_calls(far_calls=False)
+    return [dq, dk, dv, *of_far]
 
 
 def refuse_capture(q: Tensor) -> None:
@@ -351,66 +360,6 @@ def _only(placed: Sequence[PlacedCalls], far: bool) -> list[PlacedCalls]:
         of_one_kind = [branch for branch in calls if (branch.far_index is not None) == far]
         chosen_calls.append((rows, columns, tuple(of_one_kind)))
     return chosen_calls
-
-
-class _Gradients:
-    """The sums of all calls of a backward pass: of q, k and v, and of far tensors (`of_far`, in fp32 or fp64)."""
-
-    def __init__(
-        self,
-        plan: AttentionPlan,
-        scale: float,
-        of_queries: Sequence[Tensor],
-        keys: Sequence[Tensor],
-        far: Sequence[Tensor],
-        far_first: bool,
-    ) -> None:
-        """Allocate the sums. `of_queries` are dout, q, out and lse (B, N, H, 1), `keys` k and v.
-
-        `far_first`: far keys come before near ones.
-        """
-        (_, q, *_), (k, v) = of_queries, keys
-        # What the first calls write anyway needs no zeros, if nothing else is added before.
-        alone = not far_first and q.dim() == 4  # of several levels, only one covers
-        self.q = GradientSum(q, plan.covered and alone)
-        self.k = GradientSum(k, plan.squares and alone)
-        self.v = GradientSum(v, plan.squares and alone)
-        self._plan = plan
-        self._kernel = plan.kernel
-        self._scale = scale
-        self._of_queries = of_queries
-        self._keys = keys
-        self._far = far
-        self._far_sums = [GradientSum(x) for x in far]
-        self.of_far = [total.place for total in self._far_sums]
-        self._far_first = far_first
-        self._shared_heads = q.shape[-2] != k.shape[-2]
-
-    def add_calls(self, placed: Sequence[PlacedCalls]) -> None:
-        """Add the gradients of calls on views."""
-        kernel = self._kernel
-        scale = self._scale
-        query_like = (*self._of_queries, self.q.place)
-        key_like = (*self._keys, self.k.place, self.v.place)
-        layouts = self._plan.layouts
-        calls = kernel_calls(placed, kernel, query_like, key_like, self._far_tensors, layouts)
-        for branch, (dout, q, out, lse, dq), (k, v, *places) in calls:
-            tensors = dout, q, k, v, out, lse[..., 0]
-            counts = _counts(branch, q)
-            part, *parts = kernel.backward(tensors, branch.causal, scale, *counts)
-            self.q.add(dq, part, branch.queries, fresh=branch.covers and not self._far_first)
-            fresh = branch.covers and branch.queries == branch.keys and not self._shared_heads
-            sums = [self.k, self.v]
-            if branch.far_index is not None:
-                sums = self._far_sums[2 * branch.far_index : 2 * branch.far_index + 2]
-            for total, place, part in zip(sums, places, parts, strict=True):
-                total.add(place, part, branch.keys, fresh)
-            del part, parts  # the next call needs the memory
-
-    def _far_tensors(self, index: int) -> Sequence[Tensor]:
-        """Return k and v of far keys, and the sums of their gradients."""
-        both = slice(2 * index, 2 * index + 2)
-        return *self._far[both], *self.of_far[both]
 
 
 def _counts(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
