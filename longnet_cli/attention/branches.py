@@ -24,7 +24,7 @@ near call of that level.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
@@ -106,20 +106,18 @@ def branches(
     sinks that are not given.
     """
     shard = _ShardGeometry(layout, start, start + tokens, causal)
-    rates = layout.pattern.dilation_rates
-    covering = rates.index(1) if 1 in rates else None
     zero_keys = 0
     if padding == "zero_key" and not causal:
         zero_keys = total or shard.stop
     held_far = [span.level for span in spans if shard.holds(span)]
     calls: list[Branch] = []
-    for level in range(len(rates)):
+    for level in range(len(layout.pattern.levels)):
         if level not in held_far:
-            calls += shard.near_calls(level, level == covering, zero_keys)
+            calls += shard.near_calls(level, zero_keys)
     for index, span in enumerate(spans):
         shard.check(span)
         if span.level != SINKS:
-            calls += shard.far_calls(span, index, span.level == covering)
+            calls += shard.far_calls(span, index)
     calls += shard.sink_calls(spans, turned)
     return tuple(sorted(calls, key=lambda branch: not branch.covers))
 
@@ -145,7 +143,7 @@ def united(layout: Layout, tokens: int, causal: bool) -> tuple[Branch, ...] | No
     shard = _ShardGeometry(layout, 0, tokens, causal)
     union = Union(layout, causal, size)
     calls: list[Branch] = []
-    for call in shard.on_rows((0, tokens), 0, tokens):
+    for call in shard.on_rows(range(tokens), 0, tokens):
         calls.append(call._replace(causal=causal, covers=True, union=union))
     return tuple(calls)
 
@@ -183,63 +181,66 @@ def level_flops(
 
     Chosen blocks count as if the text names as many as it may."""
     shard = _ShardGeometry(Layout(pattern, heads, heads), 0, tokens, causal)
-    levels = [shard.near_calls(level, False, 0) for level in range(len(pattern.levels))]
+    levels = [shard.near_calls(level) for level in range(len(pattern.levels))]
     beyond = max(0, tokens - (1 + pattern.look_backs[0]) * pattern.segment_lengths[0])
     apart = 4 * heads * head_dim * beyond * pattern.apart_keys
     return [*(2 * head_dim * sum(map(pairs, calls)) for calls in levels), apart]
 
 
-_Positions = tuple[int, int]  # [start, stop)
-
-
 class _Rectangle(NamedTuple):
-    """Queries and keys at positions [start, stop), repeated in `segments` consecutive segments.
+    """Queries and keys at neighbouring positions: every query sees every key, but for causality.
 
-    `square`: attention is causal, with queries and keys at the same positions. `own`: the keys include those at the
-    queries' own positions.
+    It is repeated in `segments` consecutive segments.
     """
 
-    queries: _Positions
-    keys: _Positions
-    square: bool = False
-    own: bool = False
+    queries: range
+    keys: range
     segments: int = 1
+
+    @property
+    def own(self) -> bool:
+        """Whether the queries' own positions are among the keys."""
+        return self.queries.start in self.keys
 
     def moved(self, distance: int) -> _Rectangle:
         """Return the same rectangle, so many positions further on."""
-        (start, stop), (low, high) = self.queries, self.keys
-        queries = (start + distance, stop + distance)
-        return self._replace(queries=queries, keys=(low + distance, high + distance))
-
-    def cut(self, queries: _Positions, keys: _Positions) -> _Rectangle | None:
-        """Return the part with these queries and keys; None if it has no query or no key."""
-        queries, keys = _overlap(self.queries, queries), _overlap(self.keys, keys)
-        if self.square:  # the positions that both have are a square again
-            queries = keys = _overlap(queries, keys)
-        if queries[0] >= queries[1] or keys[0] >= keys[1]:
-            return None
-        return self._replace(queries=queries, keys=keys)
+        queries, keys = self.queries, self.keys
+        return _Rectangle(
+            range(queries.start + distance, queries.stop + distance),
+            range(keys.start + distance, keys.stop + distance),
+        )
 
     def by_segment(self, w: int) -> Iterator[_Rectangle]:
-        """Yield a rectangle for each segment of w positions that has keys of this one. Its queries are in the first."""
-        low, high = self.keys
-        for start in range(low // w * w, high, w):
-            keys = _overlap(self.keys, (start, start + w))
-            yield self._replace(keys=keys, own=self.own and start == 0)
+        """Yield a rectangle for each segment of w positions that has keys of this one."""
+        for start in range(self.keys.start // w * w, self.keys.stop, w):
+            yield self._replace(keys=_overlap(self.keys, range(start, start + w)))
 
-    def touched(self, w: int, queries: _Positions, keys: _Positions) -> range:
-        """Return by how many steps of w positions this one moves to have a query in `queries` and a key in `keys`."""
-        (start, stop), (low, high) = self.queries, self.keys
-        after = max((queries[0] - stop) // w, (keys[0] - high) // w)
-        last = min((queries[1] - 1 - start) // w, (keys[1] - 1 - low) // w)
-        return range(after + 1, last + 1)
+    def in_segments(self, w: int, queries: range, keys: range) -> Iterator[_Rectangle]:
+        """Yield this rectangle, of the first segment of w positions, in all segments, cut to these queries and keys.
 
-    def inside(self, w: int, queries: _Positions, keys: _Positions) -> range:
-        """Return by how many steps of w positions this one moves to have all of its queries and keys in these."""
-        (start, stop), (low, high) = self.queries, self.keys
-        first = max(-((start - queries[0]) // w), -((low - keys[0]) // w))
-        last = min((queries[1] - stop) // w, (keys[1] - high) // w)
-        return range(first, last + 1)
+        The segments in which it is whole go together; any other segment goes by itself. A square:
+
+            segment       0     1     2     3
+            queries    |  ...|.....|.....|.. ..|
+            yielded        b |  a  |  a  | c
+        """
+        steps = range(queries.start // w, (queries.stop - 1) // w + 1)
+        # the steps of w positions after which all of it lies in these queries and keys
+        first = max(
+            -((self.queries.start - queries.start) // w), -((self.keys.start - keys.start) // w)
+        )
+        last = min((queries.stop - self.queries.stop) // w, (keys.stop - self.keys.stop) // w)
+        whole = range(first, last + 1)
+        if whole:
+            yield self.moved(first * w)._replace(segments=len(whole))
+            cut = chain(range(steps.start, first), range(last + 1, steps.stop))
+        else:
+            cut = chain(steps)
+        for step in cut:
+            moved = self.moved(step * w)
+            part = _Rectangle(_overlap(moved.queries, queries), _overlap(moved.keys, keys))
+            if part.queries and part.keys:
+                yield part
 
 
 class _ShardGeometry(NamedTuple):
@@ -263,39 +264,43 @@ class _ShardGeometry(NamedTuple):
         """The key head of each query head."""
         return [h * self.layout.kv_heads // self.num_heads for h in range(self.num_heads)]
 
-    def near_calls(self, level: int, covering: bool, zero_keys: int) -> Iterator[Branch]:
+    @property
+    def covering(self) -> int | None:
+        """The level whose calls on the queries' own segments reach every row; None if no level has rate 1."""
+        rates = self.pattern.dilation_rates
+        return rates.index(1) if 1 in rates else None
+
+    def near_calls(self, level: int, zero_keys: int = 0) -> Iterator[Branch]:
         """Yield a level's calls on near keys. `zero_keys`: length of a sequence whose segments get zero keys, or 0."""
         w, r = level_of(self.pattern, level)
         if zero_keys:
             w = min(w, zero_keys)  # in torchscale, no segment is longer than the sequence
-        first_key = max(self.start, self.pattern.sinks) if level else self.start
-        zones = _zones(self.pattern, level, w, self.causal)
-        for part in self._rectangles(zones, w, r, (first_key, self.stop)):
-            queries = self._query_rows(level, w, part.queries)
-            keys = self._level_rows(level, w, part.keys, self.kv_of)
+        keys = range(max(self.start, self.pattern.sinks) if level else self.start, self.stop)
+        # a causal query sees no key from behind it, so a square stays one
+        queries = keys if self.causal else range(self.start, self.stop)
+        for part in self._rectangles(level, w, queries, keys):
+            of_queries = self._query_rows(level, w, part.queries)
+            of_keys = self._level_rows(level, w, part.keys, self.kv_of)
             missing = None
             if zero_keys:
-                segment = part.keys[0] // w * w
+                segment = part.keys.start // w * w
                 missing = self._missing_rows(level, w, min(w, zero_keys - segment))
-            for branch in self._calls(part.segments, r, queries, keys, missing):
-                causal = part.square and not branch.queries.row_heads
-                yield branch._replace(causal=causal, covers=covering and part.own, level=level)
+            for branch in self._calls(part.segments, r, of_queries, of_keys, missing):
+                causal = self.causal and part.own and not branch.queries.row_heads
+                covers = part.own and level == self.covering
+                yield branch._replace(causal=causal, covers=covers, level=level)
 
-    def far_calls(self, span: FarSpan, index: int, covering: bool) -> Iterator[Branch]:
+    def far_calls(self, span: FarSpan, index: int) -> Iterator[Branch]:
         """Yield the calls of the shard's queries on the rows of `span`: full attention, never causal."""
-        w, r = level_of(self.pattern, span.level)
-        first_key = max(span.start, self.pattern.sinks) if span.level else span.start
-        holds = self.holds(span)
-        zones = [
-            zone._replace(square=False, own=zone.own and holds)
-            for zone in _zones(self.pattern, span.level, w, self.causal)
-        ]
-        for part in self._rectangles(zones, w, r, (first_key, span.stop), packed=True):
-            queries = self._query_rows(span.level, w, part.queries)
-            for branch in self._calls(1, r, queries, self._packed_rows(span, part.keys)):
-                yield branch._replace(
-                    far_index=index, covers=covering and part.own, level=span.level
-                )
+        level = span.level
+        w, r = level_of(self.pattern, level)
+        first_key = max(span.start, self.pattern.sinks) if level else span.start
+        queries = range(self.start, self.stop)
+        for part in self._rectangles(level, w, queries, range(first_key, span.stop)):
+            of_queries = self._query_rows(level, w, part.queries)
+            covers = part.own and level == self.covering
+            for branch in self._calls(1, r, of_queries, self._packed_rows(span, part.keys)):
+                yield branch._replace(far_index=index, covers=covers, level=level)
 
     def sink_calls(self, spans: Sequence[FarSpan], turned: Turned | None) -> Iterator[Branch]:
         """Yield the calls that show all sinks to the queries, of any residue, whose first level covers no sink."""
@@ -304,11 +309,11 @@ class _ShardGeometry(NamedTuple):
         segments = sink_segments(self.pattern, self.start, self.stop)
         if not segments:
             return
-        queries = (max(self.start, segments.start * w), self.stop)
+        queries = range(max(self.start, segments.start * w), self.stop)
         if turned:
-            zone = _Rectangle((0, w), (0, w), square=True)
-            for part in self._rectangles([zone], w, 1, queries):
-                row = turned.row + (part.queries[0] // w - segments.start) * sinks
+            square = _Rectangle(range(w), range(w))
+            for part in square.in_segments(w, queries, queries):
+                row = turned.row + (part.queries.start // w - segments.start) * sinks
                 yield from self.on_rows(
                     part.queries, row, sinks, part.segments, sinks, turned.far_index
                 )
@@ -349,7 +354,7 @@ class _ShardGeometry(NamedTuple):
 
     def on_rows(
         self,
-        queries: _Positions,
+        queries: range,
         first_token: int,
         rows: int,
         segments: int = 1,
@@ -367,55 +372,43 @@ class _ShardGeometry(NamedTuple):
         for branch in self._calls(segments, 1, of_queries, of_keys):
             yield branch._replace(far_index=far_index)
 
-    def _rectangles(
-        self, zones: Iterable[_Rectangle], w: int, r: int, keys: _Positions, packed: bool = False
-    ) -> list[_Rectangle]:
-        """Cut the zones of all segments to the shard's queries and to these keys; return rectangles, own keys first.
+    def _rectangles(self, level: int, w: int, queries: range, keys: range) -> list[_Rectangle]:
+        """Return all rectangles of a level, with segments of w positions, that have these queries and keys.
 
-        Whole segments that have all of their keys form one rectangle. Each other segment is one by itself; neighbours
-        that see the same keys are joined if their rows stay evenly spaced. If keys are `packed`, segments do not form
-        one rectangle.
+        Neighbouring queries that see the same keys are one rectangle, if their rows are evenly spaced.
         """
-        queries = (self.start, self.stop)
-        together: list[_Rectangle] = []
-        single: list[_Rectangle] = []
+        zones = _zones(self.pattern, level, w, self.causal)
+        evenly = w % self.pattern.dilation_rates[level] == 0
+        if not evenly:
+            # the spacing of rows breaks between segments, so no view shows rows of two
+            zones = [part for zone in zones for part in zone.by_segment(w)]
+        rectangles: list[_Rectangle] = []
         for zone in zones:
-            touched = zone.touched(w, queries, keys)
-            inside = zone.inside(w, queries, keys)
-            alone = [touched]
-            if inside and not packed:
-                first = zone.moved(inside.start * w)
-                together.append(first._replace(segments=len(inside)))
-                alone = [range(touched.start, inside.start), range(inside.stop, touched.stop)]
-            cut = (zone.moved(segment * w).cut(queries, keys) for segment in chain(*alone))
-            single += filter(None, cut)
-        if self.pattern.queries == "all" or w % r == 0:
-            single = _joined(single)
-        return sorted([*together, *single], key=lambda part: not part.own)
+            rectangles += zone.in_segments(w, queries, keys)
+        return _joined(rectangles) if evenly else rectangles
 
-    def _query_rows(self, level: int, w: int, queries: _Positions) -> HeadRows:
+    def _query_rows(self, level: int, w: int, queries: range) -> HeadRows:
         """Return the rows at positions `queries` that query the keys of a level."""
         if self.pattern.queries == "all":
             return self._all_rows(w, queries)
         return self._level_rows(level, w, queries, range(self.num_heads))
 
-    def _all_rows(self, w: int, positions: _Positions) -> HeadRows:
+    def _all_rows(self, w: int, positions: range) -> HeadRows:
         heads = self.num_heads
-        start, stop = positions
-        return HeadRows(range(heads), [start - self.start] * heads, [stop - start] * heads, w, 1)
+        first_token = positions.start - self.start
+        return HeadRows(range(heads), [first_token] * heads, [len(positions)] * heads, w, 1)
 
-    def _level_rows(
-        self, level: int, w: int, positions: _Positions, heads: Sequence[int]
-    ) -> HeadRows:
+    def _level_rows(self, level: int, w: int, positions: range, heads: Sequence[int]) -> HeadRows:
         """Return the rows that a level keeps at some positions, for each query head in one of the `heads`."""
         offsets = self.pattern.offsets(level, self.num_heads)
         r = self.pattern.dilation_rates[level]
-        return HeadRows.at(*positions, heads, offsets, w, r, self.start)
+        return HeadRows.at(positions.start, positions.stop, heads, offsets, w, r, self.start)
 
-    def _packed_rows(self, span: FarSpan, positions: _Positions) -> HeadRows:
+    def _packed_rows(self, span: FarSpan, positions: range) -> HeadRows:
         """Return the rows at some positions of a span in its packed far keys, for each query head in its lane."""
         lane_of = self.layout.lanes(span.level).of_head
-        packed = self.layout.packed(FarSpan(span.level, *positions), span.start)
+        part = span.part(positions.start, positions.stop)
+        packed = self.layout.packed(part, span.start)
         first_rows = [packed.first_tokens[lane] for lane in lane_of]
         counts = [packed.counts[lane] for lane in lane_of]
         return packed._replace(heads=lane_of, first_tokens=first_rows, counts=counts)
@@ -465,41 +458,53 @@ def _in_groups(values: Sequence[object], size: int) -> bool:
 
 
 def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Rectangle]:
-    """Return the rectangles of the first segment, of w positions, at a level; a causal square first."""
+    """Return what the queries of the first segment, of w positions, see at a level, as if there were others before it.
+
+    Causal, with segments of 4 and 8, look_back 1, overlap="once". At level 1, each block of 4 queries sees what level 0
+    leaves to it:
+
+        level 0    queries [0, 4)    keys [0, 4), a square, and keys [-4, 0)
+        level 1    queries [0, 4)    keys [-8, -4)
+                   queries [4, 8)    keys [-8, 0)
+    """
     back = pattern.look_backs[level]
     low, high = -back * w, (back + 1) * w
     if pattern.overlap == "once" and level:
         inner = pattern.segment_lengths[level - 1]
         # positions on each side of a block that the level before covers
         covered = pattern.look_backs[level - 1] * inner
-        blocks = [(start, start + inner) for start in range(0, w, inner)]
-        zones = [_Rectangle(block, (low, block[0] - covered)) for block in blocks]
-        if not causal:
-            zones += [_Rectangle(block, (block[1] + covered, high)) for block in blocks]
+        zones = []
+        for block in (range(start, start + inner) for start in range(0, w, inner)):
+            zones.append(_Rectangle(block, range(low, block.start - covered)))
+            if not causal:
+                zones.append(_Rectangle(block, range(block.stop + covered, high)))
     elif causal:
-        square = _Rectangle((0, w), (0, w), square=True, own=True)
-        zones = [square, _Rectangle((0, w), (low, 0))]
+        zones = [_Rectangle(range(w), range(w)), _Rectangle(range(w), range(low, 0))]
     else:
-        zones = [_Rectangle((0, w), (low, high), own=True)]
-    if w % pattern.dilation_rates[level]:
-        # The spacing of rows breaks between segments, so no view shows rows of two.
-        zones = [*chain(*(zone.by_segment(w) for zone in zones))]
-    return [zone for zone in zones if zone.keys[0] < zone.keys[1]]
+        zones = [_Rectangle(range(w), range(low, high))]
+    return [zone for zone in zones if zone.keys]
 
 
-def _overlap(a: _Positions, b: _Positions) -> _Positions:
-    return max(a[0], b[0]), min(a[1], b[1])
+def _overlap(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
 def _joined(parts: list[_Rectangle]) -> list[_Rectangle]:
-    """Join neighbouring queries that see the same keys."""
+    """Join neighbouring queries that see the same keys, as those of several blocks see the same far keys.
+
+    queries 0 .. 7     keys 40 .. 63
+    queries 8 .. 15    keys 40 .. 63    are    queries 0 .. 15    keys 40 .. 63
+    """
     joined: list[_Rectangle] = []
-    for part in sorted(parts, key=lambda part: (part.square, part.own, part.keys, part.queries)):
+    for part in sorted(parts, key=lambda part: (*_edges(part.keys), *_edges(part.queries))):
         last = joined[-1] if joined else part
-        first, stop = last.queries
-        alike = last == part._replace(queries=last.queries) and not part.square
-        if alike and stop == part.queries[0]:
-            joined[-1] = last._replace(queries=(first, part.queries[1]))
+        alike = last == part._replace(queries=last.queries) and not last.own and not part.own
+        if alike and last.queries.stop == part.queries.start:
+            joined[-1] = part._replace(queries=range(last.queries.start, part.queries.stop))
         else:
             joined.append(part)
     return joined
+
+
+def _edges(positions: range) -> tuple[int, int]:
+    return positions.start, positions.stop
