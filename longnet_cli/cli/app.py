@@ -39,7 +39,7 @@ from .convert import convert
 from .data import data
 from .encode import encode
 from .generate import generate
-from .output import printable, say_last_words
+from .output import note, printable, say_last_words
 from .patterns import pattern
 from .plot import plot
 from .score import score
@@ -105,11 +105,12 @@ def run(app: typer.Typer) -> NoReturn:
     """
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
-        # An unset locale claims ASCII, which says nothing: use UTF-8 for names and text, as Python's UTF-8 mode does.
-        if "PYTHONIOENCODING" in os.environ or not isinstance(stream, io.TextIOWrapper):
-            continue
-        if codecs.lookup(stream.encoding).name == "ascii":
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            # An unset locale claims ASCII, which says nothing: use UTF-8 for text, as Python's UTF-8 mode does.
+            unset = codecs.lookup(stream.encoding).name == "ascii"
+            unset = unset and "PYTHONIOENCODING" not in os.environ
+            # stdout shows names that are not text as stderr does
+            stream.reconfigure(encoding="utf-8" if unset else None, errors="backslashreplace")
     _hold_standard_handles()
     try:
         if started_by_torchrun():
@@ -152,8 +153,6 @@ def _hold_standard_handles() -> None:
             os.fstat(handle)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # show names that are not text as stderr does
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _explain(error: BaseException) -> int:
@@ -216,8 +215,8 @@ def _show_warning(
     """Print an InputWarning as one line, on rank 0 only, and any other warning as Python does."""
     if not issubclass(category, InputWarning):
         _python_warning(message, category, *where, **more)
-    elif os.environ.get("RANK", "0") == "0" and sys.stderr:
-        print(f"longnet: note: {printable(str(message))}", file=sys.stderr)
+    elif os.environ.get("RANK", "0") == "0":
+        note(str(message))
 
 
 def _say(message: str) -> None:

@@ -32,7 +32,7 @@ from .output import (
     write_text,
 )
 from .progress import progress
-from .starting import ModelAndInputs, refuse_torchrun
+from .starting import ModelAndInputs
 
 if TYPE_CHECKING:
     from longnet_cli.basics.events import LeftOut
@@ -108,27 +108,23 @@ def ask(options: AskCommand) -> None:
     If there are none, the exit code is 1.
     """
     check_pairs(PAIRS, options)
-    refuse_torchrun("ask")
     names, questions = _inputs_and_questions(options)
     loaded = _load(options, names) if options.model else None
     from longnet_cli.data.input_files import InputFiles
 
-    quiet = options.computing.quiet
-    left_out = count_left_out(options.skip_bad, quiet)
+    left_out = count_left_out(options.skip_bad)
     sources = InputFiles(names, skip_bad=options.skip_bad)
     best = _search(options, sources, [question for _, question in questions], left_out)
     for number, ((name, question), passages) in enumerate(zip(questions, best, strict=True)):
+        answered = _answer(options, loaded, question, passages, number)
         if options.questions is not None:
-            answered = _answer(options, loaded, question, passages, number)
             emit_jsonl({"id": name} | answered.row())
-        elif passages:
-            answered = _answer(options, loaded, question, passages)
-            if options.format == "json":
-                emit_json(answered.row())
+        elif passages and options.format == "json":
+            emit_json(answered.row())
     if without := best.count([]):
         what = "the question" if len(questions) == 1 else f"{without} of {len(questions)} questions"
         raise LongNetError(f"no passage has any word of {what}: ask in words that the texts have")
-    end(left_out, first=True, quiet=quiet)
+    end(left_out)
 
 
 def _load(options: AskCommand, names: list[str]) -> Loaded:
@@ -139,7 +135,7 @@ def _load(options: AskCommand, names: list[str]) -> Loaded:
     parameters = sum(weight.numel() for weight in loaded.net.parameters())
     if parameters < SMALL:
         size = f"{loaded.origin} has {format_count(parameters)} parameters"
-        note(f"{size}: {RIGHT_BY_SMALL}: read the sources", options.computing.quiet)
+        note(f"{size}: {RIGHT_BY_SMALL}: read the sources")
     return loaded
 
 
@@ -162,9 +158,8 @@ def _search(
             "--index", [options.index], sources, [options.questions, options.vectors]
         )
     size = inputs.num_bytes()
-    quiet = options.computing.quiet
     with open_index(options.index) as index:
-        with progress("indexing", size, "B", quiet=quiet) as advance:
+        with progress("indexing", size, "B") as advance:
             index.update(inputs, Events(progress=advance, left_out=left_out))
         find = index.find
         if options.vectors:
@@ -179,12 +174,12 @@ def _answer(
     loaded: Loaded | None,
     question: str,
     passages: list[Passage],
-    number: int = 0,
+    number: int,
 ) -> Answer:
     """Return what answers the `number`th question. One question's answer is printed as it comes, unless as JSON."""
     from longnet_cli.jobs.asking import Answer, answer
 
-    prints = options.format == "text" and options.questions is None
+    prints = passages and options.format == "text" and options.questions is None
     if loaded is None:
         if prints:
             write_text("\n".join(f"{_place(source)}:\n{source.text}\n" for source in passages))
@@ -205,7 +200,7 @@ def _answer(
     if prints:
         write_text("\n")
         drawn = f", seed {sampling['seed']}" if options.sampling.temperature else ""
-        _tell_sources(answered, drawn, options.computing.quiet)
+        _tell_sources(answered, drawn)
     return answered
 
 
@@ -250,11 +245,11 @@ def _place(passage: Passage) -> str:
     return f"{passage.doc_id}, characters {passage.char_start:,} to {passage.char_end:,}"
 
 
-def _tell_sources(answered: Answer, drawn: str, quiet: bool) -> None:
+def _tell_sources(answered: Answer, drawn: str) -> None:
     from longnet_cli.data.passages import excerpt
 
     for number, source in enumerate(answered.sources, 1):
         shown = excerpt(source.text, answered.question, EXCERPT)
-        tell(f"source {number}: {_place(source)}: {shown} ...", quiet)
+        tell(f"source {number}: {_place(source)}: {shown} ...")
     read = count_of(answered.n_prompt, "token")
-    tell(f"{read} read, {answered.n_tokens} generated ({answered.finish_reason}{drawn})", quiet)
+    tell(f"{read} read, {answered.n_tokens} generated ({answered.finish_reason}{drawn})")

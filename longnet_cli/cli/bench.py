@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_bytes, format_count, format_duration
 
 from . import options as shared
 from .options import COMPUTE, OUTPUT, PATTERN, HelpPanel, read_pattern
-from .output import MarkdownTable, emit_jsonl, tell
+from .output import emit_jsonl, tell
 from .progress import progress
-from .starting import refuse_torchrun
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.benchmark import Measurement
 
-# Markdown is for people: only as many columns as fit 80 characters. Values that all rows share go to stderr, and in
-# the place of the seconds of a row that has none stands its status.
+# Markdown is for people: only as many columns as fit 80 characters. Values that all rows share go to stderr.
 _MARKDOWN = "impl direction seq {} seconds tokens_per_second flops_per_second peak_rss_bytes"
 _TITLES = {
     "tokens_per_second": "tokens/s",
     "flops_per_second": "FLOP/s",
     "peak_rss_bytes": "peak RSS",
 }
-_HUMAN = {
+_HUMAN: dict[str, Callable[[Any], str]] = {
     "stop": format_count,
-    "seconds": lambda value: value if isinstance(value, str) else format_duration(value),
+    "seconds": format_duration,
     "tokens_per_second": format_count,
     "flops_per_second": format_count,
     "peak_rss_bytes": format_bytes,
@@ -107,12 +105,10 @@ def bench(options: BenchCommand) -> None:
     Rows that would need too much memory or time are skipped and say so.
     Ctrl-C keeps the rows so far.
     """
-    refuse_torchrun("bench")
     from longnet_cli.attention.notation import format_pattern
     from longnet_cli.jobs.benchmark import Settings, machine
     from longnet_cli.jobs.benchmark import bench as measure
 
-    quiet = options.quiet
     asked = vars(options) | {
         "pattern": read_pattern(options.pattern),
         "seq": options.seq or (4096, 8192, 16384, 32768),
@@ -124,12 +120,12 @@ def bench(options: BenchCommand) -> None:
     shape = f"{settings.batch} x {settings.heads} heads x {settings.head_dim}"
     pattern = format_pattern(settings.pattern_for(max(settings.seq)))
     directions = " and ".join(settings.direction)
-    tell(f"{machine(settings)}, attention, {directions}, {shape}, pattern {pattern}", quiet)
+    tell(f"{machine(settings)}, attention, {directions}, {shape}, pattern {pattern}")
     columns = _MARKDOWN.format("stop" if any(map(settings.streams, settings.seq)) else "").split()
-    table = MarkdownTable(columns, _HUMAN, _TITLES)
+    table = _MarkdownTable(columns)
     rows: list[Measurement] = []
     totals = [0]  # of tokens; the last one is what is known now
-    with progress("bench", total=lambda: totals[-1], quiet=quiet) as advance:
+    with progress("bench", total=lambda: totals[-1]) as advance:
         events = Events(progress=advance, total=totals.append)
         for row in measure(settings, events=events):
             rows.append(row)
@@ -137,12 +133,45 @@ def bench(options: BenchCommand) -> None:
             if options.format == "jsonl":
                 emit_jsonl(shown)
             else:
-                table.write(shown if row.seconds else shown | {"seconds": row.status})
+                table.write(shown)
             if row.reason:
-                tell(f"{_title(row)}: {row.status}, {row.reason}", quiet)
+                tell(f"{_title(row)}: {row.status}, {row.reason}")
             advance(0, last=_title(row))
     if options.format == "md":
-        _tell_ratios(rows, quiet)
+        _tell_ratios(rows)
+
+
+class _MarkdownTable:
+    """A table on stdout, each row of which is written at once. It is not cut in a pipe, as rich's tables are."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = columns
+        self.signs = "<<" + ">" * (len(columns) - 2)  # numbers are aligned to the right
+        self.widths: list[int] = []  # set by the first row
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write a row, and the header before the first one."""
+        cells = [_cell(row, column) for column in self.columns]
+        if not self.widths:
+            titles = [_TITLES.get(column, column) for column in self.columns]
+            self.widths = [max(8, *map(len, pair)) for pair in zip(titles, cells, strict=True)]
+            self._print(titles)
+            ends = {"<": "-", ">": ":"}
+            columns = zip(self.widths, self.signs, strict=True)
+            self._print(["-" * (width - 1) + ends[sign] for width, sign in columns])
+        self._print(cells)
+
+    def _print(self, cells: Sequence[str]) -> None:
+        aligned = map("{:{}{}}".format, cells, self.signs, self.widths)
+        print(f"| {' | '.join(aligned)} |", flush=True)
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    """Return a value with its unit; in the place of the seconds of a row that has none, its status."""
+    value = row[column]
+    if value is None:
+        return row["status"] if column == "seconds" else ""
+    return _HUMAN.get(column, str)(value)
 
 
 def _title(row: Measurement) -> str:
@@ -152,7 +181,7 @@ def _title(row: Measurement) -> str:
     return title
 
 
-def _tell_ratios(rows: Sequence[Measurement], quiet: bool) -> None:
+def _tell_ratios(rows: Sequence[Measurement]) -> None:
     """Tell the ratio of speeds for each measured pair: `dilated is 6.5x dense at 32768, forward`."""
     ours = {
         (row.seq, row.direction): row.seconds
@@ -163,4 +192,4 @@ def _tell_ratios(rows: Sequence[Measurement], quiet: bool) -> None:
         seconds = ours.get((row.seq, row.direction))
         if row.impl != "dilated" and row.seconds and seconds:
             ratio = f"{row.seconds / seconds:.3g}x {row.impl}"
-            tell(f"dilated is {ratio} at {row.seq}, {row.direction}", quiet)
+            tell(f"dilated is {ratio} at {row.seq}, {row.direction}")

@@ -9,7 +9,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from inspect import Parameter, Signature
 from typing import Any, NamedTuple, get_type_hints
 
@@ -18,6 +18,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import MAX_SIZE
+from longnet_cli.running.ranks.launch import under_torchrun
+
+from .output import be_quiet
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the copy of click in typer
 OTHER = "Other"  # the last panel
@@ -58,7 +61,7 @@ def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
     Fields are made by `options.option` and `options.argument`, in the order of the help. A field may also be another
     such dataclass, of options that several commands share.
     """
-    taken = next(kind for name, kind in get_type_hints(command).items() if name != "return")
+    taken, _ = get_type_hints(command).values()  # and None, which it returns
 
     def run(**values: Any) -> None:
         command(_filled(taken, values))
@@ -66,39 +69,38 @@ def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
     run.__name__ = command.__name__
     run.__doc__ = command.__doc__
     short = Parameter("short_help", Parameter.KEYWORD_ONLY, default=SHORT_HELP, annotation=bool)
-    run.__signature__ = Signature([*_parameters(taken), short])  # type: ignore[attr-defined]
-    run.common = {*_common(taken)}  # type: ignore[attr-defined]
+    options = [*_options_of(taken)]
+    parameters = [
+        Parameter(
+            field.name, Parameter.KEYWORD_ONLY, default=field.metadata["typer"], annotation=kind
+        )
+        for field, kind in options
+    ]
+    run.__signature__ = Signature([*parameters, short])  # type: ignore[attr-defined]
+    run.common = {field.name for field, _ in options if field.metadata.get("common")}  # type: ignore[attr-defined]
     return run
 
 
-def _common(options: Any) -> Iterator[str]:
-    """Yield the names of the fields that are marked as common."""
-    for field in fields(options):
-        kind = get_type_hints(options)[field.name]
-        if is_dataclass(kind):
-            yield from _common(kind)
-        elif field.metadata.get("common"):
-            yield field.name
-
-
-def _parameters(options: Any) -> Iterator[Parameter]:
-    kinds = get_type_hints(options)
-    for field in fields(options):
+def _options_of(taken: Any) -> Iterator[tuple[Field[Any], Any]]:
+    """Yield the fields of a dataclass, and of those in it, with their types."""
+    kinds = get_type_hints(taken)
+    for field in fields(taken):
         kind = kinds[field.name]
         if is_dataclass(kind):
-            yield from _parameters(kind)
+            yield from _options_of(kind)
         else:
-            default = field.metadata["typer"]
-            yield Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            yield field, kind
 
 
 def _filled(options: Any, values: Mapping[str, Any]) -> Any:
-    kinds = get_type_hints(options)
-    arguments = {}
-    for field in fields(options):
-        kind = kinds[field.name]
-        arguments[field.name] = _filled(kind, values) if is_dataclass(kind) else values[field.name]
-    return options(**arguments)
+    """Return the options of a dataclass, in which others may be, with these values."""
+    kinds = get_type_hints(options).items()
+    return options(
+        **{
+            name: _filled(kind, values) if is_dataclass(kind) else values[name]
+            for name, kind in kinds
+        }
+    )
 
 
 class CommandGroup(TyperGroup):
@@ -137,12 +139,9 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of a command line. Raises ConfigError for an option that took an argument."""
-        names: set[str] = set()
-        optional: set[str] = set()  # options whose value may be omitted
-        for parameter in self.params:
-            names.update(parameter.opts)
-            if str(parameter.metavar).startswith("[") and parameter.param_type_name == "option":
-                optional.update(parameter.opts)
+        names = {name: str(option.metavar) for option in self.params for name in option.opts}
+        # options whose value may be omitted
+        optional = {name for name, metavar in names.items() if metavar.startswith("[")}
         words = args[: args.index("--")] if "--" in args else args
         marked = list(_mark_bare(words, optional))
         taking = [index for index, word in enumerate(marked) if word in optional]
@@ -165,7 +164,13 @@ class Command(TyperCommand):
             raise
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command. Raises ConfigError for a refused value, LongNetError for a closed stdout."""
+        """Run the command. Raises ConfigError for a refused value and, if torchrun has started several processes, for a
+        command without --nproc; LongNetError for a closed stdout.
+        """
+        if under_torchrun() and "nproc" not in ctx.params:
+            raise ConfigError(
+                f"{ctx.info_name} is for one process, and torchrun has started several: start one"
+            )
         for parameter in self.params:
             name = str(parameter.metavar)
             if parameter.param_type_name == "option":
@@ -173,7 +178,9 @@ class Command(TyperCommand):
             value = ctx.params.get(parameter.name or "")
             for single in value if isinstance(value, list | tuple) else [value]:
                 _check(name, single)
-        if ctx.params.get("quiet"):
+        quiet = ctx.params.get("quiet", False)
+        be_quiet(quiet)
+        if quiet:
             # of downloads; read when they are imported
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         # in a dry run, without --output, and with --output -, the result goes to stdout
@@ -193,11 +200,9 @@ def short_help(ctx: Any) -> str:
     options = [x for x in command.params if x.param_type_name == "option" and "-h" not in x.opts]
     if len(options) > FEW:
         options = [option for option in options if option.name in common]
-    summary, _, rest = (command.help or "").partition("\n\n")
-    examples = [line for line in rest.splitlines() if line.startswith("Example: ")]
+    summary, example, *_ = command.help.split("\n\n")
     usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
-    lines = [f"Usage: {usage}", "", *textwrap.wrap(summary, 80), ""]
-    lines += [*examples, ""] if examples else []
+    lines = [f"Usage: {usage}", "", *textwrap.wrap(summary, 80), "", example, ""]
     for parameter in (*arguments, *options):
         lines += _short_row(parameter)
     lines += ["", f"All options: {ctx.command_path} --help"]

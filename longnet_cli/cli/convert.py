@@ -65,7 +65,7 @@ def convert(options: ConvertCommand) -> None:
     output = options.output
     if options.update:
         ask_hub(source, None)
-    with progress("converting", total=100, unit="parts", quiet=options.quiet, every=5) as advance:
+    with progress("converting", total=100, unit="parts", every=5) as advance:
         what = run(
             source,
             output,
@@ -76,4 +76,4 @@ def convert(options: ConvertCommand) -> None:
             dilation_rates=options.dilation_rates,
             padding=options.padding,
         )
-    tell(f"{source}: {what} -> {output}", options.quiet)
+    tell(f"{source}: {what} -> {output}")

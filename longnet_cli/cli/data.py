@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from longnet_cli.basics.sizes import count_of
+
 from . import options as shared
 from .command import Command, CommandGroup, takes_options
 from .options import INPUT, OUTPUT, Format
@@ -19,9 +21,7 @@ if TYPE_CHECKING:
 
 BAR = 40  # characters of the longest bar
 
-data = typer.Typer(
-    name="data", cls=CommandGroup, no_args_is_help=True, help="Look at data before a model does."
-)
+data = typer.Typer(name="data", cls=CommandGroup, no_args_is_help=True)
 
 
 @data.callback()
@@ -62,7 +62,7 @@ def inspect(options: InspectCommand) -> None:
     from longnet_cli.jobs.inspecting import inspect as run
 
     words = Tokenizer.load(options.tokenizer) if options.tokenizer else None
-    with progress("inspecting", total=None, quiet=options.quiet) as advance:
+    with progress("inspecting", total=None) as advance:
         eos_id = end_of_text(options.eos, words)
         reads = Inputs(options.inputs, words, options.column, options.id_column, eos_id=eos_id)
         inspection = run(reads, events=Events(progress=advance))
@@ -71,10 +71,8 @@ def inspect(options: InspectCommand) -> None:
     else:
         _print(inspection)
     if inspection.num_problems:
-        plural = "s" * (inspection.num_problems > 1)
-        raise DataError(
-            f"{inspection.num_problems} problem{plural}, the first: {inspection.problems[0]}"
-        )
+        problems = count_of(inspection.num_problems, "problem")
+        raise DataError(f"{problems}, the first: {inspection.problems[0]}")
 
 
 data.command(cls=Command)(takes_options(inspect))
@@ -120,5 +118,5 @@ def _print(inspection: Inspection) -> None:
 
 
 def _counts(values: dict[str, int]) -> str | None:
-    counts = (f"{value} ({count} file{'s' * (count > 1)})" for value, count in values.items())
+    counts = (f"{value} ({count_of(count, 'file')})" for value, count in values.items())
     return ", ".join(counts) or None

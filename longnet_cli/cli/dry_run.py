@@ -60,7 +60,7 @@ def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format
 
     assert opened.room  # of every dry run
     drawn = Sample(sample, inputs.document) if sample and inputs.tokenizer else None
-    with progress("counting", total=None, quiet=opened.quiet) as advance:
+    with progress("counting", total=None) as advance:
         job.reader.events = Events(progress=advance)
         counted = count_documents(
             job,
@@ -71,7 +71,7 @@ def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format
         )
     kept = job.kept_bytes(counted.longest_document)
     task = Task(job.read, job.window_sizes, job.scores)
-    with progress("trying the first chunks", total=None, quiet=opened.quiet) as advance:
+    with progress("trying the first chunks", total=None) as advance:
         job.reader.events = Events(progress=advance)
         estimate = estimate_reading(job.reader, counted, task, room=opened.room, kept=kept)
     leave()

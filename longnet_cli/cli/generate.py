@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,7 +30,7 @@ from .options import (
 )
 from .output import emit_jsonl, note, printable, tell, write_text
 from .progress import progress
-from .starting import ModelAndInputs, Opened, refuse_torchrun
+from .starting import ModelAndInputs, Opened
 
 if TYPE_CHECKING:
     from longnet_cli.data.chat import ChatTemplate
@@ -135,7 +135,7 @@ def generate(options: GenerateCommand) -> None:
     if stream and save_state:
         size = stream.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
         after = f"the state after {count_of(stream.position, 'token')}, {format_bytes(size)}"
-        tell(f"{save_state}: {after}", opened.quiet)
+        tell(f"{save_state}: {after}")
 
 
 def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
@@ -162,13 +162,12 @@ def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
             f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {choice.pattern}: leave out "
             "--pattern"
         )
-    as_trained = not asked and manifest.get("as_trained")
-    pattern = None if as_trained else format_pattern(asked or saved)
-    if choice.model or not isinstance(model, str):
-        model = choice.model
+    if not asked and not manifest.get("as_trained"):
+        choice = replace(choice, pattern=manifest["longnet.pattern"])
+    if not choice.model and isinstance(model, str):
+        choice = replace(choice, model=model)
     if computing.dtype == "auto":
         computing = replace(computing, dtype=dtype)
-    choice = replace(choice, model=model, pattern=pattern)
     return replace(options, choice=choice, computing=computing)
 
 
@@ -184,7 +183,6 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
         bos=options.bos,
     )
     named = ModelAndInputs(documents, options.choice)
-    refuse_torchrun("generate")
     opened = named.open(Mesh(), options.computing, dry_run=options.dry_run, chat=options.chat)
     tokenizer = opened.loaded.tokenizer
     has_text = options.prompt is not None or text is not None
@@ -218,7 +216,7 @@ def _estimate(
 
 
 class _TextGenerator:
-    """The generation of texts by one model."""
+    """The generation of texts by one model, and what is printed of them."""
 
     def __init__(self, options: GenerateCommand, loaded: Loaded) -> None:
         from longnet_cli.nets.weights import model_origin
@@ -231,6 +229,7 @@ class _TextGenerator:
         begun = options.chat or options.state
         self.bos_ids = None if begun and options.bos is None else loaded.bos
         self.sampling = options.sampling.arguments()
+        self.seed = self.sampling["seed"] if options.sampling.temperature else None
         origin = {}
         if options.format == "jsonl":
             origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256)
@@ -245,9 +244,8 @@ class _TextGenerator:
         """
         from longnet_cli.jobs.generating import generate as run
 
-        options = self.options
         computing = self.options.computing
-        with progress("reading the prompt", total=len(document), quiet=computing.quiet) as advance:
+        with progress("reading the prompt", total=len(document)) as advance:
             steps = run(
                 self.loaded,
                 document,
@@ -260,18 +258,53 @@ class _TextGenerator:
                 stream=stream,
                 events=Events(progress=advance),
             )
-            step = next(steps, None)
-        seed = self.sampling["seed"] if options.sampling.temperature else None
-        printer = _Printer(document, seed, options, self.origin)
-        if step and named:
+            first = [*islice(steps, 1)]
+        if first and named:
             blank = "\n" if number else ""
             print(f"{blank}==> {printable(document.doc_id)} <==", flush=True)
-        while step:
-            printer.print(step)
-            if step.finish_reason and not options.save_state:
+        self._print(document, chain(first, steps))
+
+    def _print(self, document: Document, steps: Iterable[Step]) -> None:
+        """Print the new text as it comes, or one line of JSON at the end; counts and speed go to stderr."""
+        as_json = self.options.format == "jsonl"
+        kept: list[Step] = []  # for the line of JSON
+        n_tokens = 0
+        reason = "length"
+        last_text = ""
+        began = time.monotonic()
+        for step in steps:
+            n_tokens += 1
+            reason = step.finish_reason or reason
+            if as_json:
+                kept.append(step)
+            elif step.text:
+                last_text = step.text
+                write_text(last_text)
+            if step.finish_reason and not self.options.save_state:
                 break  # to save a state, the last token is read
-            step = next(steps, None)
-        printer.end()
+        if as_json:
+            emit_jsonl(
+                {
+                    "kind": "generation",
+                    "doc_id": document.doc_id,
+                    "n_prompt": len(document),
+                    "n_tokens": n_tokens,
+                    "text": "".join(step.text for step in kept),
+                    "tokens": [step.id for step in kept],
+                    "logprobs": [step.logprob for step in kept],
+                    "finish_reason": reason,
+                    "seed": self.seed,
+                    **self.origin,
+                }
+            )
+        elif n_tokens and not last_text.endswith("\n"):
+            print(flush=True)
+        line = f"{count_of(len(document), 'token')} read"
+        if n_tokens:
+            seconds = (time.monotonic() - began) / max(1, n_tokens - 1)
+            drawn = "" if self.seed is None else f", seed {self.seed}"
+            line += f", {n_tokens} generated, {format_duration(seconds)} each ({reason}{drawn})"
+        tell(line)
 
 
 def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> str | None:
@@ -391,62 +424,3 @@ def _look_ahead(documents: Iterator[Document]) -> tuple[Iterator[Document], bool
         yield from documents
 
     return in_turn(), len(ahead) + len(failures) > 1
-
-
-class _Printer:
-    """A printer for one prompt: the new text as it comes, or one line of JSON at the end, with its `origin`."""
-
-    def __init__(
-        self,
-        document: Document,
-        seed: int | None,
-        options: GenerateCommand,
-        origin: Mapping[str, str | None],
-    ) -> None:
-        self.document = document
-        self.seed = seed
-        self.origin = origin
-        self.format = options.format
-        self.quiet = options.computing.quiet
-        self.steps: list[Step] = []
-        self.number = 0
-        self.last_sign = ""
-        self.reason = "length"
-        self.began = time.monotonic()
-
-    def print(self, step: Step) -> None:
-        """Print the next token, or keep it for the line of JSON."""
-        self.number += 1
-        self.reason = step.finish_reason or self.reason
-        if self.format == "jsonl":
-            self.steps.append(step)
-        elif step.text:
-            self.last_sign = step.text[-1]
-            write_text(step.text)
-
-    def end(self) -> None:
-        """Finish the output, and report counts and speed on stderr."""
-        if self.format == "jsonl":
-            emit_jsonl(
-                {
-                    "kind": "generation",
-                    "doc_id": self.document.doc_id,
-                    "n_prompt": len(self.document),
-                    "n_tokens": self.number,
-                    "text": "".join(step.text for step in self.steps),
-                    "tokens": [step.id for step in self.steps],
-                    "logprobs": [step.logprob for step in self.steps],
-                    "finish_reason": self.reason,
-                    "seed": self.seed,
-                    **self.origin,
-                }
-            )
-        elif self.number and self.last_sign != "\n":
-            print(flush=True)
-        line = f"{count_of(len(self.document), 'token')} read"
-        if self.number:
-            seconds = (time.monotonic() - self.began) / max(1, self.number - 1)
-            drawn = "" if self.seed is None else f", seed {self.seed}"
-            speed = f"{self.number} generated, {format_duration(seconds)} each"
-            line += f", {speed} ({self.reason}{drawn})"
-        tell(line, self.quiet)

@@ -117,25 +117,23 @@ class HelpPanel(str):
         tells that value from a given one. An option of several values is a Sequence, because typer reads `list[int]` as
         an option that is given once for each item. Options that are `common` are in the short help.
         """
-        *flags, last = names.split()
-        metavar = None if last.startswith("-") else last
-        flags += [last] if metavar is None else []
+        flags = names.split()
+        metavar = None if flags[-1].startswith("-") else flags.pop()
         shown = absent or default
         said = "(default: " in help or shown in (None, MISSING) or isinstance(shown, bool)
         help = help if said else f"{help} (default: {shown})"
-        look: dict[str, Any] = {
-            "metavar": metavar,
-            "help": help,
-            "show_default": False,
-            "rich_help_panel": str(self),
-        }
         if metavar in PARSERS:
             more["parser"] = _option_parser(PARSERS[metavar])
-        value = ... if default is MISSING else default
-        return field(
-            default=default,
-            metadata={"typer": typer.Option(value, *flags, **look, **more), "common": common},
+        option = typer.Option(
+            ... if default is MISSING else default,
+            *flags,
+            metavar=metavar,
+            help=help,
+            show_default=False,
+            rich_help_panel=str(self),
+            **more,
         )
+        return field(default=default, metadata={"typer": option, "common": common})
 
     def common(self, names: str, help: str, **more: Any) -> Any:
         """Return an option that is in the short help, too. The arguments are those of `option`."""
@@ -299,9 +297,10 @@ class Sampling:
         "Draw tokens from softmax(logits / T). At 0, take the likeliest token each time.",
         default=0.0,
     )
-    top_p: float | None = SAMPLING.option(
+    top_p: float = SAMPLING.option(
         "--top-p P",
         "Draw only from the fewest tokens whose probabilities sum to P. (default: from all)",
+        default=1.0,
     )
     seed: int | None = SAMPLING.option(
         "--seed N",
@@ -314,19 +313,18 @@ class Sampling:
     def __post_init__(self) -> None:
         from longnet_cli.jobs.job_options import check_sampling
 
-        check_sampling(self.temperature, 1.0 if self.top_p is None else self.top_p)
+        check_sampling(self.temperature, self.top_p)
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"--seed {self.seed} is not a number from 0 to 2^63 - 1")
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `jobs.generating.generate`, with a new seed if none is given."""
-        seed = self.seed
-        top_p = self.top_p
-        drawn = {
-            "top_p": 1.0 if top_p is None else top_p,
-            "seed": secrets.randbelow(1 << 32) if seed is None else seed,
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": secrets.randbelow(1 << 32) if self.seed is None else self.seed,
+            "stop": self.stop or (),
         }
-        return {"temperature": self.temperature, "stop": self.stop or (), **drawn}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from longnet_cli.basics.sizes import format_count, format_duration
 
-from .output import printable
+from .output import may_tell, printable
 
 RECENT = 60.0  # seconds
 # columns
@@ -25,7 +25,6 @@ def progress(
     unit: str = "tok",
     *,
     start: int = 0,
-    quiet: bool = False,
     every: float = 30.0,
 ) -> Iterator[Advance]:
     """Show the progress of a job: `with progress("scoring", total=n) as advance: advance(512, loss="2.31")`.
@@ -37,7 +36,7 @@ def progress(
     """
     meter = _Meter(total, unit, start)
     description = printable(description)
-    if quiet or not sys.stderr:
+    if not may_tell():
         yield meter.advance
     elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
         with _bar(description, meter) as advance:
@@ -85,7 +84,7 @@ class _Meter:
     def total(self) -> int | None:
         """The whole amount, which is not less than what is done."""
         total = self._total() if callable(self._total) else self._total
-        return max(total, self.done) if total is not None and callable(self._total) else total
+        return None if total is None else max(total, self.done)
 
     def advance(self, amount: int, **fields: object) -> None:
         self.done += amount

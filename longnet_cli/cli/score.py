@@ -32,14 +32,6 @@ if TYPE_CHECKING:
 
 MEASURE = HelpPanel("What to measure")
 ROW_KEYS = {"kind", "doc_id", "n_tokens", "n_bytes"}
-OF_CONTEXTS = (
-    "nll_sum",
-    "ppl",
-    "bpb",
-    "by_position",
-    "by_segment_position",
-)  # a key for each of several contexts
-GAIN_KEYS = {"gain", "gain_se", "gain_share"}  # with several contexts
 
 PRINTED = "is for scores that are printed, and -o writes rows"
 PAIRS: tuple[Needs | Excludes, ...] = (
@@ -54,9 +46,10 @@ PAIRS: tuple[Needs | Excludes, ...] = (
     Needs(
         "--top", "--token-logprobs", "adds to a file of log-probabilities", "--token-logprobs FILE"
     ),
-    Needs("--resume", "-o", "is for a folder of rows", "-o FOLDER"),
-    Needs("--shard-tokens", "-o", "is for a folder of rows", "-o FOLDER"),
-    Needs("--shard-format", "-o", "is for a folder of rows", "-o FOLDER"),
+    *(
+        Needs(name, "-o", "is for a folder of rows", "-o FOLDER")
+        for name in ("--resume", "--shard-tokens", "--shard-format")
+    ),
     Excludes("--token-logprobs", "-o", PRINTED),
 )
 
@@ -132,23 +125,18 @@ def score(options: ScoreCommand) -> None:
     contexts = options.context or ()
     output = options.output
     asked = ScoreOptions(tuple(contexts) or None, options.stride, options.last, options.by_position)
-    keys = ROW_KEYS | {*OF_CONTEXTS}
-    if len(contexts) > 1:
-        of_contexts = {f"{name}_{context}" for name in OF_CONTEXTS for context in contexts}
-        keys = ROW_KEYS | GAIN_KEYS | of_contexts
-    _check(options, keys)
+    _check(options)
     documents = options.documents
     keep = documents.keep or ()
     name = documents.id_column
     rows = output is not None or options.format != "text"
-    if rows and name and name not in {*keys, *keep}:
+    if rows and name and name not in {*ROW_KEYS, *keep}:
         # so that rows join their input by the column's own name and type
         documents = replace(documents, keep=[name, *keep])
     where_to = (
         "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
     )
     for_folder = {
-        "--resume": options.running.resume,
         "--shard-tokens": options.shard_tokens,
         "--shard-format": options.shard_format != "arrow",
     }
@@ -160,7 +148,7 @@ def score(options: ScoreCommand) -> None:
     words = opened.loaded.tokenizer
     facts = ModelFacts.of(opened.loaded)
     if options.choice.pattern:
-        tell(f"pattern {facts.pattern}", opened.quiet)
+        tell(f"pattern {facts.pattern}")
     count_bytes = words.n_bytes if words else None
     job = Scorer(opened.reader(), asked, facts, count_bytes, bool(options.top))
     inputs = opened.inputs(words.for_documents() if words and options.token_logprobs else words)
@@ -175,16 +163,16 @@ def score(options: ScoreCommand) -> None:
     opened.end()
 
 
-def _check(options: ScoreCommand, keys: set[str]) -> None:
-    """Raise ConfigError for options that do not go together. `keys` are those of a row."""
+def _check(options: ScoreCommand) -> None:
+    """Raise ConfigError for options that do not go together."""
     dry_run = options.running.dry_run
     if dry_run and options.format == "jsonl":
         raise ConfigError("--dry-run prints one value: give --format text or json")
     check_pairs(PAIRS if dry_run else (*PAIRS, Excludes("--format", "-o", PRINTED)), options)
     if options.token_logprobs and len(options.context or ()) > 1:
         raise ConfigError("log-probabilities of tokens need one context: give only one")
-    if taken := sorted({*(options.documents.keep or ())} & keys):
-        raise ConfigError(f"--keep {taken[0]}: the output has a column of this name")
+    if "kind" in (options.documents.keep or ()):
+        raise ConfigError("--keep kind: the output has a column of this name")
     if options.token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")
 
@@ -219,7 +207,7 @@ def _printing(options: ScoreCommand, opened: Opened) -> Iterator[_Printed]:
         facts["share"] = str(share)
     format = "jsonl" if options.output else options.format
     with atomic_write(options.output) if options.output else nullcontext() as file:
-        printed = _Printed(format, options.context or (None,), emit_jsonl)
+        printed = _Printed(format, options.context or (None,))
         if file:
             printed.print = lambda row: file.write(f"{to_json(row)}\n".encode())
         yield printed
@@ -230,14 +218,12 @@ def _printing(options: ScoreCommand, opened: Opened) -> Iterator[_Printed]:
 class _Printed:
     """A printer of each document as soon as it is scored, and of the totals; `json` is one value at the end."""
 
-    def __init__(
-        self, format: str, contexts: Sequence[int | None], print: Callable[[dict[str, Any]], object]
-    ) -> None:
+    def __init__(self, format: str, contexts: Sequence[int | None]) -> None:
         from longnet_cli.jobs.scoring.measures import Total
 
         self.format = format
         self.contexts = contexts
-        self.print = print  # a line of JSON
+        self.print: Callable[[dict[str, Any]], object] = emit_jsonl
         self.total = Total(contexts)
         self.rows = list[dict[str, Any]]()
         self.header = True

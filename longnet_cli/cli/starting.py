@@ -13,12 +13,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.events import Events, LeftOut
-from longnet_cli.basics.sizes import format_count
+from longnet_cli.basics.sizes import count_of, format_count
 from longnet_cli.running.ranks.launch import (
     start_ranks,
     started_by_torchrun,
@@ -34,7 +33,7 @@ from .options import (
     ModelChoice,
     read_pattern,
 )
-from .output import check_output, count_left_out, end, note, say_what_is_kept, tell
+from .output import be_quiet, check_output, count_left_out, end, note, say_what_is_kept, tell
 from .progress import ExpectedTokens, progress
 
 if TYPE_CHECKING:
@@ -104,14 +103,6 @@ def refuse_sharing(mesh: Mesh, folder: ModelFolder) -> None:
         )
 
 
-def refuse_torchrun(command: str) -> None:
-    """Raise ConfigError under torchrun, for a command of one process."""
-    if under_torchrun():
-        raise ConfigError(
-            f"{command} is for one process, and torchrun has started several: start one"
-        )
-
-
 def ask_hub(model: str | None, tokenizer: str | None) -> None:
     """Do what --update says: download what is new of a model or a tokenizer on a hub, before any rank is started.
 
@@ -152,9 +143,8 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
 class Opened:
     """The things that a command has opened: a model, documents, and the ranks that share what is read.
 
-    `earlier` is the run that `-o` continues. Of a dry run, `room` is the memory before the model was loaded. `quiet` is
-    true for all ranks except the first. `left_out` counts the documents that get no row. `named` is false for the
-    default model.
+    `earlier` is the run that `-o` continues. Of a dry run, `room` is the memory before the model was loaded. `left_out`
+    counts the documents that get no row. `named` is false for the default model.
     """
 
     folder: ModelFolder
@@ -163,7 +153,6 @@ class Opened:
     input_files: InputFiles
     computing: Computing
     ranks: Ranks
-    quiet: bool
     left_out: LeftOut
     earlier: Manifest | None
     room: Room | None
@@ -221,14 +210,11 @@ class Opened:
         """Write the rows of a job, with progress, and say how many there are. For `logprobs`, see `Events`."""
         from longnet_cli.jobs.row_jobs import run
 
-        quiet = self.quiet
         expected = ExpectedTokens()
         path = str(output.path)
         files = [source.path for source in self.input_files.found if source.path]
         if not self.named and any(path.suffix != ".py" for path in files):
-            note(
-                f"{DEFAULT_MODEL}, the default model, {KNOWS}: for other text, give --model", quiet
-            )
+            note(f"{DEFAULT_MODEL}, the default model, {KNOWS}: for other text, give --model")
 
         def on_document(document: Document, fraction: float | None) -> None:
             expected.count(job.counted(len(document)), fraction)
@@ -239,28 +225,28 @@ class Opened:
         total = counted(inputs.totals()) or expected.total
         done = counted(self.earlier.totals if self.earlier else None)
         with (
-            say_what_is_kept(path, quiet),
-            progress(job.doing, total=total, start=done, quiet=quiet) as advance,
+            say_what_is_kept(path),
+            progress(job.doing, total=total, start=done) as advance,
         ):
             job.reader.events = Events(
                 progress=advance,
-                note=partial(note, quiet=quiet),
+                note=note,
                 left_out=self.left_out,
                 document=on_document,
                 logprobs=logprobs,
             )
             written = run(job, inputs, output)
         if written is not None and (path != "-" or not output.sink):
-            counts = f"{written['rows']:,} {job.row_name}{'s' * (written['rows'] != 1)}"
+            counts = count_of(written["rows"], job.row_name)
             tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"
-            tell(f"{counts} of {tokens} -> {'stdout' if path == '-' else path}", quiet)
+            tell(f"{counts} of {tokens} -> {'stdout' if path == '-' else path}")
 
     def end(self) -> None:
         """Leave the ranks, and say what is left out. If documents are, the first rank exits with code 6."""
         from longnet_cli.running.ranks.ranks import leave
 
         leave()
-        end(self.left_out, first=self.ranks.writes, quiet=self.quiet)
+        end(self.left_out, first=self.ranks.writes)
 
 
 def open_command(
@@ -276,8 +262,7 @@ def open_command(
     What is wrong without a model is refused before. For `where_to` and `for_folder`, see `output.check_output`; `also`
     are other paths that are written, by the names of their options. For `embeds`, see `ModelAndInputs`.
     """
-    from longnet_cli.data.output_paths import is_folder, refuse_other_suffix, refuse_overwriting
-    from longnet_cli.data.shards import run_to_resume
+    from longnet_cli.data.output_paths import refuse_other_suffix, refuse_overwriting
 
     output = options.output
     running = options.running
@@ -285,13 +270,13 @@ def open_command(
     for option, path in written.items():
         refuse_other_suffix(option, path, embeds)
     earlier = None
-    if output is not None and is_folder(output):
-        earlier = run_to_resume(output, resume=running.resume)
+    if output is not None:
+        resume = running.resume
+        dry_run = running.dry_run
+        earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
     named = ModelAndInputs(options.documents, options.choice, earlier, embeds=embeds)
     for option, path in written.items():
         refuse_overwriting(option, [path], named.input_files, named.files)
-    if output is not None:
-        check_output(output, where_to, for_folder, resume=running.resume, dry_run=running.dry_run)
     return named.open(options.mesh, options.computing, earlier, dry_run=running.dry_run)
 
 
@@ -348,7 +333,8 @@ class ModelAndInputs:
         freeze_imports()
         documents = self.documents
         ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp, planned=planned)
-        quiet = computing.quiet or not ranks.writes
+        if not ranks.writes:
+            be_quiet(True)
         room = None
         if dry_run:
             from longnet_cli.jobs.estimating import Room
@@ -364,7 +350,7 @@ class ModelAndInputs:
             bos=documents.bos,
             chat=chat,
             vectors=self.embeds,
-            events=Events(note=lambda line: tell(line, quiet)),
+            events=Events(note=tell),
         )
         check_spill(computing.spill, loaded.net)
         if ranks.sp > 1 and loaded.net.config.pattern.chosen:
@@ -379,8 +365,7 @@ class ModelAndInputs:
             input_files=self.input_files,
             computing=computing,
             ranks=ranks,
-            quiet=quiet,
-            left_out=count_left_out(documents.skip_bad, quiet),
+            left_out=count_left_out(documents.skip_bad),
             earlier=earlier,
             room=room,
             named=self.named,

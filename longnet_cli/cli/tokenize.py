@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.events import Events
-from longnet_cli.basics.sizes import format_count
+from longnet_cli.basics.sizes import count_of, format_count
 
 from . import options as shared
 from .options import INPUT, OUTPUT, HelpPanel, bare_or
 from .output import check_output, count_left_out, end, note, tell
 from .progress import progress
-from .starting import ask_hub, refuse_read_once, refuse_torchrun
+from .starting import ask_hub, refuse_read_once
 
 if TYPE_CHECKING:
     from longnet_cli.data.input_documents import Inputs
@@ -75,12 +74,10 @@ def tokenize(options: TokenizeCommand) -> None:
     Every command also reads text. If you read the same data often, tokenize it once.
     """
     from longnet_cli.data.input_documents import Inputs
-    from longnet_cli.data.output_paths import is_folder, refuse_overwriting
-    from longnet_cli.data.shards import run_to_resume
+    from longnet_cli.data.output_paths import refuse_overwriting
     from longnet_cli.data.tokenizer import Tokenizer
     from longnet_cli.jobs.tokenizing import tokenizer_beside
 
-    refuse_torchrun("tokenize")
     output = options.output
     if options.update:
         ask_hub(None, options.tokenizer)
@@ -90,15 +87,13 @@ def tokenize(options: TokenizeCommand) -> None:
     names = options.column, options.id_column, tuple(options.keep or ())
     data = Inputs(options.inputs, None, *names, skip_bad=options.skip_bad, share=options.share)
     words = options.tokenizer and Tokenizer.find(options.tokenizer)
-    refuse_overwriting("-o", [output, *([beside] if beside else [])], data.all_files, [words])
+    refuse_overwriting("-o", [output, beside or output], data.all_files, [words])
     for_folder = {
         "--shard-tokens": options.shard_tokens,
         "--shard-format": options.shard_format != "arrow",
     }
     where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
-    check_output(output, where_to, for_folder, resume=options.resume)
-    earlier = run_to_resume(output, resume=options.resume) if is_folder(output) else None
-    _write(options, data, earlier)
+    _write(options, data, check_output(output, where_to, for_folder, resume=options.resume))
 
 
 def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> None:
@@ -106,12 +101,9 @@ def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> 
     from longnet_cli.jobs.tokenizing import SHARD_TOKENS
     from longnet_cli.jobs.tokenizing import tokenize as run
 
-    quiet = options.quiet
     done = earlier.totals["bytes"] if earlier else 0
-    left_out = count_left_out(options.skip_bad, quiet)
-    with progress(
-        "tokenizing", total=data.num_bytes(), unit="B", start=done, quiet=quiet
-    ) as advance:
+    left_out = count_left_out(options.skip_bad)
+    with progress("tokenizing", total=data.num_bytes(), unit="B", start=done) as advance:
         result = run(
             data,
             options.output,
@@ -121,18 +113,17 @@ def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> 
             shard_format=options.shard_format,
             eos=bare_or(options.eos, True),
             resume=options.resume,
-            events=Events(progress=advance, note=partial(note, quiet=quiet), left_out=left_out),
+            events=Events(progress=advance, note=note, left_out=left_out),
         )
     place = "stdout" if options.output == "-" else options.output
     place += f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
-    skipped = f"; {left_out}" if left_out.skipped else ""
-    tell(f"{_counts(result)} -> {place}{skipped}", quiet)
-    end(left_out, first=True, quiet=True)  # the line above has the count
+    tell(f"{_counts(result)} -> {place}")
+    end(left_out)
 
 
 def _counts(result: TokenizeResult) -> str:
     counts = [
-        f"{result.documents} document{'s' * (result.documents != 1)}",
+        count_of(result.documents, "document"),
         f"{format_count(result.tokens)} token{'s' * (result.tokens != 1)}",
         f"{result.bytes / result.tokens:.2f} bytes per token"
         if result.tokens

@@ -7,7 +7,6 @@ import os
 import shlex
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ from .options import (
     bare_or,
     read_pattern,
 )
-from .output import note, tell, tell_last, write_text
+from .output import be_quiet, note, tell, tell_last, write_text
 from .progress import Advance, progress
 from .starting import (
     ask_hub,
@@ -179,10 +178,11 @@ def train(options: TrainCommand) -> None:
     freeze_imports()
     ranks, where = join(options.device, sp=sp, dp=dp, planned=planned)
     recipe = settle_chunk(recipe, where, ranks)
-    quiet = options.quiet or not ranks.writes
+    if not ranks.writes:
+        be_quiet(True)
     if options.dry_run:
         for line in recipe.notes():
-            note(line, quiet)
+            note(line)
         estimated = estimate_training(recipe, where, ranks)
         leave()
         if ranks.writes:
@@ -192,16 +192,16 @@ def train(options: TrainCommand) -> None:
         check_fits(estimate_training(recipe, where, ranks), "training")
     if where.type == "cpu":
         keep_freed_memory()
-    result = _run(recipe, options, where, ranks, quiet)
+    result = _run(recipe, options, where, ranks)
     leave()
     line = f"saved {result.output} after {result.steps:,} steps"
     if not math.isnan(result.loss):
         line += f", training loss {result.loss:.4f} nats per token"
     if result.best is not None:
         line += f"; held-out loss {result.best:.4f} at its lowest, of the model in best/"
-    tell(line, quiet)
+    tell(line)
     use = "score it: longnet score --ppl" if recipe.model.causal else "use it: longnet encode"
-    tell(f"{use} --model {_path(options.output)} FILE", quiet)
+    tell(f"{use} --model {_path(options.output)} FILE")
 
 
 def _divided(recipe: Recipe, options: TrainCommand) -> tuple[int, int]:
@@ -270,18 +270,16 @@ def _recipe(options: TrainCommand) -> Recipe:
     )
 
 
-def _run(
-    recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Ranks, quiet: bool
-) -> TrainResult:
+def _run(recipe: Recipe, options: TrainCommand, where: torch.device, ranks: Ranks) -> TrainResult:
     """Train, with the progress on stderr. If the run is stopped, say what it has saved."""
     from longnet_cli.jobs.training.loop import train as run
     from longnet_cli.running.device import matmul_peak
 
     on_ranks = f" on {ranks.dp} x {ranks.sp} ranks" if ranks.world > 1 else ""
     what = f"{recipe.model.trained:,} parameters: {recipe.steps_in_words}"
-    tell(f"training {what}, {recipe.tokens:,} in all{on_ranks}", quiet)
+    tell(f"training {what}, {recipe.tokens:,} in all{on_ranks}")
     with ExitStack() as stack:
-        shown = _Shown(recipe, options, stack, quiet)
+        shown = _Shown(recipe, options, stack)
         try:
             return run(
                 recipe,
@@ -295,7 +293,7 @@ def _run(
                     begin=shown.begin,
                     step=shown.step,
                     evaluation=shown.evaluation,
-                    note=partial(tell, quiet=quiet),
+                    note=tell,
                 ),
             )
         except (KeyboardInterrupt, SystemExit):
@@ -304,7 +302,7 @@ def _run(
             if shown.done is not None:
                 saved = f"stopped after step {shown.done:,}, and saved in {options.output}"
                 last = f"{saved}: {_again(options.output, ranks)} goes on"
-            tell_last(last, quiet)
+            tell_last(last)
             raise
 
 
@@ -314,13 +312,10 @@ class _Shown:
     done: int | None = None
     advance: Advance
 
-    def __init__(
-        self, recipe: Recipe, options: TrainCommand, stack: ExitStack, quiet: bool
-    ) -> None:
+    def __init__(self, recipe: Recipe, options: TrainCommand, stack: ExitStack) -> None:
         self.recipe = recipe
         self.options = options
         self.stack = stack
-        self.quiet = quiet
         self.fields: dict[str, str | None] = {}
 
     def begin(self, step: int, tokens: int) -> None:
@@ -331,8 +326,8 @@ class _Shown:
                 line = "all steps are done already"
             if self.options.initial and not self.recipe.pretrained:
                 line += "; --init is ignored, because this run has already started"
-            tell(line, self.quiet)
-        bar = progress("training", self.recipe.tokens, start=tokens, quiet=self.quiet)
+            tell(line)
+        bar = progress("training", self.recipe.tokens, start=tokens)
         self.advance = self.stack.enter_context(bar)
 
     def step(self, tokens: int, line: Metrics | None) -> None:

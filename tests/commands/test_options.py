@@ -198,6 +198,13 @@ def test_a_pair_of_options_is_refused_also_across_groups():
         check_pairs(pairs, Small(inputs=["a"], quiet=True, end="x", mesh=Mesh(dp=2)))
 
 
+@pytest.mark.parametrize("words", ["ask a.txt why?", "bench", "generate x", "tokenize a -o b"])
+def test_commands_of_one_process_are_refused_under_torchrun(words, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = CliRunner().invoke(app, shlex.split(words)).exception
+    assert str(refused).startswith(f"{words.split()[0]} is for one process, and torchrun")
+
+
 def test_the_value_of_an_option_may_be_left_out():
     assert parse("a") == (["a"], None)
     assert parse("a", "--end") == (["a"], True)

@@ -403,7 +403,10 @@ def test_the_rest_is_written_as_if_it_were_all(tmp_path, run_longnet, inputs, ou
         "longnet: note: left out: "
     ] * len(ERRORS)
     place = {"-": "stdout", "out": "out (5 shards)"}.get(output, output)
-    assert said[len(ERRORS) :] == [f"{TOTALS}{place}; 3 documents and 2 files left out"]
+    assert said[len(ERRORS) :] == [
+        f"{TOTALS}{place}",
+        "longnet: note: 3 documents and 2 files left out",
+    ]
     assert good.stderr.decode() == f"{TOTALS}{place}\n"
     if output == "out":
         shards, wanted = contents(tmp_path / "out"), contents(tmp_path / "good/out")
