@@ -13,7 +13,6 @@ The first line of a command is what its runs have in common; `@` gives a row ano
     memory     the peak of the process, by megabytes; compiled: whether the compiler is loaded
     pieces     of tensors in checkpoints, how many
     processes  how many there are at a time; cpu: seconds of work, where they are more by far
-    terminal   what is shown where stderr is a terminal
     nothing    where an option only names the default: --ppl
 
 and the rows are the same, unless they are what differs. Runs start in a folder beside `../in` and `../start`; of `+name`, a
@@ -259,7 +258,7 @@ hello -m ../in/native -n 6 --format jsonl
 --id-column           rows       --id-column group
 --eos                 rows       --eos 65 | --eos 66 @ ../in/flat.parquet --format json
 --format              stdout     --format text | --format json @ ../in/rows.jsonl
---quiet               terminal   -q
+--quiet               stderr     -q @ ../in/t.txt ../in/t.txt --format json
 """,
 }
 
@@ -405,6 +404,13 @@ encode ../in/slide.parquet -m ../in/slide --no-normalize -o out.jsonl
 
 encode ../in/slide.parquet -m ../in/slide --pool cls -o out.jsonl
 * --chunk 37
+
+encode ../in/rows.jsonl -m ../in/encoder --span 10 --context 16 -o out.jsonl
+* --chunk 32
+* --dp 2
+encode - <../in/rows.jsonl -m ../in/encoder --span 10 --context 16 -o out.jsonl
+encode ../in/rows.parquet -m ../in/encoder --span 10 --context 16 -o out.parquet
+encode ../in/rows.jsonl -m ../in/encoder --span 10 --context 16 -o out --shard-rows 3 --dp 2
 
 tokenize ../in/rows.jsonl --keep name -o out.jsonl
 tokenize - <../in/rows.jsonl --keep name -o out.jsonl

@@ -123,6 +123,18 @@ def patterns_with_options(causal: bool) -> st.SearchStrategy[Pattern]:
     return st.builds(pattern_with_options, st.randoms(use_true_random=False), st.just(causal))
 
 
+def drawn(draw: st.DrawFn, batch: int, tokens: int, kv_heads: int, groups: int) -> dict:
+    """What every choice has: the sizes given, lengths and a seed; `groups` query heads a key head at most."""
+    return {
+        "batch": batch,
+        "tokens": tokens,
+        "kv_heads": kv_heads,
+        "heads": kv_heads * draw(st.integers(1, groups)),
+        "lengths": draw(st.none() | st.tuples(*[st.integers(0, tokens)] * batch)),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
 @st.composite
 def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
     """Every option of a pattern, or none, with any numbers of heads."""
@@ -138,15 +150,10 @@ def choices(draw: st.DrawFn, causal: bool | None = None) -> Choice:
     )
     return Choice(
         pattern=pattern,
-        batch=batch,
-        tokens=tokens,
-        heads=kv_heads * draw(st.integers(1, 4)),
+        **drawn(draw, batch, tokens, kv_heads, groups=4),
         head_dim=draw(st.sampled_from([2, 8] if moved == "by turn" else [1, 4, 16])),
         start=0 if pattern.sinks else draw(st.integers(0, 100)),
         causal=causal,
-        lengths=draw(st.none() | st.tuples(*[st.integers(0, tokens)] * batch)),
-        seed=draw(st.integers(0, 2**31)),
-        kv_heads=kv_heads,
         rotary=moved == "by turn",
         by_level=moved == "by level",
     )
@@ -174,15 +181,10 @@ def chosen_choices(draw: st.DrawFn) -> Choice:
     tokens = draw(st.integers(1, 4 * pattern.segment_lengths[0] + 2 * pattern.chosen_keys))
     return Choice(
         pattern=pattern,
-        batch=batch,
-        tokens=tokens,
-        heads=kv_heads * draw(st.integers(1, 3)),
+        **drawn(draw, batch, tokens, kv_heads, groups=3),
         head_dim=draw(st.sampled_from([2, 8])),
         start=0,
         causal=True,
-        lengths=draw(st.none() | st.tuples(*[st.integers(0, tokens)] * batch)),
-        seed=draw(st.integers(0, 2**31)),
-        kv_heads=kv_heads,
         rotary=draw(st.booleans()),
     )
 

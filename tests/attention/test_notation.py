@@ -92,6 +92,23 @@ WRONG = {
     "1Ki,4Ki": "'1Ki' is not a level: write segment length / dilation rate, as 4Ki/4",
     "1Ki/1/2": "'1Ki/1/2' is not a level",
     "1Ki/1,base=4": "a list of levels has no option 'base'",
+    "8/1,16/2,head_offsets=blocked": 'head_offsets must be "modulo" or "grouped"',
+    "8/1,16/2,queries=some": 'queries must be "dilated" or "all"',
+    "8/1,16/2,look_back=1/2/3": "look_back needs one number from 0, or 2, one per level",
+    "8/1,16/2,sinks=9": "sinks must be from 0 to the first segment length, 8, got 9",
+    "16/1,8/2,overlap=once": "overlap='once' needs levels in ascending segment length",
+    "16/1,8/2,queries=all": "queries='all' needs levels in ascending segment length",
+    "8/2,16/4,sinks=1": "sinks=1 needs levels in ascending segment length, the first at rate 1",
+    "8/1,12/2,overlap=once": 'overlap="once" needs segments that nest, and 8 does not divide 12',
+    "8/1,16/2,look_back=5/1,overlap=once": 'overlap="once" needs levels that look back at least as far',
+    "window:16,chosen=0x8": "chosen_block is of chosen blocks: give their number, chosen",
+    "window:16,chosen_every=4": "chosen_every is of chosen blocks: give their number, chosen",
+    "16/1,32/1,look_back=1,chosen=4x8": "chosen=4 needs a window: one level at rate 1 that looks back",
+    "16/2,look_back=1,chosen=4x8": "chosen=4 needs a window: one level at rate 1 that looks back",
+    "window:16,look_back=0,chosen=4x8": "chosen=4 needs a window: one level at rate 1",
+    "window:16,sinks=4,chosen=4x8": "chosen=4 excludes sinks: the first block, which is always seen",
+    "window:16,chosen=4x12": "chosen_block must divide the segment length 16, got 12",
+    "window:16,chosen=4x8,chosen_every=3": "chosen_every must divide chosen_block, 8, got 3",
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from builders import tiny_model
 from conftest import ROOT
 from files import write_lines
+from sentence_models import WORDS, save_model
 from sentence_transformers import SentenceTransformer
 
 import longnet_cli.integrations.transformers
@@ -77,35 +78,12 @@ def test_it_is_trained_and_saved_as_a_model_of_both(causal, tmp_path):
 
 
 def test_the_benchmark_takes_the_mean_of_a_models_windows(tmp_path, run_python, python):
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from tokenizers import Tokenizer as Words
-    from tokenizers import models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    words = Words(
-        models.WordLevel(
-            {"[UNK]": 0, "[PAD]": 1} | {f"w{i}": i + 2 for i in range(40)}, unk_token="[UNK]"
-        )
-    )
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]"
-    ).save_pretrained(tmp_path)
-    shape = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-    }
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=42, **shape)).save_pretrained(tmp_path)
-    model = SentenceTransformer(
-        modules=[Transformer(str(tmp_path), max_seq_length=8), Pooling(16)], device="cpu"
-    )
-    model.save(str(tmp_path / "model"))
-
+    folder = save_model(
+        tmp_path / "model", window=10
+    )  # eight tokens of a text, and two around them
+    model = SentenceTransformer(str(folder), device="cpu")
     rng = np.random.default_rng(0)
-    texts = [" ".join(f"w{i}" for i in rng.integers(40, size=20)) for _ in range(16)]
+    texts = [" ".join(rng.choice(WORDS, 20)) for _ in range(16)]
     pairs = [*zip(texts[:8], texts[8:], strict=True)]
     rows = [{"task": "halves", "first": a, "second": b} for a, b in pairs]
     write_lines(tmp_path / "pairs.jsonl", rows)

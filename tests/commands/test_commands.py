@@ -24,15 +24,13 @@ import pyarrow as pa
 import pyarrow.ipc as ipc
 import pyarrow.parquet as pq
 import pytest
-from builders import scores, tiny_model
-from files import IDS, TEXTS, read, token_table, write_file, write_lines, write_rows
+from builders import tiny_model
+from files import IDS, TEXTS, read, token_table, write_file, write_lines
 from processes import invoke
 from typer.testing import Result
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.nets.longnet import LongNet
 
 # --- chains of commands ----------------------------------------------------------------------------------------------
 
@@ -71,23 +69,6 @@ def test_the_documents_before_a_bad_line_are_written_first(model, run_longnet, t
     assert (done.returncode, "x.jsonl, line 3: 'text' is not text" in done.stderr) == (3, True)
 
 
-def test_chained_commands_say_what_single_ones_say(shell, model, texts, tmp_path):
-    line = f"longnet tokenize texts -o - --quiet | longnet score - -m {model} --format json"
-    chained = shell(f"{line} && longnet score texts -m {model} --format json")
-    assert (chained.returncode, chained.stderr) == (0, "")
-    first, second = chained.stdout.split("}\n{")
-    assert json.loads(first + "}") == json.loads("{" + second)
-    line = f"longnet tokenize texts -o - --quiet | longnet encode - -m {model}"
-    chained = shell(f"{line} && longnet encode texts -m {model} -o out.arrow", text=False)
-    assert (chained.returncode, chained.stderr) == (
-        0,
-        b"3 vectors of 90 tokens -> stdout\n3 vectors of 90 tokens -> out.arrow\n",
-    )
-    vectors = ipc.open_stream(chained.stdout).read_all()
-    of_text = ipc.open_file(tmp_path / "out.arrow").read_all()
-    assert vectors.equals(of_text.drop_columns(["char_start", "char_end"]))
-
-
 WAYS = {
     "a file": "longnet data inspect x.arrow",
     "redirected": "longnet data inspect - < x.arrow",
@@ -108,22 +89,6 @@ def test_every_way_in(shell, tmp_path):
     assert len(answers) == len(WAYS)
     assert (answers[0]["documents"], answers[0]["tokens"]) == (3, sum(map(len, IDS)))
     assert all(other == answers[0] for other in answers)
-
-
-def test_stdin_is_the_same_by_a_pipe_and_redirected(shell, model, tmp_path):
-    """Each row is a document there, also where a file would join rows of one name."""
-    rows = [{"id": "x", "text": "ab"}, {"id": "x", "text": "cde"}, {"id": "y", "text": "f"}]
-    write_lines(tmp_path / "x.jsonl", rows)
-    write_rows(tmp_path / "x.parquet", rows)
-    command = f"longnet score - -m {model} --format jsonl"
-    for name in ("x.jsonl", "x.parquet"):
-        answers = [
-            shell(line).stdout for line in (f"{command} < {name}", f"cat {name} | {command}")
-        ]
-        assert answers[0] == answers[1]
-        names = [json.loads(line).get("doc_id") for line in answers[0].splitlines()]
-        if name == "x.jsonl":
-            assert names == ["x", "x#1", "y", None]
 
 
 @pytest.mark.parametrize(
@@ -313,11 +278,7 @@ def test_score_compares_contexts(run_longnet, model, prose):
     assert "tokens seen" in as_text.stdout
 
 
-def test_score_formats_agree_with_the_library(run_longnet, model, prose):
-    tokenizer = Tokenizer.load(model)
-    documents = Inputs([prose], tokenizer).documents()
-    net = LongNet.from_pretrained(model)
-    expected = [each.score for each in scores(net, documents, bos=tokenizer.eos_id, context=8)]
+def test_score_formats_agree(run_longnet, model, prose):
     words = ["score --ppl --context 8 --device cpu --model", model, prose, "--format"]
     done = [run_longnet(*words, format, code=0) for format in ("json", "jsonl", "text")]
     assert [each.stderr for each in done] == [""] * 3
@@ -326,9 +287,8 @@ def test_score_formats_agree_with_the_library(run_longnet, model, prose):
     value = json.loads(as_json)
     assert value["total"].keys() >= SCORE_KEYS
     assert [row["doc_id"] for row in value["documents"]] == list(PROSE)
-    for row, wanted in zip(value["documents"], expected, strict=True):
+    for row in value["documents"]:
         assert row.keys() >= SCORE_KEYS | {"doc_id"}
-        assert row["nll_sum"] == pytest.approx(wanted.nll_sum, rel=1e-6)
         assert row["n_bytes"] == len(PROSE[row["doc_id"]].encode())
     assert value["total"]["n_tokens"] == 63
     nats = sum(row["nll_sum"] for row in value["documents"])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import pty
 import re
 import shlex
 import shutil
@@ -46,9 +45,8 @@ from longnet_cli.jobs.training.recipe import LoraRecipe, Recipe
 # options of typer, which change a shell's start, and the short help
 TYPERS = {"--install-completion", "--show-completion", "-h"}
 ALONE = ("memory", "compiled")  # what is seen of a process that does nothing else
-REAL = ("processes", "terminal")  # what is seen from outside
 EXTRAS = {"p.svg": "matplotlib", "metrics.jsonl": "matplotlib", "lora.": "peft"}
-EXTRAS |= {"/llama": "transformers", "org/tiny": "huggingface_hub"}
+EXTRAS |= {"/llama": "transformers", "/encoder": "transformers", "org/tiny": "huggingface_hub"}
 LEAST = {"memory": 10 << 10, "cpu": 0.3}  # KiB, seconds
 APART = 1e-3  # relative; numbers that are closer are rounded in another way
 CLOSE = 1e-5  # numbers of another cut into chunks or ranks are this close
@@ -170,7 +168,6 @@ class Outcome:
     compiled: bool = False
     processes: int = 0
     pieces: int = 0
-    terminal: str = ""
     files: list[str] = field(default_factory=list)
     types: dict[str, str] = field(default_factory=dict)
     rows: dict[str, Any] = field(default_factory=dict)
@@ -313,27 +310,19 @@ class Runs:
         ]
 
     def real(self, job: dict[str, Any]) -> Outcome:
-        """Run one as a command, with a terminal as its stderr if it shows nothing else; count its processes."""
+        """Run one as a command, and count its processes."""
         folder, most = Path(job["folder"]), 0
-        mine, theirs = pty.openpty()
-        env = self.env | {"TERM": "xterm", "COLUMNS": "80"}
-        with (folder.parent / f"{folder.name}.out").open("w+") as out, open(job["stdin"]) as given:
+        streams = [folder.parent / f"{folder.name}.{name}" for name in ("out", "err")]
+        with streams[0].open("w") as out, streams[1].open("w") as err, open(job["stdin"]) as given:
             command = [self.forked.longnet, *job["args"]]
             process = subprocess.Popen(
-                command, cwd=folder, env=env, stdin=given, stdout=out, stderr=theirs
+                command, cwd=folder, env=self.env, stdin=given, stdout=out, stderr=err
             )
-            os.close(theirs)
-            os.set_blocking(mine, False)
-            shown = b""
             while (code := process.poll()) is None:
                 most = max(most, sum(place == str(folder.resolve()) for place in working_folders()))
-                shown += read_terminal(mine)
                 time.sleep(0.02)
-            shown += read_terminal(mine)
-            os.close(mine)
-            out.seek(0)
-            text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]|[\r]", b"", shown).decode()
-            return Outcome(code, out.read(), text, processes=most, terminal=text).read(folder)
+        texts = [stream.read_text() for stream in streams]
+        return Outcome(code, *texts, processes=most).read(folder)
 
 
 def working_folders() -> Iterator[str]:
@@ -342,13 +331,6 @@ def working_folders() -> Iterator[str]:
             yield os.readlink(place)
         except OSError:
             continue
-
-
-def read_terminal(handle: int) -> bytes:
-    try:
-        return os.read(handle, 1 << 16)
-    except OSError:
-        return b""
 
 
 def assign(recipe: dict[str, Any], word: str) -> None:
@@ -529,7 +511,7 @@ def starts_ranks(words: list[str]) -> bool:
 
 def kind_of(row: Row) -> str:
     """How the runs of a row are run."""
-    if row.differs in REAL or starts_ranks(row.one):
+    if row.differs == "processes" or starts_ranks(row.one):
         return "real"
     return "alone" if row.differs in ALONE else "asked" if row.differs == "asked" else "together"
 

@@ -62,7 +62,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ends = pa.RunEndEncodedArray.from_arrays(pa.array([1], pa.int32()), pa.array(["x"]))
     days = pa.array([pa.MonthDayNano([1, 2, 3])], pa.month_day_nano_interval())
     write_file(
-        folder / "types.arrow", pa.table({"text": ["one"], "ends": ends, "days": days, "span": [1]})
+        folder / "types.arrow",
+        pa.table({"text": ["one"], "ends": ends, "days": days, "span": [1], "ppl": [1]}),
     )
     for name in ("x.arrow", "x.stream", "x.parquet", "x.jsonl"):
         write_rows(folder / name, rows)

@@ -56,6 +56,11 @@ def run_on_terminal(env, stdout=subprocess.PIPE, program=PROGRAM):
     return process.returncode, rows, shown.decode()
 
 
+def test_a_process_that_is_quiet_shows_none(command_env):
+    quiet = "from longnet_cli.cli.output import be_quiet\nbe_quiet(True)"
+    assert run_on_terminal(command_env | {"TERM": "xterm"}, program=quiet + PROGRAM)[2] == ""
+
+
 def test_a_terminal_gets_a_bar_with_rate_and_fields(command_env):
     code, rows, shown = run_on_terminal(command_env | {"TERM": "xterm", "COLUMNS": "120"})
     assert (code, rows) == (0, "".join(f"row {step}\n" for step in range(4)))

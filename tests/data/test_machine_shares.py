@@ -192,28 +192,7 @@ def test_a_shard_of_a_share_that_is_gone_is_named(tmp_path):
         list(Inputs([tmp_path]).texts())
 
 
-@pytest.mark.parametrize(
-    ("command", "error"),
-    [
-        ("score - --share 1/2", "stdin can be read by one process"),
-        ("encode @- --share 1/2 -o v", "stdin can be read by one process"),
-        ("score a.txt --share 1/2 --dp 2", "--share is for one process"),
-        ("encode a.txt --share 1/2 -o v --sp 2", "--share is for one process"),
-        ("score a.txt --share 1/2 --nproc 2", "--share is for one process"),
-        (
-            "tokenize a.txt --share 1/2 -o v --train-vocab 300",
-            "a tokenizer is trained on all of the input",
-        ),
-        ("score a.txt --share 3/2", "'3/2' is no share"),
-    ],
-)
-def test_what_cannot_be_shared_is_refused(run_longnet, tmp_path, command, error):
-    (tmp_path / "a.txt").write_text("text")
-    assert error in run_longnet(command, code=2).stderr
-    assert not (tmp_path / "v").exists()
-
-
-def test_another_share_and_other_files_are_refused_when_a_run_resumes(run_longnet, tmp_path):
+def test_another_share_is_refused_when_a_run_resumes(run_longnet, tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(4):
         (tmp_path / f"in/{number}.txt").write_text("text " * (number + 1))
@@ -221,9 +200,6 @@ def test_another_share_and_other_files_are_refused_when_a_run_resumes(run_longne
     run_longnet(f"{command} 1/2", code=0)
     done = run_longnet(f"{command} 2/2", code=2)
     assert "share was '1/2' and is now '2/2': give --share 1/2, or a new folder" in done.stderr
-    (tmp_path / "in/9.txt").write_text("one more")  # of the other share
-    done = run_longnet(f"{command} 1/2", code=2)
-    assert "cannot resume: inputs was '4 files" in done.stderr
 
 
 def test_a_total_is_that_of_its_share(run_longnet, tmp_path):

@@ -155,11 +155,6 @@ def test_help_of_ask_names_its_arguments():
     assert {"model", "max_tokens", "system", "temperature", "dtype"} < {*signature(ask).parameters}
 
 
-def test_a_question_in_python_must_be_utf_8(llama):
-    with pytest.raises(ConfigError, match="the question is not UTF-8"):
-        ask(["violet"], "violet \ud800", model=f"{llama}/")
-
-
 def test_the_worst_passages_are_left_out_where_all_do_not_fit(tmp_path):
     loaded = loaded_of(tiny_llama(tmp_path / "llama", max_position_embeddings=430))
     found = [Passage("a", 0, 100, score, str(score) * 50) for score in (1.0, 3.0, 2.0)]
@@ -254,9 +249,6 @@ def test_without_a_model_the_passages_are_printed(model, run_longnet):
     assert [row[name] for name in ("answer", "model", "finish_reason")] == [None] * 3
     nothing = run_longnet("ask texts xyzzy", code=1)
     assert nothing.stdout == ""
-    for option in ("--max-tokens 9", "--temperature 1", "--stop x", "--chunk 9", "--system x"):
-        refused = run_longnet(*words, *option.split(), code=2)
-        assert f"{option.split()[0]} is for a model's answer: give --model" in refused.stderr
 
 
 def test_passages_need_no_torch(model, run_python):
@@ -288,14 +280,6 @@ def test_what_cannot_be_read_is_left_out_as_asked(model, run_longnet, tmp_path):
         assert "c.jsonl, line 2: 'text' is null" in done.stderr
         assert done.stdout
     run_longnet(*words, "--index", "i.sqlite", code=3)
-
-
-def test_an_index_replaces_no_file_that_is_read(model, run_longnet, tmp_path):
-    for name in ("texts/a.txt", "texts/empty.txt"):
-        (tmp_path / "texts/empty.txt").write_text("")
-        done = run_longnet("ask texts What? --index", name, "-m", model, code=2)
-        assert f"--index {name} is {name}, which this command reads" in done.stderr
-        assert (tmp_path / "texts/a.txt").read_text() == TEXT
 
 
 @pytest.mark.parametrize("name", ["bytes", "longnet-tiny"])

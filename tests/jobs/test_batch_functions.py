@@ -80,18 +80,11 @@ def test_batches_without_rows_or_tokens_have_no_vectors():
             {"keep": ("lang",)},
             "table: there is no column 'lang'; its columns are id: string, text: string",
         ),
-        ({"id": ["a"], "body": ["a"]}, {}, "no column named input_ids"),
         ({"id": ["a"], "ids": [1]}, {}, "a row is a document"),
         (
             {"doc_id": ["a", "a"], "part": [0, 1], "ids": [[1], [2]]},
             {},
             "row 1: part 1 of document 'a'",
-        ),
-        ({"id": ["a", None], "text": ["a", "b"]}, {}, "row 1, id: the value is null"),
-        (
-            {"id": ["a"], "text": ["a"], "span": [1]},
-            {"keep": ("span",)},
-            "keep span: the output has a column",
         ),
         ({"id": ["a"], "text": ["a"]}, {"pattern": "papr"}, "pattern: "),
     ],

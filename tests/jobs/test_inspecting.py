@@ -178,7 +178,7 @@ def test_the_command_in_text_and_json(run_longnet, tmp_path):
     read = run_longnet("data inspect -", input="hello").stdout
     assert "\ntokens       5 (bytes)\n" in read
     assert f"\n{'bytes':>27} {'documents':>12}\n" in read
-    write_text(tmp_path / "t.txt", "hello")
+    (tmp_path / "t.txt").write_text("hello")
     assert (
         "\ntokens       12 (5 of them bytes)\n" in run_longnet("data inspect a.arrow t.txt").stdout
     )
@@ -186,15 +186,7 @@ def test_the_command_in_text_and_json(run_longnet, tmp_path):
     assert "bytes)" not in own
     assert f"\n{'tokens':>27} {'documents':>12}\n" in own
     value = run_longnet("data inspect - --format json", input="hello", code=0)
-    assert (
-        json.loads(value.stdout)
-        == inspect(Inputs([write_text(tmp_path / "b.txt", "hello")])).as_dict()
-    )
-
-
-def write_text(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
+    assert json.loads(value.stdout) == inspect(Inputs([tmp_path / "t.txt"])).as_dict()
 
 
 def test_problems_are_exit_code_3_after_everything_is_printed(run_longnet, tmp_path):

@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.ipc as ipc
 import pytest
 import torch
-from builders import vectors
 from files import write_lines
-from processes import contents, refused
+from processes import refused
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 import transformers as hf
-from sentence_models import WORDS, save_model, word_pieces
+from sentence_models import save_model, word_pieces
 
 from longnet_cli import embed, encode_batches
 from longnet_cli.data.text_pieces import cut
@@ -169,41 +167,6 @@ def test_every_token_is_in_one_place(size, stride):
         assert [w.start for w in windows] == [i * stride for i in range(len(windows))]
         assert windows[-1].stop == tokens
         assert all(w.start + size < tokens for w in windows[:-1])
-
-
-def corpus(folder: Path) -> Path:
-    """Texts of up to some 900 tokens, the empty one among them."""
-    chance = np.random.default_rng(1)
-    texts = ["", *(" ".join(chance.choice(WORDS, n)) for n in chance.integers(1, 900, 30))]
-    rows = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
-    return write_lines(folder / "corpus.jsonl", rows)
-
-
-def rows(path: Path) -> pa.Table:
-    return ipc.open_file(path).read_all()
-
-
-@pytest.mark.ci
-def test_the_same_from_everywhere(mean_model, tmp_path, run_longnet):
-    path = corpus(tmp_path)
-    words = ["encode --span 40 --model", mean_model, path, "-o"]
-    for name, ranks in (("one", []), ("two", ["--dp", "2"])):
-        run_longnet(*words, name, "--shard-rows", "50", *ranks, code=0)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    run_longnet(*words, "file.arrow", "--chunk", "512")
-    file = rows(tmp_path / "file.arrow")
-    texts = [json.loads(line) for line in path.read_text().splitlines()]
-    table = pa.Table.from_pylist(texts)
-    batches = encode_batches(table, model=str(mean_model), span=40)
-    assert batches.drop(["embedding"]) == file.drop(["embedding"])
-    assert np.abs(vectors(batches) - vectors(file)).max() < 1e-6
-    plain = encode_batches(table.to_batches(max_chunksize=7), model=str(mean_model), span=40)
-    assert pa.Table.from_batches(plain).drop(["embedding"]) == batches.drop(["embedding"])
-    tokens = run_longnet("tokenize -o - --tokenizer", mean_model, path, text=False).stdout
-    words[-2] = "-"
-    run_longnet(*words, "ids.arrow", input=tokens, text=False, code=0)
-    ids = rows(tmp_path / "ids.arrow")
-    assert ids.drop(["embedding"]) == file.drop(["embedding", "char_start", "char_end"])
 
 
 def test_the_dry_run_counts_windows(mean_model, tmp_path, run_longnet):

@@ -135,13 +135,9 @@ def test_leaves_no_inference_mode_behind(model):
         assert not torch.is_inference_mode_enabled()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"causal": False, "position": "rope"}, "bidirectional"), ({"vocab_size": 0}, "vocabulary")],
-)
-def test_a_model_that_cannot_score(change, message):
-    with pytest.raises(ConfigError, match=message):  # at the call, not at the first document
-        scores(tiny_net(**change), [], bos=BOS)
+def test_a_model_that_cannot_score():
+    with pytest.raises(ConfigError, match="vocabulary"):  # at the call, not at the first document
+        scores(tiny_net(vocab_size=0), [], bos=BOS)
 
 
 OPTIONS, FACTS = ScoreOptions(context=(400, 16)), ModelFacts(BOS)
@@ -364,16 +360,12 @@ def test_windows_are_plain_forwards(double, bos, chunk, contexts, stride, last):
         assert each.score.n_bytes == (last or (len(document) if bos is not None else None))
         if stride:
             assert min(seen[min(context, len(seen)) :], default=context) > context - stride
-        for row in each.tables["by_position"]:
-            chosen = (seen >= row["from"]) & (seen <= row["to"])
-            assert [row["n_tokens"], row["nll"]] == pytest.approx(
-                [chosen.sum(), nats[chosen].mean()], rel=1e-6
-            )
-        for row in each.tables["by_segment_position"]:
-            chosen = ((seen - 1) % 20 >= row["from"]) & ((seen - 1) % 20 <= row["to"])
-            assert [row["n_tokens"], row["nll"]] == pytest.approx(
-                [chosen.sum(), nats[chosen].mean()], rel=1e-6
-            )
+        for name, places in (("by_position", seen), ("by_segment_position", (seen - 1) % 20)):
+            for row in each.tables[name]:
+                chosen = (places >= row["from"]) & (places <= row["to"])
+                assert [row["n_tokens"], row["nll"]] == pytest.approx(
+                    [chosen.sum(), nats[chosen].mean()], rel=1e-6
+                )
         assert all(
             sum(row["n_tokens"] for row in table) == len(nats) for table in each.tables.values()
         )

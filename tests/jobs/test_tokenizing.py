@@ -75,7 +75,8 @@ def test_written_is_read(corpus, tmp_path, output, train_vocab):
     assert documents(tmp_path / output, result.tokenizer) == TEXTS
     size = sum(len(text.encode()) for text in TEXTS.values())
     assert (result.documents, result.bytes) == (3, size)
-    assert sum(more for more, _ in progress) == size
+    assert Inputs([corpus]).num_bytes() == sum(more for more, _ in progress) == size
+    assert output == "shards" or Inputs([corpus, tmp_path / output]).num_bytes() is None
     assert progress[-1][1] == {"documents": 3, "tokens": format_count(result.tokens)}
     saved = tmp_path / (output if output == "shards" else f"{output}.tokenizer.json")
     assert Tokenizer.load(saved).sha256 == result.tokenizer.sha256
@@ -242,18 +243,6 @@ def test_parts_of_long_texts_and_any_grouping_give_the_same_ids(tmp_path, monkey
             assert np.array_equal(document.tokens, words.encode(text))
         shards.append(contents(tmp_path / str(index)))
     assert shards[0] == shards[1] == shards[2]  # groups are no part of the result
-
-
-def test_the_size_of_the_inputs_is_known_when_all_are_text(corpus, tmp_path):
-    sizes = []
-    tokenize(
-        Inputs([corpus]),
-        tmp_path / "out.arrow",
-        events=Events(progress=lambda size, **counts: sizes.append(size)),
-    )
-    size = sum(len(text.encode()) for text in TEXTS.values())
-    assert Inputs([corpus]).num_bytes() == sum(sizes) == size
-    assert Inputs([corpus, tmp_path / "out.arrow"]).num_bytes() is None
 
 
 def test_the_tokens_of_folders_are_known(corpus, tmp_path):

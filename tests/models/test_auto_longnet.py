@@ -300,12 +300,6 @@ def test_what_a_longnet_does_not_do_is_refused(folder):
         model(tokens, attention_mask=torch.ones(1, 9))
     with pytest.raises(ConfigError, match="dilated attention of its own"):
         use_dilated_attention(model, Pattern.window(8))
-    with pytest.raises(ValueError, match="takes no other cache"):  # and not a word on masks
-        model(
-            tokens,
-            attention_mask=torch.ones(1, 10),
-            past_key_values=hf.StaticCache(model.config, max_cache_len=30),
-        )
     for kind in ("static", "offloaded", "quantized", "dynamic"):
         with pytest.raises(ValueError, match=f"cache of its own: no cache_implementation='{kind}'"):
             model.generate(tokens, max_new_tokens=2, cache_implementation=kind)

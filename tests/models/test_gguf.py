@@ -309,19 +309,12 @@ def test_a_file_is_a_model(tmp_path):
     assert "longnet convert" in str(refused(f"pattern {source}"))
 
 
-def test_files_that_cannot_be_converted(tmp_path):
+def test_a_cut_file_cannot_be_converted(tmp_path):
     source = write_gguf(tmp_path / "model.gguf", random_net())
     (tmp_path / "cut.gguf").write_bytes(source.read_bytes()[: 1 << 14])
-    (tmp_path / "text.txt").write_text("not a model")
-    cases = (
-        ("cut.gguf", "transformers cannot read it"),
-        ("text.txt", "neither a GGUF file nor a checkpoint"),
-        ("none.gguf", "no such file"),
-    )
-    for name, message in cases:
-        error = refused(f"convert {tmp_path}/{name} -o {tmp_path}/out")
-        assert (error.exit_code, message in str(error)) == (4, True)
-        assert not [name for name in _names(tmp_path) if "out" in name]
+    error = refused(f"convert {tmp_path}/cut.gguf -o {tmp_path}/out")
+    assert (error.exit_code, "transformers cannot read it" in str(error)) == (4, True)
+    assert {*_names(tmp_path)} == {"cut.gguf", "model.gguf"}
 
 
 REFUSED = {  # keys and tensors of a file, and what is said

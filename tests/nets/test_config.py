@@ -89,11 +89,9 @@ def test_unknown_key_names_the_nearest():
         ({"num_heads": 256}, "even head size, got 3"),
         ({"num_layers": 0}, "num_layers: "),
         ({"position": "alibi"}, "position: "),
-        ({"dilation_rates": [1, 2]}, "one entry per level"),
         ({"padding": "zero_key"}, "causal=false"),
         ({"causal": False}, 'use position="rope"'),
         ({"segment_lengths": [2048, 131072], "dilation_rates": [1, 4]}, 'use position="rope"'),
-        ({"segment_lengths": [2048, 5792], "dilation_rates": [1, 2]}, 'use position="rope"'),
         (
             {"look_back": 1},
             'position="xpos" has no look_back: its keys are only seen from their own segment; use',

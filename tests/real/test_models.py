@@ -34,16 +34,17 @@ def page(book: str) -> str:
     return book[20_000:24_000]
 
 
+def ids_of(page: str, folder: Path) -> list[int]:
+    words = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return words.encode(page, add_special_tokens=False).ids
+
+
 @pytest.mark.slow
 def test_a_gguf_file_its_folder_and_transformers_agree(run, gguf, smollm2, page, tmp_path):
     (tmp_path / "page.txt").write_text(page, encoding="utf-8")
     folder = score(run, "page.txt", "--model", smollm2, mib=2500)
     file = score(run, "page.txt", "--model", gguf, "--dtype", "fp32", mib=2500)
-    ids = (
-        tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
-        .encode(page, add_special_tokens=False)
-        .ids
-    )
+    ids = ids_of(page, smollm2)
     expected = nats(smollm2, ids, folder["bos"])
     assert folder["nll_sum"] == pytest.approx(expected, abs=2e-4 * len(ids))
     assert file["nll_sum"] == pytest.approx(expected, abs=2e-4 * len(ids))
@@ -79,11 +80,7 @@ def test_a_scaling_in_a_gguf_file_counts(run, gguf, smollm2, page, tmp_path):
     (scaled / "config.json").write_text(json.dumps(config))
     (tmp_path / "page.txt").write_text(page, encoding="utf-8")
     ours = score(run, "page.txt", "--model", path, "--dtype", "fp32", mib=2500)
-    ids = (
-        tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
-        .encode(page, add_special_tokens=False)
-        .ids
-    )
+    ids = ids_of(page, smollm2)
     assert ours["nll_sum"] == pytest.approx(nats(scaled, ids, ours["bos"]), abs=2e-4 * len(ids))
 
 
