@@ -1,7 +1,7 @@
 """The names of the files in a model's folder, and of what stands in them."""
 
-from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 from .configuration import parse, read_text
 from .errors import CheckpointError
@@ -41,11 +41,23 @@ CONFIG_SHA256 = "longnet.config_sha256"
 TOKENIZER_SHA256 = "longnet.tokenizer_sha256"
 
 
+T = TypeVar("T", list[Any], dict[str, Any])
+
+
+def read_or_empty(path: Path, kind: type[T]) -> T:
+    """Return the list or the table in a JSON file; an empty one without a readable file, or for another value in it."""
+    try:
+        data = parse(read_text(path))
+    except (OSError, ValueError):
+        data = None
+    return data if isinstance(data, kind) else kind()
+
+
 def weight_files(folder: Path) -> list[str]:
     """Return the names of the files with the weights of a model, as its index lists them."""
     if not (folder / WEIGHTS).exists():
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            places = parse(read_text(folder / SHARDED))["weight_map"]
+        places = read_or_empty(folder / SHARDED, dict).get("weight_map")
+        if isinstance(places, dict):
             return sorted({str(name) for name in places.values()})
     return [WEIGHTS]
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.digests import json_sha256
@@ -30,6 +30,7 @@ from longnet_cli.basics.model_files import (
     TOKENIZER_SHA256,
     WEIGHTS,
     is_within,
+    read_or_empty,
     weight_files,
 )
 from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
@@ -44,10 +45,9 @@ if TYPE_CHECKING:
     from longnet_cli.models.hf.pretrained_net import TransformersNet
     from longnet_cli.models.hf.sentence_folder import SentenceModel
     from longnet_cli.nets.config import LongNetConfig, TransformersConfig
-    from longnet_cli.nets.net import Net
+    from longnet_cli.nets.net import Bos, Net
 
 PICKLED = "pytorch_model*.bin*"
-T = TypeVar("T", list, dict)
 NO_BOS = "none"  # the value of --bos
 
 
@@ -68,7 +68,7 @@ class Loaded(NamedTuple):
 
     net: Net
     tokenizer: Tokenizer | None
-    bos: int | tuple[int, ...] | None
+    bos: Bos
     ends: frozenset[int]
     chat: ChatTemplate | None
     origin: str
@@ -125,11 +125,11 @@ class ModelFolder:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The keys of config.json; empty if it cannot be read, which loading reports."""
-        return _read(self.path / CONFIG, dict)
+        return read_or_empty(self.path / CONFIG, dict)
 
     @cached_property
     def _tokenizer_settings(self) -> dict[str, Any]:
-        return _read(self.path / SETTINGS, dict)
+        return read_or_empty(self.path / SETTINGS, dict)
 
     @cached_property
     def of_transformers(self) -> bool:
@@ -159,9 +159,10 @@ class ModelFolder:
             return Tokenizer.load(spec)
         path = self.path / TOKENIZER
         digest_at_saving = self.metadata.get(TOKENIZER_SHA256)
-        in_folder = Tokenizer.from_file(path) if path.exists() else None
-        if in_folder and digest_at_saving:
-            if json_sha256(parse(read_text(path))) != digest_at_saving:
+        in_folder = None
+        if path.exists():
+            in_folder = Tokenizer.from_file(path)
+            if digest_at_saving and json_sha256(parse(read_text(path))) != digest_at_saving:
                 raise CheckpointError(
                     f"{path}: not the tokenizer that the model was saved with: put that one back, or add "
                     f"--tokenizer {path} --tokenizer-differs to use this one"
@@ -173,17 +174,15 @@ class ModelFolder:
         if not spec:
             return in_folder
         named = Tokenizer.load(spec)
-        digests = {digest_at_saving, in_folder.sha256 if in_folder else None} - {None}
-        if digests and named.sha256 not in digests:
+        needed = in_folder.sha256 if in_folder else digest_at_saving
+        if needed not in (None, named.sha256):
             raise ConfigError(
                 f"{spec}: not the tokenizer of the model in {self.path}, so its ids stand for other tokens: add "
                 "--tokenizer-differs to use it"
             )
         return in_folder or named
 
-    def bos(
-        self, tokenizer: Tokenizer | None, written: str | None = None
-    ) -> int | tuple[int, ...] | None:
+    def bos(self, tokenizer: Tokenizer | None, written: str | None = None) -> Bos:
         """Return the id, or ids, that the model reads before each document; None for nothing.
 
         `written` is the value of `--bos`: none, a token of the tokenizer, or an id. Without it, a LongNet reads the
@@ -197,12 +196,12 @@ class ModelFolder:
         end = tokenizer.eos_id if tokenizer else None
         if not self.of_transformers:
             return end
-        if tokenizer and (ids := tokenizer.ids_around[0]):
-            return ids if ids[1:] else ids[0]
-        settings = self._tokenizer_settings
-        if tokenizer and settings.get("add_bos_token") is True:
+        if tokenizer:
+            if ids := tokenizer.ids_around[0]:
+                return ids if ids[1:] else ids[0]
+            settings = self._tokenizer_settings
             start = tokenizer.id_of(special_token(settings.get("bos_token")))
-            if start is not None:
+            if start is not None and settings.get("add_bos_token") is True:
                 return start
         configured = self.config.get("bos_token_id")
         return configured if isinstance(configured, int) else end
@@ -213,25 +212,31 @@ class ModelFolder:
         For a Hugging Face model, they are the `eos_token_id`, one or several, of generation_config.json, otherwise of
         config.json. Without it, and for a LongNet, it is the end-of-text id of the tokenizer.
         """
-        ends: list[Any] = []
         if self.of_transformers:
-            for settings in (self.config, _read(self.path / GENERATION, dict)):
+            for settings in (read_or_empty(self.path / GENERATION, dict), self.config):
                 value = settings.get("eos_token_id")
                 ids = value if isinstance(value, list) else [value]
-                ends = [end for end in ids if isinstance(end, int)] or ends
-        if not ends and tokenizer:
-            ends = [tokenizer.eos_id]
-        return frozenset(ends) - {None}
+                if ends := [end for end in ids if isinstance(end, int)]:
+                    return frozenset(ends)
+        end = tokenizer.eos_id if tokenizer else None
+        return frozenset() if end is None else frozenset({end})
 
     @property
     def eos(self) -> str | None:
         """The token that ends documents, from tokenizer_config.json; None if that names none."""
         return special_token(self._tokenizer_settings.get("eos_token")) or None
 
-    def chat(self, tokenizer: Tokenizer | None) -> ChatTemplate:
-        """Return the chat template. Raises ConfigError without one, and without a tokenizer."""
-        from longnet_cli.data.chat import ChatTemplate
+    def chat(self, tokenizer: Tokenizer | None, asked: bool | None) -> ChatTemplate | None:
+        """Return the chat template if it is `asked` for or, for None, the one that there may be.
 
+        Raises ConfigError for one that is asked for, without a tokenizer or if it is missing.
+        """
+        if asked is False:  # which loads no Jinja
+            return None
+        from longnet_cli.data.chat import ChatTemplate, chat_settings
+
+        if asked is None and not chat_settings(tokenizer):
+            return None
         if tokenizer is None:
             raise ConfigError(
                 f"{self.path}: there is no tokenizer, which --chat needs: give --tokenizer"
@@ -250,10 +255,9 @@ class ModelFolder:
             from longnet_cli.nets.weights import load_config
 
             return load_config(self.path, pattern)
-        options: dict[str, Any] = {"embeds": self.embeds}
-        if lora is not None:
-            options |= {"lora": lora, "dtype": self.stored_dtype()}
-        return self._transformers().read_facts(self.path, self.config, pattern, **options)
+        dtype = self.stored_dtype()
+        facts_of = self._transformers().read_facts
+        return facts_of(self.path, self.config, pattern, lora, dtype=dtype, embeds=self.embeds)
 
     def net(
         self,
@@ -267,20 +271,18 @@ class ModelFolder:
         The weights of a Hugging Face model are of type `dtype` (default: float32). A LongNet's are float32 always.
         Raises ConfigError or CheckpointError, in one line that names the folder, also if transformers is not installed.
         """
+        if not self.of_transformers:
+            return self.native().from_pretrained(self.path, device, pattern=pattern)
         import torch
 
-        if self.of_transformers:
-            net = self._transformers().load_transformers(
-                self.path,
-                self.config,
-                pattern=pattern,
-                device=device,
-                dtype=dtype or torch.float32,
-                embeds=self.embeds,
-            )
-        else:
-            net = self.native().from_pretrained(self.path, device, torch.float32, pattern=pattern)
-        return net
+        return self._transformers().load_transformers(
+            self.path,
+            self.config,
+            pattern=pattern,
+            device=device,
+            dtype=dtype or torch.float32,
+            embeds=self.embeds,
+        )
 
     def native(self) -> type[Any]:
         """Return the class of the net of a LongNet: VectorNet for a slide encoder. Raises as `load_config` does."""
@@ -353,7 +355,6 @@ class ModelFolder:
         for a model that reads vectors, unless `vectors`; for `bos` where nothing is read before a document; for modules
         that are not computed; and for an attention kernel that cannot run in `dtype`.
         """
-        from longnet_cli.nets.net import bos_ids
         from longnet_cli.running.device import (
             DTYPES,
             check_kernel,
@@ -373,55 +374,59 @@ class ModelFolder:
             words = folder.tokenizer(tokenizer, differs=tokenizer_differs)
             start = folder.bos(words, bos)
             ends = folder.ends(words)
-            if chat is None:
-                from longnet_cli.data.chat import chat_settings  # loads Jinja: for chats only
-
-                chat = bool(chat_settings(words))
-            template = folder.chat(words) if chat else None
-            model = folder.sentence_model() if self.embeds else None
+            template = folder.chat(words, chat)
+            model = folder.sentence_model()
             net = folder.net(pattern=pattern, device=device, dtype=DTYPES[dtype_name])
-            embedding = None
-            makes_vectors = model or (words and not net.config.causal)
-            if makes_vectors and self.embeds and self.of_transformers:
-                embedding = folder.embedding(model, words, net, events.note)
-                words = words or embedding.words
+            embedding = folder.embedding(model, words, net, events.note)
         check_kernel(device, dtype, net.config.head_dim)
-        size = net.config.vocab_size
-        if not size and not vectors:
-            what = "this model has no vocabulary: it reads vectors, not tokens"
-            raise ConfigError(f"{self.name}: {what}")
-        if not size:
+        if embedding:
+            words = words or embedding.words
+            if bos:
+                raise ConfigError(
+                    f"{self.name}: its tokenizer's template says what stands before a text: leave out --bos"
+                )
+        if not net.config.vocab_size:
+            if not vectors:
+                raise ConfigError(
+                    f"{self.name}: this model has no vocabulary: it reads vectors, not tokens"
+                )
             words = None
-        if bos and embedding:
-            why = "its tokenizer's template says what stands before a text"
-            raise ConfigError(f"{self.name}: {why}: leave out --bos")
-        if not size or not net.config.causal:
-            if size and bos not in (None, NO_BOS):
+            start = None
+        elif not net.config.causal:
+            if bos not in (None, NO_BOS):
                 raise ConfigError(f"{self.name}: it looks in both directions: leave out --bos")
             start = None
-        if words and words.vocab_size > size:
-            raise ConfigError(
-                f"{tokenizer or self.path / TOKENIZER}: the tokenizer has {words.vocab_size} ids and the model "
-                f"{size}: they do not belong together"
-            )
-        for bos_id in bos_ids(start):
-            if not 0 <= bos_id < size:
-                what = f"it reads the id {bos_id} before a text, and its vocabulary has {size}"
-                raise ConfigError(f"{self.name}: {what}: give --bos")
+        self._check_ids(net, words, start, tokenizer)
         in_windows = embedding and not net.config.causal and not net.dilated
         if net.note and not in_windows:
             events.note(f"{self.name}: {net.note}")
         return Loaded(net, words, start, ends, template, self.origin, embedding)
 
+    def _check_ids(self, net: Net, words: Tokenizer | None, start: Bos, named: str | None) -> None:
+        """Raise ConfigError for ids that the net's vocabulary does not have, of its tokenizer or of the `start`."""
+        from longnet_cli.nets.net import bos_ids
+
+        size = net.config.vocab_size
+        if words and words.vocab_size > size:
+            raise ConfigError(
+                f"{named or self.path / TOKENIZER}: the tokenizer has {words.vocab_size} ids and the model "
+                f"{size}: they do not belong together"
+            )
+        for bos_id in bos_ids(start):
+            if not 0 <= bos_id < size:
+                raise ConfigError(
+                    f"{self.name}: it reads the id {bos_id} before a text, and its vocabulary has {size}: give --bos"
+                )
+
     def sentence_model(self) -> SentenceModel | None:
-        """Return how sentence-transformers makes vectors with the model; None where the folder does not say.
+        """Return how sentence-transformers makes vectors with the model; None where it does not, or no file says how.
 
         Raises ConfigError for what is not computed here, also for a LongNet that has modules beside its own.
         """
-        if self.is_gguf or not self.modules.exists():
+        if not self.embeds or not self.modules.exists():
             return None
         if not self.of_transformers:
-            if len(_read(self.modules, list)) > 1:
+            if len(read_or_empty(self.modules, list)) > 1:
                 raise ConfigError(
                     f"{self.modules}: a LongNet makes vectors alone: leave out the other modules"
                 )
@@ -437,20 +442,27 @@ class ModelFolder:
         tokenizer: Tokenizer | None,
         net: Net,
         note: Callable[[str], None],
-    ) -> Embedding:
-        """Return how the model reads texts, and put the `model`'s steps into the net.
+    ) -> Embedding | None:
+        """Return how the model reads texts, and put the steps of its `sentence_model` into the net; None for others.
 
         `tokenizer` is its own, or the one that a user named. Without either, the library makes one of older files.
         """
+        is_plain = self.embeds and self.of_transformers and not net.config.causal
+        if model is None and not (is_plain and tokenizer):
+            return None
         from longnet_cli.models.hf.sentence_folder import lowercased, plain_model, read_words
 
         if model is None:
             model = plain_model(self.path)
-            what = "the vector is the mean over all tokens of a text, special ones included"
-            note(f"{self.name}: there is no {MODULES}: {what}")
+            note(
+                f"{self.name}: there is no {MODULES}: the vector is the mean over all tokens of a text, special ones "
+                "included"
+            )
         elif model.unread_prompt:
-            what = f"the prompt {model.unread_prompt!r} is not read, as in encode_document of sentence-transformers"
-            note(f"{self.name}: {what}: --prefix reads it")
+            note(
+                f"{self.name}: the prompt {model.unread_prompt!r} is not read, as in encode_document of "
+                "sentence-transformers: --prefix reads it"
+            )
         if tokenizer is None or tokenizer.folder == self.path:
             words = read_words(self.path, model.lowercase)
         else:
@@ -503,8 +515,9 @@ class ModelFolder:
         try:
             from longnet_cli.models.hf import pretrained_net as transformers_net
         except ImportError as error:
-            why = f"{self.path} is a Hugging Face model, which cannot be imported ({error})"
-            raise ConfigError(f"{why}: {extra('hf')}") from None
+            raise ConfigError(
+                f"{self.path} is a Hugging Face model, which cannot be imported ({error}): {extra('hf')}"
+            ) from None
         return transformers_net
 
     def _check_complete(self) -> None:
@@ -536,7 +549,7 @@ class ModelFolder:
 
 def _transformer_of(folder: Path) -> Path:
     """Return the folder of a model's Transformer: a subfolder if modules.json names one first that is there."""
-    modules = _read(folder / MODULES, list)
+    modules = read_or_empty(folder / MODULES, list)
     with suppress(IndexError, KeyError, TypeError, AttributeError):  # of no list of modules
         subfolder = modules[0]["path"]
         if is_within(subfolder) and (folder / subfolder).is_dir():
@@ -551,12 +564,3 @@ def is_gguf(path: Path) -> bool:
             return path.is_file() and file.read(4) == b"GGUF"
     except OSError:
         return False
-
-
-def _read(path: Path, kind: type[T]) -> T:
-    """Return the list or the settings in a file; empty if there is no readable file, or another value in it."""
-    try:
-        data = parse(read_text(path))
-    except (OSError, ValueError):
-        data = None
-    return data if isinstance(data, kind) else kind()

@@ -8,6 +8,7 @@ from longnet_cli.data.input_files import InputFiles
 from longnet_cli.data.token_documents import Document
 from longnet_cli.data.tokenizer import NO_END, Tokenizer
 from longnet_cli.models.folder import ModelFolder
+from longnet_cli.nets.net import Bos
 from longnet_cli.running.ranks.ranks import Ranks
 
 from .recipe import Recipe, naming
@@ -89,7 +90,7 @@ def check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
 def _before_documents(recipe: Recipe, tokenizer: Tokenizer) -> int:
     """Return the id with which each document starts: end-of-text, or what a Hugging Face model was trained with."""
     if recipe.pretrained is None or recipe.data.eos is not None:
-        token_id: int | tuple[int, ...] | None = tokenizer.eos_id
+        token_id: Bos = tokenizer.eos_id
     else:
         token_id = ModelFolder.find(recipe.pretrained.init).bos(tokenizer)
     if token_id is None:

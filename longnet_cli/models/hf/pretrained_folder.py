@@ -25,17 +25,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import transformers as hf
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import whole_folder
-from longnet_cli.basics.configuration import parse, read_text
-from longnet_cli.basics.digests import json_sha256
-from longnet_cli.basics.errors import ConfigError, LongNetError, is_out_of_memory, one_line
-from longnet_cli.basics.model_files import BESIDE_TOKENIZER, CONFIG, GENERATION, TOKENIZER
+from longnet_cli.basics.configuration import validate
+from longnet_cli.basics.errors import CheckpointError, ConfigError, is_out_of_memory, one_line
+from longnet_cli.basics.model_files import (
+    BESIDE_TOKENIZER,
+    CONFIG,
+    GENERATION,
+    TOKENIZER,
+    read_or_empty,
+)
+from longnet_cli.basics.sizes import MAX_SIZE
 from longnet_cli.nets.config import MOST_LAYERS
 
 DILATED_TYPE = "import longnet_cli.integrations.transformers"
@@ -55,11 +62,7 @@ def to_file(settings: Mapping[str, Any]) -> dict[str, Any]:
     Any tool can run a dense pattern: such settings stay as they are, and so do settings without a pattern.
     """
     pattern = settings.get(_PATTERN)
-    if (
-        not pattern
-        or Pattern(**pattern) == Pattern.dense()
-        or settings.get("model_type") == DILATED_TYPE
-    ):
+    if not pattern or Pattern(**pattern) == Pattern.dense():
         return dict(settings)
     names = [_PREFIX + name for name in settings.get("architectures") or []]
     changed = {
@@ -84,11 +87,7 @@ def from_file(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_infinities(data: Any) -> Any:
     """Return settings with the floats that transformers writes as {"__float__": "Infinity"}, as JSON has none."""
-    if isinstance(data, Mapping):
-        if [*data] == ["__float__"] and data["__float__"] in ("Infinity", "-Infinity", "NaN"):
-            return float(data["__float__"])
-        return {name: with_infinities(x) for name, x in data.items()}
-    return [with_infinities(x) for x in data] if isinstance(data, list) else data
+    return hf.PretrainedConfig._decode_special_floats(data)  # it has no public name
 
 
 def read_architecture(
@@ -99,36 +98,37 @@ def read_architecture(
     If it `embeds`, the class is that of AutoModel. Code of the folder's own (auto_map) is never run. Raises ConfigError
     where transformers has no class.
     """
-    _check_settings(folder / CONFIG, settings)
-    if (generation := folder / GENERATION).is_file() and not isinstance(_json(generation), dict):
+    where = folder / CONFIG
+    validate(_CheckedKeys, settings, str(where))
+    generation = folder / GENERATION
+    if generation.is_file() and not read_or_empty(generation, dict):
         raise ConfigError(f"{generation}: not a JSON object: remove it, or write one again")
-    data = {
-        key: x for key, x in from_file(_without_attention(settings)).items() if key not in _OF_CALLS
-    }
+    data = from_file(_without_calls(settings))
+    code = data.pop("auto_map", None)
     kind = data.get("model_type")
     name = (data.get("architectures") or [None])[0]
-    code = data.pop("auto_map", None)
-    settings_class = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None  # noqa: SIM401 (`get` loads no class)
-    architecture: Any = getattr(hf, str(name), None)
-    if embeds:
-        architecture = settings_class and hf.MODEL_MAPPING.get(settings_class, None)
-    is_model = isinstance(architecture, type) and issubclass(architecture, hf.PreTrainedModel)
-    if (
-        not settings_class
-        or not is_model
-        or not (
-            architecture.config_class is settings_class
-            or embeds
-            or hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(settings_class, None) is architecture
-        )
-    ):
+    settings_class: Any = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None  # noqa: SIM401 (`get` loads no class)
+    architecture = _class_of(settings_class, name, embeds) if settings_class else None
+    if architecture is None:
         what = f"does not know the architecture {name} (model_type {kind})"
         instead = ", and code of the folder's own (auto_map) is never run" if code else ""
         raise ConfigError(f"{folder}: transformers {hf.__version__} {what}{instead}")
-    with refusing_settings(folder / CONFIG):
-        config = hf.CONFIG_MAPPING[kind].from_dict(with_infinities(data))
+    with refusing_settings(where):
+        config = settings_class.from_dict(with_infinities(data))
         config.get_text_config().to_dict()  # as others will ask it
         return config, architecture
+
+
+def _class_of(settings_class: Any, name: str | None, embeds: bool) -> Any:
+    """Return the class of transformers for these settings: AutoModel's, or the named one if it takes them; or None."""
+    if embeds:
+        found = hf.MODEL_MAPPING.get(settings_class, None)
+        return found if isinstance(found, type) else None
+    named = getattr(hf, str(name), None)
+    if getattr(named, "config_class", None) is settings_class:
+        return named
+    of_auto = hf.MODEL_FOR_CAUSAL_LM_MAPPING.get(settings_class, None)
+    return of_auto if of_auto is named else None
 
 
 @contextmanager
@@ -137,74 +137,45 @@ def refusing_settings(where: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error) or (
-            isinstance(error, LongNetError) and not isinstance(error, ConfigError)
-        ):
+        if is_out_of_memory(error) or isinstance(error, CheckpointError):
             raise
         says_little = type(error).__module__ == "builtins" and not isinstance(error, ValueError)
         kind = f"{type(error).__name__}: " if says_little else ""
         raise ConfigError(f"{where}: {kind}{one_line(error)}") from None
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+_Count = Annotated[int | None, Field(gt=0)]
 
 
-# keys of config.json that are read by us, or that many classes read without a look: a test, and what it asks for
-_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model_type": (lambda x: isinstance(x, str), "a text"),
-    "architectures": (
-        lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x),
-        "a list of names",
-    ),
-    "text_config": (lambda x: isinstance(x, dict), "an object"),
-    "num_hidden_layers": (
-        lambda x: _is_whole(x) and x <= MOST_LAYERS,
-        f"a whole number, and {MOST_LAYERS:,} are the most",
-    ),
-    **dict.fromkeys(
-        (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-        ),
-        (lambda x: not _is_whole(x) or x > 0, "positive"),
-    ),
-    "max_position_embeddings": (lambda x: not _is_whole(x) or x < 1 << 63, "less than 2^63"),
-}
+class _CheckedKeys(BaseModel):
+    """Keys of config.json that are read here, or whose values classes of transformers take without a look."""
+
+    model_config = ConfigDict(strict=True)
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    text_config: _CheckedKeys | None = None
+    num_hidden_layers: int | None = Field(default=None, le=MOST_LAYERS)
+    vocab_size: _Count = None
+    hidden_size: _Count = None
+    num_attention_heads: _Count = None
+    num_key_value_heads: _Count = None
+    max_position_embeddings: int | None = Field(default=None, le=MAX_SIZE)
+
+
+# keys that begin so: of the attention, and of what a call returns
 _OF_CALLS = (
-    "return_dict",
-    "torchscript",
-    "output_attentions",
-    "output_hidden_states",
-)  # what a call returns
+    *("attn_impl", "_attn_impl"),
+    *("return_dict", "torchscript", "output_attentions", "output_hidden_states"),
+)
 
 
-def _json(path: Path) -> Any:
-    try:
-        return parse(read_text(path))
-    except (OSError, ValueError):
-        return None
-
-
-def _check_settings(where: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError for the first key of a config.json, or of its text_config, that has an impossible value."""
-    for key, (test, needed) in _KEYS.items():
-        if settings.get(key) is not None and not test(settings[key]):
-            shown = json.dumps(settings[key])
-            raise ConfigError(f"{where}: {key} is {shown:.60}: it must be {needed}")
-    if settings.get("text_config"):
-        _check_settings(where, settings["text_config"])
-
-
-def _without_attention(data: Any) -> Any:
-    """Drop the attention that a file names: it would replace the requested one, and may be code from a hub."""
+def _without_calls(data: Any) -> Any:
+    """Drop what a file says of calls. Its attention would replace the requested one, and may be code from a hub."""
     if isinstance(data, Mapping):
-        names = [name for name in data if not name.startswith(("attn_impl", "_attn_impl"))]
-        return {name: _without_attention(data[name]) for name in names}
-    return [_without_attention(item) for item in data] if isinstance(data, list) else data
+        names = [name for name in data if not name.startswith(_OF_CALLS)]
+        return {name: _without_calls(data[name]) for name in names}
+    return [_without_calls(item) for item in data] if isinstance(data, list) else data
 
 
 def mark(config: Any) -> None:
@@ -234,12 +205,14 @@ def _marked(own: type) -> type:
     ) -> tuple[Any, ...]:  # for pickle and deepcopy, which would look for the class by its name
         return _restored, (own, self.__dict__)
 
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(
-        own.__name__,
-        (own,),
-        {**names, _OWN_CLASS: own, "to_json_file": to_json_file, "__reduce__": reduce},
-    )
+    return _subclass(own, to_json_file=to_json_file, __reduce__=reduce, **{_OWN_CLASS: own})
+
+
+def _subclass(own: type, **attributes: Any) -> type:
+    """Return a subclass with these attributes, which has the name and the place of `own`."""
+    names = ("__module__", "__qualname__", "__doc__")
+    inherited = {name: getattr(own, name) for name in names}
+    return type(own.__name__, (own,), inherited | attributes)
 
 
 def _restored(own: Any, attributes: dict[str, Any]) -> Any:
@@ -306,8 +279,7 @@ def _prepared(own: type, prepare: Prepare) -> type:
             )
         return returned
 
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (own,), {**names, "from_pretrained": classmethod(from_pretrained)})
+    return _subclass(own, from_pretrained=classmethod(from_pretrained))
 
 
 ADAPTER = "adapter"  # a subfolder: beside the model's files, transformers would take the model for an adapter
@@ -327,27 +299,15 @@ def write_folder(
     `source` is the folder that the model came from. If its tokenizer is the same, the files beside it are copied too.
     `dense` leaves the pattern out of config.json. Raises LongNetError if the folder cannot be written.
     """
-    try:
-        with whole_folder(folder, CONFIG) as place:
-            model.save_pretrained(place, state_dict=dict(state), max_shard_size=1 << 62)
-            settings = json.loads((place / CONFIG).read_text(encoding="utf-8"))
-            settings["dtype"] = "float32"
-            if dense:
-                settings = from_file(settings)
-                settings.pop(_PATTERN, None)
-            (place / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            (place / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-            if source and _same_tokenizer(source / TOKENIZER, tokenizer_json):
-                for name in (*BESIDE_TOKENIZER, TOKENIZER):
-                    if (source / name).is_file():
-                        shutil.copyfile(source / name, place / name)
-    except LongNetError as error:
-        cause = getattr(error.__cause__, "strerror", None) or error.__cause__ or error
-        raise LongNetError(f"{folder}: cannot write the model: {cause}") from None
-
-
-def _same_tokenizer(path: Path, text: str) -> bool:
-    try:
-        return json_sha256(parse(read_text(path))) == json_sha256(json.loads(text))
-    except (OSError, ValueError):
-        return False
+    with whole_folder(folder, CONFIG) as place:
+        model.save_pretrained(place, state_dict=dict(state), max_shard_size=1 << 62)
+        settings = json.loads((place / CONFIG).read_text(encoding="utf-8"))
+        settings["dtype"] = "float32"
+        if dense:
+            settings.pop(_PATTERN, None)
+        (place / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (place / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+        if source and read_or_empty(source / TOKENIZER, dict) == json.loads(tokenizer_json):
+            for name in (*BESIDE_TOKENIZER, TOKENIZER):
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, place / name)
