@@ -27,7 +27,7 @@ from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, ConfigError, extra, one_line
 from longnet_cli.basics.model_files import CONFIG
 from longnet_cli.hub.model_names import name_origin
-from longnet_cli.nets.weights import check_finite
+from longnet_cli.nets.weights import check_finite, refuse_differences
 
 _NEEDED = ("transformers", "gguf", "accelerate")
 _PLAIN = {  # types that are not quantized
@@ -141,13 +141,10 @@ def convert_gguf(
             raise CheckpointError(
                 f"{path}: transformers cannot read it: {one_line(error)}"
             ) from None
-        if absent := sorted(report["missing_keys"]):
-            raise CheckpointError(f"{path}: weights are missing, {absent[0]} among {len(absent)}")
-        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        check_finite(parameters, str(path))
+        refuse_differences(str(path), report["missing_keys"], ())
+        check_finite(dict(model.named_parameters()), str(path))
         model.hf_quantizer = None  # the weights are plain now
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
         model.save_pretrained(place)
         name_origin(place, origin or str(path))
         tokenizer.save_pretrained(place)
@@ -192,8 +189,9 @@ def open_gguf(path: Path) -> Any:
             self.reads_left -= 1
             declared = int(count) * np.dtype(dtype).itemsize
             if offset + declared > size or self.reads_left < 0:
-                what = f"{declared} bytes at offset {offset}, of a file of {size}"
-                raise ValueError(f"it declares {what}")
+                raise ValueError(
+                    f"it declares {declared} bytes at offset {offset}, of a file of {size}"
+                )
             return super()._get(offset, dtype, count, *order, **options)
 
         def _get_field_parts(self, offset: int, kind: int) -> Any:
@@ -316,14 +314,10 @@ def _rotation(rotation: dict[str, Any], factors: np.ndarray | None, config: Any)
         return rope | _llama3(factors, theta, original or 8192)
     if kind == "none" or factor == 1:
         return rope
+    rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        context = original or config.max_position_embeddings
-        return rope | {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": context,
-        }
-    return rope | {"rope_type": "linear", "factor": factor}
+        rope["original_max_position_embeddings"] = original or config.max_position_embeddings
+    return rope
 
 
 def _llama3(factors: np.ndarray, theta: float, original: int) -> dict[str, Any]:
@@ -332,16 +326,27 @@ def _llama3(factors: np.ndarray, theta: float, original: int) -> dict[str, Any]:
     A pair that turns more than 4 times in the original context stays as it is, one that turns less than once is slowed
     down by the largest factor, and between them the share that is kept is linear. A file with other limits is refused.
     """
-    most = float(factors.max())
-    turns = original * theta ** (-np.arange(len(factors)) / len(factors)) / (2 * math.pi)
-    share = np.clip((turns - 1) / (4 - 1), 0, 1)
-    expected = 1 / ((1 - share) / most + share)
+    low = 1.0
+    high = 4.0
+    pairs = len(factors)
+    slowest = float(factors.max())
+    frequencies = theta ** (-np.arange(pairs) / pairs)
+    turns = original * frequencies / (2 * math.pi)
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - share) / slowest + share)
     if np.abs(expected / factors - 1).max() > 1e-6:
-        what = "these factors are no scaling of Llama 3, the one that is known here"
-        raise CheckpointError(f"rope_freqs.weight: {what}")
-    limits = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling = {"factor": most, **limits, "original_max_position_embeddings": original}
-    return {"rope_type": "llama3", **scaling} if most > 1 else {}
+        raise CheckpointError(
+            "rope_freqs.weight: these factors are no scaling of Llama 3, the one that is known here"
+        )
+    if slowest <= 1:
+        return {}
+    return {
+        "rope_type": "llama3",
+        "factor": slowest,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
 
 
 def split_words(tokenizer: Any, reader: Any) -> None:
@@ -360,14 +365,16 @@ def split_words(tokenizer: Any, reader: Any) -> None:
             bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
             words.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
         elif pre not in {None, "gpt-2", *_known_splits()}:
-            what = "its way to split words is not known to this transformers"
-            raise CheckpointError(f"{PRE} = {pre}: {what}")
+            raise CheckpointError(
+                f"{PRE} = {pre}: its way to split words is not known to this transformers"
+            )
     prefix = fields.get(PREFIX)
     if fields.get(MODEL) == "llama" and prefix is not None:
         first_id = words.encode("a", add_special_tokens=False).ids[0]
         if tokenizer.convert_ids_to_tokens(first_id).startswith("\u2581") != prefix:
-            what = "not so in the tokenizer that transformers makes of it"
-            raise CheckpointError(f"{PREFIX} = {prefix}: {what}")
+            raise CheckpointError(
+                f"{PREFIX} = {prefix}: not so in the tokenizer that transformers makes of it"
+            )
 
 
 def _known_splits() -> set[str]:

@@ -13,18 +13,20 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Literal
+from statistics import mode
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from longnet_cli.attention.pattern import Padding
 from longnet_cli.basics.atomic import whole_folder, write_file
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.digests import file_sha256
@@ -34,9 +36,9 @@ from longnet_cli.models.official_slide import HEADS, RATES, official_name, slide
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import VectorNet
-from longnet_cli.nets.weights import TYPE_NAMES, NetT, check_finite, empty_net, list_names
+from longnet_cli.nets.weights import NetT, check_finite, empty_net, list_names
 
-_PREFIX = re.compile(r"(module|model|slide_encoder|encoder|decoder)\.")
+_PREFIXES = re.compile(r"((module|model|slide_encoder|encoder|decoder)\.)*")
 DERIVED_BUFFERS = re.compile(r"(.*\.)?(xpos\.scale|version)")  # the configuration determines them
 
 
@@ -50,7 +52,7 @@ def from_torchscale(state_dict: Mapping[str, Tensor], config: LongNetConfig) -> 
     missing, unknown or of another shape, and for an output projection that is not the embedding although
     `config.tie_embeddings` is true.
     """
-    state = {k: t for k, t in state_dict.items() if not DERIVED_BUFFERS.fullmatch(k)}
+    state = dict(state_dict)
     if not config.vocab_size:
         state = {k: t for k, t in state.items() if k.startswith("encoder.")} or state
     return renamed_net(LongNet, config, without_prefix(state), official_name, "torchscale weights")
@@ -75,7 +77,7 @@ def renamed_net(
             raise CheckpointError(
                 f"{where}: output_projection.weight is not embed_tokens.weight; set tie_embeddings=false"
             )
-    net = empty_net(build, config, state, where, "the others need", name_of)
+    net = empty_net(build, config, state, where, name_of)
     # our own copy: training the net must not change the caller's dict
     weights = {}
     for name in net.state_dict():
@@ -93,11 +95,9 @@ def slide_net(config: LongNetConfig, state: Mapping[str, Tensor], where: str) ->
 
 def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Strip prefixes that all keys share, such as `model.decoder.` of a decoder inside a fairseq model."""
-    while (match := _PREFIX.match(next(iter(state), ""))) and all(
-        key.startswith(match[0]) for key in state
-    ):
-        state = {key.removeprefix(match[0]): tensor for key, tensor in state.items()}
-    return state
+    match = _PREFIXES.match(commonprefix([*state]))  # noqa: RUF071 (of names)
+    length = match.end() if match else 0
+    return {name[length:]: tensor for name, tensor in state.items()}
 
 
 _INSIDE = ("model", "module", "state_dict")  # keys of the state dict in training checkpoints
@@ -108,13 +108,18 @@ _OPTIONS = {
     "dilation_rates": "--dilation-rates",
 }
 
-CARD = """# {what}
+CARD = """# {title}
 
-Converted by `longnet convert` from `{name}`, SHA-256 `{sha256}`.
+Converted by `longnet convert` from `{0.path.name}`, SHA-256 `{sha256}`.
 The file does not say heads, pattern and padding: what was not given is the official model's.
 With padding "zero_key", keys of zeros join the softmax wherever a sequence does not fill a segment.
 
-{settings}
+- num_layers: {0.config.num_layers}
+- dim: {0.config.dim}
+- num_heads: {0.config.num_heads}
+- segment_lengths: {0.config.segment_lengths}
+- dilation_rates: {0.config.dilation_rates}
+- padding: {0.config.padding}
 """
 
 
@@ -125,7 +130,7 @@ class Given:
     heads: int | None = None
     segment_lengths: Sequence[int] | None = None
     dilation_rates: Sequence[int] | None = None
-    padding: Literal["exact", "zero_key"] | None = None
+    padding: Padding | None = None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -148,12 +153,13 @@ def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given:
     state = read_state_dict(path)
     contents = _Contents(path, state, given)
     net = contents.build()
-    stored = Counter(tensor.dtype for tensor in state.values() if tensor.dtype in TYPE_NAMES)
-    net = net.to(dtype or stored.most_common(1)[0][0])
+    net = net.to(dtype or mode(tensor.dtype for tensor in state.values()))
     check_finite(net.state_dict(), str(path))
     with whole_folder(output, CONFIG, new=True) as place:
         net.save_pretrained(place)
-        write_file(place / "README.md", contents.card().encode())
+        title = contents.what[0].upper() + contents.what[1:]
+        card = CARD.format(contents, title=title, sha256=file_sha256(path))
+        write_file(place / "README.md", card.encode())
     return f"{contents.what} of {net.config.num_parameters():,} parameters"
 
 
@@ -173,8 +179,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         )
         raise _not_plain(path, f" ({why}): save its state_dict(), or safetensors") from None
     except Exception as error:  # a damaged pickle may fail in any way
-        what = f"damaged or not a checkpoint ({one_line(error)[:80]})"
-        raise CheckpointError(f"{path}: {what}") from None
+        raise CheckpointError(
+            f"{path}: damaged or not a checkpoint ({one_line(error)[:80]})"
+        ) from None
     for name in _INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -185,8 +192,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             raise _not_plain(path, f": {name} is of type {type(tensor).__name__}")
         plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
         if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
-            what = f"{name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
-            raise CheckpointError(f"{path}: {what}")
+            raise CheckpointError(
+                f"{path}: {name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
+            )
     return without_prefix(dict(content))
 
 
@@ -196,9 +204,7 @@ def _not_plain(path: Path, why: str) -> CheckpointError:
 
 def _read_content(path: Path) -> Any:
     """Return what a file of safetensors or of `torch.save` holds. A Namespace, as a run's options, is plain data."""
-    with path.open("rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"
-    if is_safetensors:
+    with suppress(SafetensorError):
         return load_file(path)
     _check_pickle(path)
     with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
@@ -214,10 +220,10 @@ def _check_pickle(path: Path) -> None:
             records = archive.infolist()
             size = sum(record.file_size for record in records)
             if size > path.stat().st_size or any(record.compress_type for record in records):
-                what = "its records are compressed, or lie in each other"
-                raise ValueError(f"{what}, as torch.save never does")
-            stored = [record for record in records if record.filename.endswith("data.pkl")]
-            pickles = [archive.open(record) for record in stored]
+                raise ValueError(
+                    "its records are compressed, or lie in each other, as torch.save never does"
+                )
+            pickles = [archive.open(x) for x in records if x.filename.endswith("data.pkl")]
         else:  # the older format: four pickles, then the numbers
             file.seek(0)
             pickles = [file] * 4
@@ -237,7 +243,7 @@ class _Contents:
         self.path = path
         self.state = state
         self.given = given
-        self.slide = "patch_embed.proj.weight" in state or "cls_token" in state
+        self.slide = "patch_embed.proj.weight" in state
         self.prefix = "encoder." if self.slide else ""
         self.scales = [tensor for name, tensor in state.items() if name.endswith("xpos.scale")]
         self.decoder = bool(self.scales) or f"{self.prefix}output_projection.weight" in state
@@ -253,17 +259,6 @@ class _Contents:
             return slide_net(self.config, self.state, where)
         return renamed_net(LongNet, self.config, self.state, official_name, where)
 
-    def card(self) -> str:
-        """Return the text of the folder's README.md."""
-        names = ("num_layers", "dim", "num_heads", "segment_lengths", "dilation_rates", "padding")
-        settings = [f"- {name}: {getattr(self.config, name)}" for name in names]
-        return CARD.format(
-            what=self.what[0].upper() + self.what[1:],
-            name=self.path.name,
-            sha256=file_sha256(self.path),
-            settings="\n".join(settings),
-        )
-
     def _config(self) -> LongNetConfig:
         """Return the configuration, from names and shapes, the given values and the official model's defaults."""
         dim = self._size("self_attn.q_proj.weight")
@@ -271,13 +266,14 @@ class _Contents:
         has_inner_norms = any(".inner_attn_ln." in name for name in self.state)
         has_final_norm = f"{self.prefix}layer_norm.weight" in self.state
         if not (has_inner_norms or has_final_norm or self.slide):
-            what = "a net without norms inside and at its end, as with deepnorm, is not read"
-            raise CheckpointError(f"{self.path}: {what}")
+            raise CheckpointError(
+                f"{self.path}: a net without norms inside and at its end, as with deepnorm, is not read"
+            )
         settings: dict[str, Any] = {
             "vocab_size": 0,
             "dim": dim,
             "ffn_dim": ffn_dim,
-            "num_layers": self._num_layers(),
+            "num_layers": sum(name.endswith(".self_attn.q_proj.weight") for name in self.state),
             "norm": "subln" if has_inner_norms else "pre",
             "final_norm": has_final_norm,
             "head_offsets": "grouped",
@@ -294,19 +290,15 @@ class _Contents:
         }
         settings |= {name: value for name, value in of_user.items() if value}
         if missing := [option for name, option in _OPTIONS.items() if name not in settings]:
-            what = f"{self.what}, and no file says the pattern of one"
-            raise ConfigError(f"{self.path}: {what}: give {', '.join(missing)}")
+            raise ConfigError(
+                f"{self.path}: {self.what}, and no file says the pattern of one: give {', '.join(missing)}"
+            )
         return validate(SlideConfig if self.slide else LongNetConfig, settings, str(self.path))
-
-    def _num_layers(self) -> int:
-        layer = re.compile(rf"{self.prefix}layers\.\d+\.")
-        return len({match[0] for match in map(layer.match, self.state) if match})
 
     def _slide_settings(self) -> dict[str, Any]:
         """Return the official model's settings, and the width of its features."""
-        patches = self.state.get("patch_embed.proj.weight")
         return {
-            "in_features": 1536 if patches is None else patches.shape[-1],
+            "in_features": self.state["patch_embed.proj.weight"].shape[-1],
             "num_heads": HEADS,
             "segment_lengths": SlideConfig.gigapath().segment_lengths,
             "dilation_rates": RATES,
@@ -325,15 +317,11 @@ class _Contents:
         return settings
 
     def _size(self, name: str) -> int:
-        """Return the number of rows that the matrices of this name have in most layers."""
-        matrix = re.compile(rf"{self.prefix}layers\.\d+\.{re.escape(name)}")
-        sizes: Counter[int] = Counter()
-        for key, tensor in self.state.items():
-            if matrix.fullmatch(key) and tensor.ndim == 2:
-                sizes[tensor.shape[0]] += 1
-        if not sizes:
+        """Return the number of rows of the matrix of this name in the first layer."""
+        matrix = self.state.get(f"{self.prefix}layers.0.{name}")
+        if matrix is None or matrix.ndim != 2:
             raise CheckpointError(
                 f"{self.path}: not a slide encoder of Prov-GigaPath or a LongNet of torchscale: it has no "
                 f"{self.prefix}layers.0.{name}, but {list_names('the', [*self.state])}"
             )
-        return sizes.most_common(1)[0][0]
+        return len(matrix)

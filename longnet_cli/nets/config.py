@@ -236,15 +236,11 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        defaults = {
-            name: field.default
-            for name, field in type(self).model_fields.items()
-            if name in _OPTIONS
-        }
+        fields = type(self).model_fields
         return {
             name: value
             for name, value in write(self).items()
-            if getattr(self, name) != defaults.get(name, ...)
+            if name not in _OPTIONS or getattr(self, name) != fields[name].default
         }
 
     @model_validator(mode="after")
@@ -332,14 +328,13 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
         """Return the number of trainable parameters; tied embeddings count once."""
         d = self.dim
         f = self.ffn_dim
-        attention = 4 * (d * d + d) + (2 * d if self.norm == "subln" else 0)
-        ffn = d * f + f + f * d + d + (2 * f if self.norm == "subln" else 0)
+        biases = 5 * d + f
+        norms = 4 * d
+        if self.norm == "subln":
+            norms += 2 * (d + f)
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
-        return (
-            embeddings
-            + self.num_layers * (attention + ffn + 4 * d)
-            + (2 * d if self.final_norm else 0)
-        )
+        final_norm = 2 * d if self.final_norm else 0
+        return embeddings + self.layer_weights + self.num_layers * (biases + norms) + final_norm
 
 
 class SlideConfig(LongNetConfig):
@@ -419,10 +414,8 @@ def parse_config(
 
     Data with `in_features` give a SlideConfig. `pattern` replaces the pattern in `data`.
     """
-    if pattern is not None and isinstance(data, Mapping):
-        data = {
-            name: value for name, value in data.items() if name not in {*PATTERN_FIELDS, "pattern"}
-        }
+    if pattern is not None:
+        fields = {*PATTERN_FIELDS, "pattern"}
+        data = {name: value for name, value in data.items() if name not in fields}
         data["pattern"] = pattern
-    slides = isinstance(data, Mapping) and "in_features" in data
-    return validate(SlideConfig if slides else LongNetConfig, data, where)
+    return validate(SlideConfig if "in_features" in data else LongNetConfig, data, where)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -27,7 +27,7 @@ from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.digests import json_sha256
-from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, one_line
+from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
 from longnet_cli.basics.model_files import (
     CONFIG,
     CONFIG_SHA256,
@@ -78,37 +78,11 @@ def tensor_digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = Non
         return hashlib.sha256(b"".join(pool.map(one, sorted(tensors)))).hexdigest()
 
 
-def check_header(
-    config: LongNetConfig, stored: Mapping[str, tuple[str, tuple[int, ...]]], where: str
-) -> None:
-    """Compare the types and shapes in a safetensors file with a configuration, before a net of any size is built.
-
-    Raises CheckpointError for weights of another type than `TYPE_NAMES`, for another number of layers, and for a
-    configuration that needs far more parameters than the file has.
-    """
-    for name, (dtype, _) in stored.items():
-        if dtype not in TYPE_NAMES.values():
-            raise CheckpointError(
-                f"{where}: {name} is of type {dtype}: weights are {', '.join(TYPE_NAMES.values())}"
-            )
-    layers = {name.split(".")[1] for name in stored if name.startswith("layers.")}
-    if len(layers) != config.num_layers:
-        raise CheckpointError(
-            f"{where}: it has {len(layers)} layers, its configuration needs {config.num_layers}"
-        )
-    numbers = sum(math.prod(shape) for _, shape in stored.values())
-    needed = config.num_parameters()
-    if needed > 2 * numbers + _SMALL:
-        raise CheckpointError(
-            f"{where}: it has {numbers:,} numbers, its configuration needs {needed:,}"
-        )
-
-
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise CheckpointError that names the first tensor with NaN or infinite numbers."""
     for name, tensor in tensors.items():
         if tensor.numel():
-            low, high = torch.aminmax(tensor)  # one pass, no copy; NaN propagates
+            low, high = torch.aminmax(tensor.detach())  # one pass, no copy; NaN propagates
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise CheckpointError(
                     f"{where}: {name} has numbers that are NaN or infinite: the model is damaged"
@@ -136,31 +110,25 @@ def save_pretrained(
     `state_dict` replaces the model's own, for a sharded model. Tied embeddings are one tensor. Raises LongNetError
     for a directory that cannot be written.
     """
-    folder = Path(directory)
     state = model.state_dict() if state_dict is None else state_dict
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     settings = json.loads(model.config.model_dump_json())
+    tokenizer = json.loads(tokenizer_json or "{}")
+    ids = _ids(tokenizer)
     digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: json_sha256(settings)}
-    keys = settings | foreign_keys(model.config, tokenizer_json, eos) | dict(foreign or {})
-    data = {CONFIG: keys, **foreign_files(tokenizer_json, eos)}
-    texts = {
-        name: json.dumps(table, indent=2, ensure_ascii=False) + "\n" for name, table in data.items()
-    }
+    keys = settings | foreign_keys(model.config, ids, eos) | dict(foreign or {})
+    data: dict[str, Any] = {CONFIG: keys}
     if tokenizer_json is not None:
-        texts[TOKENIZER], digests[TOKENIZER_SHA256] = (
-            tokenizer_json,
-            json_sha256(json.loads(tokenizer_json)),
-        )
-    try:
-        with whole_folder(folder, CONFIG) as place:
-            for name, text in texts.items():
-                (place / name).write_text(text, encoding="utf-8")
-            with (place / WEIGHTS).open("wb") as file:
-                write_tensors(file, tensors, {"format": "pt", **digests})
-    except LongNetError as error:
-        raise LongNetError(
-            f"{folder}: cannot write the model: {one_line(error.__cause__ or error)}"
-        ) from None
+        data |= foreign_files(ids, eos)
+        digests[TOKENIZER_SHA256] = json_sha256(tokenizer)
+    with whole_folder(Path(directory), CONFIG) as place:
+        for name, table in data.items():
+            text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+            (place / name).write_text(text, encoding="utf-8")
+        if tokenizer_json is not None:
+            (place / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+        with (place / WEIGHTS).open("wb") as file:
+            write_tensors(file, tensors, {"format": "pt", **digests})
 
 
 def load_config(directory: str | PathLike[str], pattern: Pattern | None = None) -> LongNetConfig:
@@ -191,38 +159,19 @@ def load_pretrained(
     config.json or an unknown name.
     """
     folder = find_model(name_or_dir).path if isinstance(name_or_dir, str) else Path(name_or_dir)
-    config = load_config(folder, pattern)
+    settings = _own_config(folder / CONFIG)
+    config = parse_config(settings, str(folder / CONFIG), pattern)
     path = folder / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: {WEIGHTS} is {'not a file' if path.exists() else 'missing'}"
-        )
+        raise CheckpointError(f"{folder}: {WEIGHTS} is missing, or not a file")
     refuse_unreadable(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             saved = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            check_header(
-                config,
-                {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()},
-                str(path),
-            )
-            stored = {name: file.get_tensor(name) for name in slices}  # mapped, not read
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             model = empty_net(build, config, stored, str(path))
-            digest = json_sha256(_own_config(folder / CONFIG))
-            if verify and saved.get(CONFIG_SHA256, digest) != digest:
-                raise CheckpointError(
-                    f"{folder / CONFIG}: not what the weights were saved with: put that back, or if the change is "
-                    "meant, save it from Python: LongNet.from_pretrained(folder, verify=False).save_pretrained(folder)"
-                )
-            if (
-                verify
-                and TENSORS_SHA256 in saved
-                and saved[TENSORS_SHA256] != tensor_digest(stored)
-            ):
-                raise CheckpointError(
-                    f"{path}: damaged: the digest of its tensors is not the one it was saved with"
-                )
+            if verify:
+                _check_unchanged(folder, saved, json_sha256(settings), stored)
             # a copy, not the mapped file, which another process might write to
             tensors = {
                 name: tensor.to(device, dtype or tensor.dtype, copy=True)
@@ -237,15 +186,27 @@ def load_pretrained(
     return model.eval()
 
 
+def _check_unchanged(
+    folder: Path, saved: Mapping[str, str], config_sha256: str, stored: Mapping[str, Tensor]
+) -> None:
+    """Raise CheckpointError if the configuration or the tensors do not have the digests that were `saved`, if any."""
+    if saved.get(CONFIG_SHA256, config_sha256) != config_sha256:
+        raise CheckpointError(
+            f"{folder / CONFIG}: not what the weights were saved with: put that back, or if the change is "
+            "meant, save it from Python: LongNet.from_pretrained(folder, verify=False).save_pretrained(folder)"
+        )
+    if TENSORS_SHA256 in saved and saved[TENSORS_SHA256] != tensor_digest(stored):
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: damaged: the digest of its tensors is not the one it was saved with"
+        )
+
+
 def model_digest(model: Net) -> str:
     """Return a SHA-256 of configuration and weights, 64 hex digits: equal for models that compute the same."""
-    return model.digest or digest_of(model.config.model_dump_json(), model.state_dict())
-
-
-def digest_of(config: str, weights: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 of a configuration, in JSON, and of named weights."""
-    digest = hashlib.sha256(config.encode())
-    for name, tensor in sorted(weights.items()):
+    if model.digest:
+        return model.digest
+    digest = hashlib.sha256(model.config.model_dump_json().encode())
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
@@ -276,35 +237,51 @@ def empty_net(
     config: LongNetConfig,
     tensors: Mapping[str, Tensor],
     where: str,
-    by: str = "its configuration needs",
     name_of: Callable[[str], str] = str,
 ) -> NetT:
     """Build a net without memory, for these `tensors`, in which `name_of` gives the name of each of the net's own.
 
-    Raises CheckpointError for missing and surplus names, and for other shapes than those that are needed; `by` says who
-    needs them.
+    Raises CheckpointError for tensors of another type than `TYPE_NAMES`, for missing and surplus names, and for other
+    shapes than those that are needed; also for a configuration that needs far more numbers, before a net is built.
     """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in TYPE_NAMES:
+            kinds = ", ".join(map(str, TYPE_NAMES))
+            raise CheckpointError(f"{where}: {name} is of type {tensor.dtype}: weights are {kinds}")
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    size = config.num_parameters()
+    if size > 2 * numbers + _SMALL:
+        raise CheckpointError(
+            f"{where}: it has {numbers:,} numbers, its configuration needs {size:,}"
+        )
     with torch.device("meta"):
         model = build(config)
     needed = {name_of(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    missing, surplus = (
-        [n for n in one if n not in other] for one, other in ((needed, given), (given, needed))
-    )
-    problems = [
-        list_names(what, some)
-        for what, some in (("missing", missing), ("unexpected", surplus))
-        if some
-    ]
-    wrong = [name for name, shape in needed.items() if given.get(name, shape) != shape]
-    problems += [f"{name} has shape {given[name]}, {by} {needed[name]}" for name in wrong]
-    if problems:
-        more = [f"{len(problems) - 4} more shapes differ"] * (len(problems) > 4)
-        raise CheckpointError(f"{where}: {'; '.join(problems[:4] + more)}")
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    both = needed.keys() & stored
+    shapes = [(name, stored[name], needed[name]) for name in both if stored[name] != needed[name]]
+    refuse_differences(where, needed.keys() - stored, stored.keys() - needed, shapes)
     return model
 
 
-def _own_config(path: Path) -> Any:
+def refuse_differences(
+    where: str,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]] = (),
+) -> None:
+    """Raise CheckpointError if tensors are missing, unexpected, or of other `shapes` (name, stored, needed)."""
+    problems = []
+    for what, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
+        if names:
+            problems.append(list_names(what, names))
+    for name, stored, needed in sorted(shapes)[:3]:
+        problems.append(f"{name} has shape {tuple(stored)}, and the net needs {tuple(needed)}")
+    if problems:
+        raise CheckpointError(f"{where}: {'; '.join(problems)}")
+
+
+def _own_config(path: Path) -> dict[str, Any]:
     """Return the keys of a config.json that define the net."""
     try:
         return own_keys(parse(read_text(path)))
@@ -336,15 +313,14 @@ def write_tensors(
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
+    kinds = TYPE_NAMES | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
     for name in names:
+        tensor = tensors[name]
         start = end
-        end = end + tensors[name].nbytes
-        kind = {**TYPE_NAMES, torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}[
-            tensors[name].dtype
-        ]
+        end += tensor.nbytes
         header[name] = {
-            "dtype": kind,
-            "shape": list(tensors[name].shape),
+            "dtype": kinds[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -399,13 +375,13 @@ TRANSFORMERS_KEYS = frozenset(
 )
 
 
-def own_keys(data: Any) -> Any:
-    """Return a LongNet's config.json without `TRANSFORMERS_KEYS`, or `data` as it is if that is not a mapping.
+def own_keys(data: Any) -> dict[str, Any]:
+    """Return a LongNet's config.json without `TRANSFORMERS_KEYS`.
 
-    Raises ConfigError for a configuration of another model.
+    Raises ConfigError for anything but keys and values, and for a configuration of another model.
     """
     if not isinstance(data, Mapping):
-        return data
+        raise ConfigError("keys and values are needed")
     if (kind := data.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
         raise ConfigError(f"model_type {kind!r} is not that of a LongNet, {MODEL_TYPE!r}")
     return {key: value for key, value in data.items() if key not in TRANSFORMERS_KEYS}
@@ -418,10 +394,11 @@ def architecture(config: NetConfig) -> str:
     return "LongNetForCausalLM" if config.causal else "LongNetForMaskedLM"
 
 
-def foreign_keys(config: NetConfig, tokenizer_json: str | None, eos: str | None) -> dict[str, Any]:
+def foreign_keys(config: NetConfig, ids: Mapping[str, int], eos: str | None) -> dict[str, Any]:
     """Return the keys of config.json for transformers: the class, the dtype, and the id that ends documents.
 
-    Weights are read as float32, as the commands do, whatever dtype they are stored in. `eos` is as in `foreign_files`.
+    Weights are read as float32, as the commands do, whatever dtype they are stored in. `ids` and `eos` are as in
+    `foreign_files`.
     A net that is more than a LongNet has no keys, because transformers has no class for it.
     """
     if type(config) is not LongNetConfig:
@@ -431,30 +408,31 @@ def foreign_keys(config: NetConfig, tokenizer_json: str | None, eos: str | None)
         "architectures": [architecture(config)],
         "dtype": "float32",
     }
-    eos_id = _ids(tokenizer_json).get(eos or END_OF_TEXT)
+    eos_id = ids.get(eos or END_OF_TEXT)
     return keys if eos_id is None else keys | {"bos_token_id": eos_id, "eos_token_id": eos_id}
 
 
-def foreign_files(tokenizer_json: str | None, eos: str | None) -> dict[str, Any]:
-    """Return the files that stand beside a tokenizer.json, name -> JSON data; none without a tokenizer.json.
+def foreign_files(ids: Mapping[str, int], eos: str | None) -> dict[str, Any]:
+    """Return the files that stand beside the tokenizer.json of a tokenizer with these `ids`, name -> JSON data.
 
     `eos` is the token that ends documents, and so stands before each. It is by default END_OF_TEXT, if the tokenizer
     has that.
     """
-    if tokenizer_json is None:
-        return {}
-    eos = eos or (END_OF_TEXT if END_OF_TEXT in _ids(tokenizer_json) else None)
     words: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
     # a text is nothing but text: a special token in it is encoded as its characters
-    options = {"split_special_tokens": True, **({"pad_token": eos} if eos else {})}
+    options: dict[str, Any] = {"split_special_tokens": True}
+    if eos or END_OF_TEXT in ids:
+        end = eos or END_OF_TEXT
+        words |= {"bos_token": end, "eos_token": end}
+        options["pad_token"] = end
     reading = {"text": {"method": "embed", "method_output_name": None}}
     module = "sentence_transformers.base.modules.transformer.Transformer"
     return {
-        TOKENIZER_CONFIG: words | ({"bos_token": eos, "eos_token": eos} if eos else {}),
+        TOKENIZER_CONFIG: words,
         SENTENCES: {
             "modality_config": reading,
             "module_output_name": "sentence_embedding",
@@ -464,9 +442,10 @@ def foreign_files(tokenizer_json: str | None, eos: str | None) -> dict[str, Any]
     }
 
 
-def _ids(tokenizer_json: str | None) -> dict[str, int]:
-    """Return the id of each token that a tokenizer.json lists, added ones included."""
-    data = json.loads(tokenizer_json) if tokenizer_json else {}
-    vocab = (data.get("model") or {}).get("vocab")
-    added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
-    return (vocab if isinstance(vocab, dict) else {}) | added
+def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """Return the id of each token in the data of a tokenizer.json, added ones included; not the words of Unigram."""
+    vocab = tokenizer.get("model", {}).get("vocab")
+    ids = dict(vocab) if isinstance(vocab, dict) else {}
+    for token in tokenizer.get("added_tokens", ()):
+        ids[token["content"]] = token["id"]
+    return ids

@@ -138,7 +138,7 @@ def test_what_create_model_refuses(checkpoint, tmp_path):
     for refused, said in (
         (
             lambda: create_model(str(checkpoint), "tiny", 7),
-            r"patch_embed.proj.weight has shape \(64, 6\), .* need \(64, 7\)",
+            r"patch_embed.proj.weight has shape \(64, 6\), and the net needs \(64, 7\)",
         ),
         (
             lambda: create_model("./no.pth", "tiny", 6),

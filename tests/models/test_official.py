@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_named(run_longnet, tmp_path):
     assert (result.returncode, result.stderr.count("\n")) == (4, 1)
     assert "missing tensor norm.bias" in result.stderr
     assert "unexpected tensor classifier.weight" in result.stderr
-    assert "encoder.layers.1.ffn.fc1.bias has shape (7,), the others need (64,)" in result.stderr
+    assert "encoder.layers.1.ffn.fc1.bias has shape (7,), and the net needs (64,)" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,8 @@ B batch, N new tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -27,13 +28,12 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     MaskedLMOutput,
 )
+from transformers.utils import can_return_tuple
 
-from longnet_cli.basics.errors import CheckpointError
 from longnet_cli.basics.model_files import MODEL_TYPE
 from longnet_cli.models.hf.longnet_cache import (
     AlignedRows,
     LongNetCache,
-    Memory,
     by_rows,
     columns_of,
 )
@@ -41,9 +41,8 @@ from longnet_cli.nets.config import LongNetConfig, parse_config
 from longnet_cli.nets.longnet import Layer, LongNet
 from longnet_cli.nets.weights import (
     TRANSFORMERS_KEYS,
-    architecture,
-    list_names,
     own_keys,
+    refuse_differences,
     save_pretrained,
 )
 from longnet_cli.running.causal_stream import CausalStream
@@ -77,15 +76,15 @@ class LongNetHFConfig(hf.PretrainedConfig):
         super().__init__(
             **{key: value for key, value in settings.items() if key in TRANSFORMERS_KEYS}
         )
-        for name in LongNetConfig.model_fields:
-            setattr(self, name, getattr(longnet, name))
+        for name, value in longnet:
+            setattr(self, name, value)
         if "use_cache" in settings:
             self.use_cache = settings["use_cache"]
 
     @property
     def longnet(self) -> LongNetConfig:
         """The same settings as a `LongNetConfig`."""
-        return LongNetConfig(**{name: getattr(self, name) for name in LongNetConfig.model_fields})
+        return LongNetConfig.model_validate(self, from_attributes=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a LongNet's keys as `LongNet` writes them, and those of transformers, for tools like peft."""
@@ -125,6 +124,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
 
     config_class = LongNetHFConfig
     base_model_prefix = "longnet"
+    _input_embed_layer = "embedding"
     supports_gradient_checkpointing = True
     _no_split_modules = ("LongNetLayer",)
     causal: bool | None = None  # whether a class with logits is for causal nets
@@ -154,12 +154,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
         """Load a model as transformers does. Raises CheckpointError for missing or unexpected weights."""
         model, report = super().from_pretrained(*args, output_loading_info=True, **options)
-        for what, names in (
-            ("missing", report["missing_keys"]),
-            ("unexpected", report["unexpected_keys"]),
-        ):
-            if names:
-                raise CheckpointError(f"{model.name_or_path}: {list_names(what, sorted(names))}")
+        refuse_differences(model.name_or_path, report["missing_keys"], report["unexpected_keys"])
         return (model, report) if output_loading_info else model
 
     def save_pretrained(
@@ -179,23 +174,20 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         if self.config.tie_embeddings and _OUTPUT in state:
             output = state.pop(_OUTPUT)
             if not torch.equal(output, state["embedding.weight"]):  # a tool has changed one of them
-                self.config.tie_embeddings, state[_OUTPUT] = False, output
+                self.config.tie_embeddings = False
+                state[_OUTPUT] = output
         self.net.config = self.config.longnet  # a vocabulary may have been resized
         foreign = {
             key: value
             for key, value in self.config.to_diff_dict().items()
-            if key in TRANSFORMERS_KEYS
+            if key in TRANSFORMERS_KEYS - {"architectures"}
         }
-        foreign |= {"architectures": [architecture(self.net.config)]}
         save_pretrained(self.net, save_directory, state_dict=state, foreign=foreign)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
 
     def get_input_embeddings(self) -> nn.Module | None:
         return self.net.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.net.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the output matrix; a model without logits has None if it is tied to the embedding table."""
@@ -231,17 +223,15 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         if cache is not None:
             cache.expect(given.shape[0])
 
+        kind = "embeddings" if input_ids is None else "tokens"
+
         def hidden_of(rows: AlignedRows) -> Tensor:
             some = rows.of(given)[:, rows.skip :]
-            place: dict[str, Any] = {
-                "tokens" if input_ids is not None else "embeddings": some,
-                "start": rows.start,
-            }
-            if cache is None:
-                return self.net(**place, lengths=rows.lengths)
-            part = cache.part(rows, self.net.config.pattern)
-            far = part.provider(None if input_ids is None else some)
-            return self.net(**place, lengths=rows.lengths, far=far)
+            place: dict[str, Any] = {"start": rows.start, "lengths": rows.lengths}
+            if cache is not None:
+                part = cache.part(rows, self.net.config.pattern)
+                place["far"] = part.provider(None if input_ids is None else some)
+            return self.net(**{kind: some}, **place)
 
         out = by_rows(columns, before, given.shape, hidden_of)
         if cache is not None:
@@ -259,14 +249,12 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
             cache = older
         if cache is None:
             wanted = self.config.use_cache if use_cache is None else use_cache
-            again = any(layer.gradient_checkpointing for layer in self.layers)
-            again = again and self.training and torch.is_grad_enabled()
+            again = torch.is_grad_enabled() and self.training and self.is_gradient_checkpointing
             makes_one = wanted and self.config.causal and not again
             return LongNetCache(self.config) if makes_one else None
         if not self.config.causal:
             raise ValueError("a bidirectional LongNet reads a text at once: it has no cache")
-        layers = getattr(cache, "layers", [])
-        if len(layers) != len(self.layers) or not all(isinstance(x, Memory) for x in layers):
+        if not isinstance(cache, LongNetCache):
             raise ValueError(
                 "a LongNet remembers in a LongNetCache(model.config): it takes no other cache"
             )
@@ -276,6 +264,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
 class LongNetModel(LongNetPreTrainedModel):
     """A LongNet with hidden states, for `AutoModel`; `embed` returns vectors of texts, for sentence-transformers."""
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -285,15 +274,12 @@ class LongNetModel(LongNetPreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        return_dict: bool | None = None,
         **asked: Any,
     ) -> Any:
         """Return hidden states (B, N, dim) after the final norm."""
         cache = self._cache(use_cache, cache, past_key_values)
         hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
-        return _output(
-            BaseModelOutputWithPast(last_hidden_state=hidden, **{_CACHE: cache}), return_dict
-        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{_CACHE: cache})
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return vectors (B, dim) of length 1 for texts, given as token ids (B, N), as `longnet encode` makes them.
@@ -303,35 +289,29 @@ class LongNetModel(LongNetPreTrainedModel):
         its vector is zero. Without gradients, a causal net reads chunk by chunk.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        # a tokenizer returns numbers of float32 for texts without tokens
-        # padding goes to the right
-        ids = input_ids.long().gather(1, (1 - mask).argsort(dim=1, stable=True))
-        bos = getattr(self.config, "bos_token_id", None) if self.config.causal else None
-        if bos is not None:
+        # padding goes to the right; a tokenizer returns numbers of float32 for texts without tokens
+        order = (1 - mask).argsort(dim=1, stable=True)
+        ids = input_ids.long().gather(1, order)
+        wanted = mask.gather(1, order).bool()  # (B, N): whose hidden states are in the mean
+        lengths = mask.sum(1)
+        bos = getattr(self.config, "bos_token_id", None)
+        if self.config.causal and bos is not None:
             ids = F.pad(ids, (1, 0), value=bos)
-        stops = mask.sum(1) + (bos is not None)
-        starts = (stops > 1).long() * (bos is not None)
-        if not stops.any():
+            wanted = torch.cat([lengths[:, None] == 0, wanted], 1)
+            lengths = lengths + 1
+        if not wanted.any():
             return self.net.embedding.weight.new_zeros(len(ids), self.config.hidden_size)
-        places = torch.arange(ids.shape[1], device=ids.device)
-        is_wanted = (places >= starts[:, None]) & (places < stops[:, None])
-        unwanted = ~is_wanted[..., None]  # (B, 1 + N, 1)
-        parts: Iterable[Tensor]
-        if torch.is_grad_enabled() or not self.config.causal:
-            parts = [self.net(ids, lengths=stops.tolist())]
-        else:
-            stream = CausalStream(self.net)
-            chunk = default_chunk(self.net.config, ids.device)
-            parts = (stream(part) for part in ids.split(max(1, chunk // len(ids)), 1))
+        size = ids.shape[1]
+        read: Callable[..., Tensor] = partial(self.net, lengths=lengths.tolist())
+        if self.config.causal and not torch.is_grad_enabled():
+            size = max(1, default_chunk(self.net.config, ids.device) // len(ids))
+            read = CausalStream(self.net)
         total = torch.zeros((), dtype=torch.float64, device=ids.device)
-        first = 0
-        for hidden in parts:
-            last = first + hidden.shape[1]
-            of_part = hidden.masked_fill(unwanted[:, first:last], 0)
-            total = total + of_part.sum(1, dtype=torch.float64)
-            first = last
-        counts = (stops - starts).clamp(min=1)
-        return F.normalize((total / counts[:, None]).float(), dim=-1)
+        for part, counted in zip(ids.split(size, 1), wanted.split(size, 1), strict=True):
+            hidden = read(part).masked_fill(~counted[..., None], 0)
+            total = total + hidden.sum(1, dtype=torch.float64)
+        counts = wanted.sum(1, keepdim=True).clamp(min=1)
+        return F.normalize((total / counts).float(), dim=-1)
 
 
 class _LongNetWithLogits(LongNetPreTrainedModel):
@@ -343,6 +323,7 @@ class _LongNetWithLogits(LongNetPreTrainedModel):
         super().__init__(config)
         self.__dict__["longnet"] = LongNetModel(config, self.net)  # `base_model`, no submodule
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -354,7 +335,6 @@ class _LongNetWithLogits(LongNetPreTrainedModel):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
         **asked: Any,
     ) -> Any:
         """Return logits (B, N, vocab_size), or only for the last `logits_to_keep` tokens if it is not 0.
@@ -363,22 +343,19 @@ class _LongNetWithLogits(LongNetPreTrainedModel):
         """
         cache = self._cache(use_cache, cache, past_key_values)
         hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
-        columns: slice | Tensor
-        if isinstance(logits_to_keep, Tensor):
-            columns = logits_to_keep
+        if isinstance(logits_to_keep, int):
+            kept = hidden[:, -logits_to_keep:]
         else:
-            columns = slice(-logits_to_keep, None)
-        logits = self.net.logits(hidden[:, columns])
+            kept = hidden[:, logits_to_keep]
+        logits = self.net.logits(kept)
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked
             )
         if not self.causal:
-            return _output(MaskedLMOutput(loss=loss, logits=logits), return_dict)
-        return _output(
-            CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache}), return_dict
-        )
+            return MaskedLMOutput(loss=loss, logits=logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
 
 
 class LongNetForCausalLM(_LongNetWithLogits, hf.GenerationMixin):
@@ -431,10 +408,6 @@ def _columns(
                 "a LongNet counts positions itself: position_ids that restart (packed texts) are refused"
             )
     return None if attention_mask is None else columns_of(attention_mask.bool())
-
-
-def _output(output: Any, return_dict: bool | None) -> Any:
-    return output.to_tuple() if return_dict is False else output
 
 
 hf.AutoConfig.register(MODEL_TYPE, LongNetHFConfig)

@@ -52,7 +52,7 @@ from longnet_cli.models.hf.training import State, add_lora, merged
 from longnet_cli.models.hf.trying import body, first_position, layers_of, settings_of, why_not
 from longnet_cli.nets.config import TransformersConfig
 from longnet_cli.nets.net import FarProvider, Net
-from longnet_cli.nets.weights import check_finite
+from longnet_cli.nets.weights import check_finite, refuse_differences
 from longnet_cli.running.causal_stream import LayerCaches, open_stream
 from longnet_cli.running.device import trim_memory
 
@@ -87,15 +87,10 @@ class TransformersNet(Net):
         self.config: TransformersConfig = _facts(model, dilated, as_trained)
         self._accepted = frozenset(inspect.signature(body(model).forward).parameters)
         self._cache_name = next((name for name in _CACHE_NAMES if name in self._accepted), None)
-        if self.config.causal:
-            kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
-            if dilated and "position_ids" in self._accepted and self._far_keys_reach_every_layer():
-                self.config = self.config.model_copy(update={"memory": "segments"})
-            elif self._cache_name and kinds <= _CACHED_LAYERS:
-                self.config = self.config.model_copy(update={"memory": "cache"})
+        self._update(memory=self._memory())
         if not make_phases_exact(model):
             most = min(self.config.max_tokens or FLOAT32_POSITIONS, FLOAT32_POSITIONS)
-            self.config = self.config.model_copy(update={"max_tokens": most})
+            self._update(max_tokens=most)
         wrong = self._try()
         self.note = f"{wrong}: {_NOTES['none']}" if wrong else _NOTES[self.config.memory]
         self.too_wide: str | None = None  # a warning
@@ -105,22 +100,25 @@ class TransformersNet(Net):
             self.too_wide = None if dense else _too_wide(model, self.config.pattern)
             self.note = _GROWS if dense else self.too_wide
         if as_trained and (limit := self.config.max_tokens):
-            self.note = (
+            said = (
                 f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
             )
-            if not self.config.streams:
-                self.note += f"; {wrong}" * bool(wrong) + f"; {_NOTES['none']}"
+            self.note = said if self.config.streams else f"{said}; {self.note}"
             if not _positions(model):
-                window = (
-                    "pretrained"
-                    if limit >= _reach(Pattern.pretrained())
-                    else f"window:{max(4, limit // 2)},sinks=4"
-                )
-                finding = ", --pattern finding (finds what was read long ago)"
-                self.alternatives = (
-                    f"--pattern {window} (a window and 4 sinks){finding * (limit >= _reach(Pattern.finding()))} or "
-                    "--pattern dense (farther than trained)"
-                )
+                self.alternatives = _wider(limit)
+
+    def _update(self, **facts: Any) -> None:
+        """Replace some facts in the configuration."""
+        self.config = self.config.model_copy(update=facts)
+
+    def _memory(self) -> str:
+        """Return the kind of memory that a sequence has between its chunks, by the layers and the arguments."""
+        if not self.config.causal:
+            return "none"
+        if self.dilated and "position_ids" in self._accepted and self._far_keys_reach_every_layer():
+            return "segments"
+        kinds = {*(getattr(self.model.config, "layer_types", None) or ["full_attention"])}
+        return "cache" if self._cache_name and kinds <= _CACHED_LAYERS else "none"
 
     def stream(self) -> Callable[..., Tensor] | None:
         """Return a stream that uses a DynamicCache or a LongNetCache if `config.memory` is "cache", otherwise None."""
@@ -128,8 +126,7 @@ class TransformersNet(Net):
             return None
         assert self._cache_name
         config = self.model.config
-        is_dilated = config._attn_implementation == ATTENTION_NAME
-        cache = LongNetCache(config) if is_dilated else hf.DynamicCache(config=config)
+        cache = LongNetCache(config) if self.dilated else hf.DynamicCache(config=config)
         options = {self._cache_name: cache, "use_cache": True}
 
         @torch.no_grad()
@@ -174,11 +171,9 @@ class TransformersNet(Net):
                 "attention_mask": inputs.new_ones(inputs.shape[:2], dtype=torch.int64),
             }
         if far is not None or documents is not None:
-            first, *rest = documents or [inputs.shape[1]]
-            runs = [range(start, start + first), *map(range, rest)]
-            positions = torch.cat(
-                [torch.arange(x.start, x.stop, device=inputs.device) for x in runs]
-            )
+            sizes = documents or [inputs.shape[1]]
+            positions = torch.cat([torch.arange(size, device=inputs.device) for size in sizes])
+            positions[: sizes[0]] += start  # the first document began before the shard
             options["position_ids"] = positions[None] + first_position(self.model)
         if "use_cache" in self._accepted:
             options["use_cache"] = False
@@ -241,8 +236,10 @@ class TransformersNet(Net):
         """
         named = (*self.model.named_parameters(), *self.model.named_buffers())  # tied ones once
         names = {name for name, _ in named}
-        inner = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        inner = {name: tensor for name, tensor in inner.items() if name in names}
+        inner = {}
+        for name, tensor in state.items():
+            if (inner_name := name.removeprefix("model.")) in names:
+                inner[inner_name] = tensor
         if self._save_adapter:
             self._save_adapter(folder / ADAPTER, inner)
             # the merged weights are as large as the net, and larger
@@ -278,7 +275,7 @@ class TransformersNet(Net):
             return None
         form = "in chunks, with a pattern" if self.dilated else "in chunks"
         if wrong := why_not(self.model, form, self._in_chunks, self):
-            self.config = self.config.model_copy(update={"memory": "none"})
+            self._update(memory="none")
         return wrong
 
     def _in_chunks(self, tokens: Tensor) -> Tensor:
@@ -333,6 +330,21 @@ def load_transformers(
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
     if as_trained:
         pattern = Pattern.dense()
+    model = _read_weights(folder, config, architecture, dtype, embeds).to(device)
+    check_finite(dict(model.named_parameters()), str(folder))
+    with refusing_settings(folder):
+        if pattern == Pattern.dense():
+            net = _dense(model, as_trained)
+        else:
+            net = TransformersNet(use_dilated_attention(model, pattern))
+    net.folder = folder
+    return net
+
+
+def _read_weights(
+    folder: Path, config: Any, architecture: Any, dtype: torch.dtype, embeds: bool
+) -> hf.PreTrainedModel:
+    """Return a model with the weights in a folder. Raises CheckpointError for missing or damaged ones."""
     for name in weight_files(folder):
         refuse_unreadable(folder / name)
     with refusing_settings(folder):
@@ -351,24 +363,7 @@ def load_transformers(
                 raise
             raise CheckpointError(f"{folder}: cannot be loaded: {one_line(error)}") from None
     _check_weights(folder, model, report, embeds)
-    model = model.to(device)
-    check_finite(
-        {name: parameter.detach() for name, parameter in model.named_parameters()}, str(folder)
-    )
-    try:
-        dense = pattern == Pattern.dense()
-        net = (
-            _dense(model, as_trained)
-            if dense
-            else TransformersNet(use_dilated_attention(model, pattern))
-        )
-        net.folder = folder
-        return net
-    except (
-        ConfigError,
-        ValueError,
-    ) as error:  # transformers raises ValueError for a class with its own attention
-        raise ConfigError(f"{folder}: {one_line(error)}") from None
+    return model
 
 
 def _check_weights(
@@ -379,15 +374,8 @@ def _check_weights(
     for name in poolers:  # instead of random numbers, which would be in the model's digest
         model.get_parameter(name).data.zero_()
     missing = report["missing_keys"].difference(poolers)
-    surplus = report["unexpected_keys"]
-    for what, names in (("missing", missing), ("unexpected", set() if embeds else surplus)):
-        if names:
-            raise CheckpointError(f"{folder}: weights are {what}, {min(names)} among {len(names)}")
-    if wrong := sorted(report["mismatched_keys"]):
-        name, stored, needed = wrong[0]
-        raise CheckpointError(
-            f"{folder}: {name} has shape {tuple(stored)}, its configuration needs {tuple(needed)}"
-        )
+    surplus = () if embeds else report["unexpected_keys"]
+    refuse_differences(str(folder), missing, surplus, report["mismatched_keys"])
 
 
 def read_facts(
@@ -410,7 +398,7 @@ def read_facts(
     config, architecture = read_architecture(folder, settings, embeds)
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
     with refusing_settings(folder), torch.device("meta"):
-        if not as_trained and pattern is not None:
+        if pattern is not None:
             write_pattern(config, pattern)
         model = architecture(config)
         facts = _facts(model, not as_trained, as_trained)
@@ -443,8 +431,25 @@ def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
     trained = getattr(model.config, "max_position_embeddings", None)
     if not trained or _reach(pattern) <= trained or _positions(model):
         return None
-    within = f"window:{max(4, trained // 2)},sinks=4"
-    return f"it reaches {_reach(pattern)} tokens back, and the model was trained on {trained}: {within} stays within"
+    return (
+        f"it reaches {_reach(pattern)} tokens back, and the model was trained on {trained}: "
+        f"{_window_within(trained)} stays within"
+    )
+
+
+def _window_within(trained: int) -> str:
+    """Return a pattern, as a text, that shows no distance which is not in `trained` tokens."""
+    return f"window:{max(4, trained // 2)},sinks=4"
+
+
+def _wider(trained: int) -> str:
+    """Return the options with which a model that was trained on so many tokens reads more."""
+    fits = trained >= _reach(Pattern.pretrained())
+    window = "pretrained" if fits else _window_within(trained)
+    finding = ""
+    if trained >= _reach(Pattern.finding()):
+        finding = ", --pattern finding (finds what was read long ago)"
+    return f"--pattern {window} (a window and 4 sinks){finding} or --pattern dense (farther than trained)"
 
 
 def _positions(model: hf.PreTrainedModel) -> int | None:
@@ -481,7 +486,7 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
             f"{name} is not a text Transformer with one kind of attention, causal or not"
         )
     check_ropes(model)
-    dim, num_layers, num_heads = map(int, filter(None, sizes))
+    dim, num_layers, num_heads = map(int, sizes)
     parameters = sum(p.numel() for p in model.parameters())
     return TransformersConfig(
         vocab_size=model.get_input_embeddings().num_embeddings,
