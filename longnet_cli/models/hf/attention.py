@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,7 @@ from transformers.masking_utils import (
 
 from longnet_cli.attention import Outside, Pattern, dilated_attention, far_keys
 from longnet_cli.attention.notation import from_fields
+from longnet_cli.attention.sinks import Turn
 from longnet_cli.attention.spans import far_spans
 from longnet_cli.basics.errors import ConfigError, one_line
 from longnet_cli.models.hf.auto_longnet import LongNetPreTrainedModel  # registers its classes
@@ -65,8 +66,6 @@ from longnet_cli.running.causal_stream import LayerCaches
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
 _PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, what that says, and the `Pattern`
 _CURRENT = "_dilated_pass"  # attribute of a model and of its attention modules: the `_CurrentPass` of all of them
-_OWN = "_own_attention"  # attribute of a model: the name of its earlier attention
-_HOOK = "_dilated_hook"  # attribute of a model: the handle of the hook that keeps all queries
 
 _NO_LAYER = (
     "every layer of this model has a sliding window: there is no global attention to replace"
@@ -101,24 +100,35 @@ def use_dilated_attention(
     if pattern is not None:
         write_pattern(config, pattern)
     mark(config)
-    moves = pattern_of(config).moves_keys
-    kinds = getattr(config, "layer_types", None) or [
-        "sliding_attention" if getattr(config, "sliding_window", 0) else ""
-    ]
-    sliding = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
-    if len(sliding) == len(kinds):
-        raise ConfigError(_NO_LAYER)
     earlier = config._attn_implementation
+    turn_of = _tried(model, pattern_of(config), earlier)
+    if not hasattr(model, _CURRENT):
+        own = "sdpa" if earlier == ATTENTION_NAME else earlier
+        setattr(model, _CURRENT, _CurrentPass(model, own))
+    for module, turn in turn_of.items():
+        setattr(module, _TURN, turn)
+        setattr(module, _CURRENT, getattr(model, _CURRENT))
+    make_phases_exact(model)
+    return model
+
+
+def _tried(
+    model: PreTrainedModel, pattern: Pattern, earlier: str
+) -> Mapping[nn.Module, Turn | None]:
+    """Give a model dilated attention, and return the `turns` of its layers if the pattern moves keys.
+
+    Raises ConfigError, and gives it the `earlier` attention again, if the two do not go together.
+    """
     try:
         model.set_attn_implementation(ATTENTION_NAME)
         # transformers only warns, and keeps the old attention
-        if config._attn_implementation != ATTENTION_NAME:
+        if model.config._attn_implementation != ATTENTION_NAME:
             raise ConfigError(
                 f"{type(model).__name__} does not pick its attention by name: it cannot be made dilated"
             )
         if wrong := why_not(model, "with a pattern", partial(_seeing_all, model)):
             raise ConfigError(wrong)
-        turn_of = turns(model) if moves else {}
+        return turns(model) if pattern.moves_keys else {}
     except Exception as error:
         with suppress(ValueError):
             model.set_attn_implementation(earlier)
@@ -126,41 +136,29 @@ def use_dilated_attention(
         if isinstance(error, ValueError):
             raise ConfigError(one_line(error)) from None
         raise
-    if earlier != ATTENTION_NAME:
-        setattr(model, _OWN, earlier)
-    if turn_of and not hasattr(model, _CURRENT):
-        current = _CurrentPass()
-        setattr(model, _CURRENT, current)
-        body(model).register_forward_pre_hook(current.begin, with_kwargs=True)
-    for module, turn in turn_of.items():
-        setattr(module, _TURN, turn)
-        setattr(module, _CURRENT, getattr(model, _CURRENT))
-    make_phases_exact(model)
-    reuses_keys = "logits_to_keep" in inspect.signature(body(model).forward).parameters
-    if reuses_keys and not hasattr(model, _HOOK):
-        hook = body(model).register_forward_pre_hook(_keep_queries, with_kwargs=True)
-        setattr(model, _HOOK, hook)
-    return model
-
-
-def _keep_queries(
-    module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[Any, ...]:
-    """Let layers that reuse the keys of others (Gemma 4) have a query for each new key, as attention needs."""
-    return args, {**options, "logits_to_keep": None}
 
 
 class _CurrentPass:
-    """The forward pass that a model is in: its token ids, and what these name."""
+    """The forward pass that a model is in: its token ids, and what these name.
 
-    def __init__(self) -> None:
+    `own` is the name of the model's own attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, own: str) -> None:
+        self.own = own
         self.ids: Tensor | None = None  # (B, columns); None for vectors
         self._providers: dict[int, FarProvider] = {}  # of rows, by their first column
+        self._options: dict[str, Any] = {}  # of each pass
+        if "logits_to_keep" in inspect.signature(body(model).forward).parameters:
+            # layers that reuse the keys of others (Gemma 4) need a query for each new key, as attention does
+            self._options["logits_to_keep"] = None
+        self.hook = body(model).register_forward_pre_hook(self._begin, with_kwargs=True)
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Note what a model is called with, before its forward pass."""
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Note what a model is called with, before its forward pass, and return what it is to be called with."""
         self.ids = options.get("input_ids", args[0] if args else None)
         self._providers = {}
+        return args, options | self._options
 
     def of(self, rows: AlignedRows, pattern: Pattern, part: LayerCaches | None) -> FarProvider:
         """Return what gives each layer what some rows see of their past; `part` is what was read of them before."""
@@ -198,13 +196,12 @@ def check_taken(model: PreTrainedModel) -> None:
 
 def use_own_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `use_dilated_attention`, in place: restore the earlier attention, and remove the pattern from the config."""
+    current: _CurrentPass | None = model.__dict__.pop(_CURRENT, None)
+    if current:
+        current.hook.remove()
     if model.config._attn_implementation == ATTENTION_NAME:
-        model.set_attn_implementation(getattr(model, _OWN, "sdpa"))
-    if hasattr(model.config, "dilated_attention"):
-        del model.config.dilated_attention
-    if hasattr(model, _HOOK):
-        getattr(model, _HOOK).remove()
-        delattr(model, _HOOK)
+        model.set_attn_implementation(current.own if current else "sdpa")
+    vars(model.config).pop("dilated_attention", None)
     unmark(model.config)
     return model
 
@@ -215,13 +212,10 @@ def write_pattern(config: Any, pattern: Pattern) -> None:
     A folder that is saved with it cannot be opened without this integration (`pretrained_folder`).
     """
     mark(config)
-    options = {
-        key: x
-        for key, x in asdict(pattern).items()
-        if pattern.chosen or not key.startswith("chosen")
-    }
     config.dilated_attention = {
-        key: list(x) if isinstance(x, tuple) else x for key, x in options.items()
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(pattern).items()
+        if pattern.chosen or not name.startswith("chosen")
     }
 
 
@@ -233,25 +227,15 @@ def pattern_of(config: Any) -> Pattern:
                 f"dilated attention does not serve {what} ({name} in the model's config)"
             )
     arguments = getattr(config, "dilated_attention", None)
-    if arguments is None:
-        raise ConfigError(
-            'the model\'s config has no dilated_attention: {"segment_lengths": [...], "dilation_rates": [...]}; '
-            "call use_dilated_attention(model, pattern)"
-        )
     if not isinstance(arguments, Mapping):
         raise ConfigError(
-            f"dilated_attention in the model's config: a table of levels is needed, got {arguments!r}"
+            f"dilated_attention in the model's config: a table of levels is needed, got {arguments!r}: "
+            '{"segment_lengths": [...], "dilation_rates": [...]}; call use_dilated_attention(model, pattern)'
         )
     try:
         return from_fields(arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"dilated_attention in the model's config: {error}") from None
-
-
-@lru_cache(maxsize=64)
-def _shared(pattern: Pattern) -> Pattern:
-    """Return the first one of equal patterns: what is cached for a pattern is then found sooner."""
-    return pattern
 
 
 def _pattern_of(module: nn.Module) -> Pattern:
@@ -260,7 +244,7 @@ def _pattern_of(module: nn.Module) -> Pattern:
     of_config, written, pattern = module.__dict__.get(_PATTERN, (None, None, None))
     fields = object.__getattribute__(config, "__dict__")
     if of_config is not config or written != fields.get("dilated_attention"):
-        pattern = _shared(pattern_of(config))
+        pattern = pattern_of(config)
         module.__dict__[_PATTERN] = config, deepcopy(config.dilated_attention), pattern
         mark(config)  # even if the pattern came from elsewhere, the model is to be saved with it
     return pattern
@@ -289,11 +273,7 @@ def dilated_attention_forward(
         raise ConfigError("dilated attention has no softcap")
     if options.get("sliding_window") is not None:
         options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
-        if (sinks := options.pop("s_aux", None)) is not None:
-            query, key, value, attention_mask = _with_sink(
-                query, key, value, attention_mask, sinks, scaling
-            )
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return _sliding(module, query, key, value, attention_mask, options)
     pattern = _pattern_of(module)
     _check_call(module, pattern, query, attention_mask, dropout, options)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -329,6 +309,21 @@ def dilated_attention_forward(
     return out, None
 
 
+def _sliding(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Compute the attention of a sliding-window layer as transformers does, by torch's sdpa."""
+    sinks = options.pop("s_aux", None)
+    if sinks is not None:
+        query, key, value, mask = _with_sink(query, key, value, mask, sinks, options["scaling"])
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
 class _Call(NamedTuple):
     """A call of a layer's attention: q (B, N, H, D), k and v (B, L, K, D), and settings for `dilated_attention`.
 
@@ -354,11 +349,14 @@ def _of_shard(call: _Call, options: Mapping[str, Any]) -> Tensor:
     q, k, v = call.q, call.k, call.v
     is_empty = options.get("empty", False)
     if is_empty:
-        q, k, v = (x[:, :0] for x in (q, k, v))
+        q = q[:, :0]
+        k = k[:, :0]
+        v = v[:, :0]
     settings = call.settings | {"documents": options.get("documents")}
-    if provider := options.get("far"):
-        far = provider(call.layer, q, k, v)
-        settings |= {"start": options["start"], "far": far}
+    provide: FarProvider | None = options.get("far")
+    if provide:
+        settings["start"] = options["start"]
+        settings["far"] = provide(call.layer, q, k, v)
     attended = dilated_attention(q, k, v, call.pattern, **settings)
     return F.pad(attended, (0, 0, 0, 0, 0, 1)) if is_empty else attended
 
@@ -431,21 +429,20 @@ def _with_sink(
     value: Tensor,
     mask: Tensor | None,
     sinks: Tensor,
-    scaling: float | None,
+    scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return query, key, value and mask for sdpa, with one more key that all tokens see: it scores `sinks` (H,).
 
     Its value is zero. Scores get one more dimension: a query has its head's sink there, over `scaling`; the new key has
     1, and all others 0.
     """
-    batch, heads, new, size = query.shape
+    batch, heads, new, _ = query.shape
     tokens = key.shape[2]
     if mask is None:  # all tokens are in one window
         everywhere = torch.ones(new, tokens, dtype=torch.bool, device=query.device)
         mask = everywhere.tril(tokens - new)[None, None]
-    scale = size**-0.5 if scaling is None else scaling
-    scores = (sinks / scale).to(query.dtype)
-    query = torch.cat([query, scores.view(1, heads, 1, 1).expand(batch, heads, new, 1)], -1)
+    scores = (sinks / scaling).to(query.dtype)[:, None, None]
+    query = torch.cat([query, scores.expand(batch, heads, new, 1)], -1)
     key = F.pad(key, (0, 1, 0, 1))
     key[:, :, -1, -1] = 1
     value = F.pad(value, (0, 0, 0, 1))
@@ -470,12 +467,8 @@ def dilated_mask(
     packed sequences and other masks of a model's own, and for caches that do not hold all keys so far.
     """
     if local_size is not None:
-        options |= {
-            "mask_function": mask_function,
-            "attention_mask": attention_mask,
-            "local_size": local_size,
-        }
-        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+        shape = (batch_size, q_length, kv_length, q_offset, kv_offset)
+        return sdpa_mask(*shape, mask_function, attention_mask, local_size, **options)
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
             "dilated attention has no masks but causal, bidirectional and padding: give texts whose position_ids "

@@ -91,20 +91,21 @@ def columns_of(tokens: Tensor) -> Tensor | None:
 
     Returns None if all are tokens. A row without a token starts at L. Padding between tokens raises ValueError.
     """
+    tokens = tokens.cpu()
     counts = tokens.sum(-1)
-    columns = torch.arange(tokens.shape[-1], device=tokens.device)
-    begin = tokens.int().argmax(-1).where(counts > 0, tokens.shape[-1])
+    columns = torch.arange(tokens.shape[-1])
+    begin = tokens.int().argmax(-1).where(counts > 0, len(columns))
     stop = begin + counts
-    whole = (tokens == ((columns >= begin[:, None]) & (columns < stop[:, None]))).all(-1)
-    spans = torch.stack([begin, stop, whole], -1).cpu()
-    if not spans[:, 2].all():
-        row = int(spans[:, 2].logical_not().nonzero()[0])
+    inside = (columns >= begin[:, None]) & (columns < stop[:, None])
+    odd_rows = (tokens != inside).any(-1).nonzero()
+    if len(odd_rows):
         raise ValueError(
-            f"row {row} has padding between its tokens: pad on the left or on the right, and prompts of generate() on "
-            'the left (tokenizer.padding_side = "left")'
+            f"row {int(odd_rows[0])} has padding between its tokens: pad on the left or on the right, and prompts of "
+            'generate() on the left (tokenizer.padding_side = "left")'
         )
-    no_padding = (spans[:, 1] - spans[:, 0] == tokens.shape[-1]).all()
-    return None if counts.numel() and bool(no_padding) else spans[:, :2]
+    if len(counts) and (counts == len(columns)).all():
+        return None
+    return torch.stack([begin, stop], -1)
 
 
 _CHANGED = "the padding of a batch changed while it was cached: pass the whole attention_mask"
@@ -166,9 +167,7 @@ class LongNetCache(hf.DynamicCache):
     def part(self, rows: AlignedRows, pattern: Pattern) -> LayerCaches:
         """Return what was read of some rows, to which new tokens come. Raises ValueError if others started there."""
         members = [*range(self._batch)] if rows.members is None else rows.members
-        if rows.column not in self._parts:
-            self._parts[rows.column] = _RowCaches(pattern, members)
-        part = self._parts[rows.column]
+        part = self._parts.setdefault(rows.column, _RowCaches(pattern, members))
         if part.rows != members:
             raise ValueError(_CHANGED)
         part.start = rows.start

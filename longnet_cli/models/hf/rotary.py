@@ -72,18 +72,16 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
     return True
 
 
+@dataclass(eq=False)
 class _ExactPhases:
     """A forward hook on a module `(x, position_ids, ...) -> (cos, sin)`, each (B, N, columns): makes both exact.
 
     `tables` has the frequency of each column, and the factor of both, for each type of layer.
     """
 
-    def __init__(
-        self, signature: inspect.Signature, trained: int, tables: dict[Any, tuple[Tensor, float]]
-    ) -> None:
-        self.signature = signature
-        self.trained = trained
-        self.tables = tables
+    signature: inspect.Signature  # of the module
+    trained: int
+    tables: dict[Any, tuple[Tensor, float]]
 
     @classmethod
     @torch.no_grad()
@@ -92,8 +90,6 @@ class _ExactPhases:
     ) -> _ExactPhases | None:
         """Find the frequency of each column, for each type of layer, by trying a few positions; None if none fit."""
         signature = inspect.signature(maker.forward)
-        if not {"x", "position_ids"} <= signature.parameters.keys():
-            return None
         by_type = "layer_type" in signature.parameters
         tables = {}
         for kind in {*layer_types} if by_type else {None}:
@@ -138,13 +134,12 @@ def _columns_of(maker: nn.Module, options: dict[str, Any]) -> tuple[Tensor, floa
     try:
         cos, sin = maker.forward(x=x, position_ids=positions, **options)
         scale = cos[0, 0, 0].item()
-        tried = cos.shape[:2] == positions.shape
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None  # it takes another kind of positions, or makes something else
-    for rate in rates if tried else ():
+    for rate in rates:
         for columns in (torch.cat([rate, rate]), rate.repeat_interleave(2), rate):
-            if len(columns) == cos.shape[-1]:
-                phase = positions[0].double()[:, None] * columns.double()
+            phase = positions[0].double()[:, None] * columns.double()
+            if phase.shape == cos[0].shape:
                 fits = _equal(cos[0], scale * phase.cos()) and _equal(sin[0], scale * phase.sin())
                 if fits:
                     return columns.double().cpu(), scale
@@ -201,10 +196,9 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
     check_ropes(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(f"{name} has no weights yet: how it turns its keys cannot be tried")
-    modules = [*body(model).named_modules()]
     learned = [
         module
-        for path, module in modules
+        for path, module in body(model).named_modules()
         if path.endswith(_LEARNED) and isinstance(module, nn.Embedding)
     ]
     frequencies = [x for path, x in body(model).named_buffers() if path.endswith("inv_freq")]
@@ -220,14 +214,14 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
         for x in frequencies:
             if x.dim() == 1 and 2 * len(x) <= k.shape[-1]:
                 candidates += (Rotation(x.detach().double().cpu(), axis) for axis in (-2, -1))
-        fitting = (turn for turn in (*candidates, None) if _equal(_moved(k, turn), after[layer]))
-        try:
-            turn_of[layer] = next(fitting)
-        except StopIteration:
+        candidates.append(None)
+        fitting = [turn for turn in candidates if _equal(_moved(k, turn), after[layer])]
+        if not fitting:
             raise ConfigError(
                 f"{name} turns its keys by position in a way of its own (layer {getattr(layer, 'layer_idx', '?')}): "
                 "its keys cannot be moved with it"
-            ) from None
+            )
+        turn_of[layer] = fitting[0]
     return turn_of
 
 
@@ -240,8 +234,9 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
 def check_ropes(model: PreTrainedModel) -> None:
     """Raise ConfigError for positions that depend on the length of the sequence."""
     if changing := _changing(rope_parameters(model.config)):
-        what = f"has positions that depend on the sequence's length (rope_type {changing.pop()})"
-        raise ConfigError(f"{type(model).__name__} {what}")
+        raise ConfigError(
+            f"{type(model).__name__} has positions that depend on the sequence's length (rope_type {changing.pop()})"
+        )
 
 
 def _changing(ropes: Sequence[dict[str, Any]]) -> set[str]:

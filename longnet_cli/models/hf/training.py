@@ -56,16 +56,20 @@ def add_lora(
         raise ConfigError(
             f"LoRA needs peft, which cannot be imported ({error}): {extra('lora')}"
         ) from None
-    options = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "task_type": "CAUSAL_LM"}
     stored = [(p, p.data) for p in model.parameters()]
     for p, data in stored:  # peft draws matrices of the type of the weights beside them
         p.data = torch.zeros((), device=data.device).expand(data.shape)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft uses names that transformers has renamed
-            adapted = peft.get_peft_model(
-                model, peft.LoraConfig(**options, target_modules=target_modules or "all-linear")
+            config = peft.LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                task_type="CAUSAL_LM",
+                target_modules=target_modules or "all-linear",
             )
+            adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"lora: {one_line(error)}") from None
     for p, data in stored:
@@ -141,10 +145,12 @@ def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
     The model itself does not change: adding to a matrix and subtracting again would not restore the same numbers.
     """
     weights = {}
-    for name in [name for name in state if ".lora_" not in name]:
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
         stem, base, rest = name.rpartition(_BASE)
         # and added to in place, so that no third copy is made
-        wide = state[name].to(torch.float32, copy=bool(base))
+        wide = tensor.to(torch.float32, copy=bool(base))
         if base and (a := state.get(stem + _A)) is not None and rest == ".weight":
             layer = model.get_submodule(stem)
             delta = layer.scaling[_NAME] * (state[stem + _B] @ a)

@@ -114,9 +114,11 @@ def why_not(model: PreTrainedModel, form: str, run: Run, expected: Run | None = 
     weight = next(model.parameters())
     if weight.is_meta:  # it has no numbers yet
         return None
-    asked = {"trial": form, "architecture": type(model).__name__, "config": json_sha256(settings)}
     some = {name: x.detach().flatten()[:SOME] for name, x in model.named_parameters()}
-    asked |= {
+    asked = {
+        "trial": form,
+        "architecture": type(model).__name__,
+        "config": json_sha256(settings),
         "dtype": str(weight.dtype),
         "device": weight.device.type,
         "weights": tensor_digest(some),
@@ -157,8 +159,10 @@ def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | No
     difference = _difference(actual, right)
     if difference <= allowed:
         return None
-    by = f"{difference:.2g} of its nats per token ({count} tokens)"
-    return f"{architecture} {form} differs from its own attention by {by}"
+    return (
+        f"{architecture} {form} differs from its own attention by {difference:.2g} of its nats per token "
+        f"({count} tokens)"
+    )
 
 
 def _own(model: PreTrainedModel, implementation: str, ids: Tensor) -> Tensor:
@@ -182,12 +186,9 @@ def _some_ids(model: PreTrainedModel, count: int) -> Tensor:
     """Return random ids (1, count) of a model, none of them special, such as padding or the place of an image."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     size = min(len(table.weight) for table in tables if table is not None)
-    special = {
-        x
-        for key, x in model.config.get_text_config().to_dict().items()
-        if "token" in key and type(x) is int
-    }
-    plain = torch.tensor([x for x in range(size) if x not in special])
+    settings = model.config.get_text_config().to_dict()
+    special = {x for key, x in settings.items() if "token" in key and type(x) is int}
+    plain = torch.tensor(sorted({*range(size)} - special))
     chosen = torch.randint(len(plain), (1, count), generator=torch.Generator().manual_seed(0))
     return plain[chosen].to(next(model.parameters()).device)
 
@@ -195,8 +196,10 @@ def _some_ids(model: PreTrainedModel, count: int) -> Tensor:
 def _tokens(model: PreTrainedModel) -> int:
     """Return one token more than the smallest window or chunk in a model's configuration, at least 8, at most MOST."""
     config = model.config.get_text_config().to_dict()
-    named = {key: x for key, x in config.items() if isinstance(x, int) and _WINDOWS.search(key)}
-    sizes = [x for key, x in named.items() if x > 1 and "layer" not in key]
+    sizes = []
+    for key, x in config.items():
+        if isinstance(x, int) and x > 1 and _WINDOWS.search(key) and "layer" not in key:
+            sizes.append(x)
     longest = config.get("max_position_embeddings")
     longest = longest - first_position(model) if isinstance(longest, int) else MOST
     return min(max(8, min(sizes) + 1) if sizes else FEW, MOST, longest)
