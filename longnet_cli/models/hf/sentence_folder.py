@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -37,35 +38,33 @@ from longnet_cli.basics.model_files import (
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.weights import check_finite
 
-# the names of poolings: the library's, in the order in which it joins them, and its older keys
+# The library's names of poolings, in the order in which it joins them: ours, and its older keys.
 POOLINGS = {
     "cls": ("cls", "pooling_mode_cls_token"),
     "max": ("max", "pooling_mode_max_tokens"),
     "mean": ("mean", "pooling_mode_mean_tokens"),
-    "sqrt": ("mean_sqrt_len_tokens", "pooling_mode_mean_sqrt_len_tokens"),
-    "weighted": ("weightedmean", "pooling_mode_weightedmean_tokens"),
-    "last": ("lasttoken", "pooling_mode_lasttoken"),
+    "mean_sqrt_len_tokens": ("sqrt", "pooling_mode_mean_sqrt_len_tokens"),
+    "weightedmean": ("weighted", "pooling_mode_weightedmean_tokens"),
+    "lasttoken": ("last", "pooling_mode_lasttoken"),
 }
 _ACTIVATIONS = {
-    module.__name__: module
-    for module in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)
+    f"{kind.__module__}.{kind.__name__}": kind
+    for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)
 }
 _TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 # keys of the Transformer that change no vector, whatever their value
 _FREE_KEYS = {
+    "__version__",
     "backend",
+    "do_lower_case",
+    "document_length",
     "max_seq_length",
     "modality_config",
     "module_output_name",
-    "query_length",
-    "unpad_inputs",
-}
-_FREE_KEYS |= {
-    "do_lower_case",
-    "document_length",
     "query_expansion",
+    "query_length",
     "transformer_task",
-    "__version__",
+    "unpad_inputs",
 }
 _FREE_ARGUMENTS = {"attn_implementation", "model_max_length", "padding_side", "trust_remote_code"}
 _TOKENIZER_ARGUMENTS = ("processor_kwargs", "tokenizer_args")  # the names that this key has had
@@ -90,19 +89,17 @@ class Dense(nn.Module):
         super().__init__()
         self.linear = nn.Linear(inputs, outputs, bias=bias)
         self.activation = activation
-        self.adds = residual
-        self.residual = (
-            nn.Linear(inputs, outputs, bias=False)
-            if residual and inputs != outputs
-            else nn.Identity()
-        )
+        self.residual: nn.Module | None = None
+        if residual:
+            same = inputs == outputs
+            self.residual = nn.Identity() if same else nn.Linear(inputs, outputs, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
         output = self.activation(self.linear(vectors))
-        return output + self.residual(vectors) if self.adds else output
+        return output if self.residual is None else output + self.residual(vectors)
 
     def __repr__(self) -> str:
-        kind = "Residual" if self.adds else "Dense"
+        kind = "Dense" if self.residual is None else "Residual"
         return f"{kind}({self.linear.in_features}, {self.linear.out_features}, {type(self.activation).__name__})"
 
 
@@ -153,27 +150,20 @@ class SentenceModel:
         )
 
 
-def read_sentence_model(folder: Path) -> SentenceModel | None:
-    """Return what the files of a folder say; None for a folder without modules.json, or with one of `longnet`'s.
+def read_sentence_model(folder: Path) -> SentenceModel:
+    """Return what modules.json and the other files of a folder say.
 
     Raises ConfigError for what `longnet` does not compute, CheckpointError for a damaged or missing file.
     """
+    where = folder / MODULES
     with _odd_values(folder):
-        modules = _json(folder / MODULES, None)
-        if modules is None:
-            return None
-        kinds = [_kind(folder, module) for module in modules] if isinstance(modules, list) else []
-        if kinds == ["longnet"]:
-            return None
+        modules = _json(where)
+        kinds = [_kind(where, module) for module in modules]
         if kinds[:2] != ["Transformer", "Pooling"]:
-            raise ConfigError(
-                f"{folder / MODULES}: a Transformer and a Pooling must come first, not {kinds or modules!r}"
-            )
+            raise ConfigError(f"{where}: a Transformer and a Pooling must come first, not {kinds}")
         names = [str(module.get("path", "")) for module in modules]
         if outside := [name for name in names if not is_within(name)]:
-            raise ConfigError(
-                f"{folder / MODULES}: the module in {outside[0]} is outside of the folder"
-            )
+            raise ConfigError(f"{where}: the module in {outside[0]} is outside of the folder")
         places = [folder / name for name in names]
         pool, pools_prompt = _pooling(places[1] / CONFIG)
         steps = [_MODULES[kind](place) for kind, place in zip(kinds[2:], places[2:], strict=True)]
@@ -181,26 +171,26 @@ def read_sentence_model(folder: Path) -> SentenceModel | None:
         settings = _json(folder / PROMPTS, {})
         _refuse_value(folder / PROMPTS, settings, "model_type", "SentenceTransformer")
         prompts = _prompts(folder, settings)
+        document_prompt = prompts.get("document", "")
         # the library always has a prompt `document`, an empty one at least, so its encode_document never takes another
-        fallbacks = (
-            ()
-            if prompts.get("document")
-            else ("passage", "corpus", settings.get("default_prompt_name"))
-        )
+        others = map(prompts.get, ("passage", "corpus", settings.get("default_prompt_name")))
+        unread_prompt = "" if document_prompt else next(filter(None, others), "")
         # the library cuts a vector after it has scaled it
         if settings.get("truncate_dim") is not None:
             steps.append(FirstNumbers(_whole(folder / PROMPTS, settings, "truncate_dim")))
         normalized = bool(steps) and isinstance(steps[-1], Normalize)
+        if normalized:
+            steps.pop()
         return SentenceModel(
             pool=pool,
             pools_prompt=pools_prompt,
             window=window,
             lowercase=lowercase,
-            steps=tuple(steps[:-1] if normalized else steps),
+            steps=tuple(steps),
             normalized=normalized,
-            document_prompt=prompts.get("document", ""),
+            document_prompt=document_prompt,
             query_prompt=prompts.get("query") or None,
-            unread_prompt=next((prompts[name] for name in fallbacks if prompts.get(name)), ""),
+            unread_prompt=unread_prompt,
         )
 
 
@@ -245,7 +235,7 @@ def read_words(folder: Path, lowercase: bool) -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        inner = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        inner = tokenizer.backend_tokenizer
     except Exception as error:  # the library raises exceptions of many kinds
         raise CheckpointError(
             f"{folder}: its tokenizer cannot be read: {one_line(error)[:300]}"
@@ -269,20 +259,14 @@ def lowercased(words: Tokenizer) -> Tokenizer:
     return Tokenizer(inner)
 
 
-def _kind(folder: Path, module: Any) -> str:
+def _kind(where: Path, module: Mapping[str, Any]) -> str:
     """Return the kind of a module by the last word of its type. Raises ConfigError for one that is not computed."""
-    name = str(module.get("type")) if isinstance(module, Mapping) else repr(module)
-    if name.startswith("longnet_cli."):
-        return "longnet"
-    kind = name.rpartition(".")[2]
-    if not name.startswith("sentence_transformers.") or kind not in {
-        "Transformer",
-        "Pooling",
-        *_MODULES,
-    }:
-        computed = ", ".join(["Transformer", "Pooling", *_MODULES])
+    name = str(module.get("type"))
+    library, _, kind = name.rpartition(".")
+    computed = ["Transformer", "Pooling", *_MODULES]
+    if not library.startswith("sentence_transformers") or kind not in computed:
         raise ConfigError(
-            f"{folder / MODULES}: longnet does not compute the module {name}: it knows {computed}"
+            f"{where}: longnet does not compute the module {name}: it knows {', '.join(computed)}"
         )
     return kind
 
@@ -292,16 +276,14 @@ def _pooling(path: Path) -> tuple[str, bool]:
     settings = _json(path)
     modes = settings.get("pooling_mode")
     if modes is None:
-        modes = [mode for mode, key in POOLINGS.values() if settings.get(key)] or ["mean"]
-    names = {mode: name for name, (mode, _) in POOLINGS.items()}
-    modes = modes if isinstance(modes, list) else [modes]
-    if not modes or (unknown := [mode for mode in modes if mode not in names]):
-        raise ConfigError(
-            f"{path}: longnet does not know the pooling {unknown[0] if modes else modes!r}"
-        )
-    return "+".join(names[mode] for mode in modes), settings.get(
-        "include_prompt", True
-    ) is not False
+        modes = [mode for mode, (_, key) in POOLINGS.items() if settings.get(key)] or ["mean"]
+    if isinstance(modes, str):
+        modes = [modes]
+    unknown = [mode for mode in modes if mode not in POOLINGS]
+    if unknown or not modes:
+        raise ConfigError(f"{path}: longnet does not know the pooling {unknown or modes}")
+    pool = "+".join(POOLINGS[mode][0] for mode in modes)
+    return pool, settings.get("include_prompt", True) is not False
 
 
 def _dense(folder: Path) -> nn.Module:
@@ -309,18 +291,19 @@ def _dense(folder: Path) -> nn.Module:
     settings = _json(path)
     _check_names(path, settings)
     name = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
-    activation = _ACTIVATIONS.get(name.rpartition(".")[2])
-    if activation is None or not name.startswith("torch.nn.modules."):
+    if name not in _ACTIVATIONS:
         raise ConfigError(f"{path}: longnet does not know the activation {name}")
     sizes = [_whole(path, settings, key) for key in ("in_features", "out_features")]
     bias = settings.get("bias", True) is not False
     residual = bool(settings.get("use_residual"))
-    return _loaded(Dense(*sizes, bias=bias, activation=activation(), residual=residual), folder)
+    with torch.device("meta"):
+        dense = Dense(*sizes, bias=bias, activation=_ACTIVATIONS[name](), residual=residual)
+    return _loaded(dense, folder)
 
 
 def _layer_norm(folder: Path) -> nn.Module:
     size = _whole(folder / CONFIG, _json(folder / CONFIG), "dimension")
-    return _loaded(nn.LayerNorm(size), folder, "norm.")
+    return _loaded(nn.LayerNorm(size, device="meta"), folder, "norm.")
 
 
 def _normalize(folder: Path) -> nn.Module:
@@ -332,20 +315,17 @@ _MODULES = {"Dense": _dense, "LayerNorm": _layer_norm, "Normalize": _normalize}
 
 
 def _loaded(module: nn.Module, folder: Path, prefix: str = "") -> nn.Module:
-    """Return a module with the weights in a folder. Raises CheckpointError for missing, surplus or other ones."""
+    """Return a module without memory with the weights in a folder. Raises CheckpointError if these are not its own."""
     path = folder / WEIGHTS
     try:
         weights = {
             name.removeprefix(prefix): tensor.float() for name, tensor in load_file(path).items()
         }
-        module.load_state_dict(weights)
+        module.load_state_dict(weights, assign=True)
     except FileNotFoundError:
-        pickled = (
-            "; pickled weights are never read, since a pickle can run code"
-            if any(folder.glob("*.bin"))
-            else ""
-        )
-        raise CheckpointError(f"{path} is missing: its module needs it{pickled}") from None
+        pickled = "; pickled weights are never read, since a pickle can run code"
+        more = pickled if any(folder.glob("*.bin")) else ""
+        raise CheckpointError(f"{path} is missing: its module needs it{more}") from None
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {one_line(error)}") from None
     check_finite(weights, str(path))
@@ -354,49 +334,41 @@ def _loaded(module: nn.Module, folder: Path, prefix: str = "") -> nn.Module:
 
 def _transformer(folder: Path) -> tuple[int | None, bool]:
     """Return the window of the Transformer, and whether it lowercases. Raises ConfigError for other ways to read."""
-    path = next(
-        (folder / name for name in TRANSFORMER_CONFIGS if (folder / name).is_file()),
-        folder / CONFIG,
-    )
-    settings = {} if path.name == CONFIG else _json(path)
+    there = [name for name in TRANSFORMER_CONFIGS if (folder / name).is_file()]
+    path = folder / next(iter(there), TRANSFORMER_CONFIGS[0])
+    settings = _json(path, {})
     _refuse_value(path, settings, "transformer_task", "feature-extraction")
     _refuse_value(path, settings, "module_output_name", "token_embeddings")
-    if (modalities := settings.get("modality_config")) is not None and (
-        "message" in modalities or {**_TEXT, **modalities.get("text", {"method": None})} != _TEXT
-    ):
-        raise ConfigError(
-            f"{path}: longnet reads texts by forward and last_hidden_state, not by {modalities}"
-        )
+    modalities = settings.get("modality_config")
+    if modalities is not None:
+        reading = {**_TEXT, **modalities.get("text", {"method": None})}
+        if "message" in modalities or reading != _TEXT:
+            raise ConfigError(
+                f"{path}: longnet reads texts by forward and last_hidden_state, not by {modalities}"
+            )
     window = _whole(path, settings, "max_seq_length", None)
     for key, value in settings.items():
-        if key in _TOKENIZER_ARGUMENTS and isinstance(value, Mapping):
-            window = _whole(path, value, "model_max_length", window)
-        if key.endswith(("_args", "_kwargs")) and isinstance(value, Mapping):
-            value = {
-                name: setting for name, setting in value.items() if name not in _FREE_ARGUMENTS
-            }
+        if key in _TOKENIZER_ARGUMENTS:
+            window = _whole(path, value or {}, "model_max_length", window)
+        if key.endswith(("_args", "_kwargs")):
+            value = set(value or ()) - _FREE_ARGUMENTS
         if value and key not in _FREE_KEYS:
             raise ConfigError(f"{path}: longnet does not know what {key} does: {value}")
     if window is None:
         window = _json(folder / "tokenizer_config.json", {}).get("model_max_length")
     # the library's rule: it replaces the other
     window = _whole(path, settings, "document_length", window)
-    return window if isinstance(window, int) and window < 1 << 40 else None, bool(
-        settings.get("do_lower_case")
-    )
+    if not isinstance(window, int) or window >= 1 << 40:
+        window = None
+    return window, bool(settings.get("do_lower_case"))
 
 
 def _whole(path: Path, settings: Mapping[str, Any], key: str, default: Any = ...) -> Any:
-    """Return a number of 1 or more, and at most 2^24 unless it has a default. Raises ConfigError for other values."""
+    """Return a number of 1 or more, or the default for a missing one. Raises ConfigError for other values."""
     number = settings.get(key)
     if number is None and default is not ...:
         return default
-    if (
-        not isinstance(number, int)
-        or isinstance(number, bool)
-        or number < 1
-        or (default is ... and number > 1 << 24)
-    ):
+    if type(number) is not int or number < 1:
         raise ConfigError(f"{path}: {key} must be a whole number from 1 on, not {number!r}")
     return number
 
