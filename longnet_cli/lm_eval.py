@@ -6,7 +6,6 @@ python -m longnet_cli.lm_eval --model longnet --model_args pretrained=./my-model
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -74,12 +73,10 @@ class LongNetLM(HFLM):
         return super().get_model_info() | {"pretrained": self.folder.origin}
 
 
-def main(args: Iterable[str] | None = None) -> None:
+def main() -> None:
     """Run lm-eval's command. An error of `longnet` becomes one line on stderr and its exit code."""
     from lm_eval.__main__ import cli_evaluate
 
-    if args is not None:
-        sys.argv[1:] = args
     try:
         cli_evaluate()
     except LongNetError as error:

@@ -92,8 +92,9 @@ class Repository:
             kind = type(cause).__name__
             reason = _REASONS.get(kind) or f"{kind}: {one_line(cause)}"
             hub = os.environ.get("HF_ENDPOINT", "huggingface.co")
-            what = f"no folder of that name here, and not taken from {hub}"
-            raise CheckpointError(f"{self.name}: {what}: {reason}") from None
+            raise CheckpointError(
+                f"{self.name}: no folder of that name here, and not taken from {hub}: {reason}"
+            ) from None
         file = f":{self.file}" if self.file else ""
         return Located(snapshot / self.file, f"{self.repo}@{snapshot.name}{file}")
 
