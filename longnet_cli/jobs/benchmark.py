@@ -22,11 +22,9 @@ import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -226,53 +224,20 @@ class Case:
 
 
 def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
-    """Return a case of attention over random q, k, v: forward without an autograd graph, or backward alone.
-
-    A streamed case goes chunk by chunk through a KVCache, over every query and key. All chunks have the same numbers:
-    drawing numbers for 1e9 tokens would take longer than the attention, and the time of attention does not depend on
-    its numbers.
-    """
+    """Return a case of attention over random q, k, v: forward without an autograd graph, or backward alone."""
     ours = impl == "dilated"
     back = direction == "backward"
     dtype = DTYPES[s.dtype]
     pattern = Pattern((seq,), (1,)) if impl == "dense" else s.pattern_for(seq)
     streamed = ours and not back and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else seq
-    shape = (s.batch, chunk, s.heads, s.head_dim)
-    if not ours:  # the others get the layout that they are made for
-        shape = (s.batch, s.heads, chunk, s.head_dim)
 
     def flops(tokens: int) -> float:
         forward = s.batch * attention_flops(pattern, s.heads, s.head_dim, tokens, s.causal)
         return BACKWARD_FLOPS * forward if back else forward
 
     def start() -> Callable[..., object]:
-        draw = torch.Generator(s.device).manual_seed(0)
-        of_case: dict[str, Any] = {"generator": draw, "dtype": dtype, "device": s.device}
-        q, k, v, *dout = (
-            torch.randn(shape, requires_grad=back, **of_case) for _ in range(3 + back)
-        )
-        if streamed:
-            past = KVCache(pattern, s.batch, s.heads, s.head_dim, dtype=dtype, device=s.device)
-
-            def read(tokens: int) -> None:
-                q_, k_, v_ = (x[:, :tokens] for x in (q, k, v))
-                start = past.position
-                dilated_attention(q_, k_, v_, pattern, start=start, far=past.append(k_, v_))
-
-            return read
-        attend: Callable[[], Tensor]
-        if ours:
-            attend = partial(dilated_attention, q, k, v, pattern, causal=s.causal)
-        elif impl == "flex":
-            attend = partial(flex_attention(pattern, s.heads, seq, s.causal, s.device), q, k, v)
-        else:
-            attend = partial(F.scaled_dot_product_attention, q, k, v, is_causal=s.causal)
-        if not back:
-            return attend
-        return partial(
-            torch.autograd.grad, attend(), (q, k, v), dout[0].detach(), retain_graph=True
-        )
+        return _stream(s, pattern, chunk) if streamed else _attention(s, impl, pattern, seq, back)
 
     numbers = s.batch * s.heads * s.head_dim
     cache = 2 * numbers * dtype.itemsize * pattern.cache_rows if streamed else 0
@@ -300,6 +265,58 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
         cache_bytes=cache or None,
     )
     return Case(row, flops, numbers * chunk * size + cache, start, streamed)
+
+
+def _inputs(s: Settings, shape: tuple[int, ...], number: int, back: bool = False) -> list[Tensor]:
+    """Return random tensors of a shape, which have gradients in a `back`ward pass."""
+    draw = torch.Generator(s.device).manual_seed(0)
+    options: dict[str, Any] = {"dtype": DTYPES[s.dtype], "device": s.device, "requires_grad": back}
+    return [torch.randn(shape, generator=draw, **options) for _ in range(number)]
+
+
+def _stream(s: Settings, pattern: Pattern, chunk: int) -> Callable[[int], None]:
+    """Return what reads the next tokens, up to a chunk, through a KVCache, over every query and key.
+
+    All chunks have the same numbers: drawing numbers for 1e9 tokens would take longer than the attention, and the time
+    of attention does not depend on its numbers.
+    """
+    shape = (s.batch, chunk, s.heads, s.head_dim)
+    inputs = _inputs(s, shape, 3)
+    past = KVCache(
+        pattern,
+        s.batch,
+        s.heads,
+        s.head_dim,
+        dtype=DTYPES[s.dtype],
+        device=s.device,
+    )
+
+    def read(tokens: int) -> None:
+        q, k, v = (x[:, :tokens] for x in inputs)
+        start = past.position
+        dilated_attention(q, k, v, pattern, start=start, far=past.append(k, v))
+
+    return read
+
+
+def _attention(
+    s: Settings, impl: Impl, pattern: Pattern, seq: int, back: bool
+) -> Callable[[], object]:
+    """Return the forward pass over whole sequences, or the backward pass after one that is done here."""
+    shape = (s.batch, s.heads, seq, s.head_dim)  # the layout that the others are made for
+    attend: Callable[..., Tensor]
+    if impl == "dilated":
+        shape = (s.batch, seq, s.heads, s.head_dim)
+        attend = partial(dilated_attention, pattern=pattern, causal=s.causal)
+    elif impl == "dense":
+        attend = partial(F.scaled_dot_product_attention, is_causal=s.causal)
+    else:
+        attend = flex_attention(pattern, s.heads, seq, s.causal, s.device)
+    if not back:
+        return partial(attend, *_inputs(s, shape, 3))
+    *inputs, grad = _inputs(s, shape, 4, back)
+    out = attend(*inputs)
+    return partial(torch.autograd.grad, out, inputs, grad.detach(), retain_graph=True)
 
 
 def flex_attention(
@@ -380,13 +397,11 @@ def bench(s: Settings, *, events: Events | None = None) -> Iterator[Measurement]
     for case in cases:
         row = case.row
         kind = (row.impl, row.direction)
-        refusal = _refusal(case, s, deadline, 0.0)
-        if not refusal and row.seq > _PROBE_SEQ and not best[kind]:
-            probe = case_of(s, row.impl, row.direction, row.chunk or _PROBE_SEQ)
-            probe = replace(probe, streamed=False)
-            if not _refusal(probe, s, deadline, 0.0):
-                deque(run(probe, 1), maxlen=0)
-        refusal = refusal or _refusal(case, s, deadline, best[kind])
+        refusal = _refusal(case, s, deadline, best[kind])
+        # a shorter run tells the rate; a stream needs none, as it ends in time
+        if not (refusal or case.streamed or best[kind]) and row.seq > _PROBE_SEQ:
+            deque(run(case_of(s, row.impl, row.direction, _PROBE_SEQ), 1), maxlen=0)
+            refusal = _refusal(case, s, deadline, best[kind])
         if not refusal:
             yield from run(case, s.repeats)
             if not case.streamed:
@@ -539,9 +554,5 @@ def device_name(device: torch.device) -> str:
     """Return the name of a GPU, or of this machine's processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    return platform.processor() or platform.machine()
+    name = machines.system_value(machines.CPU_INFO, "model name")
+    return name or platform.processor() or platform.machine()

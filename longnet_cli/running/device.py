@@ -63,12 +63,20 @@ def _warn_of_slow_bf16() -> None:
     )
 
 
+def system_value(path: str | Path, name: str) -> str | None:
+    """Return what a file of Linux says after a name and a colon; None without it, as on other systems."""
+    with suppress(OSError):
+        if found := re.search(rf"^(?:{name})\s*:(.*)", Path(path).read_text(), re.MULTILINE):
+            return found[1].strip()
+    return None
+
+
 def bf16_instructions() -> str | None:
     """Return the names of the CPU's bf16 instructions, "" if it has none; None where the system does not say."""
-    with suppress(OSError):  # not Linux
-        if flags := re.search(r"^(?:flags|Features)\s*:(.*)", CPU_INFO.read_text(), re.MULTILINE):
-            return ", ".join(sorted({"avx512_bf16", "amx_bf16", "bf16"} & {*flags[1].split()}))
-    return None
+    flags = system_value(CPU_INFO, "flags|Features")
+    if flags is None:
+        return None
+    return ", ".join(sorted({"avx512_bf16", "amx_bf16", "bf16"} & {*flags.split()}))
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -129,11 +137,8 @@ def free_memory(device: torch.device) -> int | None:
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
     free = []
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(
-            next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-        )
+    if available := system_value("/proc/meminfo", "MemAvailable"):
+        free.append(int(available.split()[0]) * 1024)
     with suppress(OSError, ValueError, KeyError):  # a container's limit, which MemAvailable ignores
         group = Path("/sys/fs/cgroup")
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -173,9 +178,8 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process has held so far, as `resident_memory` counts them."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    if peak := system_value("/proc/self/status", "VmHWM"):
+        return int(peak.split()[0]) * 1024
     # not on Linux, where it would include the memory of the process that started this one
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024

@@ -235,6 +235,14 @@ def test_a_long_run_is_streamed_and_reports_every_decade(monkeypatch, chunk):
     )
 
 
+def test_a_chunk_that_is_itself_long_is_streamed(monkeypatch):
+    """As the default chunk on a GPU is, 1Mi tokens."""
+    monkeypatch.setattr(benchmark, "LONG", 100)
+    monkeypatch.setattr(benchmark, "BENCH_CHUNK", 3000)
+    (row,) = rows_of([10_000], **LONG)
+    assert (row.status, row.chunk) == ("ok", 3000)
+
+
 def test_each_chunk_attends_from_its_place_to_what_its_queries_see(monkeypatch):
     places, own = [], benchmark.dilated_attention
 
