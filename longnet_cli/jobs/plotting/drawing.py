@@ -156,16 +156,28 @@ def _draw(axes: Axes, panel: Panel) -> dict[str, object]:
 def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> object:
     # (3, points): None becomes NaN
     x, y, errors = np.array(curve.points, float).T
-    style: dict[str, Any] = {"linewidth": 1.2, "color": color}
+    is_one = len(x) == 1
+    marks = None
     # a line cannot show one point; of few, show each
-    if len(x) == 1 or (panel.x.base and not curve.extrapolated):
-        style |= {"marker": "o", "markersize": 4 if panel.x.base else 6}
-    if not np.isnan(errors).all():
-        if len(x) == 1:
-            axes.errorbar(x, y, errors, color=color, linewidth=1.2, capsize=2)
-        else:
-            axes.fill_between(x, y - errors, y + errors, color=color, alpha=0.15, linewidth=0)
-    return axes.plot(x, y, "--" if curve.extrapolated else "-", **style)[0]
+    if is_one or (panel.x.base and not curve.extrapolated):
+        marks = "o"
+    has_errors = not np.isnan(errors).all()
+    if has_errors and is_one:
+        axes.errorbar(x, y, errors, color=color, linewidth=1.2, capsize=2)
+    elif has_errors:
+        low = y - errors
+        high = y + errors
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    lines = axes.plot(
+        x,
+        y,
+        color=color,
+        linewidth=1.2,
+        linestyle="--" if curve.extrapolated else "-",
+        marker=marks,
+        markersize=4 if panel.x.base else 6,
+    )
+    return lines[0]
 
 
 # Multiples of a power of the base at which a logarithmic axis has ticks: the first of these that give enough

@@ -24,7 +24,7 @@ def _size(number: float) -> str:
     return format_size(round(number))
 
 
-TOKENS = Axis("tokens in the sequence", base=10, write=_size)
+LENGTH_AXIS = Axis("tokens in the sequence", base=10, write=_size)
 
 # The key of each panel, its axis, and the power of the length with which dense attention grows (None: unknown)
 BENCH_PANELS = (
@@ -82,25 +82,30 @@ class Bench(_Measurements):
         Dense attention that was skipped is extrapolated from its longest run: its FLOPs grow with the squared length.
         """
         values = {key: {str(row.get(key)) for row in self.rows} for key in _DIFFERENCES}
-        differing = [key for key in _DIFFERENCES if len(values[key]) > 1]
-        alone = {"dense"}.difference(row["impl"] for other in others for row in other.rows)
-        several = len({row["impl"] for row in self.rows} - alone) > 1
+        theirs = {row["impl"] for other in others for row in other.rows}
+        own = {row["impl"] for row in self.rows}
+        shared = own - ({"dense"} - theirs)
         groups = defaultdict[str, list[Row]](list)
         for row in self.rows:
-            named = others and row["impl"] not in alone
+            impl = row["impl"]
+            named = others and impl in shared
             words = [self.name] if named else []
-            if several or not named:
-                words.append(row["impl"])
-            words += [_DIFFERENCES[key](row[key]) for key in differing if row.get(key) is not None]
+            if len(shared) > 1 or not named:
+                words.append(impl)
+            for key, in_words in _DIFFERENCES.items():
+                if len(values[key]) > 1 and row.get(key) is not None:
+                    words.append(in_words(row[key]))
             groups[", ".join(words)].append(row)
         for key, axis, power in BENCH_PANELS:
             curves = []
             for name, rows in groups.items():
-                curves.append(curve := Curve(name, points(rows, (TOKENS, axis), "length", key)))
+                curves.append(
+                    curve := Curve(name, points(rows, (LENGTH_AXIS, axis), "length", key))
+                )
                 dense = all(row["impl"] == "dense" and row.get("op") == "attention" for row in rows)
                 if power and curve.points and dense:
                     curves.append(_extrapolated(curve, rows, power))
-            yield Panel(key, TOKENS, axis, curves)
+            yield Panel(key, LENGTH_AXIS, axis, curves)
 
 
 def _length(row: Row) -> float | None:
@@ -122,7 +127,7 @@ def _extrapolated(curve: Curve, rows: list[Row], power: int) -> Curve:
     return Curve(curve.name, [last, *further] if further else [], extrapolated=True)
 
 
-STEP = Axis("step")
+STEP_AXIS = Axis("step")
 
 # The axis of each panel, and its keys in metrics.jsonl, each with an addition to the run's name
 RUN_PANELS = (
@@ -155,15 +160,15 @@ class Run(_Measurements):
     def panels(self, others: Sequence[Run]) -> Iterator[Panel]:
         """Yield a panel for each quantity. Its curves are empty if no line has the quantity."""
         for axis, keys in RUN_PANELS:
-            curves = [
-                Curve(self.name + more, points(self.rows, (STEP, axis), "step", key))
-                for key, more in keys
-            ]
-            yield Panel(keys[0][0], STEP, axis, curves)
+            curves = []
+            for key, more in keys:
+                of_key = points(self.rows, (STEP_AXIS, axis), "step", key)
+                curves.append(Curve(self.name + more, of_key))
+            yield Panel(keys[0][0], STEP_AXIS, axis, curves)
 
 
-CONTEXT = Axis("context, tokens", base=2, write=_size)
-NATS = Axis("nats per token")
+CONTEXT_AXIS = Axis("context, tokens", base=2, write=_size)
+NATS_AXIS = Axis("nats per token")
 
 # Keys of a total, with their axes and the keys of their standard errors
 TOTALS = (
@@ -200,9 +205,9 @@ class Scores(_Measurements):
     def panels(self, others: Sequence[Scores]) -> Iterator[Panel]:
         """Yield a panel for perplexity by context, one for its ratio to the first context, and one for each list."""
         for key, axis, error in TOTALS:
-            curve = Curve(self.name, points(self.rows, (CONTEXT, axis), "context", key, error))
+            curve = Curve(self.name, points(self.rows, (CONTEXT_AXIS, axis), "context", key, error))
             is_drawn = key == "ppl" or len(curve.points) > 1
-            yield Panel(key, CONTEXT, axis, [curve] if is_drawn else [])
+            yield Panel(key, CONTEXT_AXIS, axis, [curve] if is_drawn else [])
         for key, place in LISTS:
             curves = []
             for total in self.rows:
@@ -210,9 +215,9 @@ class Scores(_Measurements):
                 words = [self.name] if others or context is None else []
                 if context is not None:
                     words.append(f"context {format_size(round(context))}")
-                losses = points(total.get(key) or (), (place, NATS), "from", "nll", "nll_se")
+                losses = points(total.get(key) or (), (place, NATS_AXIS), "from", "nll", "nll_se")
                 curves.append(Curve(", ".join(words), losses))
-            yield Panel(key, place, NATS, curves)
+            yield Panel(key, place, NATS_AXIS, curves)
 
 
 def _is_total(value: object) -> bool:
@@ -256,10 +261,10 @@ def read_all(paths: Sequence[str | Path]) -> list[Measured]:
     """Read several files. Each is named by its path if another one has the same name."""
     measured = [read(path) for path in paths]
     times = Counter(file.name for file in measured)
-    return [
-        file if times[file.name] == 1 else replace(file, name=str(path))
-        for file, path in zip(measured, paths, strict=True)
-    ]
+    for index, file in enumerate(measured):
+        if times[file.name] > 1:
+            measured[index] = replace(file, name=str(paths[index]))
+    return measured
 
 
 def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel]:
@@ -289,11 +294,10 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
 def title(measured: Sequence[Measured]) -> str:
     """Return what a picture is of: a layer, models, machines and dates in the files, or else the names of the files."""
     rows = [row for file in measured for row in file.rows]
-    words = [
-        f"one attention layer of {row['heads']} heads x {row['head_dim']}"
-        for row in rows
-        if row.get("op") == "attention"
-    ]
+    words = []
+    for row in rows:
+        if row.get("op") == "attention":
+            words.append(f"one attention layer of {row['heads']} heads x {row['head_dim']}")
     for key in ("model", "machine", "date"):
         words += [str(row[key]) for row in rows if row.get(key)]
     return ", ".join(dict.fromkeys(words or [file.name for file in measured]))

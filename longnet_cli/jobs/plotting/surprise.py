@@ -18,6 +18,7 @@ little-endian, each list without a gap after the one before. Elements are made f
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import sys
@@ -25,7 +26,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -244,15 +245,19 @@ def write_surprise(surprise: Surprise, output: str | Path) -> None:
 
 def _facts(surprise: Surprise) -> dict[str, object]:
     """Return what a page knows of its documents: names, numbers of tokens, and which lists its data has."""
-    documents = [
-        {"id": shown.doc_id, "start": shown.start, "tokens": len(shown.pieces), "nats": shown.means}
-        for shown in surprise.documents
-    ]
+    documents = []
+    tokens = 0
+    for shown in surprise.documents:
+        length = len(shown.pieces)
+        tokens += length
+        documents.append(
+            {"id": shown.doc_id, "start": shown.start, "tokens": length, "nats": shown.means}
+        )
     return {
         "names": surprise.names,
         "documents": documents,
         "tops": surprise.tops,
-        "tokens": sum(len(shown.pieces) for shown in surprise.documents),
+        "tokens": tokens,
         "other": len(surprise.names) > 1,
         "top": any(shown.top is not None for shown in surprise.documents),
         "steps": STEPS,
@@ -263,15 +268,23 @@ def _facts(surprise: Surprise) -> dict[str, object]:
 def _data(surprise: Surprise) -> bytes:
     """Return the lists of a page, one after the other: those that it does not have are empty."""
 
-    def column(name: str) -> np.ndarray:
-        lists = (getattr(document, name) for document in surprise.documents)
-        return np.concatenate([np.empty(0, np.float32), *(x for x in lists if x is not None)])
+    data = io.BytesIO()
 
-    texts = chain.from_iterable(document.pieces for document in surprise.documents)
-    pieces = [piece.encode("utf-16-le", "replace") for piece in texts]
-    lists = [column("top").astype("<u4")]
-    lists.append(np.array([len(piece) // 2 for piece in pieces], "<u2"))
+    def write(name: str, kind: str, steps: int = 1) -> None:
+        most = np.iinfo(kind).max
+        for document in surprise.documents:
+            values = getattr(document, name)
+            if values is not None:
+                data.write(np.rint(values * steps).clip(0, most).astype(kind).tobytes())
+
+    write("top", "<u4")
+    pieces = []
+    for document in surprise.documents:
+        for piece in document.pieces:
+            pieces.append(piece.encode("utf-16-le", "replace"))
+    data.write(np.array([len(piece) // 2 for piece in pieces], "<u2").tobytes())
     for name in ("nats", "other_nats", "top_nats"):
-        lists.append(np.rint(column(name) * STEPS).clip(0, 65535).astype("<u2"))
-    text = b"".join(pieces).decode("utf-16-le").encode()
-    return b"".join([*(values.tobytes() for values in lists), text])
+        write(name, "<u2", STEPS)
+    text = b"".join(pieces).decode("utf-16-le")
+    data.write(text.encode())
+    return data.getvalue()
