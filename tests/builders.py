@@ -24,6 +24,7 @@ from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import TABLES, Gain, Score, column
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.jobs.training.windows import Batch
 from longnet_cli.models.official_slide import official_name
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
@@ -116,7 +117,7 @@ class MadeInputs(Inputs):
 
     made: Iterable[Document] = ()
 
-    def documents(self, *, digests: bool = False, names_apart: bool = False) -> MadeDocuments:
+    def documents(self, **options: Any) -> MadeDocuments:
         return MadeDocuments(self, self.documents_of)
 
     def fingerprint(self) -> str:
@@ -145,6 +146,12 @@ class NotedDocument:
         assert 0 <= start < stop <= len(self)
         self.reads.append((start, stop))
         return self.tokens[start:stop].astype(np.int64)
+
+
+def ids_of(batch: Batch) -> np.ndarray:
+    """Return the ids of all windows of a batch, (rows, tokens)."""
+    rows, tokens = batch.shape
+    return np.stack([batch.read(row, 0, tokens) for row in range(rows)])
 
 
 def write_corpus(folder: Path, bottles: int, held_out: int) -> Path:

@@ -138,6 +138,9 @@ def test_learning_rate():
         [1, 0.75, 0.5, 0.25, 0]
     )
     assert ScheduleRecipe(decay="constant", warmup_steps=0).learning_rate(50, 100, 1.0) == 1.0
+    # one step after the warm-up is the last, and falls; the only step of a run has the peak
+    assert [schedule.learning_rate(step, 11, 2.0) for step in (9, 10)] == pytest.approx([2.0, 0.2])
+    assert linear.learning_rate(0, 1, 1.0) == 1.0
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
@@ -317,11 +320,12 @@ def test_evaluations_do_not_count_in_the_speed_and_no_mfu_is_above_1(monkeypatch
     now = 0.0
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
     log = MetricsLog(None)
+    log.peak = peak
     now = 2.0
     log.add(100, 600.0, 1.0, 1.0)
     with log.paused():
         now = 50.0
-    line = log.write(1, 0.1, 32, memory=0, peak=peak)
+    line = log.write(1, 0.1, 32, memory=0)
     assert (line.tokens_per_second, line.mfu) == (50, mfu)
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from builders import NotedDocument as Document
+from builders import ids_of
 from many_ranks import TOLERANCE, in_both_types, off, random_pattern, run_ranks, together
 from pattern_nets import EOS, draw, net
 from strategies import PAPER_64TH, document_starts, turn
@@ -28,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.basics.errors import LongNetError
-from longnet_cli.jobs.estimating import far_bytes
 from longnet_cli.jobs.training.objective import backward, stored_tokens
+from longnet_cli.jobs.estimating import far_bytes
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.causal_stream import CausalStream
@@ -315,7 +316,7 @@ def slices_of_stored_windows(chunk: int) -> None:
     model = net(PAPER_64TH).double()
     document = Document(draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy())
     batch, _ = next(iter(TokenWindows([TokenStream([document], EOS)], 240, 2, seed=0)))
-    whole = torch.from_numpy(batch.read_all())
+    whole = torch.from_numpy(ids_of(batch))
     loss = backward(
         model, whole[:, :-1], whole[:, 1:], chunk=10_000, starts=document_starts(whole[:, :-1], EOS)
     )

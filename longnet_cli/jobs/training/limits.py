@@ -1,5 +1,7 @@
 """The limits that a recipe must keep: the memory of the machine, and windows that ranks can share."""
 
+import math
+
 import torch
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
@@ -26,7 +28,20 @@ def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
     """Raise ConfigError for windows that the ranks cannot share or that a bidirectional net cannot see as a whole."""
     train = recipe.train
     for stage in train.stages:
-        check_windows(ranks, stage.seq_len, train.windows(stage))
+        windows = train.windows(stage)
+        seq_len = stage.seq_len
+        if windows % ranks.dp:
+            shared = math.gcd(windows, ranks.world)
+            fits = ", ".join(str(dp) for dp in range(1, shared + 1) if shared % dp == 0)
+            raise ConfigError(
+                f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share "
+                f"equally: --dp {fits} would fit, or other train.batch_tokens"
+            )
+        if seq_len < ranks.sp:
+            raise ConfigError(
+                f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit, or "
+                "longer windows"
+            )
     if recipe.model.causal:
         return
     longest = max(stage.seq_len for stage in train.stages)
@@ -39,23 +54,4 @@ def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
         raise ConfigError(
             "a bidirectional net over several ranks cannot keep the documents of a window apart: set "
             "train.across_documents = true, or give each rank its own windows (--dp)"
-        )
-
-
-def check_windows(ranks: Ranks, seq_len: int, windows: int) -> None:
-    """Raise ConfigError where a step's `windows` of `seq_len` tokens cannot be shared, and say what would fit."""
-    if windows % ranks.dp:
-        fits = ", ".join(
-            str(dp)
-            for dp in range(1, ranks.world + 1)
-            if windows % dp == 0 and ranks.world % dp == 0
-        )
-        raise ConfigError(
-            f"a step has {windows} windows of {seq_len} tokens, which {ranks.dp} groups of ranks cannot share equally: "
-            f"--dp {fits} would fit, or other train.batch_tokens"
-        )
-    if seq_len < ranks.sp:
-        raise ConfigError(
-            f"{ranks.sp} ranks cannot share a window of {seq_len} tokens: --sp {seq_len} or less would fit, or longer "
-            "windows"
         )

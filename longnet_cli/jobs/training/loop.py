@@ -128,7 +128,8 @@ def train(
     ranks = ranks or Ranks()
     events = events or Events()
     run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, events)
-    run.peak = peak
+    if peak:
+        run.log.peak = peak * ranks.world
     with locked_folder(run.output) if ranks.writes else nullcontext():
         run.resume(resume)
         for line in () if run.progress.step else recipe.notes():
@@ -142,7 +143,6 @@ class _TrainingRun:
     """A run: its recipe, its data, its model, and its state, which is that of the last whole step."""
 
     signals: Signals  # while it goes
-    peak: float | None
 
     def __init__(
         self,
@@ -268,9 +268,8 @@ class _TrainingRun:
             gc.unfreeze()
         self._end()
         loss = line.loss if line else math.nan
-        return TrainResult(
-            self.progress.step, self.log.tokens, loss, self.output, self.progress.best
-        )
+        done = self.progress
+        return TrainResult(done.step, self.log.tokens, loss, self.output, done.best)
 
     def _batches(self) -> Iterator[tuple[Batch, dict[str, object]]]:
         """Yield (a batch of windows, the position after it) for each step that is left."""
@@ -348,10 +347,12 @@ class _TrainingRun:
         first = last - windows.rows * windows.world
         places = windows.places(first, last)
         where = self.output if self.output.is_absolute() else f"./{self.output}"
-        others = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        named = ", ".join(places[:3])
+        if len(places) > 3:
+            named += f" and {len(places) - 3} more"
         raise LongNetError(
             f"the loss {'jumps' if finite else 'is not finite'} at step {self.progress.step + 1} (loss {loss:.4g}, "
-            f"gradient norm {grad_norm:.4g}), in windows {first} to {last - 1}, from {', '.join(places[:3])}{others}; "
+            f"gradient norm {grad_norm:.4g}), in windows {first} to {last - 1}, from {named}; "
             f"the state before that step is saved in {self.output}: lower optimizer.lr or lengthen "
             f"schedule.warmup_steps, and start another run with --init {where}"
         )
@@ -378,9 +379,8 @@ class _TrainingRun:
         if held_out or last or progress.step % train.log_every == 0:
             rate = self.recipe.learning_rate(progress.step - 1)
             memory = peak_memory(self.device)
-            peak = self.peak * self.ranks.world if self.peak else None
             line = self.log.write(
-                progress.step, rate, stage.seq_len, memory=memory, peak=peak, held_out=held_out
+                progress.step, rate, stage.seq_len, memory=memory, held_out=held_out
             )
         progress.reported = progress.step
         return line

@@ -13,7 +13,7 @@ from longnet_cli.basics.configuration import parse
 from longnet_cli.jobs.scoring.scoring import Score
 
 
-@dataclass(frozen=True)
+@dataclass
 class Metrics:
     """A line of metrics. `loss`, in nats per token, and `grad_norm`, before clipping, are means since the last line.
 
@@ -38,6 +38,8 @@ class Metrics:
 
 class MetricsLog:
     """A log that collects steps and appends a line to metrics.jsonl on request. Without a path it only collects."""
+
+    peak: float | None = None  # of all ranks, the FLOP/s of matrix products
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -78,15 +80,10 @@ class MetricsLog:
         seq_len: int,
         *,
         memory: int,
-        peak: float | None = None,
         held_out: Score | None = None,
     ) -> Metrics:
-        """Write and return a line for the steps since the last; `peak` is all ranks' matrix product rate in FLOP/s.
-
-        `held_out` is the score of an evaluation.
-        """
+        """Write and return a line for the steps since the last. `held_out` is the score of an evaluation."""
         seconds = time.perf_counter() - self.began
-        share = self.flops / seconds / peak if peak else None
         line = Metrics(
             step=step,
             tokens=self.tokens,
@@ -96,11 +93,13 @@ class MetricsLog:
             tokens_per_second=self.new_tokens / seconds,
             seq_len=seq_len,
             peak_memory_bytes=memory,
-            mfu=share if share is not None and share <= 1 else None,
-            held_out_loss=held_out.nll_sum / held_out.n_tokens if held_out else None,
-            held_out_ppl=held_out.ppl if held_out else None,
-            held_out_bpb=held_out.bpb if held_out else None,
         )
+        if self.peak and self.flops <= seconds * self.peak:
+            line.mfu = self.flops / seconds / self.peak
+        if held_out:
+            line.held_out_loss = held_out.nll_sum / held_out.n_tokens
+            line.held_out_ppl = held_out.ppl
+            line.held_out_bpb = held_out.bpb
         if self.path:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(line), allow_nan=False) + "\n")
@@ -121,14 +120,9 @@ class MetricsLog:
         for name, value in known.items():
             setattr(self, name, value)
         if self.path:
-            lines = (
-                self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-                if self.path.exists()
-                else []
-            )
-            write_file(
-                self.path, "".join(line for line in lines if _step_of(line) <= step).encode()
-            )
+            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            lines = [line for line in text.splitlines(keepends=True) if _step_of(line) <= step]
+            write_file(self.path, "".join(lines).encode())
 
 
 def _step_of(line: str) -> float:

@@ -131,7 +131,9 @@ class ScheduleRecipe(StrictModel):
             return peak * (step + 1) / self.warmup_steps
         if self.decay == "constant":
             return peak
-        done = (step - self.warmup_steps) / max(1, total - 1 - self.warmup_steps)
+        falling = total - 1 - self.warmup_steps  # steps
+        # the one step after the warm-up is the last; the only step of a run has the peak
+        done = (step - self.warmup_steps) / falling if falling else min(1, step)
         share = (1 - done) ** self.power
         if self.decay == "cosine":
             share = (1 + math.cos(math.pi * done)) / 2
@@ -239,7 +241,6 @@ FREE_TO_CHANGE = {
     "train.save_every",
     "train.save_minutes",
     "train.keep",
-    "train.track",  # a key that is gone, in checkpoints
     "train.held_out_context",
 }
 
@@ -278,6 +279,11 @@ class Recipe(StrictModel):
     @property
     def pretrained(self) -> PretrainedRecipe | None:
         """This recipe, if it trains a Hugging Face model, which brings its weights; None for a LongNet."""
+        return None
+
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """The arguments of `models.hf.training.add_lora`; None where all weights are trained."""
         return None
 
     @property
@@ -383,7 +389,6 @@ class PretrainedRecipe(Recipe):
 
     @property
     def adapter(self) -> dict[str, Any] | None:
-        """The arguments of `models.hf.training.add_lora`; None where all weights are trained."""
         return self.lora.model_dump() if self.lora else None
 
 
@@ -435,8 +440,6 @@ def load_recipe(
             f"{where}: model, data, train and optimizer are tables of keys and values"
         )
     model, source, train, optimizer = tables
-    if where.endswith(".json"):  # a run that was begun when there was this key goes on without it
-        train.pop("track", None)
     for key, rate in TUNING_RATES.items():
         if data.get(key) is not None:
             data["optimizer"] = {"lr": rate} | optimizer

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial, reduce
+from functools import reduce
 from operator import getitem
 from pathlib import Path
 
@@ -94,13 +94,12 @@ def find_checkpoint(
     if resume is True:
         return newest_whole(output / CHECKPOINTS, ranks, note)
     checkpoint = None if resume is False else _checkpoint_at(Path(resume), ranks, note)
-    for newest in checkpoints_in(output / CHECKPOINTS)[:1]:
-        if checkpoint is None or checkpoint.resolve() != newest.resolve():
-            raise ConfigError(
-                f"{output} already holds a run: name another folder with -o, or remove it"
-            )
-        return newest
-    return checkpoint
+    newest = next(iter(checkpoints_in(output / CHECKPOINTS)), checkpoint)
+    if newest and (checkpoint is None or checkpoint.resolve() != newest.resolve()):
+        raise ConfigError(
+            f"{output} already holds a run: name another folder with -o, or remove it"
+        )
+    return newest
 
 
 def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
@@ -120,16 +119,14 @@ def _refuse_others(folder: Path) -> None:
 
     A run writes its recipe first, and its recipe is in each checkpoint.
     """
-    runs = [partial(_stored, folder / RECIPE)]
-    runs += [
-        partial(_stored, path / STATE, "recipe") for path in checkpoints_in(folder / CHECKPOINTS)
-    ]
     if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
         raise ConfigError(
             f"{folder} already holds a model: name another folder with -o, or remove it"
         )
-    for stored in runs:
-        if all(isinstance(stored(table), dict) for table in ("model", "data", "train")):
+    recipes = [_stored(folder / RECIPE)]
+    recipes += [_stored(path / STATE, "recipe") for path in checkpoints_in(folder / CHECKPOINTS)]
+    for recipe in recipes:
+        if isinstance(recipe, dict) and {"model", "data", "train"} <= recipe.keys():
             return
     for name in (*MODEL_FILES, *RUN_FILES):
         if (folder / name).exists():
@@ -171,7 +168,10 @@ def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
         files += [output / name, output / BEST / name]
     also: list[Path | None] = []
     if not again:
-        also += [ModelFolder.find(recipe.init).path if recipe.init else None]
-        also += [Path(path) if path else None, Tokenizer.find(data.tokenizer)]
+        also.append(Tokenizer.find(data.tokenizer))
+        if recipe.init:
+            also.append(ModelFolder.find(recipe.init).path)
+        if path:
+            also.append(Path(path))
     for inputs in (*(source.files for source in data.sources), data.held_out_files):
         refuse_overwriting("-o", files, inputs, also)

@@ -94,10 +94,9 @@ class Batch:
         stop = min(tokens, self.shape[1])
         self._fetched = np.stack([self.read(row, 0, stop) for row in range(self.shape[0])])
 
-    def read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def read(self, row: int, start: int, stop: int) -> np.ndarray:
         """Return the ids [start, stop) of a window, (stop - start,) int64. Reads only these, and checks no bounds."""
         stream, position = self.starts[row]
-        stop = self.shape[1] if stop is None else stop
         if stop <= self._fetched.shape[1]:
             return self._fetched[row, start:stop]
         out = np.empty(stop - start, np.int64)
@@ -110,10 +109,6 @@ class Batch:
         stream, position = self.starts[row]
         first, last = stream.starts.searchsorted((position + 1, position + tokens))
         return [0, *(stream.starts[first:last] - position).tolist()]
-
-    def read_all(self) -> np.ndarray:
-        """Return the ids of all windows, (rows, tokens) int64."""
-        return np.stack([self.read(row) for row in range(self.shape[0])])
 
 
 class Mix:
@@ -225,7 +220,6 @@ class TokenWindows:
         version, seed, seq_len, weights             decide the sequence: checked
         tokens, digests (of each source)            differ for other data: checked
         step                                        the position: how many windows were taken
-        source, epoch, document, offset, where      where the next window starts: for people, not read
     """
 
     def __init__(
@@ -278,12 +272,10 @@ class TokenWindows:
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return these windows of the run."""
-        places = [self.locate(n) for n in numbers]
-        return Batch(
-            [(self.sources[source], start) for source, _, start in places],
-            self.seq_len + 1,
-            numbers,
-        )
+        starts = []
+        for source, _, start in map(self.locate, numbers):
+            starts.append((self.sources[source], start))
+        return Batch(starts, self.seq_len + 1, numbers)
 
     def locate(self, n: int) -> tuple[int, int, int]:
         """Return (source, epoch, start in the source's stream) of window n of the run. Fast unless n goes back far."""
@@ -295,19 +287,7 @@ class TokenWindows:
 
     def state(self, step: int) -> dict[str, Any]:
         """Return the state after `step` windows of all ranks."""
-        source, epoch, start = self.locate(step)
-        stream = self.sources[source]
-        index = stream.locate(start)
-        return {
-            **self.identity,
-            "step": step,
-            "source": source,
-            "epoch": epoch,
-            "document": index,
-            # also 0 for the eos before the document
-            "offset": max(0, start - int(stream.starts[index]) - 1),
-            "where": stream.documents[index].where,
-        }
+        return {**self.identity, "step": step}
 
     def places(self, first: int, last: int) -> list[str]:
         """Return where the windows first .. last - 1 start: file and row, each once, in order."""
