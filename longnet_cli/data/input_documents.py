@@ -494,8 +494,7 @@ class DocumentPass:
 
 
 def _check_tokenizer(table: Table, tokenizer: Tokenizer | None) -> None:
-    metadata = table.schema.metadata or {}
-    written = metadata.get(b"longnet.tokenizer_sha256", b"").decode("utf-8", "replace")
+    written = table.metadata.get("longnet.tokenizer_sha256")
     if tokenizer and written and written != tokenizer.sha256:
         raise ConfigError(
             f"{table.where}: its tokens were made by tokenizer {written[:12]}, and the one "

@@ -79,6 +79,14 @@ class Table:
     fraction: Callable[[int], float] = lambda rows: 0.0
     ready: Callable[[], bool] | None = None
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the schema, as text."""
+        texts = {}
+        for key, value in (self.schema.metadata or {}).items():
+            texts[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        return texts
+
     def place(self, row: int) -> str:
         """Return the file and the row, for a message. `row` counts from 0."""
         return f"{self.where}, {self.numbered} {row + (self.numbered == 'line') + bisect_right(self.blank, row)}"

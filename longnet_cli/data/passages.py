@@ -7,7 +7,6 @@ The index is in memory, or a file that knows its inputs by their sizes, times of
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.atomic import atomic_write
+from longnet_cli.basics.digests import file_sha256
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, is_utf8
 from longnet_cli.basics.events import Events
 
@@ -344,8 +344,5 @@ def _digest(source: InputFile) -> str | None:
     """Return a digest of all bytes of a file; of one in a store, of its version; None of a pipe."""
     if source.path is None or source.status is None:
         return content_digest(source)
-    digest = hashlib.sha256()
-    with reading(source.where), open(source.path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    with reading(source.where):
+        return file_sha256(source.path)

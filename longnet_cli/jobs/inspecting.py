@@ -1,13 +1,13 @@
 """The `inspect` job: the contents of files of tokens, text or vectors, and all problems in them."""
 
 import math
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
+
+import numpy as np
 
 from longnet_cli.basics.errors import ConfigError, DataError, one_line
 from longnet_cli.basics.events import Events
@@ -20,8 +20,20 @@ from longnet_cli.data.tokenizer import Tokenizer
 MAX_PROBLEMS = 1000  # problems whose lines are kept
 # Of the machine format, in order
 KEYS = (
-    *("documents", "tokens", "byte_tokens", "vectors", "sizes", "n_bytes", "length", "histogram"),
-    *("ids", "formats", "token_types", "metadata", "n_problems", "problems"),
+    "documents",
+    "tokens",
+    "byte_tokens",
+    "vectors",
+    "sizes",
+    "n_bytes",
+    "length",
+    "histogram",
+    "ids",
+    "formats",
+    "token_types",
+    "metadata",
+    "n_problems",
+    "problems",
 )
 RANGE = ("from", "to", "documents")
 
@@ -56,13 +68,18 @@ class Inspection:
         """Return the min, mean, median and max tokens or vectors of a document; None for each without documents."""
         if not self.documents:
             return dict.fromkeys(("min", "mean", "median", "max"))
-        ordered = sorted(self.lengths)
-        # documents of this length or less
-        ends = [*accumulate(self.lengths[length] for length in ordered)]
-        middle = (self.documents - 1) // 2, self.documents // 2
-        median = sum(ordered[bisect_right(ends, index)] for index in middle) / 2
-        mean = round((self.tokens + self.vectors) / self.documents, 3)
-        return {"min": ordered[0], "mean": mean, "median": median, "max": ordered[-1]}
+        lengths = np.array(sorted(self.lengths))
+        counts = [self.lengths[length] for length in lengths.tolist()]
+        ends = np.cumsum(counts)  # the documents of a length or less
+        middle = [(self.documents - 1) // 2, self.documents // 2]
+        median = lengths[ends.searchsorted(middle, "right")].mean()
+        total = self.tokens + self.vectors
+        return {
+            "min": int(lengths[0]),
+            "mean": round(total / self.documents, 3),
+            "median": float(median),
+            "max": int(lengths[-1]),
+        }
 
     def histogram(self) -> list[tuple[int, int, int]]:
         """Return (first, last, documents), the number of documents with first..last tokens: 0, 1, 2..3, 4..7, ..."""
@@ -122,7 +139,7 @@ def _items(
         inspection.formats["text"] += 1
         return inputs.items(opened)
     inspection.formats[opened.format] += 1
-    _note_metadata(inspection, opened.where, opened.schema.metadata or {})
+    _note_metadata(inspection, opened)
     inputs, columns = _columns(inputs, opened)
     kind = token_type(columns.type)
     inspection.token_types["vectors" if inputs.vectors else str(kind or "text")] += 1
@@ -142,10 +159,8 @@ def _columns(inputs: Inputs, table: Table) -> tuple[Inputs, Columns]:
         raise
 
 
-def _note_metadata(inspection: Inspection, where: str, metadata: dict[bytes, bytes]) -> None:
-    for key, value in metadata.items():
-        name = key.decode("utf-8", "replace")
-        text = value.decode("utf-8", "replace")
+def _note_metadata(inspection: Inspection, table: Table) -> None:
+    for name, text in table.metadata.items():
         if not name.startswith("longnet."):
             continue
         texts = inspection.metadata[name]
@@ -154,7 +169,7 @@ def _note_metadata(inspection: Inspection, where: str, metadata: dict[bytes, byt
         with _noting(inspection):
             if name == "longnet.tokenizer_sha256" and text != first:
                 raise ConfigError(
-                    f"{where}: its tokens were made by tokenizer {text[:12]}, the first by {first[:12]}"
+                    f"{table.where}: its tokens were made by tokenizer {text[:12]}, the first by {first[:12]}"
                 )
 
 

@@ -33,9 +33,7 @@ class PassageVectors:
     """
 
     def __init__(self, name: str, index: PassageIndex) -> None:
-        table = _read(name)
-        facts = table.schema.metadata or {}
-        self._facts = {key.decode(): value.decode() for key, value in facts.items()}
+        table, self._facts = _read(name)
         if "longnet.model" not in self._facts:
             raise ConfigError(f"{name}: its metadata name no model, which a question needs too")
         self._index = index
@@ -79,8 +77,8 @@ class PassageVectors:
         return [self._numbers[row] for row in np.argsort(-cosines, kind="stable")[:RANKED]]
 
 
-def _read(name: str) -> pa.Table:
-    """Return the vectors and places of a file or a folder, with the metadata of its files."""
+def _read(name: str) -> tuple[pa.Table, dict[str, str]]:
+    """Return the vectors and places of a file or a folder, and the metadata of its files."""
     batches = list[pa.RecordBatch]()
     for source in InputFiles([name]):
         opened = open_input(source, Wanted())
@@ -88,9 +86,9 @@ def _read(name: str) -> pa.Table:
             raise ConfigError(
                 f"{source.where}: no vectors of passages, which longnet encode --span passage writes"
             )
-        metadata = opened.schema.metadata
+        facts = opened.metadata
         batches += [batch.select(COLUMNS) for batch in opened.read(COLUMNS)]
-    return pa.Table.from_batches(batches).replace_schema_metadata(metadata)
+    return pa.Table.from_batches(batches), facts
 
 
 def _numbers(name: str, index: PassageIndex, table: pa.Table) -> list[int]:

@@ -114,17 +114,18 @@ def tokenize(
     schema = token_schema(
         vocab_size=words.vocab_size, eos_id=words.eos_id, tokenizer_sha256=words.sha256, kept=kept
     )
-    folder: ShardFolder | None = None
+    folder = None
     if in_folder:
-        settings = inputs.settings(words, kept)
-        settings["tokenizer"] = words.sha256
-        settings["train_vocab"] = train_vocab
-        settings["eos"] = of_settings
-        settings["shard_tokens"] = shard_tokens
+        settings = {
+            "tokenizer": words.sha256,
+            "train_vocab": train_vocab,
+            "eos": of_settings,
+            "shard_tokens": shard_tokens,
+        }
         folder = ShardFolder(
             output,
             schema,
-            settings=settings,
+            settings=inputs.settings(words, kept) | settings,
             format=shard_format,
             tokenizer=words.description,
             resume=resume,
@@ -133,16 +134,21 @@ def tokenize(
         )
     with folder or ShardWriter(output, schema) as opened:
         rows = TokenBatches(opened, shard_tokens, kept)
-        if not (folder and folder.finished):
-            remaining = folder.unread(texts) if folder else texts
-            at_once = str(output) == "-"
-            work = _Work(words, appended, at_once, documents.ready, events.progress)
-            work.run(remaining, rows)
+        if folder:
+            texts = iter(()) if folder.finished else folder.unread(texts)
+        work = _Work(words, appended, str(output) == "-", documents.ready, events.progress)
+        work.run(texts, rows)
+    return _result(rows.totals, words, output, folder)
+
+
+def _result(
+    totals: Mapping[str, int], words: Tokenizer, output: str | Path, folder: ShardFolder | None
+) -> TokenizeResult:
+    """Return the totals, and write the tokenizer beside an output file."""
     shards = folder.paths if folder else []
     if beside := tokenizer_beside(output):
         words.save(beside)
         shards = [Path(output)]
-    totals = rows.totals
     return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, words)
 
 
@@ -226,7 +232,7 @@ class _Work:
     ready: Callable[[], bool]
     progress: Callable[..., None]
 
-    def run(self, texts: Iterator[Text], rows: TokenBatches) -> None:
+    def run(self, texts: Iterable[Text], rows: TokenBatches) -> None:
         """Tokenize all texts into `rows`. Those before an error of reading are tokenized first."""
         failures: list[Exception] = []
         parts = portions(
@@ -250,7 +256,7 @@ class _Work:
             raise failure
 
     def _pieces(
-        self, texts: Iterator[Text], failures: list[Exception]
+        self, texts: Iterable[Text], failures: list[Exception]
     ) -> Iterator[_TextPart | None]:
         """Yield the pieces of all texts, and None where the next text is not there yet. Keep an error of reading."""
         try:
