@@ -42,21 +42,17 @@ from longnet_cli.basics.sizes import (
     format_size,
     parse_size,
 )
-from longnet_cli.jobs.estimating import (
-    TOKENS as TRIED,
-)
-from longnet_cli.jobs.estimating import (
-    bytes_per_token,
-    cache_bytes,
-    itemsize_of,
-    logits_bytes,
-    spilled_bytes,
-    unwritten_longnet,
-)
-from longnet_cli.jobs.reading_plan import ReadingPlan
+from longnet_cli.jobs.reading_plan import ReadingPlan, cache_bytes, spilled_bytes
 from longnet_cli.jobs.training.costs import StepFlops, step_flops, stored_bytes, training_memory
 from longnet_cli.jobs.training.limits import check_ranks
 from longnet_cli.jobs.training.recipe import Recipe, Stage, load_recipe, parse_overrides
+from longnet_cli.jobs.training.step_bytes import (
+    TRIED_TOKENS,
+    bytes_per_token,
+    itemsize_of,
+    logits_bytes,
+    unwritten_longnet,
+)
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import LongNetConfig, NetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -429,9 +425,9 @@ def reading_bytes(net: Net, dtype: str) -> int:
         with precision(dtype, ids.device):
             net(ids)
 
-    most = max(2, net.config.max_tokens or 2 * TRIED)
+    most = max(2, net.config.max_tokens or 2 * TRIED_TOKENS)
     read(2)  # the first pass loads libraries, and tries attention kernels
-    return bytes_per_token(read, min(TRIED, most // 2))
+    return bytes_per_token(read, min(TRIED_TOKENS, most // 2))
 
 
 def reading_memory(net: Net, plan: ReadingPlan, dtype: str, *, scores: bool) -> dict[str, int]:
@@ -491,7 +487,8 @@ def reading_plans(
     shareable = net.layer_by_layer and tokens > chunk
     read, plans = ReadingPlan(config, chunk), []
     read.add([(tokens, tokens * scores)])
-    flops, attention = read.product_flops(scores) / tokens, read.attention_flops() / tokens
+    attention = read.attention_flops() / tokens
+    flops = read.flops(scores) / tokens - attention
     flops += keys_again(config, tokens, chunk)
     for sp, dp in meshes(machine, None if shareable else 1):
         ranks = Ranks(0, sp, sp)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from longnet_cli.basics.errors import MemoryLimitError
-from longnet_cli.basics.events import Events
+from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.basics.sizes import count_of, format_bytes, format_count, format_duration
 from longnet_cli.cli.options import Format
 from longnet_cli.cli.output import emit_json
@@ -61,19 +61,18 @@ def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format
     assert opened.room  # of every dry run
     drawn = Sample(sample, inputs.document) if sample and inputs.tokenizer else None
     with progress("counting", total=None) as advance:
-        job.reader.events = Events(progress=advance)
+        left_out = LeftOut((lambda *_: None) if inputs.skip_bad else None)
+        job.reader.events = Events(progress=advance, left_out=left_out)
         counted = count_documents(
             job,
             inputs.untokenized() if drawn else inputs.documents(),
             drawn=drawn,
             done=opened.earlier.totals["documents"] if opened.earlier else 0,
-            skip_bad=inputs.skip_bad,
         )
-    kept = job.kept_bytes(counted.longest_document)
     task = Task(job.read, job.window_sizes, job.scores)
     with progress("trying the first chunks", total=None) as advance:
         job.reader.events = Events(progress=advance)
-        estimate = estimate_reading(job.reader, counted, task, room=opened.room, kept=kept)
+        estimate = estimate_reading(job.reader, counted, task, room=opened.room)
     leave()
     if opened.ranks.writes:
         show_reading(estimate, "json" if format == "json" else "text", job.doing)

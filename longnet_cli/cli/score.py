@@ -142,15 +142,13 @@ def score(options: ScoreCommand) -> None:
     }
     also = {"--token-logprobs": options.token_logprobs}
     opened = open_command(replace(options, documents=documents), where_to, for_folder, also=also)
-    from longnet_cli.jobs.row_jobs import ModelFacts, Output
+    from longnet_cli.jobs.row_jobs import Output
     from longnet_cli.jobs.scoring.scoring import Scorer
 
     words = opened.loaded.tokenizer
-    facts = ModelFacts.of(opened.loaded)
+    job = Scorer.of_model(opened.reader(), asked, opened.loaded, bool(options.top))
     if options.choice.pattern:
-        tell(f"pattern {facts.pattern}")
-    count_bytes = words.n_bytes if words else None
-    job = Scorer(opened.reader(), asked, facts, count_bytes, bool(options.top))
+        tell(f"pattern {job.facts.pattern}")
     inputs = opened.inputs(words.for_documents() if words and options.token_logprobs else words)
     if options.running.dry_run:
         plan(opened, job, inputs, options.running.sample, options.format)

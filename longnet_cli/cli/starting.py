@@ -208,7 +208,7 @@ class Opened:
         logprobs: Callable[..., None] | None = None,
     ) -> None:
         """Write the rows of a job, with progress, and say how many there are. For `logprobs`, see `Events`."""
-        from longnet_cli.jobs.row_jobs import run
+        from longnet_cli.jobs.row_jobs import write_rows
 
         expected = ExpectedTokens()
         path = str(output.path)
@@ -235,7 +235,7 @@ class Opened:
                 document=on_document,
                 logprobs=logprobs,
             )
-            written = run(job, inputs, output)
+            written = write_rows(job, inputs, output)
         if written is not None and (path != "-" or not output.sink):
             counts = count_of(written["rows"], job.row_name)
             tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"

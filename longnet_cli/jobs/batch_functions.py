@@ -37,9 +37,9 @@ from longnet_cli.running.reader import Reader
 
 from .encoding import EncodeFacts, Encoder, for_model
 from .job_options import UNITS, EncodeOptions, ScoreOptions
-from .row_jobs import ModelFacts, RowJob
+from .row_jobs import RowJob
 
-SIZES = {"span", "stride", "dims", "tile_size", "last", "chunk", "context"}
+SIZE_OPTIONS = {"span", "stride", "dims", "tile_size", "last", "chunk", "context"}
 Options = TypeVar("Options")
 JobAndWords = Callable[[], tuple[RowJob, Tokenizer | None]]
 
@@ -79,19 +79,14 @@ class Reading:
         return Reader(self.load().net, chunk=self.chunk, dtype=self.dtype, events=events)
 
 
-def _with_options_of(*kinds: type) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    """Give a function the signature of one that takes the fields of these dataclasses as keyword arguments."""
+def _signature(*kinds: type) -> Signature:
+    """Return the signature of a function that takes the fields of these dataclasses as keyword arguments."""
     parameters = [Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD)]
     keyword = partial(Parameter, kind=Parameter.KEYWORD_ONLY)
     for option in chain.from_iterable(map(fields, kinds)):
         if option.name != "embeds":
             parameters.append(keyword(option.name, default=option.default, annotation=option.type))
-
-    def decorate(function: Callable[..., object]) -> Callable[..., object]:
-        function.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        return function
-
-    return decorate
+    return Signature(parameters)
 
 
 def embed(
@@ -120,7 +115,6 @@ def embed(
     return vectors
 
 
-@_with_options_of(EncodeOptions, Reading)
 def encode_batches(batches: Any, **options: Any) -> Any:
     """Encode the documents of a table or of record batches, and return the rows of `longnet encode`.
 
@@ -145,7 +139,6 @@ def encode_batches(batches: Any, **options: Any) -> Any:
     return _mapped(batches, reading, job_and_words)
 
 
-@_with_options_of(ScoreOptions, Reading)
 def score_batches(batches: Any, **options: Any) -> Any:
     """Score the documents of a table or of record batches, and return the rows of `longnet score -o`.
 
@@ -166,18 +159,20 @@ def score_batches(batches: Any, **options: Any) -> Any:
 
     def job_and_words() -> tuple[RowJob, Tokenizer | None]:
         loaded = reading.load()
-        words = loaded.tokenizer
-        count_bytes = words.n_bytes if words else None
-        return Scorer(reading.reader(), asked, ModelFacts.of(loaded), count_bytes), words
+        return Scorer.of_model(reading.reader(), asked, loaded), loaded.tokenizer
 
     return _mapped(batches, reading, job_and_words)
+
+
+encode_batches.__signature__ = _signature(EncodeOptions, Reading)  # type: ignore[attr-defined]
+score_batches.__signature__ = _signature(ScoreOptions, Reading)  # type: ignore[attr-defined]
 
 
 def _read(
     options: Mapping[str, Any], kind: Callable[..., Options], **more: Any
 ) -> tuple[Options, Reading]:
     """Return what is asked of a job, and of the reading. Raises TypeError for a name that neither has."""
-    sizes = {name: _size(name, value) for name, value in options.items() if name in SIZES}
+    sizes = {name: _size(name, value) for name, value in options.items() if name in SIZE_OPTIONS}
     keep = options.get("keep", ())
     columns = (keep,) if isinstance(keep, str) else tuple(keep)
     of_job = {**options, **sizes, "keep": columns, **more}

@@ -1,6 +1,6 @@
 """The `encode` job: vectors of documents, or of their spans, pooled from the hidden states after the final norm.
 
-    documents --Reader--> hidden states --Pooling--> rows --> Arrow batches, which `row_jobs.run` writes
+    documents --Reader--> hidden states --Pooling--> rows --> Arrow batches, which `row_jobs.write_rows` writes
 
 Hidden states are pooled piece by piece. Spans of tokens have their places in the text, in characters.
 """
@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
-from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.basics.events import Events
 from longnet_cli.data.opened_inputs import numpy_dtype
 from longnet_cli.data.row_writer import kept_columns, row_schema
 from longnet_cli.data.text_pieces import Unit
@@ -28,14 +25,12 @@ from longnet_cli.data.token_documents import Document, TextPlaces
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
 from longnet_cli.nets.net import InputSequence, Net, bos_ids
-from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window
 
 from .job_options import NO_PREFIX, ONE_STATE, EncodeOptions
 from .pooling import (
     SHORT,
     SUMMED,
-    DocumentWindow,
     Pooling,
     Row,
     WindowMean,
@@ -67,64 +62,67 @@ class EncodeFacts(ModelFacts):
     splits_special: bool | None = None
 
     @property
+    def framed(self) -> bool:
+        """Whether each window is written by a template, as embedding models have one."""
+        return self.closing is not None
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """The ids before a document, or before its part in a window."""
+        return (*bos_ids(self.bos), *(self.prefix or ()))
+
+    @property
     def around(self) -> int:
         """The number of tokens of a window that are not the document's."""
-        return len(bos_ids(self.bos)) + len(self.prefix or ()) + len(self.closing or ())
+        return len(self.before) + len(self.closing or ())
 
     def tokenizer_for(self, loaded: Loaded) -> Tokenizer | None:
         """Return the tokenizer that reads documents of text: after the prompt of an embedding model, with places."""
         words = loaded.embedding.words if loaded.embedding else loaded.tokenizer
-        return words and words.for_documents((loaded.embedding and self.prompt) or "")
+        return words and words.for_documents(self.prompt or "")
 
 
 class TextCut:
-    """The cut of documents into windows. Raises ConfigError for options that leave no room, or do not go together.
+    """The cut of documents into windows. Raises ConfigError for a context, a stride and a span that leave no room.
 
-    `room` is the most tokens of a document in a window, None if it is read in one piece. If it has `one_state`, a
-    window has one vector, because a pooling takes one of its states.
+    `room` is the most tokens of a document in a window, None if it is read in one piece. With `one_state`, a window has
+    one vector, because a pooling takes one of its states: then a span is a window.
     """
 
     def __init__(self, options: EncodeOptions, facts: EncodeFacts) -> None:
         self.room: int | None = None
         self.one_state = False
-        self.size = self.stride = 0  # of windows, in tokens of a document
-        stride = options.stride
+        self.size: int | None = None  # of a window, in tokens of a document
+        self.stride: int | None = None
         context = options.context
+        stride = options.stride
         if context is None:
-            if stride is not None:
-                raise ConfigError(
-                    f"--stride {stride}: the model reads a document in one piece: leave it out, or give --context"
-                )
             return
-        span = options.span_tokens
         self.room = room = context - facts.around
-        self.one_state = not ONE_STATE.isdisjoint((options.pool or "").split("+"))
         if room < 1:
             raise ConfigError(
                 f"a window of {context} tokens has no room for a document beside its prompt and special tokens, "
                 f"which are {facts.around}: give a longer --context, or a shorter --prefix"
             )
-        self.size = room
-        if self.one_state and span is not None:
-            if stride is not None:
-                raise ConfigError(f"--stride {stride}: each span is a window: leave it out")
-            if span == options.span and span > room:
-                raise ConfigError(
-                    f"--span {span}: with --pool {options.pool}, a span is a window, which holds {room} tokens of a "
-                    "document: give as many, or less"
-                )
-            self.size = min(room, span)
+        self.one_state = not ONE_STATE.isdisjoint(options.pools)
+        span = options.span_tokens if self.one_state else None
+        if span is not None and stride is not None:
+            raise ConfigError(f"--stride {stride}: each span is a window: leave it out")
+        if span == options.span and span is not None and span > room:
+            raise ConfigError(
+                f"--span {span}: with --pool {options.pool}, a span is a window, which holds {room} tokens of a "
+                "document: give as many, or less"
+            )
         if stride is not None and stride > room:
             raise ConfigError(
                 f"--stride {stride}: a window holds {room} tokens of a document: give as many, or less"
             )
+        self.size = min(room, span or room)
         self.stride = stride or self.size
 
-    def windows(self, tokens: int) -> Iterator[DocumentWindow]:
-        """Return the windows in which a document of so many tokens is read."""
-        if self.room is None:
-            return iter((DocumentWindow(0, tokens, 0, tokens),))
-        return windows_of(tokens, self.size, self.stride)
+    def windows(self, tokens: int) -> Iterator[tuple[int, int, int, int]]:
+        """Return the windows in which a document of so many tokens is read, as `windows_of`."""
+        return windows_of(tokens, self.size or tokens, self.stride or tokens)
 
 
 def for_model(
@@ -132,25 +130,21 @@ def for_model(
 ) -> tuple[EncodeOptions, EncodeFacts]:
     """Return the options with the model's own where none is given, and what `encode` knows of the model.
 
-    Raises ConfigError for a prefix if the model has no tokenizer, and for `context` and `stride` if the model reads no
-    windows.
+    Raises ConfigError for a prefix if the model has no tokenizer, and for vectors that it scales itself.
     """
     net = loaded.net
     tokenizer = loaded.tokenizer
     embedding = loaded.embedding
+    facts = EncodeFacts(**vars(ModelFacts.of(loaded)))
     prefix = "" if options.prefix == NO_PREFIX else options.prefix
     if prefix and tokenizer is None:
         problem = "has no tokenizer, which --prefix needs: give --tokenizer"
         if net.row_size is not None:
             problem = "reads vectors, which have no tokens: leave out --prefix"
         raise ConfigError(f"{folder.name} {problem}")
-    if (options.context or options.stride) and (embedding is None or net.config.causal):
-        raise ConfigError(
-            f"{folder.name} reads a document in one piece, not in windows: leave out --context, --stride"
-        )
     if embedding is None:
         ids = tokenizer.encode(prefix).tolist() if prefix and tokenizer else None
-        return options.with_defaults(), EncodeFacts(**ModelFacts.of(loaded).__dict__, prefix=ids)
+        return options, replace(facts, prefix=ids)
     model = embedding.model
     context = options.context
     normalize = options.normalize
@@ -165,13 +159,13 @@ def for_model(
         context = min(limits, default=None)
     pool = options.pool or model.pool
     options = replace(options, pool=pool, normalize=normalize, context=context)
-    facts = _facts(loaded, embedding, model.document_prompt if prefix is None else prefix)
-    TextCut(options, facts)  # before a document is read
-    return options, facts
+    if prefix is None:
+        prefix = model.document_prompt
+    return options, _with_prompt(facts, embedding, prefix)
 
 
-def _facts(loaded: Loaded, embedding: Embedding, prompt: str) -> EncodeFacts:
-    """Return how an embedding model reads texts after a `prompt`."""
+def _with_prompt(facts: EncodeFacts, embedding: Embedding, prompt: str) -> EncodeFacts:
+    """Return the facts of an embedding model that reads texts after a `prompt`."""
     model = embedding.model
     words = embedding.words.for_documents(prompt)
     opening, closing = words.ids_around
@@ -180,11 +174,10 @@ def _facts(loaded: Loaded, embedding: Embedding, prompt: str) -> EncodeFacts:
         # as the library counts: it may take a token of the text for the prompt's
         alone = (*opening, *words.encode(prompt).tolist(), *closing)
         unpooled = len(alone) - (not words.special_ids.isdisjoint(alone[-1:]))
-    return EncodeFacts(
+    return replace(
+        facts,
         bos=opening or None,
-        model_name=loaded.origin,
         tokenizer_sha256=words.sha256,
-        pattern=format_pattern(loaded.net.config.pattern),
         prefix=list(words.prompt_ids) or None,
         query_prompt=model.query_prompt,
         closing=list(closing),
@@ -200,38 +193,31 @@ def encode(
     documents: Iterable[Document],
     options: EncodeOptions = EncodeOptions(),  # noqa: B008
     facts: EncodeFacts = EncodeFacts(),
-    *,
-    events: Events | None = None,
-    ranks: Ranks | None = None,
-    chunk: int | None = None,
-    dtype: str = "auto",
-    spill: str | Path | None = None,
+    **reading: Any,
 ) -> pa.RecordBatchReader:
     """Encode `documents` lazily, in order; return a reader of record batches of their rows (`Encoder.schema`).
 
     A model that reads vectors takes documents of `data.vectors`; "tokens" here are then vectors. A document that is too
     long for the model, or has invalid ids, ends the run, unless `events.left_out` counts it. An empty document has no
-    rows. `ranks`, `chunk`, `dtype`, `spill` and `events` are as in `running.reader.Reader`. All ranks need the same
-    documents. In one group of ranks, which share each document, all get all rows. Several groups divide the documents
-    between them; then rank 0 gets all rows and the others none.
+    rows. `reading` are arguments of `running.reader.Reader`: `ranks`, `chunk`, `dtype`, `spill` and `events`. All ranks
+    need the same documents. In one group of ranks, which share each document, all get all rows. Several groups divide
+    the documents between them; then rank 0 gets all rows and the others none.
 
     Raises ConfigError for options that the model does not support. The reader raises DataError if no document has rows,
     ConfigError for a document with more tokens than the model reads, MemoryLimitError for hidden states that do not
     fit, NotFiniteError for a vector with NaN or an infinity.
     """
-    reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, events=events)
-    return Encoder(reader, options, facts).rows(documents)
+    return Encoder(Reader(model, **reading), options, facts).rows(documents)
 
 
 @dataclass(frozen=True)
 class _PooledWindow(Window):
-    """A window of a document, the pooling that takes its hidden states up to row `taken`, and what takes its rows.
+    """A window of a document, the pooling that takes its hidden states, and what takes the pooling's rows.
 
     Of the document's tokens, `tokens` take their states from it.
     """
 
     pooling: Pooling
-    taken: int
     mean: WindowMean | None
     tokens: int
 
@@ -260,9 +246,11 @@ class Encoder(RowJob):
         options: EncodeOptions = EncodeOptions(),  # noqa: B008
         facts: EncodeFacts = EncodeFacts(),
     ) -> None:
-        super().__init__(reader, options.with_defaults(), facts)
+        normalize = options.normalize is not False
+        options = replace(options, pool=options.pool or "mean", normalize=normalize)
+        super().__init__(reader, options, facts)
         self._check()
-        self.cut = TextCut(self.options, facts)
+        self.cut = TextCut(options, facts)
         self.unit = cast(Unit, options.span) if isinstance(options.span, str) else None
         self.places: TextPlaces | None = None  # in the document of the last row
 
@@ -271,13 +259,27 @@ class Encoder(RowJob):
         options = self.options
         facts = self.facts
         net = self.reader.model
-        pools = (options.pool or "").split("+")
-        framed = facts.closing is not None
+        pools = options.pools
         if options.prefix not in (None, "", NO_PREFIX) and not (facts.prefix or facts.prompt):
             raise ConfigError(
                 "a prefix becomes ids with the model's tokenizer: take the options of `for_model`"
             )
-        if "cls" in pools and not (net.has_cls or framed):
+        if facts.prefix and not net.config.causal and not facts.framed:
+            raise ConfigError(
+                "a bidirectional model reads nothing before a document: leave out --prefix"
+            )
+        if (options.context or options.stride) and (net.config.causal or not facts.framed):
+            raise ConfigError(
+                "the model reads a document in one piece, not in windows: leave out --context, --stride"
+            )
+        if options.stride and not options.context:
+            raise ConfigError(
+                f"--stride {options.stride}: the model reads a document in one piece: leave it out, or give --context"
+            )
+        most = net.config.max_tokens
+        if most and (options.context or 0) > most:
+            raise ConfigError(f"--context {options.context}: the model reads {most} tokens at most")
+        if "cls" in pools and not (net.has_cls or facts.framed):
             raise ConfigError(
                 "this model has no CLS: take the mean (--pool mean), or the first or last vector"
             )
@@ -285,24 +287,23 @@ class Encoder(RowJob):
             raise ConfigError(
                 "a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone"
             )
-        if facts.prefix and not net.config.causal and not framed:
-            raise ConfigError(
-                "a bidirectional model reads nothing before a document: leave out --prefix"
-            )
         if self.reader.ranks.world > 1 and (apart := {*pools} - SUMMED):
             raise ConfigError(
                 f"--pool {apart.pop()} of a document is not shared by ranks: give each rank its own documents (--dp)"
             )
-        most = net.config.max_tokens
-        if most and (options.context or 0) > most:
-            raise ConfigError(f"--context {options.context}: the model reads {most} tokens at most")
-        size = net.vector_size(net.config.dim * len(pools))
+        size = self.vector_size  # of poolings that the net takes
         if options.dims is not None and not 1 <= options.dims <= size:
             raise ConfigError(
                 f"--dims {options.dims}: a vector of this model has 1 to {size} numbers"
             )
         if options.tile_size and not net.has_grid:
             raise ConfigError("this model has no grid of tiles: leave out --tile-size")
+
+    @property
+    def vector_size(self) -> int:
+        """The numbers of a whole vector. Raises ConfigError for poolings that the net does not take."""
+        net = self.reader.model
+        return net.vector_size(net.config.dim * len(self.options.pools))
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -313,22 +314,17 @@ class Encoder(RowJob):
         """
         options = self.options
         facts = self.facts
-        net = self.reader.model
-        pool = options.pool or ""
-        known = {
-            "longnet.model": facts.model_name,
+        known = facts.metadata | {
             "longnet.model_sha256": self.digest,
-            "longnet.pooling": pool,
+            "longnet.pooling": options.pool,
             "longnet.modules": facts.modules,
             "longnet.prompt": facts.prompt,
             "longnet.query_prompt": facts.query_prompt,
             "longnet.normalized": "true" if options.normalize else "false",
             "longnet.context": options.context,
-            "longnet.stride": None if self.cut.room is None else self.cut.stride,
-            "longnet.tokenizer_sha256": facts.tokenizer_sha256,
-            "longnet.pattern": facts.pattern,
+            "longnet.stride": self.cut.stride,
         }
-        size = options.dims or net.vector_size(net.config.dim * len(pool.split("+")))
+        size = options.dims or self.vector_size
         kinds = {
             "doc_id": pa.string(),
             "span": pa.int32(),
@@ -353,14 +349,12 @@ class Encoder(RowJob):
             )
         opening = bos_ids(facts.bos)
         closing = tuple(facts.closing or ())
-        if facts.closing is not None and _is_framed(document, opening, closing):
+        if facts.framed and _is_framed(document, opening, closing):
             raise ConfigError(
                 f"{document.where}: the ids {opening} and {closing} stand around the document, and encode adds "
                 "them itself: leave them out when you tokenize (longnet tokenize does)"
             )
-        sequence = net.sequence(
-            document, (*opening, *(facts.prefix or ())), self.options.tile_size, facts.closing
-        )
+        sequence = net.sequence(document, facts.before, self.options.tile_size, facts.closing)
         if len(document) and len(sequence) <= (facts.unpooled or 0):
             raise DataError(
                 f"{document.where}: nothing is pooled: {facts.unpooled} tokens count as the prompt's, as in "
@@ -369,16 +363,17 @@ class Encoder(RowJob):
         if self.cut.room is not None:
             return sequence
         advice = "encode it in shorter documents"
-        if facts.closing is not None and not net.config.causal:
+        if facts.framed and not net.config.causal:
             advice += ", or in windows (--context)"
         return sequence.check(advice)
 
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
         facts = self.facts
-        before = self.reader.model.start_rows((*bos_ids(facts.bos), *(facts.prefix or ())))
-        around = len(before) if facts.closing is None else facts.around
-        for window in self.cut.windows(tokens) if tokens else ():
-            yield around + window.stop - window.start, window.taken_stop - window.taken
+        around = facts.around
+        if not facts.framed:
+            around = len(self.reader.model.start_rows(facts.before))
+        for start, stop, wanted, wanted_stop in self.cut.windows(tokens) if tokens else ():
+            yield around + stop - start, wanted_stop - wanted
 
     def size(self, document: Document) -> int:
         if document.ends is not None:
@@ -423,7 +418,7 @@ class Encoder(RowJob):
     def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_PooledWindow]:
         """Yield the windows of each document, in order, with one pooling or one mean for all of them."""
         cut = self.cut
-        pool = self.options.pool or ""
+        pools = self.options.pools
         for sequence in sequences:
             document = sequence.document
             before = sequence.own_start
@@ -431,29 +426,28 @@ class Encoder(RowJob):
             ends = self._ends(document)
             skipped = self._skipped(before, ends[0])
             mean = WindowMean() if cut.one_state and self.options.span is None else None
-            pooling = Pooling(document, pool, ends, before - skipped, after, skipped=skipped)
-            windows = cut.windows(len(document))
+            pooling = Pooling(document, pools, ends, before - skipped, after, skipped=skipped)
+            parts = cut.windows(len(document))
             if cut.one_state and self.unit:
-                windows = (
-                    DocumentWindow(start, end, start, end) for start, end in pairwise((0, *ends))
-                )
-            for number, (start, stop, first, last) in enumerate(windows):
+                parts = ((start, end, start, end) for start, end in pairwise((0, *ends)))
+            for number, (start, stop, first, last) in enumerate(parts):
                 rows = sequence.window(start, stop)
                 wanted = before + first - start
-                taken = before + last - start
+                wanted_stop = before + last - start
                 if start == 0 or cut.one_state:
                     wanted = skipped
                 if stop == len(document) or cut.one_state:
-                    taken = len(rows)
+                    wanted_stop = len(rows)
                 if cut.one_state:
                     lead = {"skipped": skipped, "begin": start, "number": number}
-                    pooling = Pooling(document, pool, [stop], before - skipped, after, **lead)
-                yield _PooledWindow(rows, 0, len(rows), wanted, pooling, taken, mean, last - first)
+                    pooling = Pooling(document, pools, [stop], before - skipped, after, **lead)
+                ids = (rows, 0, len(rows), wanted, wanted_stop)
+                yield _PooledWindow(*ids, pooling, mean, last - first)
 
     def _skipped(self, before: int, first: int) -> int:
         """Return how many rows of a document are not pooled, of those `before` its own and the `first` span's."""
         facts = self.facts
-        if facts.closing is None:
+        if not facts.framed:
             return 0 if self.options.pool == "cls" else before - len(facts.prefix or ())
         skipped = facts.unpooled or 0  # a first span of these alone would have nothing
         return before if self.options.span is not None and first <= skipped - before else skipped
@@ -480,7 +474,7 @@ class Encoder(RowJob):
             hidden = torch.zeros(1, 1, device=self.reader.device).expand(
                 len(piece), self.reader.model.config.dim
             )
-        rows = window.pooling.add(hidden[: max(0, window.taken - piece.start)])
+        rows = window.pooling.add(hidden)
         return chain.from_iterable(map(window.mean.add, rows)) if window.mean else rows
 
     def _of_all_ranks(self, rows: list[Row]) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from longnet_cli.basics.errors import ConfigError
@@ -52,20 +52,21 @@ class EncodeOptions:
             raise ConfigError(
                 f"span must be a size, or one of {', '.join(UNITS)}, not {self.span!r}"
             )
-        for pool in self.pool.split("+") if self.pool is not None else ():
+        for pool in self.pools:
             if pool not in POOLS:
                 raise ConfigError(
                     f"there is no pooling {pool!r}: choose from {', '.join(POOLS)}, joined by +"
                 )
 
     @property
+    def pools(self) -> list[str]:
+        """The names in `pool`."""
+        return [] if self.pool is None else self.pool.split("+")
+
+    @property
     def span_tokens(self) -> int | None:
         """The tokens of a span, about as many for a unit of a text."""
         return UNITS[self.span] if isinstance(self.span, str) else self.span
-
-    def with_defaults(self) -> EncodeOptions:
-        """Return the options with a pooling, and whether to scale, for a net that has no own ones."""
-        return replace(self, pool=self.pool or "mean", normalize=self.normalize is not False)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ a Row for each window --> WindowMean --> a Row for the document, where a window 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,35 +34,28 @@ class Row:
     vector: Tensor
 
 
-class DocumentWindow(NamedTuple):
-    """The tokens [start, stop) of a document, which are read together. The states of [taken, taken_stop) are taken."""
+def windows_of(tokens: int, size: int, stride: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (start, stop, wanted, wanted_stop) of each window of a document of so many tokens.
 
-    start: int
-    stop: int
-    taken: int
-    taken_stop: int
-
-
-def windows_of(tokens: int, size: int, stride: int) -> Iterator[DocumentWindow]:
-    """Yield the windows of a document: window i holds the tokens from `i stride` on, `size` or fewer.
-
-    The last window is the first one that reaches the end. Where windows overlap, a token takes the state of the one in
-    which it is farther from the nearer edge; the document's own ends are no edges, and ties go to the earlier window.
+    A window reads the tokens [start, stop), and the states of [wanted, wanted_stop) are taken from it. Window i begins
+    at `i stride`, and holds `size` tokens or fewer. The last one is the first that reaches the end. Where windows
+    overlap, a token takes the state of the one in which it is farther from the nearer edge; the document's own ends are
+    no edges, and ties go to the earlier window.
     """
-    taken = start = 0
+    wanted = start = 0
     while start + size < tokens:
         # as far from this window's end as from the next one's start
         middle = (2 * start + stride + size - 1) // 2 + 1
-        yield DocumentWindow(start, start + size, taken, middle)
-        taken = middle
+        yield start, start + size, wanted, middle
+        wanted = middle
         start += stride
-    yield DocumentWindow(start, tokens, taken, tokens)
+    yield start, tokens, wanted, tokens
 
 
 class Pooling:
     """The pooling of a document's tokens from `begin` on: takes hidden states in order, yields the finished rows.
 
-    `pool` names one or several of POOLS, joined by `+`: their results are joined too. Spans end before the tokens
+    The results of all `pools` are joined. Spans end before the tokens
     `ends`, the last one with the document; the first one has number `number`. The first span also has the states of
     `before` tokens that stand before the document, the last one those of `after` tokens that stand behind it. `skipped`
     tokens that are not pooled stand before them all; `weighted` counts them.
@@ -71,7 +64,7 @@ class Pooling:
     def __init__(
         self,
         document: Document,
-        pool: str,
+        pools: Sequence[str],
         ends: Sequence[int],
         before: int = 0,
         after: int = 0,
@@ -81,7 +74,7 @@ class Pooling:
         number: int = 0,
     ) -> None:
         self.document = document
-        self.pools = pool.split("+")
+        self.pools = pools
         self.number = number
         self.begin = begin
         self.ends = ends

@@ -1,4 +1,9 @@
-"""A plan of what a reader reads: counted from the lengths of documents, or estimated from a sample of texts."""
+"""A plan of what a reader reads: counted from the lengths of documents, or estimated from a sample of texts.
+
+With a sample, every text is read, which is fast, and its UTF-8 bytes are counted. Only a uniform sample of the texts is
+tokenized. The estimate is the bytes of the other texts, times the tokens per byte of the sample. This ratio estimate is
+close where documents differ in length but are alike in tokens per byte.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +16,19 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from longnet_cli.attention.cache import cached_rows
+from longnet_cli.attention.spans import Layout
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.opened_inputs import Text
 from longnet_cli.data.token_documents import Document, Unread
-from longnet_cli.nets.config import NetConfig
+from longnet_cli.nets.config import NetConfig, TransformersConfig
+from longnet_cli.nets.longnet import LongNet
+from longnet_cli.nets.net import Net
+from longnet_cli.running.device import DTYPES
+from longnet_cli.running.layerwise import fits_beside, kept_bytes
 from longnet_cli.running.ranks.dealing import portions
-from longnet_cli.running.reader import (
-    PORTION_CHUNKS,
-    forward_passes,
-    reading_steps,
-)
+from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.reader import PORTION_CHUNKS, Reader, forward_passes, reading_steps
 
 if TYPE_CHECKING:
     from longnet_cli.jobs.row_jobs import RowJob
@@ -93,11 +101,6 @@ class ReadingPlan:
                 self.read += rows * length
                 self._lengths[length] += rows
 
-    def product_flops(self, scores: bool) -> float:
-        """Return the FLOPs of the matrices in all forward passes, with the logits of wanted tokens if `scores`."""
-        logits = self.config.vocabulary_flops() * self.wanted if scores else 0
-        return self.config.layer_flops() * self.read + logits
-
     def attention_flops(self) -> int:
         """Return the FLOPs of attention in all forward passes."""
         return sum(
@@ -106,7 +109,8 @@ class ReadingPlan:
 
     def flops(self, scores: bool) -> float:
         """Return the FLOPs of all forward passes, with the logits of the wanted tokens if `scores`."""
-        return self.product_flops(scores) + self.attention_flops()
+        logits = self.config.vocabulary_flops() * self.wanted if scores else 0
+        return self.config.layer_flops() * self.read + logits + self.attention_flops()
 
     def in_chunks(self, chunk: int) -> bool:
         """Return whether a window is read in chunks of this many tokens."""
@@ -119,47 +123,54 @@ def count_documents(
     *,
     drawn: Sample | None = None,
     done: int = 0,
-    skip_bad: bool = False,
 ) -> ReadingPlan:
     """Count what a `job` reads, from the lengths of documents.
 
     Texts among the `documents` (`Inputs.untokenized`) go to the sample `drawn`. A resumed run has already read the
-    first `done` documents. The reader's `events.progress` gets the tokens of each document.
+    first `done` documents. The reader's `events.progress` gets the tokens of each document, and its `events.left_out`
+    says whether documents that cannot be read are left out.
 
-    Without `skip_bad`, raises what the job raises for documents that it cannot read. Raises DataError if there is
-    nothing to read.
+    Raises what the job raises for documents that it cannot read, and DataError if there is nothing to read.
     """
+    events = job.reader.events
     plan = ReadingPlan(job.reader.model.config, job.reader.chunk)
     began = time.perf_counter()
 
-    def leave_out(document: Document, error: Exception) -> None:
-        plan.left_out += 1
-
-    def has_rows(tokens: int) -> bool:
-        return not job.is_empty(tokens) and not job.is_short(tokens)
-
-    def lengths() -> Iterator[int]:
-        """Yield the number of tokens of each document. Those that are estimated come last."""
-        on_skip = leave_out if skip_bad else None
+    def tokenized() -> Iterator[Document]:
+        """Yield the documents, and the texts that are drawn."""
         for item in documents:
             document = drawn.add(item) if drawn and isinstance(item, Text) else cast(Document, item)
-            if document is not None and job.take(document, on_skip) is not None:
-                if has_rows(len(document)):
-                    plan.add_example(document)
-                yield len(document)
-        yield from drawn.lengths() if drawn else ()
+            if document is not None:
+                yield document
+
+    def lengths() -> Iterator[int]:
+        """Yield the tokens of each document that has rows. Those that are estimated come last."""
+        for sequence in job.sequences(tokenized()):
+            if sequence is not None:
+                plan.add_example(sequence.document)
+                yield len(sequence.document)
+        if job.failure:
+            raise job.failure
+        for length in drawn.lengths() if drawn else ():
+            if not job.is_empty(length) and not job.is_short(length):
+                yield length
 
     def windows(lengths: Iterable[int]) -> Iterator[tuple[int, int]]:
         for length in lengths:
             plan.add_document(length)
             yield from job.window_sizes(length)
-            job.reader.events.progress(length)
+            events.progress(length)
 
-    to_come = islice(filter(has_rows, lengths()), done, None)
+    to_come = islice(lengths(), done, None)
     for portion in portions(to_come, PORTION_CHUNKS * plan.chunk, length_of=lambda length: length):
         plan.add(windows(portion))
     if not plan.read and not done:
         raise DataError("there is nothing to read: every document is empty, too short or left out")
+    if drawn and plan.read and not plan.examples:
+        raise DataError(
+            f"each of the {drawn.size} sampled texts is too short to be read: give a larger --sample"
+        )
+    plan.left_out = events.left_out.skipped
     plan.seconds = time.perf_counter() - began
     if drawn and drawn.texts:
         plan.sampled = min(drawn.size, drawn.texts)
@@ -222,3 +233,38 @@ class Sample:
 
 def _size(text: Text) -> int:
     return sum(len(part.encode()) for part in text.parts)
+
+
+def cache_bytes(config: NetConfig, tokens: int, itemsize: int, *, written: bool = False) -> int:
+    """Return what a stream has allocated after `tokens`, or has `written`. Training keeps more (`far_bytes`)."""
+    number = 2 * config.head_dim * itemsize
+    if isinstance(config, TransformersConfig) and config.memory != "segments":
+        # one layer is being copied
+        return (config.num_layers + 1) * config.kv_heads * tokens * number
+    layout = Layout(config.pattern, config.num_heads, config.kv_heads)
+    return config.num_layers * number * cached_rows(layout, tokens, written=written)
+
+
+def kept_by_chunks(reader: Reader, plan: ReadingPlan, chunk: int) -> dict[str, int]:
+    """Return the bytes that chunks of the longest window keep for each other in memory, by kind.
+
+    cache: keys and values, in a causal net. hidden: hidden states, in a bidirectional net, and the keys of a layer,
+    unless they are on a disk or, because a GPU has no room, in the host's memory.
+    """
+    net = reader.model
+    config = reader.model.config
+    device = reader.device
+    if config.causal and plan.in_chunks(chunk):
+        itemsize = DTYPES[reader.dtype].itemsize
+        written = device.type == "cpu"
+        return {"cache": cache_bytes(config, plan.longest, itemsize, written=written)}
+    size = spilled_bytes(net, plan, chunk, reader.ranks)
+    fits = device.type == "cpu" or fits_beside(config.forward_bytes(chunk), size, device)
+    return {"hidden": size} if fits and not reader.spill else {}
+
+
+def spilled_bytes(net: Net, plan: ReadingPlan, chunk: int, ranks: Ranks) -> int:
+    """Return the bytes of hidden states that one rank keeps between layers; 0 if no window is read so."""
+    if net.config.causal or not net.layer_by_layer or not plan.in_chunks(chunk):
+        return 0
+    return kept_bytes(cast(LongNet, net), plan.longest, chunk, ranks)

@@ -62,6 +62,15 @@ class ModelFacts:
     tokenizer_sha256: str | None = None
     pattern: str | None = None
 
+    @property
+    def metadata(self) -> dict[str, object]:
+        """The keys of a schema's metadata."""
+        return {
+            "longnet.model": self.model_name,
+            "longnet.tokenizer_sha256": self.tokenizer_sha256,
+            "longnet.pattern": self.pattern,
+        }
+
     @classmethod
     def of(cls, loaded: Loaded) -> ModelFacts:
         """Return those of a model."""
@@ -139,20 +148,11 @@ class RowJob(ABC):
         """Report the tokens that another group of ranks has read."""
         self.reader.events.progress(self.counted(portion.length, portion.items))
 
-    def kept_bytes(self, tokens: int) -> dict[str, int]:
-        """Return the bytes that the job itself keeps of a document of so many tokens, by kind."""
-        return {}
-
     def read(self, reader: Reader, documents: Iterable[Document]) -> None:
         """Read documents with another reader, to try it; their rows are lost."""
         self.reader = reader
         for _ in self.results(map(self.sequence, documents)):
             pass
-
-    def option_settings(self) -> dict[str, object]:
-        """Return the options that were chosen, and what is known of the model, as settings of a folder."""
-        settings = asdict(self.options) | asdict(self.facts)
-        return {name: x for name, x in settings.items() if x is not None and x is not False}
 
     @cached_property
     def digest(self) -> str:
@@ -179,11 +179,6 @@ class RowJob(ABC):
             return None
         return sequence
 
-    def check_stored(self, stored: Iterable[Document]) -> None:
-        """Raise the error of a document, whose length is known at once, that the job refuses."""
-        for document in stored:
-            self.take(document, None)
-
     def sequences(
         self,
         documents: Iterable[Document],
@@ -200,16 +195,17 @@ class RowJob(ABC):
         """
         self.failure = None
         events = self.reader.events
+        left_out = events.left_out
         try:
             for document in documents:
                 events.document(document, fraction())
-                sequence = self.take(document, events.left_out.skip)
+                sequence = self.take(document, left_out.skip)
                 if sequence is None:
                     pass  # it is counted already
                 elif self.is_empty(len(document)):
-                    events.left_out.empty += 1
+                    left_out.empty += 1
                 elif self.is_short(len(document)):
-                    events.left_out.short += 1
+                    left_out.short += 1
                 else:
                     if apart:
                         document.doc_id = apart.name(document.doc_id)
@@ -280,7 +276,7 @@ class Output:
     lines: bool = False
 
 
-def run(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
+def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
     """Write the rows that a job makes of the documents in `inputs`.
 
     Return how many `rows` and `tokens` the output has. Of several ranks, only the first one writes. The others get
@@ -311,7 +307,8 @@ def run(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
         ready: Callable[[], bool] = lambda: True,
     ) -> Iterator[InputSequence[Document] | None]:
         if job.reader.model.config.max_tokens is not None and not events.left_out.skip:
-            job.check_stored(inputs.stored())
+            for document in inputs.stored():  # whose lengths are known at once
+                job.take(document, None)
         yield from job.sequences(documents, apart, ready, lambda: reading.fraction)
 
     if not in_folder:
@@ -388,16 +385,21 @@ def _text_of_earlier_run(folder: str | Path, pattern: str | None) -> str | None:
 def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]:
     """Return what decides the bytes of a folder, which a resumed run must share."""
     reader = job.reader
-    settings = inputs.settings(inputs.tokenizer, job.kept_fields)
-    settings["eos"] = inputs.eos_id
-    # before the model, whose digest then differs too: errors name the first
-    settings["pattern"] = job.facts.pattern
-    settings["model"] = job.digest[:16]
-    settings["kernel"] = check_kernel(reader.device, reader.dtype, reader.model.config.head_dim)
-    settings |= job.option_settings()
-    settings["chunk"] = reader.chunk
-    settings["dtype"] = reader.dtype
-    settings[f"shard_{job.shard_unit}"] = shard_size
+    settings = inputs.settings(inputs.tokenizer, job.kept_fields) | {
+        "eos": inputs.eos_id,
+        # before the model, whose digest then differs too: errors name the first
+        "pattern": job.facts.pattern,
+        "model": job.digest[:16],
+        "kernel": check_kernel(reader.device, reader.dtype, reader.model.config.head_dim),
+    }
+    for name, value in (asdict(job.options) | asdict(job.facts)).items():
+        if value is not None and value is not False:
+            settings[name] = value
+    settings |= {
+        "chunk": reader.chunk,
+        "dtype": reader.dtype,
+        f"shard_{job.shard_unit}": shard_size,
+    }
     if reader.ranks.world > 1:  # more ranks sum in another order
         settings["ranks"] = reader.ranks.world
     return settings

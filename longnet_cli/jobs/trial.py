@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from longnet_cli.data.token_documents import Document
-from longnet_cli.jobs.reading_plan import ReadingPlan
+from longnet_cli.jobs.reading_plan import ReadingPlan, kept_by_chunks
 from longnet_cli.running.device import (
     peak_from_now,
     peak_memory,
@@ -22,6 +22,8 @@ from longnet_cli.running.reader import SHORTEST_CHUNK, Reader, fitting_chunk
 
 CHUNKS = 3  # of the longest document
 WARM_UP = 64  # tokens of a read after which torch and its libraries are loaded
+# of a CPU's memory in one run and in another: whether a large tensor fits a gap is chance
+HEAP_GAPS = 1.2
 SECONDS = 0.5  # a shorter trial is run again, without its first uses of memory
 
 
@@ -37,15 +39,11 @@ class Task(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """The result: `idle` bytes are held with the net, and `most` while the reader reads what `plan` counts.
+    """The result: the bytes of the weights, of the program beside them, and of a token that is read; and FLOP/s."""
 
-    `rate` is in FLOP/s.
-    """
-
-    reader: Reader
-    idle: int
-    most: int
-    plan: ReadingPlan
+    weights: int
+    program: int
+    of_token: float
     rate: float
 
 
@@ -68,9 +66,8 @@ def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float | Non
         return head if any(task.windows(len(head))) else document  # it may be too short for the job
 
     longest = plan.examples[:1]
-    others = plan.examples[1:]
     documents = [cut(document, CHUNKS * chunk) for document in longest]
-    documents += [cut(document, chunk) for document in others]
+    documents += [cut(document, chunk) for document in plan.examples[1:]]
     counted = ReadingPlan(config, chunk, streamed=plan.streamed)
     counted.add(chain.from_iterable(task.windows(len(document)) for document in documents))
 
@@ -90,5 +87,13 @@ def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float | Non
     least = seconds()
     if least < SECONDS:
         least = min(least, seconds())
-    rate = max(1.0, counted.flops(task.scores) / least)
-    return Trial(trial_reader, idle, reading_peak() or peak_memory(device), counted, rate)
+    most = reading_peak() or peak_memory(device)
+    weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
+    kept = sum(kept_by_chunks(trial_reader, counted, chunk).values())
+    gaps = HEAP_GAPS if device.type == "cpu" else 1.0
+    return Trial(
+        weights,
+        program=max(0, idle - weights),
+        of_token=gaps * max(0, most - idle - kept) / (counted.largest or 1),
+        rate=max(1.0, counted.flops(task.scores) / least),
+    )

@@ -96,13 +96,14 @@ PORTION_CHUNKS = 4  # full forward passes per portion that is dealt out
 class Window:
     """The ids [start, stop) of a sequence, which a net reads as a sequence of their own, from position 0 on.
 
-    Hidden states are wanted for the ids [wanted, stop); earlier ids only serve as context.
+    Hidden states are wanted for the ids [wanted, wanted_stop); the others only serve as context.
     """
 
     sequence: Readable
     start: int
     stop: int
     wanted: int
+    wanted_stop: int
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -110,7 +111,7 @@ class Window:
     @property
     def counted(self) -> int:
         """The tokens that `events.progress` counts for the window."""
-        return self.stop - self.wanted
+        return self.wanted_stop - self.wanted
 
 
 W = TypeVar("W", bound=Window)
@@ -235,8 +236,9 @@ class Reader:
         for index, window in enumerate(windows):
             wanted = None
             if index in hidden:
-                wanted = hidden[index][window.wanted - window.start : len(window)]
-            pieces.append(Piece(window, window.wanted, window.stop, wanted))
+                rows = slice(window.wanted - window.start, window.wanted_stop - window.start)
+                wanted = hidden[index][rows]
+            pieces.append(Piece(window, window.wanted, window.wanted_stop, wanted))
         return pieces
 
     def _stream(self, window: W) -> Iterator[list[Piece[W]]]:
@@ -303,7 +305,8 @@ class Reader:
         return [self.ranks.edges(begin, min(chunk, window.stop - begin)) for begin in begins]
 
     def _shared(self, window: W, edges: Sequence[int], hidden: Tensor) -> list[Piece[W]]:
-        self.events.progress(max(0, edges[-1] - max(edges[0], window.wanted)))
+        counted = min(edges[-1], window.wanted_stop) - max(edges[0], window.wanted)
+        self.events.progress(max(0, counted))
         return self._pieces(window, edges, hidden)
 
     def _pieces(self, window: W, edges: Sequence[int], hidden: Tensor | None) -> list[Piece[W]]:
@@ -311,11 +314,11 @@ class Reader:
         pieces = []
         for rank in range(self.ranks.world):
             start = max(edges[rank], window.wanted)
-            stop = edges[rank + 1]
+            stop = min(edges[rank + 1], window.wanted_stop)
             if start < stop:
                 wanted = None
                 if rank == self.ranks.rank and hidden is not None:
-                    wanted = hidden[start - edges[rank] :]
+                    wanted = hidden[start - edges[rank] : stop - edges[rank]]
                 pieces.append(Piece(window, start, stop, wanted))
         return pieces
 

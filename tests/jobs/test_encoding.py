@@ -27,7 +27,7 @@ from longnet_cli.jobs.batch_functions import encode_batches
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.job_options import POOLS, UNITS, EncodeOptions
 from longnet_cli.jobs.pooling import SUMMED, Pooling, pool_together
-from longnet_cli.jobs.row_jobs import Output, run
+from longnet_cli.jobs.row_jobs import Output, write_rows
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import model_digest
@@ -71,7 +71,7 @@ def test_ragged_documents_equal_each_alone(model, pool, bos):
 def test_ranks_share_poolings_that_add(model, pool):
     """Of a document that ranks share, each pools its own states, and zeros in place of the others'."""
     states, own = torch.randn(6, 4), torch.tensor([1.0, 0, 0, 1, 1, 0])[:, None]
-    whole, *parts = (next(Pooling(make_document(6), pool, [6]).add(part)).vector for part in
+    whole, *parts = (next(Pooling(make_document(6), [pool], [6]).add(part)).vector for part in
                      (states, states * own, states * (1 - own)))  # fmt: skip
     assert torch.allclose(sum(parts), whole) == (pool in SUMMED)
     if pool not in SUMMED:
@@ -89,13 +89,20 @@ def test_whole_documents_are_pooled_together(pool):
     around = {"skipped": 1, "before": 2, "after": 3}
     states = [torch.randn(n + 5, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 6, 15)]
     alone, together = (
-        [Pooling(make_document(len(x) - 5), pool, [len(x) - 5], **around) for x in states]
+        [
+            Pooling(make_document(len(x) - 5), pool.split("+"), [len(x) - 5], **around)
+            for x in states
+        ]
         for _ in range(2)
     )
     assert [x.ends_with(hidden) for x, hidden in zip(together, states, strict=True)] == [True] * 3
     assert not together[2].ends_with(states[2][1:])
-    assert not Pooling(make_document(15), pool, range(5, 20, 5), **around).ends_with(states[2])
-    assert not Pooling(make_document(15), f"{pool}+last", [15], **around).ends_with(states[2])
+    assert not Pooling(make_document(15), pool.split("+"), range(5, 20, 5), **around).ends_with(
+        states[2]
+    )
+    assert not Pooling(make_document(15), [*pool.split("+"), "last"], [15], **around).ends_with(
+        states[2]
+    )
     pool_together(together, states)
     for poolings in zip(alone, together, states, strict=True):
         one, other = (next(pooling.add(poolings[2])) for pooling in poolings[:2])
@@ -217,7 +224,7 @@ def write(
         take(EncodeFacts, given),
         take(Output, given, place),
     )
-    return run(Encoder(Reader(model, **given), asked, facts), inputs, output)
+    return write_rows(Encoder(Reader(model, **given), asked, facts), inputs, output)
 
 
 def stopped_at(index: int) -> Iterator[Document]:

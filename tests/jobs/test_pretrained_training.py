@@ -23,12 +23,12 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.events import Events
-from longnet_cli.jobs.estimating import far_bytes
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, tensor_names
 from longnet_cli.jobs.training.costs import estimate_training
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.objective import backward
 from longnet_cli.jobs.training.recipe import PretrainedRecipe, Recipe, load_recipe
+from longnet_cli.jobs.training.step_bytes import far_bytes
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.memory_maps import MappedMemory

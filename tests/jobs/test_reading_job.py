@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import DataError, MemoryLimitError, TooLongError
+from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.cli.dry_run import show_reading
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.opened_inputs import Text
@@ -32,11 +33,10 @@ from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.estimating import (
     Estimate,
     Room,
-    cache_bytes,
     estimate_reading,
 )
 from longnet_cli.jobs.job_options import EncodeOptions, ScoreOptions
-from longnet_cli.jobs.reading_plan import Sample, count_documents
+from longnet_cli.jobs.reading_plan import Sample, cache_bytes, count_documents
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.jobs.trial import Task
@@ -87,13 +87,14 @@ def estimated(
     spill: str | None = None,
     room: Room = ROOM,
     dtype: str = "auto",
+    skip_bad: bool = False,
     **options: Any,
 ) -> Estimate:
-    job = make_job(Reader(net, chunk=chunk, spill=spill, dtype=dtype))
+    events = Events(left_out=LeftOut((lambda *_: None) if skip_bad else None))
+    job = make_job(Reader(net, chunk=chunk, spill=spill, dtype=dtype, events=events))
     plan = count_documents(job, documents() if texts is None else texts, **options)
     task = Task(job.read, job.window_sizes, job.scores)
-    kept = job.kept_bytes(plan.longest_document)
-    return estimate_reading(job.reader, plan, task, room=room, kept=kept)
+    return estimate_reading(job.reader, plan, task, room=room)
 
 
 @pytest.mark.parametrize(
@@ -278,6 +279,18 @@ def test_a_sample_of_all_is_exact(words):
     )
     few = estimated(net, job, found, drawn=Sample(5, encode))  # type: ignore[arg-type]
     assert (few.facts["sampled"], few.facts["documents"]) == (5, 20)
+
+
+def test_a_sample_of_texts_that_are_too_short_is_refused(words):
+    """Nothing of it can be tried, so nobody knows how long the others take."""
+    net = net_of(vocab_size=words.vocab_size)
+    texts = [Text("0", "a short text", "0.txt"), Text("1", "a long text " * 100, "1.txt")]
+    job = partial(Scorer, options=ScoreOptions(last=50), facts=ModelFacts(0))
+    encode = Inputs([], words).document
+    with pytest.raises(DataError, match="each of the 1 sampled texts is too short"):
+        estimated(net, job, texts, drawn=Sample(1, encode))  # type: ignore[arg-type]
+    both = estimated(net, job, texts, drawn=Sample(2, encode))  # type: ignore[arg-type]
+    assert both.facts["documents"] == 1
 
 
 def test_the_command_writes_nothing_and_refuses_what_it_would(run_longnet, tmp_path):

@@ -161,12 +161,13 @@ def test_it_is_a_plain_loop_over_windows(mean_model, cls_model, context, stride,
 def test_every_token_is_in_one_place(size, stride):
     for tokens in range(1, 40) if stride <= size else ():
         windows = list(windows_of(tokens, size, stride))
-        taken = [token for window in windows for token in range(window.taken, window.taken_stop)]
+        taken = [token for *_, wanted, end in windows for token in range(wanted, end)]
         assert taken == list(range(tokens))
-        assert all(w.start <= w.taken < w.taken_stop <= w.stop <= w.start + size for w in windows)
-        assert [w.start for w in windows] == [i * stride for i in range(len(windows))]
-        assert windows[-1].stop == tokens
-        assert all(w.start + size < tokens for w in windows[:-1])
+        for start, stop, wanted, wanted_stop in windows:
+            assert start <= wanted < wanted_stop <= stop <= start + size
+        assert [start for start, *_ in windows] == [i * stride for i in range(len(windows))]
+        assert windows[-1][1] == tokens
+        assert all(start + size < tokens for start, *_ in windows[:-1])
 
 
 def test_the_dry_run_counts_windows(mean_model, tmp_path, run_longnet):

@@ -27,7 +27,7 @@ from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.token_documents import Document
 from longnet_cli.jobs.job_options import ScoreOptions
-from longnet_cli.jobs.row_jobs import ModelFacts, Output, run
+from longnet_cli.jobs.row_jobs import ModelFacts, Output, write_rows
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, ByPosition, Score, Total
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.jobs.scoring.token_logprobs import logprob_schema, write_token_logprobs
@@ -165,7 +165,7 @@ def write(
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
     left_out = LeftOut(lambda document, error: None)
     job = Scorer(Reader(model, events=Events(left_out=left_out)), OPTIONS, FACTS)
-    run(job, MadeInputs((), keep=keep, made=documents), Output(place, 150, resume=resume))
+    write_rows(job, MadeInputs((), keep=keep, made=documents), Output(place, 150, resume=resume))
     return left_out
 
 
@@ -174,7 +174,7 @@ def test_documents_too_short_are_counted_also_in_the_manifest(model, tmp_path):
     for resume in (False, True):  # a finished folder gives its own count
         events = Events()
         job = Scorer(Reader(model, events=events), ScoreOptions(last=9), FACTS)
-        run(job, MadeInputs((), made=documents), Output(tmp_path / "out", resume=resume))
+        write_rows(job, MadeInputs((), made=documents), Output(tmp_path / "out", resume=resume))
         assert (events.left_out.short, events.left_out.empty) == (2, 0)
     manifest = read_manifest(tmp_path / "out")
     assert manifest is not None

@@ -17,12 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.spans import open_spans
-from longnet_cli.jobs.estimating import (
-    activation_bytes,
-    bytes_per_token,
-    seen_segments,
-    step_of_layers,
-)
 from longnet_cli.jobs.training.costs import (
     estimate_training,
     settle_chunk,
@@ -30,6 +24,12 @@ from longnet_cli.jobs.training.costs import (
 )
 from longnet_cli.jobs.training.objective import plan_forwards
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
+from longnet_cli.jobs.training.step_bytes import (
+    activation_bytes,
+    bytes_per_token,
+    seen_segments,
+    step_of_layers,
+)
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.ranks.ranks import ALONE, Ranks

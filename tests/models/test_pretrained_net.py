@@ -50,8 +50,7 @@ from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.job_options import EncodeOptions
-from longnet_cli.jobs.row_jobs import Output
-from longnet_cli.jobs.row_jobs import run as write
+from longnet_cli.jobs.row_jobs import Output, write_rows
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.pretrained_net import TransformersNet
 from longnet_cli.running.causal_stream import CausalStream, open_stream
@@ -261,7 +260,9 @@ def test_what_decides_the_vectors_decides_what_can_be_resumed(folder, tmp_path):
     def run(**options) -> None:
         net = ModelFolder(folder).net(**options)
         job = Encoder(Reader(net), EncodeOptions(), EncodeFacts(256))
-        write(job, MadeInputs((), made=[make_document(20)]), Output(tmp_path / "out", resume=True))
+        write_rows(
+            job, MadeInputs((), made=[make_document(20)]), Output(tmp_path / "out", resume=True)
+        )
 
     run(pattern=LEVELS)
     run(pattern=LEVELS)

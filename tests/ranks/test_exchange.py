@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.jobs.training.objective import backward, stored_tokens
-from longnet_cli.jobs.estimating import far_bytes
+from longnet_cli.jobs.training.step_bytes import far_bytes
 from longnet_cli.jobs.training.windows import TokenStream, TokenWindows
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.causal_stream import CausalStream

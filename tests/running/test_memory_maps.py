@@ -13,8 +13,8 @@ from strategies import patterns, patterns_with_options
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
-from longnet_cli.jobs.estimating import far_bytes
 from longnet_cli.jobs.training.objective import backward
+from longnet_cli.jobs.training.step_bytes import far_bytes
 from longnet_cli.running.chunked_backward import backward_in_chunks
 from longnet_cli.running.memory_maps import MappedMemory
 

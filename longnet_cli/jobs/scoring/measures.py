@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longnet_cli.data.stored_files import no_place
-from longnet_cli.data.token_documents import SPOOL_BYTES
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,9 @@ class Clusters:
 
 
 # indices among a document's quantities, after the nats at each context
-BYTES = -2
-TOKENS = -1
+BYTES_AT = -2
+TOKENS_AT = -1
+OF_FIRST = np.array([1.0, 0.0])  # of two quantities
 
 
 class Total:
@@ -174,8 +175,8 @@ class Total:
         self.contexts = list(contexts)
         self.scores = [Score(0.0, 0, 0) for _ in contexts]
         self.clusters = Clusters(len(self.contexts) + 2)  # of documents that have tokens
-        # of each context, by table and range
-        self.places: list[dict[str, dict[Range, Clusters]]] = [{} for _ in contexts]
+        # of each context: nats and tokens, by table and range
+        self.places = [defaultdict[tuple[str, int, int], Clusters](_pairs) for _ in contexts]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add the row of the next document, with the columns of `Scorer.schema`."""
@@ -188,33 +189,36 @@ class Total:
             self.scores[index] += Score(nats[index], tokens, n_bytes)
             for key in TABLES:
                 for part in row.get(column(key, context, self.contexts)) or ():
-                    of_table = self.places[index].setdefault(key, {})
-                    of_range = of_table.setdefault((part["from"], part["to"]), Clusters(2))
+                    of_range = self.places[index][key, part["from"], part["to"]]
                     of_range.add([part["nll"] * part["n_tokens"], part["n_tokens"]])
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return a dict for each context, with the keys of the machine formats."""
         return [self._as_dict(index) for index in range(len(self.contexts))]
 
-    def _as_dict(self, index: int) -> dict[str, object]:
+    def _as_dict(self, index: int) -> dict[str, Any]:
         score = self.scores[index]
         clusters = self.clusters
         units = np.eye(len(self.contexts) + 2)
         nats = units[index]
-        total: dict[str, object] = {**score.as_dict()}
+        total: dict[str, Any] = {**score.as_dict()}
         total["context"] = self.contexts[index]
         total["n_docs"] = clusters.documents
-        total["ppl_se"] = _times(score.ppl, clusters.error(nats, TOKENS))
+        total["ppl_se"] = _times(score.ppl, clusters.error(nats, TOKENS_AT))
         total["bpb_se"] = None
         if score.bpb is not None:
-            total["bpb_se"] = _times(1 / math.log(2), clusters.error(nats, BYTES))
+            total["bpb_se"] = _times(1 / math.log(2), clusters.error(nats, BYTES_AT))
         if index:  # the others are compared with the first context
             more = nats - units[0]
-            ratio = Score(float(more @ clusters.sums), int(clusters.sums[TOKENS]), None).ppl
+            ratio = Score(float(more @ clusters.sums), int(clusters.sums[TOKENS_AT]), None).ppl
             total["ppl_ratio"] = ratio
-            total["ppl_ratio_se"] = _times(ratio, clusters.error(more, TOKENS))
-        for key, parts in self.places[index].items():
-            total[key] = _cluster_rows(parts)
+            total["ppl_ratio_se"] = _times(ratio, clusters.error(more, TOKENS_AT))
+        for (key, first, last), of_range in sorted(self.places[index].items()):
+            sums, tokens = of_range.sums.tolist()
+            part: Row = {"from": first, "to": last, "n_tokens": int(tokens)}
+            part |= {"n_docs": of_range.documents, "nll": sums / tokens}
+            part["nll_se"] = of_range.error(OF_FIRST, TOKENS_AT)
+            total.setdefault(key, []).append(part)
         return total
 
 
@@ -225,15 +229,8 @@ def column(name: str, context: int | None, contexts: Sequence[int | None]) -> st
     return f"{name}_{context}"
 
 
-def _cluster_rows(parts: Mapping[Range, Clusters]) -> list[Row]:
-    """Return the rows of a table, with documents and standard errors. A part adds up nats and tokens."""
-    rows: list[Row] = []
-    for (first, last), clusters in sorted(parts.items()):
-        nats, tokens = clusters.sums.tolist()
-        error = clusters.error(np.array([1.0, 0.0]), TOKENS)
-        rows.append({"from": first, "to": last, "n_tokens": int(tokens)})
-        rows[-1] |= {"n_docs": clusters.documents, "nll": nats / tokens, "nll_se": error}
-    return rows
+def _pairs() -> Clusters:
+    return Clusters(2)
 
 
 def _times(factor: float | None, error: float | None) -> float | None:
@@ -242,6 +239,7 @@ def _times(factor: float | None, error: float | None) -> float | None:
     return factor * error
 
 
+SPOOL_BYTES = 1 << 24  # of nats in memory: little beside a net
 GAIN_BLOCK = 128  # neighbouring tokens gain together; blocks are taken as independent
 MANY_NATS = 2.0  # a token that gains this much is exp(2), about 7, times as likely
 
@@ -283,11 +281,8 @@ class GainTally:
         if len(self._open):
             self._end_blocks(self._open[None])
         total, tokens = self._blocks.sums
-        return Gain(
-            float(total / tokens),
-            self._blocks.error(np.array([1.0, 0.0]), 1),
-            self._many / float(tokens),
-        )
+        error = self._blocks.error(OF_FIRST, TOKENS_AT)
+        return Gain(float(total / tokens), error, self._many / float(tokens))
 
     def _compare(self, gained: np.ndarray) -> None:
         """Add the gains of the next (n,) tokens."""
@@ -300,6 +295,5 @@ class GainTally:
 
     def _end_blocks(self, gained: np.ndarray) -> None:
         """Add full blocks of gains, (blocks, tokens per block)."""
-        self._blocks.extend(
-            np.stack((gained.sum(1), np.full(len(gained), float(gained.shape[1]))), axis=1)
-        )
+        tokens = np.full(len(gained), gained.shape[1])
+        self._blocks.extend(np.column_stack((gained.sum(1), tokens)))

@@ -6,11 +6,12 @@ A window is a range of the document's tokens to predict, for one of several cont
 shifted back by one token.
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,14 @@ import torch
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
-from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_size
 from longnet_cli.data.row_writer import kept_columns, row_schema
-from longnet_cli.data.token_documents import SPOOL_BYTES, Document
+from longnet_cli.data.token_documents import Document
 from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
+from longnet_cli.models.folder import Loaded
 from longnet_cli.nets.net import LOGITS_LIMIT, InputSequence, Net, bos_ids
 from longnet_cli.running.device import precision, to_device, to_host
-from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import Piece, Reader, Window
 
 from .measures import TABLES, ByPosition, Gain, GainTally, Score, column
@@ -60,48 +60,38 @@ class Cut:
             return "no token could be scored: every document is empty or left out"
         return "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
 
-    def inputs(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, wanted) of each window: it reads [start, stop), and targets count from `wanted` on."""
-        before = len(self.bos) - 1  # from a target to its input
-        for start, stop, counted in self.windows(tokens, context):
-            yield (
-                start + before if start > self.first_target else 0,
-                stop + before,
-                counted + before,
-            )
-
     def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, counted) of each window: at most `context` targets, which count from `counted` on.
+        """Yield (start, stop, wanted) of each window: it reads [start, stop), and targets count from `wanted` on.
 
-        The counted targets of all windows make up the document, or its `last` tokens.
+        A window has at most `context` targets. Those that count in all windows make up the document, or its `last`
+        tokens.
         """
-        size = context or max(1, tokens - self.first_target)
-        step = self.options.stride or size
-        look_back = self.options.stride is not None or self.options.last is not None
-        for counted in range(
-            tokens - self.options.last if self.options.last else self.first_target, tokens, step
-        ):
+        options = self.options
+        first = self.first_target
+        before = len(self.bos) - 1  # from a target to its input
+        size = context or max(1, tokens - first)
+        step = options.stride or size
+        look_back = options.stride is not None or options.last is not None
+        for counted in range(tokens - options.last if options.last else first, tokens, step):
             stop = min(counted + step, tokens)
-            yield max(self.first_target, stop - size) if look_back else counted, stop, counted
+            start = max(first, stop - size) if look_back else counted
+            yield start + before if start > first else 0, stop + before, counted + before
 
     def longest(self, tokens: int) -> int:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
         if self.options.last and tokens < self.least:
             return 0
-        return max(
-            0,
-            min(tokens - self.first_target, max(size or tokens for size in self.options.contexts)),
-        )
+        longest = max(size or tokens for size in self.options.contexts)
+        return max(0, min(tokens - self.first_target, longest))
 
     @property
     def least(self) -> int:
         """The fewest tokens of a document whose `last` tokens all get windows as long as every context."""
-        options = self.options
         last = self.options.last or 0
-        return self.first_target + max(
-            last if size is None else size + last - min(options.stride or size, last)
-            for size in options.contexts
-        )
+        needed = [last]
+        for size in self.options.context or ():
+            needed.append(size + last - min(self.options.stride or size, last))
+        return self.first_target + max(needed)
 
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
@@ -114,21 +104,18 @@ def score(
     facts: ModelFacts = ModelFacts(),  # noqa: B008
     *,
     count_bytes: Callable[[np.ndarray], int | None] | None = None,
-    events: Events | None = None,
     top: bool = False,
-    ranks: Ranks | None = None,
-    chunk: int | None = None,
-    dtype: str = "auto",
-    spill: str | Path | None = None,
+    **reading: Any,
 ) -> pa.RecordBatchReader:
     """Score `documents` lazily, in order; return a reader of record batches of their rows (`Scorer.schema`).
 
     Every token is scored exactly once, the first one of a document if the model has a `bos` (`facts`); otherwise the
-    number of scored bytes is unknown. `count_bytes` gives the bytes of scored ids, for `last` (None: unknown). `ranks`,
-    `chunk`, `dtype` and `spill` are as in `running.reader.Reader`: memory does
-    not depend on the document's length, without chosen blocks, and none of them changes a number beyond rounding. All
-    ranks need the same documents. In one group of ranks, which share each document, all get all rows. Several groups
-    divide the documents between them; then rank 0 gets all rows and the others none.
+    number of scored bytes is unknown. `count_bytes` gives the bytes of scored ids, for `last` (None: unknown).
+
+    `reading` are arguments of `running.reader.Reader`: `ranks`, `chunk`, `dtype`, `spill` and `events`. Memory does not
+    depend on the document's length, without chosen blocks, and none of them changes a number beyond rounding. All ranks
+    need the same documents. In one group of ranks, which share each document, all get all rows. Several groups divide
+    the documents between them; then rank 0 gets all rows and the others none.
 
     A document that is too long for the model, or has invalid ids, ends the run, unless
     `events.left_out` counts it.
@@ -140,12 +127,7 @@ def score(
     ConfigError for a document with more tokens than the model reads, NoTokensError at the end if no document had a
     token to score, NotFiniteError for a log-probability that is NaN or infinite.
     """
-    if events and events.logprobs and ranks and ranks.dp > 1:
-        raise ConfigError(
-            "log-probabilities of tokens are written by one group of ranks: leave out --dp"
-        )
-    reader = Reader(model, chunk=chunk, dtype=dtype, spill=spill, ranks=ranks, events=events)
-    return Scorer(reader, options, facts, count_bytes, top).rows(documents)
+    return Scorer(Reader(model, **reading), options, facts, count_bytes, top).rows(documents)
 
 
 def most_likely(model: Net, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,11 +223,24 @@ class Scorer(RowJob):
             raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
         if reader.events.logprobs and len(options.contexts) > 1:
             raise ConfigError("log-probabilities of tokens need one context: give only one")
+        if reader.events.logprobs and reader.all_ranks.dp > 1:
+            raise ConfigError(
+                "log-probabilities of tokens are written by one group of ranks: leave out --dp"
+            )
         self.cut = Cut(bos_ids(facts.bos), options)
         self.nothing = self.cut.nothing
         self.count_bytes = count_bytes
         self.top = top
         self.open: deque[_Tally] = deque()  # documents whose windows are being read
+
+    @classmethod
+    def of_model(
+        cls, reader: Reader, options: ScoreOptions, loaded: Loaded, top: bool = False
+    ) -> Scorer:
+        """Return the job for a model, which counts bytes by the model's tokenizer."""
+        words = loaded.tokenizer
+        count_bytes = words.n_bytes if words else None
+        return cls(reader, options, ModelFacts.of(loaded), count_bytes, top)
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -256,12 +251,6 @@ class Scorer(RowJob):
         keys are `longnet.*`; unknown values are left out.
         """
         options = self.options
-        facts = self.facts
-        known = {
-            "longnet.model": facts.model_name,
-            "longnet.tokenizer_sha256": facts.tokenizer_sha256,
-            "longnet.pattern": facts.pattern,
-        }
         of_contexts = dict.fromkeys(("nll_sum", "ppl", "bpb"), pa.float64())
         of_contexts |= dict.fromkeys(TABLES if options.by_position else (), TABLE)
         kinds = {"doc_id": pa.string(), "n_tokens": pa.int64(), "n_bytes": pa.int64()}
@@ -270,7 +259,7 @@ class Scorer(RowJob):
                 kinds[column(name, context, options.contexts)] = kind
         if len(options.contexts) > 1:
             kinds |= dict.fromkeys(Gain._fields, pa.float64())
-        return row_schema(pa.schema(kinds), self.kept_fields, known)
+        return row_schema(pa.schema(kinds), self.kept_fields, self.facts.metadata)
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         """Return a document as the model reads it. Raises TooLongError for a window that is too long for the model."""
@@ -284,7 +273,7 @@ class Scorer(RowJob):
         if self.is_short(tokens):
             return
         for context in self.options.contexts:
-            for start, stop, wanted in self.cut.inputs(tokens, context):
+            for start, stop, wanted in self.cut.windows(tokens, context):
                 yield stop - start, stop - wanted
 
     def is_short(self, tokens: int) -> bool:
@@ -293,10 +282,6 @@ class Scorer(RowJob):
     def counted(self, tokens: int, documents: int = 1) -> int:
         scored = min(tokens, documents * self.options.last) if self.options.last else tokens
         return scored * len(self.options.contexts)
-
-    def kept_bytes(self, tokens: int) -> dict[str, int]:
-        """Return the bytes of the nats that are kept for the gain."""
-        return {"nats": min(4 * tokens, SPOOL_BYTES) if len(self.options.contexts) > 1 else 0}
 
     def size(self, document: Document) -> int:
         return len(document) + 1
@@ -323,8 +308,8 @@ class Scorer(RowJob):
 
     def _record_batch(self, documents: Sequence[Sequence[_Tally]]) -> pa.RecordBatch:
         rows = [_row(tallies) for tallies in documents]
-        scored = list(self.schema)[: len(self.schema) - len(self.kept_fields)]
-        columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in scored]
+        scored = pa.schema(list(self.schema)[: len(self.schema) - len(self.kept_fields)])
+        columns = pa.RecordBatch.from_pylist(rows, scored).columns
         kept = kept_columns([tallies[0].document for tallies in documents], self.kept_fields)
         return pa.record_batch([*columns, *kept], schema=self.schema)
 
@@ -337,9 +322,9 @@ class Scorer(RowJob):
                 tally = self._tally(document, context, gain)
                 self.open.append(tally)
                 if not tally.expected:
-                    yield _ScoredWindow(sequence, 0, 0, 0, tally)
-                for start, stop, wanted in self.cut.inputs(len(document), context):
-                    yield _ScoredWindow(sequence, start, stop, wanted, tally)
+                    yield _ScoredWindow(sequence, 0, 0, 0, 0, tally)
+                for start, stop, wanted in self.cut.windows(len(document), context):
+                    yield _ScoredWindow(sequence, start, stop, wanted, stop, tally)
 
     def _tally(self, document: Document, context: int | None, gain: GainTally | None) -> _Tally:
         expected = max(0, len(document) - self.cut.first_target)

@@ -17,12 +17,8 @@ from longnet_cli.data.row_writer import ShardWriter
 from longnet_cli.data.token_documents import Document, TextPlaces
 
 BATCH = 1 << 18  # tokens per record batch
-_COLUMNS = [
-    "doc_id",
-    "start",
-    "input_ids",
-    "logprobs",
-]  # an Arrow file would leave the ids of the first one on disk
+# an Arrow file would leave the ids of the first one on disk
+_COLUMNS = ["doc_id", "start", "input_ids", "logprobs"]
 _TOP = ["top_ids", "top_logprobs"]
 
 
@@ -33,16 +29,21 @@ def logprob_schema(metadata: Mapping[str, str] | None = None, top: bool = False)
     With `top`, there are columns for the most likely token in the place of each one, and for its log-probability. The
     place of each token in the text is last, [char_start, char_end), null for a document of ids (`TextPlaces`).
     """
+    ids = pa.large_list(pa.int32())
+    logprobs = pa.large_list(pa.float32())
+    places = pa.large_list(pa.int64())
+    lists = {"input_ids": ids, "logprobs": logprobs}
+    if top:
+        lists |= {"top_ids": ids, "top_logprobs": logprobs}
     fields = [
         pa.field("doc_id", pa.string()),
         pa.field("part", pa.int32()),
         pa.field("start", pa.int64()),
-        pa.field("input_ids", pa.large_list(pa.int32()), nullable=False),
-        pa.field("logprobs", pa.large_list(pa.float32()), nullable=False),
     ]
-    if top:
-        fields += [field.with_name(name) for name, field in zip(_TOP, fields[-2:], strict=True)]
-    fields += [pa.field(name, pa.large_list(pa.int64())) for name in ("char_start", "char_end")]
+    for name, kind in lists.items():
+        fields.append(pa.field(name, kind, nullable=False))
+    fields.append(pa.field("char_start", places))
+    fields.append(pa.field("char_end", places))
     return pa.schema(fields, metadata=metadata)
 
 
@@ -51,7 +52,7 @@ def write_token_logprobs(
     path: str | Path, metadata: Mapping[str, str] | None = None, top: bool = False
 ) -> Iterator[Callable[..., None]]:
     """Open a file for token log-probabilities (see `logprob_schema`), and yield what takes them."""
-    rows: list[tuple[Any, ...]] = []
+    rows: list[dict[str, Any]] = []
     size = part = 0
     places: TextPlaces | None = None
 
@@ -60,9 +61,7 @@ def write_token_logprobs(
         def flush() -> None:
             nonlocal rows, size
             if rows:
-                columns = zip(zip(*rows, strict=True), writer.schema, strict=True)
-                arrays = [pa.array(values, field.type) for values, field in columns]
-                writer.write(pa.record_batch(arrays, schema=writer.schema))
+                writer.write(pa.RecordBatch.from_pylist(rows, writer.schema))
             rows = []
             size = 0
 
@@ -72,10 +71,11 @@ def write_token_logprobs(
             if places is None or places.document is not document:
                 part = 0
                 places = TextPlaces(document)
-            tokens = len(lists[0])
-            in_text = places.of_tokens(start, start + tokens)
-            rows.append((document.doc_id, part, start, *lists, *in_text))
-            size += tokens
+            ids = lists[0]
+            in_text = places.of_tokens(start, start + len(ids))
+            row = (document.doc_id, part, start, *lists, *in_text)
+            rows.append(dict(zip(writer.schema.names, row, strict=True)))
+            size += len(ids)
             if size >= BATCH:
                 flush()
 
@@ -107,9 +107,7 @@ class LogprobFile:
             )
         self._table = table
         self.where = table.where
-        self.metadata = {
-            key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
-        }
+        self.metadata = table.metadata
 
     def rows(self, top: bool = False) -> Iterator[Logged]:
         """Yield the rows in order; with `top`, also the most likely tokens, if the file has them.
@@ -118,7 +116,9 @@ class LogprobFile:
         """
         table = self._table
         row = 0
-        names = [*_COLUMNS, *(_TOP if top and {*_TOP} <= {*table.schema.names} else ())]
+        names = [*_COLUMNS]
+        if top and {*_TOP} <= {*table.schema.names}:
+            names += _TOP
         for batch in table.read(names):
             doc_ids, starts, *lists = (pick(batch, name) for name in names)
             for index in range(batch.num_rows):

@@ -18,21 +18,11 @@ import torch
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.estimating import (
-    Estimate,
-    activation_bytes,
-    cache_bytes,
-    far_bytes,
-    itemsize_of,
-    logits_bytes,
-    step_of_layers,
-)
-from longnet_cli.jobs.reading_plan import ReadingPlan
-from longnet_cli.nets.config import NetConfig
+from longnet_cli.jobs.estimating import Estimate, Room
+from longnet_cli.jobs.reading_plan import ReadingPlan, cache_bytes
 from longnet_cli.nets.net import LOGITS_LIMIT
 from longnet_cli.running.device import (
     free_memory,
-    resident_memory,
     resolve_dtype,
     trim_memory,
     wait_for,
@@ -48,6 +38,7 @@ from longnet_cli.running.reader import (
 
 from .limits import check_ranks
 from .recipe import Recipe, Stage
+from .step_bytes import activation_bytes, far_bytes, itemsize_of, logits_bytes, step_of_layers
 
 GAPS = 2  # bytes of logits on a CPU, relative to those in use: the heap is kept, and cannot reuse all that is freed
 SECONDS = 0.25  # that the step takes whose rate counts
@@ -86,7 +77,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     check_ranks(recipe, ranks)
     dtype = resolve_dtype(train.dtype, device)
     memory = training_memory(recipe, device, ranks)
-    program, free = _loaded(recipe, device)
+    program, free = _room(recipe, device)
     # a chunk of a bidirectional net cannot be shorter than a window
     longest = max(stage.seq_len for stage in train.stages)
     shortest = SHORTEST_CHUNK if config.causal else -(-longest // ranks.sp)
@@ -128,7 +119,7 @@ def step_rate(recipe: Recipe, device: torch.device) -> float:
     config = recipe.model
     train = recipe.train
     again = train.activation_checkpointing
-    step = step_of_layers(config, 1, train.dtype, _lora(recipe), again, device)
+    step = step_of_layers(config, 1, train.dtype, recipe.adapter, again, device)
 
     def seconds_of(tokens: int) -> float:
         began = time.perf_counter()
@@ -141,15 +132,12 @@ def step_rate(recipe: Recipe, device: torch.device) -> float:
         if tokens >= train.chunk:
             break
         tokens *= 2
-    flops = pass_flops(config, tokens, tokens, again, predicted=0.0).all
-    return tokens * flops / config.num_layers / seconds
+    flops = config.training_flops([tokens], 0.0)
+    flops += again * (tokens * config.layer_flops() + config.attention_flops(tokens))
+    return flops / config.num_layers / seconds
 
 
-def _lora(recipe: Recipe) -> dict | None:
-    return recipe.pretrained.adapter if recipe.pretrained else None
-
-
-def _loaded(recipe: Recipe, device: torch.device) -> tuple[int, int | None]:
+def _room(recipe: Recipe, device: torch.device) -> Room:
     """Return the bytes of the program and those that are free, with an optimizer and the tokenizer.
 
     On first use, torch loads a hundred MiB; a step of layers has been made before.
@@ -161,7 +149,7 @@ def _loaded(recipe: Recipe, device: torch.device) -> tuple[int, int | None]:
         tokenizer = Tokenizer.load(recipe.data.tokenizer)
         tokenizer.encode("some words")  # it makes tables for the first text
     trim_memory(device)
-    return resident_memory(device), free_memory(device)
+    return Room.now(device)
 
 
 def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int) -> int:
@@ -208,46 +196,26 @@ class StepFlops(NamedTuple):
 def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
     """Return the FLOPs per token of a step in this stage, on all ranks.
 
-    With `train.activation_checkpointing`, each chunk is computed once more. Logits are computed again where they are
-    more than `LOGITS_LIMIT`.
+    Of a window's chunks, all but the last are computed again for the backward pass. With
+    `train.activation_checkpointing`, each is computed once more. Logits are computed again where they are more than
+    `LOGITS_LIMIT`.
     """
     train = recipe.train
-    logits_again = (
-        tokens_at_once(recipe, stage, ranks) * train.predicted * recipe.model.vocab_size
-        > LOGITS_LIMIT
-    )
-    more = train.activation_checkpointing, train.predicted, logits_again
-    return pass_flops(recipe.model, stage.seq_len, train.chunk * ranks.sp, *more)
-
-
-def pass_flops(
-    config: NetConfig,
-    tokens: int,
-    chunk: int,
-    more: int = 0,
-    predicted: float = 1.0,
-    logits_again: bool = False,
-) -> StepFlops:
-    """Return the FLOPs per token of a forward and a backward pass over a window of so many tokens.
-
-    Of its chunks, all but the last are computed again for the backward pass, and each chunk as often `more`. The share
-    `predicted` of the tokens has logits.
-    """
+    config = recipe.model
+    tokens = stage.seq_len
+    chunk = train.chunk * ranks.sp
+    predicted = train.predicted
     chunks = -(-tokens // chunk)
-    forwards = 1 + (chunks - 1) * chunk / tokens + more
-    logits = predicted * (1 + logits_again)
+    forwards = 1 + (chunks - 1) * chunk / tokens + train.activation_checkpointing
+    logits = predicted
+    if tokens_at_once(recipe, stage, ranks) * predicted * config.vocab_size > LOGITS_LIMIT:
+        logits *= 2
     one_pass = config.attention_flops(tokens) / tokens
     backward = config.attention_backward_flops(tokens) / tokens
     products = config.training_flops([tokens], predicted) / tokens - one_pass - backward
     products += (forwards - 1) * config.layer_flops()
     products += (logits - predicted) * config.vocabulary_flops()
-    return StepFlops(
-        products=products,
-        attention=forwards * one_pass,
-        attention_backward=backward,
-        forwards=forwards,
-        logits=logits,
-    )
+    return StepFlops(products, forwards * one_pass, backward, forwards, logits)
 
 
 def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
@@ -334,7 +302,7 @@ def _stage_memory(
     windows = max(1, tokens * ranks.sp // stage.seq_len)
     far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize)
     dtype = "fp32" if itemsize == 4 else "bf16"
-    lora = json.dumps(_lora(recipe))
+    lora = json.dumps(recipe.adapter)
     again = train.activation_checkpointing
     saved = activation_bytes(config, dtype, lora, again)  # per token
     logits = logits_bytes(config, round(tokens * train.predicted))

@@ -65,10 +65,10 @@ def stored_tokens(batch: Batch, offset: int, tokens: int, device: torch.device) 
     return LazyTokens((batch.shape[0], tokens), device, read)
 
 
-Run = tuple[int, int, int]  # ids [start, stop) of a row, as (row, start, stop)
+IdRange = tuple[int, int, int]  # ids [start, stop) of a row, as (row, start, stop)
 
 
-def regrouped(tokens: Tokens, rows: list[list[Run]]) -> LazyTokens:
+def regrouped(tokens: Tokens, rows: list[list[IdRange]]) -> LazyTokens:
     """Return ids (B, N) grouped into new rows (b, n): each is a list of runs in order."""
 
     def read(row: int, start: int, stop: int) -> Tensor:
@@ -180,7 +180,7 @@ class _Forward(NamedTuple):
     `documents` has the lengths of the documents where a row has several.
     """
 
-    rows: list[list[Run]]
+    rows: list[list[IdRange]]
     documents: list[int] | None
 
 
@@ -194,7 +194,7 @@ def plan_forwards(starts: Sequence[Sequence[int]], length: int, chunk: int) -> I
     for batch in batches_by_length([length] * len(whole), chunk):
         yield _Forward([[(whole[index], 0, length)] for index in batch], None)
     # the rule of reading sorts by length and pads: here, neighbours stay one run of ids, and nothing is padded
-    runs = list[Run]()
+    runs = list[IdRange]()
     lengths = list[int]()
     room = chunk
     for row, begins in enumerate(starts):
@@ -330,7 +330,7 @@ def _masked_windows(data: TrainingData, recipe: Recipe, stage: Stage) -> Iterato
                 seeds=[(number,)],
             )
             hidden = Document(document.doc_id, masked[0].numpy(), None, document.where)
-            yield _MaskedWindow(hidden, 0, len(hidden), 0, targets[0])
+            yield _MaskedWindow(hidden, 0, len(hidden), 0, len(hidden), targets[0])
             number += 1
 
 
