@@ -54,8 +54,7 @@ def show_reading(estimate: Estimate, format: Format, job: str, *more: Row) -> No
 def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format: str) -> None:
     """Print the estimate of a job that would read `inputs`, of a `sample` of texts if given."""
     from longnet_cli.jobs.estimating import estimate_reading
-    from longnet_cli.jobs.reading_plan import Sample, count_documents
-    from longnet_cli.jobs.trial import Task
+    from longnet_cli.jobs.reading_plan import Sample, Task, count_documents
     from longnet_cli.running.ranks.ranks import leave
 
     assert opened.room  # of every dry run

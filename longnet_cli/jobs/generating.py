@@ -34,8 +34,7 @@ from longnet_cli.running.device import precision, runs_ahead, select_device
 from longnet_cli.running.reader import Reader, chunk_of, default_chunk
 
 from .job_options import check_sampling
-from .reading_plan import ReadingPlan
-from .trial import Task
+from .reading_plan import ReadingPlan, Task
 
 NEW_TOKENS = 5  # of which the time between two is measured
 ZERO = Document("zero", np.zeros(1, np.int64), None, "a prompt of one token")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -34,6 +34,17 @@ if TYPE_CHECKING:
     from longnet_cli.jobs.row_jobs import RowJob
 
 SEED = 0  # every run draws the same documents
+
+
+class Task(NamedTuple):
+    """The reading that a job does: `read` reads documents, and `windows` says in which windows, by the tokens of one.
+
+    The windows are (tokens, wanted tokens). A job that `scores` computes logits of the wanted ones.
+    """
+
+    read: Callable[[Reader, Sequence[Document]], None]
+    windows: Callable[[int], Iterable[tuple[int, int]]]
+    scores: bool
 
 
 class ReadingPlan:

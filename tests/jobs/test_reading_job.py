@@ -36,10 +36,9 @@ from longnet_cli.jobs.estimating import (
     estimate_reading,
 )
 from longnet_cli.jobs.job_options import EncodeOptions, ScoreOptions
-from longnet_cli.jobs.reading_plan import Sample, cache_bytes, count_documents
+from longnet_cli.jobs.reading_plan import Sample, Task, cache_bytes, count_documents
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer
-from longnet_cli.jobs.trial import Task
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import InputSequence, Net

@@ -23,6 +23,7 @@ from longnet_cli.jobs.reading_plan import ReadingPlan, cache_bytes
 from longnet_cli.nets.net import LOGITS_LIMIT
 from longnet_cli.running.device import (
     free_memory,
+    resident_memory,
     resolve_dtype,
     trim_memory,
     wait_for,
@@ -149,7 +150,7 @@ def _room(recipe: Recipe, device: torch.device) -> Room:
         tokenizer = Tokenizer.load(recipe.data.tokenizer)
         tokenizer.encode("some words")  # it makes tables for the first text
     trim_memory(device)
-    return Room.now(device)
+    return Room(resident_memory(device), free_memory(device))
 
 
 def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int) -> int:
