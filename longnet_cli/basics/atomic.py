@@ -27,19 +27,20 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
-def writing(what: str | Path) -> Iterator[None]:
+def writing(what: str | Path, failure: type[LongNetError] = LongNetError) -> Iterator[None]:
     """Turn a failed write (a full disk, a file too large) into a LongNetError that names what was being written.
 
-    A BrokenPipeError passes through unchanged: the reader has read enough.
+    All but a full disk is another `failure`, where an option has named the path. A BrokenPipeError passes through
+    unchanged: the reader has read enough.
     """
     try:
         yield
     except BrokenPipeError:
         raise
     except (OSError, SafetensorError) as error:  # of safetensors for a full disk
-        raise LongNetError(
-            f"{what}: cannot write: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        reason = getattr(error, "strerror", None) or error
+        raise (LongNetError if full else failure)(f"{what}: cannot write: {reason}") from error
 
 
 # Not atomicwrites (archived) or filelock (locks alone): no library flushes the folder too, removes what killed writers
@@ -54,7 +55,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     the end of the file cannot be written.
     """
     target = Path(path)
-    with _opening(path):
+    with writing(path, ConfigError):
         direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)
         if not direct:
             # not for >(command), whose real path does not exist
@@ -73,7 +74,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             file.close()
             if not direct:
                 os.replace(temporary, target)
-                sync_folder(target.parent)
+                flush(target.parent)
     except BaseException:
         with suppress(OSError):  # on a full disk, close fails again, but the file is then closed
             file.close()
@@ -168,7 +169,7 @@ def whole_folder(path: str | Path, last: str, *, new: bool = False) -> Iterator[
     """
     target = Path(os.path.abspath(path))
     new_folders = missing_folders(target)
-    with _opening(path):
+    with writing(path, ConfigError):
         if new:
             check_unused(path)
         target.mkdir(parents=True, exist_ok=True)
@@ -186,7 +187,7 @@ def whole_folder(path: str | Path, last: str, *, new: bool = False) -> Iterator[
             files.sort(key=lambda file: (file.name == last, -file.stat().st_size))
             for file in files:
                 os.replace(file, target / file.name)
-            sync_folder(target)
+            flush(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(handle)
@@ -203,14 +204,9 @@ def check_unused(path: str | Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Make what is written to a file survive a power cut."""
+    """Make what is written to a file, or the renames in a folder, survive a power cut."""
     with _descriptor(path) as handle:
         os.fsync(handle)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder survive a power cut."""
-    flush(folder)
 
 
 @contextmanager
@@ -230,7 +226,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     Raises ConfigError if the folder cannot be created or another process has locked it, LongNetError for a full disk.
     """
     with ExitStack() as stack:
-        with _opening(folder):
+        with writing(folder, ConfigError):
             stack.callback(remove_empty, missing_folders(folder))
             folder.mkdir(parents=True, exist_ok=True)
             handle = stack.enter_context(_descriptor(folder))
@@ -241,15 +237,3 @@ def locked_folder(folder: Path) -> Iterator[None]:
         except OSError:
             pass  # a network file system without locks
         yield
-
-
-@contextmanager
-def _opening(path: str | Path) -> Iterator[None]:
-    """Turn an OSError into a ConfigError, because the path is an option; into a LongNetError if the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise (LongNetError if full else ConfigError)(
-            f"{path}: cannot write: {error.strerror}"
-        ) from error

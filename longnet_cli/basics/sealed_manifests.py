@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .atomic import flush, sync_folder, write_file
+from .atomic import flush, write_file
 from .configuration import parse, read_text
 from .digests import file_sha256, json_sha256
 from .errors import CheckpointError
@@ -43,7 +43,7 @@ def write_sealed(path: Path, version: int, facts: Mapping[str, Any], names: Iter
         flush(file)
         files[name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     write_file(path, seal(version, {**facts, "files": files}).encode())  # also flushes the folder
-    sync_folder(path.parent.parent)  # which the folder may be new in
+    flush(path.parent.parent)  # which the folder may be new in
 
 
 def read_sealed(path: Path, version: int) -> dict[str, Any]:

@@ -48,8 +48,9 @@ def progress(
 class ExpectedTokens:
     """An estimate of the tokens of all documents, by the share of the inputs that those so far take."""
 
-    def __init__(self) -> None:
-        self._tokens = 0
+    def __init__(self, tokens: int = 0) -> None:
+        """Begin with the `tokens` of the documents that an earlier run has read."""
+        self._tokens = tokens
         self._share = 0.0
 
     def count(self, tokens: int, share: float | None) -> None:

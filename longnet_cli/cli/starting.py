@@ -210,7 +210,9 @@ class Opened:
         """Write the rows of a job, with progress, and say how many there are. For `logprobs`, see `Events`."""
         from longnet_cli.jobs.row_jobs import write_rows
 
-        expected = ExpectedTokens()
+        earlier = self.earlier.totals if self.earlier else Counter[str]()
+        done = job.counted(earlier["tokens"], earlier["documents"])
+        expected = ExpectedTokens(done)
         path = str(output.path)
         files = [source.path for source in self.input_files.found if source.path]
         if not self.named and any(path.suffix != ".py" for path in files):
@@ -219,14 +221,9 @@ class Opened:
         def on_document(document: Document, fraction: float | None) -> None:
             expected.count(job.counted(len(document)), fraction)
 
-        def counted(totals: Counter[str] | None) -> int:
-            return job.counted(totals["tokens"], totals["documents"]) if totals else 0
-
-        total = counted(inputs.totals()) or expected.total
-        done = counted(self.earlier.totals if self.earlier else None)
         with (
             say_what_is_kept(path),
-            progress(job.doing, total=total, start=done) as advance,
+            progress(job.doing, total=expected.total, start=done) as advance,
         ):
             job.reader.events = Events(
                 progress=advance,

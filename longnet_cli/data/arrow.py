@@ -21,7 +21,7 @@ import pyarrow.ipc as ipc
 
 from longnet_cli.basics.errors import DataError
 
-from .opened_inputs import Table, numpy_dtype, reading
+from .opened_inputs import Table, numpy_dtype
 from .stored_files import StoredFile, StoredIds
 
 MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its start
@@ -173,19 +173,13 @@ class _ArrowBytes:
     ) -> Table:
         _ = schema.names  # raises UnicodeDecodeError for a name that is not UTF-8
 
-        def read(columns: list[str]) -> Iterator[pa.RecordBatch]:
-            count = rows = 0
-            while True:
-                with reading(f"{self.where}, batch {count}", row=rows):
-                    if (batch := next(batches, None)) is None:
-                        break
-                    _refuse_overlap(batch)
+        def checked(columns: list[str]) -> Iterator[pa.RecordBatch]:
+            for batch in batches:
+                _refuse_overlap(batch)
                 yield batch
-                count = count + 1
-                rows = rows + batch.num_rows
             self.map = self.last = None  # documents keep this object, and a map keeps its file open
 
-        return Table(name, self.where, schema, read, format, self.stored)
+        return Table(name, self.where, schema, checked, format, self.stored)
 
     def stored(self, array: pa.Array) -> StoredIds | None:
         """Return the place in the file of (tokens,) ids of the last batch; None if they are in memory. Ignore nulls."""

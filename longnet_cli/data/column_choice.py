@@ -3,8 +3,7 @@
 Lists in columns: where each one lies in the column's values, and these values as numbers.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,7 +12,7 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError
 
-from .opened_inputs import CHAT_COLUMN, TOKEN_COLUMNS, Table, find_column
+from .opened_inputs import CHAT_COLUMN, JSON_LINES, TOKEN_COLUMNS, Table, find_column
 from .stored_files import StoredIds
 
 
@@ -53,8 +52,8 @@ def numbers(
 INTEGERS = [pa.type_for_alias(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 FLOATS = (pa.float16(), pa.float32(), pa.float64())
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
-_PLAIN_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-_LISTS = (*_PLAIN_LISTS, pa.types.is_list_view, pa.types.is_large_list_view)
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_VIEWS = (pa.types.is_list_view, pa.types.is_large_list_view)
 
 
 VECTOR_COLUMNS = ("features", "embedding", "embeddings")
@@ -63,8 +62,8 @@ VECTOR_ID_COLUMNS = ("slide_id", "doc_id")
 COORDS = (("coords",), ("x", "y"))
 
 
-# What documents are read as: ids and text are both tokens
-Form = Literal["text", "tokens", "vectors"]
+# What documents are read as: ids, texts and chats are all tokens; texts alone; texts and chats; vectors
+Form = Literal["tokens", "text", "chats", "vectors"]
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,15 @@ class Columns(NamedTuple):
 
     documents: str
     type: pa.DataType
-    doc_id: str | None
-    part: str | None
-    keep: tuple[str, ...]
+    doc_id: str | None = None
+    part: str | None = None
+    keep: tuple[str, ...] = ()
     coords: tuple[str, ...] = ()
+
+    @property
+    def of_texts(self) -> bool:
+        """True for texts and chats; the numbers of other documents stay in their file until they are needed."""
+        return is_text(self.type) or is_chat(self.type)
 
     @property
     def names(self) -> list[str]:
@@ -106,15 +110,13 @@ class Columns(NamedTuple):
 
 def is_chat(kind: pa.DataType) -> bool:
     """Return whether a column of this type holds chats: lists of messages, which have a `role` and a `content`."""
-    if not any(test(kind) for test in _LISTS):
+    message = _item_type(kind)
+    if message is None or pa.types.is_map(message):  # the type in which JSON Lines are read
+        return message is not None
+    if not pa.types.is_struct(message):
         return False
-    message = kind.value_type
-    if pa.types.is_map(message):  # the type in which JSON Lines are read
-        return True
-    return pa.types.is_struct(message) and all(
-        message.get_field_index(name) >= 0 and is_text(message.field(name).type)
-        for name in ("role", "content")
-    )
+    texts = {field.name for field in message if is_text(field.type)}
+    return texts >= {"role", "content"}
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -122,19 +124,19 @@ def is_text(kind: pa.DataType) -> bool:
     return _plain(kind) in _TEXTS
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return any(test(kind) for test in _LISTS) and kind.value_type in INTEGERS
+def _item_type(kind: pa.DataType) -> pa.DataType | None:
+    """Return the type of the items of a list; None for a type of anything else."""
+    return kind.value_type if any(test(kind) for test in (*_LISTS, *_VIEWS)) else None
 
 
 def choose_columns(
-    table: Table, wanted: Wanted, form: Form = "tokens", *, chats: bool = True, coords: bool = False
+    table: Table, wanted: Wanted, form: Form = "tokens", *, coords: bool = False
 ) -> Columns:
     """Choose the columns to read.
 
-    Documents are in the column asked for, otherwise in a list of ids, otherwise in text or a flat column of ids,
-    otherwise in chats. Ids and chats are considered only for the form `tokens` and with `chats`. Documents of vectors
-    are in the column asked for, otherwise in one of VECTOR_COLUMNS, and their coordinates are chosen with `coords`.
-    Names of documents are in the column asked for, otherwise in the first of ID_COLUMNS or VECTOR_ID_COLUMNS.
+    Documents are in the column asked for, otherwise in the usual one of the form (see _FORMS). The coordinates of
+    vectors are chosen with `coords`. Names of documents are in the column asked for, otherwise in the first of
+    ID_COLUMNS or VECTOR_ID_COLUMNS.
 
     Raises ConfigError, listing the columns, when none or several would do, and for an id column or a carried column
     that is asked for beside a flat column. Raises DataError for a name that several columns have, and for document
@@ -142,15 +144,12 @@ def choose_columns(
     """
     vectors = form == "vectors"
     present = table.schema.names
-    if vectors:
-        documents = _choose_vectors(table, wanted.column)
-    else:
-        documents = _choose(table, wanted.column, form == "tokens", chats)
+    documents = _choose(table, wanted.column, form)
     kind = _type(table, documents)
     for name in wanted.keep:
         _type(table, name)
     if kind in INTEGERS:
-        chosen = Columns(documents, kind, None, None, ())
+        chosen = Columns(documents, kind)
         for name in wanted.names:
             if name != wanted.column:
                 raise ConfigError(
@@ -161,7 +160,7 @@ def choose_columns(
         doc_id = wanted.id_column or _id_column(table, documents, vectors)
         parts = [name for name in ("part", "span")[: 1 + vectors] if name in present]
         part = next((name for name in parts if pa.types.is_integer(_type(table, name))), None)
-        places = [names for names in COORDS if vectors and coords and {*names} <= {*present}]
+        places = [names for names in COORDS if coords and {*names} <= {*present}]
         chosen = Columns(
             documents, kind, doc_id, part if doc_id else None, wanted.keep, *places[:1]
         )
@@ -207,51 +206,26 @@ def _refusal(table: Table, problem: str) -> ConfigError:
     return ConfigError(f"{table.where}: {problem}; its columns are {columns}")
 
 
-def _choose(table: Table, column: str | None, ids: bool, chats: bool) -> str:
+def _choose(table: Table, column: str | None, form: Form) -> str:
+    """Return the column of the documents: the one asked for, otherwise the one of the first group that has any."""
+    groups, what = _FORMS[form]
     if column is not None:
         kind = _type(table, column)
-        if is_text(kind) or (ids and token_type(kind)) or (chats and is_chat(kind)):
+        if any(test(kind) for group in groups for test in group.values()):
             return column
-        raise _refusal(
-            table, f"column {column!r} does not hold {'token ids or text' if ids else 'text'}"
-        )
-    kinds = defaultdict(pa.null, ((field.name, field.type) for field in table.schema))
-    of_ids = TOKEN_COLUMNS * ids
-    of_chats = (CHAT_COLUMN,) * chats
-    lists = [name for name in of_ids if _is_list(kinds[name])]
-    flat = [name for name in of_ids if kinds[name] in INTEGERS]
-    if is_text(kinds["text"]):
-        flat = ["text", *flat]
-    candidates = lists or flat or [name for name in of_chats if is_chat(kinds[name])]
-    names = _either([*of_ids, "text", *of_chats])
-    what = _either(["text", *["integers"] * ids, *["chats"] * chats])
-    missing = f"no column named {names} with {what}: choose one (--column)"
-    return _only(table, candidates, "documents", missing)
-
-
-def _choose_vectors(table: Table, column: str | None) -> str:
-    names = [name for name in VECTOR_COLUMNS if name in table.schema.names]
-    which = f"no column named {', '.join(VECTOR_COLUMNS)} holds"
-    if column is not None:
-        names = [column]
-        which = f"column {column!r} does not hold"
-    kinds = {name: _type(table, name) for name in names}
-    candidates = [name for name, kind in kinds.items() if is_vector(kind) or is_vectors(kind)]
-    missing = f"{which} vectors, lists of float16, float32 or float64, which the model reads"
-    return _only(table, candidates, "vectors", missing)
-
-
-def _only(table: Table, candidates: Sequence[str], what: str, missing: str) -> str:
-    """Return the only candidate. Raises ConfigError, which says what is `missing`, without any, and for several."""
-    if len(candidates) == 1:
-        return candidates[0]
-    several = f"several columns may hold the {what} ({', '.join(candidates)})"
-    raise _refusal(table, f"{several}: choose one (--column)" if candidates else missing)
-
-
-def _either(names: Sequence[str]) -> str:
-    """Return `a, b or c`."""
-    return ", ".join(names[:-1]) + " or " * (len(names) > 1) + names[-1]
+        raise _refusal(table, f"column {column!r} does not hold {what}")
+    kinds = {field.name: field.type for field in table.schema}
+    usual = list[str]()
+    for group in groups:
+        found = [name for name, test in group.items() if name in kinds and test(kinds[name])]
+        if len(found) > 1:
+            several = f"several columns may hold the documents ({', '.join(found)})"
+            raise _refusal(table, f"{several}: choose one (--column)")
+        if found:
+            return found[0]
+        usual += [name for name in group if name not in usual]
+    names = " or ".join(filter(None, [", ".join(usual[:-1]), usual[-1]]))
+    raise _refusal(table, f"no column named {names} with {what}: choose one (--column)")
 
 
 class TokenTypes:
@@ -263,7 +237,7 @@ class TokenTypes:
     def check(self, table: Table, columns: Columns) -> None:
         """Raise DataError when an earlier input had another type. Text has no type."""
         kind = token_type(columns.type)
-        if kind is None or not table.typed:
+        if kind is None or table.format == JSON_LINES:  # which has no types of integers
             return
         self._first = self._first or (table.where, kind)
         where, expected = self._first
@@ -276,9 +250,7 @@ class TokenTypes:
 
 def token_type(kind: pa.DataType) -> pa.DataType | None:
     """Return the type of the ids in a column of this type; None for text and for types that hold no ids."""
-    if kind in INTEGERS:
-        return kind
-    return kind.value_type if _is_list(kind) else None
+    return next((numbers for numbers in (kind, _item_type(kind)) if numbers in INTEGERS), None)
 
 
 def is_vector(kind: pa.DataType) -> bool:
@@ -293,9 +265,27 @@ def is_vectors(kind: pa.DataType) -> bool:
 
 def is_list(kind: pa.DataType) -> bool:
     """Return whether a column of this type holds lists, of fixed size or not, that follow one another."""
-    return any(test(kind) for test in _PLAIN_LISTS)
+    return any(test(kind) for test in _LISTS)
 
 
-def stays_in_file(kind: pa.DataType) -> bool:
-    """Return whether the numbers of a column of this type, token ids or vectors, are read only when needed."""
-    return token_type(kind) is not None or is_vector(kind) or is_vectors(kind)
+def _is_id_list(kind: pa.DataType) -> bool:
+    return _item_type(kind) in INTEGERS
+
+
+_ID_LISTS = dict.fromkeys(TOKEN_COLUMNS, _is_id_list)
+_TEXT = {"text": is_text}
+_CHATS = {CHAT_COLUMN: is_chat}
+_VECTORS = dict.fromkeys(VECTOR_COLUMNS, lambda kind: is_vector(kind) or is_vectors(kind))
+# Of each form, groups of usual columns, the first before the others, with a test of their types; and what they hold
+_FORMS: dict[Form, tuple[Sequence[Mapping[str, Callable[[pa.DataType], bool]]], str]] = {
+    "tokens": (
+        (_ID_LISTS, _TEXT | dict.fromkeys(TOKEN_COLUMNS, INTEGERS.__contains__), _CHATS),
+        "text, token ids or chats",
+    ),
+    "text": ((_TEXT,), "text"),
+    "chats": ((_TEXT, _CHATS), "text or chats"),
+    "vectors": (
+        (_VECTORS,),
+        "vectors, lists of float16, float32 or float64, which the model reads",
+    ),
+}

@@ -15,7 +15,6 @@ import pyarrow as pa
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
 
 from .column_choice import Columns, is_chat, list_bounds, numbers
-from .manifest import is_manifest
 from .opened_inputs import Table, Text, pick, plain, reading
 from .stored_files import Part
 from .token_documents import Apart, Unread, collect
@@ -62,7 +61,7 @@ def read_batches(
             arrays = {name: pick(batch, name) for name in columns.names}
         yield start, arrays, _errors(table, columns, start, arrays)
         start += batch.num_rows
-    if start == 0 and not may_be_empty and not is_manifest(table.schema):
+    if start == 0 and not may_be_empty:
         raise DataError(f"{table.where}: the table has 0 rows")
 
 
@@ -145,7 +144,7 @@ def group_rows(
         following = (row for _, row in members)  # noqa: B031 (used once, before the next group)
         values = _values(table, first.doc_id, chain((first,), following))
         yield first._replace(values=values)
-    if whole and empty and not is_manifest(table.schema):
+    if whole and empty:
         yield DocumentRows(0, whole, (), {})
 
 
@@ -158,9 +157,8 @@ def _numbered(table: Table, rows: Iterator[DocumentRows]) -> Iterator[tuple[int,
         waiting.append(row)
         if row.error and not row.named and name is not None:
             continue
-        same = row.doc_id == name and row.row not in table.begins
         for member in waiting:
-            number += not same
+            number += row.doc_id != name
             yield number, member
         name = row.doc_id if row.named else None
         waiting = []
@@ -248,7 +246,7 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
         row = parts[0].row
         assert row is not None
         yield DocumentRows(row, f"{table.name}:{index}", parts, {})
-    if index < 0 and not is_manifest(table.schema):
+    if index < 0:
         raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
 
 
@@ -292,9 +290,10 @@ def _chat_reader(
     template = ChatTemplate(tokenizer.folder, tokenizer)
 
     def read(rows: Iterable[Any]) -> tuple[str, Callable[[], np.ndarray]]:
-        messages = [dict(message) for row in rows for message in row]
-        return template.read_chat(
-            [{k: v for k, v in message.items() if isinstance(v, str)} for message in messages]
-        )
+        messages = []
+        for message in chain.from_iterable(rows):
+            fields = dict(message).items()
+            messages.append({name: text for name, text in fields if isinstance(text, str)})
+        return template.read_chat(messages)
 
     return read

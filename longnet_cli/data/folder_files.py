@@ -19,8 +19,8 @@ from .file_kinds import (
     is_named_text,
     sniff,
 )
-from .machine_shares import Read, check_shares_below, shards_of_shares
-from .manifest import FINISHED, UNFINISHED, manifest_in, manifest_text
+from .machine_shares import Read, check_shares_below, refuse_missing, shards_of_shares
+from .manifest import FINISHED, UNFINISHED, manifest_in, parse_manifest
 
 # The words by which Hugging Face knows a split in the name of a file
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -29,18 +29,17 @@ _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluati
 MOST_NAMED = 20  # kinds of files that are not read
 
 
-def choose_files(folder: str, names: Sequence[str], read: Read) -> tuple[list[str], str]:
+def choose_files(folder: str, names: Sequence[str], read: Read) -> list[str]:
     """Choose the files to read below a folder: the shards of a data set in its order, otherwise every text.
 
-    Return them, and a sentence that names the other files, with which it warns of them; empty if there are none.
-
-    Files without an order of their own are sorted naturally. A data set or a run that `longnet` wrote below the folder
-    is skipped if there are other files, because it may be the output that is being written. `names` are relative paths.
+    A warning names the other files. Files without an order of their own are sorted naturally. A data set or a run that
+    `longnet` wrote below the folder is skipped if there are other files, because it may be the output that is being
+    written. `names` are relative paths.
     Raises DataError for a folder without readable files, a missing shard and an unfinished or damaged data set,
     ConfigError for a data set of several splits, also by the names of its files.
     """
     if (shards := _shards_of_data_set(folder, names, read)) is not None:
-        return shards, ""
+        return shards
     data_sets = _folders_with(names, UNFINISHED, *FINISHED)
     for parent in sorted({below.rpartition("/")[0] for below in data_sets} - {""}):
         check_shares_below(folder, parent, names, read)
@@ -55,7 +54,8 @@ def choose_files(folder: str, names: Sequence[str], read: Read) -> tuple[list[st
         if shards := [file for file in files if bare_name(file).endswith(suffixes)]:
             shards = [shard for shard in shards if "/" not in shard] or shards
             _refuse_splits(folder, shards)
-            return shards, _tell_unread(folder, files, shards)
+            _tell_unread(folder, files, shards)
+            return shards
     chosen = []
     empty = True
     for file in files:
@@ -69,7 +69,8 @@ def choose_files(folder: str, names: Sequence[str], read: Read) -> tuple[list[st
         raise DataError(
             f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)"
         )
-    return chosen, _tell_unread(folder, files, chosen)
+    _tell_unread(folder, files, chosen)
+    return chosen
 
 
 def _shards_of_data_set(folder: str, names: Sequence[str], read: Read) -> list[str] | None:
@@ -78,38 +79,41 @@ def _shards_of_data_set(folder: str, names: Sequence[str], read: Read) -> list[s
     The folders of all shares of a run are one data set. The arguments and the errors are those of `choose_files`.
     """
 
-    def listed(index: str, key: str, name: str) -> list[str] | None:
-        """Return the shards that an index file of the folder lists, or None if the file is no such index."""
-        try:
-            content = json.loads(manifest_text(index, read(index, None)))
-            shards = [str(shard[name]) for shard in content[key]]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-        if missing := next((shard for shard in shards if shard not in names), None):
-            raise DataError(f"{folder}/{missing}: no such file, but {folder}/{index} lists it")
-        return shards
-
     # `datasets.save_to_disk` writes this index, and may leave caches beside the shards
-    if "state.json" in names and (shards := listed("state.json", "_data_files", "filename")):
-        return shards
-    if UNFINISHED in names:  # our writer keeps it until the last shard is there
-        raise DataError(
-            f"{folder}: the run that wrote this data did not end: finish it with its command and --resume"
-        )
-    if manifest := manifest_in(names):
-        if (shards := listed(manifest, "shards", "name")) is None:
-            raise DataError(f"{folder}/{manifest}: changed or damaged after it was written")
-        return shards
-    return shards_of_shares(folder, names, read)
+    index: str | None = "state.json"
+    shards = _data_files(read("state.json", None)) if "state.json" in names else []
+    if not shards:
+        if UNFINISHED in names:  # our writer keeps it until the last shard is there
+            raise DataError(
+                f"{folder}: the run that wrote this data did not end: finish it with its command and --resume"
+            )
+        index = manifest_in(names)
+        if index is None:
+            return shards_of_shares(folder, names, read)
+        try:
+            manifest = parse_manifest(index, read(index, None))
+        except ValueError:
+            raise DataError(f"{folder}/{index}: changed or damaged after it was written") from None
+        shards = [shard["name"] for shard in manifest.shards]
+    refuse_missing(folder, shards, names, f"{folder}/{index}")
+    return shards
 
 
-def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> str:
-    """Return a sentence that names the files beside the `chosen` ones, and warn with it; empty if there are none."""
+def _data_files(state: bytes) -> list[str]:
+    """Return the shards that a state.json lists; none if it is that of another program."""
+    try:
+        return [str(file["filename"]) for file in json.loads(state)["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> None:
+    """Warn of the files beside the `chosen` ones, by their names."""
     alike: dict[str, list[str]] = {}  # by their suffix
     for file in sorted({*files} - {*chosen}, key=natural_order):
         alike.setdefault(PurePosixPath(bare_name(file)).suffix, []).append(file)
     if not alike:
-        return ""
+        return
     examples = []
     for files in alike.values():
         more = f" and {len(files) - 1} like it" if len(files) > 1 else ""
@@ -131,7 +135,6 @@ def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> st
     what = f"{count} files are" if count > 1 else "1 file is"
     sentence = f"{what} not read beside {beside}: {', '.join(examples)}{advice}"
     warnings.warn(f"{folder}: {sentence}", InputWarning, stacklevel=2)
-    return sentence
 
 
 def _refuse_splits(folder: str, shards: Sequence[str]) -> None:

@@ -37,7 +37,7 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
     schema = pa.schema([*columns, pa.field("slide_id", pa.string())], metadata=metadata)
     slide = str(PurePosixPath(name).with_suffix(""))
 
-    def read(names: list[str]) -> Iterator[pa.RecordBatch]:
+    def batches(names: list[str]) -> Iterator[pa.RecordBatch]:
         wanted = {key: datasets[key] for key in names if key in datasets}
         counts = {rows.count for rows in wanted.values()}
         if len(counts) > 1:
@@ -45,26 +45,24 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
             raise DataError(f"{where}: its datasets have different numbers of rows: {sizes}")
         for key, rows in wanted.items():
             with _reading(f"{where}: {key}"):
-                problem = rows.problem()
-            if problem:
-                raise DataError(f"{where}: {key}: {problem}")
+                rows.check(f"{where}: {key}")
         total = max(counts, default=0)
         row_bytes = sum(rows.width * rows.dtype.itemsize for rows in wanted.values())
         step = max(1, BATCH_BYTES // max(1, row_bytes))
         for start in range(0, total, step):
             stop = min(start + step, total)
-            with _reading(f"{where}, rows {start} to {stop - 1}", row=start):
+            with _reading(f"{where}, rows {start} to {stop - 1}"):
                 arrays = {key: rows.read(start, stop) for key, rows in wanted.items()}
             arrays["slide_id"] = pa.array([slide] * (stop - start), pa.string())
             yield pa.record_batch([arrays[key] for key in names], names=names)
 
-    return Table(name, where, schema, read, "HDF5", document=slide)
+    return Table(name, where, schema, batches, "HDF5", document=slide)
 
 
 @contextmanager
-def _reading(what: str, row: int | None = None) -> Iterator[None]:
+def _reading(what: str) -> Iterator[None]:
     """Do as `opened_inputs.reading`, and also handle the other errors that h5py raises for a damaged file."""
-    with reading(what, row):
+    with reading(what):
         try:
             yield
         except (KeyError, RuntimeError, AttributeError) as error:
@@ -80,25 +78,23 @@ class _RowsDataset:
         self.dtype = dataset.dtype.newbyteorder("=")
         self.type = pa.list_(pa.from_numpy_dtype(self.dtype), self.width)
 
-    def problem(self) -> str | None:
-        """Return what is wrong with the storage of the rows; None if the file has all of them.
-
-        HDF5 gives zeros for rows that the file declares and does not have.
-        """
+    def check(self, where: str) -> None:
+        """Raise DataError if the file lacks some of the rows, for which HDF5 gives zeros, or has too large chunks."""
         stored = self.dataset.id
         sides = self.dataset.chunks
         if sides is None:
-            lacks = stored.get_storage_size() < self.dataset.nbytes
-            return "the file lacks some of its rows" if lacks else None
+            if stored.get_storage_size() < self.dataset.nbytes:
+                raise DataError(f"{where}: the file lacks some of its rows")
+            return
         size = math.prod(sides) * self.dtype.itemsize
         if size > MOST_CHUNK_BYTES:
-            return f"its chunks have {size:,} bytes each, and {MOST_CHUNK_BYTES:,} are the most: write smaller ones"
+            problem = f"its chunks have {size:,} bytes each, and {MOST_CHUNK_BYTES:,} are the most"
+            raise DataError(f"{where}: {problem}: write smaller ones")
         lengths = zip(self.dataset.shape, sides, strict=True)
         declared = math.prod(-(-length // side) for length, side in lengths)
         present = stored.get_num_chunks()
         if present < declared:
-            return f"the file has {present:,} of its {declared:,} chunks"
-        return None
+            raise DataError(f"{where}: the file has {present:,} of its {declared:,} chunks")
 
     def read(self, start: int, stop: int) -> pa.Array:
         rows = self.dataset[..., start:stop, :]

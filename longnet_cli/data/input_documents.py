@@ -29,7 +29,6 @@ from longnet_cli.basics.errors import (
     ConfigError,
     DataError,
     InputWarning,
-    LongNetError,
     RefusedError,
 )
 from longnet_cli.basics.sizes import count_of
@@ -42,9 +41,6 @@ from .column_choice import (
     TokenTypes,
     Wanted,
     choose_columns,
-    is_chat,
-    is_text,
-    stays_in_file,
 )
 from .column_documents import (
     DocumentRows,
@@ -56,7 +52,7 @@ from .column_documents import (
 from .file_kinds import ARROW_KINDS, compression, sniff
 from .input_files import InputFile, InputFiles
 from .machine_shares import Share
-from .manifest import read_manifest
+from .manifest import is_manifest
 from .opened_inputs import Stdin, Table, Text, reading
 from .opening import open_input
 from .stored_files import FileChangedError, Part, no_place
@@ -196,33 +192,18 @@ class Inputs:
             settings["keep"] = [f"{field.name}: {field.type}" for field in kept]
         return settings
 
-    def totals(self) -> Counter[str] | None:
-        """Return the numbers of `tokens` and `documents` if all names are folders of tokens, otherwise None."""
-        totals = Counter[str]()
-        if self.share:
-            return None
-        for folder in self.all_files.names:
-            try:
-                manifest = read_manifest(folder)
-            except LongNetError:  # the reader of the data reports it
-                return None
-            if manifest is None or not manifest.finished or manifest.tokenizer is None:
-                return None
-            totals += manifest.totals
-        return totals
-
     def num_bytes(self) -> int | None:
         """Return the bytes of the files that are read if all are plain text on this machine, otherwise None."""
         total = 0
         for input_file in self.files:
-            size = None if input_file.filesystem or self.shares_documents else input_file.size
-            if input_file.path is None or size is None:
+            status = input_file.status
+            if input_file.path is None or status is None or self.shares_documents:
                 return None
             with suppress(OSError), open(input_file.path, "rb") as file:  # its reader reports it
                 head = file.read(8)
                 if sniff(head) != "text" or compression(head):
                     return None
-                total += size
+                total += status.st_size
         return total
 
     def documents(
@@ -234,7 +215,7 @@ class Inputs:
     ) -> DocumentPass:
         """Return the documents of every file, in order: each a Document of token ids, or Vectors.
 
-        For `names_apart` and `note`, see `DocumentPass`.
+        For `digests`, `names_apart` and `note`, see `DocumentPass`.
         """
         return DocumentPass(self, self.items, digests, names_apart, self.document, note)
 
@@ -257,7 +238,7 @@ class Inputs:
         Chats are read only with a tokenizer, `words`. With `skip_bad`, a long file is read to its end before its Text
         is yielded, and waits in a file in $TMPDIR.
         """
-        read = partial(self.items, form="text", words=words)
+        read = partial(self.items, form="chats" if words else "text", words=words)
         return DocumentPass(self, read, digests, names_apart=self.id_column is None, note=note)
 
     def stored(self) -> Iterator[Any]:
@@ -267,23 +248,24 @@ class Inputs:
         """
         for input_file in self.files:
             path = input_file.path
-            if path is None or input_file.filesystem is not None or not path.is_file():
+            if path is None or input_file.status is None:
                 continue
             with reading(input_file.where), open(path, "rb") as file:
                 if sniff(file.read(8)) not in ARROW_KINDS:
                     continue
             opened = open_input(input_file, self.wanted)
-            if isinstance(opened, Table) and stays_in_file(self.columns_of(opened).type):
+            if isinstance(opened, Table) and not self.columns_of(opened).of_texts:
                 yield from self.documents_of(opened)
 
-    def columns_of(self, table: Table, form: Form = "tokens", *, chats: bool = True) -> Columns:
-        """Choose the columns of a table that `documents` reads or, with the form `text`, `texts`."""
-        form = "vectors" if self.vectors else form
-        return choose_columns(table, self.wanted, form, chats=chats, coords=self.coords)
+    def columns_of(self, table: Table, form: Form = "tokens") -> Columns:
+        """Choose the columns of a table that `documents` reads or, with the form `text` or `chats`, `texts`."""
+        if self.vectors:
+            return choose_columns(table, self.wanted, "vectors", coords=self.coords)
+        return choose_columns(table, self.wanted, form)
 
-    def documents_of(self, opened: Text | Table, types: TokenTypes | None = None) -> Iterator[Any]:
-        """Return the documents of one opened file, as `documents` does. `types` checks its type of token."""
-        return map(self.document, self.items(opened, types))
+    def documents_of(self, opened: Text | Table) -> Iterator[Any]:
+        """Return the documents of one opened file, as `documents` does."""
+        return map(self.document, self.items(opened))
 
     def items(
         self,
@@ -292,18 +274,19 @@ class Inputs:
         form: Form = "tokens",
         words: Tokenizer | None = None,
     ) -> Iterable[Any]:
-        """Return the items of one opened file, as `untokenized` does or, with the form `text`, `texts(words)`."""
-        words = words if form == "text" else self.tokenizer
+        """Return the items of one opened file, as `untokenized` does or, with another `form`, `texts(words)`."""
         if isinstance(opened, Text):
             self._check_text(opened)
-            return (_spooled(opened) if form == "text" and self.skip_bad else opened,)
-        columns = self.columns_of(opened, form, chats=form != "text" or words is not None)
+            return (_spooled(opened) if form != "tokens" and self.skip_bad else opened,)
+        columns = self.columns_of(opened, form)
+        if is_manifest(opened.schema):
+            return ()
         if types:
             types.check(opened, columns)
         if self.vectors:
             return vector_documents(opened, columns)
-        if is_text(columns.type) or is_chat(columns.type):
-            return table_texts(opened, columns, words)
+        if columns.of_texts:
+            return table_texts(opened, columns, words or self.tokenizer)
         return self._ids(opened, columns)
 
     def _check_text(self, text: Text) -> None:
@@ -330,8 +313,8 @@ class Inputs:
         eos_id = self.eos_id
         _check_tokenizer(table, tokenizer)
         if vocab_size is None:
-            of_file = partial(_metadata_int, table, "longnet.vocab_size")
-            vocab_size = tokenizer.vocab_size if tokenizer else of_file()
+            key = "longnet.vocab_size"
+            vocab_size = tokenizer.vocab_size if tokenizer else _metadata_int(table, key)
         if eos_id is not None:
             fitting("--eos", eos_id, vocab_size, f"{table.where}: ")
         groups = list_documents(table, columns)
@@ -358,8 +341,8 @@ class DocumentPass:
     """One pass over the documents of some inputs, or of a share of them.
 
     `opened` has the name of each file so far and, with `digests`, its `content_digest` before its first document was
-    read. With `names_apart`, neighbours of one name get names of their own before a share of documents is cut out of
-    all. Raises as `Inputs` says.
+    read. With `names_apart`, neighbours of one name get names of their own, the same in all shares of documents. Raises
+    as `Inputs` says.
     """
 
     def __init__(
@@ -386,8 +369,7 @@ class DocumentPass:
         self.opened: list[tuple[str, str | None]] = []
         self._total: int | None = None
         self._ready: Callable[[], bool] | None = None  # of stdin, which is read now or next
-        self._before = self._size = 0  # bytes of the files before, and of the one that is read
-        self._begin = self._end = 0.0  # fractions of it before and after the batch that is read
+        self._begin = self._end = 0.0  # bytes of all files before and after the batch that is read
         self._rows = self._given = 0  # of the batch, and documents given of it
 
     def __iter__(self) -> Iterator[Any]:
@@ -405,6 +387,7 @@ class DocumentPass:
         files = inputs.files
         sizes = [input_file.size for input_file in files]
         self._total = None if None in sizes else sum(size or 0 for size in sizes)
+        before = 0.0  # bytes of the files before
         if inputs.share is None or inputs.shares_documents or inputs.share.number == 1:
             for error in inputs.all_files.missing:
                 yield from self._of_share(Unread(error, file=True))
@@ -415,17 +398,18 @@ class DocumentPass:
             self._ready = Stdin().ready if stdin_is_next else None
             digest = content_digest(input_file) if self._digests else None
             self.opened.append((input_file.where, digest))
-            self._before += self._size
-            self._size = sizes[index] or 0
-            self._batch(0.0, 0.0, 0)
+            self._batch(before, before, 0)
+            after = before + (sizes[index] or 0)
             try:
-                for item in self._read(self._watched(open_input(input_file, inputs.wanted)), types):
+                opened = self._watched(open_input(input_file, inputs.wanted), before, after)
+                for item in self._read(opened, types):
                     if isinstance(item, Unread) and not inputs.skip_bad:
                         raise item.error
                     self._given += 1
                     yield from self._of_share(item)
             except DataError as error:
                 yield from self._of_share(self._unread(error))
+            before = after
         if self._joined and not inputs.vectors:
             counts = f"{self._joined['rows']:,} rows became {count_of(self._joined['documents'], 'document')}"
             self._note(f"{counts}: neighbouring rows of one name are joined (--id-column)")
@@ -438,17 +422,14 @@ class DocumentPass:
 
     def _of_share(self, item: Any) -> Iterator[Any]:
         """Yield an item if the share has it. Items are counted and named as in a run without shares."""
-        share = self._inputs.share
-        if share is None or not self._inputs.shares_documents:
-            yield item
-            return
         if self._apart and not isinstance(item, Unread):
             name = self._apart.name(item.doc_id)
             if isinstance(item, Text):
                 item = replace(item, doc_id=name)
             else:
                 item.doc_id = name
-        if share.has_document(self._index):
+        share = self._inputs.share
+        if share is None or not self._inputs.shares_documents or share.has_document(self._index):
             yield item
         self._index += 1
 
@@ -465,26 +446,28 @@ class DocumentPass:
         if not self._total:
             return None
         inside = min(1.0, self._given / self._rows) if self._rows else 1.0
-        of_file = self._begin + (self._end - self._begin) * inside
-        return (self._before + self._size * of_file) / self._total
+        return (self._begin + (self._end - self._begin) * inside) / self._total
 
-    def _watched(self, opened: Text | Table) -> Text | Table:
-        """Return the opened file, whose batches are counted when they are read. A text is one document."""
+    def _watched(self, opened: Text | Table, before: float, after: float) -> Text | Table:
+        """Return the opened file, whose batches are counted when they are read. A text is one document.
+
+        `before` and `after` are the bytes of all files up to this one, without and with it.
+        """
         if isinstance(opened, Text):
-            self._batch(0.0, 1.0, 1)
+            self._batch(before, after, 1)
             return opened
         self._ready = opened.ready or self._ready
 
-        def read(columns: list[str]) -> Iterator[pa.RecordBatch]:
+        def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
             rows = 0
-            for batch in opened.read(columns):
+            for batch in opened.batches(columns):
                 rows += batch.num_rows
-                end = min(1.0, opened.fraction(rows))
+                end = before + (after - before) * min(1.0, opened.fraction(rows))
                 self._batch(self._end, max(self._end, end), batch.num_rows)
                 yield batch
-            self._batch(1.0, 1.0, 0)
+            self._batch(after, after, 0)
 
-        return replace(opened, read=read, joined=self._joined)
+        return replace(opened, batches=batches, joined=self._joined)
 
     def _batch(self, begin: float, end: float, rows: int) -> None:
         self._begin = begin

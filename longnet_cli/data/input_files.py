@@ -25,6 +25,7 @@ from longnet_cli.basics.errors import (
 )
 
 from .folder_files import choose_files, is_hidden, natural_order
+from .opened_inputs import reading
 from .stored_files import read_error
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class InputFile:
     """One file to read, or stdin where `path` is None. `name` becomes the doc_id, `where` goes into messages.
 
     Both are the path's UTF-8 text, in any locale. `filesystem` holds the path, None on this machine; the listing of a
-    store gives the `stored_size`. `beside` names files of its folder that are not read.
+    store gives the `stored_size`.
     """
 
     path: Path | None
@@ -46,7 +47,6 @@ class InputFile:
     where: str
     filesystem: "FileSystem | None" = None
     stored_size: int | None = None
-    beside: str = ""
 
     @property
     def size(self) -> int | None:
@@ -65,7 +65,9 @@ class InputFile:
 class InputFiles:
     """The files that `names` stand for, in order. Names are expanded when the files are first needed, and only once.
 
-    Iterating raises the DataError of the first missing input, unless `skip_bad`.
+    A name that occurs twice becomes the whole path. A file that is reached more than once, by another name or through a
+    link, is read once, in its first place, and a warning names it. Expanding raises ConfigError for no input and for
+    stdin given twice. Iterating raises the DataError of the first missing input, unless `skip_bad`.
     """
 
     def __init__(self, names: Sequence[str | Path], *, skip_bad: bool = False) -> None:
@@ -78,37 +80,26 @@ class InputFiles:
         return iter(self.found)
 
     @cached_property
-    def _expanded(self) -> tuple[list[InputFile], list[DataError]]:
-        return find_files(self.names)
+    def _expanded(self) -> list[InputFile | DataError]:
+        """The files that folders, globs, lists and URIs name, and the errors of inputs that cannot be found."""
+        names = [_as_text(str(name)) for name in self.names]
+        if not names:
+            raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
+        if names.count("-") + names.count("@-") > 1:
+            raise ConfigError("stdin (-) can be read only once")
+        return [*_expand_all(names, in_list=False)]
 
-    @property
+    @cached_property
     def found(self) -> list[InputFile]:
         """The files that are there."""
-        return self._expanded[0]
+        files = once(item for item in self._expanded if isinstance(item, InputFile))
+        times = Counter(file.name for file in files)
+        return [replace(file, name=file.where) if times[file.name] > 1 else file for file in files]
 
-    @property
+    @cached_property
     def missing(self) -> list[DataError]:
         """The errors of the inputs that are missing."""
-        return self._expanded[1]
-
-
-def find_files(names: Sequence[str | Path]) -> tuple[list[InputFile], list[DataError]]:
-    """Expand folders, globs, lists and URIs into files; return these, and the errors of inputs that cannot be found.
-
-    A name that occurs twice becomes the whole path. A file that is reached more than once, by another name or through a
-    link, is read once, in its first place, and a warning names it. Raises ConfigError for no input and for stdin given
-    twice.
-    """
-    if not names:
-        raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
-    if sum(str(name) in ("-", "@-") for name in names) > 1:
-        raise ConfigError("stdin (-) can be read only once")
-    expanded = [*_expand_all([_as_text(str(name)) for name in names], in_list=False)]
-    files = once(item for item in expanded if isinstance(item, InputFile))
-    missing = [item for item in expanded if isinstance(item, DataError)]
-    times = Counter(file.name for file in files)
-    named = [replace(file, name=file.where) if times[file.name] > 1 else file for file in files]
-    return named, missing
+        return [item for item in self._expanded if isinstance(item, DataError)]
 
 
 def once(files: Iterable[InputFile]) -> list[InputFile]:
@@ -116,11 +107,8 @@ def once(files: Iterable[InputFile]) -> list[InputFile]:
     first: dict[object, InputFile] = {}
     again: list[str] = []
     for input_file in files:
-        key: object = input_file.where
-        if input_file.path is not None and input_file.filesystem is None:
-            with suppress(OSError):
-                status = input_file.path.stat()
-                key = status.st_dev, status.st_ino
+        status = input_file.status
+        key = (status.st_dev, status.st_ino) if status else input_file.where
         earlier = first.setdefault(key, input_file)
         if earlier.where != input_file.where:
             again.append(f"{input_file.where}, which is {earlier.where},")
@@ -184,13 +172,8 @@ def _expand(item: str, *, in_list: bool) -> Iterable[InputFile | DataError]:
     if item == "-":
         return [_stdin_file()]
     if path.is_dir():
-        names, beside = _folder_files(path)
-        return [
-            InputFile(
-                path / _as_path(name), name, _as_text(f"{path / _as_path(name)}"), beside=beside
-            )
-            for name in names
-        ]
+        below = {name: path / _as_path(name) for name in _folder_files(path)}
+        return [InputFile(file, name, _as_text(str(file))) for name, file in below.items()]
     if path.exists():
         return [InputFile(path, _as_text(path.name), item)]
     if item.startswith("@") and not in_list:
@@ -241,7 +224,7 @@ def _listed(name: str) -> list[str]:
     return items
 
 
-def _folder_files(folder: Path) -> tuple[list[str], str]:
+def _folder_files(folder: Path) -> list[str]:
     """Return what `choose_files` does. Folders that are links are followed, after all others, and each folder once."""
     paths: list[Path] = []
     tops = [str(folder)]
@@ -258,11 +241,9 @@ def _folder_files(folder: Path) -> tuple[list[str], str]:
         paths += [Path(root, name) for name in names]
 
     def read(name: str, size: int | None) -> bytes:
-        try:
-            with open(folder / _as_path(name), "rb") as file:
-                return file.read(size)
-        except OSError as error:
-            raise read_error(_as_text(str(folder / _as_path(name))), error) from error
+        path = folder / _as_path(name)
+        with reading(_as_text(str(path))), path.open("rb") as file:
+            return file.read(size)
 
     names = [_as_text(file.relative_to(folder).as_posix()) for file in paths if file.is_file()]
     return choose_files(_as_text(str(folder)), names, read)

@@ -18,6 +18,7 @@ from .input_files import InputFile
 from .opened_inputs import (
     BYTE_ORDER_MARK,
     CHAT_COLUMN,
+    JSON_LINES,
     TOKEN_COLUMNS,
     Pipe,
     Table,
@@ -60,10 +61,7 @@ def open_json_lines(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Table 
     fields, problem = beginning
     pipe.by_lines = True
     if not fields:
-        beside = f" ({input_file.beside})" if input_file.beside else ""
-        raise DataError(
-            f"{input_file.where}, line 1: not JSON Lines of documents: {problem}{beside}"
-        )
+        raise DataError(f"{input_file.where}, line 1: not JSON Lines of documents: {problem}")
     documents = (wanted.column, *TOKEN_COLUMNS)
     unsure = (pa.string(), _IDS)  # an empty list may be one of anything
     names = [
@@ -72,18 +70,15 @@ def open_json_lines(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Table 
         if name not in documents and fields.get(name, unsure[0]) in unsure
     ]
     fields |= _kept_types(pipe, input_file.where, names, fields)
-    rows = _OpenedLines(input_file.where, pipe, wanted, pa.schema(list(fields.items())))
+    rows = _OpenedLines(input_file.where, pipe, wanted, pa.schema(fields))
     return Table(
         input_file.name,
         input_file.where,
         rows.schema,
         rows.batches,
-        "JSON Lines",
-        numbered="line",
-        typed=False,
+        JSON_LINES,
         bad=rows.bad,
         blank=rows.blank,
-        begins=rows.begins,
     )
 
 
@@ -138,7 +133,7 @@ def _column_types(
 
 
 class _OpenedLines:
-    """The rows of an opened input, as `Table` tells of `bad` and `blank` ones, and of those in `begins`."""
+    """The rows of an opened input, as `Table` tells of `bad` and `blank` ones."""
 
     def __init__(self, where: str, pipe: Pipe, wanted: Wanted, schema: pa.Schema) -> None:
         self.where = where
@@ -147,17 +142,12 @@ class _OpenedLines:
         self.schema = schema
         self.bad: dict[int, str] = {}
         self.blank = list[int]()
-        self.begins = set[int]()
         # columns that no line has so far; keys of all lines
         self._missing = wanted.keep
         self._keys = dict[str, None]()
-        self._doc_id: Any = None
 
     def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         schema = pa.schema([self.schema.field(name) for name in columns])
-        id_column = next(
-            (name for name in (self.wanted.id_column, *ID_COLUMNS) if name in columns), ""
-        )
         readers = [
             _reader(field.name, field.type, field.name in self.wanted.keep) for field in schema
         ]
@@ -166,7 +156,7 @@ class _OpenedLines:
         begun = time.monotonic()
         try:
             for number, line in enumerate(self._lines()):
-                rows.append(self._read(number, line, readers, id_column))
+                rows.append(self._read(number, line, readers))
                 size += len(line)
                 late = time.monotonic() - begun > PATIENCE or not self.pipe.ready()
                 if self.bad or size >= BATCH_BYTES or late:
@@ -196,9 +186,7 @@ class _OpenedLines:
             else:
                 self.blank.append(number)
 
-    def _read(
-        self, number: int, line: bytes, readers: Sequence[_Reader], id_column: str
-    ) -> list[Any]:
+    def _read(self, number: int, line: bytes, readers: Sequence[_Reader]) -> list[Any]:
         """Return the cells of a line, nulls for a bad one."""
         try:
             row = _parse(line)
@@ -207,12 +195,7 @@ class _OpenedLines:
                     name for name in self._missing if _value(row, name, _ABSENT) is _ABSENT
                 )
                 self._keys |= dict.fromkeys(row)
-            cells = [read(row) for read in readers]
-            before = self._doc_id
-            self._doc_id = _value(row, id_column)
-            if type(before) is not type(self._doc_id):  # 1 and "1" are two documents
-                self.begins.add(number)
-            return cells
+            return [read(row) for read in readers]
         except ValueError as error:
             whole = line.endswith(b"\n") or not line
             self.bad[number] = (
@@ -333,14 +316,11 @@ def _column_type(key: str, value: Any, id_column: str | None) -> pa.DataType | N
         return pa.int64()
     if isinstance(value, str):
         return _TEXT
-    if isinstance(value, list) and all(isinstance(item, int) or item is None for item in value):
-        return _IDS
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(item, dict) and "role" in item for item in value)
-    ):
-        return _CHAT
+    if isinstance(value, list):
+        if all(item is None or isinstance(item, int) for item in value):
+            return _IDS
+        if all(isinstance(item, dict) and "role" in item for item in value):
+            return _CHAT
     return None
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from heapq import heapreplace
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.basics.sealed_manifests import unseal
 
-from .manifest import FINISHED, MANIFEST_VERSION, UNFINISHED, manifest_text
+from .manifest import FINISHED, UNFINISHED, Manifest, parse_manifest
 
 
 class Share(NamedTuple):
@@ -67,17 +66,17 @@ def shards_of_shares(folder: str, names: Sequence[str], read: Read) -> list[str]
     """
     manifests = _manifests_below(names)
     contents = {below: _content(name, read) for below, name in manifests.items()}
-    settings = {below: content.get("settings", {}) for below, content in contents.items()}
-    first = next((below for below in settings if "share" in settings[below]), None)
+    first = next((below for below in contents if "share" in contents[below].settings), None)
     if first is None:
         return None
-    count = Share.parse(settings[first]["share"]).count
+    settings = contents[first].settings
+    count = Share.parse(settings["share"]).count
     folders: dict[int, str] = {}
-    for below in manifests:
-        share = _share_beside(folder, below, settings[below], first, settings[first])
+    for below, manifest in contents.items():
+        share = _share_beside(folder, below, manifest.settings, first, settings)
         if share.number in folders:
             raise DataError(f"{folder}: share {share} is in {folders[share.number]} and {below}")
-        if manifests[below].endswith(UNFINISHED):
+        if not manifest.finished:
             raise DataError(
                 f"{folder}/{below}: share {share} did not end: finish it with its command and --resume"
             )
@@ -87,10 +86,17 @@ def shards_of_shares(folder: str, names: Sequence[str], read: Read) -> list[str]
         if number not in folders:
             raise DataError(f"{folder}: share {number}/{count} is missing")
         below = folders[number]
-        shards += [f"{below}/{shard['name']}" for shard in contents[below]["shards"]]
-    if missing := next((shard for shard in shards if shard not in {*names}), None):
-        raise DataError(f"{folder}/{missing}: no such file, but the manifest beside it lists it")
+        shards += [f"{below}/{shard['name']}" for shard in contents[below].shards]
+    refuse_missing(folder, shards, names, "the manifest beside it")
     return shards
+
+
+def refuse_missing(folder: str, shards: Sequence[str], names: Sequence[str], index: str) -> None:
+    """Raise DataError for a shard that an index lists and that is not among the names."""
+    present = {*names}
+    for shard in shards:
+        if shard not in present:
+            raise DataError(f"{folder}/{shard}: no such file, but {index} lists it")
 
 
 def check_shares_below(folder: str, parent: str, names: Sequence[str], read: Read) -> None:
@@ -110,20 +116,20 @@ def _manifests_below(names: Sequence[str]) -> dict[str, str]:
     return {below: name for below, name in manifests.items() if below and "/" not in below}
 
 
-def _content(name: str, read: Read) -> dict[str, Any]:
-    """Return the content of a manifest; nothing of one that is damaged."""
+def _content(name: str, read: Read) -> Manifest:
+    """Return a manifest; one without settings in place of one that is damaged."""
     try:
-        return unseal(manifest_text(name, read(name, None)), MANIFEST_VERSION)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
+        return parse_manifest(name, read(name, None))
+    except ValueError:
+        return Manifest({})
 
 
 def _share_beside(
     folder: str,
     below: str,
-    settings: Mapping[str, Any],
+    settings: dict[str, Any],
     first: str,
-    first_settings: Mapping[str, Any],
+    first_settings: dict[str, Any],
 ) -> Share:
     """Return the share in the folder `below`. Raises DataError unless it is of the same run as the first one."""
     beside = f"beside share {first_settings['share']} in {folder}/{first}"

@@ -19,7 +19,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from longnet_cli.basics.configuration import read_text
 from longnet_cli.basics.errors import DataError
 from longnet_cli.basics.events import LeftOut
 from longnet_cli.basics.sealed_manifests import seal, unseal
@@ -76,26 +75,33 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     for name in (UNFINISHED, *FINISHED):
         path = Path(folder, name)
         try:
-            text = read_text(path) if name == UNFINISHED else manifest_text(name, path.read_bytes())
-            content = unseal(text, MANIFEST_VERSION)
-            totals = content.pop("totals")
-            left_out = {kind: totals[kind] for kind in LeftOut.KINDS if kind in totals}
-            manifest = Manifest(finished=name != UNFINISHED, **content, left_out=left_out)
-            named = all(isinstance(shard["name"], str) for shard in manifest.shards)
-            if not named or manifest.totals != Counter(totals):
-                raise ValueError("its shards have no names, or other totals than it says")
-            return manifest
+            return parse_manifest(name, path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise read_error(str(path), error) from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except ValueError as error:
             raise DataError(f"{path}: not a manifest of shards ({first_line(error)})") from error
     return None
 
 
-def manifest_text(name: str, data: bytes) -> str:
-    """Return the JSON in a manifest of this file name and bytes. Raises ValueError and KeyError for other data."""
+def parse_manifest(name: str, data: bytes) -> Manifest:
+    """Return the manifest in a file of this name and these bytes. Raises ValueError if it was changed or damaged."""
+    try:
+        content = unseal(_json_in(name, data), MANIFEST_VERSION)
+        totals = content.pop("totals")
+        left_out = {kind: totals[kind] for kind in LeftOut.KINDS if kind in totals}
+        manifest = Manifest(finished=not name.endswith(UNFINISHED), **content, left_out=left_out)
+        named = all(isinstance(shard["name"], str) for shard in manifest.shards)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(first_line(error)) from error
+    if not named or manifest.totals != Counter(totals):
+        raise ValueError("its shards have no names, or other totals than it says")
+    return manifest
+
+
+def _json_in(name: str, data: bytes) -> str:
+    """Return the JSON in a manifest of this file name. Raises ValueError and KeyError for other data."""
     if name.endswith(".json"):
         return data.decode()
     if name.endswith(".arrow"):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -20,6 +20,7 @@ from .stored_files import FileChangedError, StoredIds, read_error
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 CHAT_COLUMN = "messages"
+JSON_LINES = "JSON Lines"  # the format of a table of lines
 MOMENT = 0.02  # seconds in which the writer of a full pipe writes again
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -50,29 +51,24 @@ class Text:
 class Table:
     """An opened Arrow, Parquet, HDF5 or JSON Lines input.
 
-    `read` takes the names of columns, the documents' column first, and yields batches that hold at least these (see
-    `pick`). If ids lie unchanged in a file, `read` leaves them there: `stored` gives the place of an array of the
-    last batch, or None for an array in memory. `numbered` is the word for a row in messages: rows count from 0, lines
-    from 1. `typed` says whether the writer of the file chose the integer types of the schema, which JSON does not
-    have. `bad` gives the reason for rows whose values are null because they could not be read, `blank` the rows before
-    which a blank line was skipped. At a row in `begins`, a document begins, though it has the name of the one before;
-    with `rows_alone`, at each. `joined` counts the documents of several rows that have no numbers, and these rows.
-    `document` is the name of the one document that the table is, if its file says so. `fraction` returns which part of
-    the file the batches so far take, from 0 to 1, when they have so many rows; 0 if it is not known. `ready` says of
-    stdin whether more of it, or its end, has come (`Pipe`); it is None of other inputs.
+    `batches` takes the names of columns, the documents' column first, and yields batches that hold at least these (see
+    `pick`). If ids lie unchanged in a file, it leaves them there: `stored` gives the place of an array of the last
+    batch, or None for an array in memory. In messages, rows count from 0, and lines of JSON_LINES from 1. `bad` gives
+    the reason for rows whose values are null because they could not be read, `blank` the rows before which a blank line
+    was skipped. With `rows_alone`, each row is a document. `joined` counts the documents of several rows that have no
+    numbers, and these rows. `document` is the name of the one document that the table is, if its file says so.
+    `fraction` returns which part of the file the batches so far take, from 0 to 1, when they have so many rows; 0 if it
+    is not known. `ready` says of stdin whether more of it, or its end, has come (`Pipe`); it is None of other inputs.
     """
 
     name: str
     where: str
     schema: pa.Schema
-    read: Callable[[list[str]], Iterator[pa.RecordBatch]]
+    batches: Callable[[list[str]], Iterator[pa.RecordBatch]]
     format: str = "Arrow"
     stored: Callable[[pa.Array], StoredIds | None] = lambda array: None
-    numbered: str = "row"
-    typed: bool = True
     bad: dict[int, str] = field(default_factory=dict)
     blank: list[int] = field(default_factory=list)
-    begins: set[int] = field(default_factory=set)
     rows_alone: bool = False
     joined: Counter[str] = field(default_factory=Counter)
     document: str | None = None
@@ -87,9 +83,23 @@ class Table:
             texts[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
         return texts
 
+    def read(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """Yield the `batches`. An error names the batch that cannot be read, or the first row that a file has lost."""
+        batches = self.batches(columns)
+        rows = 0
+        for index in count():
+            with reading(f"{self.where}, batch {index}", row=rows):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+            rows += batch.num_rows
+
     def place(self, row: int) -> str:
         """Return the file and the row, for a message. `row` counts from 0."""
-        return f"{self.where}, {self.numbered} {row + (self.numbered == 'line') + bisect_right(self.blank, row)}"
+        if self.format != JSON_LINES:
+            return f"{self.where}, row {row}"
+        return f"{self.where}, line {row + 1 + bisect_right(self.blank, row)}"
 
 
 class ColumnPlace(NamedTuple):
@@ -241,7 +251,7 @@ class Pipe:
             parts.append(part)
             missing -= len(part)
         self._position += wanted - missing
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return b"".join(parts)
 
     def readline(self) -> bytes:
         """Return the bytes up to and with the next newline, which only the last line may lack; b"" at the end."""
@@ -289,8 +299,6 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
     # pyarrow also raises ValueError for a name that is not UTF-8, and OverflowError for a size past 2^63
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.strerror:
-            if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
-                raise DataError(f"{what}: {error.strerror}") from error
             raise read_error(what, error) from error
         reason = "the data is damaged or truncated"
         if "decrypt" in str(error):

@@ -65,29 +65,19 @@ def open_input(input_file: InputFile, wanted: Wanted) -> Text | Table:
 
     Raises DataError for an input that is missing, empty, damaged, or neither a table nor UTF-8 text.
     """
-    if input_file.path is None:
-        stdin = Stdin()
-        pipe = Pipe(io.BufferedReader(stdin, TEXT_BUFFER), stdin)
-        opened = _open_pipe(input_file, pipe, wanted)
-        return replace(opened, ready=pipe.ready) if isinstance(opened, Table) else opened
     with reading(input_file.where):
         if input_file.filesystem is not None:
-            # imported late: 20 ms that local input does not need
-            from .remote import open_remote
-
-            file = open_remote(input_file.filesystem, str(input_file.path), input_file.where)
-            # A store that is busy answers with some lines. pyarrow tries again only if they fit what it asked for.
-            kind = sniff(file.read(BUSY_ANSWER)[:8])
-            file.seek(0)
-            if kind == "parquet":
-                # Its reader asks for the columns that it needs; a buffer would read more.
-                return _open_parquet(input_file, file)
-            return _open_file(input_file, io.BufferedReader(file, REMOTE_BUFFER), wanted)
+            return _open_remote(input_file, wanted)
+        if input_file.path is None:
+            stdin = Stdin()
+            pipe = Pipe(io.BufferedReader(stdin, TEXT_BUFFER), stdin)
+            opened = _open_pipe(input_file, pipe, wanted)
+            return replace(opened, ready=pipe.ready) if isinstance(opened, Table) else opened
         # A named pipe, the shell's <(command), or a kernel file (/proc), whose size is 0.
-        if not input_file.path.is_file() or input_file.path.stat().st_size == 0:
+        if not input_file.size:
             return _open_pipe(input_file, Pipe(open(input_file.path, "rb")), wanted)
         stored = StoredFile(input_file.path, input_file.where)
-        opened = _open_file(input_file, stored, wanted)
+        opened = _open_file(input_file, sniff(stored.read(8)), stored, wanted)
         if isinstance(opened, Text):
             return opened
         if input_file.path == STDIN:
@@ -97,9 +87,23 @@ def open_input(input_file: InputFile, wanted: Wanted) -> Text | Table:
         return replace(opened, fraction=lambda rows: stored.tell() / stored.size)
 
 
-def _open_file(input_file: InputFile, stream: Any, wanted: Wanted) -> Text | Table:
-    """Open `stream`, a binary file that can seek: a StoredFile, or a buffered one."""
-    kind = sniff(stream.read(8))
+def _open_remote(input_file: InputFile, wanted: Wanted) -> Text | Table:
+    """Open a file in a store."""
+    # imported late: 20 ms that local input does not need
+    from .remote import open_remote
+
+    file = open_remote(input_file.filesystem, str(input_file.path), input_file.where)
+    # A store that is busy answers with some lines. pyarrow tries again only if they fit what it asked for.
+    kind = sniff(file.read(BUSY_ANSWER)[:8])
+    if (
+        kind != "parquet"
+    ):  # whose reader asks for the columns that it needs; a buffer would read more
+        file = io.BufferedReader(file, REMOTE_BUFFER)
+    return _open_file(input_file, kind, file, wanted)
+
+
+def _open_file(input_file: InputFile, kind: str, stream: Any, wanted: Wanted) -> Text | Table:
+    """Open `stream`, a binary file that can seek: a StoredFile, or one in a store."""
     stream.seek(0)
     is_stored = isinstance(stream, StoredFile)
     if kind == "parquet":
@@ -118,21 +122,20 @@ def _open_pipe(
     input_file: InputFile, pipe: Pipe, wanted: Wanted, *, unpacked: bool = False
 ) -> Text | Table:
     """Open a pipe, or text in a file. `unpacked` data is not unpacked again: a file may unpack to itself, for ever."""
-    with reading(input_file.where):
-        kind = sniff(pipe.peek(8))
-        if not unpacked and (packed := compression(pipe.peek(8))):
-            unpacking = io.BufferedReader(_Unpacked(packed, pipe, input_file.where), TEXT_BUFFER)
-            return _open_pipe(input_file, Pipe(unpacking), wanted, unpacked=True)
-        if kind == "text":
-            return _open_text(input_file, pipe, wanted)
-        if kind == "stream":
-            return arrow.open_ipc_stream(input_file.name, input_file.where, pipe)
-        if kind == "file" and arrow.is_sequential(pipe.peek(12)):
-            return arrow.open_pipe(input_file.name, input_file.where, pipe)
-        # its index is at its end
-        if kind == "parquet":
-            return _open_parquet(input_file, pa.BufferReader(pipe.read()))
-        return _open_file(input_file, StoredFile(_copy(pipe), input_file.where), wanted)
+    head = pipe.peek(8)
+    kind = sniff(head)
+    packed = compression(head)
+    if packed and not unpacked:
+        unpacking = io.BufferedReader(_Unpacked(packed, pipe, input_file.where), TEXT_BUFFER)
+        return _open_pipe(input_file, Pipe(unpacking), wanted, unpacked=True)
+    if kind == "text":
+        return _open_text(input_file, pipe, wanted)
+    if kind == "stream":
+        return arrow.open_ipc_stream(input_file.name, input_file.where, pipe)
+    if kind == "file" and arrow.is_sequential(pipe.peek(12)):
+        return arrow.open_pipe(input_file.name, input_file.where, pipe)
+    # its index may be at its end
+    return _open_file(input_file, kind, StoredFile(_copy(pipe), input_file.where), wanted)
 
 
 def _copy(pipe: Pipe) -> int:
@@ -165,9 +168,7 @@ def _open_text(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Tabl
     parts = _decoded(pipe, input_file.where)
     beginning = next(parts, None)
     if beginning is None:
-        is_file = input_file.path is not None and (
-            input_file.filesystem is not None or input_file.path.is_file()
-        )
+        is_file = input_file.filesystem is not None or input_file.status is not None
         if not is_file or name.endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
             raise DataError(
                 f"{input_file.where}: {'the file is empty (0 bytes)' if is_file else 'nothing came'}"
@@ -223,19 +224,12 @@ def _open_parquet(input_file: InputFile, file: Any) -> Table:
     rows = min(max(1, rows), PARQUET_BATCH_ROWS)
 
     def batches(columns: list[str]) -> Iterator[pa.RecordBatch]:
-        reader = parquet.iter_batches(batch_size=rows, columns=columns, use_threads=False)
-        index = 0  # of the batch
         rows_so_far = 0
         values = 0  # in the documents' column
-        while True:
-            with reading(f"{input_file.where}, batch {index}", row=rows_so_far):
-                batch = next(reader, None)
-                if batch is None:
-                    break
-                values += _leaf_values(pick(batch, columns[0]))
-            yield batch
-            index += 1
+        for batch in parquet.iter_batches(rows, columns=columns, use_threads=False):
+            values += _leaf_values(pick(batch, columns[0]))
             rows_so_far += batch.num_rows
+            yield batch
         paths = (metadata.schema.column(leaf).path for leaf in range(metadata.num_columns))
         names = [*parquet.schema_arrow.names, columns[0]]
         leaves = [leaf for leaf, path in enumerate(paths) if _root(path, names) == columns[0]]

@@ -50,7 +50,7 @@ class Passage(NamedTuple):
 # Words are compared by their stems. `text` is the passage where its `compared` text is another, otherwise null.
 WORDS = "porter unicode61 remove_diacritics 0 categories 'L* N* Co M*'"
 TABLES = (
-    "CREATE TABLE files (file PRIMARY KEY, read_as, state, digest, left_out)",
+    "CREATE TABLE files (file PRIMARY KEY, state, digest, left_out)",
     "CREATE VIRTUAL TABLE passages USING fts5(file UNINDEXED, doc_id UNINDEXED, char_start UNINDEXED, "
     f'char_end UNINDEXED, text UNINDEXED, compared, tokenize="{WORDS}")',
 )
@@ -62,12 +62,12 @@ JUST_NOW = 2  # seconds in which a file may change twice and have one time of ch
 
 
 class KnownFile(NamedTuple):
-    """The record of a file in an index: its name and columns, its size and times, its digest, and its errors, as JSON.
+    """The record of a file in an index: its size and times, its digest, and its errors, as JSON.
 
-    `state` and `digest` are None where they do not tell whether it is still the same.
+    `state` and `digest` begin with the file's name and columns. They are None where they do not tell whether it is
+    still the same.
     """
 
-    read_as: str
     state: str | None
     digest: str | None
     left_out: str = "[]"
@@ -171,7 +171,7 @@ class PassageIndex:
         Raises as `Inputs` does.
         """
         events = events or Events()
-        rows = self._run("SELECT file, read_as, state, digest, left_out FROM files")
+        rows = self._run("SELECT file, state, digest, left_out FROM files")
         known = {file: KnownFile(*row) for file, *row in rows}
         files = dict[str, KnownFile]()
         left_out = defaultdict[str, list[str]](list)
@@ -179,10 +179,9 @@ class PassageIndex:
         def read(opened: Text | Table, types: Any) -> Iterable[Any]:
             source = inputs.all_files.found[len(documents.opened) - 1]
             earlier = known.get(source.where)
-            read_as = f"{inputs.wanted} {source.name}"
-            files[source.where] = now = _known_now(source, read_as, earlier)
-            contents = read_as, now.digest
-            if now.digest is None or not earlier or contents != (earlier.read_as, earlier.digest):
+            now = _known_now(source, f"{inputs.wanted} {source.name}", earlier)
+            files[source.where] = now
+            if now.digest is None or not earlier or now.digest != earlier.digest:
                 self._forget({source.where} & known.keys())
                 return inputs.items(opened, form="text")
             errors = [DataError(why) for why in json.loads(earlier.left_out)]
@@ -204,7 +203,7 @@ class PassageIndex:
         for file, now in files.items():
             now = now._replace(left_out=json.dumps(left_out[file]))
             if now != known.get(file):
-                self._run("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", (file, *now))
+                self._run("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", (file, *now))
         self._places.update({file: place for place, (file, _) in enumerate(documents.opened)})
         self._forget(known.keys() - files.keys())
 
@@ -335,9 +334,12 @@ def _known_now(source: InputFile, read_as: str, earlier: KnownFile | None) -> Kn
     if status := source.status:
         changed = max(status.st_mtime_ns, status.st_ctime_ns)
         if time.time_ns() - changed > JUST_NOW * 10**9:
-            state = f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-    same = earlier is not None and state is not None and state == earlier.state
-    return KnownFile(read_as, state, earlier.digest if same and earlier else _digest(source))
+            times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+            state = f"{read_as} {status.st_ino} {status.st_size} {times}"
+    if earlier and state and state == earlier.state:
+        return KnownFile(state, earlier.digest)
+    digest = _digest(source)
+    return KnownFile(state, digest and f"{read_as} {digest}")
 
 
 def _digest(source: InputFile) -> str | None:

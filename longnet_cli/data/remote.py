@@ -75,7 +75,7 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str, int 
             if not names:
                 raise DataError(f"{uri}: no file matches")
         elif sizes:
-            names, _ = choose_files(folder, [*sizes], read)
+            names = choose_files(folder, [*sizes], read)
         else:
             raise DataError(f"{uri}: no such file or folder")
     return filesystem, [(f"{path}/{name}", name, f"{folder}/{name}", sizes[name]) for name in names]

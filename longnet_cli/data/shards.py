@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from longnet_cli.basics.atomic import (
     check_unused,
+    flush,
     locked_folder,
     remove_leftovers,
-    sync_folder,
     write_file,
     writing,
 )
@@ -33,9 +33,9 @@ from longnet_cli.basics.events import LeftOut
 
 from . import arrow
 from .manifest import KEY, UNFINISHED, Manifest, marked, read_manifest
-from .opened_inputs import first_line
+from .opened_inputs import reading
 from .row_writer import ShardWriter
-from .stored_files import StoredFile, read_error
+from .stored_files import StoredFile
 
 ShardFormat = Literal["arrow", "parquet"]
 T = TypeVar("T")
@@ -95,7 +95,7 @@ class ShardFolder:
         tokenizer: dict[str, str] | None = None,
         resume: bool = False,
         left_out: LeftOut | None = None,
-        opened: Sequence[tuple[str, str | None]] | None = None,
+        opened: Sequence[tuple[str, str | None]] = (),
     ) -> None:
         """Keep `tokenizer` in the manifest. A `format` other than the default becomes one of the settings."""
         self.folder = Path(folder)
@@ -112,7 +112,7 @@ class ShardFolder:
         self._writer: ShardWriter | None = None
         self._counts: Counter[str] = Counter()
         self._left_out = left_out or LeftOut()
-        self._opened = () if opened is None else opened  # it grows
+        self._opened = opened  # it grows
 
     @property
     def totals(self) -> Counter[str]:
@@ -210,7 +210,7 @@ class ShardFolder:
                     writer.describe({KEY: self._manifest.to_json()})
                 with writing(self.folder):
                     os.remove(self.folder / UNFINISHED)
-                    sync_folder(self.folder)
+                    flush(self.folder)
                 self._manifest.finished = True
         finally:
             self._lock.close()
@@ -282,7 +282,7 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
     Without `rows`, it may have any number.
     """
     try:
-        with StoredFile(path, str(path)) as file:
+        with reading(str(path)), StoredFile(path, str(path)) as file:
             if path.suffix == ".parquet":
                 import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
 
@@ -297,15 +297,11 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
                 stored = sum(batch.num_rows for batch in table.read([]))
                 written = table.schema
         if rows not in (None, stored):
-            raise ValueError(f"{stored} rows instead of {rows}")
+            raise DataError(f"{stored} rows instead of {rows}")
         if not written.equals(schema, check_metadata=True):
-            raise ValueError("its schema differs")
-    except (OSError, ValueError, pa.ArrowException, DataError) as error:
-        if isinstance(error, OSError):
-            told = read_error(str(path), error)
-            if not isinstance(told, DataError):
-                raise told from error
-        reason = first_line(error).removeprefix(f"{path}, ").removeprefix(f"{path}: ")
+            raise DataError("its schema differs")
+    except DataError as error:
+        reason = str(error).removeprefix(f"{path}, ").removeprefix(f"{path}: ")
         raise DataError(
             f"{path}: cannot resume: a finished shard is missing or damaged ({reason})"
         ) from error

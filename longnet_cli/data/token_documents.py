@@ -154,12 +154,12 @@ class Document:
             null = ~part.valid.slice(start, len(ids)).to_numpy(zero_copy_only=False)
         index = int(np.flatnonzero(bad | null)[0])
         offset = start + index
-        if part.row is None or self._place is None:
-            where = f"{self.where}, offset {offset}"
-        elif part.flat:
-            where = f"{self._place(part.row + offset)}, offset 0"
-        else:
-            where = f"{self._place(part.row)}, offset {offset}"
+        row = part.row
+        if row is not None and part.flat:  # each id is a row
+            row += offset
+            offset = 0
+        where = self.where if row is None or self._place is None else self._place(row)
+        where = f"{where}, offset {offset}"
         if null[index]:
             return DataError(f"{where}: the token id is null")
         if ids[index] < 0:
@@ -256,15 +256,11 @@ class TextPlaces:
 
     def of(self, start: int, end: int) -> tuple[int | None, int | None]:
         """Return the first character of the tokens [start, end), and the one after their last; None if not known."""
-        if self.document.places is not None:
-            places = self.document.places[start:end]
-            return int(places[:, 0].min()), int(places[:, 1].max())
-        if not self._counts:
+        begin, _ = self.of_tokens(start, start + 1)
+        _, after = self.of_tokens(end - 1, end)
+        if begin is None or after is None:
             return None, None
-        self._count(start)
-        begin = self._begun - int(self._inside[self.document.read(start, start + 1)].sum())
-        self._count(end)
-        return begin, self._begun
+        return int(begin[0]), int(after[0])
 
     def of_tokens(self, start: int, stop: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Return the same of each of the tokens [start, stop), two of (n,); None if not known."""

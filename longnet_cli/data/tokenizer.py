@@ -394,7 +394,7 @@ class Tokenizer:
             return [np.frombuffer(piece.encode(), np.uint8).astype(np.int32) for piece in pieces]
         with library_call():
             encodings = self._inner.encode_batch_fast(pieces, add_special_tokens=False)
-        return [np.fromiter(encoding.ids, np.int32, len(encoding.ids)) for encoding in encodings]
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     @library_call()
     def _ids(self, text: str) -> list[int]:
@@ -417,17 +417,17 @@ class Tokenizer:
             size = sum(len(piece.encode()) for piece in pieces)
             if place < 0:
                 size -= len(self._prompt.encode())
+            places = None
             if placed:
                 ids, places = self._placed(pieces, place)
-                part = Part(ids[skip:], n_bytes=size, places=np.maximum(places[skip:], 0))
+                places = np.maximum(places[skip:], 0)
             else:
                 ids = np.concatenate(self.encode_pieces(pieces))
-                part = Part(ids[skip:], n_bytes=size)
             if tuple(ids[:skip]) != self.prompt_ids[:skip]:
                 raise RefusedError(
                     f"the tokenizer joins the prompt {self._prompt!r} with the text after it"
                 )
-            yield part
+            yield Part(ids[skip:], n_bytes=size, places=places)
             place += sum(map(len, pieces))
             skip = 0
 
@@ -435,26 +435,27 @@ class Tokenizer:
         """Return the ids of pieces of a text, and their places from `place` on."""
         with library_call():
             encodings = self._inner.encode_batch(pieces, add_special_tokens=False)
-        places = []
+        all_ids = []
+        all_places = []
         for piece, encoding in zip(pieces, encodings, strict=True):
-            places.append(self._places(piece, encoding) + np.int32(place))
+            ids = np.array(encoding.ids, np.int32)
+            all_ids.append(ids)
+            all_places.append(self._places(piece, ids, encoding.offsets) + np.int32(place))
             place += len(piece)
-        ids = [np.fromiter(encoding.ids, np.int32, len(encoding.ids)) for encoding in encodings]
-        return np.concatenate(ids), np.concatenate(places)
+        return np.concatenate(all_ids), np.concatenate(all_places)
 
-    def _places(self, text: str, encoding: Any) -> np.ndarray:
+    def _places(self, text: str, ids: np.ndarray, offsets: Any) -> np.ndarray:
         """Return the characters [start, end) of each token in its text, (tokens, 2) int32.
 
-        `encoding` is the library's for this text. A character of which a token has only some bytes counts as its own. A
+        `offsets` are the library's for this text. A character of which a token has only some bytes counts as its own. A
         token that stands for no character is an empty place between its neighbours.
         """
-        ids = np.fromiter(encoding.ids, np.int64, len(encoding.ids))
         bytes_of = self.bytes_of
-        if bytes_of and b"".join(map(bytes_of.__getitem__, encoding.ids)) == text.encode():
+        if bytes_of and b"".join(map(bytes_of.__getitem__, ids.tolist())) == text.encode():
             begin, inside = self.characters
             ends = np.cumsum(begin[ids])
             return np.stack((ends - begin[ids] - inside[ids], ends), 1).astype(np.int32)
-        places = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        places = np.array(offsets, np.int32).reshape(-1, 2)
         nowhere = places[:, 0] == places[:, 1]
         before = np.zeros(len(places), np.int32)
         before[1:] = np.maximum.accumulate(places[:-1, 1])
@@ -514,9 +515,7 @@ class Tokenizer:
         """Return the number of UTF-8 bytes of (tokens,) ids; None if the tokenizer is not byte-level or lacks an id."""
         if self.token_bytes is None or (len(ids) and ids.max() >= self.vocab_size):
             return None
-        # in blocks, because a lookup takes 8 bytes per token
-        blocks = (ids[start : start + GROUP] for start in range(0, len(ids), GROUP))
-        return sum(int(self.token_bytes[block].sum()) for block in blocks)
+        return int(self.token_bytes[ids].sum())
 
     def encodes_as(self, other: Tokenizer) -> bool:
         """Return whether both encode a text alike, whatever their templates are."""

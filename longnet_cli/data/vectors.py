@@ -60,12 +60,9 @@ class Vectors(Document):
         self.width = width
         self.coords = coords
         self.tile_size = tile_size
-        self._row = place
         self.step = max(1, STEP // max(1, width))
+        self._row = place
         super().__init__(doc_id, parts, None, where, kept=kept)
-
-    def __repr__(self) -> str:
-        return f"Vectors({self.doc_id!r}, {len(self)} of {self.width} numbers, {self.where})"
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the vectors [start, stop), bounds as in a Python slice, as a (stop - start, width) float32 copy.
@@ -192,14 +189,17 @@ def _part(
         axes = [axis.flatten() for axis in axes]
         if vectors.null_count:
             raise BadRowError(f"{place(0)}: the value is null")
-    starts, stops = list_bounds(vectors)
-    start, stop, widths = (starts[0], stops[-1], stops - starts) if len(vectors) else (0, 0, stops)
-    for before in (*widths[:1].tolist(), *([] if width is None else [width])):
-        for other in np.flatnonzero(widths != before)[:1]:
+    start = stop = 0
+    if len(vectors):
+        starts, stops = list_bounds(vectors)
+        start = starts[0]
+        stop = stops[-1]
+        widths = stops - starts
+        width = int(widths[0]) if width is None else width
+        for other in np.flatnonzero(widths != width)[:1]:
             raise BadRowError(
-                f"{place(other)}: its vector has {widths[other]} numbers, those before it have {before}"
+                f"{place(other)}: its vector has {widths[other]} numbers, those before it have {width}"
             )
-        width = before
     points = [_points(axes, len(vectors), place)] if axes else []
     present = valid if valid is None else valid.slice(start, stop - start)
     return Part(values[start:stop], present, first_row, flat=not nested), width, points

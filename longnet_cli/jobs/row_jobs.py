@@ -296,11 +296,14 @@ def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | No
     in_folder = is_folder(output.path, resume=output.resume)
     names_apart = job.names_apart and inputs.id_column is None
     reading = inputs.documents(
-        digests=in_folder and ranks.writes, names_apart=names_apart, note=events.note
+        digests=in_folder and ranks.writes,
+        names_apart=names_apart and inputs.shares_documents,
+        note=events.note,
     )
     documents: Iterator[Document] = iter(reading)
     if inputs.keep or job.text_fields:  # first_kept waits for the first document
         job.kept_fields, documents = first_kept(documents, job.text_fields)
+    # also neighbours on both sides of a document that has no row
     apart = Apart() if names_apart else None
 
     def sequences(

@@ -13,7 +13,7 @@ from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar, cast
@@ -37,7 +37,7 @@ from longnet_cli.data.row_writer import (
     token_schema,
 )
 from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
-from longnet_cli.data.token_documents import Apart, Unread
+from longnet_cli.data.token_documents import Unread
 from longnet_cli.data.tokenizer import Tokenizer, end_of_text
 from longnet_cli.running.ranks.dealing import Portion, portions
 
@@ -106,8 +106,7 @@ def tokenize(
         words = words.with_eos(appended)
 
     documents = inputs.texts(words, digests=in_folder, note=events.note)
-    apart = Apart() if inputs.id_column is None else None
-    texts: Iterator[Any] = _readable(documents, events.left_out.skip, apart)
+    texts: Iterator[Any] = _readable(documents, events.left_out.skip)
     kept: list[pa.Field] = []
     if inputs.keep:  # first_kept waits for the first document
         kept, texts = first_kept(texts)
@@ -185,18 +184,13 @@ def _tokenizer(
     return Tokenizer.train(texts, train_vocab)
 
 
-def _readable(
-    texts: Iterable[Text | Unread], on_skip: OnSkip | None, apart: Apart | None
-) -> Iterator[Text]:
-    """Yield the texts that could be read, named by `apart`, and pass the others to `on_skip`.
-
-    Raises DataError if all are left out.
-    """
+def _readable(texts: Iterable[Text | Unread], on_skip: OnSkip | None) -> Iterator[Text]:
+    """Yield the texts that could be read, and pass the others to `on_skip`. Raises DataError if all are left out."""
     readable = skipped = False
     for text in texts:
         if isinstance(text, Text):
             readable = True
-            yield replace(text, doc_id=apart.name(text.doc_id)) if apart else text
+            yield text
         elif on_skip:
             skipped = True
             on_skip(text, text.error)

@@ -371,16 +371,15 @@ def test_a_stopped_command_says_what_is_kept(command, tmp_path, monkeypatch, cap
     )
     assert said in invoke(*folder).stderr
     assert "keeps 4 documents" in invoke(*folder, "--resume").stderr
+    (tmp_path / "out" / "_unfinished.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt), say_what_is_kept(str(tmp_path / "out")):
+        raise KeyboardInterrupt
+    assert "_unfinished.json: not a manifest of shards" in capsys.readouterr().err
     assert invoke(*folder[:-1], tmp_path / "other", "-q").stderr.strip() in (
         "",
         "Aborted!",
         "Aborted.",
     )
-
-    (tmp_path / "out" / "_unfinished.json").write_text("{}")
-    with pytest.raises(KeyboardInterrupt), say_what_is_kept(str(tmp_path / "out"), quiet=False):
-        raise KeyboardInterrupt
-    assert "_unfinished.json: not a manifest of shards" in capsys.readouterr().err
 
     def stop_at_once(*_: object) -> None:
         raise KeyboardInterrupt
@@ -405,6 +404,6 @@ def test_a_stopped_command_says_what_is_kept(command, tmp_path, monkeypatch, cap
 )
 def test_a_rank_that_another_one_ends_says_nothing(stop, world, said, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    with pytest.raises((SystemExit, KeyboardInterrupt)), say_what_is_kept("-", quiet=False):
+    with pytest.raises((SystemExit, KeyboardInterrupt)), say_what_is_kept("-"):
         raise SystemExit(stop) if stop else KeyboardInterrupt
     assert capsys.readouterr().err.startswith("stopped: ") == said

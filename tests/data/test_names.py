@@ -24,7 +24,6 @@ from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, Memo
 from longnet_cli.data import input_files as names_module
 from longnet_cli.data import remote
 from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.input_files import find_files
 from longnet_cli.data.opened_inputs import reading
 from longnet_cli.data.token_documents import Apart
 from longnet_cli.data.tokenizer import Tokenizer
@@ -74,7 +73,7 @@ def test_documents_of_a_folder_that_are_not_read_are_told(tmp_path):
     (tmp_path / "notes.jsonl").write_text('{"step": 1}\n')
     with (
         pytest.warns(InputWarning),
-        pytest.raises(DataError, match=rf"notes.jsonl, line 1: .*no key text.*\(.*{said[2:]}\)"),
+        pytest.raises(DataError, match=r"notes.jsonl, line 1: .*no key text"),
     ):
         names(tmp_path)
 
@@ -276,8 +275,11 @@ def test_names_are_expanded_once(tmp_path, monkeypatch, command):
     )
     Path("out.arrow").write_text("")  # an output that exists is compared with the inputs
     expanded = []
+    expand = names_module._expand_all
     monkeypatch.setattr(
-        names_module, "find_files", lambda *items: expanded.append(items) or find_files(*items)
+        names_module,
+        "_expand_all",
+        lambda items, **options: expanded.append(items) or expand(items, **options),
     )
     done = invoke(f"{command} *.txt -q")
     assert (done.exit_code, len(expanded)) == (0, 1), done.output

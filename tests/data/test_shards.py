@@ -193,7 +193,9 @@ def damage(kind: str, shard: Path) -> None:
 def test_a_damaged_finished_shard_is_refused(tmp_path, kind):
     interrupt(tmp_path, 5)
     damage(kind, tmp_path / "vectors-00000.arrow")
-    why = {"missing": "No such file or directory", "rows": "3 rows instead of 6"}.get(kind, "")
+    why = {"missing": "cannot read: No such file or directory", "rows": "3 rows instead of 6"}.get(
+        kind, ""
+    )
     refused = (
         rf"vectors-00000\.arrow: cannot resume: a finished shard is missing or damaged \({why}"
     )

@@ -246,7 +246,7 @@ HUGE[2, 4] = 1e300
         ),
         (
             change(features=pa.array([[[1.0]], [[1.0, 2.0], [1.0]], []]), x=None),
-            "row 1: its vector has 1 numbers, those",
+            "row 1: its vector has 2 numbers, those before it have 1",
         ),
         (change(x=pa.array([0.0, np.nan, 1.0])), "row 1: coordinates [nan, 1.0] are no place"),
         (change(x=["0", "1", "2"]), "x has type string: numbers are needed"),
@@ -256,11 +256,11 @@ HUGE[2, 4] = 1e300
         ),
         (
             change(features=pa.array([[1], [2], [3]])),
-            "holds vectors, lists of float16, float32 or float64",
+            "with vectors, lists of float16, float32 or float64",
         ),
         (
             change(embedding=vectors(NAN)),
-            "several columns may hold the vectors (features, embedding): choose one",
+            "several columns may hold the documents (features, embedding): choose one",
         ),
     ],
 )

@@ -245,14 +245,6 @@ def test_parts_of_long_texts_and_any_grouping_give_the_same_ids(tmp_path, monkey
     assert shards[0] == shards[1] == shards[2]  # groups are no part of the result
 
 
-def test_the_tokens_of_folders_are_known(corpus, tmp_path):
-    tokens = [
-        tokenize(Inputs([corpus / name]), tmp_path / name[0]).tokens for name in ("a.txt", "b.txt")
-    ]
-    assert Inputs([tmp_path / "a", tmp_path / "b"]).totals()["tokens"] == sum(tokens)
-    assert Inputs([tmp_path / "a", corpus]).totals() is Inputs(["-"]).totals() is None
-
-
 def test_a_used_folder_is_refused_and_an_empty_one_taken(corpus, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     tokenize(Inputs([corpus]), tmp_path / "empty")
