@@ -276,9 +276,7 @@ def complete(config: Any, reader: Any, arch: str) -> Any:
 
 
 def _refusal(what: str, value: Any, config: Any) -> CheckpointError:
-    shown = f"{what} = {value}"
-    shown = shown if len(shown) < 200 else what
-    return CheckpointError(f"{shown}: {type(config).__name__} has no such setting")
+    return CheckpointError(f"{what} = {value!s:.100}: {type(config).__name__} has no such setting")
 
 
 def _check_tensors(tensors: list[Any], arch: str, num_layers: Any) -> np.ndarray | None:

@@ -148,10 +148,9 @@ class _CurrentPass:
         self.own = own
         self.ids: Tensor | None = None  # (B, columns); None for vectors
         self._providers: dict[int, FarProvider] = {}  # of rows, by their first column
-        self._options: dict[str, Any] = {}  # of each pass
-        if "logits_to_keep" in inspect.signature(body(model).forward).parameters:
-            # layers that reuse the keys of others (Gemma 4) need a query for each new key, as attention does
-            self._options["logits_to_keep"] = None
+        # layers that reuse the keys of others (Gemma 4) need a query for each new key, as attention does
+        reuses = "logits_to_keep" in inspect.signature(body(model).forward).parameters
+        self._options = {"logits_to_keep": None} if reuses else {}
         self.hook = body(model).register_forward_pre_hook(self._begin, with_kwargs=True)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -58,8 +58,6 @@ from longnet_cli.running.device import trim_memory
 
 _CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
 _ENCODERS = {"mpnet"}  # which look in both directions, though their modules do not say so
-# of the names of weights that make another output of a model than its hidden states
-_POOLER = "pooler."
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _GROWS = "it keeps all keys of a document, so that memory grows with it"
 _NOTES = {
@@ -328,12 +326,10 @@ def load_transformers(
     hf.utils.logging.disable_progress_bar()
     config, architecture = read_architecture(folder, settings, embeds)
     as_trained = pattern is None and not getattr(config, "dilated_attention", None)
-    if as_trained:
-        pattern = Pattern.dense()
     model = _read_weights(folder, config, architecture, dtype, embeds).to(device)
     check_finite(dict(model.named_parameters()), str(folder))
     with refusing_settings(folder):
-        if pattern == Pattern.dense():
+        if as_trained or pattern == Pattern.dense():
             net = _dense(model, as_trained)
         else:
             net = TransformersNet(use_dilated_attention(model, pattern))
@@ -370,7 +366,8 @@ def _check_weights(
     folder: Path, model: hf.PreTrainedModel, report: Mapping[str, Any], embeds: bool
 ) -> None:
     """Raise CheckpointError for weights that are missing, unexpected or of another shape, by transformers' report."""
-    poolers = [name for name in report["missing_keys"] if embeds and name.startswith(_POOLER)]
+    # a pooler makes another output than the hidden states
+    poolers = [name for name in report["missing_keys"] if embeds and name.startswith("pooler.")]
     for name in poolers:  # instead of random numbers, which would be in the model's digest
         model.get_parameter(name).data.zero_()
     missing = report["missing_keys"].difference(poolers)

@@ -63,7 +63,7 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
     trained = getattr(model.config, "max_position_embeddings", None) or FLOAT32_POSITIONS
     layer_types = getattr(model.config, "layer_types", None) or [None]
     for maker in makers:
-        if not getattr(maker, _EXACT, False):
+        if not hasattr(maker, _EXACT):
             phases = _ExactPhases.of(maker, trained, layer_types)
             if phases is None:
                 return False
@@ -196,11 +196,10 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
     check_ropes(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(f"{name} has no weights yet: how it turns its keys cannot be tried")
-    learned = [
-        module
+    learned = any(
+        path.endswith(_LEARNED) and isinstance(module, nn.Embedding)
         for path, module in body(model).named_modules()
-        if path.endswith(_LEARNED) and isinstance(module, nn.Embedding)
-    ]
+    )
     frequencies = [x for path, x in body(model).named_buffers() if path.endswith("inv_freq")]
     if learned and not frequencies:
         return dict.fromkeys(_keys(model))
