@@ -100,6 +100,10 @@ def use_dilated_attention(
     if pattern is not None:
         write_pattern(config, pattern)
     mark(config)
+    # by the configuration: a trial of few tokens sees no long window
+    kind = "sliding_attention" if getattr(config, "sliding_window", 0) else "full_attention"
+    if {*(getattr(config, "layer_types", None) or [kind])} == {"sliding_attention"}:
+        raise ConfigError(_NO_LAYER)
     earlier = config._attn_implementation
     turn_of = _tried(model, pattern_of(config), earlier)
     if not hasattr(model, _CURRENT):
