@@ -288,7 +288,9 @@ class LongNetModel(LongNetPreTrainedModel):
         starts documents (`config.bos_token_id`), whose hidden state is the vector of an empty text. Without that id,
         its vector is zero. Without gradients, a causal net reads chunk by chunk.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        mask = attention_mask.long()
         # padding goes to the right; a tokenizer returns numbers of float32 for texts without tokens
         order = (1 - mask).argsort(dim=1, stable=True)
         ids = input_ids.long().gather(1, order)
@@ -300,7 +302,8 @@ class LongNetModel(LongNetPreTrainedModel):
             wanted = torch.cat([lengths[:, None] == 0, wanted], 1)
             lengths = lengths + 1
         if not wanted.any():
-            return self.net.embedding.weight.new_zeros(len(ids), self.config.hidden_size)
+            table = self.net.embedding.weight
+            return table.new_zeros(len(ids), self.config.hidden_size)
         size = ids.shape[1]
         read: Callable[..., Tensor] = partial(self.net, lengths=lengths.tolist())
         if self.config.causal and not torch.is_grad_enabled():
