@@ -51,7 +51,8 @@ class InputFile:
     @property
     def size(self) -> int | None:
         """The bytes of a file, None for a pipe and where a store does not say."""
-        return self.stored_size if self.status is None else self.status.st_size
+        status = self.status
+        return status.st_size if status else self.stored_size
 
     @property
     def status(self) -> os.stat_result | None:
