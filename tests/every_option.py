@@ -381,6 +381,7 @@ encode {SPANS} -o out.jsonl
 * --chunk 101
 * --sp 2
 * --dp 2
+encode {SPANS} -o - --format jsonl
 encode {SPANS} -o out.parquet
 encode {SPANS} -o out --shard-rows 3
 encode {SPANS} -o out --shard-rows 3 --chunk 32 --dp 2 --sp 2

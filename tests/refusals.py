@@ -31,6 +31,7 @@ REFUSALS = r"""
 2 tokenize x.parquet --resume -o - => only a folder of shards can be resumed
 2 encode x.parquet --resume -o out.arrow => out.arrow: only a folder of shards can be resumed
 2 encode too-long.parquet -m ./llama -o vectors => 71 tokens, and the model was trained on 64: encode it in
+2 encode x.parquet -m ./model --format jsonl -o out.arrow => and a file is what its name says: leave it out
 2 encode x.parquet -o taken => taken exists and is not an empty folder
 2 train longnet-tiny --data x.parquet -o x.parquet => x.parquet is a file, and -o names the folder of a run
 2 train longnet-tiny --data x.parquet -o x.parquet/run => x.parquet is a file, and -o names the folder

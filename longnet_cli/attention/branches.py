@@ -199,7 +199,7 @@ class _Rectangle(NamedTuple):
 
     @property
     def own(self) -> bool:
-        """Whether the queries' own positions are among the keys."""
+        """True where the queries' own positions are among the keys."""
         return self.queries.start in self.keys
 
     def moved(self, distance: int) -> _Rectangle:

@@ -310,6 +310,8 @@ def excerpt(text: str, question: str, size: int) -> str:
     stems = [as_compared(word).strip()[:STEM] for word in words]
     starts = [0, *(start for start, stem in enumerate(stems) if stem in lengths)]
     start = max(starts, key=shared)
+    while start and len(" ".join(words[start - 1 :])) <= size:  # at the end of the text
+        start -= 1
     return f"... {shown(start)}" if start else shown(start)
 
 

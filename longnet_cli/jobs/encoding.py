@@ -63,7 +63,7 @@ class EncodeFacts(ModelFacts):
 
     @property
     def framed(self) -> bool:
-        """Whether each window is written by a template, as embedding models have one."""
+        """True where each window is written by a template, as embedding models have one."""
         return self.closing is not None
 
     @property

@@ -344,15 +344,6 @@ def test_rows_that_are_joined_are_noted(run_longnet, model, tmp_path, command):
     assert "joined" not in run_longnet(f"{command} c.jsonl -o out.jsonl").stderr
 
 
-def test_encode_prints_the_lines_that_a_file_has(run_longnet, model, prose, tmp_path):
-    command = ["encode --model", model, prose]
-    printed = run_longnet(*command, "--format", "jsonl", code=0).stdout
-    run_longnet(*command, "-o", "out.jsonl", code=0)
-    assert printed == (tmp_path / "out.jsonl").read_text()
-    refused = run_longnet(*command, "--format", "jsonl", "-o", "x.arrow", code=2)
-    assert "a file is what its name says" in refused.stderr
-
-
 def test_encode_without_output_streams_and_to_a_name_writes_parquet(
     run_longnet, model, prose, tmp_path
 ):

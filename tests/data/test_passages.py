@@ -22,7 +22,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.basics.events import Events
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.opened_inputs import Text
-from longnet_cli.data.passages import JUST_NOW, MARK, PassageIndex, open_index
+from longnet_cli.data.passages import JUST_NOW, MARK, PassageIndex, excerpt, open_index
 from longnet_cli.data.text_pieces import SIZES, cut
 
 PROSE = st.lists(
@@ -182,6 +182,19 @@ def test_places_are_those_of_the_text_as_it_is():
 def test_a_question_that_is_not_utf_8_is_refused(question):
     with pytest.raises(ConfigError, match="question is not UTF-8"):
         found(TEXTS, question)
+
+
+@pytest.mark.parametrize(
+    ("question", "shown"),
+    [
+        ("Which keys?", "... keys of the shed are in the e"),
+        ("all?", "... are in the end, after all."),
+        ("xyzzy?", "One word follows another, and"),
+    ],
+)
+def test_an_excerpt_has_the_words_of_the_question(question, shown):
+    text = "One word follows another, and\nthe keys of the shed are in the end, after all."
+    assert excerpt(text, question, 29) == shown
 
 
 def test_nothing_is_found_without_a_shared_word():

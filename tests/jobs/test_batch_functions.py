@@ -75,11 +75,6 @@ def test_batches_without_rows_or_tokens_have_no_vectors():
     [
         ({"text": ["a"]}, {}, "no column 'doc_id' or 'id' that names the documents"),
         ({"id": ["a"], "text": ["a"]}, {"id_column": "name"}, "no column 'name' that names"),
-        (
-            {"id": ["a"], "text": ["a"]},
-            {"keep": ("lang",)},
-            "table: there is no column 'lang'; its columns are id: string, text: string",
-        ),
         ({"id": ["a"], "ids": [1]}, {}, "a row is a document"),
         (
             {"doc_id": ["a", "a"], "part": [0, 1], "ids": [[1], [2]]},

@@ -242,7 +242,7 @@ class Exchange:
 
 
 class _Maps(NamedTuple):
-    """Which rows of D numbers a message has: indices, (rows,) int64.
+    """The rows of D numbers that a message has: indices, (rows,) int64.
 
         k or v of the maker                the message              far keys of the reader
         (B, n, H, D)                                                (B, rows, lanes, D), parcel by parcel
