@@ -184,16 +184,14 @@ class KVCache:
         at `stop`, each rank stores its own shard, which starts at `start`, and then those of the others (`take`).
         """
         needs_gradient = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-        # nobody counts room for a segment of one token, which no later token sees
-        lasting = min(self.pattern.segment_lengths) > 1
-        single = k.shape[1] == 1 and stop is None and not needs_gradient and lasting
+        single = k.shape[1] == 1 and stop is None and not needs_gradient
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
         visible = _open_segments(self.layout, self.position, int(single))
-        still_open = visible if single else _open_segments(self.layout, stop, 0)
+        still_open = _open_segments(self.layout, stop, 0)
         with torch.no_grad():
             tensors = (torch.cat((k, v)),) if single else (k, v)  # in fewer operations
-            for segment in still_open:
+            for segment in visible if single else still_open:
                 self._rows(segment).put(tensors, start)
         if not sink_segments(self.pattern, self.position, stop):
             visible = tuple(segment for segment in visible if segment.span.level != SINKS)

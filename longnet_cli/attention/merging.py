@@ -23,19 +23,10 @@ from .views import accumulator
 class Merge:
     """The running out and LSE of all branches, in fp32 or fp64."""
 
-    def __init__(
-        self, q: Tensor, covered: bool, start: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        """Allocate out and LSE. `covered`: the branches that cover write every row, so out needs no zeros.
-
-        `start` is the out and lse of a single token, in the order of heads, that the merge starts with.
-        """
+    def __init__(self, q: Tensor, covered: bool) -> None:
+        """Allocate out and LSE. `covered`: the branches that cover write every row, so out needs no zeros."""
         dtype = accumulator(q.dtype)
         self._dtype = q.dtype
-        if start:
-            out, lse = start
-            self._out, self._lse = _as(out.reshape(q.shape), dtype), lse.reshape(q.shape[:3])
-            return
         self._out = (torch.empty if covered else torch.zeros)(q.shape, dtype=dtype, device=q.device)
         self._lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
         if not covered:
@@ -62,7 +53,7 @@ class Merge:
         total.copy_(sums)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return _as(self._out, self._dtype), self._lse
+        return self._out.to(self._dtype), self._lse
 
 
 def gradient_sum(x: Tensor) -> Tensor:
@@ -87,7 +78,3 @@ def apart(total: Tensor, part: Tensor, keys: Rows) -> Iterator[tuple[Tensor, Ten
     if keys.segments > 1:
         rows = min(rows, -(-keys.segment_step // keys.row_step))
     yield from zip(total.split(rows, 2), part.split(rows, 2), strict=True)
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # a call that does nothing takes time too

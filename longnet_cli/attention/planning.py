@@ -25,15 +25,14 @@ from .plain_call import Kernel
 from .sinks import SinkRows
 from .spans import SINKS, FarSpan, Layout, Rows
 from .views import (
+    CallViews,
     FarTensors,
-    Layouts,
     PlacedCalls,
     accumulator,
-    autocasts,
     kernel_calls,
     of_level,
     unit_stride,
-    view,
+    without_autocast,
 )
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -94,16 +93,13 @@ def _numbers(name: str, numbers: Sequence[int] | Tensor | None) -> tuple[int, ..
 class AttentionPlan:
     """All calls of a batch, for a kernel, by their places.
 
-    covered: the branches that cover reach every row.
-    start: the branch that a forward starts with, without a merge, as it has all heads of a single token.
-    layouts: those of the views of near rows, as `kernel_calls` has found them.
+    `covered`: the branches that cover reach every row. `views`: those of near rows, as `kernel_calls` has found them.
     """
 
     kernel: Kernel
     placed: Sequence[PlacedCalls]
-    covered: bool = False
-    start: Branch | None = None
-    layouts: Layouts = field(default_factory=dict)
+    covered: bool
+    views: CallViews = field(default_factory=dict)
 
 
 def plan_calls(
@@ -182,10 +178,7 @@ def _plan(
     for rows, columns, calls in placed:
         if any(branch.covers for branch in calls):
             reached += (rows.stop - rows.start) * (columns.stop - columns.start)
-    covered = reached == batch * tokens
-    first = placed[0][2][0] if covered and len(placed) == tokens == 1 else None
-    whole = first and first.queries.heads * first.queries.rows == heads and not first.zero_keys
-    return AttentionPlan(kernel, placed, covered, first if whole else None)
+    return AttentionPlan(kernel, placed, covered=reached == batch * tokens)
 
 
 def _check_tensors(q: _Facts, k: _Facts, v: _Facts, pattern: Pattern) -> None:
@@ -255,49 +248,21 @@ def merged_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    far: FarTensors | None = None,
+    far: FarTensors,
 ) -> tuple[Tensor, Tensor]:
     """Return (out, LSE): (B, N, H, D) like q, and (B, N, H) in fp32 (fp64 for fp64).
 
     `far` returns far k and v.
     """
-    if autocasts(q.device):
-        with torch.autocast(q.device.type, enabled=False):  # kernels choose their own precision
-            return merged_forward(plan, scale, q, k, v, far)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    kernel = plan.kernel
-    placed = plan.placed
-    if plan.start:
-        merge = _single_token(plan, plan.start, scale, q, k, v, far)
-        placed = [(rows, columns, calls[1:]) for rows, columns, calls in placed if len(calls) > 1]
-    else:
-        merge = Merge(of_level(q, 0), plan.covered)
-    if placed:  # after a single token's first call, there are often no others
-        calls = kernel_calls(placed, kernel, (q, *merge.places), (k, v), far, plan.layouts)
+    merge = Merge(of_level(q, 0), plan.covered)
+    query_like = (q, *merge.places)
+    with without_autocast(q.device):
+        calls = kernel_calls(plan.placed, plan.kernel, query_like, (k, v), far, plan.views)
         for branch, (q_, *places), (k_, v_) in calls:
-            out, lse = kernel.forward(q_, k_, v_, branch.causal, scale, *_counts(branch, q_))
+            out, lse = plan.kernel.forward(q_, k_, v_, branch.causal, scale, *_counts(branch, q_))
             merge.add(branch, places, out, lse)
-    return merge.result()
-
-
-def _single_token(
-    plan: AttentionPlan,
-    branch: Branch,
-    scale: float,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    far: FarTensors | None,
-) -> Merge:
-    """Return a merge that starts with the result of `branch`, which has all heads of a single token."""
-    q, k, v = (of_level(x, branch.level) for x in (q, k, v))
-    if branch.far_index is not None and far:
-        k, v = far(branch.far_index)
-    rows, _, _ = plan.placed[0]
-    q_ = view(q, branch.queries, rows, 0, apart=True)
-    k_, v_ = (view(x, branch.keys, rows, 0, apart=True) for x in (k, v))
-    out, lse = plan.kernel.forward(q_, k_, v_, False, scale)
-    return Merge(q, True, (out, lse))
+        return merge.result()
 
 
 def merged_backward(
@@ -312,10 +277,6 @@ def merged_backward(
     `tensors` are dout, q, k, v, and the merged out and LSE. Far keys come first: `on_far` is called with their
     gradients before those of near keys are computed.
     """
-    device = tensors[0].device
-    if autocasts(device):
-        with torch.autocast(device.type, enabled=False):
-            return merged_backward(plan, scale, tensors, far, on_far)
     dout, q, k, v, out, lse = map(unit_stride, tensors)
     dq, dk, dv = map(gradient_sum, (q, k, v))
     of_far = [gradient_sum(x) for x in far]
@@ -329,7 +290,7 @@ def merged_backward(
         calls = _only(plan.placed, far_calls)
         query_like = (dout, q, out, lse[..., None], dq)
         views = kernel_calls(
-            calls, plan.kernel, query_like, (k, v, dk, dv), far_tensors, plan.layouts
+            calls, plan.kernel, query_like, (k, v, dk, dv), far_tensors, plan.views
         )
         for branch, (dout_, q_, out_, lse_, dq_), (k_, v_, *sums) in views:
             of_call = (dout_, q_, k_, v_, out_, lse_[..., 0])
@@ -339,9 +300,10 @@ def merged_backward(
                 add_gradient(total, part_of_keys, branch.keys)
             del part, parts, part_of_keys  # the next call needs the memory
 
-    add_calls(far_calls=True)
-    on_far(of_far)
-    add_calls(far_calls=False)
+    with without_autocast(q.device):
+        add_calls(far_calls=True)
+        on_far(of_far)
+        add_calls(far_calls=False)
     return [dq, dk, dv, *of_far]
 
 

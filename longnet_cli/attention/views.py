@@ -6,7 +6,7 @@ B batch, N tokens of the shard, H query heads, K key heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +18,11 @@ from .spans import Rows
 
 # rows and tokens of a batch, and the calls of each of these rows
 PlacedCalls = tuple[slice, slice, tuple[Branch, ...]]
-_Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset of a view
 KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-like views
 # index of far keys -> their key-like tensors, once they are there
 FarTensors = Callable[[int], Sequence[Tensor]]
-# strides and width of all tensors -> (branch, rows and first column of its place) -> the layouts of a call's views
-Layouts = dict[tuple[Any, ...], dict[tuple[int, int, int, int], "_CallLayout"]]
+# strides and width of all tensors -> (branch, rows and first column of its place) -> the views of a call
+CallViews = dict[tuple[Any, ...], dict[tuple[int, int, int, int], "_CallViews"]]
 
 
 def kernel_calls(
@@ -31,53 +30,94 @@ def kernel_calls(
     kernel: Kernel,
     query_like: Sequence[Tensor],
     key_like: Sequence[Tensor],
-    far: FarTensors | None = None,
-    layouts: Layouts | None = None,
+    far: FarTensors,
+    known_views: CallViews,
 ) -> Iterator[KernelCall]:
     """Yield every kernel call of some places, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
 
     Each tensor is (B, N, heads, last dim), or (B, N, levels, heads, last dim), of which a call sees its own level.
     `far` returns as many tensors for far keys as `key_like` has. It is called right before a call that needs them.
-    `layouts` are kept from one call to the next, if they are the plan's.
+    `known_views` are the plan's: views that one layer has found serve the next.
     """
     tensors = (*query_like, *key_like)
     queries = len(query_like)
-    of_calls: dict[Any, _CallLayout] = {}
-    if layouts is not None:
-        strides = tuple([(x.stride(), x.shape[-1]) for x in tensors])
-        of_calls = layouts.setdefault(strides, {})
+    strides = tuple([(x.stride(), x.shape[-1]) for x in tensors])
+    views_of_calls = known_views.setdefault(strides, {})
     of_levels: dict[int, tuple[list[Tensor], list[Any]]] = {}
-    for run, columns, calls in placed:
+    for batch_rows, columns, calls in placed:
         for branch in calls:
             level = branch.level if key_like[0].dim() == 5 else 0
             if level not in of_levels:
                 of_one = [of_level(x, level) for x in tensors]
                 of_levels[level] = of_one, [x.storage_offset() for x in of_one]
             near, begins = of_levels[level]
-            place = id(branch), run.start, run.stop, columns.start
-            layout = of_calls.get(place)
-            if layout is None:
-                layout = _CallLayout.of(
-                    branch, run, columns.start, kernel, near[:queries], near[queries:]
-                )
-                of_calls[place] = layout
-            views = layout.shown(near, begins)
-            single = layout.single
+            place = id(branch), batch_rows.start, batch_rows.stop, columns.start
+            of_call = views_of_calls.get(place)
+            if of_call is None:
+                of_call = _CallViews.of(branch, batch_rows, columns.start, kernel, near, queries)
+                views_of_calls[place] = of_call
+            views = of_call.shown(near, begins)
+            single = of_call.single
             if branch.far_index is not None:
-                assert far is not None
-                views += [view(x, branch.keys, run, 0) for x in far(branch.far_index)]
+                for x in far(branch.far_index):
+                    far_view = _StridedView.of_call(x, branch.keys, batch_rows, 0)
+                    views.append(far_view.shown(x, x.storage_offset()))
                 single = False
-            for call in [views] if single else _batched(views, layout.limit):
+            for call in [views] if single else _batched(views, of_call.limit):
                 yield branch, call[:queries], call[queries:]
 
 
-class _CallLayout(NamedTuple):
-    """The layouts of a branch's views in one place, without those of far keys, and how many rows a call takes.
+class _StridedView(NamedTuple):
+    """The arguments of `as_strided`, for tensors that begin at any place of their storage."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of_rows(cls, x: Tensor, rows: Rows, batch_rows: slice, column: int = 0) -> _StridedView:
+        """Return the view (batch, segments, heads, rows, last dim) of a part of a batch x, from token `column` on."""
+        batch, token, head, last = x.stride()
+        size = (
+            batch_rows.stop - batch_rows.start,
+            rows.segments,
+            rows.heads,
+            rows.rows,
+            x.shape[3],
+        )
+        stride = (
+            batch,
+            rows.segment_step * token,
+            rows.head_step * head + rows.skew * token,
+            rows.row_step * token + rows.row_heads * head,
+            last,
+        )
+        first_token = rows.first_token + column
+        offset = batch_rows.start * batch + first_token * token + rows.first_head * head
+        return cls(size, stride, offset)
+
+    @classmethod
+    def of_call(cls, x: Tensor, rows: Rows, batch_rows: slice, column: int) -> _StridedView:
+        """Return the same view as (batch or segments, heads, rows, last dim), if batch or segments is 1."""
+        size, stride, offset = cls.of_rows(x, rows, batch_rows, column)
+        if size[0] == 1:
+            return cls(size[1:], stride[1:], offset)
+        if size[1] == 1:
+            return cls(size[:1] + size[2:], stride[:1] + stride[2:], offset)
+        return cls(size, stride, offset)
+
+    def shown(self, x: Tensor, begin: int) -> Tensor:
+        """Return the view of a tensor that begins there in its storage."""
+        return x.as_strided(self.size, self.stride, begin + self.offset)
+
+
+class _CallViews(NamedTuple):
+    """A branch's views in one place, without those of far keys, and how many rows of the batch a call takes.
 
     single: one call takes all.
     """
 
-    views: list[_Layout]
+    views: list[_StridedView]
     limit: int
     single: bool
 
@@ -85,30 +125,27 @@ class _CallLayout(NamedTuple):
     def of(
         cls,
         branch: Branch,
-        run: slice,
+        batch_rows: slice,
         column: int,
         kernel: Kernel,
-        query_like: Sequence[Tensor],
-        key_like: Sequence[Tensor],
-    ) -> _CallLayout:
-        queries, keys = branch.queries, branch.keys
-        views = [_layout_of_call(x, queries, run, column) for x in query_like]
-        if branch.far_index is None:
-            views += [_layout_of_call(x, keys, run, column) for x in key_like]
-        rows = max(queries.rows, keys.rows)
-        head_dim = query_like[0].shape[-1]
-        limit = kernel.max_batch(queries.heads, rows, head_dim)
-        size, *_ = views[0]
-        single = len(size) == 4 and size[0] <= limit
-        return cls(views, limit, single)
+        near: Sequence[Tensor],
+        queries: int,
+    ) -> _CallViews:
+        """Find the views of tensors, of which the first `queries` are like queries."""
+        views = []
+        for index, x in enumerate(near):
+            rows = branch.queries if index < queries else branch.keys
+            if rows is branch.queries or branch.far_index is None:
+                views.append(_StridedView.of_call(x, rows, batch_rows, column))
+        most_rows = max(branch.queries.rows, branch.keys.rows)
+        limit = kernel.max_batch(branch.queries.heads, most_rows, near[0].shape[-1])
+        size = views[0].size
+        return cls(views, limit, single=len(size) == 4 and size[0] <= limit)
 
     def shown(self, near: Sequence[Tensor], begins: Sequence[int]) -> list[Tensor]:
         """Return the views of tensors that begin there in their storages: of far keys, those of queries alone."""
-        layouts = zip(near, self.views, begins, strict=False)
-        return [
-            x.as_strided(size, stride, begin + offset)
-            for x, (size, stride, offset), begin in layouts
-        ]
+        of_tensors = zip(near, self.views, begins, strict=False)
+        return [view.shown(x, begin) for x, view, begin in of_tensors]
 
 
 def of_level(x: Tensor, level: int) -> Tensor:
@@ -122,59 +159,8 @@ def strided_view(x: Tensor, rows: Rows, first_row: int = 0, batch: int | None = 
     `first_row` and `batch` select a part of the batch.
     """
     stop = x.shape[0] if batch is None else first_row + batch
-    size, stride, offset = _layout(x, rows, first_row, stop, 0)
-    return x.as_strided(size, stride, x.storage_offset() + offset)
-
-
-def view(
-    x: Tensor,
-    rows: Rows,
-    run: slice,
-    column: int,
-    apart: bool = False,
-) -> Tensor:
-    """View the rows `run` of a batch x, tokens counted from `column`, like `strided_view`.
-
-    The result is (batch or segments, heads, rows, last dim) if batch or segments is 1. If both are, and heads shall be
-    `apart`, it is (heads, 1, rows, last dim): then the output of a kernel comes in the order of heads.
-    """
-    size, stride, offset = _layout_of_call(x, rows, run, column, apart)
-    return x.as_strided(size, stride, x.storage_offset() + offset)
-
-
-def _layout_of_call(
-    x: Tensor,
-    rows: Rows,
-    run: slice,
-    column: int,
-    apart: bool = False,
-) -> _Layout:
-    """Return the layout of `view`."""
-    size, stride, offset = _layout(x, rows, run.start, run.stop, column)
-    dimensions = [0, 1, 2, 3, 4]  # batch, segments, heads, rows, last dim
-    if apart and size[0] == 1:
-        dimensions = [2, 1, 3, 4]
-    elif size[0] == 1:
-        dimensions = [1, 2, 3, 4]
-    elif size[1] == 1:
-        dimensions = [0, 2, 3, 4]
-    shown = itemgetter(*dimensions)
-    return shown(size), shown(stride), offset
-
-
-def _layout(x: Tensor, rows: Rows, start: int, stop: int, column: int) -> _Layout:
-    """Return the layout of `strided_view`, for rows [start, stop) of a batch, from token `column` on."""
-    batch, token, head, last = x.stride()
-    size = (stop - start, rows.segments, rows.heads, rows.rows, x.shape[3])
-    stride = (
-        batch,
-        rows.segment_step * token,
-        rows.head_step * head + rows.skew * token,
-        rows.row_step * token + rows.row_heads * head,
-        last,
-    )
-    offset = start * batch + (rows.first_token + column) * token + rows.first_head * head
-    return size, stride, offset
+    view = _StridedView.of_rows(x, rows, slice(first_row, stop))
+    return view.shown(x, x.storage_offset())
 
 
 def _batched(views: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
@@ -209,6 +195,11 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which kernels choose their own precision."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def autocasts(device: torch.device) -> bool:
