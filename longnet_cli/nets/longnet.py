@@ -284,10 +284,9 @@ class LongNet(Net):
             return table
         rest = position_table(self.config, 0, max(others), x.device, dtype)
         assert rest is not None
-        q = torch.cat([table.q, *(rest.q[:n] for n in others)])
-        if table.k is table.q:
-            return PositionTable(q, q)
-        k = torch.cat([table.k, *(rest.k[:n] for n in others)])
+        tables = [table, *(PositionTable(rest.q[:n], rest.k[:n]) for n in others)]
+        q = torch.cat([part.q for part in tables])
+        k = q if table.k is table.q else torch.cat([part.k for part in tables])
         return PositionTable(q, k)
 
     def logits(self, hidden: Tensor) -> Tensor:
