@@ -33,7 +33,7 @@ import typer
 from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops, branches, pairs
 from longnet_cli.attention.notation import format_pattern, parse_pattern
-from longnet_cli.attention.spans import Layout, far_spans, open_spans
+from longnet_cli.attention.spans import Lanes, far_spans, open_spans
 from longnet_cli.basics.errors import ConfigError, InputWarning, LongNetError
 from longnet_cli.basics.sizes import (
     format_bytes,
@@ -225,9 +225,9 @@ def shared(config: NetConfig, machine: Machine, tokens: int, chunk: int, sp: int
     far = machine.itemsize * sum(exchange.sizes([attended], shape))
     summed = 0
     if cut and config.causal:
-        layout = Layout(pattern, config.num_heads, config.kv_heads)
+        lanes = Lanes(pattern, config.num_heads, config.kv_heads)
         for span in open_spans(pattern, start + whole):
-            rows = sum(layout.counts(span.part(start, span.stop)))
+            rows = sum(lanes.counts(span.part(start, span.stop)))
             summed += 2 * 4 * config.head_dim * rows
     flops = shard_flops(config, edges[rank], edges[rank + 1], tokens)
     mean = (
@@ -242,8 +242,8 @@ def shard_flops(config: NetConfig, first: int, last: int, total: int) -> int:
     """Return the FLOPs of a layer's forward pass over tokens [first, last) of a document: near and far keys."""
     pattern, causal = config.pattern, config.causal
     spans = tuple(far_spans(pattern, first, last, causal, total)) if first < last else ()
-    layout = Layout(pattern, config.num_heads, config.kv_heads)
-    calls = branches(layout, first, last - first, causal, "exact", spans, total)
+    lanes = Lanes(pattern, config.num_heads, config.kv_heads)
+    calls = branches(lanes, first, last - first, causal, "exact", spans, total)
     return 2 * config.head_dim * sum(map(pairs, calls))
 
 

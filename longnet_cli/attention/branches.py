@@ -35,7 +35,7 @@ from .spans import (
     FarSpan,
     HeadRows,
     Heads,
-    Layout,
+    Lanes,
     Rows,
     level_of,
     progressions,
@@ -74,7 +74,7 @@ class Union(NamedTuple):
     A key that three levels show to a query counts three times, so log 3 is added to its score.
     """
 
-    layout: Layout
+    lanes: Lanes
     causal: bool
     tokens: int
 
@@ -89,7 +89,7 @@ class Turned(NamedTuple):
 # layers and repeated runs ask for the same calls again, chunks of a long sequence never do; a plan takes 40 KB
 @lru_cache(maxsize=256)
 def branches(
-    layout: Layout,
+    lanes: Lanes,
     start: int,
     tokens: int,
     causal: bool,
@@ -105,13 +105,13 @@ def branches(
     level `SINKS`, unless they are `turned`. Raises ValueError for far keys that the shard cannot attend to, and for
     sinks that are not given.
     """
-    shard = _ShardGeometry(layout, start, start + tokens, causal)
+    shard = _ShardGeometry(lanes, start, start + tokens, causal)
     zero_keys = 0
     if padding == "zero_key" and not causal:
         zero_keys = total or shard.stop
     held_far = [span.level for span in spans if shard.holds(span)]
     calls: list[Branch] = []
-    for level in range(len(layout.pattern.levels)):
+    for level in range(len(lanes.pattern.levels)):
         if level not in held_far:
             calls += shard.near_calls(level, zero_keys)
     for index, span in enumerate(spans):
@@ -123,7 +123,7 @@ def branches(
 
 
 @lru_cache(maxsize=256)
-def united(layout: Layout, tokens: int, causal: bool) -> tuple[Branch, ...] | None:
+def united(lanes: Lanes, tokens: int, causal: bool) -> tuple[Branch, ...] | None:
     """Return the attention calls of a sequence as the union of its levels, in place of `branches`, or None.
 
     The union is used only if some level shows every key to every query anyway, if the table of counts is within
@@ -133,15 +133,15 @@ def united(layout: Layout, tokens: int, causal: bool) -> tuple[Branch, ...] | No
     """
     # A power of two, so that few tables serve all lengths.
     size = max(256, 1 << (tokens - 1).bit_length())
-    whole = max((w for w, r in layout.pattern.levels if r == 1), default=0)
-    if not 1 < tokens <= whole or layout.num_heads * size**2 > UNION_LIMIT:
+    whole = max((w for w, r in lanes.pattern.levels if r == 1), default=0)
+    if not 1 < tokens <= whole or lanes.num_heads * size**2 > UNION_LIMIT:
         return None
-    apart = branches(layout, 0, tokens, causal, "exact", ())
-    products = layout.num_heads * tokens**2 * (1 if causal else 2)
+    apart = branches(lanes, 0, tokens, causal, "exact", ())
+    products = lanes.num_heads * tokens**2 * (1 if causal else 2)
     if products >= sum(map(pairs, apart)):
         return None
-    shard = _ShardGeometry(layout, 0, tokens, causal)
-    union = Union(layout, causal, size)
+    shard = _ShardGeometry(lanes, 0, tokens, causal)
+    union = Union(lanes, causal, size)
     calls: list[Branch] = []
     for call in shard.on_rows(range(tokens), 0, tokens):
         calls.append(call._replace(causal=causal, covers=True, union=union))
@@ -180,7 +180,7 @@ def level_flops(
     """Return the share of each level in `attention_flops`, and last that of calls on what lies apart from them.
 
     Chosen blocks count as if the text names as many as it may."""
-    shard = _ShardGeometry(Layout(pattern, heads, heads), 0, tokens, causal)
+    shard = _ShardGeometry(Lanes(pattern, heads, heads), 0, tokens, causal)
     levels = [shard.near_calls(level) for level in range(len(pattern.levels))]
     beyond = max(0, tokens - (1 + pattern.look_backs[0]) * pattern.segment_lengths[0])
     apart = 4 * heads * head_dim * beyond * pattern.apart_keys
@@ -230,13 +230,10 @@ class _Rectangle(NamedTuple):
             -((self.queries.start - queries.start) // w), -((self.keys.start - keys.start) // w)
         )
         last = min((queries.stop - self.queries.stop) // w, (keys.stop - self.keys.stop) // w)
-        whole = range(first, last + 1)
+        whole = range(first, last + 1) or range(steps.stop, steps.stop)
         if whole:
             yield self.moved(first * w)._replace(segments=len(whole))
-            cut = chain(range(steps.start, first), range(last + 1, steps.stop))
-        else:
-            cut = chain(steps)
-        for step in cut:
+        for step in chain(range(steps.start, whole.start), range(whole.stop, steps.stop)):
             moved = self.moved(step * w)
             part = _Rectangle(_overlap(moved.queries, queries), _overlap(moved.keys, keys))
             if part.queries and part.keys:
@@ -246,23 +243,23 @@ class _Rectangle(NamedTuple):
 class _ShardGeometry(NamedTuple):
     """The positions [start, stop) of a sequence, and the calls that their queries need."""
 
-    layout: Layout
+    lanes: Lanes
     start: int
     stop: int
     causal: bool
 
     @property
     def pattern(self) -> Pattern:
-        return self.layout.pattern
+        return self.lanes.pattern
 
     @property
     def num_heads(self) -> int:
-        return self.layout.num_heads
+        return self.lanes.num_heads
 
     @property
     def kv_of(self) -> list[int]:
         """The key head of each query head."""
-        return [h * self.layout.kv_heads // self.num_heads for h in range(self.num_heads)]
+        return [h * self.lanes.kv_heads // self.num_heads for h in range(self.num_heads)]
 
     @property
     def covering(self) -> int | None:
@@ -276,7 +273,7 @@ class _ShardGeometry(NamedTuple):
         if zero_keys:
             w = min(w, zero_keys)  # in torchscale, no segment is longer than the sequence
         keys = range(max(self.start, self.pattern.sinks) if level else self.start, self.stop)
-        # a causal query sees no key from behind it, so a square stays one
+        # a causal query before the first key sees none, and without it a square stays one
         queries = keys if self.causal else range(self.start, self.stop)
         for part in self._rectangles(level, w, queries, keys):
             of_queries = self._query_rows(level, w, part.queries)
@@ -406,9 +403,9 @@ class _ShardGeometry(NamedTuple):
 
     def _packed_rows(self, span: FarSpan, positions: range) -> HeadRows:
         """Return the rows at some positions of a span in its packed far keys, for each query head in its lane."""
-        lane_of = self.layout.lanes(span.level).of_head
+        lane_of = self.lanes.of_level(span.level).of_head
         part = span.part(positions.start, positions.stop)
-        packed = self.layout.packed(part, span.start)
+        packed = self.lanes.packed(part, span.start)
         first_rows = [packed.first_tokens[lane] for lane in lane_of]
         counts = [packed.counts[lane] for lane in lane_of]
         return packed._replace(heads=lane_of, first_tokens=first_rows, counts=counts)
@@ -433,18 +430,17 @@ class _ShardGeometry(NamedTuple):
         Query heads of one key head are neighbours. If a single token's see the same keys, they become rows of a call.
         """
         heads = self.num_heads
-        group = heads // self.layout.kv_heads
+        group = heads // self.lanes.kv_heads
         zeros = zero_keys or [0] * heads
         sizes = zip(queries.counts, keys.counts, zeros, strict=True)
         equal = [of_head if all(of_head[:2]) else None for of_head in sizes]
         even = [*zip(queries.first_tokens, keys.first_tokens, keys.heads, strict=True)]
-        folded = False
-        if self.start + 1 == self.stop and group > 1:
-            folded = _in_groups(equal, group) and _in_groups(even, group)
+        shared = self.start + 1 == self.stop and group > 1
+        folded = shared and _in_groups(equal, group) and _in_groups(even, group)
         every = group if folded else 1
         steps = (1, r, -(-heads // r), group)
-        for run in progressions(equal[::every], even[::every], steps):
-            of_heads = Heads(run.number, run.first * every, run.step * every)
+        for places in progressions(equal[::every], even[::every], steps):
+            of_heads = Heads(places.number, places.first * every, places.step * every)
             of_queries = queries.view(of_heads, segments)
             if folded:
                 of_queries = of_queries._replace(rows=group, row_step=0, row_heads=1)

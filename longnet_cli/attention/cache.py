@@ -23,7 +23,7 @@ from torch import Tensor
 from .chosen import Chosen, ChosenCall, PastRows
 from .pattern import Pattern
 from .segment_rows import SegmentRows
-from .spans import SINKS, FarSpan, Layout, open_spans, segment_rows, sink_segments, whole_segment
+from .spans import SINKS, FarSpan, Lanes, open_spans, segment_rows, sink_segments, whole_segment
 from .views import of_level
 
 
@@ -32,7 +32,7 @@ class FarKeys:
     """Keys and values from outside the shard: one level's rows at positions [start, stop) of one segment.
 
     k, v: (batch, rows, lanes, head_dim). Row j of a lane is its j-th row in [start, stop). Lanes are heads, except that
-    query heads which read the same rows of one key head share a lane (`spans.Layout`). Two lanes differ by at most one
+    query heads which read the same rows of one key head share a lane (`spans.Lanes`). Two lanes differ by at most one
     row; a row that a lane lacks is never read. The caller may take k and v from a cache, another
     rank or a file; gradients flow into them.
 
@@ -90,14 +90,14 @@ def far_keys(
         raise ValueError(
             f"the shard [{start}, {start + k.shape[1]}) does not hold [{span.start}, {span.stop})"
         )
-    layout = Layout(pattern, num_heads or k.shape[-2], k.shape[-2])
+    lanes = Lanes(pattern, num_heads or k.shape[-2], k.shape[-2])
     k, v = of_level(k, span.level), of_level(v, span.level)
-    rows = layout.in_shard(span, start)
+    rows = lanes.in_shard(span, start)
     r = rows.row_step
     if r == 1:
         tokens = slice(span.start - start, span.stop - start)
         return FarKeys(*span, k[:, tokens], v[:, tokens])
-    offsets = layout.lanes(span.level).offsets
+    offsets = lanes.of_level(span.level).offsets
     asked = {*offsets}
     if queries and pattern.queries == "dilated":
         asked = {p % rows.segment_step % r for p in queries[: 2 * r]}  # the offsets of all of them
@@ -144,7 +144,7 @@ class KVCache:
         allocate: Callable[..., Tensor] = torch.empty,
     ) -> None:
         self.pattern = pattern
-        self.layout = Layout(pattern, num_heads, kv_heads or num_heads)
+        self.lanes = Lanes(pattern, num_heads, kv_heads or num_heads)
         self.batch = batch
         self.head_dim = head_dim
         self.dtype = dtype
@@ -153,7 +153,7 @@ class KVCache:
         self._allocate = partial(allocate, dtype=dtype, device=device)
         self.past: PastRows | None = None
         if pattern.chosen:
-            shape = (2, batch, 0, self.layout.kv_heads, head_dim)
+            shape = (2, batch, 0, self.lanes.kv_heads, head_dim)
             self.past = PastRows(torch.empty(shape, dtype=dtype, device=device))
         self._segments: dict[FarSpan, SegmentRows] = {}  # of keys and values, by their whole span
         # sinks as they were turned last
@@ -179,24 +179,31 @@ class KVCache:
     ) -> Outside:
         """Store the next shard's keys and values (batch, tokens, key heads, head_dim); return what it sees of the past.
 
-        The row of a single token is the last of its far keys, which saves a call per level, unless it needs a gradient:
-        none flows. `named` says which chosen blocks the shard sees. If several ranks hold shards of one chunk that ends
-        at `stop`, each rank stores its own shard, which starts at `start`, and then those of the others (`take`).
+        A shard sees the segments that were open before it. Those stay that are open after it. With segments of 8, and
+        look_back 1, the tokens 10 to 17 come:
+
+            seen    [0, 8)  [8, 10)
+            kept            [8, 16)  [16, 18)
+
+        The row of a single token is put before the token sees these segments, as the last of its far keys. This saves a
+        call per level. A row that needs a gradient is not, as none flows. `named` says which chosen blocks the shard
+        sees. If several ranks hold shards of one chunk that ends at `stop`, each rank stores its own shard, which
+        starts at `start`, and then those of the others (`take`).
         """
         needs_gradient = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-        single = k.shape[1] == 1 and stop is None and not needs_gradient
+        with_own_row = k.shape[1] == 1 and stop is None and not needs_gradient
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
-        visible = _open_segments(self.layout, self.position, int(single))
-        still_open = _open_segments(self.layout, stop, 0)
+        seen = _open_segments(self.lanes, self.position, int(with_own_row))
+        kept = _open_segments(self.lanes, stop, 0)
         with torch.no_grad():
-            tensors = (torch.cat((k, v)),) if single else (k, v)  # in fewer operations
-            for segment in visible if single else still_open:
+            tensors = (torch.cat((k, v)),) if with_own_row else (k, v)  # in fewer operations
+            for segment in seen if with_own_row else kept:
                 self._rows(segment).put(tensors, start)
         if not sink_segments(self.pattern, self.position, stop):
-            visible = tuple(segment for segment in visible if segment.span.level != SINKS)
-        far_keys = self._far_keys(visible)
-        self._segments = {segment.whole: self._segments[segment.whole] for segment in still_open}
+            seen = tuple(segment for segment in seen if segment.span.level != SINKS)
+        far_keys = self._far_keys(seen)
+        self._segments = {segment.whole: self._segments[segment.whole] for segment in kept}
         self.position = stop
         if self.past is None:
             return Outside(far_keys)
@@ -212,7 +219,7 @@ class KVCache:
                 rows.put_packed((keys.k, keys.v), keys.span)
 
     def _open(self) -> tuple[_OpenSegment, ...]:
-        return _open_segments(self.layout, self.position, 0)
+        return _open_segments(self.lanes, self.position, 0)
 
     def _far_keys(self, segments: Sequence[_OpenSegment]) -> list[FarKeys]:
         far_keys = []
@@ -232,13 +239,12 @@ class KVCache:
             room = _room(self.pattern, level, stop)
             if self.keep:
                 room = segment_rows(self.pattern, level, self.keep)
-            lanes = len(self.layout.lanes(level).offsets)
             # the rows of a lane are neighbours
-            sizes = (2 * self.batch, lanes, room, self.head_dim)
+            sizes = (2 * self.batch, self.lanes.number(level), room, self.head_dim)
             packed = self._allocate(sizes).transpose(1, 2)
             if rows is not None:
                 packed[:, : rows.packed.shape[1]] = rows.packed
-            rows = SegmentRows(self.layout, segment.whole, packed)
+            rows = SegmentRows(self.lanes, segment.whole, packed)
             self._segments[segment.whole] = rows
         return rows
 
@@ -269,7 +275,7 @@ class KVCache:
         """Yield all that `restore` needs, by name."""
         for number, segment in enumerate(self._open()):
             rows = torch.stack(self._rows(segment).of(segment.span).chunk(2))
-            for lane, count in enumerate(self.layout.counts(segment.span)):
+            for lane, count in enumerate(self.lanes.counts(segment.span)):
                 rows[:, :, count:, lane] = 0  # no key, but whatever was in memory
             yield f"rows.{number}", rows
         if self.past:
@@ -291,10 +297,10 @@ class KVCache:
     def _check(self, position: int, saved: Mapping[str, Tensor]) -> None:
         shapes: dict[str, tuple[int, ...]] = {}
         for number, span in enumerate(open_spans(self.pattern, position)):
-            counts = self.layout.counts(span)
+            counts = self.lanes.counts(span)
             shapes[f"rows.{number}"] = (2, self.batch, max(counts), len(counts), self.head_dim)
         if self.past:
-            shapes["past"] = (2, self.batch, position, self.layout.kv_heads, self.head_dim)
+            shapes["past"] = (2, self.batch, position, self.lanes.kv_heads, self.head_dim)
         if other := saved.keys() ^ shapes.keys():
             raise ValueError(
                 f"{min(other)} is {'missing' if min(other) in shapes else 'not of it'}"
@@ -316,12 +322,12 @@ class _OpenSegment(NamedTuple):
 
 
 @lru_cache(maxsize=16)  # all layers of a step ask for the same
-def _open_segments(layout: Layout, position: int, own: int) -> tuple[_OpenSegment, ...]:
+def _open_segments(lanes: Lanes, position: int, own: int) -> tuple[_OpenSegment, ...]:
     """Return all of `open_spans`, with their segments."""
     segments = []
-    for span in open_spans(layout.pattern, position, own):
-        whole = whole_segment(layout.pattern, span)
-        segments.append(_OpenSegment(span, whole, layout.most_rows(span)))
+    for span in open_spans(lanes.pattern, position, own):
+        whole = whole_segment(lanes.pattern, span)
+        segments.append(_OpenSegment(span, whole, lanes.most_rows(span)))
     return tuple(segments)
 
 
@@ -335,15 +341,14 @@ def _room(pattern: Pattern, level: int, tokens: int) -> int:
     return room
 
 
-def cached_rows(layout: Layout, tokens: int = sys.maxsize, *, written: bool = False) -> int:
+def cached_rows(lanes: Lanes, tokens: int = sys.maxsize, *, written: bool = False) -> int:
     """Return the rows of keys that a cache has allocated after `tokens`, by default the most that it ever allocates.
 
     That is `pattern.cache_rows` for each head, if no lane is shared. Of these, only some may be `written`.
     """
-    pattern = layout.pattern
-    rows = pattern.apart_rows(tokens) * layout.kv_heads
+    pattern = lanes.pattern
+    rows = pattern.apart_rows(tokens) * lanes.kv_heads
     for level, back in enumerate(pattern.look_backs):
-        lanes = len(layout.lanes(level).offsets)
         room = segment_rows(pattern, level, tokens) if written else _room(pattern, level, tokens)
-        rows += (1 + back) * room * lanes
+        rows += (1 + back) * room * lanes.number(level)
     return rows

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .pattern import Pattern
-from .plain_call import Kernel
+from .plain_call import Kernel, merge_into
 from .sinks import Turn
 
 # bytes of keys and values that are gathered at a time: caches of a CPU hold so many, and a GPU starts few calls
@@ -130,12 +130,12 @@ def add_blocks(
             q_ = q[call.row, queries].transpose(1, 2)  # (groups, H, n, D)
             folded = q_.reshape(len(queries), kv_heads, -1, head_dim)
             part, part_lse = kernel.forward(folded, k_, v_, False, scale)
-            part = part.reshape(q_.shape).transpose(1, 2).to(lse.dtype)
+            part = part.reshape(q_.shape).transpose(1, 2)
             part_lse = part_lse.reshape(q_.shape[:3]).transpose(1, 2)
-            merged_lse = torch.logaddexp(lse[call.row, queries], part_lse)
-            share = (part_lse - merged_lse).exp()
-            before = out[call.row, queries].to(lse.dtype)
-            merged = before.lerp(part, share[..., None])
+            # copies, as an index gives them
+            merged = out[call.row, queries].to(lse.dtype)
+            merged_lse = lse[call.row, queries]
+            merge_into(merged, merged_lse[..., None], part, part_lse[..., None])
             out[call.row, queries] = merged.to(out.dtype)
             lse[call.row, queries] = merged_lse
 

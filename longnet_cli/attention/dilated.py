@@ -166,6 +166,19 @@ class _Sinks(NamedTuple):
             self.kept[distances] = packed
         return packed
 
+    def add_gradients(
+        self, k: Tensor, v: Tensor, far_rows: Sequence[Tensor], sums: Sequence[Tensor]
+    ) -> None:
+        """Add the gradients of turned sinks, the last two of `sums`, to those of the rows that were turned.
+
+        `sums` are the gradients of q, k, v, and of far k and v in turn. The sinks are rows of k and v, or of far ones.
+        """
+        of_k, of_v = self.collect(k, v, far_rows)
+        of_sinks = self.rows.gradients(of_k, of_v, self.turn, *sums[-2:])
+        for which, gradient in enumerate(of_sinks):
+            self.rows.give_own(gradient, sums[1 + which])
+            self.rows.give_far(gradient, sums[3 + which :: 2])
+
 
 def _sinks(
     pattern: Pattern, shard: Shard, tokens: int, far_keys: Sequence[FarKeys], turn: Turn | None
@@ -227,28 +240,19 @@ class _ShardCall(NamedTuple):
         `back` are the functions that take the gradients of far keys, as soon as they are there.
         """
         _, _, k, v, _, _ = tensors
-        sinks = self.sinks
-        of_sinks: tuple[Tensor, ...] = ()  # gradients of each document's sinks
 
-        def on_far(dfar: Sequence[Tensor]) -> None:
-            nonlocal of_sinks
-            if sinks:
-                of_k, of_v = sinks.collect(k, v, far_rows)
-                of_sinks = sinks.rows.gradients(of_k, of_v, sinks.turn, *dfar[-2:])
-                for which, d in enumerate(of_sinks):
-                    sinks.rows.give_far(d, dfar[which::2])
+        def on_far(sums: Sequence[Tensor]) -> None:
+            if self.sinks:
+                self.sinks.add_gradients(k, v, far_rows, sums)
+            of_far = sums[3:]
             for index, give_back in enumerate(back):
                 if give_back:
-                    give_back(dfar[2 * index], dfar[2 * index + 1])
+                    give_back(of_far[2 * index], of_far[2 * index + 1])
 
         there = [*far_rows]
-        if sinks:
-            there += sinks.turned(k, v, far_rows)
-        grads = merged_backward(self.plan, self.scale, tensors, there, on_far)
-        if sinks:
-            for d, dx in zip(of_sinks, grads[1:3], strict=True):
-                sinks.rows.give_own(d, dx)
-        return grads
+        if self.sinks:
+            there += self.sinks.turned(k, v, far_rows)
+        return merged_backward(self.plan, self.scale, tensors, there, on_far)
 
 
 class _MergedBranches(torch.autograd.Function):

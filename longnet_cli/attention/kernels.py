@@ -50,7 +50,7 @@ class CpuFlashKernel(Kernel):
         op = torch._scaled_dot_product_flash_attention_for_cpu  # `torch.ops` takes longer than this
         if q.shape[2] >= self._COPIED:
             q, k, v = (self._side_by_side(x) for x in (q, k, v))
-        ends = self._step_ends(q.shape[2], counts, self._MAX_STEPS) if causal else []
+        ends = self._step_ends(q.shape[2], causal, counts, self._MAX_STEPS)
         if not ends:
             mask = None if counts is None else counts[None]
             return op(q, k, v, 0.0, causal and mask is None, attn_mask=mask, scale=scale)
@@ -75,7 +75,7 @@ class CpuFlashKernel(Kernel):
         dout, q, k, v, out, lse = map(wide, tensors)
         if q.shape[2] >= self._COPIED:
             k, v = self._side_by_side(k), self._side_by_side(v)
-        ends = self._step_ends(q.shape[2], counts, 2 * self._MAX_STEPS) if causal else []
+        ends = self._step_ends(q.shape[2], causal, counts, 2 * self._MAX_STEPS)
         if not ends:
             mask = None if counts is None else counts[None]
             options = (0.0, causal and mask is None)
@@ -100,11 +100,11 @@ class CpuFlashKernel(Kernel):
         """Return x (.., rows, head_dim) with its rows beside each other if they lie more than a page apart."""
         return x.contiguous() if x.stride(2) * x.element_size() > self._PAGE else x
 
-    def _step_ends(self, rows: int, counts: Tensor | None, most: int) -> list[int]:
-        """Return the end of each step of a causal square; [] if one call for all rows is as fast."""
-        ends = [*range(self._STEP, rows, self._STEP), rows]
-        one_call = len(ends) == 1 or (counts is None and len(ends) > most)
-        return [] if one_call else ends
+    def _step_ends(self, rows: int, causal: bool, counts: Tensor | None, most: int) -> list[int]:
+        """Return the end of each step of a causal square; [] if one call for all rows is as fast, or not causal."""
+        if not causal or rows <= self._STEP or (counts is None and rows > most * self._STEP):
+            return []
+        return [*range(self._STEP, rows, self._STEP), rows]
 
     def _seen(self, q: Tensor, end: int, counts: Tensor | None) -> Tensor:
         """Return the mask (1, 1 or heads, rows, end) to add to scores of a step whose last row sees `end` keys."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
+from .plain_call import merge_into
 from .spans import Rows
 from .views import accumulator
 
@@ -48,9 +49,7 @@ class Merge:
             out.copy_(part)
             total.copy_(lse)
             return
-        sums = torch.logaddexp(total, lse)
-        out.lerp_(part.to(out.dtype), (lse - sums).exp_())
-        total.copy_(sums)
+        merge_into(out, total, part, lse)
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self._out.to(self._dtype), self._lse

@@ -126,7 +126,8 @@ class Pattern:
             levels.append(
                 Level(levels[-1].segment_length * ratio, levels[-1].dilation_rate * ratio)
             )
-        return cls(tuple(w for w, _ in levels), tuple(r for _, r in levels))
+        lengths, rates = zip(*levels, strict=True)
+        return cls(lengths, rates)
 
     @classmethod
     def window(cls, width: int, look_back: int = 1, sinks: int = 0) -> Pattern:
@@ -166,9 +167,7 @@ class Pattern:
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        return tuple(
-            Level(w, r) for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True)
-        )
+        return tuple(map(Level, self.segment_lengths, self.dilation_rates))
 
     @property
     def look_backs(self) -> tuple[int, ...]:
@@ -257,14 +256,10 @@ class Pattern:
             return 'queries="all" needs overlap="once" in causal attention'
         if self.chosen and not causal:
             return f"chosen={self.chosen} is for causal attention: later tokens name nothing"
-        plain = (0,) * len(self.segment_lengths), "repeat", "dilated", 0
-        if padding == "zero_key" and plain != (
-            self.look_backs,
-            self.overlap,
-            self.queries,
-            self.sinks,
-        ):
-            return 'padding="zero_key" goes with no look_back, overlap, queries or sinks but the paper\'s'
+        if padding == "zero_key":
+            plain = Pattern(self.segment_lengths, self.dilation_rates, self.head_offsets)
+            if self != plain:
+                return 'padding="zero_key" goes with no look_back, overlap, queries or sinks but the paper\'s'
         return None
 
     def _covered(self, level: int) -> int:

@@ -84,11 +84,7 @@ class MathKernel(Kernel):
             if keys.start == 0:
                 out, lse = part, part_lse
                 continue
-            lse_before = lse[:, :, rows]
-            sums = torch.logaddexp(lse_before, part_lse)
-            share = (part_lse - sums).exp_()
-            out[:, :, rows].lerp_(part, share[..., None])
-            lse_before.copy_(sums)
+            merge_into(out[:, :, rows], lse[:, :, rows, None], part, part_lse[..., None])
         return out, lse
 
     def backward(
@@ -130,6 +126,13 @@ class MathKernel(Kernel):
                 unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
                 scores.masked_fill_(unseen, float("-inf"))
             yield rows, keys, scores
+
+
+def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Merge attention to other keys, `part`, into `out` (.., D) and its `lse` (.., 1), in place."""
+    sums = torch.logaddexp(lse, part_lse)
+    out.lerp_(part.to(out.dtype), (part_lse - sums).exp_())
+    lse.copy_(sums)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from .merging import Merge, add_gradient, gradient_sum
 from .pattern import Padding, Pattern, whole_numbers
 from .plain_call import Kernel
 from .sinks import SinkRows
-from .spans import SINKS, FarSpan, Layout, Rows
+from .spans import SINKS, FarSpan, Lanes, Rows
 from .views import (
     CallViews,
     FarTensors,
@@ -50,8 +50,6 @@ class Shard(NamedTuple):
 
     def hashable(self) -> Shard:
         """Return the same shard with its lists of numbers as tuples. Raises ValueError for other than whole numbers."""
-        if self.lengths is None and self.documents is None:
-            return self
         lengths = _numbers("lengths", self.lengths)
         documents = _numbers("documents", self.documents)
         return self._replace(lengths=lengths, documents=documents)
@@ -119,7 +117,7 @@ def plan_calls(
     tensors = [q, k, v]
     for keys in far_keys:
         tensors += keys.k, keys.v
-    facts = tuple([(x.shape, x.dtype, x.device) for x in tensors])
+    facts = tuple([_Facts(x.shape, x.dtype, x.device) for x in tensors])
     spans = tuple([keys.span for keys in far_keys])
     turned = tuple(sinks.rows.items()) if sinks else ()
     return _plan(kernel, pattern, facts, spans, shard.hashable(), turned)
@@ -137,7 +135,7 @@ class _Facts(NamedTuple):
 def _plan(
     kernel: Kernel,
     pattern: Pattern,
-    tensors: tuple[tuple[torch.Size, torch.dtype, torch.device], ...],
+    tensors: tuple[_Facts, ...],
     spans: tuple[FarSpan, ...],
     shard: Shard,
     turned: tuple[tuple[int, int], ...],
@@ -147,7 +145,7 @@ def _plan(
     `tensors` are the facts of q, k, v, and of k and v of each of the far keys, whose `spans` are given. `turned` has
     the rows of turned sinks, as `SinkRows.rows`.
     """
-    q, k, v, *of_far = (_Facts(*x) for x in tensors)
+    q, k, v, *of_far = tensors
     _check_tensors(q, k, v, pattern)
     _check_shard(shard, pattern, q.shape[1], spans)
     for i, span in enumerate(spans):
@@ -155,8 +153,9 @@ def _plan(
     batch, tokens = q.shape[:2]
     heads = q.shape[-2]
     by_level = len(q.shape) == 5
-    layout = Layout(pattern, heads, k.shape[-2])
+    lanes = Lanes(pattern, heads, k.shape[-2])
     placed = []
+    reached = 0  # tokens of the batch in places whose branches cover them
     sinks = dict(turned)
     unites = kernel.takes_counts and not by_level and shard.padding == "exact"
     for rows, columns in shard.places(batch, tokens):
@@ -168,16 +167,14 @@ def _plan(
         length = columns.stop - columns.start
         row = sinks.get(columns.start)
         alone = start == 0 and not outside and row is None
-        calls = united(layout, length, shard.causal) if unites and alone else None
+        calls = united(lanes, length, shard.causal) if unites and alone else None
         if calls is None:
             turned_sinks = None if row is None else Turned(far_index=len(spans), row=row)
             options = shard.causal, shard.padding, outside, shard.total or 0, turned_sinks
-            calls = branches(layout, start, length, *options)
+            calls = branches(lanes, start, length, *options)
         placed.append((rows, columns, calls))
-    reached = 0  # tokens of the batch in places whose branches cover them
-    for rows, columns, calls in placed:
         if any(branch.covers for branch in calls):
-            reached += (rows.stop - rows.start) * (columns.stop - columns.start)
+            reached += (rows.stop - rows.start) * length
     return AttentionPlan(kernel, placed, covered=reached == batch * tokens)
 
 
@@ -230,7 +227,7 @@ def _check_far(
     level, start, stop = span
     if level != SINKS and not 0 <= level < len(pattern.levels):
         raise ValueError(f"far keys name level {level} of {len(pattern.levels)}")
-    rows = Layout(pattern, q.shape[-2], k.shape[-2]).counts(span)
+    rows = Lanes(pattern, q.shape[-2], k.shape[-2]).counts(span)
     needed = (len(rows), q.shape[-1])
     for shape, dtype, device in of_span:
         size = (shape[0], *shape[2:]) if len(shape) == 4 else ()
@@ -270,16 +267,16 @@ def merged_backward(
     scale: float,
     tensors: Sequence[Tensor],
     far: Sequence[Tensor],
-    on_far: Callable[[Sequence[Tensor]], None] = lambda gradients: None,
+    on_far: Callable[[Sequence[Tensor]], None] = lambda sums: None,
 ) -> list[Tensor]:
     """Return dq, dk, dv and the gradients of the far tensors (k, v, k, v, ...), all in fp32 or fp64.
 
-    `tensors` are dout, q, k, v, and the merged out and LSE. Far keys come first: `on_far` is called with their
-    gradients before those of near keys are computed.
+    `tensors` are dout, q, k, v, and the merged out and LSE. Far keys come first: `on_far` is called with all
+    sums when those of far keys are complete, and before anything of near keys is added.
     """
     dout, q, k, v, out, lse = map(unit_stride, tensors)
-    dq, dk, dv = map(gradient_sum, (q, k, v))
-    of_far = [gradient_sum(x) for x in far]
+    sums = [gradient_sum(x) for x in (q, k, v, *far)]
+    dq, dk, dv, *of_far = sums
 
     def far_tensors(index: int) -> list[Tensor]:
         """Return k and v of far keys, and the sums of their gradients."""
@@ -292,19 +289,19 @@ def merged_backward(
         views = kernel_calls(
             calls, plan.kernel, query_like, (k, v, dk, dv), far_tensors, plan.views
         )
-        for branch, (dout_, q_, out_, lse_, dq_), (k_, v_, *sums) in views:
+        for branch, (dout_, q_, out_, lse_, dq_), (k_, v_, *totals) in views:
             of_call = (dout_, q_, k_, v_, out_, lse_[..., 0])
             part, *parts = plan.kernel.backward(of_call, branch.causal, scale, *_counts(branch, q_))
             add_gradient(dq_, part, branch.queries)
-            for total, part_of_keys in zip(sums, parts, strict=True):
+            for total, part_of_keys in zip(totals, parts, strict=True):
                 add_gradient(total, part_of_keys, branch.keys)
             del part, parts, part_of_keys  # the next call needs the memory
 
     with without_autocast(q.device):
         add_calls(far_calls=True)
-        on_far(of_far)
+        on_far(sums)
         add_calls(far_calls=False)
-    return [dq, dk, dv, *of_far]
+    return sums
 
 
 def refuse_capture(q: Tensor) -> None:
@@ -337,10 +334,10 @@ def _counts(branch: Branch, q: Tensor) -> tuple[Tensor, ...]:
 @lru_cache(maxsize=4)
 def log_counts(union: Union, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return (H, tokens, tokens): the log of how often a key counts, once for each level that shows it; or -inf."""
-    layout, causal, tokens = union
+    lanes, causal, tokens = union
     with torch.inference_mode(False):  # the cached table outlives the caller's inference mode
-        counts = torch.zeros(layout.num_heads, tokens, tokens, dtype=dtype, device=device)
-        for branch in branches(layout, 0, tokens, causal, "exact", ()):
+        counts = torch.zeros(lanes.num_heads, tokens, tokens, dtype=dtype, device=device)
+        for branch in branches(lanes, 0, tokens, causal, "exact", ()):
             queries, keys = branch.queries, branch.keys
             seen = counts.new_ones(queries.rows, keys.rows)
             if branch.causal:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .spans import FarSpan, Layout, Rows, shared_views
+from .spans import FarSpan, Lanes, Rows, shared_views
 from .views import of_level, strided_view
 
 
@@ -25,7 +25,7 @@ class SegmentRows(NamedTuple):
     Memory for the last rows of `span` may be missing as long as nobody puts them or asks for them.
     """
 
-    layout: Layout
+    lanes: Lanes
     span: FarSpan
     packed: Tensor
 
@@ -48,12 +48,12 @@ class SegmentRows(NamedTuple):
 
     def of(self, span: FarSpan) -> Tensor:
         """Return the packed rows of a part of these: a view, if it starts with them, otherwise a copy."""
-        rows = self.layout.most_rows(span)
+        rows = self.lanes.most_rows(span)
         if span.start == self.span.start:
             return self.packed[:, :rows]
         batch, _, lanes, head_dim = self.packed.shape
         packed = self.packed.new_empty(batch, rows, lanes, head_dim)
-        part = SegmentRows(self.layout, span, packed)
+        part = SegmentRows(self.lanes, span, packed)
         part.put_packed([self.packed], self.span)
         return packed
 
@@ -62,7 +62,7 @@ class SegmentRows(NamedTuple):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield views of the rows at [start, stop), in a shard or packed rows that start there, and in these rows."""
         span = self.span.part(start, stop)
-        for theirs, mine in _views(self.layout, span, start, self.span.start, packed):
+        for theirs, mine in _views(self.lanes, span, start, self.span.start, packed):
             for index, tensor in enumerate(tensors):
                 batch = len(tensor)
                 here = strided_view(self.packed, mine, index * batch, batch)
@@ -72,7 +72,7 @@ class SegmentRows(NamedTuple):
 
 @lru_cache(maxsize=64)  # all layers of a step ask for the same
 def _views(
-    layout: Layout, span: FarSpan, start: int, first: int, packed: bool
+    lanes: Lanes, span: FarSpan, start: int, first: int, packed: bool
 ) -> tuple[tuple[Rows, Rows], ...]:
     """Return views of the rows of `span` in a shard that starts at `start`, and packed from position `first` on.
 
@@ -80,8 +80,8 @@ def _views(
     """
     if span.start >= span.stop:
         return ()
-    mine = layout.packed(span, first)
-    theirs = layout.in_shard(span, start)
+    mine = lanes.packed(span, first)
+    theirs = lanes.in_shard(span, start)
     if packed:
-        theirs = layout.packed(span, start)
+        theirs = lanes.packed(span, start)
     return tuple(shared_views(theirs, mine))

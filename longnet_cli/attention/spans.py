@@ -54,8 +54,7 @@ class Heads(NamedTuple):
 
     def of(self, others: Sequence[int]) -> Heads:
         """Return the progression of the values of `others` at these heads, such as the key head of each query head."""
-        step = self.growth(others) if self.number > 1 else self.step
-        return Heads(self.number, others[self.first], step)
+        return Heads(self.number, others[self.first], self.growth(others))
 
 
 class HeadRows(NamedTuple):
@@ -91,19 +90,19 @@ class HeadRows(NamedTuple):
             counts.append(rows_before(stop - segment, offset, r) - before)
         return cls(heads, first_tokens, counts, w, r)
 
-    def view(self, run: Heads, segments: int = 1) -> Rows:
-        """Return the view that shows the rows of a run in this order, in so many segments."""
-        of_heads = run.of(self.heads)
+    def view(self, places: Heads, segments: int = 1) -> Rows:
+        """Return the view that shows the rows at some places in this order of heads, in so many segments."""
+        of_heads = places.of(self.heads)
         return Rows(
             segments=segments,
             segment_step=self.segment_step,
             heads=of_heads.number,
             first_head=of_heads.first,
             head_step=of_heads.step,
-            rows=self.counts[run.first],
+            rows=self.counts[places.first],
             row_step=self.row_step,
-            first_token=self.first_tokens[run.first],
-            skew=run.growth(self.first_tokens),
+            first_token=self.first_tokens[places.first],
+            skew=places.growth(self.first_tokens),
         )
 
 
@@ -163,8 +162,8 @@ def shared_views(theirs: HeadRows, mine: HeadRows) -> Iterator[tuple[Rows, Rows]
     lanes = len(equal)
     of_key_head = lanes // len({*theirs.heads})
     rate = theirs.row_step
-    for run in progressions(equal, even, (1, rate, -(-lanes // rate), of_key_head)):
-        yield theirs.view(run), mine.view(run)
+    for places in progressions(equal, even, (1, rate, -(-lanes // rate), of_key_head)):
+        yield theirs.view(places), mine.view(places)
 
 
 SINKS = -1  # the level of a span that holds a document's first positions, which every query sees
@@ -187,7 +186,7 @@ class FarSpan(NamedTuple):
         return FarSpan(self.level, first, max(first, min(self.stop, stop)))
 
 
-class Lanes(NamedTuple):
+class LevelLanes(NamedTuple):
     """The distinct (key head, offset) pairs of a level, and the index of the pair that each query head reads."""
 
     kv_heads: tuple[int, ...]
@@ -299,21 +298,25 @@ def whole_segment(pattern: Pattern, span: FarSpan) -> FarSpan:
     return FarSpan(span.level, segment, segment + w)
 
 
-class Layout(NamedTuple):
-    """A pattern over `num_heads` query heads on `kv_heads` key heads, a divisor of these: the lanes, and their rows."""
+class Lanes(NamedTuple):
+    """The lanes of all levels, and their rows: a pattern over `num_heads` query heads on `kv_heads` key heads."""
 
     pattern: Pattern
     num_heads: int
     kv_heads: int
 
-    def lanes(self, level: int) -> Lanes:
+    def of_level(self, level: int) -> LevelLanes:
         """Return the lanes of a level."""
-        return _lanes(self, level)
+        return _level_lanes(self, level)
+
+    def number(self, level: int) -> int:
+        """Return the number of lanes of a level."""
+        return len(self.of_level(level).offsets)
 
     def in_shard(self, span: FarSpan, start: int) -> HeadRows:
         """Return the rows of `span` in each lane, in a shard that starts at position `start`."""
         w, r = level_of(self.pattern, span.level)
-        lanes = self.lanes(span.level)
+        lanes = self.of_level(span.level)
         return HeadRows.at(span.start, span.stop, lanes.kv_heads, lanes.offsets, w, r, start)
 
     def packed(self, span: FarSpan, first: int) -> HeadRows:
@@ -332,20 +335,20 @@ class Layout(NamedTuple):
 
 
 @lru_cache(maxsize=1 << 10)  # decoding asks several times per layer and token
-def _lanes(layout: Layout, level: int) -> Lanes:
-    heads = layout.num_heads
-    group = heads // layout.kv_heads
+def _level_lanes(lanes: Lanes, level: int) -> LevelLanes:
+    heads = lanes.num_heads
+    group = heads // lanes.kv_heads
     offsets = (0,) * heads
     if level != SINKS:
-        offsets = layout.pattern.offsets(level, heads)
-    lanes: dict[tuple[int, int], int] = {}
+        offsets = lanes.pattern.offsets(level, heads)
+    index_of: dict[tuple[int, int], int] = {}
     of_head: list[int] = []
     for head, offset in enumerate(offsets):
-        of_head.append(lanes.setdefault((head // group, offset), len(lanes)))
-    kv_heads, offsets = zip(*lanes, strict=True)
-    return Lanes(kv_heads, offsets, tuple(of_head))
+        of_head.append(index_of.setdefault((head // group, offset), len(index_of)))
+    kv_heads, offsets = zip(*index_of, strict=True)
+    return LevelLanes(kv_heads, offsets, tuple(of_head))
 
 
 @lru_cache(maxsize=1 << 16)  # ranks ask for each pair of ranks
-def _most_rows(layout: Layout, span: FarSpan) -> int:
-    return max(layout.counts(span)) if span.start < span.stop else 0
+def _most_rows(lanes: Lanes, span: FarSpan) -> int:
+    return max(lanes.counts(span)) if span.start < span.stop else 0

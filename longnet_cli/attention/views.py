@@ -43,32 +43,29 @@ def kernel_calls(
     queries = len(query_like)
     strides = tuple([(x.stride(), x.shape[-1]) for x in tensors])
     views_of_calls = known_views.setdefault(strides, {})
-    of_levels: dict[int, tuple[list[Tensor], list[Any]]] = {}
+    of_levels: dict[int, list[Tensor]] = {}
     for batch_rows, columns, calls in placed:
         for branch in calls:
             level = branch.level if key_like[0].dim() == 5 else 0
             if level not in of_levels:
-                of_one = [of_level(x, level) for x in tensors]
-                of_levels[level] = of_one, [x.storage_offset() for x in of_one]
-            near, begins = of_levels[level]
+                of_levels[level] = [of_level(x, level) for x in tensors]
+            near = of_levels[level]
             place = id(branch), batch_rows.start, batch_rows.stop, columns.start
             of_call = views_of_calls.get(place)
             if of_call is None:
                 of_call = _CallViews.of(branch, batch_rows, columns.start, kernel, near, queries)
                 views_of_calls[place] = of_call
-            views = of_call.shown(near, begins)
-            single = of_call.single
+            # of far keys, the call knows no views
+            views = [view.shown(x) for x, view in zip(near, of_call.views, strict=False)]
             if branch.far_index is not None:
                 for x in far(branch.far_index):
-                    far_view = _StridedView.of_call(x, branch.keys, batch_rows, 0)
-                    views.append(far_view.shown(x, x.storage_offset()))
-                single = False
-            for call in [views] if single else _batched(views, of_call.limit):
+                    views.append(_StridedView.of_call(x, branch.keys, batch_rows, 0).shown(x))
+            for call in _batched(views, of_call.limit):
                 yield branch, call[:queries], call[queries:]
 
 
 class _StridedView(NamedTuple):
-    """The arguments of `as_strided`, for tensors that begin at any place of their storage."""
+    """The arguments of `as_strided`, for tensors of the same strides. `offset` counts from their first number."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -106,20 +103,16 @@ class _StridedView(NamedTuple):
             return cls(size[:1] + size[2:], stride[:1] + stride[2:], offset)
         return cls(size, stride, offset)
 
-    def shown(self, x: Tensor, begin: int) -> Tensor:
-        """Return the view of a tensor that begins there in its storage."""
-        return x.as_strided(self.size, self.stride, begin + self.offset)
+    def shown(self, x: Tensor) -> Tensor:
+        """Return the view of a tensor."""
+        return x.as_strided(self.size, self.stride, x.storage_offset() + self.offset)
 
 
 class _CallViews(NamedTuple):
-    """A branch's views in one place, without those of far keys, and how many rows of the batch a call takes.
-
-    single: one call takes all.
-    """
+    """A branch's views in one place, without those of far keys, and how many rows of the batch a call takes."""
 
     views: list[_StridedView]
     limit: int
-    single: bool
 
     @classmethod
     def of(
@@ -138,14 +131,7 @@ class _CallViews(NamedTuple):
             if rows is branch.queries or branch.far_index is None:
                 views.append(_StridedView.of_call(x, rows, batch_rows, column))
         most_rows = max(branch.queries.rows, branch.keys.rows)
-        limit = kernel.max_batch(branch.queries.heads, most_rows, near[0].shape[-1])
-        size = views[0].size
-        return cls(views, limit, single=len(size) == 4 and size[0] <= limit)
-
-    def shown(self, near: Sequence[Tensor], begins: Sequence[int]) -> list[Tensor]:
-        """Return the views of tensors that begin there in their storages: of far keys, those of queries alone."""
-        of_tensors = zip(near, self.views, begins, strict=False)
-        return [view.shown(x, begin) for x, view, begin in of_tensors]
+        return cls(views, kernel.max_batch(branch.queries.heads, most_rows, near[0].shape[-1]))
 
 
 def of_level(x: Tensor, level: int) -> Tensor:
@@ -159,8 +145,7 @@ def strided_view(x: Tensor, rows: Rows, first_row: int = 0, batch: int | None = 
     `first_row` and `batch` select a part of the batch.
     """
     stop = x.shape[0] if batch is None else first_row + batch
-    view = _StridedView.of_rows(x, rows, slice(first_row, stop))
-    return view.shown(x, x.storage_offset())
+    return _StridedView.of_rows(x, rows, slice(first_row, stop)).shown(x)
 
 
 def _batched(views: list[Tensor], limit: int) -> Iterator[list[Tensor]]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 
 from longnet_cli.attention.cache import cached_rows
-from longnet_cli.attention.spans import Layout
+from longnet_cli.attention.spans import Lanes
 from longnet_cli.basics.errors import DataError
 from longnet_cli.data.opened_inputs import Text
 from longnet_cli.data.token_documents import Document, Unread
@@ -252,8 +252,8 @@ def cache_bytes(config: NetConfig, tokens: int, itemsize: int, *, written: bool 
     if isinstance(config, TransformersConfig) and config.memory != "segments":
         # one layer is being copied
         return (config.num_layers + 1) * config.kv_heads * tokens * number
-    layout = Layout(config.pattern, config.num_heads, config.kv_heads)
-    return config.num_layers * number * cached_rows(layout, tokens, written=written)
+    lanes = Lanes(config.pattern, config.num_heads, config.kv_heads)
+    return config.num_layers * number * cached_rows(lanes, tokens, written=written)
 
 
 def kept_by_chunks(reader: Reader, plan: ReadingPlan, chunk: int) -> dict[str, int]:

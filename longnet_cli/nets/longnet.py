@@ -60,6 +60,11 @@ class Norm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(dtype)
 
 
+def inner_norm(config: LongNetConfig, size: int) -> nn.Module:
+    """Return the norm inside a block of this width, which only norm="subln" has."""
+    return Norm(size, config.norm_eps) if config.norm == "subln" else nn.Identity()
+
+
 class Attention(nn.Module):
     """The projections to queries, keys and values, dilated attention, and the output projection."""
 
@@ -70,9 +75,7 @@ class Attention(nn.Module):
         self.turn = sink_turn(config)
         # three matrices, not one: v as a view of a fused product would keep the unrotated q and k alive till backward
         self.q, self.k, self.v = (nn.Linear(config.dim, config.dim) for _ in range(3))
-        self.inner_norm = (
-            Norm(config.dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
-        )
+        self.inner_norm = inner_norm(config, config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 
     def project(self, x: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,11 +92,11 @@ class Attention(nn.Module):
         self, x: Tensor, table: PositionTable | None, place: Placement, far: LayerProvider | None
     ) -> Tensor:
         q, k, v = self.project(x, table)
-        # a provider keeps state and sends messages: no graph can hold that
-        outside = far and torch.compiler.is_compiling()
-        mixed = (torch.compiler.disable(self.attend) if outside else self.attend)(
-            q, k, v, place, far
-        )
+        attend = self.attend
+        if far and torch.compiler.is_compiling():
+            # a provider keeps state and sends messages: no graph can hold that
+            attend = torch.compiler.disable(attend)
+        mixed = attend(q, k, v, place, far)
         return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
 
     def attend(
@@ -118,9 +121,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.dim, config.ffn_dim)
-        self.inner_norm = (
-            Norm(config.ffn_dim, config.norm_eps) if config.norm == "subln" else nn.Identity()
-        )
+        self.inner_norm = inner_norm(config, config.ffn_dim)
         self.fc2 = nn.Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -114,13 +115,12 @@ class InputSequence(Generic[D]):
         """
         tokens = len(self) if tokens is None else tokens
         if self.limit is not None and tokens > self.limit:
-            has = (
-                f"was trained on {self.limit}"
-                if self.alternatives
-                else f"has {self.limit} positions"
-            )
-            instead += f", or give {self.alternatives}" if self.alternatives else ""
-            instead += "; --skip-bad leaves such documents out" if skips else ""
+            has = f"has {self.limit} positions"
+            if self.alternatives:
+                has = f"was trained on {self.limit}"
+                instead += f", or give {self.alternatives}"
+            if skips:
+                instead += "; --skip-bad leaves such documents out"
             raise TooLongError(
                 f"{self.document.where}: {tokens} tokens, and the model {has}", instead
             )
@@ -231,14 +231,11 @@ class Net(nn.Module):
         size = max(1, limit // max(1, self.config.vocab_size))
         if len(rows) <= size:
             return self._nll(rows, wanted).view(targets.shape)
-        again = torch.is_grad_enabled()
-        chunks = [
-            checkpoint(self._nll, r, t, use_reentrant=False, preserve_rng_state=False)
-            if again
-            else self._nll(r, t)
-            for r, t in zip(rows.split(size), wanted.split(size), strict=True)
-        ]
-        return torch.cat(chunks).view(targets.shape)
+        of_chunk: Callable[[Tensor, Tensor], Tensor] = self._nll
+        if torch.is_grad_enabled():
+            of_chunk = partial(checkpoint, self._nll, use_reentrant=False, preserve_rng_state=False)
+        chunks = map(of_chunk, rows.split(size), wanted.split(size))
+        return torch.cat([*chunks]).view(targets.shape)
 
     def _nll(self, rows: Tensor, targets: Tensor) -> Tensor:
         logits = self.logits(rows)

@@ -68,10 +68,18 @@ class LayerCaches:
         """Return the cache of a layer, to which queries q (B, n, H, D) and keys k (B, n, K, D) come."""
         if layer in self.by_layer:
             return self.by_layer[layer]
-        options: dict[str, Any] = {"kv_heads": k.shape[-2], "dtype": k.dtype, "device": k.device}
-        options |= {"keep": self.keep, "allocate": self.allocate}
-        self.by_layer[layer] = KVCache(self.pattern, len(k), *q.shape[-2:], **options)
-        return self.by_layer[layer]
+        cache = KVCache(
+            self.pattern,
+            len(k),
+            *q.shape[-2:],
+            kv_heads=k.shape[-2],
+            dtype=k.dtype,
+            device=k.device,
+            keep=self.keep,
+            allocate=self.allocate,
+        )
+        self.by_layer[layer] = cache
+        return cache
 
     def provider(self, tokens: Tensor | None, exchange: Exchange | None = None) -> FarProvider:
         """Return what gives each layer all that the next tokens (B, n), None for vectors, see of the past.
@@ -114,9 +122,9 @@ class LayerCaches:
 
 
 def _on(device: torch.device, keys: FarKeys) -> FarKeys:
-    return (
-        keys if keys.k.device == device else replace(keys, k=keys.k.to(device), v=keys.v.to(device))
-    )
+    if keys.k.device == device:
+        return keys
+    return replace(keys, k=keys.k.to(device), v=keys.v.to(device))
 
 
 def open_stream(net: Net) -> Callable[..., Tensor]:
@@ -245,8 +253,7 @@ class CausalStream(LayerCaches):
                 raise ValueError(f"{last!r:.40} are not its last tokens")
             self.last_tokens = torch.tensor(last, device=weight.device)
         for ids in (self.last_tokens, saved.get("ids")):
-            bounds = ids.aminmax() if ids is not None and ids.numel() else ()
-            if any(not 0 <= int(bound) < config.vocab_size for bound in bounds):
+            if ids is not None and not ((ids >= 0) & (ids < config.vocab_size)).all():
                 raise ValueError("it has ids that the model does not know")
 
     def _restore_caches(self, facts: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
@@ -254,13 +261,14 @@ class CausalStream(LayerCaches):
         config = self.model.config
         device = next(self.model.parameters()).device
         tokens = facts["tokens"]
-        ids = saved.get("ids")
-        expected = (torch.int32, (self.batch, tokens)) if self.pattern.chosen else None
-        if (None if ids is None else (ids.dtype, tuple(ids.shape))) != expected:
+        ids = saved.get("ids", torch.empty(0, dtype=torch.int32))  # none without chosen blocks
+        expected = (self.batch, tokens) if self.pattern.chosen else (0,)
+        if ids.dtype != torch.int32 or ids.shape != expected:
             raise ValueError(f"ids are not those of {self.batch} x {tokens} tokens")
-        self.texts = [ReadText() for _ in (() if ids is None else ids)]
-        for text, row in zip(self.texts, saved.get("ids", ()), strict=True):
+        for row in ids:
+            text = ReadText()
             text.put(0, row)
+            self.texts.append(text)
         like: dict[str, Any] = {"dtype": getattr(torch, facts["dtype"]), "device": device}
         q = torch.empty(self.batch, 0, config.num_heads, config.head_dim, **like)
         k = torch.empty(self.batch, 0, config.kv_heads, config.head_dim, **like)

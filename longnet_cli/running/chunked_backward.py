@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside
 from longnet_cli.attention.segment_rows import SegmentRows
-from longnet_cli.attention.spans import Layout, open_spans, segment_rows, whole_segment
+from longnet_cli.attention.spans import Lanes, open_spans, segment_rows, whole_segment
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
@@ -161,9 +161,8 @@ class FarGradients:
     def __init__(
         self, config: NetConfig, tokens: int, ranks: Ranks, allocate: Callable[..., Tensor]
     ) -> None:
-        self.pattern = config.pattern
         self.tokens = tokens
-        self.layout = Layout(config.pattern, config.num_heads, config.kv_heads)
+        self.lanes = Lanes(config.pattern, config.num_heads, config.kv_heads)
         self.ranks = ranks
         self.allocate = allocate
         self.sums: dict[tuple[int, FarSpan], SegmentRows] = {}  # by layer and whole segment
@@ -176,13 +175,13 @@ class FarGradients:
     def _add(self, layer: int, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
         """Add gradients (B, rows, lanes, D) of the packed rows of a span to their sum."""
         batch, rows, lanes, head_dim = dk.shape
-        whole = whole_segment(self.pattern, span)
+        whole = whole_segment(self.lanes.pattern, span)
         if (layer, whole) not in self.sums:
-            most = segment_rows(self.pattern, span.level, self.tokens)
+            most = segment_rows(self.lanes.pattern, span.level, self.tokens)
             shape = (2 * batch, most, lanes, head_dim)
             packed = self.allocate(shape, dtype=dk.dtype, device=dk.device)
             packed.zero_()
-            self.sums[layer, whole] = SegmentRows(self.layout, whole, packed)
+            self.sums[layer, whole] = SegmentRows(self.lanes, whole, packed)
         sums = self.sums[layer, whole].packed
         of_keys, of_values = sums[:, :rows].chunk(2)
         of_keys += dk.to(sums.device)
@@ -196,8 +195,8 @@ class FarGradients:
         each chunk.
         """
         gradients = None
-        for span in open_spans(self.pattern, stop):
-            key = layer, whole_segment(self.pattern, span)
+        for span in open_spans(self.lanes.pattern, stop):
+            key = layer, whole_segment(self.lanes.pattern, span)
             of_chunk = span.part(start, stop)
             if key not in self.sums or of_chunk.start == of_chunk.stop:
                 continue
@@ -222,4 +221,4 @@ class FarGradients:
         if self.ranks.sp > 1:
             packed = packed.contiguous()
             dist.all_reduce(packed, group=self.ranks.group)
-        return SegmentRows(self.layout, span, packed)
+        return SegmentRows(self.lanes, span, packed)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from longnet_cli.attention import SINKS, FarKeys, FarSpan, Outside
 from longnet_cli.attention.segment_rows import SegmentRows
-from longnet_cli.attention.spans import Layout, far_spans, whole_segment
+from longnet_cli.attention.spans import Lanes, far_spans, whole_segment
 from longnet_cli.basics.errors import MemoryLimitError
 from longnet_cli.nets.longnet import Layer, LongNet, Placement
 from longnet_cli.running.device import DTYPES, free_memory, precision, resolve_dtype, to_device
@@ -52,25 +52,26 @@ def hidden_in_chunks(
     dtype: as in `running.device`.
     ranks: rank i of P yields only the chunks i, i + P, ...; every rank must use up the iterator.
     on_chunk: called after each chunk of each layer, with the number of tokens that all ranks together read in that
-        turn.
+        round.
 
     Raises MemoryLimitError before any work when the memory or, with `spill`, the disk does not have the room.
     """
-    run = _Layers(model, tokens, chunk, dtype, ranks or Ranks())
+    layers = _Layers(model, tokens, chunk, dtype, ranks or Ranks())
     allocate: Callable[..., Tensor]
-    if run.device.type != "cpu" and fits_beside(
-        model.config.forward_bytes(chunk), run.nbytes, run.device
-    ):
-        allocate = partial(torch.empty, device=run.device)
+    device = layers.device
+    forward = model.config.forward_bytes(chunk)
+    if device.type != "cpu" and fits_beside(forward, layers.nbytes, device):
+        allocate = partial(torch.empty, device=device)
     else:
         free = free_memory(torch.device("cpu"))
-        if spill is None and free is not None and run.nbytes > free:
+        if spill is None and free is not None and layers.nbytes > free:
+            needed = f"{layers.nbytes / 2**30:.1f} GiB"
             raise MemoryLimitError(
-                f"the hidden states take {run.nbytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory are free: "
+                f"the hidden states take {needed} and {free / 2**30:.1f} GiB of memory are free: "
                 "keep them on a disk, with --spill FOLDER"
             )
-        allocate = MappedMemory(run.nbytes, spill).empty
-    yield from run.hidden(read, allocate, on_chunk)
+        allocate = MappedMemory(layers.nbytes, spill).empty
+    yield from layers.hidden(read, allocate, on_chunk)
 
 
 def kept_bytes(model: LongNet, tokens: int, chunk: int, ranks: Ranks) -> int:
@@ -85,7 +86,7 @@ def fits_beside(forward: int, size: int, device: torch.device) -> bool:
 
 
 class _RankChunk(NamedTuple):
-    """The tokens [start, stop), which this rank computes while others compute the rest of `turn` tokens.
+    """The tokens [start, stop), which this rank computes while others compute the rest of a round of `of_round` tokens.
 
     Their hidden states are at `place` among those that the rank holds.
     """
@@ -93,7 +94,7 @@ class _RankChunk(NamedTuple):
     start: int
     stop: int
     place: slice
-    turn: int
+    of_round: int
 
 
 # by the span of the whole segment, up to the end of the sequence
@@ -101,7 +102,7 @@ Segments = dict[FarSpan, SegmentRows]
 
 
 class _Layers:
-    """The layout of one net over one sequence: the chunks, and the segments that they see outside themselves.
+    """One net over one sequence: the chunks, and the segments that they see outside themselves.
 
     In a LongNet every query head has its own key head, so all levels have H lanes.
     """
@@ -110,7 +111,7 @@ class _Layers:
         config = model.config
         self.model = model
         self.pattern = config.pattern
-        self.layout = Layout(config.pattern, config.num_heads, config.num_heads)
+        self.lanes = Lanes(config.pattern, config.num_heads, config.num_heads)
         self.tokens = tokens
         self.dtype = dtype
         self.device = next(model.parameters()).device
@@ -122,16 +123,16 @@ class _Layers:
         for index, start in enumerate(range(0, tokens, chunk)):
             stop = min(start + chunk, tokens)
             if index % ranks.world == ranks.rank:
-                turn = start - ranks.rank * chunk
-                of_turn = min(turn + ranks.world * chunk, tokens) - turn
+                begin = start - ranks.rank * chunk
+                of_round = min(begin + ranks.world * chunk, tokens) - begin
                 place = slice(self.held, self.held + stop - start)
-                self.chunks.append(_RankChunk(start, stop, place, of_turn))
+                self.chunks.append(_RankChunk(start, stop, place, of_round))
                 self.held = place.stop
             for span in self._spans(start, stop):
                 whole = self._whole(span)
                 if whole not in self.first_rows:
                     self.first_rows[whole] = self.rows
-                    self.rows += self.layout.most_rows(whole)
+                    self.rows += self.lanes.most_rows(whole)
 
     def _spans(self, start: int, stop: int) -> list[FarSpan]:
         """Return the spans that a chunk sees outside itself."""
@@ -172,7 +173,7 @@ class _Layers:
                 far = self._far(segments, chunk)
                 x = self._compute(layer, hidden[:, chunk.place], chunk, far, is_last)
                 if on_chunk:
-                    on_chunk(chunk.turn)
+                    on_chunk(chunk.of_round)
                 if is_last:
                     yield x
                 else:
@@ -182,8 +183,8 @@ class _Layers:
         """Write a layer's keys and values of all chunks into `rows` (2, rows, H, D), and return them by segment."""
         segments: Segments = {}
         for whole, first_row in self.first_rows.items():
-            packed = rows[:, first_row : first_row + self.layout.most_rows(whole)]
-            segments[whole] = SegmentRows(self.layout, whole, packed)
+            packed = rows[:, first_row : first_row + self.lanes.most_rows(whole)]
+            segments[whole] = SegmentRows(self.lanes, whole, packed)
         if self.ranks.world > 1:
             rows.zero_()
         for chunk in self.chunks:
@@ -229,7 +230,7 @@ class _Layers:
         """Return the collected rows that a chunk sees."""
         far_keys = []
         for span in self._spans(chunk.start, chunk.stop):
-            if self.layout.most_rows(span):
+            if self.lanes.most_rows(span):
                 k, v = segments[self._whole(span)].of(span).to(self.device).chunk(2)
                 far_keys.append(FarKeys(*span, k, v))
         return Outside(far_keys)

@@ -219,8 +219,8 @@ class Reader:
     def _together(self, windows: Sequence[W], batches: Sequence[Sequence[int]]) -> list[Piece[W]]:
         """Read short windows in padded forward passes of similar lengths."""
         hidden: dict[int, Tensor] = {}
-        for turn, batch in enumerate(batches):
-            if turn % self.ranks.world == self.ranks.rank:
+        for number, batch in enumerate(batches):
+            if number % self.ranks.world == self.ranks.rank:
                 lengths = [len(windows[i]) for i in batch]
                 read = [self._ids(windows[i], windows[i].start, windows[i].stop) for i in batch]
                 padded = torch.nn.utils.rnn.pad_sequence(read, batch_first=True)
@@ -293,8 +293,8 @@ class Reader:
             ranks=ranks,
             on_chunk=count,
         )
-        for turn in range(window.start, window.stop, self.chunk * ranks.world):
-            edges = [min(turn + self.chunk * rank, window.stop) for rank in range(ranks.world + 1)]
+        for begin in range(window.start, window.stop, self.chunk * ranks.world):
+            edges = [min(begin + self.chunk * rank, window.stop) for rank in range(ranks.world + 1)]
             has_tokens = edges[ranks.rank] < edges[ranks.rank + 1]
             yield self._pieces(window, edges, next(mine)[0] if has_tokens else None)
 

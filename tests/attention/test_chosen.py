@@ -32,7 +32,7 @@ from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.chosen import Chosen
 from longnet_cli.attention.kernels import select_kernel
-from longnet_cli.attention.spans import Layout
+from longnet_cli.attention.spans import Lanes
 
 
 def attend(choice: Choice, qkv: list[Tensor], seen: list[SeenBlocks], **options) -> Tensor:
@@ -104,7 +104,7 @@ def test_shards_with_a_cache_that_is_forked_reordered_and_saved_equal_the_whole(
     swapped = [(group._replace(row=1 - group.row), blocks) for group, blocks in seen]
     turned = read(choice, [x.flip(0) for x in late], swapped, split(parts[2], sizes), cache)
     assert_close([torch.cat([*found, *(x.flip(0) for x in turned)], 1)], [whole], 1e-12)
-    kept = cached_rows(Layout(choice.pattern, choice.heads, choice.kv_heads), tokens)
+    kept = cached_rows(Lanes(choice.pattern, choice.heads, choice.kv_heads), tokens)
     of_rows = 2 * choice.batch * choice.head_dim * 8
     past = tokens * choice.kv_heads
     assert past * of_rows <= cache.nbytes <= 2 * kept * of_rows

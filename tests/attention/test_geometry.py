@@ -10,7 +10,7 @@ from strategies import Choice, choices
 
 from longnet_cli.attention.branches import branches
 from longnet_cli.attention.pattern import Pattern
-from longnet_cli.attention.spans import SINKS, FarSpan, Layout, far_spans
+from longnet_cli.attention.spans import SINKS, FarSpan, Lanes, far_spans
 
 
 def covered(pattern: Pattern, level: int, total: int) -> np.ndarray:
@@ -82,4 +82,4 @@ def test_offsets():
 def test_few_calls(head_offsets):
     """12 heads, whole segments: the paper's pattern takes 12 calls, not the 25 of a call an offset."""
     paper = Pattern(Pattern.paper().segment_lengths, Pattern.paper().dilation_rates, head_offsets)
-    assert len(branches(Layout(paper, 12, 12), 0, 65_536, True, "exact", ())) == 12
+    assert len(branches(Lanes(paper, 12, 12), 0, 65_536, True, "exact", ())) == 12

@@ -42,7 +42,7 @@ from longnet_cli.attention.branches import attention_flops, branches
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.merging import apart
 from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.attention.spans import Layout, far_spans
+from longnet_cli.attention.spans import Lanes, far_spans
 from longnet_cli.attention.views import strided_view
 
 
@@ -66,9 +66,9 @@ def test_gradients_are_added_to_views_without_overlap(choice):
     places = torch.arange(choice.tokens * choice.kv_heads).view(
         1, choice.tokens, choice.kv_heads, 1
     )
-    start, layout = choice.start, Layout(choice.pattern, choice.heads, choice.kv_heads)
+    start, lanes = choice.start, Lanes(choice.pattern, choice.heads, choice.kv_heads)
     spans = (FarSpan(SINKS, 0, min(start, choice.pattern.sinks)),)
-    for branch in branches(layout, start, choice.tokens, choice.causal, "exact", spans):
+    for branch in branches(lanes, start, choice.tokens, choice.causal, "exact", spans):
         view = strided_view(places, branch.keys)[0]
         for into, part in apart(view, torch.zeros(view.shape), branch.keys):
             assert into.shape == part.shape
@@ -142,7 +142,7 @@ LONG = Choice(Pattern.dense(), 1, 300, 4, 8, 0, True, None, seed=0)
 def test_any_shards_with_their_cache_equal_the_whole(choice, sizes, keep):
     """Rows of long segments come when they are needed."""
     pattern, options, (q, k, v, _) = choice.pattern, turning(choice), choice.qkv()
-    layout, parts, seen = Layout(pattern, choice.heads, choice.kv_heads), [], []
+    lanes, parts, seen = Lanes(pattern, choice.heads, choice.kv_heads), [], []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("longnet_cli.attention.cache.FIRST_ROWS", 16)
         cache = cache_of(choice, keep=choice.tokens if keep else 0)
@@ -151,7 +151,7 @@ def test_any_shards_with_their_cache_equal_the_whole(choice, sizes, keep):
             seen.append((part, start, cache.far()))
             far = cache.append(*part[1:])  # of a single token, with its own row
             parts.append(dilated_attention(*part, pattern, start=start, far=far, **options))
-        rows = cached_rows(layout, 2 * choice.tokens)
+        rows = cached_rows(lanes, 2 * choice.tokens)
     assert_close([torch.cat(parts, 1)], [dilated_attention(q, k, v, pattern, **options)], 1e-12)
     assert cache.nbytes <= 2 * choice.batch * choice.head_dim * q.itemsize * rows
     # the far keys given out on the way are still what they were

@@ -120,7 +120,7 @@ def test_a_name_that_is_gone_is_seen():
     assert not any(
         map(
             is_dead,
-            ("spans.Layout", "Pattern.window", "attention/spans.py", "config.json", "torch.save"),
+            ("spans.Lanes", "Pattern.window", "attention/spans.py", "config.json", "torch.save"),
         )
     )
 

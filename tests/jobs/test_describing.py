@@ -23,7 +23,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.branches import attention_flops
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.notation import parse_pattern
-from longnet_cli.attention.spans import Layout
+from longnet_cli.attention.spans import Lanes
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.describing import (
     NOTHING,
@@ -69,7 +69,7 @@ def test_costs_are_the_counted_ones(pattern, causal):
     inner = counts[:, 256:768].sum(-1).mean().item()
     assert found.total.keys_per_query == pytest.approx(inner, rel=1e-12)
     if causal:
-        assert found.total.cache_rows == cached_rows(Layout(pattern, heads, heads)) // heads
+        assert found.total.cache_rows == cached_rows(Lanes(pattern, heads, heads)) // heads
         assert (
             sum(level.cache_rows or 0 for level in found.levels) + pattern.sinks
             == found.total.cache_rows
@@ -108,7 +108,7 @@ def test_a_billion_tokens():
     found = describe(Subject("", pattern, 2, 4), default_length(pattern))
     assert found.total.flops == attention_flops(pattern, 2, 4, 1 << 30, True)
     assert found.total.keys_per_query == pattern.keys_per_query / 2
-    assert found.total.cache_rows == cached_rows(Layout(pattern, 2, 2)) // 2 == 40960
+    assert found.total.cache_rows == cached_rows(Lanes(pattern, 2, 2)) // 2 == 40960
 
 
 def test_the_command_loads_no_torch_for_a_pattern():

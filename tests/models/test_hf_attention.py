@@ -45,7 +45,7 @@ from reference import dilated_attention_reference
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.cache import cached_rows
-from longnet_cli.attention.spans import Layout
+from longnet_cli.attention.spans import Lanes
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.models.hf.attention import (
     dilated_attention_forward,
@@ -291,7 +291,7 @@ def test_a_bounded_cache_is_bounded_and_follows_beams():
     cache, padded = LongNetCache(net.config), {"attention_mask": left_padded(30)}
     found = net.generate(ids(30), past_key_values=cache, **beams, **padded)
     assert torch.equal(found, net.generate(ids(30), **beams, **padded))
-    rows = net.config.num_hidden_layers * 4 * 2 * 8 * cached_rows(Layout(FAR, 12, 4))
+    rows = net.config.num_hidden_layers * 4 * 2 * 8 * cached_rows(Lanes(FAR, 12, 4))
     assert cache.nbytes == 6 * rows
     cache.batch_select_indices(torch.tensor([4, 0]))
     assert cache.nbytes == 2 * rows

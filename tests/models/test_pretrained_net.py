@@ -45,7 +45,7 @@ from processes import invoke, refused, total
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.cache import cached_rows
-from longnet_cli.attention.spans import Layout
+from longnet_cli.attention.spans import Lanes
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
@@ -122,7 +122,7 @@ def test_a_stream_is_the_whole(model, pattern):
     stream = open_stream(net)
     assert isinstance(stream, CausalStream)
     assert_stream_is_whole(stream, net)
-    rows = cached_rows(Layout(pattern, c.num_heads, c.kv_heads))
+    rows = cached_rows(Lanes(pattern, c.num_heads, c.kv_heads))
     if pattern not in (Pattern.dense(), CHOSEN):  # which remember all
         assert stream.cache_bytes <= 4 * 2 * 2 * c.num_layers * c.head_dim * rows
 

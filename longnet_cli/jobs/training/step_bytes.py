@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from longnet_cli.attention.spans import SINKS, Layout, segment_rows
+from longnet_cli.attention.spans import SINKS, Lanes, segment_rows
 from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT
@@ -183,12 +183,12 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> Far
     if seq_len <= chunk:
         return FarBytes(stored, passing)
     pattern = config.pattern
-    layout = Layout(pattern, config.num_heads, config.kv_heads)
+    lanes = Lanes(pattern, config.num_heads, config.kv_heads)
     levels = [*range(len(pattern.levels))]
     if pattern.sinks:
         levels.append(SINKS)
     for level in levels:
-        held = len(layout.lanes(level).offsets)
+        held = lanes.number(level)
         numbers = 2 * segment_rows(pattern, level, seq_len) * held * config.head_dim
         seen = at_once = 1
         if level != SINKS:

@@ -185,11 +185,8 @@ class _Deal(Generic[P]):
 
     def _keep_near(self, index: int) -> Iterator[tuple[P, Batches]]:
         """Wait until rank 0 has given all portions but the last AHEAD before this one; yield what arrives meanwhile."""
-
-        def too_far() -> bool:
-            return self.group.writes and self._given() + AHEAD <= index
-
-        while self.group.any(too_far()):  # all ranks of a group get the same answer
+        # all ranks of a group get the same answer
+        while self.group.any(self.group.writes and self._given() + AHEAD <= index):
             yield from self._arrived()
             time.sleep(PAUSE)
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside
 from longnet_cli.attention.segment_rows import SegmentRows
-from longnet_cli.attention.spans import Layout, far_spans, open_spans, whole_segment
+from longnet_cli.attention.spans import Lanes, far_spans, open_spans, whole_segment
 from longnet_cli.attention.views import accumulator
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
@@ -183,13 +183,13 @@ class Exchange:
             self._maps[key] = _Maps.of(self, *key)
         return self._maps[key]
 
-    def layout(self, kv_heads: int) -> Layout:
-        return Layout(self.pattern, self.num_heads, kv_heads)
+    def lanes(self, kv_heads: int) -> Lanes:
+        return Lanes(self.pattern, self.num_heads, kv_heads)
 
     def shape(self, parcel: Parcel, like: Sequence[int]) -> tuple[int, int, int, int]:
         """Return the shape (B, rows, lanes, D) of a parcel's keys, for keys (B, n, H, D)."""
-        lanes = self.layout(like[-2]).lanes(parcel.span.level).offsets
-        return like[0], parcel.rows, len(lanes), like[-1]
+        lanes = self.lanes(like[-2]).number(parcel.span.level)
+        return like[0], parcel.rows, lanes, like[-1]
 
     def sizes(self, parcels: Sequence[Sequence[Parcel]], like: Sequence[int]) -> list[int]:
         """Return how many numbers go to, or come from, each rank: k and v of all rows, for keys (B, n, H, D)."""
@@ -238,7 +238,7 @@ class Exchange:
 
     def _rows(self, span: FarSpan) -> int:
         """Return the rows of the lane that has the most."""
-        return self.layout(self.num_heads).most_rows(span)
+        return self.lanes(self.num_heads).most_rows(span)
 
 
 class _Maps(NamedTuple):
@@ -260,12 +260,12 @@ class _Maps(NamedTuple):
     @classmethod
     def of(cls, exchange: Exchange, like: Sequence[int], device: torch.device) -> _Maps:
         """Return the indices for keys of this shape: the numbers of all rows, packed as the rows are to be."""
-        layout = exchange.layout(like[-2])
+        lanes = exchange.lanes(like[-2])
         of_rows = (*like[:-1], 1)
 
         def unfilled(parcel: Parcel) -> SegmentRows:
             shape = exchange.shape(parcel, of_rows)
-            return SegmentRows(layout, parcel.span, torch.full(shape, -1))
+            return SegmentRows(lanes, parcel.span, torch.full(shape, -1))
 
         rows = torch.arange(prod(of_rows)).view(of_rows)
         leaving = []
