@@ -361,7 +361,10 @@ class _RoundTrip:
             self.message = None
             for place, rows in enumerate(self.far):
                 torch.index_select(received[:, place], 0, self.maps.joined, out=rows)
-            self.on_arrival()
+            on_arrival = self.on_arrival
+            # It holds the far keys, and they hold this trip: the circle would keep memory that the next chunk needs.
+            self.on_arrival = lambda: None
+            on_arrival()
 
     def take(self, index: int, dk: Tensor, dv: Tensor) -> None:
         """Take the gradients of a joined parcel. All of them leave with those of the last attended one."""
