@@ -58,14 +58,14 @@ def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format
     from longnet_cli.running.ranks.ranks import leave
 
     assert opened.room  # of every dry run
-    drawn = Sample(sample, inputs.document) if sample and inputs.tokenizer else None
+    draws = sample and inputs.tokenizer
     with progress("counting", total=None) as advance:
         left_out = LeftOut((lambda *_: None) if inputs.skip_bad else None)
         job.reader.events = Events(progress=advance, left_out=left_out)
         counted = count_documents(
             job,
-            inputs.untokenized() if drawn else inputs.documents(),
-            drawn=drawn,
+            inputs.untokenized() if draws else inputs.documents(),
+            Sample(sample or 0, inputs.document),
             done=opened.earlier.totals["documents"] if opened.earlier else 0,
         )
     task = Task(job.read, job.window_sizes, job.scores)
@@ -127,12 +127,10 @@ def _memory(estimate: Estimate) -> list[Row]:
     if facts["spill_bytes"]:
         rows.append(("spill file", format_bytes(facts["spill_bytes"]), "on a disk"))
     if estimate.free is not None:
-        needed = (
-            ""
-            if estimate.fits
-            else f", and {format_bytes(estimate.beyond)} are needed: it does not fit"
-        )
-        rows.append(("free", format_bytes(estimate.free), f"besides the program{needed}"))
+        about = "besides the program"
+        if not estimate.fits:
+            about += f", and {format_bytes(estimate.beyond)} are needed: it does not fit"
+        rows.append(("free", format_bytes(estimate.free), about))
     return rows
 
 

@@ -200,6 +200,7 @@ def _estimate(
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
     from longnet_cli.jobs.estimating import estimate_reading
     from longnet_cli.jobs.generating import plan_generation, seconds_of_new_token, trial_of
+    from longnet_cli.nets.net import bos_ids
 
     net = job.loaded.net
     save_state = job.options.save_state
@@ -207,7 +208,8 @@ def _estimate(
         net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1
     )
     seconds = seconds_of_new_token(job.loaded, reader.dtype)
-    plan.seconds += plan.documents * job.max_tokens * seconds
+    plan.new = plan.read - plan.tokens - plan.documents * len(bos_ids(job.bos_ids))
+    plan.seconds += plan.new * seconds
     meaning = f"at most of each, {format_duration(seconds)} a token (measured after a short prompt)"
     meaning += f"; the state goes to {save_state}" if save_state else ""
     new_tokens = "new tokens", f"{job.max_tokens:,}", meaning

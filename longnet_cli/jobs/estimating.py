@@ -200,6 +200,8 @@ def _others(
     ranks = reader.all_ranks
     rate = ranks.own(trial.rate, reader.device)
     flops = plan.flops(task.scores)
+    flops_per_token = flops / (plan.read or 1)
+    timed_flops = flops_per_token * (plan.read - plan.new)
     return {
         "documents": plan.documents,
         "left_out": plan.left_out,
@@ -207,10 +209,10 @@ def _others(
         "sampled": plan.sampled,
         "tokens_read": plan.read,
         "parameters": reader.model.config.num_parameters(),
-        "flops_per_token": flops / (plan.read or 1),
+        "flops_per_token": flops_per_token,
         "tokens": plan.tokens,
         "flops": flops,
-        "seconds": flops / (rate * ranks.world) + plan.seconds,
+        "seconds": timed_flops / (rate * ranks.world) + plan.seconds,
         "dtype": reader.dtype,
         "chunk": reader.chunk,
         "spill_bytes": spilled,

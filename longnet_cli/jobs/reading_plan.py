@@ -54,12 +54,13 @@ class ReadingPlan:
     leaves out. `read` are the tokens of all forward passes, padding included, and `wanted` those whose hidden states
     are wanted. `longest` is the longest window, and `largest` the most tokens that are read at a time. `seconds` is the
     time of reading and tokenizing, `sampled` the number of texts that were tokenized, None if all were counted.
+    `new` are those of `read` whose time is in `seconds`, too: tokens that were generated.
     `examples` are documents to try the job with: the longest one, and the first ones that fill a chunk.
     With `streamed`, short windows go through a stream, too.
     """
 
     documents = tokens = longest_document = left_out = 0
-    read = wanted = longest = largest = 0
+    read = wanted = new = longest = largest = 0
     seconds = 0.0
     sampled: int | None = None
 
@@ -103,14 +104,11 @@ class ReadingPlan:
             self.longest = max(self.longest, longest)
             at_once = self.chunk if self.config.streams else max(self.chunk, longest)
             self.largest = max(self.largest, min(tokens, at_once))
-            batches = forward_passes(step, self.chunk, self.config.streams)
-            if batches is None:
-                shapes = [(1, tokens)]
-            else:
-                shapes = [(len(batch), len(step[batch[0]])) for batch in batches]
-            for rows, length in shapes:
-                self.read += rows * length
-                self._lengths[length] += rows
+            one_by_one = [[0]]  # a window that goes chunk by chunk is alone in its step
+            for batch in forward_passes(step, self.chunk, self.config.streams) or one_by_one:
+                padded = len(step[batch[0]])
+                self.read += len(batch) * padded
+                self._lengths[padded] += len(batch)
 
     def attention_flops(self) -> int:
         """Return the FLOPs of attention in all forward passes."""
@@ -131,8 +129,8 @@ class ReadingPlan:
 def count_documents(
     job: RowJob,
     documents: Iterable[Document | Text],
+    drawn: Sample,
     *,
-    drawn: Sample | None = None,
     done: int = 0,
 ) -> ReadingPlan:
     """Count what a `job` reads, from the lengths of documents.
@@ -150,7 +148,7 @@ def count_documents(
     def tokenized() -> Iterator[Document]:
         """Yield the documents, and the texts that are drawn."""
         for item in documents:
-            document = drawn.add(item) if drawn and isinstance(item, Text) else cast(Document, item)
+            document = drawn.add(item) if isinstance(item, Text) else item
             if document is not None:
                 yield document
 
@@ -162,7 +160,7 @@ def count_documents(
                 yield len(sequence.document)
         if job.failure:
             raise job.failure
-        for length in drawn.lengths() if drawn else ():
+        for length in drawn.lengths():
             if not job.is_empty(length) and not job.is_short(length):
                 yield length
 
@@ -177,15 +175,14 @@ def count_documents(
         plan.add(windows(portion))
     if not plan.read and not done:
         raise DataError("there is nothing to read: every document is empty, too short or left out")
-    if drawn and plan.read and not plan.examples:
+    if plan.read and not plan.examples:
         raise DataError(
             f"each of the {drawn.size} sampled texts is too short to be read: give a larger --sample"
         )
     plan.left_out = events.left_out.skipped
-    plan.seconds = time.perf_counter() - began
-    if drawn and drawn.texts:
+    plan.seconds = time.perf_counter() - began + drawn.seconds_of_others
+    if drawn.texts:
         plan.sampled = min(drawn.size, drawn.texts)
-        plan.seconds += drawn.seconds_of_others
     return plan
 
 

@@ -59,6 +59,9 @@ def net_of(**changes: Any) -> LongNet:
     return tiny_net(**{"position": "rope"} | changes).eval()
 
 
+NOT_DRAWN = Sample(0, Inputs([]).document)
+
+
 def documents(lengths: tuple[int, ...] = LENGTHS) -> list[Document]:
     return [
         Document(str(i), np.full(length, 5), length, f"{i}.txt") for i, length in enumerate(lengths)
@@ -91,7 +94,8 @@ def estimated(
 ) -> Estimate:
     events = Events(left_out=LeftOut((lambda *_: None) if skip_bad else None))
     job = make_job(Reader(net, chunk=chunk, spill=spill, dtype=dtype, events=events))
-    plan = count_documents(job, documents() if texts is None else texts, **options)
+    drawn = options.pop("drawn", NOT_DRAWN)
+    plan = count_documents(job, documents() if texts is None else texts, drawn, **options)
     task = Task(job.read, job.window_sizes, job.scores)
     return estimate_reading(job.reader, plan, task, room=room)
 
@@ -241,7 +245,7 @@ def test_the_job_is_tried_with_the_longest_document_and_a_chunk_of_others() -> N
     net = net_of()
     for lengths in (range(1, 40), range(40, 1, -1)):
         job = ENCODER(Reader(net, chunk=64))
-        longest, *others = count_documents(job, documents(tuple(lengths))).examples
+        longest, *others = count_documents(job, documents(tuple(lengths)), NOT_DRAWN).examples
         assert len(longest) == max(lengths)
         assert 64 <= sum(map(len, others)) < 64 + 40
     job = partial(Scorer, options=ScoreOptions(last=300), facts=ModelFacts(BOS))
