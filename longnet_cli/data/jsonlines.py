@@ -123,12 +123,10 @@ def _column_types(
     row: dict[str, Any], wanted: Wanted, usual: Sequence[str]
 ) -> dict[str, pa.DataType]:
     """Return the types of columns by a row; none where it has no document under a `usual` key."""
-    names = [*row, *(name for name in wanted.names if name not in row)]
-    kinds = {
-        name: kind
-        for name in names
-        if (kind := _column_type(name, _value(row, name), wanted.id_column))
-    }
+    kinds = {}
+    for name in dict.fromkeys((*row, *wanted.names)):
+        if kind := _column_type(name, _value(row, name), wanted.id_column):
+            kinds[name] = kind
     return kinds if kinds.keys() & {*usual} else {}
 
 
@@ -249,18 +247,18 @@ def _kept_types(
     """
     if not names:
         return {}
-    lines = list[bytes]()
+    lines = bytearray()
     rows = []
     types = {}
     begun = time.monotonic()
     with suppress(DataError):  # of damaged packed data, which raises it again
-        while sum(map(len, lines)) < LOOK_AHEAD and (line := pipe.readline()):
-            lines.append(line)
+        while len(lines) < LOOK_AHEAD and (line := pipe.readline()):
+            lines += line
             with suppress(ValueError):
                 rows.append(_parse(line))
             if time.monotonic() - begun > PATIENCE or not pipe.ready():
                 break
-    pipe.unread(b"".join(lines))
+    pipe.unread(bytes(lines))
     for name in names:
         try:
             kind = pa.array([_value(row, name) for row in rows]).type
@@ -325,7 +323,7 @@ def _column_type(key: str, value: Any, id_column: str | None) -> pa.DataType | N
 
 
 def _reader(key: str, kind: pa.DataType, kept: bool) -> _Reader:
-    """Return what takes the value of a key from a row, in the form that `_column` takes for a column of `kind`.
+    """Return what takes the value of a key from a row, in the form that pyarrow takes for a column of `kind`.
 
     A value that is only `kept` may be missing. It raises ValueError for a value of another kind.
     """
@@ -333,9 +331,9 @@ def _reader(key: str, kind: pa.DataType, kept: bool) -> _Reader:
 
     def read(row: dict[str, Any]) -> Any:
         value = _value(row, key)
-        if value is None and kept:
-            return None
         if value is None:
+            if kept:
+                return None
             raise ValueError(f"{key!r} is null" if key in row else f"there is no {key!r}")
         if (cell := convert(value, key)) is not None:
             return cell
@@ -367,8 +365,8 @@ def _text(value: Any, key: str) -> str | None:
     return value
 
 
-def _ids(value: Any, key: str) -> pa.Array | None:
-    """Return the ids of a list. Raises ValueError for a list of anything else."""
+def _ids(value: Any, key: str) -> np.ndarray | list[Any] | None:
+    """Return the ids of a list, as an array if none is null. Raises ValueError for a list of anything else."""
     if not isinstance(value, list):
         return None
     try:
@@ -381,7 +379,7 @@ def _ids(value: Any, key: str) -> pa.Array | None:
         ids = ids.cast(pa.int64())
     if ids.type != pa.int64():
         raise ValueError(f"{key!r} holds something that is not a token id: {ids.type}")
-    return ids
+    return value if ids.null_count else ids.to_numpy()
 
 
 def _messages(value: Any, key: str) -> list[list[tuple[str, str]]] | None:
@@ -417,14 +415,6 @@ _FORMS: dict[pa.DataType, tuple[str, Callable[[Any, str], Any]]] = {
 
 
 def _batch(rows: list[list[Any]], schema: pa.Schema) -> pa.RecordBatch:
-    columns = [_column([row[i] for row in rows], kind) for i, kind in enumerate(schema.types)]
+    cells = zip(*rows, strict=True)
+    columns = [pa.array(column, kind) for column, kind in zip(cells, schema.types, strict=True)]
     return pa.record_batch(columns, schema=schema)
-
-
-def _column(cells: list[Any], kind: pa.DataType) -> pa.Array:
-    if kind != _IDS:
-        return pa.array(cells, kind)
-    lists = [pa.array([], pa.int64()) if cell is None else cell for cell in cells]
-    offsets = np.cumsum([0, *map(len, lists)])
-    missing = pa.array([cell is None for cell in cells])
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.concat_arrays(lists), mask=missing)

@@ -217,7 +217,8 @@ class Pipe:
         """Read from `raw`, a buffered binary file: its `readline` must be fast. It may be the buffer of `stdin`."""
         self._raw = raw
         self._stdin = stdin
-        self._head = b""
+        # what was put back, or came before it was asked for: it grows and shrinks without a copy of all of it
+        self._head = bytearray()
         self._position = 0
 
     def ready(self) -> bool:
@@ -225,8 +226,10 @@ class Pipe:
 
         True of other pipes, where nobody asks.
         """
-        if self._stdin is None or not self.by_lines:
-            return self._stdin is None or self._stdin.count > self._position or self._stdin.ready()
+        if self._stdin is None:
+            return True
+        if not self.by_lines:
+            return self._stdin.count > self._position or self._stdin.ready()
         while self._stdin.whole <= self._position:
             if not self._stdin.ready():
                 return False
@@ -244,8 +247,8 @@ class Pipe:
 
     def read(self, size: int = -1) -> bytes:
         wanted = sys.maxsize if size is None or size < 0 else size
-        parts = [self._head[:wanted]] if self._head else []
-        self._head = self._head[wanted:]
+        parts = [bytes(self._head[:wanted])] if self._head else []
+        del self._head[:wanted]
         missing = wanted - sum(map(len, parts))
         while missing and (part := self._raw.read(min(missing, 1 << 30))):
             parts.append(part)
@@ -255,15 +258,17 @@ class Pipe:
 
     def readline(self) -> bytes:
         """Return the bytes up to and with the next newline, which only the last line may lack; b"" at the end."""
-        end = self._head.find(b"\n") + 1
-        line = self._head[:end] if end else self._head + self._raw.readline()
-        self._head = self._head[end:] if end else b""
+        end = self._head.find(b"\n") + 1 or len(self._head)
+        line = bytes(self._head[:end])
+        del self._head[:end]
+        if not line.endswith(b"\n"):
+            line += self._raw.readline()
         self._position += len(line)
         return line
 
     def unread(self, data: bytes) -> None:
         """Put back the bytes that were read last."""
-        self._head = data + self._head
+        self._head[:0] = data
         self._position -= len(data)
 
     def tell(self) -> int:
