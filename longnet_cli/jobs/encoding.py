@@ -249,55 +249,63 @@ class Encoder(RowJob):
         normalize = options.normalize is not False
         options = replace(options, pool=options.pool or "mean", normalize=normalize)
         super().__init__(reader, options, facts)
-        self._check()
+        for is_refused, problem in self._refusals():
+            if is_refused:
+                raise ConfigError(problem)
         self.cut = TextCut(options, facts)
         self.unit = cast(Unit, options.span) if isinstance(options.span, str) else None
         self.places: TextPlaces | None = None  # in the document of the last row
 
-    def _check(self) -> None:
-        """Raise ConfigError for options that the net does not support."""
+    def _refusals(self) -> Iterator[tuple[object, str]]:
+        """Yield each thing that is wrong with options for the net, as (whether it is so, what the error then says)."""
         options = self.options
         facts = self.facts
         net = self.reader.model
         pools = options.pools
-        if options.prefix not in (None, "", NO_PREFIX) and not (facts.prefix or facts.prompt):
-            raise ConfigError(
-                "a prefix becomes ids with the model's tokenizer: take the options of `for_model`"
-            )
-        if facts.prefix and not net.config.causal and not facts.framed:
-            raise ConfigError(
-                "a bidirectional model reads nothing before a document: leave out --prefix"
-            )
-        if (options.context or options.stride) and (net.config.causal or not facts.framed):
-            raise ConfigError(
-                "the model reads a document in one piece, not in windows: leave out --context, --stride"
-            )
-        if options.stride and not options.context:
-            raise ConfigError(
-                f"--stride {options.stride}: the model reads a document in one piece: leave it out, or give --context"
-            )
+        windowed = facts.framed and not net.config.causal
+        yield (
+            options.prefix not in (None, "", NO_PREFIX) and not (facts.prefix or facts.prompt),
+            "a prefix becomes ids with the model's tokenizer: take the options of `for_model`",
+        )
+        yield (
+            facts.prefix and not net.config.causal and not facts.framed,
+            "a bidirectional model reads nothing before a document: leave out --prefix",
+        )
+        yield (
+            (options.context or options.stride) and not windowed,
+            "the model reads a document in one piece, not in windows: leave out --context, --stride",
+        )
+        yield (
+            options.stride and not options.context,
+            f"--stride {options.stride}: the model reads a document in one piece: leave it out, or give --context",
+        )
         most = net.config.max_tokens
-        if most and (options.context or 0) > most:
-            raise ConfigError(f"--context {options.context}: the model reads {most} tokens at most")
-        if "cls" in pools and not (net.has_cls or facts.framed):
-            raise ConfigError(
-                "this model has no CLS: take the mean (--pool mean), or the first or last vector"
-            )
-        if net.has_cls and "cls" in pools and (options.span or pools[1:]):
-            raise ConfigError(
-                "a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone"
-            )
-        if self.reader.ranks.world > 1 and (apart := {*pools} - SUMMED):
-            raise ConfigError(
-                f"--pool {apart.pop()} of a document is not shared by ranks: give each rank its own documents (--dp)"
-            )
-        size = self.vector_size  # of poolings that the net takes
-        if options.dims is not None and not 1 <= options.dims <= size:
-            raise ConfigError(
-                f"--dims {options.dims}: a vector of this model has 1 to {size} numbers"
-            )
-        if options.tile_size and not net.has_grid:
-            raise ConfigError("this model has no grid of tiles: leave out --tile-size")
+        yield (
+            most and (options.context or 0) > most,
+            f"--context {options.context}: the model reads {most} tokens at most",
+        )
+        yield (
+            "cls" in pools and not (net.has_cls or facts.framed),
+            "this model has no CLS: take the mean (--pool mean), or the first or last vector",
+        )
+        yield (
+            net.has_cls and "cls" in pools and (options.span or pools[1:]),
+            "a span has no CLS of its own: take the mean of its tiles (--pool mean), and that alone",
+        )
+        apart = [pool for pool in pools if pool not in SUMMED]
+        yield (
+            apart and self.reader.ranks.world > 1,
+            f"--pool {'+'.join(apart)} of a document is not shared by ranks: give each rank its own documents (--dp)",
+        )
+        size = self.vector_size  # raises for poolings that the net does not take
+        yield (
+            options.dims is not None and not 1 <= options.dims <= size,
+            f"--dims {options.dims}: a vector of this model has 1 to {size} numbers",
+        )
+        yield (
+            options.tile_size and not net.has_grid,
+            "this model has no grid of tiles: leave out --tile-size",
+        )
 
     @property
     def vector_size(self) -> int:
@@ -407,11 +415,10 @@ class Encoder(RowJob):
 
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:
         head = torch.inference_mode()(self.reader.model.head)
-        windows = self._windows(sequences)
-        for pieces in self.reader.read(windows):
+        for pieces in self.reader.read(self._windows(sequences)):
             with torch.inference_mode():
                 self._pool_together(pieces)
-                rows = self._of_all_ranks(list(chain.from_iterable(map(self._pooled, pieces))))
+                rows = list(chain.from_iterable(map(self._pooled, pieces)))
             if rows:
                 yield self._record_batch(rows, head)
 
@@ -432,13 +439,11 @@ class Encoder(RowJob):
                 parts = ((start, end, start, end) for start, end in pairwise((0, *ends)))
             for number, (start, stop, first, last) in enumerate(parts):
                 rows = sequence.window(start, stop)
-                wanted = before + first - start
-                wanted_stop = before + last - start
-                if start == 0 or cut.one_state:
+                wanted = before + first - start if start else skipped
+                wanted_stop = before + last - start if stop < len(document) else len(rows)
+                if cut.one_state:  # all states of each window are pooled, for a vector of its own
                     wanted = skipped
-                if stop == len(document) or cut.one_state:
                     wanted_stop = len(rows)
-                if cut.one_state:
                     lead = {"skipped": skipped, "begin": start, "number": number}
                     pooling = Pooling(document, pools, [stop], before - skipped, after, **lead)
                 ids = (rows, 0, len(rows), wanted, wanted_stop)
@@ -455,16 +460,14 @@ class Encoder(RowJob):
     def _pool_together(self, pieces: Sequence[Piece[_PooledWindow]]) -> None:
         """Pool the whole documents among the pieces in a few calls. A CPU adds long ones faster one by one."""
         limit = SHORT if self.reader.device.type == "cpu" else self.reader.chunk
-        poolings = []
-        states = []
+        whole = []
         for piece in pieces:
             pooling = piece.window.pooling
             hidden = piece.hidden
             if hidden is not None and len(hidden) <= limit and pooling.ends_with(hidden):
-                poolings.append(pooling)
-                states.append(hidden)
-        if poolings:
-            pool_together(poolings, states)
+                whole.append((pooling, hidden))
+        if whole:
+            pool_together(whole)
 
     def _pooled(self, piece: Piece[_PooledWindow]) -> Iterable[Row]:
         """Return the rows that a piece finishes."""
@@ -477,19 +480,12 @@ class Encoder(RowJob):
         rows = window.pooling.add(hidden)
         return chain.from_iterable(map(window.mean.add, rows)) if window.mean else rows
 
-    def _of_all_ranks(self, rows: list[Row]) -> list[Row]:
-        """Return the same rows with vectors summed over all ranks, which is exact because pooling is linear."""
-        if self.reader.ranks.world == 1 or not rows:
-            return rows
-        vectors = torch.stack([row.vector for row in rows])
-        self.reader.ranks.sum(vectors)
-        return [replace(row, vector=vectors[index]) for index, row in enumerate(rows)]
-
     def _record_batch(
         self, rows: Sequence[Row], head: Callable[[Tensor], Tensor]
     ) -> pa.RecordBatch:
         schema = self.schema
         pooled = torch.stack([row.vector for row in rows])  # (rows, dim)
+        self.reader.ranks.sum(pooled)  # exact, because pooling is linear
         vectors = head(pooled)[:, : self.options.dims]
         normalize = bool(self.options.normalize)
         spans = [

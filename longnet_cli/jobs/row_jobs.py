@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -183,8 +183,8 @@ class RowJob(ABC):
         self,
         documents: Iterable[Document],
         apart: Apart | None = None,
-        ready: Callable[[], bool] = lambda: True,
         fraction: Callable[[], float | None] = lambda: None,
+        ready: Callable[[], bool] = lambda: True,
     ) -> Iterator[InputSequence[Document] | None]:
         """Yield the documents that have rows, as the model reads them; None where the next one is not `ready`.
 
@@ -303,17 +303,12 @@ def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | No
     documents: Iterator[Document] = iter(reading)
     if inputs.keep or job.text_fields:  # first_kept waits for the first document
         job.kept_fields, documents = first_kept(documents, job.text_fields)
+    if job.reader.model.config.max_tokens is not None and not events.left_out.skip:
+        for document in inputs.stored():  # whose lengths are known at once
+            job.take(document, None)
     # also neighbours on both sides of a document that has no row
     apart = Apart() if names_apart else None
-
-    def sequences(
-        ready: Callable[[], bool] = lambda: True,
-    ) -> Iterator[InputSequence[Document] | None]:
-        if job.reader.model.config.max_tokens is not None and not events.left_out.skip:
-            for document in inputs.stored():  # whose lengths are known at once
-                job.take(document, None)
-        yield from job.sequences(documents, apart, ready, lambda: reading.fraction)
-
+    sequences = partial(job.sequences, documents, apart, lambda: reading.fraction)
     if not in_folder:
         sink = output.sink or ShardWriter(output.path, job.schema, lines=output.lines)
         least = 1 if output.sink else job.batch_rows

@@ -103,7 +103,7 @@ def test_whole_documents_are_pooled_together(pool):
     assert not Pooling(make_document(15), [*pool.split("+"), "last"], [15], **around).ends_with(
         states[2]
     )
-    pool_together(together, states)
+    pool_together([*zip(together, states, strict=True)])
     for poolings in zip(alone, together, states, strict=True):
         one, other = (next(pooling.add(poolings[2])) for pooling in poolings[:2])
         assert torch.equal(one.vector, other.vector)

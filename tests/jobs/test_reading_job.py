@@ -53,13 +53,11 @@ ROOM = Room(0, None)
 SCORER = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS))
 ENCODER = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(BOS))
 LENGTHS = (30, 1, 0, 70, 500, 7, 7, 90)
+NOT_DRAWN = Sample(0, Inputs([]).document)
 
 
 def net_of(**changes: Any) -> LongNet:
     return tiny_net(**{"position": "rope"} | changes).eval()
-
-
-NOT_DRAWN = Sample(0, Inputs([]).document)
 
 
 def documents(lengths: tuple[int, ...] = LENGTHS) -> list[Document]:

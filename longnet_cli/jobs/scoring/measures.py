@@ -10,6 +10,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -176,7 +177,8 @@ class Total:
         self.scores = [Score(0.0, 0, 0) for _ in contexts]
         self.clusters = Clusters(len(self.contexts) + 2)  # of documents that have tokens
         # of each context: nats and tokens, by table and range
-        self.places = [defaultdict[tuple[str, int, int], Clusters](_pairs) for _ in contexts]
+        pairs = partial(Clusters, 2)
+        self.places = [defaultdict[tuple[str, int, int], Clusters](pairs) for _ in contexts]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add the row of the next document, with the columns of `Scorer.schema`."""
@@ -227,10 +229,6 @@ def column(name: str, context: int | None, contexts: Sequence[int | None]) -> st
     if len(contexts) == 1:
         return name
     return f"{name}_{context}"
-
-
-def _pairs() -> Clusters:
-    return Clusters(2)
 
 
 def _times(factor: float | None, error: float | None) -> float | None:

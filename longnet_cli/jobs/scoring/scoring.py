@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -155,14 +156,6 @@ class _Tally:
     nll_sum: float = 0.0
     n_tokens: int = 0
 
-    @property
-    def ends(self) -> bool:
-        """Return whether all tokens have been counted, and also compared if the result has a gain."""
-        compared = (
-            self.gain.tokens if self.gain and self.context == self.gain.longest else self.expected
-        )
-        return self.n_tokens == compared == self.expected
-
 
 def _row(tallies: Sequence[_Tally]) -> dict[str, object]:
     """Return the row of a document, from its tallies at all contexts. Columns that it lacks are null."""
@@ -301,10 +294,11 @@ class Scorer(RowJob):
     def _ended(self) -> Iterator[list[_Tally]]:
         """Take out the documents, in order, that are scored at all contexts."""
         contexts = len(self.options.contexts)
-        while len(self.open) >= contexts and all(
-            self.open[index].ends for index in range(contexts)
-        ):
-            yield [self.open.popleft() for _ in range(contexts)]
+        while len(self.open) >= contexts:
+            tallies = [*islice(self.open, contexts)]
+            if any(tally.n_tokens < tally.expected for tally in tallies):
+                return
+            yield [self.open.popleft() for _ in tallies]
 
     def _record_batch(self, documents: Sequence[Sequence[_Tally]]) -> pa.RecordBatch:
         rows = [_row(tallies) for tallies in documents]

@@ -80,14 +80,12 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
     memory = training_memory(recipe, device, ranks)
     program, free = _room(recipe, device)
     # a chunk of a bidirectional net cannot be shorter than a window
-    longest = max(stage.seq_len for stage in train.stages)
-    shortest = SHORTEST_CHUNK if config.causal else -(-longest // ranks.sp)
+    shortest = SHORTEST_CHUNK if config.causal else -(-train.longest // ranks.sp)
     # FLOPs of one forward and one backward pass over all tokens, and those that are executed
-    tokens = flops_of_passes = flops = 0.0
+    flops_of_passes = flops = 0.0
     for stage in train.stages:
         tokens_of_stage = stage.steps * recipe.step_tokens(stage)
         window = config.training_flops([stage.seq_len], train.predicted)
-        tokens += tokens_of_stage
         flops_of_passes += tokens_of_stage * (window / stage.seq_len)
         flops += tokens_of_stage * step_flops(recipe, stage, ranks).all
     rate = ranks.own(step_rate(recipe, device), device)
@@ -97,7 +95,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
         others={
             "parameters": config.num_parameters(),
             "trained": config.trained,
-            "flops_per_token": flops_of_passes / tokens,
+            "flops_per_token": flops_of_passes / recipe.tokens,
             "tokens": recipe.tokens,
             "steps": recipe.steps_in_words,
             "flops": flops,
@@ -106,7 +104,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None 
             "chunk": train.chunk,
             "spill_bytes": stored_bytes(recipe, device, ranks) if train.spill else 0,
             "flops_per_second": rate,
-            "tokens_per_second": tokens * rate * ranks.world / flops,
+            "tokens_per_second": recipe.tokens * rate * ranks.world / flops,
         },
         chunk_that_fits=fitting_chunk(
             partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest
@@ -328,5 +326,4 @@ def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
     """Return the bytes of far rows and their gradients that one rank stores, in memory or in `train.spill`'s file."""
     itemsize = itemsize_of(recipe.train.dtype, device)
     chunk = recipe.train.chunk * ranks.sp
-    lengths = [stage.seq_len for stage in recipe.train.stages]
-    return max(far_bytes(recipe.model, length, chunk, itemsize).stored for length in lengths)
+    return far_bytes(recipe.model, recipe.train.longest, chunk, itemsize).stored

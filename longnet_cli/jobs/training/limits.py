@@ -44,11 +44,10 @@ def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
             )
     if recipe.model.causal:
         return
-    longest = max(stage.seq_len for stage in train.stages)
-    if longest > train.chunk * ranks.sp:
+    if train.longest > train.chunk * ranks.sp:
         raise ConfigError(
             f"a bidirectional net sees a window as a whole: train.chunk = {train.chunk} on {ranks.sp} ranks is less "
-            f"than the longest seq_len, {longest}"
+            f"than the longest seq_len, {train.longest}"
         )
     if ranks.sp > 1 and not train.across_documents:
         raise ConfigError(

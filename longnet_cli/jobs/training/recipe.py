@@ -200,6 +200,11 @@ class TrainRecipe(StrictModel):
         return sum(stage.steps for stage in self.stages)
 
     @property
+    def longest(self) -> int:
+        """The tokens of the longest windows."""
+        return max(stage.seq_len for stage in self.stages)
+
+    @property
     def predicted(self) -> float:
         """The share of the tokens that have a loss, and so logits."""
         return self.mask_rate if self.objective == "masked" else 1.0
@@ -303,7 +308,7 @@ class Recipe(StrictModel):
         if steps <= warmup:
             rises = f"the learning rate rises for schedule.warmup_steps={warmup}"
             lines.append(f"all {steps} steps are warm-up: {rises}")
-        longest = max(stage.seq_len for stage in self.train.stages)
+        longest = self.train.longest
         reach = self.model.pattern.farthest(self.model.num_layers)
         if reach is not None and reach < longest:
             pattern = format_pattern(self.model.pattern)
@@ -370,7 +375,7 @@ class PretrainedRecipe(Recipe):
 
     @model_validator(mode="after")
     def _windows_fit_the_model(self) -> PretrainedRecipe:
-        longest = max(stage.seq_len for stage in self.train.stages)
+        longest = self.train.longest
         most = self.model.max_tokens
         if most is not None and longest > most:
             choice = (

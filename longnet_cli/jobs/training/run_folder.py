@@ -57,17 +57,18 @@ def prepare_run(
             raise ConfigError(f"{path} is a file, and -o names the folder of a run: name another")
     earlier = _recipe_of_run(folder, resume)
     named = earlier if recipe is None else recipe
-    if named is None and not isinstance(resume, bool):
-        raise ConfigError(f"--resume {resume}: neither a run nor a checkpoint{_LAST}")
-    if named is None and not overrides:
-        raise ConfigError(
-            f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or --set "
-            "its values"
-        )
-    if named is None and not any(map(_names_a_model, overrides)):
-        raise ConfigError(
-            "there is no model: give a RECIPE (longnet-1m, or a file such as examples/small.toml) or --init MODEL"
-        )
+    if named is None:
+        if not isinstance(resume, bool):
+            raise ConfigError(f"--resume {resume}: neither a run nor a checkpoint{_LAST}")
+        if not overrides:
+            raise ConfigError(
+                f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or "
+                "--set its values"
+            )
+        if not any(map(_names_a_model, overrides)):
+            raise ConfigError(
+                "there is no model: give a RECIPE (longnet-1m, or a file such as examples/small.toml) or --init MODEL"
+            )
     loaded = load_recipe(
         named, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ()
     )
