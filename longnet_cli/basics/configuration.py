@@ -153,12 +153,10 @@ def _field_names(cls: type[BaseModel], parents: Sequence[int | str]) -> list[str
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     """Return every pydantic model in an annotation such as `Inner | None` or `dict[str, Inner]`."""
-    arguments = get_args(annotation)
-    if not arguments:  # in Python 3.10, list[Inner] is also an instance of type
-        is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        return [annotation] if is_model else []
+    if isinstance(annotation, type(BaseModel)):  # the metaclass of models
+        return [annotation]
     models = []
-    for argument in arguments:
+    for argument in get_args(annotation):
         models += _models_in(argument)
     return models
 

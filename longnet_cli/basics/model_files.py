@@ -28,8 +28,15 @@ TRANSFORMER_CONFIGS = tuple(
 )
 # all that is read beside config.json and the weights; a module has a folder, such as 1_Pooling
 BESIDE_MODEL = (
-    *(GENERATION, SHARDED, TOKENIZER, *BESIDE_TOKENIZER, MODULES, PROMPTS, *TRANSFORMER_CONFIGS),
-    *("[0-9]_*/*.json", "[0-9]_*/model.safetensors"),
+    GENERATION,
+    SHARDED,
+    TOKENIZER,
+    *BESIDE_TOKENIZER,
+    MODULES,
+    PROMPTS,
+    *TRANSFORMER_CONFIGS,
+    "[0-9]_*/*.json",
+    "[0-9]_*/model.safetensors",
 )
 END_OF_TEXT = "<|endoftext|>"  # of the tokenizers that `longnet` makes
 # `model_type` in config.json of a LongNet: the error of a library that does not know it shows nothing else of a folder

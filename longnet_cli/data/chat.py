@@ -53,11 +53,10 @@ def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
     """Return the digest of the chat template beside a tokenizer, which a resumed run must match; empty without one."""
     if tokenizer is None or tokenizer.folder is None:
         return {}
-    settings = read_settings(tokenizer.folder / SETTINGS)
-    template = _template(tokenizer.folder, settings)
+    template, named = _read_template(tokenizer.folder)
     if template is None:
         return {}
-    return {"chat_template": json_sha256([template, _named_tokens(settings)])}
+    return {"chat_template": json_sha256([template, named])}
 
 
 # Not apply_chat_template: a base install has no transformers, and text in a message could be a special token there.
@@ -68,14 +67,12 @@ class ChatTemplate:
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        settings = read_settings(folder / SETTINGS)
-        template = _template(folder, settings)
+        template, self._named = _read_template(folder)
         if template is None:
             raise ConfigError(
                 f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for chats"
             )
         self._folder = folder
-        self._named = _named_tokens(settings)
         with _limited(folder):
             self._template = _environment().from_string(template)
         self.tokenizer = tokenizer
@@ -224,26 +221,26 @@ def _renamed(
     return inner, names, {inner.token_to_id(name): text for text, name in names.items()}
 
 
-def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens that a template may name."""
-    return {
-        key: special_token(settings.get(key))
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-    }
+def _read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """Return the template of a folder, None without one, and the special tokens that it may name.
 
-
-def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """Return the template in its own file, otherwise the one in tokenizer_config.json: of several, the default."""
-    if (folder / TEMPLATE).exists():
+    It has a file of its own, or stands in tokenizer_config.json: of several, it is the default.
+    """
+    settings = read_settings(folder / SETTINGS)
+    named = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        named[key] = special_token(settings.get(key))
+    path = folder / TEMPLATE
+    if path.exists():
         try:
-            return read_text(folder / TEMPLATE)
+            return read_text(path), named
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder / TEMPLATE}: cannot be read: {one_line(error)}") from None
+            raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
         tables = [table for table in template if isinstance(table, dict)]
         template = {table.get("name"): table.get("template") for table in tables}.get("default")
-    return template if isinstance(template, str) else None
+    return template if isinstance(template, str) else None, named
 
 
 @contextmanager

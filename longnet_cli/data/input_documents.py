@@ -70,7 +70,7 @@ def content_digest(input_file: InputFile) -> str | None:
     Of a file in a store, it is of the ETag, or of size and time. It is None for a pipe, and for what cannot be read,
     which its reader reports.
     """
-    if input_file.filesystem is not None and input_file.filesystem.type_name != "local":
+    if input_file.filesystem is not None:
         from .remote import version  # imported late: 20 ms for stores alone
 
         state = version(input_file.filesystem, str(input_file.path))
@@ -181,16 +181,16 @@ class Inputs:
         """
         from .chat import chat_settings  # loads Jinja; files and streams need none
 
-        settings: dict[str, object] = {"inputs": self.fingerprint()}
-        if self.share:
-            settings["share"] = str(self.share)
-        settings["column"] = self.column
-        if self.id_column:
-            settings["id_column"] = self.id_column
-        settings |= chat_settings(words)
-        if kept:
-            settings["keep"] = [f"{field.name}: {field.type}" for field in kept]
-        return settings
+        settings: dict[str, object] = {
+            "inputs": self.fingerprint(),
+            "share": self.share and str(self.share),
+            "column": self.column,
+            "id_column": self.id_column,
+            **chat_settings(words),
+            "keep": [f"{field.name}: {field.type}" for field in kept],
+        }
+        # manifests name the column also where it is the usual one
+        return {name: value for name, value in settings.items() if value or name == "column"}
 
     def num_bytes(self) -> int | None:
         """Return the bytes of the files that are read if all are plain text on this machine, otherwise None."""
@@ -391,15 +391,12 @@ class DocumentPass:
         if inputs.share is None or inputs.shares_documents or inputs.share.number == 1:
             for error in inputs.all_files.missing:
                 yield from self._of_share(Unread(error, file=True))
-        for index, input_file in enumerate(files):
-            stdin_is_next = any(
-                following.path is None for following in files[index + 1 : index + 2]
-            )
-            self._ready = Stdin().ready if stdin_is_next else None
+        for input_file, size, following in zip(files, sizes, [*files[1:], None], strict=False):
+            self._ready = Stdin().ready if following and following.path is None else None
             digest = content_digest(input_file) if self._digests else None
             self.opened.append((input_file.where, digest))
             self._batch(before, before, 0)
-            after = before + (sizes[index] or 0)
+            after = before + (size or 0)
             try:
                 opened = self._watched(open_input(input_file, inputs.wanted), before, after)
                 for item in self._read(opened, types):

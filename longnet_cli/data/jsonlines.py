@@ -195,7 +195,7 @@ class _OpenedLines:
                 self._keys |= dict.fromkeys(row)
             return [read(row) for read in readers]
         except ValueError as error:
-            whole = line.endswith(b"\n") or not line
+            whole = line.endswith(b"\n")
             self.bad[number] = (
                 f"{error}{'' if whole else ' (the last line is not whole: is the input truncated?)'}"
             )

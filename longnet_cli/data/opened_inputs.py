@@ -303,7 +303,7 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
         raise DataError(f"{what}: pyarrow does not read this ({first_line(error)})") from error
     # pyarrow also raises ValueError for a name that is not UTF-8, and OverflowError for a size past 2^63
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        if isinstance(error, OSError) and error.strerror:
             raise read_error(what, error) from error
         reason = "the data is damaged or truncated"
         if "decrypt" in str(error):

@@ -295,7 +295,7 @@ class _Unpacked(io.RawIOBase):
         try:
             data = self._read(min(len(out), STEP))
         except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None and error.strerror:
+            if isinstance(error, OSError) and error.strerror:
                 raise  # an error of the disk
             self._damage = DataError(
                 f"{self._where}: the {self._kind} data is damaged or truncated ({first_line(error)})"

@@ -68,9 +68,7 @@ class ShardWriter:
         """Store metadata once, unlike that of the schema: of a batch without rows, or of a Parquet file."""
         with writing(self._name):
             if isinstance(self._writer, ipc.RecordBatchFileWriter):
-                empty = pa.record_batch(
-                    [pa.nulls(0, kind) for kind in self.schema.types], schema=self.schema
-                )
+                empty = pa.RecordBatch.from_pylist([], schema=self.schema)
                 self._writer.write_batch(empty, custom_metadata=metadata)
             else:
                 self._writer.add_key_value_metadata(metadata)
@@ -113,7 +111,7 @@ class ShardWriter:
         return ipc.new_file(self._sink, self.schema)
 
 
-def _open_output(output: str | Path, lines: bool = False) -> AbstractContextManager[BinaryIO]:
+def _open_output(output: str | Path, lines: bool) -> AbstractContextManager[BinaryIO]:
     if str(output) != "-":
         return atomic_write(output)
     if sys.stdout is None:

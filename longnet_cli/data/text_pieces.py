@@ -172,7 +172,17 @@ def _steps(normalizer: Any) -> set[str]:
 PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
 # A full stop after an initial or one of these, as regular expressions, ends no sentence.
 ABBREVIATIONS = (
-    *("Dr", "Mr", "Mrs", "Ms", "Prof", "Sr", "St", "Fig", "vs", r"[Ee]\.g", r"[Ii]\.e"),
+    "Dr",
+    "Mr",
+    "Mrs",
+    "Ms",
+    "Prof",
+    "Sr",
+    "St",
+    "Fig",
+    "vs",
+    r"[Ee]\.g",
+    r"[Ii]\.e",
     r"No(?=\.\s+\d)",
 )
 _NO_END = "".join(rf"(?<!\b{word}\.)" for word in ("[A-Z]", *ABBREVIATIONS))

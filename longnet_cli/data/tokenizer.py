@@ -54,8 +54,14 @@ SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenize
 # first of EOS_NAMES in the vocabulary.
 EOS_KEYS = ("eos_token", "sep_token")
 EOS_NAMES = (
-    *(END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"),
-    *("<|eot_id|>", "<|im_end|>", "<|end\u2581of\u2581sentence|>", "[SEP]"),
+    END_OF_TEXT,
+    "</s>",
+    "<eos>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end\u2581of\u2581sentence|>",
+    "[SEP]",
 )
 NO_END = (
     f"the tokenizer has no end-of-text token: neither {SETTINGS} ({' or '.join(EOS_KEYS)}) names one of its tokens, "

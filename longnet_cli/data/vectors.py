@@ -77,13 +77,13 @@ class Vectors(Document):
             block = out[done : done + len(numbers)]
             with np.errstate(over="ignore"):  # reported below
                 block[:] = numbers
-            valid = part.valid
-            present = None if valid is None else valid.slice(offset * self.width, len(flat))
-            if present is not None and present.false_count:
-                bad = offset + present.index(False).as_py() // self.width
-                raise DataError(
-                    f"{self._row((part.row or 0) + part.flat * bad)}: a number of the vector is null"
-                )
+            if part.valid is not None:
+                present = part.valid.slice(offset * self.width, len(flat))
+                if present.false_count:
+                    bad = offset + present.index(False).as_py() // self.width
+                    raise DataError(
+                        f"{self._row((part.row or 0) + part.flat * bad)}: a number of the vector is null"
+                    )
             if not (finite := np.isfinite(block)).all():
                 bad, place = np.argwhere(~finite)[0]
                 raise DataError(

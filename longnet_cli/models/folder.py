@@ -255,9 +255,9 @@ class ModelFolder:
             from longnet_cli.nets.weights import load_config
 
             return load_config(self.path, pattern)
-        dtype = self.stored_dtype()
-        facts_of = self._transformers().read_facts
-        return facts_of(self.path, self.config, pattern, lora, dtype=dtype, embeds=self.embeds)
+        return self._transformers().read_facts(
+            self.path, self.config, pattern, lora, dtype=self.stored_dtype(), embeds=self.embeds
+        )
 
     def net(
         self,

@@ -32,13 +32,12 @@ def select_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
+    if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ConfigError(
-            f"there is no device {name!r} here ({count} CUDA devices): use --device cpu or auto"
-        )
+        if (device.index or 0) >= count:
+            raise ConfigError(
+                f"there is no device {name!r} here ({count} CUDA devices): use --device cpu or auto"
+            )
     return device
 
 
