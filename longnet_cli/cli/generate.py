@@ -208,7 +208,10 @@ def _estimate(
         net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1
     )
     seconds = seconds_of_new_token(job.loaded, reader.dtype)
-    plan.new = plan.read - plan.tokens - plan.documents * len(bos_ids(job.bos_ids))
+    before = len(bos_ids(job.bos_ids))
+    plan.new = plan.read - plan.tokens - plan.documents * before
+    # new tokens are read one by one
+    plan.largest = min(plan.largest, plan.longest_document + before)
     plan.seconds += plan.new * seconds
     meaning = f"at most of each, {format_duration(seconds)} a token (measured after a short prompt)"
     meaning += f"; the state goes to {save_state}" if save_state else ""

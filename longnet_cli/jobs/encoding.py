@@ -137,13 +137,15 @@ def for_model(
     embedding = loaded.embedding
     facts = EncodeFacts(**vars(ModelFacts.of(loaded)))
     prefix = "" if options.prefix == NO_PREFIX else options.prefix
-    if prefix and tokenizer is None:
-        problem = "has no tokenizer, which --prefix needs: give --tokenizer"
-        if net.row_size is not None:
-            problem = "reads vectors, which have no tokens: leave out --prefix"
-        raise ConfigError(f"{folder.name} {problem}")
+    ids = None
+    if prefix:
+        if tokenizer is None:
+            problem = "has no tokenizer, which --prefix needs: give --tokenizer"
+            if net.row_size is not None:
+                problem = "reads vectors, which have no tokens: leave out --prefix"
+            raise ConfigError(f"{folder.name} {problem}")
+        ids = tokenizer.encode(prefix).tolist()
     if embedding is None:
-        ids = tokenizer.encode(prefix).tolist() if prefix and tokenizer else None
         return options, replace(facts, prefix=ids)
     model = embedding.model
     context = options.context

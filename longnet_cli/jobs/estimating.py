@@ -56,9 +56,14 @@ class Estimate:
         return sum(self.memory.values())
 
     @property
+    def needed(self) -> dict[str, int]:
+        """The memory without the kinds in `HELD`."""
+        return {kind: size for kind, size in self.memory.items() if kind not in self.HELD}
+
+    @property
     def beyond(self) -> int:
         """Bytes that the job needs besides the kinds in `HELD`."""
-        return sum(size for kind, size in self.memory.items() if kind not in self.HELD)
+        return sum(self.needed.values())
 
     @property
     def fits(self) -> bool:
@@ -67,7 +72,7 @@ class Estimate:
     @property
     def largest(self) -> str:
         """The largest kind of memory that is not held already."""
-        return max((size, kind) for kind, size in self.memory.items() if kind not in self.HELD)[1]
+        return max(self.needed, key=lambda kind: self.needed[kind])
 
     @property
     def advice(self) -> str:
@@ -124,13 +129,11 @@ def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float | Non
         net, chunk=chunk, dtype=reader.dtype, spill=reader.spill, events=reader.events
     )
 
-    def cut(document: Document, tokens: int) -> Document:
-        head = document.head(tokens)
-        return head if any(task.windows(len(head))) else document  # it may be too short for the job
-
-    longest = plan.examples[:1]
-    documents = [cut(document, CHUNKS * chunk) for document in longest]
-    documents += [cut(document, chunk) for document in plan.examples[1:]]
+    documents = list[Document]()
+    for document in plan.examples:  # the longest one is the first
+        head = document.head(chunk if documents else CHUNKS * chunk)
+        is_long_enough = any(task.windows(len(head)))
+        documents.append(head if is_long_enough else document)
     counted = ReadingPlan(config, chunk, streamed=plan.streamed)
     counted.add(chain.from_iterable(task.windows(len(document)) for document in documents))
 
