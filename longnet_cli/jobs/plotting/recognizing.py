@@ -5,6 +5,8 @@ Each kind is a class with `of`, which reads rows, and `panels`, which draws them
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
@@ -83,15 +87,12 @@ class Bench(_Measurements):
         """
         values = {key: {str(row.get(key)) for row in self.rows} for key in _DIFFERENCES}
         theirs = {row["impl"] for other in others for row in other.rows}
-        own = {row["impl"] for row in self.rows}
-        shared = own - ({"dense"} - theirs)
+        shared = {row["impl"] for row in self.rows} - ({"dense"} - theirs)
         groups = defaultdict[str, list[Row]](list)
         for row in self.rows:
-            impl = row["impl"]
-            named = others and impl in shared
-            words = [self.name] if named else []
-            if len(shared) > 1 or not named:
-                words.append(impl)
+            words = [row["impl"]]
+            if others and row["impl"] in shared:
+                words = [self.name, *words] if len(shared) > 1 else [self.name]
             for key, in_words in _DIFFERENCES.items():
                 if len(values[key]) > 1 and row.get(key) is not None:
                     words.append(in_words(row[key]))
@@ -99,11 +100,10 @@ class Bench(_Measurements):
         for key, axis, power in BENCH_PANELS:
             curves = []
             for name, rows in groups.items():
-                curves.append(
-                    curve := Curve(name, points(rows, (LENGTH_AXIS, axis), "length", key))
-                )
-                dense = all(row["impl"] == "dense" and row.get("op") == "attention" for row in rows)
-                if power and curve.points and dense:
+                curve = Curve(name, points(rows, (LENGTH_AXIS, axis), "length", key))
+                curves.append(curve)
+                of_rows = rows[0]["impl"], rows[0].get("op")
+                if power and curve.points and of_rows == ("dense", "attention"):
                     curves.append(_extrapolated(curve, rows, power))
             yield Panel(key, LENGTH_AXIS, axis, curves)
 
@@ -182,6 +182,16 @@ LISTS = (
 )
 
 
+class _Total(BaseModel):
+    """The lists of a total, which has other keys, too."""
+
+    by_position: list[dict[str, Any]] | None = None
+    by_segment_position: list[dict[str, Any]] | None = None
+
+
+_TOTALS = TypeAdapter(list[_Total])
+
+
 class Scores(_Measurements):
     """The results of one `longnet score`: its totals, one for each context."""
 
@@ -193,10 +203,11 @@ class Scores(_Measurements):
             if row.get("kind") == "document":
                 continue
             totals = row.get("totals") or [row.get("total", row)]
-            for total in totals if isinstance(totals, list) else [totals]:
-                if not _is_total(total):
-                    raise DataError(f"{where}: not a score: its total has other types")
-                all_totals.append(total)
+            try:
+                _TOTALS.validate_python(totals)
+            except ValidationError:
+                raise DataError(f"{where}: not a score: its total has other types") from None
+            all_totals += totals
         if all_totals and all_totals[0].get("context") is not None:
             # ratios are relative to the first context
             all_totals[0] = {"ppl_ratio": 1.0, "ppl_ratio_se": 0.0, **all_totals[0]}
@@ -218,16 +229,6 @@ class Scores(_Measurements):
                 losses = points(total.get(key) or (), (place, NATS_AXIS), "from", "nll", "nll_se")
                 curves.append(Curve(", ".join(words), losses))
             yield Panel(key, place, NATS_AXIS, curves)
-
-
-def _is_total(value: object) -> bool:
-    """Return whether a value may be a total of scores: its tables, if it has any, are lists of objects."""
-    if not isinstance(value, dict):
-        return False
-    tables = [value.get(key) or [] for key, _ in LISTS]
-    if not all(isinstance(table, list) for table in tables):
-        return False
-    return all(isinstance(row, dict) for row in chain(*tables))
 
 
 Measured = Run | Bench | Scores
@@ -319,38 +320,29 @@ def _text(path: str | Path, file: Path) -> str:
 
 
 def _rows(file: Path, text: str) -> Iterator[tuple[str, Row]]:
-    """Yield each row of one JSON value, over any number of lines, or of JSON lines, with its place for errors."""
-    try:
-        values = iter([(1, parse(text))])
-    except ValueError as error:
-        values = _lines(file, text.split("\n"), error)
-    for index, value in values:
-        where = f"{file}: row {index}"
+    """Yield the objects of a text, each with its place for errors: JSON values, or lists of them, over any lines."""
+    decode = json.JSONDecoder().raw_decode
+    line = 1
+    start = 0
+    end = 0
+    while found := re.compile(r"\S").search(text, end):
+        line += text.count("\n", start, found.start())
+        start = found.start()
+        try:
+            value, end = parse(text, decode, idx=start)
+        except ValueError as error:
+            if "\n" not in text[start:]:
+                return  # the last line is still being written
+            line = getattr(error, "lineno", line)
+            why = getattr(error, "msg", error)
+            raise DataError(f"{file}: row {line}: not JSON: {why}; expected {KINDS}") from None
+        where = f"{file}: row {line}"
         for row in value if isinstance(value, list) else [value]:
             if not isinstance(row, dict):
                 raise DataError(
                     f"{where}: not a line of metrics, of bench or of score: not an object"
                 )
             yield where, row
-
-
-def _lines(file: Path, lines: Sequence[str], whole: ValueError) -> Iterator[tuple[int, object]]:
-    """Yield the number and the value of each line. `whole` is the error of the lines as one value."""
-    is_first = True
-    for index, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield index, parse(line)
-        except ValueError as error:
-            if index == len(lines):
-                return  # it is still being written
-            why: Any = whole if is_first else error
-            row = getattr(whole, "lineno", 1) if is_first else index
-            raise DataError(
-                f"{file}: row {row}: not JSON: {getattr(why, 'msg', why)}; expected {KINDS}"
-            ) from None
-        is_first = False
 
 
 def _kind(where: str, row: Row) -> type[Run] | type[Bench] | type[Scores]:
