@@ -97,21 +97,18 @@ def find_subject(text: str) -> Subject:
 
     Raises ConfigError of one line, CheckpointError for a model that cannot be read.
     """
-    shipped = sorted({*(path.stem for path in preset_dir().glob("*.toml")), *list_models()})
-    spelt = is_pattern(text)
-    file = text.endswith((".toml", ".json"))
-    path = file or "/" in text
-    if spelt or (not path and text not in shipped):
+    models = {*list_models()}
+    recipes = {path.stem for path in preset_dir().glob("*.toml")} - models
+    is_recipe = text in recipes or text.endswith((".toml", ".json"))
+    is_spelt = is_pattern(text)
+    if is_spelt or not (is_recipe or text in models or "/" in text):
         try:
             return Subject(text, parse_pattern(text))
         except ValueError as error:
-            if spelt:
-                raise ConfigError(f"{text}: {error}") from None
-            names = ", ".join(shipped)
-            raise ConfigError(
-                f"{error}; or name a recipe or a model; these are shipped: {names}"
-            ) from None
-    if file or (not path and text not in list_models()):
+            shipped = ", ".join(sorted(recipes | models))
+            advice = f"{error}; or name a recipe or a model; these are shipped: {shipped}"
+            raise ConfigError(f"{text}: {error}" if is_spelt else advice) from None
+    if is_recipe:
         # any tokenizer: a pattern has no vocabulary
         from longnet_cli.jobs.training.recipe import load_recipe
 
@@ -200,27 +197,27 @@ def default_length(pattern: Pattern) -> int:
     return 1 << 15 if pattern == Pattern.dense() else max(1 << 15, *pattern.segment_lengths)
 
 
+def _covered(
+    pattern: Pattern, level: int, queries: np.ndarray, seq: int, causal: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the interval [low, high) of keys that a level covers for queries at these positions."""
+    width = pattern.segment_lengths[level]
+    back = pattern.look_backs[level]
+    segments = queries // width
+    low = np.maximum((segments - back) * width, pattern.sinks if level else 0)
+    return low, queries + 1 if causal else np.minimum((segments + back + 1) * width, seq)
+
+
 def keys_seen(
     pattern: Pattern, level: int, queries: np.ndarray, seq: int, causal: bool
-) -> list[tuple[Any, Any]]:
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the intervals [low, high) of keys, one or two, that a level adds for queries at these positions."""
-    width, back = pattern.segment_lengths[level], pattern.look_backs[level]
-    segments = queries // width
-    first = pattern.sinks if level else 0
-    low = np.maximum((segments - back) * width, first)
-    high = queries + 1
-    if not causal:
-        high = np.minimum((segments + back + 1) * width, seq)
+    low, high = _covered(pattern, level, queries, seq, causal)
     if not level or pattern.overlap != "once":
         return [(low, high)]
     # the level before covers the middle
-    width, back = pattern.segment_lengths[level - 1], pattern.look_backs[level - 1]
-    segments = queries // width
-    before = (low, np.maximum(low, (segments - back) * width))
-    if causal:
-        return [before]
-    after = np.minimum(high, (segments + back + 1) * width)
-    return [before, (np.maximum(after, first), high)]
+    begin, end = _covered(pattern, level - 1, queries, seq, causal)
+    return [(low, np.maximum(low, begin)), (np.maximum(low, end), high)]
 
 
 def picture(
@@ -278,6 +275,7 @@ def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray
 
 # rows and columns
 _TEXT_SIZE = 32
+_LEVEL_SIGNS = "0123456789abcdefghijklmnopqrtuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PICTURE_SIZE = 480
 _INSET_SIZE = 64
 
@@ -287,19 +285,15 @@ def draw_text(subject: Subject, seq: int) -> Iterator[str]:
 
     Each level is a digit or a letter, and sinks are s.
     """
-    cells = picture(subject.pattern, seq, _TEXT_SIZE, subject.heads, subject.causal).tolist()
+    cells = picture(subject.pattern, seq, _TEXT_SIZE, subject.heads, subject.causal)
     levels = len(subject.pattern.levels)
-    names = [*(f"level {i}" for i in range(levels)), *filter(None, [subject.pattern.apart])]
-    yield from ("".join(_letter(cell, levels) for cell in row).rstrip() for row in cells)
-    yield "  ".join(f"{_letter(i, levels)} {name}" for i, name in enumerate(names))
-
-
-def _letter(cell: int, levels: int) -> str:
-    if cell == NOTHING:
-        return " "
-    if cell == levels:
-        return "s"
-    return "0123456789abcdefghijklmnopqrtuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[min(cell, 60)]
+    signs = [*_LEVEL_SIGNS[:levels].ljust(levels, "Z"), "s", " "]  # the last one is of NOTHING
+    for row in np.array(signs)[cells]:
+        yield "".join(row).rstrip()
+    names = [f"level {level}" for level in range(levels)]
+    if subject.pattern.apart:
+        names.append(subject.pattern.apart)
+    yield "  ".join(map("{} {}".format, signs, names))
 
 
 def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> None:
@@ -317,7 +311,7 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
         cells = picture(subject.pattern, seq, _PICTURE_SIZE, subject.heads, subject.causal)
         levels = len(subject.pattern.levels)
         tones = [to_hex(colormaps["viridis"](i / max(1, levels))) for i in range(levels)]
-        colors = ["white", *tones, "crimson"]
+        colors = [*tones, "crimson", "white"]  # the last one is of NOTHING
         _show(axes, cells, colors, (0, seq, seq, 0))
         rows = np.flatnonzero((cells == levels).any(1))
         if subject.pattern.sinks and len(rows):  # a few tokens wide: invisible as cells
@@ -331,7 +325,7 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
         words = [f"{format_size(w)}, rate {r}" for w, r in subject.pattern.levels]
         if subject.pattern.apart:
             words.append(subject.pattern.apart)
-        handles = [Patch(color=colors[i], label=label) for i, label in enumerate(words, 1)]
+        handles = [Patch(color=colors[i], label=label) for i, label in enumerate(words)]
         axes.legend(
             handles=handles,
             fontsize=7,
@@ -341,23 +335,15 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
             frameon=False,
         )
         if subject.causal and seq > 4 * _INSET_SIZE and max(subject.pattern.dilation_rates) > 1:
-            _draw_inset(axes, subject, seq, colors[levels])
+            _draw_inset(axes, subject, seq, tones[-1])
     save_figure(figure, output)
 
 
 def _show(axes: Axes, cells: np.ndarray, colors: list[str], extent: Any) -> None:
-    """Draw cells in these colours: NOTHING in the first one."""
-    from matplotlib.colors import ListedColormap
+    """Draw cells, each in the colour that it counts from 0 on."""
+    from matplotlib.colors import to_rgba_array
 
-    most = NOTHING + len(colors) - 1
-    axes.imshow(
-        cells,
-        ListedColormap(colors),
-        vmin=NOTHING,
-        vmax=most,
-        extent=extent,
-        interpolation="nearest",
-    )
+    axes.imshow(to_rgba_array(colors)[cells], extent=extent, interpolation="nearest")
 
 
 def _draw_inset(axes: Axes, subject: Subject, seq: int, color: str) -> None:
@@ -372,7 +358,7 @@ def _draw_inset(axes: Axes, subject: Subject, seq: int, color: str) -> None:
         cells = cells + (shown != NOTHING)
     inset = axes.inset_axes((0.54, 0.48, 0.44, 0.44), xticks=[], yticks=[])
     extent = (first_key, first_key + _INSET_SIZE, seq, first_query)
-    _show(inset, cells, ["white", "0.75", color], extent)
+    _show(inset, cells, ["0.75", color, "white"], extent)
     inset.set_title(
         f"{_INSET_SIZE} x {_INSET_SIZE} tokens, at the widest level:\nhead 0, and in grey the others",
         fontsize=6,
