@@ -146,6 +146,7 @@ def _search(
     from longnet_cli.data.input_documents import Inputs
     from longnet_cli.data.output_paths import refuse_overwriting
     from longnet_cli.data.passages import open_index
+    from longnet_cli.jobs.asking import finder
 
     inputs = Inputs(
         sources,
@@ -161,11 +162,7 @@ def _search(
     with open_index(options.index) as index:
         with progress("indexing", size, "B") as advance:
             index.update(inputs, Events(progress=advance, left_out=left_out))
-        find = index.find
-        if options.vectors:
-            from longnet_cli.jobs.passage_vectors import PassageVectors
-
-            find = PassageVectors(options.vectors, index).find
+        find = finder(index, options.vectors)
         return [find(question, options.passages) for question in questions]
 
 

@@ -415,10 +415,10 @@ def _only(documents: Iterator[Document]) -> Iterator[Document]:
 
 def _look_ahead(documents: Iterator[Document]) -> tuple[Iterator[Document], bool]:
     """Return the same documents, and whether there are several. The error of a second one comes in its turn."""
-    ahead = list(islice(documents, 1))
+    ahead: list[Document] = []
     failures: list[LongNetError] = []
     try:
-        ahead += islice(documents, 1)
+        ahead.extend(islice(documents, 2))
     except LongNetError as error:
         failures.append(error)
 

@@ -176,12 +176,7 @@ def ask(
     """
     with open_index(None) as index:
         _fill(index, texts)
-        find = index.find
-        if vectors is not None:
-            from .passage_vectors import PassageVectors
-
-            find = PassageVectors(vectors, index).find
-        best = find(question, passages)
+        best = finder(index, vectors)(question, passages)
     if model is None:
         return Answer(question, None, best, None)
     from .generating import load_model
@@ -199,6 +194,15 @@ def ask(
         chunk=chunk,
         dtype=dtype,
     )
+
+
+def finder(index: PassageIndex, vectors: str | None) -> Callable[[str, int], list[Passage]]:
+    """Return what finds passages for a question: by words and, with a file of their `vectors`, by meaning too."""
+    if not vectors:
+        return index.find
+    from .passage_vectors import PassageVectors
+
+    return PassageVectors(vectors, index).find
 
 
 def _fill(index: PassageIndex, texts: Any) -> None:

@@ -150,10 +150,8 @@ def score_batches(batches: Any, **options: Any) -> Any:
     or the document column, DataError for bad values, and what `score` raises.
     """
     context = options.get("context")
-    if isinstance(context, str):
-        context = context.split(",")
-    elif isinstance(context, int):
-        context = [context]
+    if isinstance(context, str | int):
+        context = str(context).split(",")
     options["context"] = context and tuple(_size("context", size) for size in context)
     asked, reading = _read(options, ScoreOptions)
 
@@ -249,8 +247,9 @@ def tables(data: Any) -> pa.Table | Iterable[Any]:
         return data
     if hasattr(data, "with_format") and hasattr(data, "__getitem__"):  # a Dataset of Hugging Face
         data = data.with_format("arrow")[:]
-    is_list = isinstance(data, list | tuple)
-    are_texts = is_list and data and all(isinstance(text, str) for text in data)
+    are_texts = (
+        isinstance(data, list | tuple) and data and all(isinstance(text, str) for text in data)
+    )
     if are_texts or isinstance(data, pa.RecordBatch) or hasattr(data, "__arrow_c_stream__"):
         try:
             return pa.table({"text": data} if are_texts else data)

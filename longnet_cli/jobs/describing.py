@@ -268,8 +268,7 @@ def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray
     """Return, for each position, the first position at or after it that a level keeps for a head."""
     inside = positions % w
     start = positions - inside
-    rows = np.maximum(0, -((offset - inside) // r))
-    following = start + offset + rows * r
+    following = start + offset - (offset - inside) // r * r
     return np.where(following < start + w, following, start + w + offset)
 
 

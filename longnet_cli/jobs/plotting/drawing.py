@@ -143,10 +143,12 @@ def _draw(axes: Axes, panel: Panel) -> dict[str, object]:
     dashed = {curve.name for curve in panel.curves if curve.extrapolated}
     axes.grid(alpha=0.3)
     axes.set(xlabel=panel.x.title, ylabel=panel.y.title + panel.y.unit)
-    axes.set(xscale="log" if panel.x.base else "linear", yscale="log" if panel.y.base else "linear")
-    for axis, kind in ((axes.xaxis, panel.x), (axes.yaxis, panel.y)):
-        if kind.base:
-            _set_ticks(axis, kind)
+    if panel.x.base:
+        axes.set_xscale("log")
+        _set_ticks(axes.xaxis, panel.x)
+    if panel.y.base:
+        axes.set_yscale("log")
+        _set_ticks(axes.yaxis, panel.y)
     return {
         f"{name} (dashed: extrapolated)" if name in dashed else name: lines[name]
         for name in panel.names

@@ -45,24 +45,20 @@ _SHA256 = "longnet.tokenizer_sha256"
 
 @dataclass(frozen=True)
 class SurpriseDocument:
-    """The scored tokens of a document, from `start` on: what each adds to the text, and its nats (n,) float32.
+    """The scored tokens of a document, from `start` on: what each adds to the text, and its numbers.
 
-    `other_nats` are those of the second file. `top` has the index of the most likely token in `tops`, texts of tokens,
-    (n,) int64, and `top_nats` its nats (n,).
+    `lists` has those that a page has, (n,) each, by their names there: `nats`, and maybe `other`, `top` and `top_nats`.
     """
 
     doc_id: str
     start: int
     pieces: list[str]
-    nats: np.ndarray
-    other_nats: np.ndarray | None = None
-    top: np.ndarray | None = None
-    top_nats: np.ndarray | None = None
+    lists: dict[str, np.ndarray]
 
     @property
     def means(self) -> list[float]:
         """The mean nats in each file."""
-        return [float(nats.mean()) for nats in (self.nats, self.other_nats) if nats is not None]
+        return [float(self.lists[name].mean()) for name in ("nats", "other") if name in self.lists]
 
 
 @dataclass(frozen=True)
@@ -174,16 +170,14 @@ def _check_same(files: Sequence[LogprobFile], one: Logged | None, other: Logged 
 
 
 def _document(texts: _TokenTexts, logged: Logged, other: Logged | None = None) -> SurpriseDocument:
+    lists = {"nats": -logged.logprobs}
+    if other:
+        lists["other"] = -other.logprobs
     last = other or logged
-    return SurpriseDocument(
-        logged.doc_id or "",
-        logged.start,
-        texts.pieces(logged.ids),
-        -logged.logprobs,
-        None if other is None else -other.logprobs,
-        None if last.top_ids is None else texts.of_top(last.top_ids),
-        None if last.top_logprobs is None else -last.top_logprobs,
-    )
+    if last.top_ids is not None and last.top_logprobs is not None:
+        lists["top"] = texts.of_top(last.top_ids)
+        lists["top_nats"] = -last.top_logprobs
+    return SurpriseDocument(logged.doc_id or "", logged.start, texts.pieces(logged.ids), lists)
 
 
 class _TokenTexts:
@@ -208,14 +202,13 @@ class _TokenTexts:
 
     def of_top(self, ids: np.ndarray) -> np.ndarray:
         """Return the places (n,) in `tops` of the texts of (n,) ids."""
-        kinds, places = np.unique(ids, return_inverse=True)
-        for index in kinds.tolist():
+        for index in np.unique(ids).tolist():
             if index not in self._places:
                 self._places[index] = len(self.tops)
                 is_token = index < self.tokenizer.vocab_size
                 text = self.tokenizer.decode(np.array([index])) if is_token else ""
                 self.tops.append(text or self._name(index))
-        return np.array([self._places[index] for index in kinds.tolist()])[places]
+        return np.array([self._places[index] for index in ids.tolist()])
 
     def _name(self, index: int) -> str:
         return self.tokenizer.token_of(index) or f"[{index}]"
@@ -259,7 +252,7 @@ def _facts(surprise: Surprise) -> dict[str, object]:
         "tops": surprise.tops,
         "tokens": tokens,
         "other": len(surprise.names) > 1,
-        "top": any(shown.top is not None for shown in surprise.documents),
+        "top": any("top" in shown.lists for shown in surprise.documents),
         "steps": STEPS,
         "colors": COLORS,
     }
@@ -273,9 +266,8 @@ def _data(surprise: Surprise) -> bytes:
     def write(name: str, kind: str, steps: int = 1) -> None:
         most = np.iinfo(kind).max
         for document in surprise.documents:
-            values = getattr(document, name)
-            if values is not None:
-                data.write(np.rint(values * steps).clip(0, most).astype(kind).tobytes())
+            values = document.lists.get(name, np.empty(0))
+            data.write(np.rint(values * steps).clip(0, most).astype(kind).tobytes())
 
     write("top", "<u4")
     pieces = []
@@ -283,7 +275,7 @@ def _data(surprise: Surprise) -> bytes:
         for piece in document.pieces:
             pieces.append(piece.encode("utf-16-le", "replace"))
     data.write(np.array([len(piece) // 2 for piece in pieces], "<u2").tobytes())
-    for name in ("nats", "other_nats", "top_nats"):
+    for name in ("nats", "other", "top_nats"):
         write(name, "<u2", STEPS)
     text = b"".join(pieces).decode("utf-16-le")
     data.write(text.encode())
