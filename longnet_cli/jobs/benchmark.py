@@ -21,7 +21,7 @@ import shutil
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -87,8 +87,8 @@ class Settings(BaseModel):
     pattern: Pattern | None = None
     chunk: Annotated[int, Field(ge=1)] | None = None
     repeats: Annotated[int, Field(ge=1, le=10**6)] = 3
-    max_time: Seconds | None = None
-    max_dense_time: Seconds | None = None
+    max_time: Seconds = math.inf
+    max_dense_time: Seconds = math.inf
     dtype: Literal["fp32", "bf16", "fp16"]
     device: torch.device
 
@@ -101,10 +101,11 @@ class Settings(BaseModel):
         """
         asked = {name: value for name, value in options.items() if value is not None}
         device = machines.select_device(asked.get("device", "auto"))
-        small = device.type == "cpu" and max(asked["seq"]) >= LONG
+        is_small = device.type == "cpu" and max(asked["seq"]) >= LONG
+        heads, head_dim = (2, 32) if is_small else (12, 64)
         settings = {
-            "heads": 2 if small else 12,
-            "head_dim": 32 if small else 64,
+            "heads": heads,
+            "head_dim": head_dim,
             **asked,
             "device": device,
             "dtype": machines.resolve_dtype(asked.get("dtype", "auto"), device),
@@ -150,7 +151,7 @@ class Settings(BaseModel):
 
     def streams(self, seq: int) -> bool:
         """Return whether a causal forward pass is streamed: `seq` exceeds the chunk or, without one, reaches LONG."""
-        return self.causal and (seq > self.chunk if self.chunk else seq >= LONG)
+        return self.causal and seq > (self.chunk or LONG - 1)
 
     def chunk_for(self, seq: int) -> int:
         """Return the tokens per chunk of a streamed run."""
@@ -211,16 +212,26 @@ class Case:
     streamed: bool = False
 
     def measured(
-        self, begin: int, end: int, peak: int | None, *, seconds: float, **values: Any
+        self,
+        begin: int,
+        end: int,
+        peak: int | None,
+        *,
+        seconds: float,
+        status: str = "ok",
+        **values: Any,
     ) -> Measurement:
         """Return the row of positions [begin, end), which took `seconds`."""
         flops = self.flops(end) - self.flops(begin)
-        rates: dict[str, Any] = {
-            "status": "ok",
-            "tokens_per_second": self.row.batch * (end - begin) / seconds,
-            "flops_per_second": flops / seconds or None,
-        }
-        return replace(self.row, seconds=seconds, peak_rss_bytes=peak, **rates | values)
+        return replace(
+            self.row,
+            status=status,
+            seconds=seconds,
+            tokens_per_second=self.row.batch * (end - begin) / seconds,
+            flops_per_second=flops / seconds or None,
+            peak_rss_bytes=peak,
+            **values,
+        )
 
 
 def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
@@ -379,16 +390,15 @@ def bench(s: Settings, *, events: Events | None = None) -> Iterator[Measurement]
     events.total(total)
     # FLOP/s of each implementation and direction, the best so far: short runs are mostly overhead
     best = defaultdict[tuple[str, str], float](float)
-    deadline = time.perf_counter() + (math.inf if s.max_time is None else s.max_time)
+    deadline = time.perf_counter() + s.max_time
 
     def run(case: Case, repeats: int) -> Iterator[Measurement]:
         machines.trim_memory(s.device)  # what earlier rows freed would count here
         peak = machines.peak_from_now(s.device)
-        rows: Iterable[Measurement]
         if case.streamed:
             rows = measure_stream(case, s.device, peak, deadline, events.progress)
         else:
-            rows = [measure(case, s.device, peak, deadline, repeats)]
+            rows = measure(case, s.device, peak, deadline, repeats)
         for row in rows:
             kind = (row.impl, row.direction)
             best[kind] = max(best[kind], row.flops_per_second or 0.0)
@@ -431,9 +441,7 @@ def _refusal(case: Case, s: Settings, deadline: float, rate: float) -> Measureme
     if not rate or case.streamed:
         return None
     ours = case.row.impl == "dilated"
-    allowed = left
-    if not ours and s.max_dense_time is not None:
-        allowed = min(left, s.max_dense_time)
+    allowed = left if ours else min(left, s.max_dense_time)
     seconds = case.flops(case.row.seq) / rate
     if seconds <= allowed:
         return None
@@ -443,8 +451,11 @@ def _refusal(case: Case, s: Settings, deadline: float, rate: float) -> Measureme
 
 def measure(
     case: Case, device: torch.device, peak: Callable[[], int | None], deadline: float, repeats: int
-) -> Measurement:
-    """Run the case: a warm-up, then `repeats` runs, or as many as end before the deadline. The median counts."""
+) -> Iterator[Measurement]:
+    """Run the case, and yield its row: a warm-up, then `repeats` runs, or as many as end before the deadline.
+
+    The median counts.
+    """
     seconds: list[float] = []
     try:
         run = case.start()
@@ -455,9 +466,9 @@ def measure(
             _ = run()  # kept: the time to free its results is not that of the run
             seconds.append(clock.spent()["seconds"])
         median = statistics.median(seconds[1:] or seconds)
-        return case.measured(0, case.row.seq, peak(), seconds=median)
+        yield case.measured(0, case.row.seq, peak(), seconds=median)
     except (RuntimeError, MemoryError) as error:
-        return replace(case.row, status="oom", reason=_out_of_memory(error))
+        yield replace(case.row, status="oom", reason=_out_of_memory(error))
 
 
 def measure_stream(
@@ -524,7 +535,7 @@ class _Clock:
         self._began = time.perf_counter()
         self._threads = time.process_time()
 
-    def spent(self) -> dict[str, float]:
+    def spent(self) -> dict[str, Any]:
         machines.wait_for(self._device)
         return {
             "seconds": time.perf_counter() - self._began,

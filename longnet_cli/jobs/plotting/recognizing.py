@@ -198,7 +198,7 @@ class Scores(_Measurements):
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Scores:
         """Return the scores in rows of `--format json` (one value) or `jsonl`, with their places. Raises DataError."""
-        all_totals = []
+        all_totals: list[Row] = []
         for where, row in rows:
             if row.get("kind") == "document":
                 continue
