@@ -350,7 +350,6 @@ def measure(folder: Path, seed: int, name: str) -> None:
         "seed": seed,
         "pattern": name,
         "notation": arm.pattern,
-        "position": arm.position,
         "tokens": arm.steps * arm.batch_tokens,
         "keys": round(sizes.attention_flops(WINDOW) / WINDOW / 4 / sizes.dim / sizes.num_layers),
         "training_flops": round(sizes.training_flops([WINDOW]) / WINDOW),  # per token
@@ -411,9 +410,9 @@ def contexts() -> Iterator[dict[str, Any]]:
         first = found.get((ARMS[name].beside, seed), row)["foreign"]
         if first["documents"] != row["foreign"]["documents"]:
             raise LongNetError(f"{name} and {ARMS[name].beside} were measured on other windows")
-        sizes = {key: row[key] for key in ("notation", "position", "tokens", "keys", "cpu_seconds")}
+        sizes = {key: row[key] for key in ("notation", "tokens", "keys", "cpu_seconds")}
         measured = foreign.row(first["documents"], row["foreign"]["nats"], first["nats"])
-        yield {"net": name, "seed": seed, **sizes, **measured}
+        yield {"net": name, "seed": seed, "position": ARMS[name].position, **sizes, **measured}
 
 
 def by_net() -> dict[tuple[str, str], list[dict[str, Any]]]:
