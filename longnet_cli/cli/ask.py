@@ -104,7 +104,7 @@ def ask(options: AskCommand) -> None:
     Example: longnet ask docs/*.md "How does a stopped run go on?"
 
     The passages are those that have the words of the question (BM25), of 100 to 200 tokens each.
-    Without --model, they are printed. With it, the answer is, and stderr names them.
+    Without --model, they are printed, the best first. With it, the answer is, and stderr names them.
     If there are none, the exit code is 1.
     """
     check_pairs(PAIRS, options)
@@ -174,13 +174,14 @@ def _answer(
     number: int,
 ) -> Answer:
     """Return what answers the `number`th question. One question's answer is printed as it comes, unless as JSON."""
-    from longnet_cli.jobs.asking import Answer, answer
+    from longnet_cli.jobs.asking import answer, found_alone
 
     prints = passages and options.format == "text" and options.questions is None
     if loaded is None:
+        found = found_alone(question, passages)
         if prints:
-            write_text("\n".join(f"{_place(source)}:\n{source.text}\n" for source in passages))
-        return Answer(question, None, passages, None)
+            write_text("\n".join(f"{_place(each)}:\n{each.text}\n" for each in found.sources))
+        return found
     sampling = options.sampling.arguments()
     answered = answer(
         loaded,

@@ -74,7 +74,8 @@ class EncodeCommand:
         "--embedding-dtype float32|float16", "Write numbers of this type.", default="float32"
     )
     shard_rows: int | None = OUTPUT.size(
-        "--shard-rows SIZE", "Start a new shard after this many vectors. (default: 4Ki)"
+        "--shard-rows SIZE",
+        "Start a new shard after this many vectors; no document is divided. (default: 4Ki)",
     )
     shard_format: Literal["arrow", "parquet"] = shared.shard_format_option()
     running: Running

@@ -166,7 +166,10 @@ def _kept_in_folder(folder: str) -> str:
         return str(error)
     if manifest is None:
         return f"nothing is kept in {folder}, in which no shard was begun: the same command starts again"
-    kept = f"{folder} keeps {manifest.totals['documents']:,} documents"
+    documents = manifest.totals["documents"]
+    if not documents:
+        return f"{folder} keeps nothing: a shard ends with a document, so --resume begins again"
+    kept = f"{folder} keeps {documents:,} documents"
     return f"{kept}: the same command with --resume goes on"
 
 

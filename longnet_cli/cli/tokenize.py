@@ -50,7 +50,8 @@ class TokenizeCommand:
     share: Any = shared.share_option()  # a Share
     tokenizer: str | None = TOKENS.common(
         "--tokenizer NAME|PATH",
-        "Use bytes (one id per byte), a tokenizer.json, or a model's: shipped, or ORG/NAME on the hub.",
+        "Use bytes (one id per byte), a tokenizer.json, a folder that holds one, or a model's: shipped, or ORG/NAME on "
+        "the hub.",
         absent="bytes",
     )
     update: bool = shared.update_flag()

@@ -35,7 +35,7 @@ REPEATED_WORDS = 5  # of a sentence that ends an answer where it comes back
 
 
 class Answer(NamedTuple):
-    """An answer, and the passages that the model read for it, in the order of the texts.
+    """An answer, and the passages that the model read for it, in the order of the texts; without a model, best first.
 
     `n_prompt` and `n_tokens` count tokens of the prompt and of the answer. Without a model, and if no passage has a
     word of the question, nothing is read, and `answer` and `finish_reason` are None.
@@ -52,6 +52,12 @@ class Answer(NamedTuple):
     def row(self) -> dict[str, Any]:
         """Return the object that `--format json` prints."""
         return self._asdict() | {"sources": [source._asdict() for source in self.sources]}
+
+
+def found_alone(question: str, passages: Sequence[Passage]) -> Answer:
+    """Return what there is without a model: the passages, the best first."""
+    best_first = sorted(passages, key=lambda passage: -passage.score)
+    return Answer(question, None, best_first, None)
 
 
 def answer(
@@ -166,8 +172,9 @@ def ask(
 ) -> Answer:
     """Answer a question from texts: a list of them, a table or frame with a column `text`, or `Inputs` of files.
 
-    The `sources` are the best `passages` at most, in the order of the texts. Names of documents are in a column
-    `doc_id` or `id`, otherwise they are row numbers. A `model`, which is loaded once, reads the sources and answers.
+    The `sources` are the best `passages` at most, the best first. Names of documents are in a column `doc_id` or `id`,
+    otherwise they are row numbers. A `model`, which is loaded once, reads the sources in the order of the texts, and
+    answers.
     `vectors` is a file that `encode --span passage` made of the same texts. The other arguments are those of `longnet
     ask`, and of no use without a model.
 
@@ -178,7 +185,7 @@ def ask(
         _fill(index, texts)
         best = finder(index, vectors)(question, passages)
     if model is None:
-        return Answer(question, None, best, None)
+        return found_alone(question, best)
     from .generating import load_model
 
     return answer(
