@@ -182,14 +182,14 @@ LISTS = (
 )
 
 
-class _Total(BaseModel):
+class _ListsOfTotal(BaseModel):
     """The lists of a total, which has other keys, too."""
 
     by_position: list[dict[str, Any]] | None = None
     by_segment_position: list[dict[str, Any]] | None = None
 
 
-_TOTALS = TypeAdapter(list[_Total])
+_LISTS_OF_TOTALS = TypeAdapter(list[_ListsOfTotal])
 
 
 class Scores(_Measurements):
@@ -204,7 +204,7 @@ class Scores(_Measurements):
                 continue
             totals = row.get("totals") or [row.get("total", row)]
             try:
-                _TOTALS.validate_python(totals)
+                _LISTS_OF_TOTALS.validate_python(totals)
             except ValidationError:
                 raise DataError(f"{where}: not a score: its total has other types") from None
             all_totals += totals
