@@ -7,7 +7,7 @@ with one name are one document.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, groupby, repeat
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,9 @@ from .opened_inputs import Table, Text, pick, plain, reading
 from .stored_files import Part
 from .token_documents import Apart, Unread, collect
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .chat import ChatTemplate
 
 T = TypeVar("T")
 
@@ -257,12 +260,14 @@ def table_texts(
 
     A row that cannot be read is Unread. Raises ConfigError for chats without a tokenizer that has a template.
     """
-    join = _chat_reader(table, columns, tokenizer) if is_chat(columns.type) else None
+    template = _chat_template(table, columns, tokenizer) if is_chat(columns.type) else None
 
     def read(group: DocumentRows) -> Text:
         place = table.place(group.row)
+        if template is None:
+            return Text(group.doc_id, "".join(group.values), place, group.kept)
         try:
-            text, ids = join(group.values) if join else ("".join(group.values), None)
+            text, ids = template.read_chat(_messages(group.values))
         except RefusedError as refusal:
             raise BadRowError(f"{place}: {refusal}") from None
         return Text(group.doc_id, text, place, group.kept, ids=ids)
@@ -275,10 +280,8 @@ def table_texts(
     return read_documents(group_rows(table, columns, texts, apart=apart), read)
 
 
-def _chat_reader(
-    table: Table, columns: Columns, tokenizer: Tokenizer | None
-) -> Callable[[Iterable[Any]], tuple[str, Callable[[], np.ndarray]]]:
-    """Return a function from the rows of a chat to its text and a function that returns its ids."""
+def _chat_template(table: Table, columns: Columns, tokenizer: Tokenizer | None) -> "ChatTemplate":
+    """Return the chat template of a tokenizer. Raises ConfigError without one."""
     if tokenizer is None or tokenizer.folder is None:
         raise ConfigError(
             f"{table.where}: {columns.documents!r} holds chats, which need the chat template of a tokenizer: give a "
@@ -287,13 +290,13 @@ def _chat_reader(
     # imported late: it loads Jinja, which other data do not need
     from .chat import ChatTemplate
 
-    template = ChatTemplate(tokenizer.folder, tokenizer)
+    return ChatTemplate(tokenizer.folder, tokenizer)
 
-    def read(rows: Iterable[Any]) -> tuple[str, Callable[[], np.ndarray]]:
-        messages = []
-        for message in chain.from_iterable(rows):
-            fields = dict(message).items()
-            messages.append({name: text for name, text in fields if isinstance(text, str)})
-        return template.read_chat(messages)
 
-    return read
+def _messages(rows: Iterable[Any]) -> list[dict[str, str]]:
+    """Return the messages of a chat, in one row or several. What is no text is left out of them."""
+    messages = []
+    for message in chain.from_iterable(rows):
+        fields = dict(message).items()
+        messages.append({name: text for name, text in fields if isinstance(text, str)})
+    return messages

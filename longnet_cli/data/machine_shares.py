@@ -111,9 +111,11 @@ def _manifests_below(names: Sequence[str]) -> dict[str, str]:
     manifests: dict[str, str] = {}
     for name in sorted(names):
         below, _, file = name.rpartition("/")
+        if not below or "/" in below:
+            continue
         if file == UNFINISHED or (file in FINISHED and below not in manifests):
             manifests[below] = name
-    return {below: name for below, name in manifests.items() if below and "/" not in below}
+    return manifests
 
 
 def _content(name: str, read: Read) -> Manifest:

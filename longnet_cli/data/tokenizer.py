@@ -489,7 +489,7 @@ class Tokenizer:
         return np.array(begin, np.int64), np.array(inside, bool)
 
     @library_call()
-    def decode(self, ids: np.ndarray, *, special: bool = True) -> str:
+    def decode(self, ids: np.ndarray | list[int], *, special: bool = True) -> str:
         """Return the text of (tokens,) ids, with special tokens if `special`. A cut UTF-8 character becomes U+FFFD."""
         return str(self._inner.decode(np.asarray(ids).tolist(), skip_special_tokens=not special))
 
@@ -614,10 +614,8 @@ class TextStream:
 
     def _text(self, *, final: bool) -> str:
         """Return the text of the waiting ids, unless it ends with bytes that may become a character."""
-        shown, both = (
-            self._tokenizer.decode(np.array(ids, np.int64), special=False)
-            for ids in (self._shown, self._shown + self._waiting)
-        )
+        shown = self._tokenizer.decode(self._shown, special=False)
+        both = self._tokenizer.decode(self._shown + self._waiting, special=False)
         text = both[len(shown) :]
         if text.endswith(REPLACEMENT) and not final:
             return ""
