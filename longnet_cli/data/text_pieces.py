@@ -186,11 +186,11 @@ ABBREVIATIONS = (
     r"No(?=\.\s+\d)",
 )
 _NO_END = "".join(rf"(?<!\b{word}\.)" for word in ("[A-Z]", *ABBREVIATIONS))
-# No sentence ends before a small letter. Some writing has no spaces.
+# No sentence ends before a small letter, or within white space. Some writing has no spaces.
 SENTENCE_END = re.compile(
     PARAGRAPH_END.pattern
     + rf"|[.!?\u2026]{_NO_END}[.!?\u2026]*[)\]\"'\u201d\u2019\u00bb]*"
-    + r"\s+(?![a-z\u00df-\u00f6\u00f8-\u00ff\u0430-\u044f])"
+    + r"\s+(?![\sa-z\u00df-\u00f6\u00f8-\u00ff\u0430-\u044f])"
     + r"|[\u3002\uff01\uff1f]+[\u300d\u300f\uff09\u201d]*\s*"
 )
 PASSAGE_ENDS = (
