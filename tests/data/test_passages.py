@@ -80,7 +80,8 @@ def test_sentences_and_paragraphs_of_prose():
         "北京。上海。 Écrit par St. Exupéry... Fin"
     )
     assert [*cut([text], "sentence")] == [
-        "Mr. J. Doe left, e.g. by\n  boat etc.\n  and so on. ", '"Why?" ', "He did not say!\n\n", "Chapter 2\n\n", "北京。", "上海。 ",
+        "Mr. J. Doe left, e.g. by\n  boat etc.\n  and so on. ", '"Why?" ',
+        "He did not say!\n\n", "Chapter 2\n\n", "北京。", "上海。 ",
         "Écrit par St. Exupéry... ", "Fin",
     ]  # fmt: skip
     assert [*cut([text], "paragraph")] == [text[:74], "Chapter 2\n\n", text[85:]]
