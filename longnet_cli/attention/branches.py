@@ -226,10 +226,12 @@ class _Rectangle(NamedTuple):
         """
         steps = range(queries.start // w, (queries.stop - 1) // w + 1)
         # the steps of w positions after which all of it lies in these queries and keys
-        first = max(
-            -((self.queries.start - queries.start) // w), -((self.keys.start - keys.start) // w)
-        )
-        last = min((queries.stop - self.queries.stop) // w, (keys.stop - self.keys.stop) // w)
+        first_of_queries = -((self.queries.start - queries.start) // w)
+        first_of_keys = -((self.keys.start - keys.start) // w)
+        last_of_queries = (queries.stop - self.queries.stop) // w
+        last_of_keys = (keys.stop - self.keys.stop) // w
+        first = max(first_of_queries, first_of_keys)
+        last = min(last_of_queries, last_of_keys)
         whole = range(first, last + 1) or range(steps.stop, steps.stop)
         if whole:
             yield self.moved(first * w)._replace(segments=len(whole))

@@ -52,8 +52,9 @@ class CudaFlashKernel(Kernel):
         _, q, k, *_ = tensors
         op = torch.ops.aten._flash_attention_backward.default
         no_rng = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only with dropout
+        rng = (no_rng, no_rng[:0])
         sizes = (None, None, q.shape[1], k.shape[1])
-        dq, dk, dv = op(*tensors, *sizes, 0.0, causal, no_rng, no_rng[:0], scale=scale)
+        dq, dk, dv = op(*tensors, *sizes, 0.0, causal, *rng, scale=scale)
         return dq, dk, dv
 
     def forward(
@@ -105,12 +106,14 @@ class CudaEfficientKernel(CudaFlashKernel):
     def gradients(self, tensors: Sequence[Tensor], causal: bool, scale: float) -> Gradients:
         op = torch.ops.aten._efficient_attention_backward.default
         dout, q, k, v, out, lse = tensors
-        rows, head_dim = q.shape[1], q.shape[-1]
+        rows = q.shape[1]
+        head_dim = q.shape[-1]
         sizes = (None, None, rows, k.shape[1])
         # in half precision, its rows are read as if they followed each other
         out = out.contiguous()
-        dout, q, k, v, out = (_whole_lines(x) for x in (dout, q, k, v, out))
-        lse = pad(lse, (0, -rows % 32), value=float("inf"))
+        dout, q, k, v, out = map(_whole_lines, (dout, q, k, v, out))
+        missing_rows = -rows % 32
+        lse = pad(lse, (0, missing_rows), value=float("inf"))
         no_rng = torch.empty((), dtype=torch.int64, device=q.device)  # read only with dropout
         no_dropout = (0.0, no_rng, no_rng)
         inputs = (dout, q, k, v, None, out)

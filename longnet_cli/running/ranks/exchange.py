@@ -345,14 +345,17 @@ class _RoundTrip:
     def leave(self, k: Tensor, v: Tensor) -> list[Tensor]:
         """Send rows of k and v; return k and v of every joined parcel, whose numbers come when they `arrive`."""
         width = self.shape[-1]
+        sent = self.maps.sent
         # k and v of a row side by side: each rank's rows lie together
-        rows = k.new_empty(len(self.maps.sent), 2, width)
+        rows = k.new_empty(len(sent), 2, width)
         for place, x in enumerate((k, v)):
-            torch.index_select(x.reshape(-1, width), 0, self.maps.sent, out=rows[:, place])
+            rows_of_x = x.reshape(-1, width)
+            torch.index_select(rows_of_x, 0, sent, out=rows[:, place])
         sizes = self.from_others, self.to_others
         self.message = _Message(rows, self.maps.arriving, sizes, self.group)
         # by `data`, memory that is filled later is no change of a tensor that autograd has already
-        return [*chain(*self._parcels(self.far.data))]
+        parcels = self._parcels(self.far.data)
+        return [*chain(*parcels)]
 
     def arrive(self) -> None:
         """Wait for the rows of other ranks, and fill the far keys. Do nothing if they have arrived already."""
