@@ -191,7 +191,9 @@ class KVCache:
         starts at `start`, and then those of the others (`take`).
         """
         needs_gradient = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-        with_own_row = k.shape[1] == 1 and stop is None and not needs_gradient
+        # nobody counts room for a segment of one token, which no later token sees
+        lasting = min(self.pattern.segment_lengths) > 1
+        with_own_row = k.shape[1] == 1 and stop is None and not needs_gradient and lasting
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
         seen = _open_segments(self.lanes, self.position, int(with_own_row))
