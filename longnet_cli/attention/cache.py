@@ -179,16 +179,16 @@ class KVCache:
     ) -> Outside:
         """Store the next shard's keys and values (batch, tokens, key heads, head_dim); return what it sees of the past.
 
-        A shard sees the segments that were open before it. Those stay that are open after it. With segments of 8, and
-        look_back 1, the tokens 10 to 17 come:
+        A shard sees the segments that were open before it. The cache keeps the segments that are open after it. With
+        segments of 8 and look_back 1, the tokens 10 to 17 come:
 
-            seen    [0, 8)  [8, 10)
-            kept            [8, 16)  [16, 18)
+            visible       [0, 8)  [8, 10)
+            still open            [8, 16)  [16, 18)
 
-        The row of a single token is put before the token sees these segments, as the last of its far keys. This saves a
-        call per level. A row that needs a gradient is not, as none flows. `named` says which chosen blocks the shard
-        sees. If several ranks hold shards of one chunk that ends at `stop`, each rank stores its own shard, which
-        starts at `start`, and then those of the others (`take`).
+        The row of a single token is stored before the token sees these segments, as the last of its far keys. This
+        saves a call per level. No gradient flows through stored rows, so a row that needs one is not stored first.
+        `named` says which chosen blocks the shard sees. If several ranks hold shards of one chunk that ends at `stop`,
+        each rank stores its own shard, which starts at `start`, and then those of the others (`take`).
         """
         needs_gradient = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
         # nobody counts room for a segment of one token, which no later token sees
@@ -196,16 +196,16 @@ class KVCache:
         with_own_row = k.shape[1] == 1 and stop is None and not needs_gradient and lasting
         start = self.position if start is None else start
         stop = start + k.shape[1] if stop is None else stop
-        seen = _open_segments(self.lanes, self.position, int(with_own_row))
-        kept = _open_segments(self.lanes, stop, 0)
+        visible = _open_segments(self.lanes, self.position, int(with_own_row))
+        still_open = _open_segments(self.lanes, stop, 0)
         with torch.no_grad():
             tensors = (torch.cat((k, v)),) if with_own_row else (k, v)  # in fewer operations
-            for segment in seen if with_own_row else kept:
+            for segment in visible if with_own_row else still_open:
                 self._rows(segment).put(tensors, start)
         if not sink_segments(self.pattern, self.position, stop):
-            seen = tuple(segment for segment in seen if segment.span.level != SINKS)
-        far_keys = self._far_keys(seen)
-        self._segments = {segment.whole: self._segments[segment.whole] for segment in kept}
+            visible = tuple(segment for segment in visible if segment.span.level != SINKS)
+        far_keys = self._far_keys(visible)
+        self._segments = {segment.whole: self._segments[segment.whole] for segment in still_open}
         self.position = stop
         if self.past is None:
             return Outside(far_keys)

@@ -25,8 +25,8 @@ from .plain_call import Kernel
 from .sinks import SinkRows
 from .spans import SINKS, FarSpan, Lanes, Rows
 from .views import (
-    CallViews,
     FarTensors,
+    KnownViews,
     PlacedCalls,
     accumulator,
     kernel_calls,
@@ -97,7 +97,7 @@ class AttentionPlan:
     kernel: Kernel
     placed: Sequence[PlacedCalls]
     covered: bool
-    views: CallViews = field(default_factory=dict)
+    views: KnownViews = field(default_factory=dict)
 
 
 def plan_calls(

@@ -22,7 +22,7 @@ KernelCall = tuple[Branch, list[Tensor], list[Tensor]]  # query-like and key-lik
 # index of far keys -> their key-like tensors, once they are there
 FarTensors = Callable[[int], Sequence[Tensor]]
 # strides and width of all tensors -> (branch, rows and first column of its place) -> the views of a call
-CallViews = dict[tuple[Any, ...], dict[tuple[int, int, int, int], "_CallViews"]]
+KnownViews = dict[tuple[Any, ...], dict[tuple[int, int, int, int], "_CallViews"]]
 
 
 def kernel_calls(
@@ -31,7 +31,7 @@ def kernel_calls(
     query_like: Sequence[Tensor],
     key_like: Sequence[Tensor],
     far: FarTensors,
-    known_views: CallViews,
+    known_views: KnownViews,
 ) -> Iterator[KernelCall]:
     """Yield every kernel call of some places, as views (batch, heads, rows, last dim) of the tensors, in a fixed order.
 

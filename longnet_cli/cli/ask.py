@@ -178,10 +178,11 @@ def _answer(
 
     prints = passages and options.format == "text" and options.questions is None
     if loaded is None:
-        found = found_alone(question, passages)
+        answered = found_alone(question, passages)
         if prints:
-            write_text("\n".join(f"{_place(each)}:\n{each.text}\n" for each in found.sources))
-        return found
+            sources = (f"{_place(source)}:\n{source.text}\n" for source in answered.sources)
+            write_text("\n".join(sources))
+        return answered
     sampling = options.sampling.arguments()
     answered = answer(
         loaded,

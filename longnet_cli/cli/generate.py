@@ -272,7 +272,7 @@ class _TextGenerator:
     def _print(self, document: Document, steps: Iterable[Step]) -> None:
         """Print the new text as it comes, or one line of JSON at the end; counts and speed go to stderr."""
         as_json = self.options.format == "jsonl"
-        kept: list[Step] = []  # for the line of JSON
+        steps_of_line: list[Step] = []  # for the line of JSON
         n_tokens = 0
         reason = "length"
         last_text = ""
@@ -281,7 +281,7 @@ class _TextGenerator:
             n_tokens += 1
             reason = step.finish_reason or reason
             if as_json:
-                kept.append(step)
+                steps_of_line.append(step)
             elif step.text:
                 last_text = step.text
                 write_text(last_text)
@@ -294,9 +294,9 @@ class _TextGenerator:
                     "doc_id": document.doc_id,
                     "n_prompt": len(document),
                     "n_tokens": n_tokens,
-                    "text": "".join(step.text for step in kept),
-                    "tokens": [step.id for step in kept],
-                    "logprobs": [step.logprob for step in kept],
+                    "text": "".join(step.text for step in steps_of_line),
+                    "tokens": [step.id for step in steps_of_line],
+                    "logprobs": [step.logprob for step in steps_of_line],
                     "finish_reason": reason,
                     "seed": self.seed,
                     **self.origin,

@@ -217,12 +217,12 @@ def _choose(table: Table, column: str | None, form: Form) -> str:
     kinds = {field.name: field.type for field in table.schema}
     usual = list[str]()
     for group in groups:
-        found = [name for name, test in group.items() if name in kinds and test(kinds[name])]
-        if len(found) > 1:
-            several = f"several columns may hold the documents ({', '.join(found)})"
+        fitting = [name for name, test in group.items() if name in kinds and test(kinds[name])]
+        if len(fitting) > 1:
+            several = f"several columns may hold the documents ({', '.join(fitting)})"
             raise _refusal(table, f"{several}: choose one (--column)")
-        if found:
-            return found[0]
+        if fitting:
+            return fitting[0]
         usual += [name for name in group if name not in usual]
     names = " or ".join(filter(None, [", ".join(usual[:-1]), usual[-1]]))
     raise _refusal(table, f"no column named {names} with {what}: choose one (--column)")

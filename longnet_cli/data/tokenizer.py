@@ -200,8 +200,8 @@ class Tokenizer:
                 f"the tokenizer has an id {self.vocab_size - 1}: {MOST_IDS - 1:,} is the largest"
             )
         names = [*(special_token((settings or {}).get(key)) for key in EOS_KEYS), *EOS_NAMES]
-        known = (index for name in names if (index := self.id_of(name)) is not None)
-        self.eos_id: int | None = next(known, None)
+        end_ids = (index for name in names if (index := self.id_of(name)) is not None)
+        self.eos_id: int | None = next(end_ids, None)
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token, written as in tokenizer.json; None if it is not in the vocabulary.

@@ -172,9 +172,9 @@ def ask(
 ) -> Answer:
     """Answer a question from texts: a list of them, a table or frame with a column `text`, or `Inputs` of files.
 
-    The `sources` are the best `passages` at most, the best first. Names of documents are in a column `doc_id` or `id`,
-    otherwise they are row numbers. A `model`, which is loaded once, reads the sources in the order of the texts, and
-    answers.
+    The `sources` are the best `passages` at most. Without a model, the best one is first. A `model`, which is loaded
+    once, reads them in the order of the texts, in which they then are, and answers. Names of documents are in a column
+    `doc_id` or `id`, otherwise they are row numbers.
     `vectors` is a file that `encode --span passage` made of the same texts. The other arguments are those of `longnet
     ask`, and of no use without a model.
 

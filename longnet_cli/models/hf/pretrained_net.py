@@ -98,10 +98,10 @@ class TransformersNet(Net):
             self.too_wide = None if dense else _too_wide(model, self.config.pattern)
             self.note = _GROWS if dense else self.too_wide
         if as_trained and (limit := self.config.max_tokens):
-            said = (
+            dense_up_to = (
                 f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
             )
-            self.note = said if self.config.streams else f"{said}; {self.note}"
+            self.note = dense_up_to if self.config.streams else f"{dense_up_to}; {self.note}"
             if not _positions(model):
                 self.alternatives = _wider(limit)
 

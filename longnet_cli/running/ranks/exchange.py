@@ -220,8 +220,8 @@ class Exchange:
                 if self._rows(part):
                     # what is kept of a segment comes first, and holds what is seen of it
                     place = whole_segment(self.pattern, part), part.start < start
-                    kept, _ = wanted.get(place, (part, False))
-                    wanted[place] = kept, attended
+                    first_part, _ = wanted.get(place, (part, False))
+                    wanted[place] = first_part, attended
         return [*wanted.values()]
 
     def _parcels(self, maker: int, reader: int) -> list[Parcel]:
