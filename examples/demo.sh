@@ -49,12 +49,12 @@ fi
 
 say "3. Ask: the passage that has the question's words, in a second and without a model."
 question="Which exit code says that a job does not fit in memory?"
-show longnet ask 'docs/*.md' "$question" --quiet --passages 1
+show longnet ask docs/data.md docs/formats.md "$question" --quiet --passages 1
 
 if [[ -d $repo/smollm2 ]]; then
   ln -s "$repo/smollm2" .
   say "4. Ask a model: SmolLM2-135M-Instruct answers from that passage."
-  show longnet ask 'docs/*.md' "$question" --model ./smollm2 --passages 1 --max-tokens 40
+  show longnet ask docs/data.md docs/formats.md "$question" --model ./smollm2 --passages 1 --max-tokens 40
 fi
 
 say "Next: longnet score YOUR_FILE, longnet --help, and docs/start.md."
