@@ -186,11 +186,11 @@ def test_what_differs_between_rows_is_in_the_names(tmp_path):
     both = write(tmp_path / "d.jsonl", bench_row("dilated", 64, 1.0), bench_row("dense", 64, 4.0))
     assert by_key(both, second)["seconds"].names == ["d", "dense", "b"]
     assert by_key(both, write(tmp_path / "e.jsonl", bench_row("dense", 64, 3.0)))["seconds"].names == [
-        "d, dilated", "d, dense", "e",
+        "dilated", "d", "e",
     ]  # fmt: skip
     heads = [bench_row("dense", 64, 1.0, heads=n, causal=n > 2) for n in (2, 4)]
     assert by_key(write(tmp_path / "c.jsonl", *heads))["seconds"].names == [
-        "dense, 2 heads, bidirectional", "dense, 4 heads, causal",
+        "dense, heads 2, causal False", "dense, heads 4, causal True",
     ]  # fmt: skip
 
 
@@ -325,4 +325,6 @@ def test_bench_and_score_go_into_plot(run_longnet, tmp_path):
     (tmp_path / "scores.json").write_text(scores.stdout)
     done = run_longnet("plot scores.json -o b.svg")
     assert (done.returncode, done.stderr) == (0, "-> b.svg\n")
-    assert {"context 8", "context 32", "perplexity"} <= {*comments(tmp_path / "b.svg")}
+    assert {"scores, context 8", "scores, context 32", "perplexity"} <= {
+        *comments(tmp_path / "b.svg")
+    }

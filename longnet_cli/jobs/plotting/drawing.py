@@ -77,18 +77,18 @@ def number(value: Any) -> float | None:
         return None
 
 
-def points(
-    rows: Iterable[Row], axes: tuple[Axis, Axis], x_key: str, y_key: str, error_key: str = ""
-) -> list[Point]:
-    """Return the points of rows that the axes can show, in rising order of x: of several at one x, the last."""
-    of_x, of_y = axes
+def points(rows: Iterable[Row], of_x: Axis, of_y: Axis, x_key: str, y_key: str) -> list[Point]:
+    """Return the points of rows that the axes can show, in rising order of x: of several at one x, the last.
+
+    The standard error of a `key` is that of `key_se`.
+    """
     points: dict[float, Point] = {}
     for row in rows:
         x, y = number(row.get(x_key)), number(row.get(y_key))
         if x is None or y is None:
             continue
         if (x > 0 or not of_x.base) and (y > 0 or not of_y.base):
-            points[x] = Point(x, y, number(row.get(error_key)))
+            points[x] = Point(x, y, number(row.get(f"{y_key}_se")))
     return [points[x] for x in sorted(points)]
 
 

@@ -1,19 +1,20 @@
 """Readers of files of measurements: training runs, benchmarks, scores. The content of a file tells its kind.
 
-Each kind is a class with `of`, which reads rows, and `panels`, which draws them.
+Each kind is a class with `of`, which reads the rows of a file, and `curves`, which names those of each curve. What is
+drawn of the rows of a curve are the `QUANTITIES` that they have.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import io
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -21,128 +22,138 @@ from longnet_cli.basics.configuration import nearest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
 from longnet_cli.basics.sizes import format_size
 
-from .drawing import Axis, Curve, Panel, Point, Row, number, points
+from .drawing import Axis, Curve, Panel, Row, number, points
 
 
 def _size(number: float) -> str:
     return format_size(round(number))
 
 
+STEP_AXIS = Axis("step")
 LENGTH_AXIS = Axis("tokens in the sequence", base=10, write=_size)
+CONTEXT_AXIS = Axis("context, tokens", base=2, write=_size)
+SEEN_AXIS = Axis("tokens seen, from", base=2, write=_size)
+SEGMENT_AXIS = Axis("place in the shortest segment, from")
 
-# The key of each panel, its axis, and the power of the length with which dense attention grows (None: unknown)
-BENCH_PANELS = (
-    ("seconds", Axis("time", base=10, unit=", seconds"), 2),
-    ("seconds_per_token", Axis("time per token", base=10, unit=", seconds"), 1),
+# Of each panel: the key of what it shows, the key of what that depends on, and their axes. All keys are of rows.
+QUANTITIES = (
+    ("loss", "step", STEP_AXIS, Axis("loss, nats per token")),
+    ("lr", "step", STEP_AXIS, Axis("learning rate")),
+    ("tokens_per_second", "step", STEP_AXIS, Axis("tokens per second")),
+    ("seconds", "length", LENGTH_AXIS, Axis("time", base=10, unit=", seconds")),
+    ("seconds_per_token", "length", LENGTH_AXIS, Axis("time per token", base=10, unit=", seconds")),
     (
         "peak_rss_bytes",
+        "length",
+        LENGTH_AXIS,
         Axis("peak memory", base=2, write=lambda size: f"{_size(size)}B"),
-        None,
     ),
+    ("ppl", "context", CONTEXT_AXIS, Axis("perplexity")),
+    ("ppl_ratio", "context", CONTEXT_AXIS, Axis("perplexity / that of the first")),
+    ("by_position", "from", SEEN_AXIS, Axis("nats per token")),
+    ("by_segment_position", "from", SEGMENT_AXIS, Axis("nats per token")),
 )
 
-# Keys in which rows of one length may differ, and the words that a curve's name then has for them
-_DIFFERENCES: dict[str, Callable[[Any], str]] = {
-    "op": str,
-    "direction": str,
-    "batch": "batch of {}".format,
-    "heads": "{} heads".format,
-    "head_dim": "{} a head".format,
-    "causal": lambda causal: "causal" if causal else "bidirectional",
-    "dtype": str,
-    "device": str,
-}
+
+class RowsOfCurve(NamedTuple):
+    """The rows of a curve, in each panel that shows a quantity which they have. For `extrapolated`, see `Curve`."""
+
+    name: str
+    rows: Sequence[Row]
+    extrapolated: bool = False
 
 
 @dataclass(frozen=True)
-class _Measurements:
+class Measured(ABC):
     """The measurements of one file, by its name."""
 
     name: str
     rows: list[Row]
 
+    @classmethod
+    @abstractmethod
+    def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Measured:
+        """Return those in rows, each with its place for errors. Raises DataError for a row of another kind."""
 
-class Bench(_Measurements):
+    @abstractmethod
+    def curves(self, shared: Set[str]) -> Iterator[RowsOfCurve]:
+        """Yield the curves, beside files that have measured the `shared` implementations, too."""
+
+
+class Bench(Measured):
     """One benchmark: its rows in the order of the file, each with its `length` and `seconds_per_token`."""
+
+    # in which rows of one implementation and length may differ
+    DIFFERENCES = ("direction", "batch", "heads", "head_dim", "causal", "dtype", "device")
 
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Bench:
-        """Return the benchmark of rows, each with its place for errors. Raises DataError for a row of another kind."""
+        """Return the benchmark of rows.
+
+        The decades of a streamed run are left out: the row of the whole run includes them. A run that was stopped has
+        the length that it had come to.
+        """
         measured: list[Row] = []
         for where, row in rows:
-            if not isinstance(row.get("impl"), str) or not number(row.get("seq")):
+            seq = number(row.get("seq"))
+            if not isinstance(row.get("impl"), str) or not seq:
                 raise DataError(f"{where}: not a row of bench: it has no 'impl' and 'seq'")
+            stop = number(row.get("stop"))
+            if stop and row.get("status") == "ok":
+                continue
             rate = number(row.get("tokens_per_second"))
-            measured.append(
-                {**row, "length": _length(row), "seconds_per_token": 1 / rate if rate else None}
-            )
+            each = 1 / rate if rate and number(row.get("seconds")) else None
+            measured.append({**row, "length": stop or seq, "seconds_per_token": each})
         return cls(name, measured)
 
-    def panels(self, others: Sequence[Bench]) -> Iterator[Panel]:
-        """Yield a panel for each quantity, with a curve for each implementation. Other differences are in its name.
+    def curves(self, shared: Set[str]) -> Iterator[RowsOfCurve]:
+        """Yield a curve for each implementation, named by it, or by the file if it is a `shared` one.
 
-        Beside `others`, the file's name is in it, and the implementation if the file has several. Dense attention that
-        none of them has measured is called dense alone.
-        Dense attention that was skipped is extrapolated from its longest run: its FLOPs grow with the squared length.
+        If several are shared, such a name has both. What else differs between the rows of the file follows.
         """
-        values = {key: {str(row.get(key)) for row in self.rows} for key in _DIFFERENCES}
-        theirs = {row["impl"] for other in others for row in other.rows}
-        shared = {row["impl"] for row in self.rows} - ({"dense"} - theirs)
-        groups = defaultdict[str, list[Row]](list)
+        values = {key: {str(row.get(key)) for row in self.rows} for key in self.DIFFERENCES}
+        curves = defaultdict[str, list[Row]](list)
         for row in self.rows:
-            words = [row["impl"]]
-            if others and row["impl"] in shared:
-                words = [self.name, *words] if len(shared) > 1 else [self.name]
-            for key, in_words in _DIFFERENCES.items():
-                if len(values[key]) > 1 and row.get(key) is not None:
-                    words.append(in_words(row[key]))
-            groups[", ".join(words)].append(row)
-        for key, axis, power in BENCH_PANELS:
-            curves = []
-            for name, rows in groups.items():
-                curve = Curve(name, points(rows, (LENGTH_AXIS, axis), "length", key))
-                curves.append(curve)
-                of_rows = rows[0]["impl"], rows[0].get("op")
-                if power and curve.points and of_rows == ("dense", "attention"):
-                    curves.append(_extrapolated(curve, rows, power))
-            yield Panel(key, LENGTH_AXIS, axis, curves)
+            impl = row["impl"]
+            words = [self.name] if impl in shared else []
+            if shared != {impl}:
+                words.append(impl)
+            for key in self.DIFFERENCES:
+                value = row.get(key)
+                if len(values[key]) > 1 and value is not None:
+                    words.append(value if isinstance(value, str) else f"{key} {value}")
+            curves[", ".join(words)].append(row)
+        for name, rows in curves.items():
+            yield RowsOfCurve(name, rows)
+            if rows[0]["impl"] == "dense":
+                yield RowsOfCurve(name, _extrapolated(rows), extrapolated=True)
 
 
-def _length(row: Row) -> float | None:
-    """Return the tokens that a row measured: the whole sequence, or the tokens that a run had read when it stopped.
+def _extrapolated(rows: Sequence[Row]) -> list[Row]:
+    """Return the longest row of dense attention that was measured, and those that were skipped, with computed times.
 
-    Returns None for the decades of a streamed run, which the row of the whole run includes.
+    FLOPs grow with the squared length. Nothing is returned if no row was skipped, or none was measured.
     """
-    if row.get("stop") is None:
-        return number(row["seq"])
-    return None if row.get("status") == "ok" else number(row["stop"])
+    measured = [row for row in rows if row["seconds_per_token"]]
+    skipped = [row for row in rows if row.get("status") == "skipped"]
+    if not measured or not skipped:
+        return []
+    last = max(measured, key=lambda row: row["length"])
+    further: list[Row] = []
+    for row in (last, *skipped):
+        times = row["length"] / last["length"]
+        seconds = last["seconds"] * times**2
+        each = last["seconds_per_token"] * times
+        further.append({"length": row["length"], "seconds": seconds, "seconds_per_token": each})
+    return further
 
 
-def _extrapolated(curve: Curve, rows: list[Row], power: int) -> Curve:
-    """Return the continuation of a curve to the lengths that were skipped."""
-    last = curve.points[-1]
-    skipped = {float(row["seq"]) for row in rows if row.get("status") == "skipped"}
-    lengths = sorted(length for length in skipped if length > last.x)
-    further = [Point(x, last.y * (x / last.x) ** power) for x in lengths]
-    return Curve(curve.name, [last, *further] if further else [], extrapolated=True)
-
-
-STEP_AXIS = Axis("step")
-
-# The axis of each panel, and its keys in metrics.jsonl, each with an addition to the run's name
-RUN_PANELS = (
-    (Axis("loss, nats per token"), (("loss", ""), ("held_out_loss", " held out"))),
-    (Axis("learning rate"), (("lr", ""),)),
-    (Axis("tokens per second"), (("tokens_per_second", ""),)),
-)
-
-
-class Run(_Measurements):
+class Run(Measured):
     """One training run: its lines of metrics, with steps in rising order."""
 
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Run:
-        """Return the run of lines, each with its place for errors.
+        """Return the run of lines.
 
         A resumed run may have lines of steps that it then repeated: the later lines count. Raises DataError for a line
         without a step.
@@ -157,29 +168,11 @@ class Run(_Measurements):
             lines.append(row)
         return cls(name, lines)
 
-    def panels(self, others: Sequence[Run]) -> Iterator[Panel]:
-        """Yield a panel for each quantity. Its curves are empty if no line has the quantity."""
-        for axis, keys in RUN_PANELS:
-            curves = []
-            for key, more in keys:
-                of_key = points(self.rows, (STEP_AXIS, axis), "step", key)
-                curves.append(Curve(self.name + more, of_key))
-            yield Panel(keys[0][0], STEP_AXIS, axis, curves)
-
-
-CONTEXT_AXIS = Axis("context, tokens", base=2, write=_size)
-NATS_AXIS = Axis("nats per token")
-
-# Keys of a total, with their axes and the keys of their standard errors
-TOTALS = (
-    ("ppl", Axis("perplexity"), "ppl_se"),
-    ("ppl_ratio", Axis("perplexity / that of the first"), "ppl_ratio_se"),
-)
-# Keys of a total's lists, with their axes. A row is drawn where its range starts.
-LISTS = (
-    ("by_position", Axis("tokens seen, from", base=2, write=_size)),
-    ("by_segment_position", Axis("place in the shortest segment, from")),
-)
+    def curves(self, shared: Set[str]) -> Iterator[RowsOfCurve]:
+        """Yield the curve of the run, and that of its held-out documents."""
+        yield RowsOfCurve(self.name, self.rows)
+        held_out = [{"step": row["step"], "loss": row.get("held_out_loss")} for row in self.rows]
+        yield RowsOfCurve(f"{self.name} held out", held_out)
 
 
 class _ListsOfTotal(BaseModel):
@@ -192,12 +185,12 @@ class _ListsOfTotal(BaseModel):
 _LISTS_OF_TOTALS = TypeAdapter(list[_ListsOfTotal])
 
 
-class Scores(_Measurements):
+class Scores(Measured):
     """The results of one `longnet score`: its totals, one for each context."""
 
     @classmethod
     def of(cls, name: str, rows: Iterator[tuple[str, Row]]) -> Scores:
-        """Return the scores in rows of `--format json` (one value) or `jsonl`, with their places. Raises DataError."""
+        """Return the scores in rows of `--format json` (one value) or `jsonl`."""
         all_totals: list[Row] = []
         for where, row in rows:
             if row.get("kind") == "document":
@@ -208,30 +201,24 @@ class Scores(_Measurements):
             except ValidationError:
                 raise DataError(f"{where}: not a score: its total has other types") from None
             all_totals += totals
-        if all_totals and all_totals[0].get("context") is not None:
-            # ratios are relative to the first context
+        if len(all_totals) > 1:  # ratios are relative to the first context
             all_totals[0] = {"ppl_ratio": 1.0, "ppl_ratio_se": 0.0, **all_totals[0]}
         return cls(name, all_totals)
 
-    def panels(self, others: Sequence[Scores]) -> Iterator[Panel]:
-        """Yield a panel for perplexity by context, one for its ratio to the first context, and one for each list."""
-        for key, axis, error in TOTALS:
-            curve = Curve(self.name, points(self.rows, (CONTEXT_AXIS, axis), "context", key, error))
-            is_drawn = key == "ppl" or len(curve.points) > 1
-            yield Panel(key, CONTEXT_AXIS, axis, [curve] if is_drawn else [])
-        for key, place in LISTS:
-            curves = []
-            for total in self.rows:
-                context = number(total.get("context"))
-                words = [self.name] if others or context is None else []
-                if context is not None:
-                    words.append(f"context {format_size(round(context))}")
-                losses = points(total.get(key) or (), (place, NATS_AXIS), "from", "nll", "nll_se")
-                curves.append(Curve(", ".join(words), losses))
-            yield Panel(key, place, NATS_AXIS, curves)
+    def curves(self, shared: Set[str]) -> Iterator[RowsOfCurve]:
+        """Yield a curve of the totals, by context, and one of each of their lists."""
+        yield RowsOfCurve(self.name, self.rows)
+        for total in self.rows:
+            name = self.name
+            if context := number(total.get("context")):
+                name += f", context {_size(context)}"
+            for key in _ListsOfTotal.model_fields:
+                of_list = [
+                    {"from": row.get("from"), key: row.get("nll"), f"{key}_se": row.get("nll_se")}
+                    for row in total.get(key) or ()
+                ]
+                yield RowsOfCurve(name, of_list)
 
-
-Measured = Run | Bench | Scores
 
 KINDS = "the metrics of a run, `bench --format jsonl` or `score --format json`"
 
@@ -273,13 +260,19 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
 
     Raises DataError if there is nothing to draw, ConfigError for a key that no panel has.
     """
-    every: dict[str, Panel] = {}
+    times = Counter[str]()
     for file in measured:
-        others: list[Any] = [x for x in measured if x is not file and type(x) is type(file)]
-        for panel in file.panels(others):
-            curves = every.setdefault(panel.key, panel._replace(curves=[])).curves
-            curves.extend(curve for curve in panel.curves if curve.points)
-    drawable = {key: panel for key, panel in every.items() if panel.curves}
+        times.update({row["impl"] for row in file.rows if "impl" in row})
+    shared = {impl for impl, files in times.items() if files > 1}
+    named = [*chain.from_iterable(file.curves(shared) for file in measured)]
+    drawable: dict[str, Panel] = {}
+    for key, x_key, of_x, of_y in QUANTITIES:
+        panel = Panel(key, of_x, of_y, [])
+        for name, rows, extrapolated in named:
+            if shown := points(rows, of_x, of_y, x_key, key):
+                panel.curves.append(Curve(name, shown, extrapolated))
+        if panel.curves:
+            drawable[key] = panel
     if not drawable:
         names = ", ".join(file.name for file in measured)
         raise DataError(
@@ -320,22 +313,25 @@ def _text(path: str | Path, file: Path) -> str:
 
 
 def _rows(file: Path, text: str) -> Iterator[tuple[str, Row]]:
-    """Yield the objects of a text, each with its place for errors: JSON values, or lists of them, over any lines."""
-    decode = json.JSONDecoder().raw_decode
-    line = 1
-    start = 0
-    end = 0
-    while found := re.compile(r"\S").search(text, end):
-        line += text.count("\n", start, found.start())
-        start = found.start()
+    """Yield the objects of a text, each with its place for errors: of one JSON value, or of one on each line.
+
+    A value may be a list of objects.
+    """
+    try:
+        parse(text.partition("\n")[0])
+        parts = [*io.StringIO(text)]  # the lines
+    except ValueError:
+        parts = [text]
+    for line, part in enumerate(parts, 1):
         try:
-            value, end = parse(text, decode, idx=start)
+            value = parse(part)
         except ValueError as error:
-            if "\n" not in text[start:]:
+            if "\n" not in part:
                 return  # the last line is still being written
-            line = getattr(error, "lineno", line)
-            why = getattr(error, "msg", error)
-            raise DataError(f"{file}: row {line}: not JSON: {why}; expected {KINDS}") from None
+            place = f"{file}: row {line + getattr(error, 'lineno', 1) - 1}"
+            raise DataError(
+                f"{place}: not JSON: {getattr(error, 'msg', error)}; expected {KINDS}"
+            ) from None
         where = f"{file}: row {line}"
         for row in value if isinstance(value, list) else [value]:
             if not isinstance(row, dict):
@@ -345,11 +341,11 @@ def _rows(file: Path, text: str) -> Iterator[tuple[str, Row]]:
             yield where, row
 
 
-def _kind(where: str, row: Row) -> type[Run] | type[Bench] | type[Scores]:
-    if "step" in row:
-        return Run
-    if "impl" in row:
-        return Bench
-    if "total" in row or row.get("kind") in ("document", "total"):
-        return Scores
+_KIND_OF_KEY = {"step": Run, "impl": Bench, "total": Scores, "kind": Scores}
+
+
+def _kind(where: str, row: Row) -> type[Measured]:
+    for key, kind in _KIND_OF_KEY.items():
+        if key in row:
+            return kind
     raise DataError(f"{where}: not a line of metrics, nor of bench or score; expected {KINDS}")
