@@ -122,48 +122,40 @@ def bench(options: BenchCommand) -> None:
     directions = " and ".join(settings.direction)
     tell(f"{machine(settings)}, attention, {directions}, {shape}, pattern {pattern}")
     columns = _MARKDOWN.format("stop" if any(map(settings.streams, settings.seq)) else "").split()
-    table = _MarkdownTable(columns)
+    is_table = options.format == "md"
+    write = _MarkdownTable(columns, max(settings.seq)).write if is_table else emit_jsonl
     rows: list[Measurement] = []
     totals = [0]  # of tokens; the last one is what is known now
     with progress("bench", total=lambda: totals[-1]) as advance:
         events = Events(progress=advance, total=totals.append)
         for row in measure(settings, events=events):
             rows.append(row)
-            shown = vars(row)
-            if options.format == "jsonl":
-                emit_jsonl(shown)
-            else:
-                table.write(shown)
+            write(vars(row))
             if row.reason:
                 tell(f"{_title(row)}: {row.status}, {row.reason}")
             advance(0, last=_title(row))
-    if options.format == "md":
+    if is_table:
         _tell_ratios(rows)
 
 
 class _MarkdownTable:
-    """A table on stdout, each row of which is written at once. It is not cut in a pipe, as rich's tables are."""
+    """A table on stdout, each row of which is written at once. It is not cut in a pipe, as rich's tables are.
 
-    def __init__(self, columns: Sequence[str]) -> None:
+    Each number has 8 characters, and `seq` as many as the longest sequence needs.
+    """
+
+    def __init__(self, columns: Sequence[str], longest: int) -> None:
+        numbers = len(columns) - 2  # after the implementation and the direction
         self.columns = columns
-        self.signs = "<<" + ">" * (len(columns) - 2)  # numbers are aligned to the right
-        self.widths: list[int] = []  # set by the first row
+        self.formats = ["<8", "<9", f">{max(8, len(str(longest)))}", *[">8"] * (numbers - 1)]
+        self._print([_TITLES.get(column, column) for column in columns])
+        self._print(["-" * 8, "-" * 9, *["-" * 7 + ":"] * numbers])
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Write a row, and the header before the first one."""
-        cells = [_cell(row, column) for column in self.columns]
-        if not self.widths:
-            titles = [_TITLES.get(column, column) for column in self.columns]
-            self.widths = [max(8, *map(len, pair)) for pair in zip(titles, cells, strict=True)]
-            self._print(titles)
-            ends = {"<": "-", ">": ":"}
-            columns = zip(self.widths, self.signs, strict=True)
-            self._print(["-" * (width - 1) + ends[sign] for width, sign in columns])
-        self._print(cells)
+        self._print([_cell(row, column) for column in self.columns])
 
     def _print(self, cells: Sequence[str]) -> None:
-        aligned = map("{:{}{}}".format, cells, self.signs, self.widths)
-        print(f"| {' | '.join(aligned)} |", flush=True)
+        print(f"| {' | '.join(map(format, cells, self.formats))} |", flush=True)
 
 
 def _cell(row: Mapping[str, Any], column: str) -> str:

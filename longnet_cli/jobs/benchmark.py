@@ -20,7 +20,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -116,7 +116,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Settings:
         """Raise ValueError for settings that cannot be measured, or that the rows would not show."""
-        for w, r in (level for seq in self.seq for level in self.pattern_for(seq).levels):
+        for w, r in self.pattern_for(max(self.seq)).levels:
             if max(w, r) >= 2 * LONGEST:
                 raise ValueError(
                     f"a segment of {w} tokens, dilated {r} times, is longer than any sequence"
@@ -243,32 +243,29 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
     streamed = ours and not back and s.streams(seq)
     chunk = s.chunk_for(seq) if streamed else seq
 
+    passes = BACKWARD_FLOPS if back else 1
+
     def flops(tokens: int) -> float:
-        forward = s.batch * attention_flops(pattern, s.heads, s.head_dim, tokens, s.causal)
-        return BACKWARD_FLOPS * forward if back else forward
+        forward = attention_flops(pattern, s.heads, s.head_dim, tokens, s.causal)
+        return passes * s.batch * forward
 
-    def start() -> Callable[..., object]:
-        return _stream(s, pattern, chunk) if streamed else _attention(s, impl, pattern, seq, back)
-
+    start: Callable[[], Callable[..., object]]
+    start = partial(_attention, s, impl, pattern, seq, back)
+    if streamed:
+        start = partial(_stream, s, pattern, chunk)
     numbers = s.batch * s.heads * s.head_dim
     cache = 2 * numbers * dtype.itemsize * pattern.cache_rows if streamed else 0
     # q, k, v, out and their gradients, float32 copies of narrower ones, and what a pattern's largest kernel call copies
     wide = 0 if dtype == torch.float32 else 4
     size = 4 * dtype.itemsize + wide + back * (4 * dtype.itemsize + 3 * wide) + ours * 8
-    kernel: str = "sdpa" if impl == "dense" else impl
-    if ours:
-        kernel = select_kernel(s.device, dtype, s.head_dim).name
+    kernels = {"dense": "sdpa", "flex": "flex"}
     row = Measurement(
         impl=impl,
         direction=direction,
         seq=seq,
-        heads=s.heads,
-        head_dim=s.head_dim,
-        batch=s.batch,
-        causal=s.causal,
-        dtype=s.dtype,
+        **s.model_dump(include={"heads", "head_dim", "batch", "causal", "dtype"}),
         device=str(s.device),
-        kernel=kernel,
+        kernel=kernels.get(impl) or select_kernel(s.device, dtype, s.head_dim).name,
         pattern=None if impl == "dense" else format_levels(pattern),
         machine=device_name(s.device),
         date=_today(),
@@ -377,16 +374,15 @@ def bench(s: Settings, *, events: Events | None = None) -> Iterator[Measurement]
     """Measure every case of the settings, row by row.
 
     A streamed case has a row for each decade of its positions, then one for the whole. `events.progress` gets the
-    number of tokens of each chunk of a streamed run, and of each other run; `events.total` those of all cases that will
-    run, as far as it is known: before the first one, and again where one would take too long.
+    number of tokens of each chunk of a streamed run, and of each other run; `events.total` those of all cases, and
+    again where one is not run.
     """
     events = events or Events()
     cases = [
         case_of(s, impl, direction, seq)
         for seq, direction, impl in product(s.seq, s.direction, s.impl)
     ]
-    waiting = [case for case in cases if not _lacks_memory(case, s)]
-    total = sum(case.row.seq for case in waiting)
+    total = sum(case.row.seq for case in cases)
     events.total(total)
     # FLOP/s of each implementation and direction, the best so far: short runs are mostly overhead
     best = defaultdict[tuple[str, str], float](float)
@@ -410,43 +406,37 @@ def bench(s: Settings, *, events: Events | None = None) -> Iterator[Measurement]
         refusal = _refusal(case, s, deadline, best[kind])
         # a shorter run tells the rate; a stream needs none, as it ends in time
         if not (refusal or case.streamed or best[kind]) and row.seq > _PROBE_SEQ:
-            deque(run(case_of(s, row.impl, row.direction, _PROBE_SEQ), 1), maxlen=0)
+            for _ in run(case_of(s, row.impl, row.direction, _PROBE_SEQ), 1):
+                pass
             refusal = _refusal(case, s, deadline, best[kind])
-        if not refusal:
-            yield from run(case, s.repeats)
-            if not case.streamed:
-                events.progress(row.seq)
-            continue
-        if case in waiting:
+        if refusal:
             total -= row.seq
             events.total(total)
-        yield refusal
-
-
-def _lacks_memory(case: Case, s: Settings) -> str | None:
-    """Return how much memory a case lacks, in words. None: it fits, or nobody knows what is free."""
-    free = free_memory(s.device)
-    if free is None or case.memory_bytes <= max(1, free):
-        return None
-    return f"needs {format_bytes(case.memory_bytes)} of memory, {format_bytes(free)} are free"
+            yield refusal
+            continue
+        yield from run(case, s.repeats)
+        if not case.streamed:
+            events.progress(row.seq)
 
 
 def _refusal(case: Case, s: Settings, deadline: float, rate: float) -> Measurement | None:
     """Return the row that says why the case is not run, or None. At this `rate`, in FLOP/s, it would take too long."""
+    row = case.row
     left = deadline - time.perf_counter()
     if left <= 0:
-        return replace(case.row, reason="the time is over")
-    if reason := _lacks_memory(case, s):
-        return replace(case.row, status="skipped", reason=reason)
-    if not rate or case.streamed:
-        return None
-    ours = case.row.impl == "dilated"
+        return replace(row, status="stopped", reason="the time is over")
+    needed = case.memory_bytes
+    free = free_memory(s.device)
+    if free is not None and needed > free:
+        reason = f"needs {format_bytes(needed)} of memory, {format_bytes(free)} are free"
+        return replace(row, status="skipped", reason=reason)
+    ours = row.impl == "dilated"
     allowed = left if ours else min(left, s.max_dense_time)
-    seconds = case.flops(case.row.seq) / rate
-    if seconds <= allowed:
-        return None
-    reason = f"would take about {seconds:.3g} s, and {allowed:.3g} s are allowed"
-    return replace(case.row, status="stopped" if ours else "skipped", reason=reason)
+    seconds = case.flops(row.seq) / rate if rate and not case.streamed else 0.0
+    if seconds > allowed:
+        reason = f"would take about {seconds:.3g} s, and {allowed:.3g} s are allowed"
+        return replace(row, status="stopped" if ours else "skipped", reason=reason)
+    return None
 
 
 def measure(
@@ -488,7 +478,6 @@ def measure_stream(
     position = 0
     begin = 0
     decade = FIRST_DECADE
-    whole = _Clock(device)
 
     def ended(status: str, why: str | None) -> Measurement:
         reason = why and f"{why} after {position} tokens"
@@ -502,8 +491,7 @@ def measure_stream(
     try:
         case.start()(chunk)  # warm-up
         run = case.start()
-        whole = _Clock(device)
-        part = whole
+        part = whole = _Clock(device)
         while position < total and (not position or time.perf_counter() < deadline):
             # a decade cuts a chunk in two, so that later chunks end where they would have ended
             size = min(chunk - position % chunk, min(decade, total) - position)

@@ -186,7 +186,7 @@ def test_what_does_not_fit_the_time(fake_op, rate, seq, options, expected):
 
 
 def test_what_will_not_run_is_left_out_of_the_tokens_to_come(fake_op, monkeypatch):
-    """Before the first row, what does not fit in memory; then what would take too long. At the end, all has run."""
+    """What would take too long, then what does not fit in memory. At the end, all has run."""
     fake_op(100.0)
     monkeypatch.setattr(benchmark, "free_memory", lambda device: 500)
     make = benchmark.case_of
@@ -199,7 +199,7 @@ def test_what_will_not_run_is_left_out_of_the_tokens_to_come(fake_op, monkeypatc
     settings = Settings.of(seq=[10, 400, 1000], max_dense_time=5.0)
     rows = [*bench(settings, events=Events(progress=tokens.append, total=totals.append))]
     assert [row.status for row in rows] == ["ok", "ok", "ok", "skipped", "ok", "skipped"]
-    assert totals == [10 + 10 + 400 + 400 + 1000, 10 + 10 + 400 + 1000]
+    assert totals == [2 * (10 + 400 + 1000), 10 + 10 + 400 + 1000 + 1000, 10 + 10 + 400 + 1000]
     assert sum(tokens) == totals[-1]
 
 
