@@ -187,9 +187,8 @@ REFUSALS = r"""
 3 LINES => line 2, offset 1: the token id is null <= {"ids": [1]}\n{"ids": [2, null]}\n
 3 LINES => line 2, offset 2: token id -4 is negative <= {"ids": [1]}\n{"ids": [2, 3, -4]}\n
 3 LINES => line 2, offset 0: token id 257 does not fit <= {"ids": [1]}\n{"ids": [257]}\n
-3 LINES => no key text, input_ids, tokens, token_ids, ids; its keys are body, n: choose one (--column) <= {"body": "a", "n": 1}\n
+3 LINES => no text, token ids or chat under text, input_ids, tokens, token_ids, ids, messages; its keys are body, n: choose one (--column) <= {"body": "a", "n": 1}\n
 3 LINES => given.jsonl, line 1: not JSON Lines of documents: not JSON <= hello
-3 LINES => given.jsonl, line 1: not JSON Lines of documents: 'text' is null <= {"text": null}\n
 3 LINES => given.jsonl, line 1: 'text' is null <= {"text": null}\n{"text": "a"}\n
 3 score a.fa => a.fa: FASTA is not read: make JSON Lines of it <= >x\nACGT\n
 2 tokenize - --train-vocab 300 -o out => stdin

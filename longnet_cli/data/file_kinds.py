@@ -1,5 +1,6 @@
 """Kinds of files, by their first bytes and by the endings of their names."""
 
+import re
 from mimetypes import MimeTypes
 
 SHARD_SUFFIXES = (".parquet", ".pq", ".arrow", ".arrows", ".ipc", ".feather")
@@ -22,6 +23,14 @@ _MAGIC = {
 def sniff(head: bytes) -> str:
     """Return `file`, `stream` (Arrow IPC), `parquet`, `hdf5` or `text`, by at least the first 8 bytes."""
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "text")
+
+
+def begins_json_lines(head: bytes) -> bool:
+    """Return whether a text is JSON Lines by its first 8 bytes: a brace and a quotation mark, after blank lines.
+
+    Pretty-printed JSON, a template and a program have something else after their first brace.
+    """
+    return re.match(rb'(\xef\xbb\xbf)?[\r\n]*\{ *"', head) is not None
 
 
 def is_cut(head: bytes) -> bool:

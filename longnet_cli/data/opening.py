@@ -26,6 +26,7 @@ from .file_kinds import (
     JSON_SUFFIXES,
     SHARD_SUFFIXES,
     bare_name,
+    begins_json_lines,
     compression,
     is_cut,
     sniff,
@@ -162,9 +163,8 @@ def _open_text(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Tabl
         raise DataError(
             f"{input_file.where}: truncated: it has only the first {len(head)} bytes of a table"
         )
-    table = open_json_lines(input_file, pipe, wanted)
-    if table:
-        return table
+    if head and (name.endswith(JSON_SUFFIXES) or begins_json_lines(head)):
+        return open_json_lines(input_file, pipe, wanted)
     parts = _decoded(pipe, input_file.where)
     beginning = next(parts, None)
     if beginning is None:

@@ -73,7 +73,7 @@ def test_documents_of_a_folder_that_are_not_read_are_told(tmp_path):
     (tmp_path / "notes.jsonl").write_text('{"step": 1}\n')
     with (
         pytest.warns(InputWarning),
-        pytest.raises(DataError, match=r"notes.jsonl, line 1: .*no key text"),
+        pytest.raises(DataError, match=r"notes.jsonl, line 1: .*its keys are step"),
     ):
         names(tmp_path)
 
