@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,28 @@ from .pattern import Pattern
 from .segment_rows import SegmentRows
 from .spans import SINKS, FarSpan, Lanes, open_spans, segment_rows, sink_segments, whole_segment
 from .views import of_level
+
+
+class FarSource(Protocol):
+    """The maker of far keys that is told when attention reads them, and gets their gradients.
+
+    This is the whole contract between attention and those who bring keys from elsewhere. A call of `dilated_attention`
+    does this, in this order:
+
+        forward     near keys are attended to      `arrive`      far keys are attended to
+        backward    gradients of far keys          `take`        gradients of near keys
+
+    So a message between ranks may travel while near keys are attended to, and another one while they get their
+    gradients. Both methods are called for every one of the far keys, also if no query sees it: a rank that waits for a
+    message gets it. The order of the calls of `take` is that in which the far keys were given. If nothing needs a
+    gradient, there are none. If activations are computed again, there is one backward pass all the same.
+    """
+
+    def arrive(self) -> object:
+        """Wait until k and v of all far keys of this source hold their numbers. Later calls do nothing."""
+
+    def take(self, span: FarSpan, dk: Tensor, dv: Tensor) -> object:
+        """Take the gradients of k and v of the far keys of `span`, in fp32 or fp64. They flow into k and v as well."""
 
 
 @dataclass(eq=False)  # a frozen one takes longer to make, and every layer makes some per token
@@ -40,9 +62,7 @@ class FarKeys:
 
     `turned` caches the turned sinks of the last call. Give it only with far keys that hold all sinks and never change.
 
-    `ready` is called after the calls on near keys, before k and v are read. `back` is called in the backward pass with
-    the gradients of k and v, in fp32 or fp64, before the gradients of near keys are computed; gradients flow into k and
-    v as well. Both let a message travel while near keys are attended to.
+    `source` is who fills k and v later, or takes their gradients before autograd does; None if nobody is to be told.
     """
 
     level: int
@@ -50,8 +70,7 @@ class FarKeys:
     stop: int
     k: Tensor
     v: Tensor
-    ready: Callable[[], object] | None = None
-    back: Callable[[Tensor, Tensor], object] | None = None
+    source: FarSource | None = None
     turned: dict[tuple[int, ...], tuple[Tensor, ...]] | None = None
 
     @property
@@ -286,33 +305,13 @@ class KVCache:
     def restore(self, position: int, saved: Mapping[str, Tensor]) -> None:
         """Become, if new, the cache of `position` tokens whose `state` was saved.
 
-        Raises ValueError for tensors that are no state of so many: another name, shape or type, or a missing one.
+        Raises LookupError for a missing tensor, RuntimeError for one of another shape.
         """
-        self._check(position, saved)
         self.position = position
         for number, segment in enumerate(self._open()):
-            rows = saved[f"rows.{number}"].flatten(0, 1)
-            self._rows(segment).packed[:, : rows.shape[1]] = rows
+            self._rows(segment).of(segment.span).copy_(saved[f"rows.{number}"].flatten(0, 1))
         if self.past:
             self.past = PastRows(saved["past"])
-
-    def _check(self, position: int, saved: Mapping[str, Tensor]) -> None:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for number, span in enumerate(open_spans(self.pattern, position)):
-            counts = self.lanes.counts(span)
-            shapes[f"rows.{number}"] = (2, self.batch, max(counts), len(counts), self.head_dim)
-        if self.past:
-            shapes["past"] = (2, self.batch, position, self.lanes.kv_heads, self.head_dim)
-        if other := saved.keys() ^ shapes.keys():
-            raise ValueError(
-                f"{min(other)} is {'missing' if min(other) in shapes else 'not of it'}"
-            )
-        for name, shape in shapes.items():
-            if tuple(saved[name].shape) != shape or saved[name].dtype != self.dtype:
-                found = f"{tuple(saved[name].shape)} of {saved[name].dtype}"
-                raise ValueError(
-                    f"{name} is {found}, for {position} tokens and {shape} of {self.dtype}"
-                )
 
 
 class _OpenSegment(NamedTuple):

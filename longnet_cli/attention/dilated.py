@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import FarKeys, Outside
+from .cache import FarKeys, FarSource, Outside
 from .chosen import add_blocks
 from .kernels import select_kernel
 from .pattern import Padding, Pattern
@@ -38,7 +38,7 @@ from .planning import (
     refuse_capture,
 )
 from .sinks import SinkRows, Turn, sink_rows
-from .spans import SINKS
+from .spans import SINKS, FarSpan
 from .views import autocasts, unit_stride
 
 _sink_rows = lru_cache(maxsize=4)(sink_rows)  # all layers of a step ask for the same
@@ -133,7 +133,8 @@ def _attend(
     add = None
     if chosen and chosen.calls:
         add = partial(add_blocks, selected, scale, chosen, pattern.chosen_block, turn)
-    call = _ShardCall(plan, scale, far_keys, sinks, add)
+    sources = [(keys.span, keys.source) for keys in far_keys]
+    call = _ShardCall(plan, scale, sources, sinks, add)
     far_rows = [x for keys in far_keys for x in (keys.k, keys.v)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far_rows)):
         inputs = [unit_stride(x) for x in (q, k, v, *far_rows)]
@@ -199,11 +200,14 @@ def _sinks(
 
 
 class _ShardCall(NamedTuple):
-    """All that a call of a shard has besides its tensors. `add` merges chosen blocks."""
+    """All that a call of a shard has besides its tensors. `add` merges chosen blocks.
+
+    `sources` are those of the far keys, with their spans. It holds no far keys: autograd saves their tensors.
+    """
 
     plan: AttentionPlan
     scale: float
-    far_keys: Sequence[FarKeys]
+    sources: Sequence[tuple[FarSpan, FarSource | None]]
     sinks: _Sinks | None
     add: Callable[..., None] | None
 
@@ -211,33 +215,29 @@ class _ShardCall(NamedTuple):
         self, q: Tensor, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return out and LSE of all branches, as `merged_forward` does."""
-        waiting = [keys.ready for keys in self.far_keys if keys.ready]
+        waiting = [source for _, source in self.sources if source]
         rows = [unit_stride(x) for x in far_rows]
 
-        def arrived(index: int) -> list[Tensor]:
+        def wait() -> None:
             while waiting:
-                waiting.pop()()
+                waiting.pop().arrive()
+
+        def arrived(index: int) -> list[Tensor]:
+            wait()
             if self.sinks and 2 * index == len(rows):
                 rows.extend(self.sinks.turned(k, v, far_rows))
             return rows[2 * index : 2 * index + 2]
 
         out, lse = merged_forward(self.plan, self.scale, q, k, v, arrived)
-        # Buffers must not be freed in flight, also those of keys that no query needed.
-        while waiting:
-            waiting.pop()()
+        wait()  # buffers must not be freed in flight, also those of keys that no query needed
         if self.add:
             self.add(q, k, v, out, lse)
         return out, lse
 
-    def gradients(
-        self,
-        tensors: Sequence[Tensor],
-        far_rows: Sequence[Tensor],
-        back: Sequence[Callable[[Tensor, Tensor], object] | None],
-    ) -> list[Tensor]:
+    def gradients(self, tensors: Sequence[Tensor], far_rows: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of q, k, v and of the far rows, as `merged_backward` does, from its `tensors`.
 
-        `back` are the functions that take the gradients of far keys, as soon as they are there.
+        The sources of far keys get theirs as soon as they are there.
         """
         _, _, k, v, _, _ = tensors
 
@@ -245,9 +245,9 @@ class _ShardCall(NamedTuple):
             if self.sinks:
                 self.sinks.add_gradients(k, v, far_rows, sums)
             of_far = sums[3:]
-            for index, give_back in enumerate(back):
-                if give_back:
-                    give_back(of_far[2 * index], of_far[2 * index + 1])
+            for index, (span, source) in enumerate(self.sources):
+                if source:
+                    source.take(span, of_far[2 * index], of_far[2 * index + 1])
 
         there = [*far_rows]
         if self.sinks:
@@ -267,9 +267,7 @@ class _MergedBranches(torch.autograd.Function):
     ) -> Tensor:
         out, lse = call.forward(q, k, v, far_rows)
         ctx.save_for_backward(q, k, v, out, lse, *far_rows)
-        ctx.back = [keys.back for keys in call.far_keys]
-        # The far keys themselves would keep tensors that autograd has saved already.
-        ctx.call = call._replace(far_keys=())
+        ctx.call = call
         return out
 
     @staticmethod
@@ -282,7 +280,7 @@ class _MergedBranches(torch.autograd.Function):
             )
         inputs = (q, k, v, *far_rows)
         with torch.no_grad():
-            sums = ctx.call.gradients((dout, q, k, v, out, lse), far_rows, ctx.back)
+            sums = ctx.call.gradients((dout, q, k, v, out, lse), far_rows)
             # The gradients of turned sinks, which come last, are a part of the others by now.
             grads = [d.to(x.dtype) for d, x in zip(sums, inputs, strict=False)]
         if torch.is_grad_enabled():  # the caller asks for a graph of the gradients

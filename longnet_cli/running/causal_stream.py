@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, KVCache, Outside, Pattern
 from longnet_cli.attention.chosen import ChosenCall
-from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.errors import ConfigError, DataError, one_line
 from longnet_cli.nets.named_blocks import ReadText, named_calls
 from longnet_cli.nets.net import FarProvider, Net
 from longnet_cli.running.ranks.exchange import Exchange
@@ -226,10 +226,10 @@ class CausalStream(LayerCaches):
         facts, saved = read_state(place, reader)
         stream = cls(model, **options)
         try:
-            stream._restore_last(facts, saved)
-            stream._restore_caches(facts, saved)
-        except ValueError as error:
-            raise DataError(f"{place}: a damaged state: {error}") from None
+            stream._restore(facts, saved)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # its digests are right, so somebody made it by other means
+            raise DataError(f"{place}: no state of this model: {one_line(error)}") from None
         return stream
 
     @property
@@ -237,35 +237,14 @@ class CausalStream(LayerCaches):
         """The number of sequences that it reads at once; 0 before the first token."""
         return 0 if self.last_hidden is None else len(self.last_hidden)
 
-    def _restore_last(self, facts: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
-        """Take the last token and its hidden state. Raises ValueError for what no stream has saved."""
-        config = self.model.config
-        weight = next(self.model.parameters())
-        hidden = saved.get("last_hidden")
-        types = weight.dtype, getattr(torch, facts["dtype"])
-        if hidden is None or hidden.shape[1:] != (config.dim,) or hidden.dtype not in types:
-            raise ValueError("it has no last hidden state of this model")
-        self.last_hidden = hidden.to(weight.device, copy=True)
-        last = facts.get("last_tokens")
-        if last is not None:
-            are_ids = isinstance(last, list) and all(type(token) is int for token in last)
-            if not are_ids or len(last) != len(hidden):
-                raise ValueError(f"{last!r:.40} are not its last tokens")
-            self.last_tokens = torch.tensor(last, device=weight.device)
-        for ids in (self.last_tokens, saved.get("ids")):
-            if ids is not None and not ((ids >= 0) & (ids < config.vocab_size)).all():
-                raise ValueError("it has ids that the model does not know")
-
-    def _restore_caches(self, facts: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
-        """Take the caches and the ids. Raises ValueError for what is no state of this model."""
+    def _restore(self, facts: Mapping[str, Any], saved: Mapping[str, Tensor]) -> None:
+        """Take what `_state` has yielded."""
         config = self.model.config
         device = next(self.model.parameters()).device
-        tokens = facts["tokens"]
-        ids = saved.get("ids", torch.empty(0, dtype=torch.int32))  # none without chosen blocks
-        expected = (self.batch, tokens) if self.pattern.chosen else (0,)
-        if ids.dtype != torch.int32 or ids.shape != expected:
-            raise ValueError(f"ids are not those of {self.batch} x {tokens} tokens")
-        for row in ids:
+        self.last_hidden = saved["last_hidden"].to(device, copy=True)
+        if facts["last_tokens"] is not None:
+            self.last_tokens = torch.tensor(facts["last_tokens"], device=device)
+        for row in saved.get("ids", ()):  # with chosen blocks
             text = ReadText()
             text.put(0, row)
             self.texts.append(text)
@@ -273,13 +252,12 @@ class CausalStream(LayerCaches):
         q = torch.empty(self.batch, 0, config.num_heads, config.head_dim, **like)
         k = torch.empty(self.batch, 0, config.kv_heads, config.head_dim, **like)
         for layer in range(config.num_layers):
-            cache = self.of_layer(layer, q, k)
             prefix = f"{layer}."
             of_layer = {}
             for name, tensor in saved.items():
                 if name.startswith(prefix):
                     of_layer[name.removeprefix(prefix)] = tensor.to(device)
-            cache.restore(tokens, of_layer)
+            self.of_layer(layer, q, k).restore(facts["tokens"], of_layer)
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all that `load` needs beside the facts, by name: tensors that are valid until more is read."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -81,7 +80,9 @@ def backward_in_chunks(
             on_chunk()
     del stream
     total = torch.zeros((), dtype=torch.float64, device=device)
-    gradients = FarGradients(model.config, tokens.shape[1], ranks, allocate)
+    gradients = []
+    for _ in range(model.config.num_layers):
+        gradients.append(FarGradients(model.config, tokens.shape[1], ranks, allocate))
     after: list[Tensor] = []
     while chunks:
         part = chunks.pop()
@@ -117,7 +118,7 @@ class _Chunk:
         tokens: Tensor,
         targets: Tensor,
         far: Sequence[Sequence[FarKeys]],
-        gradients: FarGradients,
+        gradients: Sequence[FarGradients],
         scale: float,
         dtype: str,
     ) -> Tensor:
@@ -127,7 +128,7 @@ class _Chunk:
         def provide(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
             if layer == len(keys_of_layers):  # otherwise activation checkpointing computes it again
                 keys_of_layers.append((k, v))
-            keys = [gradients.collecting(layer, x, k.device) for x in far[layer]]
+            keys = [gradients[layer].collecting(x, k.device) for x in far[layer]]
             near = self.exchange.send(k, v) if self.exchange else []
             return Outside([*keys, *near])
 
@@ -137,11 +138,11 @@ class _Chunk:
         roots = [total]
         root_gradients = [torch.full_like(total, scale)]
         begin = self.mine.start
-        for layer, of_layer in enumerate(keys_of_layers):
-            k, _ = of_layer
-            from_later_chunks = gradients.hand_over(layer, self.start, self.stop, begin, k)
+        for keys_of_layer, of_layer in zip(keys_of_layers, gradients, strict=True):
+            k, _ = keys_of_layer
+            from_later_chunks = of_layer.hand_over(self.start, self.stop, begin, k)
             if from_later_chunks is not None:
-                for rows, gradient in zip(of_layer, from_later_chunks, strict=True):
+                for rows, gradient in zip(keys_of_layer, from_later_chunks, strict=True):
                     if rows.requires_grad:  # otherwise no trained weight made them
                         roots.append(rows)
                         root_gradients.append(gradient.to(rows.dtype))
@@ -150,12 +151,12 @@ class _Chunk:
 
 
 class FarGradients:
-    """The gradients of far rows in one sequence, whose chunks come from last to first.
+    """The gradients of a layer's far rows in one sequence, whose chunks come from last to first.
 
-    There is one sum per layer and segment, of keys and values, packed as in KVCache, in fp32 (fp64 for fp64). Those of
-    a level have one size, that of the longest segment among `tokens`; `allocate` makes them, as torch.empty does. In a
-    group, each rank sums the gradients of its own shards. These sums are added up over the ranks when the chunk that
-    made the rows asks for them.
+    There is one sum per segment, of keys and values, packed as in KVCache, in fp32 (fp64 for fp64). Those of a level
+    have one size, that of the longest segment among `tokens`; `allocate` makes them, as torch.empty does. In a group,
+    each rank sums the gradients of its own shards. These sums are added up over the ranks when the chunk that made the
+    rows asks for them. It is a `FarSource` of rows that are there already.
     """
 
     def __init__(
@@ -165,29 +166,31 @@ class FarGradients:
         self.lanes = Lanes(config.pattern, config.num_heads, config.kv_heads)
         self.ranks = ranks
         self.allocate = allocate
-        self.sums: dict[tuple[int, FarSpan], SegmentRows] = {}  # by layer and whole segment
+        self.sums: dict[FarSpan, SegmentRows] = {}  # by whole segment
 
-    def collecting(self, layer: int, keys: FarKeys, device: torch.device) -> FarKeys:
+    def collecting(self, keys: FarKeys, device: torch.device) -> FarKeys:
         """Return far keys of a chunk on `device`, whose gradients are added to their sums as soon as they are known."""
-        add = partial(self._add, layer, keys.span)
-        return replace(keys, k=keys.k.to(device), v=keys.v.to(device), back=add)
+        return replace(keys, k=keys.k.to(device), v=keys.v.to(device), source=self)
 
-    def _add(self, layer: int, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
+    def arrive(self) -> None:
+        """Do nothing: the rows are there."""
+
+    def take(self, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
         """Add gradients (B, rows, lanes, D) of the packed rows of a span to their sum."""
         batch, rows, lanes, head_dim = dk.shape
         whole = whole_segment(self.lanes.pattern, span)
-        if (layer, whole) not in self.sums:
+        if whole not in self.sums:
             most = segment_rows(self.lanes.pattern, span.level, self.tokens)
             shape = (2 * batch, most, lanes, head_dim)
             packed = self.allocate(shape, dtype=dk.dtype, device=dk.device)
             packed.zero_()
-            self.sums[layer, whole] = SegmentRows(self.lanes, whole, packed)
-        sums = self.sums[layer, whole].packed
+            self.sums[whole] = SegmentRows(self.lanes, whole, packed)
+        sums = self.sums[whole].packed
         of_keys, of_values = sums[:, :rows].chunk(2)
         of_keys += dk.to(sums.device)
         of_values += dv.to(sums.device)
 
-    def hand_over(self, layer: int, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
+    def hand_over(self, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
         """Return what later chunks have added to the gradients of a shard: (k and v, B, n, K, D), or None for nothing.
 
         The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D),
@@ -196,16 +199,16 @@ class FarGradients:
         """
         gradients = None
         for span in open_spans(self.lanes.pattern, stop):
-            key = layer, whole_segment(self.lanes.pattern, span)
+            whole = whole_segment(self.lanes.pattern, span)
             of_chunk = span.part(start, stop)
-            if key not in self.sums or of_chunk.start == of_chunk.stop:
+            if whole not in self.sums or of_chunk.start == of_chunk.stop:
                 continue
-            rows = self._over_ranks(self.sums[key], of_chunk, k.device)
+            rows = self._over_ranks(self.sums[whole], of_chunk, k.device)
             if gradients is None:
                 gradients = torch.zeros(2, *k.shape, dtype=rows.packed.dtype, device=k.device)
             rows.add_to(gradients.unbind(), begin)
             if span.start >= start:
-                del self.sums[key]  # no earlier chunk has rows of it
+                del self.sums[whole]  # no earlier chunk has rows of it
         return gradients
 
     def _over_ranks(self, segment: SegmentRows, span: FarSpan, device: torch.device) -> SegmentRows:

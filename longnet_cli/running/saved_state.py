@@ -23,7 +23,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.atomic import (
     is_temporary,
     locked_folder,
@@ -34,14 +33,13 @@ from longnet_cli.basics.atomic import (
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError, one_line
 from longnet_cli.basics.sealed_manifests import find_mismatch, read_sealed, write_sealed
 from longnet_cli.nets.net import Net
-from longnet_cli.nets.weights import TYPE_NAMES, model_digest, model_origin, write_tensors
+from longnet_cli.nets.weights import model_digest, model_origin, write_tensors
 
 MANIFEST = "manifest.json"
 PIECE = re.compile(r"piece-[0-9a-f]{8}-\d{5,}\.safetensors")
 STATE_VERSION = 4
 KIND = "longnet state"
 READER = "reader_sha256"
-MOST_TOKENS = 1 << 53
 FILE_BYTES = 1 << 26  # a file is full when it has as many
 
 # What must be as it was when the state was saved: the key in the manifest, and how to say that it is not
@@ -126,7 +124,6 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
         saved = read_sealed(path, STATE_VERSION)
         if saved.get("kind") != KIND:
             raise ConfigError(f"{folder}: no state, {MANIFEST} is of another kind")
-        _check_facts(saved)
         for key, why in _SAME.items():
             at_saving = saved.get(key)
             now = facts.get(key)
@@ -146,22 +143,6 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
     except (CheckpointError, OSError, SafetensorError) as error:
         raise DataError(f"{folder}: a damaged state: {one_line(error)}") from None
     return saved, tensors
-
-
-def _check_facts(saved: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for facts that no state has."""
-    tokens = saved.get("tokens")
-    if type(tokens) is not int or not 0 < tokens <= MOST_TOKENS:
-        raise CheckpointError(f"{tokens!r:.40} is not a number of tokens")
-    texts = [saved.get(READER), saved.get("longnet.pattern")]
-    texts += [saved.get("longnet.model", ""), saved.get("longnet.tokenizer_sha256", "")]
-    known_dtype = saved.get("dtype") in [dtype_name(dtype) for dtype in TYPE_NAMES]
-    if not known_dtype or not all(isinstance(text, str) for text in texts):
-        raise CheckpointError(f"{MANIFEST} does not say what has read the tokens")
-    try:
-        parse_pattern(saved["longnet.pattern"])
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -89,7 +89,7 @@ def test_shards_with_their_far_keys_equal_the_whole(choice, sizes, called, zero_
     edges = [start]
     for size in split(choice.tokens, [max(size, choice.tokens // 6) for size in sizes]):
         edges.append(edges[-1] + size)
-    told: list[dict[str, Tensor]] = []
+    told: list[Watcher] = []
 
     def in_shards(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **options) -> Tensor:
         outs = []
@@ -103,7 +103,11 @@ def test_shards_with_their_far_keys_equal_the_whole(choice, sizes, called, zero_
                         keys = far_keys(
                             k[:, rows], v[:, rows], pattern, part, start=c, num_heads=choice.heads
                         )
-                        far.append(watched(keys, told) if called else keys)
+                        if called:
+                            keys = replace(keys, k=keys.k.clone(), v=keys.v.clone())
+                            told.append(Watcher(keys))
+                            keys = replace(keys, source=told[-1])
+                        far.append(keys)
             q_, k_, v_ = (x[:, a - start : b - start] for x in (q, k, v))
             outs.append(
                 dilated_attention(q_, k_, v_, pattern, start=a, far=far, total=total, **options)
@@ -114,23 +118,36 @@ def test_shards_with_their_far_keys_equal_the_whole(choice, sizes, called, zero_
     found = run(in_shards, inputs, pattern, **options)
     whole = run(dilated_attention, inputs, pattern, start=start, **options)
     assert_close(found, whole, 1e-12)
-    for found in told:
-        assert torch.equal(found["back k"], found["k"])
-        assert torch.equal(found["back v"], found["v"])
+    for source in told:
+        assert source.taken.keys() == source.flowed.keys() == {"k", "v"}
+        assert all(torch.equal(source.taken[name], source.flowed[name]) for name in "kv")
 
 
-def watched(keys: FarKeys, told: list[dict[str, Tensor]]) -> FarKeys:
-    """Notes that what `back` is told is what flows into k and v."""
-    notes: dict[str, Tensor] = {}
-    told.append(notes)
-    for name, x in (("k", keys.k), ("v", keys.v)):
-        x.register_hook(lambda d, name=name: notes.__setitem__(name, d.clone()))
+class Watcher:
+    """A source of far keys that keeps to its contract, and notes the gradients that it is told and that flow.
 
-    def back(dk: Tensor, dv: Tensor) -> None:
-        assert not notes
-        notes.update({"back k": dk.clone(), "back v": dv.clone()})
+    The numbers come when they are waited for: before, they are NaN.
+    """
 
-    return replace(keys, back=back)
+    def __init__(self, keys: FarKeys) -> None:
+        self.span = keys.span
+        self.rows = keys.k.data, keys.v.data
+        self.late = [rows.clone() for rows in self.rows]
+        self.taken: dict[str, Tensor] = {}
+        self.flowed: dict[str, Tensor] = {}
+        for name, x in (("k", keys.k), ("v", keys.v)):
+            x.data.fill_(torch.nan)
+            x.register_hook(lambda d, name=name: self.flowed.__setitem__(name, d.clone()))
+
+    def arrive(self) -> None:
+        for rows, late in zip(self.rows, self.late, strict=True):
+            rows.copy_(late)
+
+    def take(self, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
+        assert span == self.span
+        assert not self.taken
+        assert not self.flowed
+        self.taken = {"k": dk.clone(), "v": dv.clone()}
 
 
 LONG = Choice(Pattern.dense(), 1, 300, 4, 8, 0, True, None, seed=0)

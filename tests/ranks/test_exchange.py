@@ -224,7 +224,7 @@ def counted_copies() -> None:
     exchange._agree(k.shape)  # once in a job
     with Copies() as copies:
         attended = exchange.send(k, v)
-        attended[0].ready()
+        attended[0].source.arrive()
     attended = [keys for keys in attended if keys.start < keys.stop]
     assert len(copies.found) <= 4, copies.found
     assert (

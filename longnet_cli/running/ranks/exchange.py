@@ -144,8 +144,7 @@ class Exchange:
         received = []
         for index, parcel in enumerate(self.joined):
             of_k, of_v = rows[2 * index : 2 * index + 2]
-            back = partial(trip.take, index)
-            received.append(FarKeys(*parcel.span, of_k, of_v, ready=trip.arrive, back=back))
+            received.append(FarKeys(*parcel.span, of_k, of_v, source=trip))
         trip.on_arrival = partial(on_arrival, received)
         of_parcels = zip(received, self.joined, strict=True)
         return [keys for keys, parcel in of_parcels if parcel.attended]
@@ -320,14 +319,15 @@ class _RoundTrip:
         backward    gradients of far keys: take, take, .. ---> gradients of near keys ---> come_back
 
     A message travels while near keys are attended to, or get their gradients. It leaves with `leave`, and on the way
-    back with the last `take`. Autograd calls `leave` and `come_back` (`_AllToAll`); attention calls `arrive` and
-    `take`, which it knows as `ready` and `back` of the far keys.
+    back with the last `take`. Autograd calls `leave` and `come_back` (`_AllToAll`). Attention calls `arrive` and
+    `take`: the trip is the `FarSource` of its far keys.
     """
 
     def __init__(self, exchange: Exchange, k: Tensor) -> None:
         """Make room for the far keys. `k` has the shape of keys, (B, n, H, D)."""
         self.maps = exchange.maps(k)
         self.shape = k.shape
+        self.spans = [parcel.span for parcel in exchange.joined]
         self.shapes = [exchange.shape(parcel, k.shape) for parcel in exchange.joined]
         self.attended = sum(parcel.attended for parcel in exchange.joined)
         self.to_others = exchange.sizes(exchange.sent, k.shape)
@@ -338,9 +338,7 @@ class _RoundTrip:
         )  # k and v of all joined parcels
         self.on_arrival: Callable[[], None] = lambda: None
         self.message: _Message | None = None  # under way
-        self.gradients: list[
-            tuple[int, Tensor, Tensor]
-        ] = []  # of attended parcels, with their index
+        self.gradients: list[tuple[FarSpan, Tensor, Tensor]] = []  # of attended parcels
 
     def leave(self, k: Tensor, v: Tensor) -> list[Tensor]:
         """Send rows of k and v; return k and v of every joined parcel, whose numbers come when they `arrive`."""
@@ -369,16 +367,17 @@ class _RoundTrip:
             self.on_arrival = lambda: None
             on_arrival()
 
-    def take(self, index: int, dk: Tensor, dv: Tensor) -> None:
+    def take(self, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
         """Take the gradients of a joined parcel. All of them leave with those of the last attended one."""
-        self.gradients.append((index, dk, dv))
+        self.gradients.append((span, dk, dv))
         if len(self.gradients) < self.attended:
             return
         width = self.shape[-1]
         gradients = self.far.new_zeros(len(self.maps.joined), 2, width)
         parcels = self._parcels(gradients.transpose(0, 1))
-        for index_of_parcel, *of_parcel in self.gradients:
-            for place, gradient in zip(parcels[index_of_parcel], of_parcel, strict=True):
+        for span_of_parcel, *of_parcel in self.gradients:
+            places = parcels[self.spans.index(span_of_parcel)]
+            for place, gradient in zip(places, of_parcel, strict=True):
                 place.copy_(gradient)
         self.gradients = []
         rows = self.far.new_zeros(self.maps.arriving, 2, width)
@@ -406,7 +405,7 @@ class _RoundTrip:
 class _AllToAll(torch.autograd.Function):
     """The map (k, v) -> k and v of every joined parcel, (B, rows, lanes, D) each.
 
-    Their gradients come to the trip, through `FarKeys.back`, before autograd asks for those of k and v.
+    Attention gives their gradients to the trip before autograd asks for those of k and v.
     """
 
     @staticmethod
