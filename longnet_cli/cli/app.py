@@ -164,7 +164,7 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # the reader, say `head`, has read enough
         return 141
     if _is_lost_rank(error) and LAUNCHED in os.environ:
-        # of torchrun, which ends the others: nothing may come in between
+        # torchrun now ends the other ranks by SIGTERM, and this one must end with LOST
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return LOST
     _let_the_first_speak(error)

@@ -128,10 +128,10 @@ def group_rows(
     """Group the rows of a table by document.
 
     `values_of` returns a value for each row of a batch, from the number of its first row and its columns. Neighbours
-    that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ... A row that cannot be read, not
-    even its name, belongs to the document that stands on both sides of it. With `whole`, all rows are one document of
-    this name. With `apart`, which names them, and in a table of `rows_alone`, every row is a document. For these, and
-    for rows of stdin without names, no other row is waited.
+    that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ... A row whose name cannot be read
+    belongs to a document that has rows both before and after it. With `whole`, all rows are one document of this name.
+    With `apart`, which names them, and in a table of `rows_alone`, every row is a document. Such a row, and a row of
+    stdin without a name, does not wait for the next one.
     """
     rows = _read_rows(table, columns, values_of, whole)
     unnamed = not (columns.doc_id or whole)

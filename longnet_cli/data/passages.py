@@ -38,7 +38,10 @@ PAIRS = "\u3040"  # from here on, two neighbouring signs are taken for a word; b
 
 
 class Passage(NamedTuple):
-    """The characters [char_start, char_end) of a document, `text`. `score` is BM25's: higher is better."""
+    """The characters [char_start, char_end) of a document, `text`. A higher `score` is better.
+
+    It is BM25's or, for passages that were also found by vectors, a sum of reciprocal places.
+    """
 
     doc_id: str
     char_start: int

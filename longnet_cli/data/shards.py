@@ -80,8 +80,8 @@ class ShardFolder:
     that is finished already gives its own counts to `left_out`. It also gets the digests in `opened` (see `Documents`).
 
     Raises ConfigError for a folder in use, other settings or a folder that cannot be written, DataError for a damaged
-    shard of the earlier run, LongNetError when a write fails. After an error the finished shards stay; without any, a
-    LongNetError leaves no folder.
+    shard of the earlier run, LongNetError when a write fails. After an error the finished shards stay. If no shard is
+    finished, a LongNetError removes the folder.
     """
 
     def __init__(

@@ -248,7 +248,7 @@ class Sampler:
         """Return an id and its log-probability. Raises NotFiniteError if a logit is NaN, or if all are infinite."""
         logits = logits.float()
         logprobs = logits.log_softmax(-1)
-        # The inverse of a smaller temperature is infinite in float32: 0 / 0 would be drawn from.
+        # Below this, 1 / temperature is infinite in float32, and probabilities would be 0 / 0.
         draws = self.temperature >= torch.finfo(torch.float32).tiny
         drawn = self._draw(logits) if draws else int(logits.argmax(-1))
         logprob = float(logprobs[drawn])

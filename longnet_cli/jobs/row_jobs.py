@@ -306,7 +306,7 @@ def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | No
     if job.reader.model.config.max_tokens is not None and not events.left_out.skip:
         for document in inputs.stored():  # whose lengths are known at once
             job.take(document, None)
-    # also neighbours on both sides of a document that has no row
+    # documents of one name get two, also if a document without a row stands between them
     apart = Apart() if names_apart else None
     sequences = partial(job.sequences, documents, apart, lambda: reading.fraction)
     if not in_folder:
@@ -368,9 +368,9 @@ def _write_stream(
 
 
 def _text_of_earlier_run(folder: str | Path, pattern: str | None) -> str | None:
-    """Return the text by which the earlier run in a folder names the same pattern, otherwise `pattern` as it is.
+    """Return the text of the pattern in the earlier run of a folder if it is the same pattern, otherwise `pattern`.
 
-    Another version may write another text of it, and all that a folder holds says the same.
+    Another version may write another text of it, and all files of a folder must hold one text.
     """
     earlier = read_manifest(folder)
     text = earlier.settings.get("pattern") if earlier else None

@@ -84,8 +84,8 @@ class ModelFolder:
 
     A LongNet is not a Hugging Face model, though transformers can open it. A GGUF file is one, since it is converted.
     `name` is what the user calls it, for messages. `origin` names it in outputs: with the commit, if it is on a hub.
-    A model that `embeds` is to make vectors. Its Transformer may be in a subfolder, which `modules` (the path of
-    modules.json) names; then that is the path.
+    A model that `embeds` is to make vectors. If its modules.json (`modules`) names a subfolder for the Transformer,
+    `path` is that subfolder.
     """
 
     def __init__(

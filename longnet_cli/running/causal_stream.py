@@ -193,7 +193,7 @@ class CausalStream(LayerCaches):
         """Save what was read in a folder, for `load`, in place of the state that it holds; return the bytes.
 
         `name` is the model's, for messages. All ranks of a group call this; the first one writes, and returns the
-        bytes. Raises ConfigError if there is nothing to save, and as `write_state` does, as it raises LongNetError.
+        bytes. Raises ConfigError if there is nothing to save, and what `write_state` raises.
         """
         if self.last_hidden is None:
             raise ConfigError(f"{folder}: a stream is saved after it has read something")

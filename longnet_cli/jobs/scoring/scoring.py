@@ -87,7 +87,7 @@ class Cut:
 
     @property
     def least(self) -> int:
-        """The fewest tokens of a document whose `last` tokens all get windows as long as every context."""
+        """The fewest tokens of a document in which each of the `last` tokens has a full window at every context."""
         last = self.options.last or 0
         needed = [last]
         for size in self.options.context or ():
@@ -183,7 +183,7 @@ class _ScoredWindow(Window):
     tally: _Tally
 
 
-# Pieces of windows, and functions for what is measured of their targets, which wait for it
+# Pieces of windows, and a function for each thing that is measured of their targets: it waits for the device
 _Measured = tuple[Sequence[Piece[_ScoredWindow]], Sequence[Callable[[], Tensor]]]
 
 
@@ -335,7 +335,7 @@ class Scorer(RowJob):
 
     @torch.inference_mode()
     def _measure(self, pieces: Sequence[Piece[_ScoredWindow]]) -> Sequence[Callable[[], Tensor]]:
-        """Return a function for the nats (tokens,) of the pieces' targets, which it waits for and returns on the host.
+        """Start to compute the nats (tokens,) of the pieces' targets; return a function that waits for them.
 
         With `top`, two more are for the most likely ids and their log-probabilities.
         """

@@ -62,7 +62,8 @@ class Checkpoints:
 
     def _write(self, final: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         if self.ranks.writes:
-            # where it exists, it is damaged, also its list of files: no step is written twice otherwise
+            # If the folder exists, its checkpoint is damaged, perhaps its list of files, too: a whole one is never
+            # written again.
             _remove(final, [STATE, *_shards_in(final)])
             final.mkdir(parents=True, exist_ok=True)
         self.ranks.barrier()

@@ -108,8 +108,9 @@ def train(
 ) -> TrainResult:
     """Train a model by a recipe and write it to the directory `output`; continue an earlier run where it ended.
 
-    `output` gets metrics.jsonl, recipe.json, checkpoints/ (every `save_every` steps, and when the run is stopped),
-    best/ (the model with the lowest held-out loss) and at the end, or when stopped, the model. SIGINT, SIGTERM and
+    `output` gets metrics.jsonl, recipe.json, checkpoints/ (every `save_every` steps or `save_minutes`, and when the run
+    is stopped; the newest `keep` stay), best/ (the model with the lowest held-out loss) and at the end, or when
+    stopped, the model. SIGINT, SIGTERM and
     SIGHUP stop the run (raising KeyboardInterrupt or SystemExit). A signal acts between two chunks, and the state of
     the last whole step is saved; with sharded weights or several groups of ranks, between two steps.
 
@@ -238,7 +239,7 @@ class _TrainingRun:
         try:
             if self.progress.step:  # the run may have stopped before this step's report
                 line = self._report()
-            # with several ranks, a sequence's first chunk is that of one of them
+            # with --sp, a sequence's first chunk is shared: nothing is read ahead
             batches = _Ahead(
                 self._batches(), self.recipe.train.chunk + 1 if self.ranks.sp == 1 else 0
             )
@@ -284,8 +285,8 @@ class _TrainingRun:
         train = self.recipe.train
         ranks = self.ranks
         eos_id = self.data.eos_id
-        # what is predicted from what, and where documents start in it
-        ids, targets, count = inputs_and_targets(
+        # the ids, what each of them predicts, how many targets all ranks have; then where documents start
+        ids, targets, targets_of_all_ranks = inputs_and_targets(
             batch, recipe, self.device, ranks, eos_id=eos_id, seed=position["seed"]
         )
         rows, length = ids.shape
@@ -299,7 +300,7 @@ class _TrainingRun:
             ids,
             targets,
             chunk=train.chunk,
-            scale=1 / count,
+            scale=1 / targets_of_all_ranks,
             dtype=train.dtype,
             starts=starts,
             ranks=ranks,
@@ -313,7 +314,7 @@ class _TrainingRun:
         total_norm = fsdp.clip_gradients(self.model, recipe.optimizer.clip)
         fetch_next()  # while the device computes
         loss, grad_norm = torch.stack(
-            (nll / count, total_norm.double())
+            (nll / targets_of_all_ranks, total_norm.double())
         ).tolist()  # the only wait for the device
         self._refuse_divergence(loss, grad_norm, position)
         # the new weights

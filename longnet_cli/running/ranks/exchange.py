@@ -95,8 +95,8 @@ class Exchange:
         self.joined = []  # what is received, the rows of all makers in one parcel
         for span, attended in self._wanted[self.rank]:
             self.joined.append(Parcel(span, 0, self._rows(span), attended))
-        # No row, but far keys even of a rank that attends to none. The others wait for it in the backward, so it must
-        # stay in the graph.
+        # An empty parcel: so a rank that attends to no far key has far keys, too, and its backward pass sends what the
+        # others wait for.
         self.joined.append(Parcel(FarSpan(0, self.start, self.start), 0, 0, attended=True))
         self._maps: dict[tuple[torch.Size, torch.device], _Maps] = {}
 
@@ -351,7 +351,7 @@ class _RoundTrip:
             torch.index_select(rows_of_x, 0, sent, out=rows[:, place])
         sizes = self.from_others, self.to_others
         self.message = _Message(rows, self.maps.arriving, sizes, self.group)
-        # by `data`, memory that is filled later is no change of a tensor that autograd has already
+        # through `data`, so that autograd does not notice that the memory is filled later
         parcels = self._parcels(self.far.data)
         return [*chain(*parcels)]
 

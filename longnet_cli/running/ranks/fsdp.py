@@ -88,7 +88,8 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Hold all weights on every rank within the context. Each rank may then run the net without gradients, or not.
+    """Hold all weights on every rank within the context. Then one rank may run the net, without gradients, while
+    another does not.
 
     Outside the context, the first forward pass gathers the weights: ranks that run the net would wait for the others.
     """

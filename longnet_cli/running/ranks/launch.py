@@ -1,7 +1,7 @@
 """`--nproc`: this command again, as several processes under torchrun; and the signals that stop them.
 
 Signals unwind a command. A run notes them, and acts on them only where its state is consistent. torchrun passes them on
-to its ranks. How ranks end with each other is left to torchrun, too; how one ends whose parent has ended is here:
+to its ranks. If a rank fails, torchrun ends the others. If torchrun itself ends, `end_with_parent` ends its ranks:
 
     before the ranks have met   there is nothing to lose: SIGINT and SIGTERM kill, and so does the end of the parent
     from then on                they unwind, and `train` saves
@@ -166,7 +166,9 @@ def continue_children_at_the_end() -> None:
 # the id of the `--nproc` process, which reports what happens to its ranks
 LAUNCHED = "LONGNET_LAUNCHED"
 MOST_PER_CORE = 4  # processes: a machine that is asked for a thousand would hang
-LOST = 69  # exit code of a rank of `--nproc` that lost another rank
+# the exit code of a rank of `--nproc` that lost another rank: it prints nothing (`_explain` in cli/app.py), since
+# `start_ranks` names the rank that was lost
+LOST = 69
 
 
 def under_torchrun() -> bool:
