@@ -5,7 +5,7 @@
 
 A window is `--window` tokens of a document, and its last SCORED tokens are scored: with their true past, with shorter
 contexts, and with a part of the past replaced by tokens at the same places of a window of another package. The parts
-are all that stands more than the first of `--edges` tokens before the scored ones, and what stands between two edges.
+are all that stands more than EDGES[0] tokens before the scored ones, and what stands between two neighbours of EDGES.
 The text beside the scored tokens stays, so a net that takes nothing from the replaced part has the same perplexity:
 true / foreign is 1.
 
@@ -82,12 +82,12 @@ def windows(documents: Sequence[Document], tokens: int, count: int) -> list[Wind
     return found
 
 
-def parts(tokens: int, edges: Sequence[int]) -> list[tuple[int, int]]:
+def parts(tokens: int) -> list[tuple[int, int]]:
     """Return the parts of a window's past that are replaced, as (from, to) so many tokens before the scored ones."""
     past = tokens - SCORED
-    inside = [edge for edge in edges if edge < past]
-    between = [*pairwise([*inside, past])]
-    return [(inside[0], past), *between] if len(between) > 1 else between
+    edges = [edge for edge in EDGES if edge < past]
+    between = [*pairwise([*edges, past])]
+    return [(edges[0], past), *between] if len(between) > 1 else between
 
 
 def replaced(found: Sequence[Window], part: tuple[int, int]) -> Iterator[Window]:
@@ -103,12 +103,7 @@ def replaced(found: Sequence[Window], part: tuple[int, int]) -> Iterator[Window]
 
 
 def nats(
-    net: Net,
-    facts: ModelFacts,
-    found: Sequence[Window],
-    contexts: Sequence[int],
-    dtype: str,
-    edges: Sequence[int] = (),
+    net: Net, facts: ModelFacts, found: Sequence[Window], contexts: Sequence[int], dtype: str
 ) -> dict[str, list[float]]:
     """Return the nats of each window's scored tokens: "C" for each context and the window, "A-B" for each of `parts`.
 
@@ -127,7 +122,7 @@ def nats(
     sizes = [*contexts, tokens]
     true = scored(found, *sizes)
     of_windows = {str(size): [row[f"nll_sum_{size}"] for row in true] for size in sizes}
-    for part in parts(tokens, edges or EDGES):
+    for part in parts(tokens):
         rows = scored([*replaced(found, part)], tokens)
         of_windows["{}-{}".format(*part)] = [row["nll_sum"] for row in rows]
     return of_windows
@@ -184,9 +179,6 @@ def main() -> None:
     parser.add_argument(
         "--contexts", type=parse_size, nargs="+", default=[1024], help="shorter ones"
     )
-    parser.add_argument(
-        "--edges", type=parse_size, nargs="+", default=EDGES, help="of the parts that are replaced"
-    )
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     args = parser.parse_args()
     first: dict[str, list[float]] = {}
@@ -196,7 +188,7 @@ def main() -> None:
         inputs = Inputs(InputFiles([args.documents]), loaded.tokenizer, None)
         found = windows([*inputs.documents()], args.window, args.windows)
         facts = ModelFacts.of(loaded)
-        of_windows = nats(loaded.net, facts, found, args.contexts, args.dtype, args.edges)
+        of_windows = nats(loaded.net, facts, found, args.contexts, args.dtype)
         first = first or of_windows
         named = {"model": args.model, "pattern": facts.pattern, "tokens": args.window}
         measured = row([each.document for each in found], of_windows, first)

@@ -41,7 +41,7 @@ def test_windows_are_spread_over_documents_and_packages(foreign):
 
 def test_only_the_part_is_foreign(foreign):
     found = foreign.windows(documents("a/x", "a/y", "b/x"), TOKENS, 3)
-    assert foreign.parts(TOKENS, foreign.EDGES) == [(16, 80), (16, 32), (32, 80)]
+    assert foreign.parts(TOKENS) == [(16, 80), (16, 32), (32, 80)]
     for true, other in zip(found, foreign.replaced(found, (16, 32)), strict=True):
         same = true.ids == other.ids
         assert same[:48].all()
