@@ -19,8 +19,14 @@ from .file_kinds import (
     is_named_text,
     sniff,
 )
-from .machine_shares import Read, check_shares_below, refuse_missing, shards_of_shares
-from .manifest import FINISHED, UNFINISHED, manifest_in, parse_manifest
+from .machine_shares import (
+    Read,
+    check_shares_below,
+    folders_with,
+    refuse_missing,
+    shards_of_shares,
+)
+from .manifest import MANIFESTS, UNFINISHED, manifest_in, parse_manifest
 
 # The words by which Hugging Face knows a split in the name of a file
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -40,14 +46,14 @@ def choose_files(folder: str, names: Sequence[str], read: Read) -> list[str]:
     """
     if (shards := _shards_of_data_set(folder, names, read)) is not None:
         return shards
-    data_sets = _folders_with(names, UNFINISHED, *FINISHED)
+    data_sets = folders_with(names, *MANIFESTS)
     for parent in sorted({below.rpartition("/")[0] for below in data_sets} - {""}):
         check_shares_below(folder, parent, names, read)
     if "dataset_dict.json" in names:
         raise _several(folder, sorted({name.split("/")[0] for name in names if "/" in name}))
     shown = (name for name in names if not any(map(is_hidden, name.split("/"))))
     files = sorted(shown, key=natural_order)
-    runs = _folders_with(names, "recipe.json") & _folders_with(names, "metrics.jsonl")
+    runs = folders_with(names, "recipe.json") & folders_with(names, "metrics.jsonl")
     written = tuple(f"{below}/" for below in data_sets | runs)
     files = [file for file in files if not file.startswith(written)] or files
     for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
@@ -83,13 +89,13 @@ def _shards_of_data_set(folder: str, names: Sequence[str], read: Read) -> list[s
     index: str | None = "state.json"
     shards = _data_files(read("state.json", None)) if "state.json" in names else []
     if not shards:
-        if UNFINISHED in names:  # our writer keeps it until the last shard is there
-            raise DataError(
-                f"{folder}: the run that wrote this data did not end: finish it with its command and --resume"
-            )
         index = manifest_in(names)
         if index is None:
             return shards_of_shares(folder, names, read)
+        if index == UNFINISHED:
+            raise DataError(
+                f"{folder}: the run that wrote this data did not end: finish it with its command and --resume"
+            )
         try:
             manifest = parse_manifest(index, read(index, None))
         except ValueError:
@@ -115,25 +121,15 @@ def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> No
     if not alike:
         return
     examples = []
-    for files in alike.values():
-        more = f" and {len(files) - 1} like it" if len(files) > 1 else ""
-        examples.append(f"{files[0]}{more}")
+    for first, *others in alike.values():
+        more = f" and {len(others)} like it" if others else ""
+        examples.append(f"{first}{more}")
     if len(examples) > MOST_NAMED:
         examples[MOST_NAMED:] = ["..."]
-    suffixes = (*SHARD_SUFFIXES, *JSON_SUFFIXES, ".json")
-    readable = [
-        files for suffix, files in alike.items() if suffix in suffixes or is_named_text(files[0])
-    ]
-    advice = ""
-    if readable:
-        most = max(readable, key=len)
-        below = "**/" if any("/" in file for file in most) else ""
-        pattern = f"{folder}/{below}*{PurePosixPath(most[0]).suffix}"
-        advice = f"; '{pattern}' reads files of that kind"
     beside = f"the {len(chosen)} files like {chosen[0]}" if len(chosen) > 1 else chosen[0]
     count = sum(map(len, alike.values()))
     what = f"{count} files are" if count > 1 else "1 file is"
-    sentence = f"{what} not read beside {beside}: {', '.join(examples)}{advice}"
+    sentence = f"{what} not read beside {beside}: {', '.join(examples)}"
     warnings.warn(f"{folder}: {sentence}", InputWarning, stacklevel=2)
 
 
@@ -162,12 +158,6 @@ def _glob(names: Sequence[str]) -> str:
 def _several(folder: str, splits: Sequence[str]) -> ConfigError:
     one = ", ".join(f"{folder}/{split}" for split in splits)
     return ConfigError(f"{folder} holds several splits of a data set: name one of {one}")
-
-
-def _folders_with(names: Sequence[str], *files: str) -> set[str]:
-    """Return the folders below the outermost that hold one of these files."""
-    paths = (name.rpartition("/") for name in names)
-    return {below for below, _, file in paths if below and file in files}
 
 
 def is_hidden(name: str) -> bool:

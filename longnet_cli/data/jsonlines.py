@@ -60,10 +60,11 @@ def open_json_lines(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Table:
     batches_of_lines = _batches_of_lines(pipe, blank)
     first = list[bytes]()
     fields: dict[str, pa.DataType] = {}
-    problem = "every line is blank"
-    while not fields and len(first) < FIRST_LINES and (lines := next(batches_of_lines, None)):
+    for lines in batches_of_lines:
         first += lines
         fields, problem = _columns(first, wanted, input_file.where)
+        if fields or len(first) >= FIRST_LINES:
+            break
     if not fields:
         raise DataError(f"{input_file.where}, line 1: not JSON Lines of documents: {problem}")
     bad: dict[int, str] = {}
@@ -132,7 +133,7 @@ def _columns(
     """Return the types of the columns, none if no line has a document, and what is wrong with the first line."""
     rows = list[dict[str, Any]]()
     types: dict[str, pa.DataType] = {}
-    problem = ""
+    problem = "" if lines else "every line is blank"
     for line in lines:
         try:
             row = _parse(line)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import DataError
 
-from .manifest import FINISHED, UNFINISHED, Manifest, parse_manifest
+from .manifest import MANIFESTS, Manifest, parse_manifest
 
 
 class Share(NamedTuple):
@@ -64,29 +64,29 @@ def shards_of_shares(folder: str, names: Sequence[str], read: Read) -> list[str]
     Each folder in it holds what one share has written. `names` and `read` are those of `choose_files`. Raises DataError
     for a share that is missing, unfinished or there twice, and for folders that are no shares of one run.
     """
-    manifests = _manifests_below(names)
-    contents = {below: _content(name, read) for below, name in manifests.items()}
-    first = next((below for below in contents if "share" in contents[below].settings), None)
+    manifests = _manifests_below(names, read)
+    first = next((below for below in manifests if "share" in manifests[below].settings), None)
     if first is None:
         return None
-    settings = contents[first].settings
-    count = Share.parse(settings["share"]).count
+    run = manifests[first].settings
+    count = Share.parse(run["share"]).count
     folders: dict[int, str] = {}
-    for below, manifest in contents.items():
-        share = _share_beside(folder, below, manifest.settings, first, settings)
-        if share.number in folders:
-            raise DataError(f"{folder}: share {share} is in {folders[share.number]} and {below}")
+    for below, manifest in manifests.items():
+        _check_same_run(f"{folder}/{below}", manifest.settings, run, f"{folder}/{first}")
+        share = Share.parse(manifest.settings["share"])
         if not manifest.finished:
             raise DataError(
                 f"{folder}/{below}: share {share} did not end: finish it with its command and --resume"
             )
-        folders[share.number] = below
+        earlier = folders.setdefault(share.number, below)
+        if earlier != below:
+            raise DataError(f"{folder}: share {share} is in {earlier} and {below}")
     shards: list[str] = []
     for number in range(1, count + 1):
         if number not in folders:
             raise DataError(f"{folder}: share {number}/{count} is missing")
         below = folders[number]
-        shards += [f"{below}/{shard['name']}" for shard in contents[below].shards]
+        shards += [f"{below}/{shard['name']}" for shard in manifests[below].shards]
     refuse_missing(folder, shards, names, "the manifest beside it")
     return shards
 
@@ -106,44 +106,38 @@ def check_shares_below(folder: str, parent: str, names: Sequence[str], read: Rea
     shards_of_shares(f"{folder}/{parent}", inside, lambda name, size: read(start + name, size))
 
 
-def _manifests_below(names: Sequence[str]) -> dict[str, str]:
-    """Return the name of the manifest of each folder that has one; that of an unfinished run counts first."""
-    manifests: dict[str, str] = {}
-    for name in sorted(names):
-        below, _, file = name.rpartition("/")
-        if not below or "/" in below:
-            continue
-        if file == UNFINISHED or (file in FINISHED and below not in manifests):
-            manifests[below] = name
-    return manifests
+def folders_with(names: Sequence[str], *files: str) -> set[str]:
+    """Return the folders below the outermost that hold one of these files."""
+    paths = (name.rpartition("/") for name in names)
+    return {below for below, _, file in paths if below and file in files}
 
 
-def _content(name: str, read: Read) -> Manifest:
-    """Return a manifest; one without settings in place of one that is damaged."""
-    try:
-        return parse_manifest(name, read(name, None))
-    except ValueError:
-        return Manifest({})
+def _manifests_below(names: Sequence[str], read: Read) -> dict[str, Manifest]:
+    """Return the manifest of each folder that has one, without settings if it is damaged."""
+    manifests: dict[str, Manifest] = {}
+    for name in MANIFESTS:
+        for below in sorted(folders_with(names, name) - manifests.keys()):
+            if "/" in below:
+                continue
+            try:
+                manifests[below] = parse_manifest(name, read(f"{below}/{name}", None))
+            except ValueError:
+                manifests[below] = Manifest({})
+    return dict(sorted(manifests.items()))
 
 
-def _share_beside(
-    folder: str,
-    below: str,
-    settings: dict[str, Any],
-    first: str,
-    first_settings: dict[str, Any],
-) -> Share:
-    """Return the share in the folder `below`. Raises DataError unless it is of the same run as the first one."""
-    beside = f"beside share {first_settings['share']} in {folder}/{first}"
+def _check_same_run(
+    folder: str, settings: dict[str, Any], run: dict[str, Any], run_folder: str
+) -> None:
+    """Raise DataError unless a folder of these settings has a share of the run that another folder has a share of."""
+    beside = f"beside share {run['share']} in {run_folder}"
     if "share" not in settings:
-        raise DataError(f"{folder}/{below} is no share, {beside}: name the folders to read")
-    share = Share.parse(settings["share"])
-    if share.count != Share.parse(first_settings["share"]).count:
-        raise DataError(f"{folder}/{below} is share {share}, {beside}: name one run")
-    for name in {**first_settings, **settings}:
-        if name not in MAY_DIFFER and settings.get(name) != first_settings.get(name):
+        raise DataError(f"{folder} is no share, {beside}: name the folders to read")
+    if Share.parse(settings["share"]).count != Share.parse(run["share"]).count:
+        raise DataError(f"{folder} is share {settings['share']}, {beside}: name one run")
+    for name in {**run, **settings}:
+        if name not in MAY_DIFFER and settings.get(name) != run.get(name):
             raise DataError(
-                f"{folder}/{below}: {name} is {settings.get(name)!r}, {beside}, where it is "
-                f"{first_settings.get(name)!r}: the shares of one run have the same inputs and options"
+                f"{folder}: {name} is {settings.get(name)!r}, {beside}, where it is {run.get(name)!r}: "
+                "the shares of one run have the same inputs and options"
             )
-    return share

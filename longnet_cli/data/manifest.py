@@ -5,7 +5,6 @@
                         with the same JSON under `longnet.manifest` in the metadata of a batch (or of the file)
 
 The metadata of the schema has the key alone: a schema stands in its file twice, and the JSON has the tokenizer.
-Folders written before this was so have the JSON there, and are read.
 
 So a finished folder holds only tables of one schema, and a tool that reads all its files reads the data set.
 """
@@ -27,7 +26,7 @@ from .opened_inputs import first_line
 from .stored_files import read_error
 
 UNFINISHED = "_unfinished.json"
-FINISHED = ("_manifest.arrow", "_manifest.parquet")
+MANIFESTS = (UNFINISHED, "_manifest.arrow", "_manifest.parquet")  # the first that there is counts
 MANIFEST_VERSION = 1
 KEY = b"longnet.manifest"
 
@@ -72,7 +71,7 @@ def marked(schema: pa.Schema) -> pa.Schema:
 
 def read_manifest(folder: str | Path) -> Manifest | None:
     """Return the manifest of a folder of shards, or None. Raises DataError for one that cannot be read."""
-    for name in (UNFINISHED, *FINISHED):
+    for name in MANIFESTS:
         path = Path(folder, name)
         try:
             return parse_manifest(name, path.read_bytes())
@@ -106,12 +105,7 @@ def _json_in(name: str, data: bytes) -> str:
         return data.decode()
     if name.endswith(".arrow"):
         table = ipc.open_file(pa.BufferReader(data))
-        of_schema = table.schema.metadata or {}
-        metadata = (
-            of_schema
-            if of_schema.get(KEY)
-            else table.get_batch_with_custom_metadata(0).custom_metadata
-        )
+        metadata = table.get_batch_with_custom_metadata(0).custom_metadata
     else:
         import pyarrow.parquet as pq  # imported late: 30 ms that IPC does not need
 
@@ -125,6 +119,6 @@ def is_manifest(schema: pa.Schema) -> bool:
 
 
 def manifest_in(names: Iterable[str]) -> str | None:
-    """Return the name of the manifest among the file names of a finished folder, or None."""
+    """Return the name of the manifest among the file names of a folder, or None."""
     present = set(names)
-    return next((name for name in FINISHED if name in present), None)
+    return next((name for name in MANIFESTS if name in present), None)

@@ -61,6 +61,7 @@ MARK = 0x6C6E7004  # in the file's header: "lnp" and the version of the tables, 
 SOFT_HYPHEN = "\u00ad"  # where a word may be broken: web pages and PDFs have it within words
 WAIT = 60  # seconds for which a process waits for another one
 STEM = 4  # letters by which an excerpt compares words
+NO_INDEX = "no index of passages that this version has made: name another file, or remove it"
 JUST_NOW = 2  # seconds in which a file may change twice and have one time of change
 
 
@@ -85,29 +86,15 @@ def open_index(path: str | None) -> Iterator[PassageIndex]:
     """
     with ExitStack() as stack:
         place = path or ":memory:"
-        if path is not None and os.path.exists(path):
-            _check_index(path)
-        elif path is not None:
+        if path is not None and not os.path.exists(path):
             place = stack.enter_context(atomic_write(path)).name
         index = stack.enter_context(closing(PassageIndex(place, path)))
         yield index
         index.commit()
 
 
-def _check_index(path: str) -> None:
-    try:
-        with open(path, "rb") as file:
-            header = file.read(72)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read: {error.strerror}") from error
-    if not header.startswith(b"SQLite format 3\0") or header[68:] != MARK.to_bytes(4, "big"):
-        raise ConfigError(
-            f"{path}: no index of passages that this version has made: name another file, or remove it"
-        )
-
-
 class PassageIndex:
-    """An index of passages in memory, or in the file `place`, whose name in errors is `path`.
+    """An index of passages in memory, or in the file `place`, which is new unless it is `path`, its name in errors.
 
     All up to `commit` is one transaction. Raises ConfigError if another process does not end its own, for a damaged
     file, and for a Python whose SQLite has no full-text search; LongNetError for a full disk.
@@ -120,9 +107,11 @@ class PassageIndex:
             self._base = sqlite3.connect(place, timeout=1, isolation_level=None)
         self._base.create_function("place", 1, self._places.get)
         self._begin(may_write=path is None or os.access(place, os.W_OK))
-        if self._run("PRAGMA application_id") != [(MARK,)]:
+        if place != path:
             for query in (*TABLES, f"PRAGMA application_id = {MARK}"):
                 self._run(query)
+        elif self._run("PRAGMA application_id") != [(MARK,)]:
+            raise ConfigError(f"{path}: {NO_INDEX}")
 
     def _begin(self, may_write: bool) -> None:
         """Begin the transaction. Each try waits for a second, after which Ctrl-C is noticed."""
@@ -148,6 +137,8 @@ class PassageIndex:
                 raise LongNetError(f"{what}: it cannot be written: is the disk full?") from error
             if re.search("no such (module|tokenizer)", str(error)):
                 what += "; ask needs FTS5, which this Python's SQLite lacks"
+            if "not a database" in str(error):
+                what += f": {NO_INDEX}"
             raise ConfigError(what) from error
 
     def _run(self, query: str, values: Sequence[Any] = ()) -> list[Any]:

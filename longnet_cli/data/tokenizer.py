@@ -37,7 +37,7 @@ from longnet_cli.basics.model_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
 from longnet_cli.hub.repository import download_again
 
-from .manifest import FINISHED, manifest_in, read_manifest
+from .manifest import MANIFESTS, manifest_in, read_manifest
 from .stored_files import Part
 from .text_pieces import (
     AT_SIGN,
@@ -277,7 +277,7 @@ class Tokenizer:
         path = Path(path)
         in_folder = path.name == TOKENIZER
         try:
-            if path.name in FINISHED:
+            if path.name in MANIFESTS:
                 description = getattr(read_manifest(path.parent), "tokenizer", None) or {}
             else:
                 settings = read_settings(path.with_name(SETTINGS)) if in_folder else {}

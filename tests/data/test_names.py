@@ -64,10 +64,7 @@ def test_documents_of_a_folder_that_are_not_read_are_told(tmp_path):
         (tmp_path / name).write_text("x")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "notes.jsonl").write_text('{"text": "x", "id": "n"}\n')
-    said = (
-        r": 5 files are not read beside notes.jsonl: LICENSE, a.txt and 1 like it, c.json, image.png; "
-        r"'.*/\*\*/\*.txt' reads files of that kind"
-    )
+    said = r": 5 files are not read beside notes.jsonl: LICENSE, a.txt and 1 like it, c.json, image.png"
     with pytest.warns(InputWarning, match=f"{said}$"):
         assert names(tmp_path) == ["n"]
     (tmp_path / "notes.jsonl").write_text('{"step": 1}\n')
@@ -124,7 +121,7 @@ def test_shards_in_a_folder_are_read_alone_and_in_their_order(tmp_path):
         write_stream(tmp_path / name, pa.table({"text": [name], "doc_id": [name]}))
     with pytest.warns(
         InputWarning,
-        match=r": 1 file is not read beside the 3 files like cache-1.arrow: README.md; ",
+        match=r": 1 file is not read beside the 3 files like cache-1.arrow: README.md$",
     ):
         assert names(tmp_path) == ["cache-1.arrow", "part-2.arrow", "part-10.arrow"]
     state = {"_data_files": [{"filename": "part-10.arrow"}, {"filename": "part-2.arrow"}]}
@@ -382,7 +379,7 @@ def test_every_format_is_read_from_a_store(store):
 
 def test_folders_and_globs_are_as_on_a_disk(store):
     names = ["part-2.arrow", "part-10.arrow", "stream.arrow", "x.parquet"]
-    beside = r": 4 files are not read beside the 4 files like part-2.arrow: deep/part-10.arrow, .*; '.*/\*\*/\*.arrow'"
+    beside = r": 4 files are not read beside the 4 files like part-2.arrow: deep/part-10.arrow, .*"
     with pytest.warns(InputWarning, match=beside):
         found = [*Inputs(["store://bucket/"]).all_files]
     with pytest.warns(InputWarning, match=beside):

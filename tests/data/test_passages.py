@@ -370,11 +370,11 @@ def test_a_file_that_is_no_index_is_refused_and_stays(tmp_path):
     with sqlite3.connect(tmp_path / "marked.sqlite") as other:
         other.execute(f"PRAGMA application_id = {MARK}")
     for name, why in (
-        ("x.txt", "no index of passages"),
+        ("x.txt", r"file is not a database \(SQLite [\d.]+\): no index of passages"),
         ("empty", "no index of passages"),
         ("other.sqlite", "no index of passages"),
         ("marked.sqlite", r"no such table: files \(SQLite [\d.]+\)"),
-        ("folder", "Is a directory"),
+        ("folder", "unable to open database file"),
         ("x.txt/i", "cannot write"),
     ):
         before = (tmp_path / name).read_bytes() if (tmp_path / name).is_file() else b""
