@@ -172,23 +172,17 @@ class ChatTemplate:
         with library_call():
             inner, names, contents = _renamed(self.tokenizer, mark)
             text = self._shown(self._any.sub(lambda match: names[match[0]], rendered), mark)
-            written = {name: content for content, name in names.items()}
-            # A token of whole words, for one, is none within a word: its name is lost. Each time, lost marks go.
-            while True:
-                encoding = inner.encode(text, add_special_tokens=False)
-                places = zip(encoding.ids, encoding.offsets, strict=True)
-                tokens = {
-                    text.find(names[contents[i]], *place) for i, place in places if i in contents
-                }
-                lost = {match.start() for match in re.finditer(mark, text)} - tokens
-                if not lost:
-                    break
-                # of a template that cuts texts, a mark may be alone
-                for start in sorted(lost, reverse=True):
-                    name = text[start : start + 2]
-                    text = text[:start] + written.get(name, name[1:]) + text[start + 2 :]
-        ids = (self.tokenizer.id_of(contents[i]) if i in contents else i for i in encoding.ids)
-        return np.array([*ids], np.int64)
+            encoding = inner.encode(text, add_special_tokens=False)
+        seen = 0
+        for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            seen += index in contents and names[contents[index]] in text[start:end]
+        # A token of whole words is none within a word, and a template that cuts texts may leave a mark alone.
+        if seen != text.count(mark):
+            raise RefusedError(
+                f"{self._folder}: the chat template writes a special token that is none where it stands"
+            )
+        ids = [self.tokenizer.id_of(contents[i]) if i in contents else i for i in encoding.ids]
+        return np.array(ids, np.int64)
 
 
 @lru_cache(maxsize=1)

@@ -176,18 +176,21 @@ def _expand(item: str, *, in_list: bool) -> Iterable[InputFile | DataError]:
         below = {name: path / _as_path(name) for name in _folder_files(path)}
         return [InputFile(file, name, _as_text(str(file))) for name, file in below.items()]
     if path.exists():
-        return [InputFile(path, _as_text(path.name), item)]
+        return [_local_file(item)]
     if item.startswith("@") and not in_list:
         return _expand_all(_listed(item[1:]), in_list=True)
     if glob.has_magic(item):
         matches = filter(os.path.isfile, glob.glob(_as_path(item), recursive=True))
         names = sorted(map(_as_text, matches), key=natural_order)
-        if names:
-            return [
-                InputFile(Path(_as_path(name)), name.rpartition("/")[2], name) for name in names
-            ]
-        raise DataError(f"{item}: no file matches")
+        if not names:
+            raise DataError(f"{item}: no file matches")
+        return map(_local_file, names)
     raise DataError(f"{item}: no such file or folder")
+
+
+def _local_file(where: str) -> InputFile:
+    path = Path(_as_path(where))
+    return InputFile(path, _as_text(path.name), where)
 
 
 def _stdin_file() -> InputFile:

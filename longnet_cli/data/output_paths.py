@@ -4,7 +4,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from longnet_cli.basics.errors import ConfigError
@@ -72,17 +72,19 @@ def refuse_overwriting(
     behind stdout. `also` are other files that are read, or model folders, whose own files count; None is ignored.
     `option` is the name of the output's option, for the message. Raises as `inputs` do.
     """
-    existing = {_identity(output): output for output in outputs}
+    identity = cache(_identity)
+    existing = {identity(output): output for output in outputs}
     existing.pop(None, None)  # what is not there, and what keeps nothing
     for path in _read_files(inputs, also) if existing else ():
-        around = _folders_of(os.path.realpath(path.parent))
-        for identity in existing.keys() & {_identity(path), *around}:
-            output = existing[identity]
-            name = "stdout" if str(output) == "-" else f"{option} {output}"
-            relation = "holds" if identity in around else "is"
-            raise ConfigError(
-                f"{name} {relation} {path}, which this command reads: name another output"
-            )
+        folder = Path(os.path.realpath(path.parent))
+        for place in (path, folder, *folder.parents):
+            output = existing.get(identity(place))
+            if output is not None:
+                name = "stdout" if str(output) == "-" else f"{option} {output}"
+                relation = "is" if place == path else "holds"
+                raise ConfigError(
+                    f"{name} {relation} {path}, which this command reads: name another output"
+                )
 
 
 def _read_files(inputs: InputFiles | None, also: Iterable[str | Path | None]) -> Iterator[Path]:
@@ -105,9 +107,3 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
     if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
         return status.st_dev, status.st_ino
     return None
-
-
-@lru_cache(maxsize=1024)
-def _folders_of(folder: str) -> tuple[tuple[int, int] | None, ...]:
-    """Return the identities of a folder and of all folders around it."""
-    return tuple(_identity(path) for path in (Path(folder), *Path(folder).parents))

@@ -158,16 +158,6 @@ def test_what_the_dead_left_is_removed_and_nothing_else(tmp_path):
     assert ipc.open_file(tmp_path / shards[1]).read_all().num_rows == 6
 
 
-def test_a_manifest_in_the_metadata_of_its_schema_is_read(tmp_path):
-    """So were they written once."""
-    folder = write(tmp_path / "out")
-    content = read_manifest(folder.folder).to_json()
-    schema = SCHEMA.with_metadata({**SCHEMA.metadata, "longnet.manifest": content})
-    with ipc.new_file(str(folder.folder / FINISHED), schema):
-        pass
-    assert read_manifest(folder.folder).to_json() == content
-
-
 def test_killed_before_the_first_manifest_the_folder_counts_as_empty(tmp_path):
     (tmp_path / "._unfinished.json.00000000.tmp").write_bytes(b"{")
     write(tmp_path)
