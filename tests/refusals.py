@@ -271,9 +271,8 @@ REFUSALS = r"""
 2 SET model.causal=false --set model.position=rope --set train.objective=masked --sp 2 => a bidirectional net over several ranks cannot keep the documents of a window apart
 2 tokenize long.txt -o loop => loop: cannot write: Too many levels of symbolic links
 2 encode long.txt -o loop => loop: cannot write: Too many levels of symbolic links
-3 tokenize given.arrow -o v => given.arrow: truncated: it has only the first 6 bytes of a table <= ARROW1
-3 tokenize given.feather -o v => given.feather: truncated: it has only the first 2 bytes <= AR
-3 tokenize given.pq -o v => given.pq: truncated: it has only the first 3 bytes of a table <= PAR
+3 tokenize given.arrow -o v => given.arrow: it does not begin as the table that its name says <= ARROW1
+3 tokenize given.pq -o v => given.pq: it does not begin as the table that its name says: <= version https://git-lfs.github.com/spec/v1
 2 SET schedule.power=2 => schedule.power is of decay = "polynomial", not of "cosine"
 2 generate x -m ./model --dry-run --format jsonl => --dry-run prints a table: leave out --format
 2 generate -i x.jsonl -i long.txt --save-state new => --save-state saves one prompt, and

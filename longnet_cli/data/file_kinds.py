@@ -33,11 +33,6 @@ def begins_json_lines(head: bytes) -> bool:
     return re.match(rb'(\xef\xbb\xbf)?[\r\n]*\{ *"', head) is not None
 
 
-def is_cut(head: bytes) -> bool:
-    """Return whether the first 8 bytes of a file are all it has, and a part of what tables begin with."""
-    return bool(head) and any(magic != head and magic.startswith(head) for magic in _MAGIC)
-
-
 def compression(head: bytes) -> str | None:
     """Return the compression of an input, by at least its first 8 bytes; None if it is not compressed."""
     # a skippable frame, with which pzstd's files start

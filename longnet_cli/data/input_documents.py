@@ -483,12 +483,11 @@ def _check_tokenizer(table: Table, tokenizer: Tokenizer | None) -> None:
 
 
 def _metadata_int(table: Table, key: str) -> int | None:
-    written = (table.schema.metadata or {}).get(key.encode())
+    written = table.metadata.get(key)
     if written is None:
         return None
-    if not written.isdigit() or len(written) > 18:  # int64 holds any number of 18 digits
-        shown = written.decode("utf-8", "replace")
-        shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
+    if not written.isdecimal() or len(written) > 18:  # int64 holds any number of 18 digits
+        shown = written if len(written) <= 40 else f"{written[:37]}..."
         raise DataError(
             f"{table.where}: the data is damaged: {key} in its metadata is {shown!r}, not a number of ids"
         )

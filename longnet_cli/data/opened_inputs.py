@@ -242,7 +242,8 @@ class Pipe:
     def peek(self, size: int) -> bytes:
         """Return the next bytes, fewer only at the end. They stay in the pipe."""
         head = self.read(size)
-        self.unread(head)
+        self._head[:0] = head
+        self._position -= len(head)
         return head
 
     def read(self, size: int = -1) -> bytes:
@@ -265,11 +266,6 @@ class Pipe:
             line += self._raw.readline()
         self._position += len(line)
         return line
-
-    def unread(self, data: bytes) -> None:
-        """Put back the bytes that were read last."""
-        self._head[:0] = data
-        self._position -= len(data)
 
     def tell(self) -> int:
         return self._position

@@ -28,7 +28,6 @@ from .file_kinds import (
     bare_name,
     begins_json_lines,
     compression,
-    is_cut,
     sniff,
 )
 from .hdf5 import open_hdf5
@@ -153,28 +152,27 @@ def _copy(pipe: Pipe) -> int:
 def _open_text(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Table:
     """Open JSON Lines, otherwise one document, byte for byte: no newline translation, no normalisation."""
     name = bare_name(input_file.name)
+    where = input_file.where
+    head = pipe.peek(8)
+    is_file = input_file.filesystem is not None or input_file.status is not None
+    if not head and not is_file:
+        raise DataError(f"{where}: nothing came")
+    if not head and name.endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
+        raise DataError(f"{where}: the file is empty (0 bytes)")
     # as a text, its headers would be read as if they were letters
     if name.endswith(FASTA_SUFFIXES):
         raise DataError(
-            f"{input_file.where}: FASTA is not read: make JSON Lines of it, an object for each record"
+            f"{where}: FASTA is not read: make JSON Lines of it, an object for each record"
         )
-    head = pipe.peek(8)
-    if name.endswith(SHARD_SUFFIXES) and is_cut(head):
+    if name.endswith(SHARD_SUFFIXES):
         raise DataError(
-            f"{input_file.where}: truncated: it has only the first {len(head)} bytes of a table"
+            f"{where}: it does not begin as the table that its name says: it is truncated or damaged, or a pointer of "
+            "Git LFS"
         )
-    if head and (name.endswith(JSON_SUFFIXES) or begins_json_lines(head)):
+    if name.endswith(JSON_SUFFIXES) or begins_json_lines(head):
         return open_json_lines(input_file, pipe, wanted)
-    parts = _decoded(pipe, input_file.where)
-    beginning = next(parts, None)
-    if beginning is None:
-        is_file = input_file.filesystem is not None or input_file.status is not None
-        if not is_file or name.endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
-            raise DataError(
-                f"{input_file.where}: {'the file is empty (0 bytes)' if is_file else 'nothing came'}"
-            )
-        return Text(input_file.name, "", input_file.where)  # an empty text is a document too
-    return Text(input_file.name, beginning, input_file.where, rest=parts)
+    parts = _decoded(pipe, where)
+    return Text(input_file.name, next(parts, ""), where, rest=parts)  # also an empty one
 
 
 def _decoded(pipe: Pipe, where: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Inputs in a store: `s3://`, `gs://`, `hf://` and other URIs that pyarrow or fsspec can reach."""
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +10,10 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.fs as fs
 
-from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 
 from .folder_files import choose_files, natural_order
-from .opened_inputs import first_line
-from .stored_files import read_error
+from .opened_inputs import first_line, reading
 
 # Google's library repeats a failed request for 15 minutes: too long to say that there is no network. That is right for
 # reading, so that a long read outlives a short failure.
@@ -126,17 +126,13 @@ def _glob(pattern: str) -> re.Pattern[str]:
 @contextmanager
 def _telling(uri: str) -> Iterator[None]:
     """Turn every error between here and a store into one line: its libraries raise exceptions of many kinds."""
-    try:
-        yield
-    except LongNetError:
-        raise
-    except MemoryError as error:
-        raise MemoryLimitError(
-            f"{uri}: there is no memory to read it ({first_line(error)})"
-        ) from error
-    except Exception as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise read_error(uri, error) from error
-        # Google's library says all twice
-        reason = first_line(error).partition(" error_info=")[0]
-        raise DataError(f"{uri}: cannot read: {reason}") from error
+    with reading(uri):
+        try:
+            yield
+        except (LongNetError, MemoryError):
+            raise
+        except Exception as error:
+            number = getattr(error, "errno", None) or errno.EIO
+            # Google's library says all twice
+            reason = first_line(error).partition(" error_info=")[0]
+            raise OSError(number, reason) from error

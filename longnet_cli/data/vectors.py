@@ -100,7 +100,7 @@ class Vectors(Document):
         return self._row(row + inside) if part.flat else f"{self._row(row)}, vector {inside}"
 
 
-TILE_SIZE = b"longnet.tile_size"  # in a schema's metadata: the side of a tile, in the units of its coordinates
+TILE_SIZE = "longnet.tile_size"  # in a schema's metadata: the side of a tile, in the units of its coordinates
 
 
 class _VectorRow(NamedTuple):
@@ -237,10 +237,10 @@ def _check_type(table: Table, name: str, lists: int) -> None:
 
 
 def _tile_size(table: Table) -> float | None:
-    written = (table.schema.metadata or {}).get(TILE_SIZE)
+    written = table.metadata.get(TILE_SIZE)
     if written is None:
         return None
     with suppress(ValueError):
         if 0 < float(written) < np.inf:
             return float(written)
-    raise DataError(f"{table.where}: {TILE_SIZE.decode()} in its metadata is no size of a tile")
+    raise DataError(f"{table.where}: {TILE_SIZE} in its metadata is no size of a tile")
