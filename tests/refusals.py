@@ -272,7 +272,7 @@ REFUSALS = r"""
 2 tokenize long.txt -o loop => loop: cannot write: Too many levels of symbolic links
 2 encode long.txt -o loop => loop: cannot write: Too many levels of symbolic links
 3 tokenize given.arrow -o v => given.arrow: it does not begin as the table that its name says <= ARROW1
-3 tokenize given.pq -o v => given.pq: it does not begin as the table that its name says: <= version https://git-lfs.github.com/spec/v1
+3 tokenize given.pq -o v => given.pq: it does not begin as the table that its name says: it is a pointer of Git LFS <= version https://git-lfs.github.com/spec/v1
 2 SET schedule.power=2 => schedule.power is of decay = "polynomial", not of "cosine"
 2 generate x -m ./model --dry-run --format jsonl => --dry-run prints a table: leave out --format
 2 generate -i x.jsonl -i long.txt --save-state new => --save-state saves one prompt, and

@@ -5,6 +5,7 @@ Lists in columns: where each one lies in the column's values, and these values a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -215,7 +216,6 @@ def _choose(table: Table, column: str | None, form: Form) -> str:
             return column
         raise _refusal(table, f"column {column!r} does not hold {what}")
     kinds = {field.name: field.type for field in table.schema}
-    usual = list[str]()
     for group in groups:
         fitting = [name for name, test in group.items() if name in kinds and test(kinds[name])]
         if len(fitting) > 1:
@@ -223,8 +223,7 @@ def _choose(table: Table, column: str | None, form: Form) -> str:
             raise _refusal(table, f"{several}: choose one (--column)")
         if fitting:
             return fitting[0]
-        usual += [name for name in group if name not in usual]
-    names = " or ".join(filter(None, [", ".join(usual[:-1]), usual[-1]]))
+    names = ", ".join(dict.fromkeys(chain.from_iterable(groups)))
     raise _refusal(table, f"no column named {names} with {what}: choose one (--column)")
 
 

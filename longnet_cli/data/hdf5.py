@@ -46,7 +46,7 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
         for key, rows in wanted.items():
             with _reading(f"{where}: {key}"):
                 rows.check(f"{where}: {key}")
-        total = max(counts, default=0)
+        total = max(counts)
         row_bytes = sum(rows.width * rows.dtype.itemsize for rows in wanted.values())
         step = max(1, BATCH_BYTES // max(1, row_bytes))
         for start in range(0, total, step):

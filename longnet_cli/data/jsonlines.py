@@ -36,12 +36,7 @@ _IDS = pa.large_list(pa.int64())
 _NAMES = (str, int)  # types of a document's name, and no bool
 _CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages with any keys
 # In place of types that pyarrow gives to values
-_PLAIN = {
-    pa.null(): _TEXT,
-    pa.string(): _TEXT,
-    pa.list_(pa.null()): _IDS,
-    pa.list_(pa.int64()): _IDS,
-}
+_PLAIN = {pa.string(): _TEXT, pa.list_(pa.null()): _IDS, pa.list_(pa.int64()): _IDS}
 _Reader = Callable[[dict[str, Any]], Any]
 
 
@@ -173,7 +168,9 @@ def _type_of_all(values: list[Any], of_first: pa.DataType | None, what: str) -> 
         if is_name:
             return of_first
         raise DataError(f"{what} are not of one type: {first_line(error)}") from None
-    return of_first if is_name and not pa.types.is_integer(kind) else _PLAIN.get(kind, kind)
+    if is_name and not pa.types.is_integer(kind):
+        return of_first
+    return _TEXT if pa.types.is_null(kind) else _PLAIN.get(kind, kind)
 
 
 def _value(row: dict[str, Any], name: str, default: Any = None) -> Any:
@@ -206,17 +203,15 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _column_type(key: str, value: Any, id_column: str | None) -> pa.DataType | None:
+    """Return the type of a column of names, parts or documents by one value; None if it holds something else."""
     if key in (*ID_COLUMNS, id_column) and type(value) in _NAMES:
         return pa.string()
     if key == "part" and type(value) is int:
         return pa.int64()
-    if isinstance(value, str):
-        return _TEXT
-    if isinstance(value, list):
-        if all(item is None or isinstance(item, int) for item in value):
-            return _IDS
-        if all(isinstance(item, dict) and "role" in item for item in value):
-            return _CHAT
+    if isinstance(value, list) and any(isinstance(item, dict) and "role" in item for item in value):
+        return _CHAT
+    with suppress(pa.ArrowException, OverflowError, ValueError, TypeError):
+        return _PLAIN.get(pa.array([value]).type)
     return None
 
 

@@ -56,6 +56,7 @@ _ADVICE = {
     b"PARE": ": Parquet with an encrypted footer is not read",
     b"\xfd7zXZ": ": unpack it first (xz -d)",
     b"BZh": ": unpack it first (bzip2 -d)",
+    b"version ": ": it is a pointer of Git LFS, and `git lfs pull` fetches the file",
 }
 STEP = 1 << 12  # bytes unpacked at a time: so many or fewer are lost before damage
 
@@ -165,14 +166,16 @@ def _open_text(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Tabl
             f"{where}: FASTA is not read: make JSON Lines of it, an object for each record"
         )
     if name.endswith(SHARD_SUFFIXES):
-        raise DataError(
-            f"{where}: it does not begin as the table that its name says: it is truncated or damaged, or a pointer of "
-            "Git LFS"
-        )
+        advice = _advice(head) or ": is it truncated or damaged?"
+        raise DataError(f"{where}: it does not begin as the table that its name says{advice}")
     if name.endswith(JSON_SUFFIXES) or begins_json_lines(head):
         return open_json_lines(input_file, pipe, wanted)
     parts = _decoded(pipe, where)
     return Text(input_file.name, next(parts, ""), where, rest=parts)  # also an empty one
+
+
+def _advice(head: bytes) -> str:
+    return next((advice for magic, advice in _ADVICE.items() if head.startswith(magic)), "")
 
 
 def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
@@ -198,8 +201,9 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
             bad = error.start if bad < 0 else min(bad, error.start)
         if bad >= 0:
             what = f"the byte at offset {position + bad} is 0x{data[bad]:02x}"
-            advice = next((text for magic, text in _ADVICE.items() if data.startswith(magic)), "")
-            raise DataError(f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}{advice}")
+            raise DataError(
+                f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}{_advice(data)}"
+            )
         yield text
         position = position + used
         data = data[used:] + following
