@@ -11,7 +11,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -145,16 +145,9 @@ def count_documents(
     plan = ReadingPlan(job.reader.model.config, job.reader.chunk)
     began = time.perf_counter()
 
-    def tokenized() -> Iterator[Document]:
-        """Yield the documents, and the texts that are drawn."""
-        for item in documents:
-            document = drawn.add(item) if isinstance(item, Text) else item
-            if document is not None:
-                yield document
-
     def lengths() -> Iterator[int]:
         """Yield the tokens of each document that has rows. Those that are estimated come last."""
-        for sequence in job.sequences(tokenized()):
+        for sequence in job.sequences(drawn.documents(documents)):
             if sequence is not None:
                 plan.add_example(sequence.document)
                 yield len(sequence.document)
@@ -164,15 +157,13 @@ def count_documents(
             if not job.is_empty(length) and not job.is_short(length):
                 yield length
 
-    def windows(lengths: Iterable[int]) -> Iterator[tuple[int, int]]:
-        for length in lengths:
-            plan.add_document(length)
-            yield from job.window_sizes(length)
-            events.progress(length)
-
     to_come = islice(lengths(), done, None)
     for portion in portions(to_come, PORTION_CHUNKS * plan.chunk, length_of=lambda length: length):
-        plan.add(windows(portion))
+        in_portion = [*portion]
+        for length in in_portion:
+            plan.add_document(length)
+            events.progress(length)
+        plan.add(chain.from_iterable(map(job.window_sizes, in_portion)))
     if not plan.read and not done:
         raise DataError("there is nothing to read: every document is empty, too short or left out")
     if plan.read and not plan.examples:
@@ -203,19 +194,23 @@ class Sample:
         self._tokenized = 0
         self._random = np.random.default_rng(SEED)
 
-    def add(self, text: Text) -> Document | None:
-        """Return the next text as a document if it is drawn, or cannot be read; otherwise count its bytes."""
-        place = self.texts
-        self.texts += 1
-        if place >= self.size:
-            place = int(self._random.integers(place + 1))
-        try:
-            if place < self.size:
-                return self._draw(text, place)
-            self.bytes.append(_size(text))
-        except DataError as error:
-            return Unread(error)
-        return None
+    def documents(self, items: Iterable[Document | Text]) -> Iterator[Document]:
+        """Yield the documents among the items, and those of texts that are drawn; count the bytes of other texts."""
+        for item in items:
+            if not isinstance(item, Text):
+                yield item
+                continue
+            place = self.texts
+            self.texts += 1
+            if place >= self.size:
+                place = int(self._random.integers(place + 1))
+            try:
+                if place < self.size:
+                    yield self._draw(item, place)
+                else:
+                    self.bytes.append(_size(item))
+            except DataError as error:
+                yield Unread(error)
 
     def _draw(self, text: Text, place: int) -> Document:
         began = time.perf_counter()
