@@ -11,7 +11,7 @@ others, so it does not matter which process gets which batch.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from inspect import Parameter, Signature
 from itertools import chain
@@ -64,19 +64,21 @@ class Reading:
     id_column: str | None = None
     keep: tuple[str, ...] = ()
     skip_bad: bool = False
-    embeds: bool = False  # the model is to make vectors: `encode_batches` says so
 
-    def load(self) -> Loaded:
-        """Return the model and its tokenizer, loaded once per process. Raises what `ModelFolder.load` raises."""
+    def load(self, embeds: bool = False) -> Loaded:
+        """Return the model and its tokenizer, loaded once per process: to make vectors, if it `embeds`.
+
+        Raises what `ModelFolder.load` raises.
+        """
         return _load(
-            replace(self, chunk=None, column=None, id_column=None, keep=(), skip_bad=False)
+            self.model, self.tokenizer, self.pattern, self.bos, self.device, self.dtype, embeds
         )
 
-    def reader(self) -> Reader:
+    def reader(self, loaded: Loaded) -> Reader:
         """Return a reader with the model."""
         left_out = LeftOut((lambda *_: None) if self.skip_bad else None)
         events = Events(left_out=left_out)
-        return Reader(self.load().net, chunk=self.chunk, dtype=self.dtype, events=events)
+        return Reader(loaded.net, chunk=self.chunk, dtype=self.dtype, events=events)
 
 
 def _signature(*kinds: type) -> Signature:
@@ -84,8 +86,7 @@ def _signature(*kinds: type) -> Signature:
     parameters = [Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD)]
     keyword = partial(Parameter, kind=Parameter.KEYWORD_ONLY)
     for option in chain.from_iterable(map(fields, kinds)):
-        if option.name != "embeds":
-            parameters.append(keyword(option.name, default=option.default, annotation=option.type))
+        parameters.append(keyword(option.name, default=option.default, annotation=option.type))
     return Signature(parameters)
 
 
@@ -130,11 +131,12 @@ def encode_batches(batches: Any, **options: Any) -> Any:
     Raises ConfigError for invalid options, for what is no table and no batches, and for a batch without the id column
     or the document column, DataError for bad values, and what `encode` raises.
     """
-    asked, reading = _read(options, EncodeOptions, embeds=True)
+    asked, reading = _read(options, EncodeOptions)
 
     def job_and_words() -> tuple[RowJob, Tokenizer | None]:
-        options, facts, words = _encoding(reading.model, reading.load(), asked)
-        return Encoder(reading.reader(), options, facts), words
+        loaded = reading.load(embeds=True)
+        options, facts, words = _encoding(reading.model, loaded, asked)
+        return Encoder(reading.reader(loaded), options, facts), words
 
     return _mapped(batches, reading, job_and_words)
 
@@ -157,7 +159,7 @@ def score_batches(batches: Any, **options: Any) -> Any:
 
     def job_and_words() -> tuple[RowJob, Tokenizer | None]:
         loaded = reading.load()
-        return Scorer.of_model(reading.reader(), asked, loaded), loaded.tokenizer
+        return Scorer.of_model(reading.reader(loaded), asked, loaded), loaded.tokenizer
 
     return _mapped(batches, reading, job_and_words)
 
@@ -166,14 +168,12 @@ encode_batches.__signature__ = _signature(EncodeOptions, Reading)  # type: ignor
 score_batches.__signature__ = _signature(ScoreOptions, Reading)  # type: ignore[attr-defined]
 
 
-def _read(
-    options: Mapping[str, Any], kind: Callable[..., Options], **more: Any
-) -> tuple[Options, Reading]:
+def _read(options: Mapping[str, Any], kind: Callable[..., Options]) -> tuple[Options, Reading]:
     """Return what is asked of a job, and of the reading. Raises TypeError for a name that neither has."""
     sizes = {name: _size(name, value) for name, value in options.items() if name in SIZE_OPTIONS}
     keep = options.get("keep", ())
     columns = (keep,) if isinstance(keep, str) else tuple(keep)
-    of_job = {**options, **sizes, "keep": columns, **more}
+    of_job = {**options, **sizes, "keep": columns}
     of_reading = {}
     for field in fields(Reading):
         if field.name in of_job:
@@ -195,16 +195,22 @@ def _size(name: str, size: int | str | None) -> int | str | None:
 
 
 @cache
-def _load(reading: Reading) -> Loaded:
+def _load(
+    model: str,
+    tokenizer: str | None,
+    pattern: str | Pattern | None,
+    bos: str | None,
+    device: str,
+    dtype: str,
+    embeds: bool,
+) -> Loaded:
     notes = list[str]()
-    pattern = read_pattern(reading.pattern, "pattern")
-    folder = ModelFolder.find(reading.model, gguf=True, embeds=reading.embeds)
-    loaded = folder.load(
-        device=select_device(reading.device),
-        dtype=reading.dtype,
-        tokenizer=reading.tokenizer,
-        pattern=pattern,
-        bos=reading.bos,
+    loaded = ModelFolder.find(model, gguf=True, embeds=embeds).load(
+        device=select_device(device),
+        dtype=dtype,
+        tokenizer=tokenizer,
+        pattern=read_pattern(pattern, "pattern"),
+        bos=bos,
         events=Events(note=notes.append),
     )
     for line in notes if loaded.embedding else ():
