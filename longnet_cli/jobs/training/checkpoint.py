@@ -200,10 +200,11 @@ def run_tensors(
 ) -> dict[str, Tensor]:
     """Return the tensors to save: `model.NAME` and `optimizer.NAME.KEY` of trained weights, `random.RANK.INDEX`."""
     tensors = {}
+    states = _states(optimizers)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensors[f"model.{name}"] = parameter.detach()
-            for key, value in _state_of(parameter, optimizers).items():
+            for key, value in states[parameter].items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{name}.{key}"] = value
     for index, state in enumerate(random):
@@ -227,24 +228,26 @@ def restore(
     """
     names = tensor_names(checkpoint)
     parameters = {f"optimizer.{name}": p for name, p in model.named_parameters()}
+    states = _states(optimizers)
     for name in names:
         owner, _, key = name.rpartition(".")
         parameter = parameters.get(owner)
-        if parameter is not None and parameter.requires_grad:
+        if parameter in states:
             empty = torch.zeros_like(parameter.detach())
             if key == "step":
                 empty = torch.zeros((), device=parameter.device)
-            _state_of(parameter, optimizers)[key] = empty
+            states[parameter][key] = empty
     random = random_state(device)
     has_random = all(f"random.{ranks.rank}.{index}" in names for index in range(len(random)))
     load_tensors(checkpoint, run_tensors(model, optimizers, random if has_random else (), ranks))
     set_random_state(random, device)
 
 
-def _state_of(p: Tensor, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Return the state of a parameter in its optimizer: the dict itself, empty before the first step."""
+def _states(optimizers: Optimizers) -> dict[Tensor, dict[str, Tensor]]:
+    """Return the state of each trained parameter: the dicts of its optimizer, which are empty before the first step."""
+    states = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            if any(parameter is p for parameter in group["params"]):
-                return optimizer.state[p]
-    raise KeyError("no optimizer has this parameter")
+            for parameter in group["params"]:
+                states[parameter] = optimizer.state[parameter]
+    return states
