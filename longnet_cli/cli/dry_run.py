@@ -66,7 +66,7 @@ def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format
             job,
             inputs.untokenized() if draws else inputs.documents(),
             Sample(sample or 0, inputs.document),
-            done=opened.earlier.totals["documents"] if opened.earlier else 0,
+            done=opened.found.done["documents"],
         )
     task = Task(job.read, job.window_sizes, job.scores)
     with progress("trying the first chunks", total=None) as advance:

@@ -117,7 +117,7 @@ def encode(options: EncodeCommand) -> None:
     from longnet_cli.jobs.encoding import Encoder, for_model
     from longnet_cli.jobs.row_jobs import Output
 
-    settled, facts = for_model(asked, opened.folder, opened.loaded)
+    settled, facts = for_model(asked, opened.found.folder, opened.loaded)
     job = Encoder(opened.reader(), settled, facts)
     inputs = replace(opened.inputs(facts.tokenizer_for(opened.loaded)), unit=job.unit)
     if options.running.dry_run:

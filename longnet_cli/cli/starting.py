@@ -38,7 +38,6 @@ from .progress import ExpectedTokens, progress
 
 if TYPE_CHECKING:
     from longnet_cli.data.input_documents import Inputs
-    from longnet_cli.data.input_files import InputFiles
     from longnet_cli.data.machine_shares import Share
     from longnet_cli.data.manifest import Manifest
     from longnet_cli.data.token_documents import Document
@@ -141,31 +140,27 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """The things that a command has opened: a model, documents, and the ranks that share what is read.
+    """What a command has `found`, opened: a model, documents, and the ranks that share what is read.
 
-    `earlier` is the run that `-o` continues. Of a dry run, `room` is the memory before the model was loaded. `left_out`
-    counts the documents that get no row. `named` is false for the default model.
+    Of a dry run, `room` is the memory before the model was loaded. `left_out` counts the documents that get no row.
     """
 
-    folder: ModelFolder
+    found: ModelAndInputs
     loaded: Loaded
-    documents: Documents
-    input_files: InputFiles
     computing: Computing
     ranks: Ranks
     left_out: LeftOut
-    earlier: Manifest | None
     room: Room | None
-    named: bool
 
     def reader(self) -> Reader:
         """Return what reads documents with the model, in chunks as the earlier run did."""
         from longnet_cli.running.reader import Reader
 
+        earlier = self.found.earlier
         return Reader(
             self.loaded.net,
             chunk=self.computing.chunk,
-            earlier_chunk=self.earlier.settings.get("chunk") if self.earlier else None,
+            earlier_chunk=earlier.settings.get("chunk") if earlier else None,
             dtype=self.computing.dtype,
             spill=self.computing.spill,
             ranks=self.ranks,
@@ -176,7 +171,7 @@ class Opened:
         from longnet_cli.data.input_documents import Inputs
         from longnet_cli.data.tokenizer import end_of_text
 
-        documents = self.documents
+        documents = self.found.documents
         net = self.loaded.net
         reads_vectors = net.row_size is not None
         names = ("tokenizer", "tokenizer_differs", "eos", "bos")
@@ -184,10 +179,10 @@ class Opened:
         if reads_vectors and of_tokens:
             unread = ", ".join(f"--{name.replace('_', '-')}" for name in of_tokens)
             raise ConfigError(
-                f"{self.folder.name} reads vectors, which have no tokens: leave out {unread}"
+                f"{self.found.folder.name} reads vectors, which have no tokens: leave out {unread}"
             )
         return Inputs(
-            self.input_files,
+            self.found.input_files,
             words,
             documents.column,
             documents.id_column,
@@ -210,12 +205,12 @@ class Opened:
         """Write the rows of a job, with progress, and say how many there are. For `logprobs`, see `Events`."""
         from longnet_cli.jobs.row_jobs import write_rows
 
-        earlier = self.earlier.totals if self.earlier else Counter[str]()
-        done = job.counted(earlier["tokens"], earlier["documents"])
+        found = self.found
+        done = job.counted(found.done["tokens"], found.done["documents"])
         expected = ExpectedTokens(done)
         path = str(output.path)
-        files = [source.path for source in self.input_files.found if source.path]
-        if not self.named and any(path.suffix != ".py" for path in files):
+        files = [source.path for source in found.input_files.found if source.path]
+        if not found.is_named and any(path.suffix != ".py" for path in files):
             note(f"{DEFAULT_MODEL}, the default model, {KNOWS}: for other text, give --model")
 
         def on_document(document: Document, fraction: float | None) -> None:
@@ -274,7 +269,7 @@ def open_command(
     named = ModelAndInputs(options.documents, options.choice, earlier, embeds=embeds)
     for option, path in written.items():
         refuse_overwriting(option, [path], named.input_files, named.files)
-    return named.open(options.mesh, options.computing, earlier, dry_run=running.dry_run)
+    return named.open(options.mesh, options.computing, dry_run=running.dry_run)
 
 
 class ModelAndInputs:
@@ -307,7 +302,9 @@ class ModelAndInputs:
         self.documents = documents
         self.pattern = read_pattern(choice.pattern)
         self.embeds = embeds
-        self.named = choice.model is not None
+        self.earlier = earlier
+        self.done = earlier.totals if earlier else Counter[str]()  # by the earlier run
+        self.is_named = choice.model is not None  # and not the default model
         self.folder = ModelFolder.find(model, gguf=True, embeds=embeds)
         self.files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]
         self.input_files = InputFiles(documents.inputs, skip_bad=documents.skip_bad)
@@ -316,7 +313,6 @@ class ModelAndInputs:
         self,
         mesh: Mesh,
         computing: Computing,
-        earlier: Manifest | None = None,
         *,
         dry_run: bool,
         chat: bool | None = False,
@@ -356,14 +352,10 @@ class ModelAndInputs:
                 f"(--dp {ranks.world})"
             )
         return Opened(
-            folder=self.folder,
+            found=self,
             loaded=loaded,
-            documents=documents,
-            input_files=self.input_files,
             computing=computing,
             ranks=ranks,
             left_out=count_left_out(documents.skip_bad),
-            earlier=earlier,
             room=room,
-            named=self.named,
         )
