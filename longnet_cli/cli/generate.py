@@ -200,7 +200,6 @@ def _estimate(
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
     from longnet_cli.jobs.estimating import estimate_reading
     from longnet_cli.jobs.generating import plan_generation, seconds_of_new_token, trial_of
-    from longnet_cli.nets.net import bos_ids
 
     net = job.loaded.net
     save_state = job.options.save_state
@@ -208,10 +207,6 @@ def _estimate(
         net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1
     )
     seconds = seconds_of_new_token(job.loaded, reader.dtype)
-    before = len(bos_ids(job.bos_ids))
-    plan.new = plan.read - plan.tokens - plan.documents * before
-    # new tokens are read one by one
-    plan.largest = min(plan.largest, plan.longest_document + before)
     plan.seconds += plan.new * seconds
     meaning = f"at most of each, {format_duration(seconds)} a token (measured after a short prompt)"
     meaning += f"; the state goes to {save_state}" if save_state else ""
@@ -338,15 +333,20 @@ def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> st
 def _documents(
     options: GenerateCommand, inputs: Inputs, template: ChatTemplate | None, text: str | None
 ) -> tuple[Iterator[Document], bool]:
-    """Return the documents to continue, and whether they are several texts to print, which get their names."""
+    """Return the documents to continue, and whether they are several texts to print, which get their names.
+
+    Raises ConfigError for several that are to be one state.
+    """
     question = f"\n{options.prompt}" if options.inputs and options.prompt else ""
     documents = _each_document(inputs, text, template, question)
-    if options.save_state:
-        return _only(documents), False
     # the first line of a pipe waits for none
-    if options.format == "text" and text is None and inputs.all_files.names != ["-"]:
-        return _look_ahead(documents)
-    return documents, False
+    is_pipe = text is None and inputs.all_files.names == ["-"]
+    if not options.save_state and (is_pipe or options.format == "jsonl"):
+        return documents, False
+    documents, several = _look_ahead(documents)
+    if several and options.save_state:
+        raise ConfigError("--save-state saves one prompt, and there are several: give one")
+    return documents, several
 
 
 def _each_document(
@@ -355,16 +355,15 @@ def _each_document(
     """Yield the prompt or, if it is None, each document of the inputs, with the question after it."""
     import numpy as np
 
-    from longnet_cli.data.opened_inputs import Text
     from longnet_cli.data.token_documents import Document
 
-    if template and prompt != "":
-        texts = inputs.texts() if prompt is None else [Text("prompt", prompt, "PROMPT")]
-        for text in texts:
+    if prompt is not None and inputs.tokenizer is not None:
+        words = template if template and prompt else inputs.tokenizer
+        yield Document("prompt", words.encode(prompt), None, "PROMPT")
+    elif template:
+        for text in inputs.texts():
             ids = template.encode("".join([*text.parts, question]))
             yield Document(text.doc_id, ids, None, text.where, limit=template.tokenizer.vocab_size)
-    elif prompt is not None and inputs.tokenizer is not None:
-        yield Document("prompt", inputs.tokenizer.encode(prompt), len(prompt.encode()), "PROMPT")
     elif question and inputs.tokenizer is not None:
         asked = inputs.tokenizer.encode(question)
         for document in inputs.documents():
@@ -401,16 +400,6 @@ def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
             f"{state}: it was saved after a batch of {stream.batch} documents: name one of a document"
         )
     return stream
-
-
-def _only(documents: Iterator[Document]) -> Iterator[Document]:
-    """Yield the one document. Raises ConfigError for more, before they are read by the model."""
-    first_two = [*islice(documents, 2)]
-    if len(first_two) > 1:
-        raise ConfigError(
-            f"--save-state saves one prompt, and {first_two[1].where} is the second: give one"
-        )
-    yield from first_two
 
 
 def _look_ahead(documents: Iterator[Document]) -> tuple[Iterator[Document], bool]:

@@ -199,14 +199,19 @@ def plan_generation(
     """Count the reading of prompts, and of the most tokens that continue each. Raises as `generate`."""
     _check(model, max_tokens, least)
     plan = ReadingPlan(model.config, chunk, streamed=True)
+    before = len(bos_ids(bos))
     begin = time.perf_counter()
     for prompt in prompts:
         model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
         plan.add_document(len(prompt))
         plan.add_example(prompt)
-        tokens = len(prompt) + len(bos_ids(bos)) + max_tokens
+        given = before + len(prompt)
+        tokens = given + max_tokens
         tokens = min(tokens, model.config.max_tokens or tokens)  # where generation ends
         plan.add([(tokens, min(tokens, 1 + max_tokens))])
+        plan.new += tokens - given
+    # new tokens are read one by one
+    plan.largest = min(plan.largest, plan.longest_document + before)
     plan.seconds = time.perf_counter() - begin
     return plan
 
