@@ -568,10 +568,9 @@ def _read(path: str) -> tuple[Any, str]:
         return parse(read_text(file), parser), path
     except FileNotFoundError:
         shipped = ", ".join(sorted(recipe.stem for recipe in preset_dir().glob("*.toml")))
-        problem = f"no recipe '{path}'. Shipped recipes: {shipped}; a path ends in .toml"
-        if is_path and file.suffix:
-            problem = f"no recipe '{path}': no such file. Shipped recipes: {shipped}"
-        raise ConfigError(problem) from None
+        raise ConfigError(
+            f"no recipe '{path}': no such file. Shipped recipes: {shipped}; a path ends in .toml"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except ValueError as error:  # of the parser, or not UTF-8

@@ -60,14 +60,10 @@ def prepare_run(
     if named is None:
         if not isinstance(resume, bool):
             raise ConfigError(f"--resume {resume}: neither a run nor a checkpoint{_LAST}")
-        if not overrides:
-            raise ConfigError(
-                f"nothing to train: there is no run in {output}; name a recipe (`longnet train my-recipe.toml`) or "
-                "--set its values"
-            )
         if not any(map(_names_a_model, overrides)):
             raise ConfigError(
-                "there is no model: give a RECIPE (longnet-1m, or a file such as examples/small.toml) or --init MODEL"
+                f"{output} holds no run, and there is no model: give a RECIPE (longnet-1m, or a file such as "
+                "examples/small.toml) or --init MODEL"
             )
     loaded = load_recipe(
         named, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ()
@@ -118,17 +114,15 @@ def _recipe_of_run(folder: Path, resume: Resume) -> str | None:
 def _refuse_others(folder: Path) -> None:
     """Raise ConfigError for a folder with files that a run would replace, unless a run has written them.
 
-    A run writes its recipe first, and its recipe is in each checkpoint.
+    A run writes its recipe first.
     """
     if (folder / WEIGHTS).exists() and not (folder / CHECKPOINTS).exists():
         raise ConfigError(
             f"{folder} already holds a model: name another folder with -o, or remove it"
         )
-    recipes = [_stored(folder / RECIPE)]
-    recipes += [_stored(path / STATE, "recipe") for path in checkpoints_in(folder / CHECKPOINTS)]
-    for recipe in recipes:
-        if isinstance(recipe, dict) and {"model", "data", "train"} <= recipe.keys():
-            return
+    recipe = _stored(folder / RECIPE)
+    if isinstance(recipe, dict) and {"model", "data", "train"} <= recipe.keys():
+        return
     for name in (*MODEL_FILES, *RUN_FILES):
         if (folder / name).exists():
             raise ConfigError(
