@@ -341,7 +341,8 @@ class Scorer(RowJob):
         """
         device = self.reader.device
         ranks = self.reader.ranks
-        tokens = sum(map(len, pieces))
+        sizes = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
+        tokens = int(sizes.sum())
         columns = [torch.zeros(tokens, device=device)]
         if self.top:
             columns += [
@@ -356,13 +357,10 @@ class Scorer(RowJob):
             with precision(self.reader.dtype, device):
                 of_mine = [self.reader.model.nll(hidden, targets)]
                 of_mine += most_likely(self.reader.model, hidden) if self.top else ()
+            are_mine = torch.tensor([piece.hidden is not None for piece in pieces])
+            places = to_device(are_mine.repeat_interleave(sizes), device)
             for column, values in zip(columns, of_mine, strict=True):
-                parts = iter(values.split([len(piece) for piece in mine]))
-                for piece, place in zip(
-                    pieces, column.split([len(piece) for piece in pieces]), strict=True
-                ):
-                    if piece.hidden is not None:
-                        place.copy_(next(parts))
+                column.masked_scatter_(places, values.to(column.dtype))
         ranks.sum(*columns)
         return [to_host(column) for column in columns]
 
@@ -370,10 +368,8 @@ class Scorer(RowJob):
         self, pieces: Sequence[Piece[_ScoredWindow]], columns: Sequence[Callable[[], Tensor]]
     ) -> None:
         """Add the nats of the pieces' targets to their documents."""
-        parts = [
-            map(Tensor.numpy, column().split([len(piece) for piece in pieces]))
-            for column in columns
-        ]
+        sizes = [len(piece) for piece in pieces]
+        parts = [map(Tensor.numpy, column().split(sizes)) for column in columns]
         for piece, nll, *top in zip(pieces, *parts, strict=True):
             tally = piece.window.tally
             start = piece.start + 1 - len(self.cut.bos)
