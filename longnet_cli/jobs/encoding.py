@@ -489,12 +489,13 @@ class Encoder(RowJob):
         pooled = torch.stack([row.vector for row in rows])  # (rows, dim)
         self.reader.ranks.sum(pooled)  # exact, because pooling is linear
         vectors = head(pooled)[:, : self.options.dims]
-        normalize = bool(self.options.normalize)
+        if self.options.normalize:
+            vectors = F.normalize(vectors, dim=-1)
         spans = [
             (row.document.doc_id, row.span, row.start, row.end, row.end - row.start) for row in rows
         ]
         columns = _columns(spans, schema)
-        columns.append(_array(schema.field("embedding").type, rows, vectors, normalize))
+        columns.append(_array(schema.field("embedding").type, rows, vectors))
         carried = [field for field in self.kept_fields if field not in PLACE_FIELDS]
         if len(carried) < len(self.kept_fields):
             columns += _columns(map(self._place, rows), PLACE_FIELDS)
@@ -524,10 +525,8 @@ def _is_framed(document: Document, opening: tuple[int, ...], closing: tuple[int,
     return [*first, *last] == [*opening, *closing]
 
 
-def _array(kind: pa.DataType, rows: Sequence[Row], vectors: Tensor, normalize: bool) -> pa.Array:
+def _array(kind: pa.DataType, rows: Sequence[Row], vectors: Tensor) -> pa.Array:
     """Return vectors (rows, dim) as one array of vectors. Raises NotFiniteError."""
-    if normalize:
-        vectors = F.normalize(vectors, dim=-1)
     with np.errstate(over="ignore"):  # reported below
         numbers = vectors.cpu().numpy().astype(numpy_dtype(kind.value_type))
     finite = np.isfinite(numbers).all(axis=1)

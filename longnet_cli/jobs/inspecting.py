@@ -1,6 +1,5 @@
 """The `inspect` job: the contents of files of tokens, text or vectors, and all problems in them."""
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -175,11 +174,11 @@ def _note_metadata(inspection: Inspection, table: Table) -> None:
 
 def _count(inspection: Inspection, document: Document, in_bytes: bool) -> None:
     """Read a document to its end, and add it to `inspection` if it is good."""
-    low, high = math.inf, -math.inf
+    ends = [id_ for id_ in (inspection.low, inspection.high) if id_ is not None]
     step = min(STEP, document.step)
     for start in range(0, len(document), step):
         ids = document.read(start, start + step)
-        low, high = min(low, ids.min()), max(high, ids.max())
+        ends += (ids.min(), ids.max())
     n_bytes = document.n_bytes
     inspection.documents += 1
     if document.has_vectors:
@@ -193,9 +192,9 @@ def _count(inspection: Inspection, document: Document, in_bytes: bool) -> None:
         inspection.n_bytes = None
     elif inspection.n_bytes is not None:
         inspection.n_bytes += n_bytes
-    if len(document) and not document.has_vectors:
-        inspection.low = int(low if inspection.low is None else min(low, inspection.low))
-        inspection.high = int(high if inspection.high is None else max(high, inspection.high))
+    if ends and not document.has_vectors:
+        inspection.low = int(min(ends))
+        inspection.high = int(max(ends))
 
 
 @contextmanager

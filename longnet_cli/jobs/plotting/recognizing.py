@@ -161,7 +161,7 @@ class Run(Measured):
         lines: list[Row] = []
         for where, row in rows:
             step = row.get("step")
-            if not isinstance(step, int) or number(step) is None:
+            if type(step) is not int:
                 raise DataError(f"{where}: not a line of metrics: it has no whole number 'step'")
             while lines and lines[-1]["step"] >= step:
                 lines.pop()

@@ -135,7 +135,7 @@ def _whole_documents(file: LogprobFile) -> Iterator[Logged]:
     tokens = 0
     documents: list[list[Logged]] = []
     expected: tuple[str, int] | None = None  # of the next row of the same document
-    for row in file.rows(top=True):
+    for row in file.rows():
         tokens += len(row.ids)
         if tokens > MOST_TOKENS:
             raise ConfigError(

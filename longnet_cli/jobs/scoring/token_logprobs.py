@@ -109,15 +109,15 @@ class LogprobFile:
         self.where = table.where
         self.metadata = table.metadata
 
-    def rows(self, top: bool = False) -> Iterator[Logged]:
-        """Yield the rows in order; with `top`, also the most likely tokens, if the file has them.
+    def rows(self) -> Iterator[Logged]:
+        """Yield the rows in order, with the most likely tokens if the file has them.
 
         Raises DataError for a damaged row.
         """
         table = self._table
         row = 0
         names = [*_COLUMNS]
-        if top and {*_TOP} <= {*table.schema.names}:
+        if {*_TOP} <= {*table.schema.names}:
             names += _TOP
         for batch in table.read(names):
             doc_ids, starts, *lists = (pick(batch, name) for name in names)
