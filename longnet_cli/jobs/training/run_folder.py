@@ -62,7 +62,7 @@ def prepare_run(
             raise ConfigError(f"--resume {resume}: neither a run nor a checkpoint{_LAST}")
         if not any(map(_names_a_model, overrides)):
             raise ConfigError(
-                f"{output} holds no run, and there is no model: give a RECIPE (longnet-1m, or a file such as "
+                f"there is no run in {output}, and there is no model: give a RECIPE (longnet-1m, or a file such as "
                 "examples/small.toml) or --init MODEL"
             )
     loaded = load_recipe(
