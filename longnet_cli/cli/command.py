@@ -291,7 +291,7 @@ def check_pairs(pairs: Sequence[Needs | Excludes], options: Any) -> None:
 
     An option counts as given unless it has its default or is `--dp 1`, which changes nothing.
     """
-    names = {*_given_names(options)}
+    names = given_names(options)
     for pair in pairs:
         is_beside = not names.isdisjoint(pair.other.split("|"))
         if pair.option not in names or is_beside is isinstance(pair, Needs):
@@ -302,10 +302,13 @@ def check_pairs(pairs: Sequence[Needs | Excludes], options: Any) -> None:
         raise ConfigError(f"{pair.option} {pair.why}: {advice}")
 
 
-def _given_names(options: Any) -> Iterator[str]:
+def given_names(options: Any) -> set[str]:
+    """Return the names of the `options`, a dataclass of a command, that are given: see `check_pairs`."""
+    names = set[str]()
     for field in fields(options):
         value = getattr(options, field.name)
         if is_dataclass(value):
-            yield from _given_names(value)
+            names |= given_names(value)
         elif value != field.default and (field.name, value) != ("dp", 1):
-            yield from field.metadata["typer"].param_decls or ()
+            names.update(field.metadata["typer"].param_decls or ())
+    return names

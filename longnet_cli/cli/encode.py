@@ -109,11 +109,7 @@ def encode(options: EncodeCommand) -> None:
         why = "--dry-run prints one value" if dry_run else "a file is what its name says"
         raise ConfigError(f"--format jsonl is for vectors on stdout, and {why}: leave it out")
     where_to = "embeddings are binary, stdout is a terminal: name a file (-o embeddings.arrow) or pipe them"
-    for_folder = {
-        "--shard-rows": options.shard_rows,
-        "--shard-format": options.shard_format != "arrow",
-    }
-    opened = open_command(options, "" if lines else where_to, for_folder, embeds=True)
+    opened = open_command(options, "" if lines else where_to, embeds=True)
     from longnet_cli.jobs.encoding import Encoder, for_model
     from longnet_cli.jobs.row_jobs import Output
 

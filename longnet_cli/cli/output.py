@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +103,13 @@ def _escape(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
+FOR_FOLDERS = {"--shard-tokens", "--shard-rows", "--shard-format"}
+
+
 def check_output(
     output: str,
     where_to: str,
-    for_folder: Mapping[str, object],
+    given: Set[str],
     *,
     resume: bool,
     dry_run: bool = False,
@@ -114,8 +117,7 @@ def check_output(
     """Return the earlier run that goes on in an output folder; None for another output, and without such a run.
 
     Raises ConfigError for an output that cannot be written, and for options that do not fit it. `where_to` is the error
-    for a terminal; without it, a terminal may show the output. `for_folder` maps the names of options for a folder of
-    shards to their values.
+    for a terminal; without it, a terminal may show the output. `given` are the names of all options that are given.
     """
     if where_to and output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():
         raise ConfigError(where_to)
@@ -124,11 +126,10 @@ def check_output(
 
     if is_folder(output, resume=resume):
         return run_to_resume(output, resume=resume)
-    for name, value in for_folder.items():
-        if value:
-            raise ConfigError(
-                f"{output}: {name} is for a folder of shards, and a single file or stream has no parts"
-            )
+    for name in sorted(FOR_FOLDERS & given):
+        raise ConfigError(
+            f"{output}: {name} is for a folder of shards, and a single file or stream has no parts"
+        )
     return None
 
 

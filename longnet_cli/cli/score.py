@@ -136,12 +136,8 @@ def score(options: ScoreCommand) -> None:
     where_to = (
         "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
     )
-    for_folder = {
-        "--shard-tokens": options.shard_tokens,
-        "--shard-format": options.shard_format != "arrow",
-    }
     also = {"--token-logprobs": options.token_logprobs}
-    opened = open_command(replace(options, documents=documents), where_to, for_folder, also=also)
+    opened = open_command(replace(options, documents=documents), where_to, also=also)
     from longnet_cli.jobs.row_jobs import Output
     from longnet_cli.jobs.scoring.scoring import Scorer
 

@@ -24,6 +24,7 @@ from longnet_cli.running.ranks.launch import (
     under_torchrun,
 )
 
+from .command import given_names
 from .options import (
     DEFAULT_MODEL,
     KNOWS,
@@ -244,15 +245,14 @@ class Opened:
 def open_command(
     options: Any,
     where_to: str,
-    for_folder: Mapping[str, object],
     *,
     embeds: bool = False,
     also: Mapping[str, str | None] = {},
 ) -> Opened:
     """Return what a command, `score` or `encode`, has opened, each rank for itself.
 
-    What is wrong without a model is refused before. For `where_to` and `for_folder`, see `output.check_output`; `also`
-    are other paths that are written, by the names of their options. For `embeds`, see `ModelAndInputs`.
+    What is wrong without a model is refused before. For `where_to`, see `output.check_output`; `also` are other paths
+    that are written, by the names of their options. For `embeds`, see `ModelAndInputs`.
     """
     from longnet_cli.data.output_paths import refuse_other_suffix, refuse_overwriting
 
@@ -265,7 +265,8 @@ def open_command(
     if output is not None:
         resume = running.resume
         dry_run = running.dry_run
-        earlier = check_output(output, where_to, for_folder, resume=resume, dry_run=dry_run)
+        given = given_names(options)
+        earlier = check_output(output, where_to, given, resume=resume, dry_run=dry_run)
     named = ModelAndInputs(options.documents, options.choice, earlier, embeds=embeds)
     for option, path in written.items():
         refuse_overwriting(option, [path], named.input_files, named.files)

@@ -10,6 +10,7 @@ from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import count_of, format_count
 
 from . import options as shared
+from .command import given_names
 from .options import INPUT, OUTPUT, HelpPanel, bare_or
 from .output import check_output, count_left_out, end, note, tell
 from .progress import progress
@@ -89,12 +90,9 @@ def tokenize(options: TokenizeCommand) -> None:
     data = Inputs(options.inputs, None, *names, skip_bad=options.skip_bad, share=options.share)
     words = options.tokenizer and Tokenizer.find(options.tokenizer)
     refuse_overwriting("-o", [output, beside or output], data.all_files, [words])
-    for_folder = {
-        "--shard-tokens": options.shard_tokens,
-        "--shard-format": options.shard_format != "arrow",
-    }
     where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
-    _write(options, data, check_output(output, where_to, for_folder, resume=options.resume))
+    earlier = check_output(output, where_to, given_names(options), resume=options.resume)
+    _write(options, data, earlier)
 
 
 def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> None:
