@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from longnet_cli.basics.errors import ConfigError, LongNetError, is_utf8
+from longnet_cli.basics.errors import ConfigError, is_utf8
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import DTYPES_OF_TORCH, count_of, format_bytes, format_duration
 
@@ -164,10 +164,9 @@ def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
         )
     if not asked and not manifest.get("as_trained"):
         choice = replace(choice, pattern=manifest["longnet.pattern"])
-    if not choice.model and isinstance(model, str):
-        choice = replace(choice, model=model)
     if computing.dtype == "auto":
         computing = replace(computing, dtype=dtype)
+    choice = replace(choice, model=choice.model or model)
     return replace(options, choice=choice, computing=computing)
 
 
@@ -343,10 +342,11 @@ def _documents(
     is_pipe = text is None and inputs.all_files.names == ["-"]
     if not options.save_state and (is_pipe or options.format == "jsonl"):
         return documents, False
-    documents, several = _look_ahead(documents)
+    first_two = [*islice(documents, 2)]
+    several = len(first_two) > 1
     if several and options.save_state:
         raise ConfigError("--save-state saves one prompt, and there are several: give one")
-    return documents, several
+    return chain(first_two, documents), several
 
 
 def _each_document(
@@ -400,21 +400,3 @@ def _stream(options: GenerateCommand, loaded: Loaded) -> CausalStream | None:
             f"{state}: it was saved after a batch of {stream.batch} documents: name one of a document"
         )
     return stream
-
-
-def _look_ahead(documents: Iterator[Document]) -> tuple[Iterator[Document], bool]:
-    """Return the same documents, and whether there are several. The error of a second one comes in its turn."""
-    ahead: list[Document] = []
-    failures: list[LongNetError] = []
-    try:
-        ahead.extend(islice(documents, 2))
-    except LongNetError as error:
-        failures.append(error)
-
-    def in_turn() -> Iterator[Document]:
-        yield from ahead
-        for failure in failures:
-            raise failure
-        yield from documents
-
-    return in_turn(), len(ahead) + len(failures) > 1
