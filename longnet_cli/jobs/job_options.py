@@ -16,6 +16,13 @@ NO_PREFIX = "none"
 EmbeddingDtype = Literal["float32", "float16"]
 
 
+def _refuse_below_one(**sizes: object) -> None:
+    """Raise ConfigError for a size below 1, by its name. What is not a number is not looked at."""
+    for name, size in sizes.items():
+        if isinstance(size, int) and size < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {size}")
+
+
 @dataclass(frozen=True)
 class EncodeOptions:
     """The options of `encode`: of the command, of the function and of `encode_batches`.
@@ -45,9 +52,7 @@ class EncodeOptions:
     embedding_dtype: EmbeddingDtype = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("span", "stride"):
-            if isinstance(value := getattr(self, name), int) and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {value}")
+        _refuse_below_one(span=self.span, stride=self.stride)
         if isinstance(self.span, str) and self.span not in UNITS:
             raise ConfigError(
                 f"span must be a size, or one of {', '.join(UNITS)}, not {self.span!r}"
@@ -96,21 +101,18 @@ class ScoreOptions:
         return self.context or (None,)
 
     def __post_init__(self) -> None:
-        sizes = [("context", context) for context in self.contexts]
-        for name, value in (*sizes, ("stride", self.stride), ("last", self.last)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, not {value}")
+        shortest = min(self.context or (1,))
+        _refuse_below_one(context=shortest, stride=self.stride, last=self.last)
         if len(set(self.contexts)) < len(self.contexts):
             raise ConfigError(
                 f"each context may be given once: {', '.join(map(str, self.contexts))}"
             )
-        for context in self.contexts if self.stride else ():
-            if context is None:
-                raise ConfigError(f"a stride of {self.stride} tokens needs a context")
-            if context < (self.stride or 0):
-                raise ConfigError(
-                    f"a stride of {self.stride} tokens needs a context of {self.stride} or more, not {context}"
-                )
+        if self.stride and not self.context:
+            raise ConfigError(f"a stride of {self.stride} tokens needs a context")
+        if self.stride and shortest < self.stride:
+            raise ConfigError(
+                f"a stride of {self.stride} tokens needs a context of {self.stride} or more, not {shortest}"
+            )
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
