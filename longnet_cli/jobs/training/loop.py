@@ -6,8 +6,7 @@ import platform
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -59,30 +58,6 @@ class TrainResult:
     loss: float
     output: Path
     best: float | None
-
-
-class _Ahead(Iterator[tuple[Batch, dict[str, Any]]]):
-    """Batches, of which the next may be fetched early. What the fetching raises, is raised when its turn comes."""
-
-    def __init__(self, batches: Iterator[tuple[Batch, dict[str, Any]]], tokens: int) -> None:
-        self._batches = batches
-        self._tokens = tokens
-        self._fetched: list[Future[tuple[Batch, dict[str, Any]]]] = []
-
-    def fetch(self) -> None:
-        """Take the next batch, and read the first `tokens` of its windows."""
-        self._fetched.append(Future())
-        try:
-            batch, position = next(self._batches)
-            batch.fetch(self._tokens)
-            self._fetched[0].set_result((batch, position))
-        except Exception as error:  # also that there is none
-            self._fetched[0].set_exception(error)
-
-    def __next__(self) -> tuple[Batch, dict[str, object]]:
-        if not self._fetched:
-            self.fetch()
-        return self._fetched.pop().result()
 
 
 @dataclass
@@ -237,12 +212,12 @@ class _TrainingRun:
         try:
             if self.progress.step:  # the run may have stopped before this step's report
                 line = self._report()
-            # with --sp, a sequence's first chunk is shared: nothing is read ahead
-            batches = _Ahead(
-                self._batches(), self.recipe.train.chunk + 1 if self.ranks.sp == 1 else 0
-            )
-            for batch, position in batches:
-                tokens = self._step(batch, position, batches.fetch)
+            batches = self._batches()
+            following = next(batches, None)
+            while following:
+                batch, position = following
+                following = next(batches, None)
+                tokens = self._step(batch, position, following and following[0])
                 try:
                     line = self._report() or line
                 finally:  # also if a signal ends its evaluation: the step is done, and is saved
@@ -277,8 +252,11 @@ class _TrainingRun:
             end += stage.steps
             yield from islice(windows, min(stage.steps, max(0, end - self.progress.step)))
 
-    def _step(self, batch: Batch, position: dict[str, Any], fetch_next: Callable[[], None]) -> int:
-        """Run one optimizer step; return the tokens that all ranks read. Nothing changes before the optimizer runs."""
+    def _step(self, batch: Batch, position: dict[str, Any], following: Batch | None) -> int:
+        """Run one optimizer step; return the tokens that all ranks read. Nothing changes before the optimizer runs.
+
+        Meanwhile, the first tokens of the `following` batch are read.
+        """
         recipe = self.recipe
         train = self.recipe.train
         ranks = self.ranks
@@ -310,7 +288,10 @@ class _TrainingRun:
         )
         fsdp.sum_gradients(self.model, ranks, nll)
         total_norm = fsdp.clip_gradients(self.model, recipe.optimizer.clip)
-        fetch_next()  # while the device computes
+        # with --sp, a sequence's first chunk is shared: nothing is read ahead
+        if following and ranks.sp == 1:
+            with suppress(Exception):  # which is raised when its own step reads them
+                following.fetch(train.chunk + 1)  # while the device computes
         loss, grad_norm = torch.stack(
             (nll / targets_of_all_ranks, total_norm.double())
         ).tolist()  # the only wait for the device
