@@ -165,11 +165,11 @@ def _open_text(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Tabl
         raise DataError(
             f"{where}: FASTA is not read: make JSON Lines of it, an object for each record"
         )
+    if name.endswith(JSON_SUFFIXES) or begins_json_lines(head):
+        return open_json_lines(input_file, pipe, wanted)
     if name.endswith(SHARD_SUFFIXES):
         advice = _advice(head) or ": is it truncated or damaged?"
         raise DataError(f"{where}: it does not begin as the table that its name says{advice}")
-    if name.endswith(JSON_SUFFIXES) or begins_json_lines(head):
-        return open_json_lines(input_file, pipe, wanted)
     parts = _decoded(pipe, where)
     return Text(input_file.name, next(parts, ""), where, rest=parts)  # also an empty one
 
