@@ -104,12 +104,7 @@ def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Su
 
 
 def _tokenizer(files: Sequence[LogprobFile], name: str | None) -> Tokenizer:
-    """Return the tokenizer of files, checked by its digest. Raises ConfigError."""
-    digests = {file.metadata[_SHA256] for file in files if _SHA256 in file.metadata}
-    if len(digests) > 1:
-        raise ConfigError(
-            f"{files[0].where} and {files[1].where} are of two tokenizers: their tokens differ"
-        )
+    """Return the tokenizer of files, checked by its digest in each of them. Raises ConfigError."""
     where = files[0].where
     model = name or files[0].metadata.get("longnet.model")
     if not model:
@@ -122,11 +117,12 @@ def _tokenizer(files: Sequence[LogprobFile], name: str | None) -> Tokenizer:
         raise ConfigError(
             f"{where}: the tokenizer of its model {model} cannot be read: give --tokenizer"
         ) from error
-    if digests and tokenizer.sha256 not in digests:
-        which = f"--tokenizer {name}" if name else f"the tokenizer of {model}"
-        raise ConfigError(
-            f"{where} is of another tokenizer than {which}: give the one it was scored with"
-        )
+    for file in files:
+        if file.metadata.get(_SHA256, tokenizer.sha256) != tokenizer.sha256:
+            which = f"--tokenizer {name}" if name else f"the tokenizer of {model}"
+            raise ConfigError(
+                f"{file.where} is of another tokenizer than {which}: give the one it was scored with"
+            )
     return tokenizer
 
 
