@@ -35,6 +35,13 @@ class Axis:
     unit: str = ""
     write: Callable[[float], str] = "{:g}".format
 
+    def place(self, value: Any) -> float | None:
+        """Return a value from a file as a number that the axis can show, otherwise None."""
+        place = number(value)
+        if place is not None and place <= 0 and self.base:
+            return None
+        return place
+
 
 class Point(NamedTuple):
     """A measured value and its standard error, None where that is unknown."""
@@ -84,10 +91,9 @@ def points(rows: Iterable[Row], of_x: Axis, of_y: Axis, x_key: str, y_key: str) 
     """
     points: dict[float, Point] = {}
     for row in rows:
-        x, y = number(row.get(x_key)), number(row.get(y_key))
-        if x is None or y is None:
-            continue
-        if (x > 0 or not of_x.base) and (y > 0 or not of_y.base):
+        x = of_x.place(row.get(x_key))
+        y = of_y.place(row.get(y_key))
+        if x is not None and y is not None:
             points[x] = Point(x, y, number(row.get(f"{y_key}_se")))
     return [points[x] for x in sorted(points)]
 
