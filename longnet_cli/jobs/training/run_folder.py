@@ -65,11 +65,9 @@ def prepare_run(
                 f"there is no run in {output}, and there is no model: give a RECIPE (longnet-1m, or a file such as "
                 "examples/small.toml) or --init MODEL"
             )
-    loaded = load_recipe(
-        named, overrides, [_stored(earlier, *keys) for keys in _NAMES] if earlier else ()
-    )
+    loaded = load_recipe(named, overrides, [_stored(earlier, *keys) for keys in _NAMES])
     # then the recipe names it: the order of `running.reader.chunk_of`
-    chunk = _stored(earlier, "train", "chunk") if earlier else None
+    chunk = _stored(earlier, "train", "chunk")
     if not loaded.names_chunk and isinstance(chunk, int) and chunk > 0:
         loaded = loaded.with_chunk(chunk)
     if writes:
@@ -130,8 +128,10 @@ def _refuse_others(folder: Path) -> None:
             )
 
 
-def _stored(recipe: str | Path, *keys: str) -> object:
+def _stored(recipe: str | Path | None, *keys: str) -> object:
     """Return a value in a run's recipe.json, None without it; it is not checked: files that it names may have moved."""
+    if recipe is None:
+        return None
     with suppress(OSError, ValueError, KeyError, TypeError):
         return reduce(getitem, keys, parse(read_text(recipe)))
     return None
@@ -161,12 +161,10 @@ def _refuse_overwriting(output: Path, recipe: Recipe, path: str | None) -> None:
     files = [output / RECIPE, output / "metrics.jsonl", output / CHECKPOINTS]
     for name in MODEL_FILES:
         files += [output / name, output / BEST / name]
-    also: list[Path | None] = []
+    also: list[str | Path | None] = []
     if not again:
-        also.append(Tokenizer.find(data.tokenizer))
+        also += (path, Tokenizer.find(data.tokenizer))
         if recipe.init:
             also.append(ModelFolder.find(recipe.init).path)
-        if path:
-            also.append(Path(path))
     for inputs in (*(source.files for source in data.sources), data.held_out_files):
         refuse_overwriting("-o", files, inputs, also)
