@@ -28,7 +28,7 @@ from longnet_cli.attention import Outside, Pattern, dilated_attention
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.named_blocks import whole_text
-from longnet_cli.nets.net import FarProvider, Net
+from longnet_cli.nets.net import FarProvider, Net, positions_of
 from longnet_cli.nets.positions import PositionTable, position_table, rotate, sink_turn
 from longnet_cli.nets.weights import load_pretrained, save_pretrained
 
@@ -279,16 +279,8 @@ class LongNet(Net):
         """
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        first, *others = documents or [x.shape[1]]
-        table = position_table(self.config, start, first, x.device, dtype)
-        if table is None or not others:
-            return table
-        rest = position_table(self.config, 0, max(others), x.device, dtype)
-        assert rest is not None
-        tables = [table, *(PositionTable(rest.q[:n], rest.k[:n]) for n in others)]
-        q = torch.cat([part.q for part in tables])
-        k = q if table.k is table.q else torch.cat([part.k for part in tables])
-        return PositionTable(q, k)
+        places = positions_of(documents or [x.shape[1]], start, x.device)
+        return position_table(self.config, places, dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., vocab_size) of hidden states (..., dim), in the dtype of the matrix product."""

@@ -132,6 +132,14 @@ class InputSequence(Generic[D]):
 # k and v for later shards.
 FarProvider = Callable[[int, Tensor, Tensor, Tensor], Outside]
 
+
+def positions_of(documents: Sequence[int], start: int, device: torch.device) -> Tensor:
+    """Return the int64 positions of the tokens of documents that follow each other, the first from `start` on."""
+    positions = torch.cat([torch.arange(size, device=device) for size in documents])
+    positions[: documents[0]] += start
+    return positions
+
+
 LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at a time: 256 MiB in float32
 IGNORED = -100  # a target without loss
 

@@ -33,8 +33,6 @@ XPOS_SCALE_BASE = 512
 XPOS_GAMMA = 0.4
 XPOS_MAX_SEGMENT_FP16 = 8192  # float16 ends at e^11: zeta^(4096 / 512) is e^10
 
-TABLE_ROWS = 65536  # tokens whose float64 phases exist at a time
-
 
 class PositionTable(NamedTuple):
     """Complex factors (tokens, 1, D/2) of queries and of keys; for RoPE, both are the same tensor.
@@ -48,51 +46,43 @@ class PositionTable(NamedTuple):
 
 @torch.no_grad()
 def position_table(
-    config: LongNetConfig, start: int, tokens: int, device: torch.device | str, dtype: torch.dtype
+    config: LongNetConfig, positions: Tensor, dtype: torch.dtype
 ) -> PositionTable | None:
-    """Return the factors of positions [start, start + tokens); None for position="none".
+    """Return the factors of int64 positions (tokens,) on their device; None for position="none".
 
     `dtype` is that of the queries to rotate: factors are complex128 for float64, otherwise complex64. Raises
     ConfigError for xPos in float16 with segments so long that exponents overflow.
     """
     if config.position == "none":
         return None
-    xpos = config.position == "xpos"
-    longest = max(config.segment_lengths)
+    if config.position == "xpos":
+        return _xpos_table(config, positions, dtype)
+    frequencies = _frequencies(config, positions.device)
     levels = _levels(config)
-    if xpos and dtype is torch.float16 and longest > XPOS_MAX_SEGMENT_FP16:
+    if not levels:
+        factors = _factors(positions.double()[:, None], frequencies, dtype)
+        return PositionTable(factors, factors)
+    rates, shifts = torch.tensor(levels, dtype=torch.float64, device=positions.device).T
+    seen_at = (positions[:, None] / rates)[..., None]
+    q = _factors(seen_at + shifts[:, None], frequencies, dtype)
+    return PositionTable(q, _factors(seen_at, frequencies, dtype))
+
+
+def _xpos_table(config: LongNetConfig, positions: Tensor, dtype: torch.dtype) -> PositionTable:
+    longest = max(config.segment_lengths)
+    if dtype is torch.float16 and longest > XPOS_MAX_SEGMENT_FP16:
         raise ConfigError(
             f'position="xpos" overflows float16 in segments longer than {XPOS_MAX_SEGMENT_FP16}, got {longest}; '
             "use bfloat16 or float32"
         )
-    half = config.head_dim // 2
-    kind = torch.complex128 if dtype is torch.float64 else torch.complex64
-    frequencies = _frequencies(config, device)
-    j = torch.arange(half, dtype=torch.float64, device=device)
+    place = (positions % longest - longest // 2).double()[:, None]
+    factors = _factors(place, _frequencies(config, positions.device), torch.float64)
+    j = torch.arange(config.head_dim // 2, dtype=torch.float64, device=positions.device)
     decay = (2 * j + XPOS_GAMMA * config.head_dim) / ((1 + XPOS_GAMMA) * config.head_dim)
-    log_zeta = decay.log()
-    of_levels = [len(levels)] if levels else []
-    q = torch.empty(tokens, *of_levels, 1, half, dtype=kind, device=device)
-    k = torch.empty_like(q) if xpos or levels else q
-    for begin in range(0, tokens, TABLE_ROWS):
-        end = min(begin + TABLE_ROWS, tokens)
-        rows = slice(begin, end)
-        position = torch.arange(start + begin, start + end, dtype=torch.int64, device=device)
-        if xpos:
-            place = (position % longest - longest // 2).double()
-            # (rows, 1, D/2)
-            phase = (place[:, None] * frequencies).remainder_(2 * math.pi)[:, None]
-            exponent = (place / XPOS_SCALE_BASE)[:, None, None] * log_zeta
-            q[rows] = torch.polar(exponent.exp(), phase)
-            k[rows] = torch.polar(exponent.neg_().exp_(), phase)
-        elif levels:
-            rates, shifts = torch.tensor(levels, dtype=torch.float64, device=device).T
-            seen_at = position[:, None] / rates
-            k[rows] = _factors(seen_at[..., None], frequencies)
-            q[rows] = _factors((seen_at + shifts)[..., None], frequencies)
-        else:
-            q[rows] = _factors(position.double()[:, None], frequencies)
-    return PositionTable(q, k)
+    exponent = place[:, None] / XPOS_SCALE_BASE * decay.log()  # (tokens, 1, D/2)
+    kind = _kind(dtype)
+    q = (factors * exponent.exp()).to(kind)
+    return PositionTable(q, (factors * exponent.neg().exp()).to(kind))
 
 
 def _levels(config: LongNetConfig) -> list[tuple[float, float]]:
@@ -139,14 +129,19 @@ def sink_turn(config: LongNetConfig) -> Turn | None:
 
 def _turn_by(config: LongNetConfig, k: Tensor, distances: Tensor) -> Tensor:
     frequencies = _frequencies(config, k.device)
-    factors = _factors(distances.double()[:, None], frequencies)[:, None]  # (S, 1, 1, D/2)
-    return _turn(k, factors if k.dtype is torch.float64 else factors.to(torch.complex64))
+    factors = _factors(distances.double()[:, None], frequencies, k.dtype)
+    return _turn(k, factors[:, None])  # (S, 1, 1, D/2)
 
 
-def _factors(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Return the complex factors (..., 1, D/2) of positions (..., 1) in float64."""
+def _kind(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of factors for queries and keys of a type."""
+    return torch.complex128 if dtype is torch.float64 else torch.complex64
+
+
+def _factors(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the complex factors (..., 1, D/2), for queries and keys of a type, of positions (..., 1) in float64."""
     phase = (positions * frequencies).remainder_(2 * math.pi)[..., None, :]
-    return torch.polar(torch.ones_like(phase), phase)
+    return torch.polar(torch.ones_like(phase), phase).to(_kind(dtype))
 
 
 def _frequencies(config: LongNetConfig, device: torch.device | str) -> Tensor:

@@ -195,7 +195,7 @@ def test_grouped_positions_show_every_key_where_a_level_shows_it(monkeypatch):
     all_keys = LongNetConfig(**sizes, segment_lengths=[8, 32], dilation_rates=[1, 1])
 
     def positions(config):
-        return position_table(config, 0, 64, "cpu", torch.float32)
+        return position_table(config, torch.arange(64), torch.float32)
 
     with self_extend.grouped_positions((1, 2)):
         grouped = positions(all_keys)

@@ -23,7 +23,7 @@ from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
-from longnet_cli.nets.positions import TABLE_ROWS, position_table, rotate
+from longnet_cli.nets.positions import position_table, rotate
 from longnet_cli.running import device
 
 PATTERN = {"segment_lengths": (16, 48, 96), "dilation_rates": (1, 2, 5)}
@@ -293,7 +293,9 @@ def drawn(tokens: int, dtype: torch.dtype, head_dim: int = 16) -> Tensor:
 
 @pytest.mark.parametrize("start", [0, 2**24 - 8, 2**30 - 8])
 def test_phases_far_out(start):
-    table = position_table(config("rope", head_dim=64), start, 16, "cpu", torch.float32)
+    table = position_table(
+        config("rope", head_dim=64), torch.arange(start, start + 16), torch.float32
+    )
     assert table.q is table.k
     # the oracle has 64 bits of mantissa: 1e9 rad to 1e-10
     frequencies = np.longdouble(10000) ** (-np.arange(32, dtype=np.longdouble) / 32)
@@ -331,34 +333,36 @@ def test_levels_with_their_own_positions_compress_distances(options, reached, se
 
 @pytest.mark.parametrize("position", ["rope", "xpos"])
 def test_any_start_is_a_row_of_the_whole_table(position):
-    tokens = TABLE_ROWS + 300  # more than one block of phases
-    whole = position_table(config(position), 0, tokens, "cpu", torch.float32)
-    part = position_table(config(position), TABLE_ROWS - 100, 400, "cpu", torch.float32)
-    assert torch.equal(whole.q[TABLE_ROWS - 100 :], part.q)
-    assert torch.equal(whole.k[TABLE_ROWS - 100 :], part.k)
+    places = torch.arange(66000)
+    whole = position_table(config(position), places, torch.float32)
+    part = position_table(config(position), places[65400:], torch.float32)
+    assert torch.equal(whole.q[65400:], part.q)
+    assert torch.equal(whole.k[65400:], part.k)
 
 
 def test_xpos_is_finite_at_its_limit():
-    table = position_table(config("xpos", (65536,)), 0, 65536, "cpu", torch.float32)
+    table = position_table(config("xpos", (65536,)), torch.arange(65536), torch.float32)
     for factors in table:
         assert torch.view_as_real(factors).isfinite().all()
         assert factors.abs().min() > torch.finfo(torch.float32).tiny
 
 
 def test_xpos_refuses_float16_in_long_segments():
-    position_table(config("xpos", (8192,)), 0, 4, "cpu", torch.float16)
+    position_table(config("xpos", (8192,)), torch.arange(4), torch.float16)
     with pytest.raises(ConfigError, match="use bfloat16"):
-        position_table(config("xpos", (16384,)), 0, 4, "cpu", torch.float16)
+        position_table(config("xpos", (16384,)), torch.arange(4), torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_types_are_kept_and_products_are_wide(dtype):
     q = drawn(8, dtype)
-    table = position_table(config("rope"), 1000, 8, "cpu", dtype)
+    table = position_table(config("rope"), torch.arange(1000, 1008), dtype)
     turned, _ = rotate(q, q, table)
     assert turned.dtype is dtype
     exact, _ = rotate(
-        q.double(), q.double(), position_table(config("rope"), 1000, 8, "cpu", torch.float64)
+        q.double(),
+        q.double(),
+        position_table(config("rope"), torch.arange(1000, 1008), torch.float64),
     )
     # one rounding to the type, none in between
     assert (

@@ -51,7 +51,7 @@ from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, check_ropes, make_ph
 from longnet_cli.models.hf.training import State, add_lora, merged
 from longnet_cli.models.hf.trying import body, first_position, layers_of, settings_of, why_not
 from longnet_cli.nets.config import TransformersConfig
-from longnet_cli.nets.net import FarProvider, Net
+from longnet_cli.nets.net import FarProvider, Net, positions_of
 from longnet_cli.nets.weights import check_finite, refuse_differences
 from longnet_cli.running.causal_stream import LayerCaches, open_stream
 from longnet_cli.running.device import trim_memory
@@ -169,9 +169,7 @@ class TransformersNet(Net):
                 "attention_mask": inputs.new_ones(inputs.shape[:2], dtype=torch.int64),
             }
         if far is not None or documents is not None:
-            sizes = documents or [inputs.shape[1]]
-            positions = torch.cat([torch.arange(size, device=inputs.device) for size in sizes])
-            positions[: sizes[0]] += start  # the first document began before the shard
+            positions = positions_of(documents or [inputs.shape[1]], start, inputs.device)
             options["position_ids"] = positions[None] + first_position(self.model)
         if "use_cache" in self._accepted:
             options["use_cache"] = False
