@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError, LongNetError, MemoryLimitError
-from longnet_cli.basics.system_calls import read_into
 
 
 class FileChangedError(DataError):
@@ -60,7 +59,7 @@ class StoredFile(io.RawIOBase):
         try:
             while missing and count:  # one call reads 2 GB at most
                 place = offset + out.nbytes - missing
-                count = read_into(self._handle, (memoryview(out).cast("B")[-missing:],), place)
+                count = os.preadv(self._handle, (memoryview(out).cast("B")[-missing:],), place)
                 missing -= count
             status = os.fstat(self._handle)
         except OSError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import tempfile
 import weakref
 from collections import defaultdict
@@ -20,9 +21,19 @@ import torch
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
-from longnet_cli.basics.system_calls import allocate
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
+
+
+def _allocate(file: int, size: int) -> None:
+    """Give a file its room on the disk: a write to a map of a file would kill the process where the disk is full."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+        return
+    zeros = bytes(min(size, 1 << 20))
+    written = 0
+    while written < size:  # a call may write a part
+        written += os.pwrite(file, zeros[: size - written], written)
 
 
 class MappedMemory:
@@ -44,7 +55,7 @@ class MappedMemory:
                 self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             else:
                 with tempfile.TemporaryFile(dir=folder) as file:
-                    allocate(file.fileno(), size)
+                    _allocate(file.fileno(), size)
                     self._map = mmap.mmap(file.fileno(), size)
         self._used = self._alive = 0
         # size -> offsets of the rooms of that size

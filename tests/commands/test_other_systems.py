@@ -5,12 +5,9 @@ score, encode and train, with and without a file for what memory does not hold.
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 from processes import invoke
-
-from longnet_cli.basics.system_calls import read_into
 
 WITHOUT_LINUX = """
 import builtins, ctypes, io, os, sys, sysconfig
@@ -27,7 +24,7 @@ def only_others(real):
 
 for module, name in ((builtins, "open"), (io, "open"), (os, "open"), (os, "listdir"), (os, "scandir")):
     setattr(module, name, only_others(getattr(module, name)))
-for module, name in ((os, "posix_fallocate"), (os, "preadv"), (os, "sched_getaffinity"), (os, "memfd_create")):
+for module, name in ((os, "posix_fallocate"), (os, "sched_getaffinity"), (os, "memfd_create")):
     delattr(module, name)
 def no_libc(name, *args, real=ctypes.CDLL, **options):
     return gone("libc") if name in (None, "libc.so.6") else real(name, *args, **options)
@@ -73,20 +70,6 @@ def test_commands_need_nothing_that_only_linux_has(tmp_path, run_python):
     assert len(values) == 2
     assert (tmp_path / "vectors.arrow").is_file()
     assert (tmp_path / "run/model.safetensors").is_file()
-
-
-def test_reading_into_rooms_without_preadv(tmp_path, monkeypatch):
-    (tmp_path / "x").write_bytes(bytes(range(50)))
-    with open(tmp_path / "x", "rb") as file:
-        for offset, sizes in ((0, (10, 20)), (45, (3, 9)), (60, (4,))):
-            read = []
-            for without in (False, True):
-                with monkeypatch.context() as patch:
-                    if without:
-                        patch.delattr(os, "preadv")
-                    rooms = [bytearray(size) for size in sizes]
-                    read.append((read_into(file.fileno(), rooms, offset), rooms))
-            assert read[0] == read[1]
 
 
 def test_mps_is_refused_by_name():
