@@ -155,8 +155,8 @@ def reference(
 ):
     """The dense-mask reference as an attention function of transformers, "dilated_reference"."""
     if options.get("sliding_window") is not None:
-        options = {"scaling": scaling, "is_causal": is_causal, "s_aux": options.get("s_aux")}
-        return _sliding(module, query, key, value, attention_mask, **options)
+        options = {"scaling": scaling, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     lengths = None if attention_mask is None else attention_mask[:, 1]
     given = {"causal": module.is_causal if is_causal is None else is_causal, "lengths": lengths}
@@ -164,22 +164,6 @@ def reference(
     return dilated_attention_reference(
         q, k, v, pattern_of(module.config), **given
     ).contiguous(), None
-
-
-def _sliding(module, query, key, value, mask, scaling, is_causal, s_aux):
-    """The attention of a sliding window, to which each head may add the score of a sink, `s_aux` (H,)."""
-    if s_aux is None:
-        return sdpa_attention_forward(
-            module, query, key, value, mask, scaling=scaling, is_causal=is_causal
-        )
-    k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    seen = torch.ones(query.shape[2], k.shape[2], dtype=torch.bool).tril(
-        k.shape[2] - query.shape[2]
-    )
-    seen = seen if mask is None else mask
-    scores = (query @ k.mT * scaling).masked_fill(~seen, float("-inf"))
-    scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
-    return (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2).contiguous(), None
 
 
 hf.AttentionInterface.register("dilated_reference", reference)

@@ -223,7 +223,7 @@ def outcome(folder: Path, pattern: Pattern | None) -> tuple[str, str]:
             "whole",
             "cannot be run in chunks",
         ),
-        ("mimo_v2_flash", {}, "chunks", "chunks", ""),  # sinks in its sliding layers
+        ("mimo_v2_flash", {}, "chunks", "refused", "dilated attention has no s_aux"),
         ("roberta", {}, "chunks", "chunks", ""),  # its positions start after the padding's
         (
             "diffllama",
@@ -324,14 +324,12 @@ def test_a_trial_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_attention_is_refused_with_the_difference(dtype, monkeypatch):
-    """A model whose sliding layers have sinks that its attention function loses, as ours once did."""
+    """A model whose attention function loses what is below zero, as ours once lost sinks."""
     torch.manual_seed(0)
-    net = grown(hf.AutoModelForCausalLM.from_config(tiny_config("mimo_v2_flash"))).to(dtype)
-    monkeypatch.setattr(
-        "longnet_cli.models.hf.attention._with_sink", lambda q, k, v, mask, *_: (q, k, v, mask)
-    )
+    net = grown(built(llama)).to(dtype)
+    monkeypatch.setattr("longnet_cli.models.hf.attention._in_autocast_type", lambda x: x.relu())
     with pytest.raises(
-        ConfigError, match=r"MiMoV2FlashForCausalLM with a pattern differs .* by 0\.\d+ of its nats"
+        ConfigError, match=r"LlamaForCausalLM with a pattern differs .* by 0\.\d+ of its nats"
     ):
         use_dilated_attention(net, WIDE)
 

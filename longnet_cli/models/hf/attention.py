@@ -77,7 +77,7 @@ _REFUSED_CONFIG = {
     "attention_chunk_size": "chunked attention",
 }
 # unsupported options of a layer: they go beyond a plain softmax of scaled scores
-_REFUSED_OPTIONS = {"s_aux", "position_bias", "head_mask", "output_attentions"}
+_REFUSED_OPTIONS = {"softcap", "s_aux", "position_bias", "head_mask", "output_attentions"}
 
 
 def use_dilated_attention(
@@ -272,13 +272,14 @@ def dilated_attention_forward(
     the given one is left out.
     Raises ConfigError for options that dilated attention does not support, ValueError for wrong masks and keys.
     """
-    if options.get("softcap"):
-        raise ConfigError("dilated attention has no softcap")
+    for name in _REFUSED_OPTIONS & options.keys():
+        if options[name] is not None and options[name] is not False:
+            raise ConfigError(f"dilated attention has no {name}")
     if options.get("sliding_window") is not None:
         options |= {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
-        return _sliding(module, query, key, value, attention_mask, options)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     pattern = _pattern_of(module)
-    _check_call(module, pattern, query, attention_mask, dropout, options)
+    _check_call(module, pattern, query, attention_mask, dropout)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     q, k, v = (_in_autocast_type(x).transpose(1, 2) for x in (query, key, value))
     settings: dict[str, Any] = {
@@ -310,21 +311,6 @@ def dilated_attention_forward(
         everywhere = torch.ones((), dtype=torch.bool, device=q.device)
         out = q.masked_fill(everywhere, 0)
     return out, None
-
-
-def _sliding(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, None]:
-    """Compute the attention of a sliding-window layer as transformers does, by torch's sdpa."""
-    sinks = options.pop("s_aux", None)
-    if sinks is not None:
-        query, key, value, mask = _with_sink(query, key, value, mask, sinks, options["scaling"])
-    return sdpa_attention_forward(module, query, key, value, mask, **options)
 
 
 class _Call(NamedTuple):
@@ -404,12 +390,8 @@ def _check_call(
     query: Tensor,
     attention_mask: Tensor | None,
     dropout: float,
-    options: Any,
 ) -> None:
     """Raise ConfigError for what dilated attention does not support, ValueError for another mask than its own."""
-    for name in _REFUSED_OPTIONS & options.keys():
-        if options[name] is not None and options[name] is not False:
-            raise ConfigError(f"dilated attention has no {name}")
     if dropout:
         raise ConfigError(
             f"dilated attention has no dropout of attention weights, and the model's config asks for {dropout}: set "
@@ -424,32 +406,6 @@ def _check_call(
         raise ConfigError(
             f"{what} are moved by a model's own positions: call use_dilated_attention(model) after loading"
         )
-
-
-def _with_sink(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return query, key, value and mask for sdpa, with one more key that all tokens see: it scores `sinks` (H,).
-
-    Its value is zero. Scores get one more dimension: a query has its head's sink there, over `scaling`; the new key has
-    1, and all others 0.
-    """
-    batch, heads, new, _ = query.shape
-    tokens = key.shape[2]
-    if mask is None:  # all tokens are in one window
-        everywhere = torch.ones(new, tokens, dtype=torch.bool, device=query.device)
-        mask = everywhere.tril(tokens - new)[None, None]
-    scores = (sinks / scaling).to(query.dtype)[:, None, None]
-    query = torch.cat([query, scores.expand(batch, heads, new, 1)], -1)
-    key = F.pad(key, (0, 1, 0, 1))
-    key[:, :, -1, -1] = 1
-    value = F.pad(value, (0, 0, 0, 1))
-    return query, key, value, F.pad(mask, (0, 1), value=True)
 
 
 def dilated_mask(
