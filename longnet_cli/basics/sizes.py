@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 _SIZE = re.compile(
-    r"(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e\+?(\d{1,2}))?(?:([kmgt])(i?))?", re.ASCII | re.IGNORECASE
+    r"(\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:e\+?(\d{1,2}))?([kmgt]i?)?", re.ASCII | re.IGNORECASE
 )
+_UNITS = {"": 1}
+for _power, _letter in enumerate("kMGT", 1):
+    _UNITS |= {_letter: 1000**_power, f"{_letter.upper()}i": 1024**_power}
+_ANY_CASE = {unit.lower(): size for unit, size in _UNITS.items()}
 _BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB")
 MAX_SIZE = 2**63 - 1  # what an int64 position can hold
 # and our names of them
@@ -27,13 +31,8 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(written)
     if not match:
         raise ValueError(f"'{written}' is not a size: {_SIZE_EXAMPLES}")
-    number, exponent, letter, binary = match.groups()
-    power = " kmgt".index(letter.lower()) if letter else 0
-    size = (
-        Fraction(number.replace("_", ""))
-        * 10 ** int(exponent or 0)
-        * (1024 if binary else 1000) ** power
-    )
+    number, exponent, unit = match.groups(default="")
+    size = Fraction(number.replace("_", "")) * 10 ** int(exponent or 0) * _ANY_CASE[unit.lower()]
     if size.denominator != 1:
         raise ValueError(f"'{written}' is not a whole number")
     if not 1 <= size <= MAX_SIZE:
@@ -51,12 +50,7 @@ def parse_sizes(text: str | Sequence[int]) -> list[int]:
 
 def format_size(size: int) -> str:
     """Return the shortest text that `parse_size` reads as `size`: 65536 -> `64Ki`, 1000000 -> `1M`, 1536 -> `1536`."""
-    spellings = [str(size)]
-    for unit, suffix in ((1000, ""), (1024, "i")):
-        for power, letter in enumerate("kMGT", 1):
-            count, rest = divmod(size, unit**power)
-            if count and not rest:
-                spellings.append(f"{count}{letter.upper() if suffix else letter}{suffix}")
+    spellings = [f"{size // unit}{name}" for name, unit in _UNITS.items() if size % unit == 0]
     return min(spellings, key=len)
 
 

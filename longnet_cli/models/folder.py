@@ -317,15 +317,15 @@ class ModelFolder:
         """Load a Hugging Face model for training, with the pattern of `config`, on the CPU, not mapped.
 
         Weights are float32. `lora` holds the arguments of `add_lora`, for which matrices have the `stored_dtype`, or
-        is None to train all weights. `note` gets a line if the pattern shows distances that the model has never
-        seen. Raises as `net` does, and ConfigError if the gradient of a long sequence cannot go through the model.
+        is None to train all weights. `note` gets the net's. Raises as `net` does, and ConfigError if the gradient of a
+        long sequence cannot go through the model.
         """
         pattern = None if config.as_trained else config.pattern
         dtype = None if lora is None else self.stored_dtype()
         net = cast("TransformersNet", self.net(pattern=pattern, dtype=dtype))
         net.check_trainable()
-        if net.too_wide:
-            note(f"{self.name}: {net.too_wide}")
+        if net.note:
+            note(f"{self.name}: {net.note}")
         # the weights are mapped from files until now, which may vanish during a run
         for parameter in net.parameters():
             parameter.data = parameter.data.clone()
@@ -525,17 +525,14 @@ class ModelFolder:
         if not folder.is_dir():
             what = "not a folder" if folder.exists() else "no such folder"
             raise CheckpointError(f"{folder}: {what}; expected a model")
-        missing = []
-        for name in (CONFIG, WEIGHTS):
-            path = folder / name
-            if not path.exists():
-                missing.append(name)
-            elif not path.is_file():
-                raise CheckpointError(f"{path}: not a file: a folder, a pipe or a device")
-        for name in weight_files(folder):
+        needed = [CONFIG, *weight_files(folder)]
+        for name in needed:
             if not is_within(name):
                 raise ConfigError(f"{folder / SHARDED}: the file {name} is outside of the folder")
-        if not missing or ((folder / SHARDED).is_file() and self.of_transformers):
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name}: not a file: a folder, a pipe or a device")
+        missing = [name for name in needed if not (folder / name).exists()]
+        if not missing:
             return
         if any(folder.glob(PICKLED)):
             raise CheckpointError(

@@ -32,6 +32,7 @@ from transformers.utils import can_return_tuple
 
 from longnet_cli.basics.model_files import MODEL_TYPE
 from longnet_cli.models.hf.longnet_cache import (
+    ARGUMENT,
     AlignedRows,
     LongNetCache,
     by_rows,
@@ -106,9 +107,6 @@ class LongNetHFConfig(hf.PretrainedConfig):
 
 
 _OUTPUT = "output.weight"
-
-# the name of a cache in arguments and outputs of transformers: `cache` in newer versions
-_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class LongNetLayer(GradientCheckpointingLayer, Layer):
@@ -279,7 +277,7 @@ class LongNetModel(LongNetPreTrainedModel):
         """Return hidden states (B, N, dim) after the final norm."""
         cache = self._cache(use_cache, cache, past_key_values)
         hidden = self._hidden(input_ids, attention_mask, position_ids, inputs_embeds, cache, asked)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, **{_CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{ARGUMENT: cache})
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return vectors (B, dim) of length 1 for texts, given as token ids (B, N), as `longnet encode` makes them.
@@ -358,7 +356,7 @@ class _LongNetWithLogits(LongNetPreTrainedModel):
             )
         if not self.causal:
             return MaskedLMOutput(loss=loss, logits=logits)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{ARGUMENT: cache})
 
 
 class LongNetForCausalLM(_LongNetWithLogits, hf.GenerationMixin):

@@ -24,6 +24,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longnet_cli.attention import KVCache, Pattern
 from longnet_cli.running.causal_stream import LayerCaches
@@ -109,6 +110,8 @@ def columns_of(tokens: Tensor) -> Tensor | None:
 
 
 _CHANGED = "the padding of a batch changed while it was cached: pass the whole attention_mask"
+# the name of a cache in arguments and outputs of transformers: `cache` in newer versions
+ARGUMENT = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 CACHE = "_longnet_cache"  # attribute of the keys that `update` returns: the `LongNetCache` with all earlier keys
 
 

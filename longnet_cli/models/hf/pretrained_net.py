@@ -40,7 +40,7 @@ from longnet_cli.models.hf.attention import (
     use_own_attention,
     write_pattern,
 )
-from longnet_cli.models.hf.longnet_cache import LongNetCache
+from longnet_cli.models.hf.longnet_cache import ARGUMENT, LongNetCache
 from longnet_cli.models.hf.pretrained_folder import (
     ADAPTER,
     read_architecture,
@@ -49,14 +49,20 @@ from longnet_cli.models.hf.pretrained_folder import (
 )
 from longnet_cli.models.hf.rotary import FLOAT32_POSITIONS, check_ropes, make_phases_exact
 from longnet_cli.models.hf.training import State, add_lora, merged
-from longnet_cli.models.hf.trying import body, first_position, layers_of, settings_of, why_not
+from longnet_cli.models.hf.trying import (
+    body,
+    first_position,
+    hidden_states,
+    layers_of,
+    settings_of,
+    why_not,
+)
 from longnet_cli.nets.config import TransformersConfig
 from longnet_cli.nets.net import FarProvider, Net, positions_of
 from longnet_cli.nets.weights import check_finite, refuse_differences
 from longnet_cli.running.causal_stream import LayerCaches, open_stream
 from longnet_cli.running.device import trim_memory
 
-_CACHE_NAMES = ("cache", "past_key_values")  # the argument of forward, and its older name
 _ENCODERS = {"mpnet"}  # which look in both directions, though their modules do not say so
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _GROWS = "it keeps all keys of a document, so that memory grows with it"
@@ -84,19 +90,16 @@ class TransformersNet(Net):
         self.dilated = dilated = model.config._attn_implementation == ATTENTION_NAME
         self.config: TransformersConfig = _facts(model, dilated, as_trained)
         self._accepted = frozenset(inspect.signature(body(model).forward).parameters)
-        self._cache_name = next((name for name in _CACHE_NAMES if name in self._accepted), None)
         self._update(memory=self._memory())
         if not make_phases_exact(model):
             most = min(self.config.max_tokens or FLOAT32_POSITIONS, FLOAT32_POSITIONS)
             self._update(max_tokens=most)
         wrong = self._try()
         self.note = f"{wrong}: {_NOTES['none']}" if wrong else _NOTES[self.config.memory]
-        self.too_wide: str | None = None  # a warning
         # then the memory "cache" is a LongNetCache, which is bounded
         if dilated and self.config.streams:
             dense = self.config.pattern == Pattern.dense()
-            self.too_wide = None if dense else _too_wide(model, self.config.pattern)
-            self.note = _GROWS if dense else self.too_wide
+            self.note = _GROWS if dense else _too_wide(model, self.config.pattern)
         if as_trained and (limit := self.config.max_tokens):
             dense_up_to = (
                 f"no pattern is given: dense attention as it was trained, on up to {limit} tokens"
@@ -116,16 +119,15 @@ class TransformersNet(Net):
         if self.dilated and "position_ids" in self._accepted and self._far_keys_reach_every_layer():
             return "segments"
         kinds = {*(getattr(self.model.config, "layer_types", None) or ["full_attention"])}
-        return "cache" if self._cache_name and kinds <= _CACHED_LAYERS else "none"
+        return "cache" if ARGUMENT in self._accepted and kinds <= _CACHED_LAYERS else "none"
 
     def stream(self) -> Callable[..., Tensor] | None:
         """Return a stream that uses a DynamicCache or a LongNetCache if `config.memory` is "cache", otherwise None."""
         if self.config.memory != "cache":
             return None
-        assert self._cache_name
         config = self.model.config
         cache = LongNetCache(config) if self.dilated else hf.DynamicCache(config=config)
-        options = {self._cache_name: cache, "use_cache": True}
+        options = {ARGUMENT: cache, "use_cache": True}
 
         @torch.no_grad()
         def read(tokens: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ class TransformersNet(Net):
         if empty:
             inputs = inputs.new_zeros(inputs.shape[0], 1, *inputs.shape[2:])
             documents = None
-        options: dict[str, Any] = {"input_ids" if embeddings is None else "inputs_embeds": inputs}
+        options: dict[str, Any] = {}
         if lengths is not None and not self.config.causal:
             # a causal net does not see padding on the right
             places = torch.arange(inputs.shape[1], device=inputs.device)
@@ -171,9 +173,10 @@ class TransformersNet(Net):
         if far is not None or documents is not None:
             positions = positions_of(documents or [inputs.shape[1]], start, inputs.device)
             options["position_ids"] = positions[None] + first_position(self.model)
-        if "use_cache" in self._accepted:
-            options["use_cache"] = False
-        hidden = body(self.model)(**options).last_hidden_state
+        ids = inputs if embeddings is None else None
+        if ids is None:
+            options["inputs_embeds"] = inputs
+        hidden = hidden_states(self.model, ids, **options)
         return hidden[:, :0] if empty else hidden
 
     def add_steps(self, steps: Sequence[nn.Module]) -> None:
@@ -250,7 +253,7 @@ class TransformersNet(Net):
         """True if the output layer alone makes the model's logits, tried on a few tokens."""
         ids = torch.arange(4, device=next(self.parameters()).device)[None] % self.config.vocab_size
         output = self.model.get_output_embeddings()
-        options = {"use_cache": False} if self._cache_name else {}
+        options = {"use_cache": False} if ARGUMENT in self._accepted else {}
         with torch.no_grad():
             hidden = self(ids)
             size = hidden.shape[-1]

@@ -78,8 +78,8 @@ def settings_of(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
-    """Return the hidden states (B, N, dim) of ids (B, N), in one forward pass without a cache."""
+def hidden_states(model: PreTrainedModel, ids: Tensor | None, **options: Any) -> Tensor:
+    """Return the hidden states (B, N, dim) of ids (B, N), or of `inputs_embeds`, in one forward without a cache."""
     if "use_cache" in inspect.signature(body(model).forward).parameters:
         options["use_cache"] = False
     return body(model)(input_ids=ids, **options).last_hidden_state
