@@ -321,7 +321,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("2_Dense/config.json", {"activation_function": "os.system"}, "os.system"),
     (SETTINGS, {"model_type": "CrossEncoder"}, "CrossEncoder"),
-    (SETTINGS, {"prompts": {"document": 3}}, "no text: 3"),
+    (SETTINGS, {"prompts": {"document": 3}}, "(got 3)"),
     # odd values
     ("1_Pooling/config.json", {"pooling_mode": 5}, ""),
     (SETTINGS, {"prompts": ["a"]}, ""),
@@ -348,7 +348,7 @@ def test_what_is_not_computed_is_refused_by_name_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     edit(whole, PLAIN, modality_config="text")
     (whole / "modules.json").unlink()
-    with pytest.raises(LongNetError, match="cannot be read"):
+    with pytest.raises(LongNetError, match="modality_config"):
         plain_model(whole)
 
 

@@ -10,21 +10,20 @@ compute and `longnet` does not is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tokenizers
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import Tensor, nn
 
-from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.configuration import ModelT, parse, read_text, validate
 from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
 from longnet_cli.basics.model_files import (
     CONFIG,
@@ -34,6 +33,7 @@ from longnet_cli.basics.model_files import (
     TRANSFORMER_CONFIGS,
     WEIGHTS,
     is_within,
+    read_or_empty,
 )
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.nets.weights import check_finite
@@ -51,23 +51,94 @@ _ACTIVATIONS = {
     f"{kind.__module__}.{kind.__name__}": kind
     for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid)
 }
-_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 # keys of the Transformer that change no vector, whatever their value
-_FREE_KEYS = {
-    "__version__",
-    "backend",
-    "do_lower_case",
-    "document_length",
-    "max_seq_length",
-    "modality_config",
-    "module_output_name",
-    "query_expansion",
-    "query_length",
-    "transformer_task",
-    "unpad_inputs",
-}
-_FREE_ARGUMENTS = {"attn_implementation", "model_max_length", "padding_side", "trust_remote_code"}
-_TOKENIZER_ARGUMENTS = ("processor_kwargs", "tokenizer_args")  # the names that this key has had
+_FREE_KEYS = {"__version__", "backend", "query_expansion", "query_length", "unpad_inputs"}
+_Window = Annotated[int, Field(gt=0)] | None
+_Size = Annotated[int, Field(gt=0, le=1 << 24)]  # of a layer
+_Vectors = Literal["sentence_embedding"]
+
+
+class _FileKeys(BaseModel):
+    """The keys of a file that decide what a vector is, and the values that they may have here."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+
+class _Module(_FileKeys):
+    type: str
+    path: str = ""
+
+
+class _ModuleList(_FileKeys):
+    modules: list[_Module]
+
+
+class _ModelSettings(_FileKeys):
+    model_type: Literal["SentenceTransformer"] | None = None
+    prompts: dict[str, str | None] | None = None
+    default_prompt_name: str | None = None
+    truncate_dim: _Size | None = None
+
+
+class _TextModality(_FileKeys, extra="forbid"):
+    method: Literal["forward"] = "forward"
+    method_output_name: Literal["last_hidden_state"] = "last_hidden_state"
+
+
+class _Modalities(_FileKeys):
+    text: _TextModality
+    message: None = None
+
+
+class _Arguments(_FileKeys, extra="forbid"):
+    """Arguments of a tokenizer, a model or its configuration: the window, and those that change no vector."""
+
+    model_max_length: _Window = None
+    attn_implementation: Any = None
+    padding_side: Any = None
+    trust_remote_code: Any = None
+
+
+class _TransformerSettings(_FileKeys, extra="forbid"):
+    transformer_task: Literal["feature-extraction"] | None = None
+    module_output_name: Literal["token_embeddings"] | None = None
+    modality_config: _Modalities | None = None
+    max_seq_length: _Window = None
+    document_length: _Window = None
+    do_lower_case: bool = False
+    model_args: _Arguments | None = None
+    model_kwargs: _Arguments | None = None
+    config_args: _Arguments | None = None
+    config_kwargs: _Arguments | None = None
+    tokenizer_args: _Arguments = _Arguments()
+    processor_kwargs: _Arguments = _Arguments()  # the newer name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_ones(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in data.items() if value and key not in _FREE_KEYS}
+
+
+class _PoolingSettings(_FileKeys, extra="allow"):
+    pooling_mode: list[str] | str | None = None
+    include_prompt: bool | None = None
+
+
+class _NormalizeSettings(_FileKeys):
+    module_input_name: _Vectors | None = None
+    module_output_name: _Vectors | None = None
+
+
+class _DenseSettings(_NormalizeSettings):
+    in_features: _Size
+    out_features: _Size
+    bias: bool = True
+    use_residual: bool = False
+    activation_function: str = "torch.nn.modules.activation.Tanh"
+
+
+class _LayerNormSettings(_FileKeys):
+    dimension: _Size
 
 
 class Normalize(nn.Module):
@@ -156,67 +227,44 @@ def read_sentence_model(folder: Path) -> SentenceModel:
     Raises ConfigError for what `longnet` does not compute, CheckpointError for a damaged or missing file.
     """
     where = folder / MODULES
-    with _odd_values(folder):
-        modules = _json(where)
-        kinds = [_kind(where, module) for module in modules]
-        if kinds[:2] != ["Transformer", "Pooling"]:
-            raise ConfigError(f"{where}: a Transformer and a Pooling must come first, not {kinds}")
-        names = [str(module.get("path", "")) for module in modules]
-        if outside := [name for name in names if not is_within(name)]:
-            raise ConfigError(f"{where}: the module in {outside[0]} is outside of the folder")
-        places = [folder / name for name in names]
-        pool, pools_prompt = _pooling(places[1] / CONFIG)
-        steps = [_MODULES[kind](place) for kind, place in zip(kinds[2:], places[2:], strict=True)]
-        window, lowercase = _transformer(places[0])
-        settings = _json(folder / PROMPTS, {})
-        _refuse_value(folder / PROMPTS, settings, "model_type", "SentenceTransformer")
-        prompts = _prompts(folder, settings)
-        document_prompt = prompts.get("document", "")
-        # the library always has a prompt `document`, an empty one at least, so its encode_document never takes another
-        others = map(prompts.get, ("passage", "corpus", settings.get("default_prompt_name")))
-        unread_prompt = "" if document_prompt else next(filter(None, others), "")
-        # the library cuts a vector after it has scaled it
-        if settings.get("truncate_dim") is not None:
-            steps.append(FirstNumbers(_whole(folder / PROMPTS, settings, "truncate_dim")))
-        normalized = bool(steps) and isinstance(steps[-1], Normalize)
-        if normalized:
-            steps.pop()
-        return SentenceModel(
-            pool=pool,
-            pools_prompt=pools_prompt,
-            window=window,
-            lowercase=lowercase,
-            steps=tuple(steps),
-            normalized=normalized,
-            document_prompt=document_prompt,
-            query_prompt=prompts.get("query") or None,
-            unread_prompt=unread_prompt,
-        )
-
-
-@contextmanager
-def _odd_values(folder: Path) -> Iterator[None]:
-    """Raise CheckpointError for values of other types than the library writes, where reading trips over them."""
-    try:
-        yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        reason = one_line(error)[:200]
-        raise CheckpointError(
-            f"{folder}: what it says for sentence-transformers cannot be read: {reason}"
-        ) from None
+    modules = validate(_ModuleList, {"modules": _data(where)}, str(where)).modules
+    kinds = [_kind(where, module.type) for module in modules]
+    if kinds[:2] != ["Transformer", "Pooling"]:
+        raise ConfigError(f"{where}: a Transformer and a Pooling must come first, not {kinds}")
+    if outside := [module.path for module in modules if not is_within(module.path)]:
+        raise ConfigError(f"{where}: the module in {outside[0]} is outside of the folder")
+    places = [folder / module.path for module in modules]
+    pool, pools_prompt = _pooling(places[1] / CONFIG)
+    steps = [_MODULES[kind](place) for kind, place in zip(kinds[2:], places[2:], strict=True)]
+    window, lowercase = _transformer(places[0])
+    settings = _read(_ModelSettings, folder / PROMPTS, {})
+    prompts = settings.prompts or {}
+    document_prompt = prompts.get("document") or ""
+    # the library always has a prompt `document`, an empty one at least, so its encode_document never takes another
+    others = map(prompts.get, ("passage", "corpus", settings.default_prompt_name or ""))
+    unread_prompt = "" if document_prompt else next(filter(None, others), "")
+    # the library cuts a vector after it has scaled it
+    if settings.truncate_dim:
+        steps.append(FirstNumbers(settings.truncate_dim))
+    normalized = bool(steps) and isinstance(steps[-1], Normalize)
+    if normalized:
+        steps.pop()
+    return SentenceModel(
+        pool=pool,
+        pools_prompt=pools_prompt,
+        window=window,
+        lowercase=lowercase,
+        steps=tuple(steps),
+        normalized=normalized,
+        document_prompt=document_prompt,
+        query_prompt=prompts.get("query") or None,
+        unread_prompt=unread_prompt,
+    )
 
 
 def plain_model(folder: Path) -> SentenceModel:
     """Return how texts are read from a folder without modules.json: the mean over all tokens, special ones included."""
-    with _odd_values(folder):
-        window, _ = _transformer(folder)
+    window, _ = _transformer(folder)
     return SentenceModel(window=window, of_folder=False)
 
 
@@ -259,9 +307,8 @@ def lowercased(words: Tokenizer) -> Tokenizer:
     return Tokenizer(inner)
 
 
-def _kind(where: Path, module: Mapping[str, Any]) -> str:
+def _kind(where: Path, name: str) -> str:
     """Return the kind of a module by the last word of its type. Raises ConfigError for one that is not computed."""
-    name = str(module.get("type"))
     library, _, kind = name.rpartition(".")
     computed = ["Transformer", "Pooling", *_MODULES]
     if not library.startswith("sentence_transformers") or kind not in computed:
@@ -273,41 +320,43 @@ def _kind(where: Path, module: Mapping[str, Any]) -> str:
 
 def _pooling(path: Path) -> tuple[str, bool]:
     """Return the poolings that a configuration names, and whether prompts are pooled."""
-    settings = _json(path)
-    modes = settings.get("pooling_mode")
+    settings = _read(_PoolingSettings, path)
+    older = settings.model_extra or {}
+    modes = settings.pooling_mode
     if modes is None:
-        modes = [mode for mode, (_, key) in POOLINGS.items() if settings.get(key)] or ["mean"]
+        modes = [mode for mode, (_, key) in POOLINGS.items() if older.get(key)] or ["mean"]
     if isinstance(modes, str):
         modes = [modes]
     unknown = [mode for mode in modes if mode not in POOLINGS]
     if unknown or not modes:
         raise ConfigError(f"{path}: longnet does not know the pooling {unknown or modes}")
     pool = "+".join(POOLINGS[mode][0] for mode in modes)
-    return pool, settings.get("include_prompt", True) is not False
+    return pool, settings.include_prompt is not False
 
 
 def _dense(folder: Path) -> nn.Module:
-    path = folder / CONFIG
-    settings = _json(path)
-    _check_names(path, settings)
-    name = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    settings = _read(_DenseSettings, folder / CONFIG)
+    name = settings.activation_function
     if name not in _ACTIVATIONS:
-        raise ConfigError(f"{path}: longnet does not know the activation {name}")
-    sizes = [_whole(path, settings, key) for key in ("in_features", "out_features")]
-    bias = settings.get("bias", True) is not False
-    residual = bool(settings.get("use_residual"))
+        raise ConfigError(f"{folder / CONFIG}: longnet does not know the activation {name}")
     with torch.device("meta"):
-        dense = Dense(*sizes, bias=bias, activation=_ACTIVATIONS[name](), residual=residual)
+        dense = Dense(
+            settings.in_features,
+            settings.out_features,
+            bias=settings.bias,
+            activation=_ACTIVATIONS[name](),
+            residual=settings.use_residual,
+        )
     return _loaded(dense, folder)
 
 
 def _layer_norm(folder: Path) -> nn.Module:
-    size = _whole(folder / CONFIG, _json(folder / CONFIG), "dimension")
-    return _loaded(nn.LayerNorm(size, device="meta"), folder, "norm.")
+    settings = _read(_LayerNormSettings, folder / CONFIG)
+    return _loaded(nn.LayerNorm(settings.dimension, device="meta"), folder, "norm.")
 
 
 def _normalize(folder: Path) -> nn.Module:
-    _check_names(folder / CONFIG, _json(folder / CONFIG, {}))
+    _read(_NormalizeSettings, folder / CONFIG, {})
     return Normalize()
 
 
@@ -336,72 +385,33 @@ def _transformer(folder: Path) -> tuple[int | None, bool]:
     """Return the window of the Transformer, and whether it lowercases. Raises ConfigError for other ways to read."""
     there = [name for name in TRANSFORMER_CONFIGS if (folder / name).is_file()]
     path = folder / next(iter(there), TRANSFORMER_CONFIGS[0])
-    settings = _json(path, {})
-    _refuse_value(path, settings, "transformer_task", "feature-extraction")
-    _refuse_value(path, settings, "module_output_name", "token_embeddings")
-    modalities = settings.get("modality_config")
-    if modalities is not None:
-        reading = {**_TEXT, **modalities.get("text", {"method": None})}
-        if "message" in modalities or reading != _TEXT:
-            raise ConfigError(
-                f"{path}: longnet reads texts by forward and last_hidden_state, not by {modalities}"
-            )
-    window = _whole(path, settings, "max_seq_length", None)
-    for key, value in settings.items():
-        if key in _TOKENIZER_ARGUMENTS:
-            window = _whole(path, value or {}, "model_max_length", window)
-        if key.endswith(("_args", "_kwargs")):
-            value = set(value or ()) - _FREE_ARGUMENTS
-        if value and key not in _FREE_KEYS:
-            raise ConfigError(f"{path}: longnet does not know what {key} does: {value}")
-    if window is None:
-        window = _json(folder / "tokenizer_config.json", {}).get("model_max_length")
-    # the library's rule: it replaces the other
-    window = _whole(path, settings, "document_length", window)
+    settings = _read(_TransformerSettings, path, {})
+    window = read_or_empty(folder / "tokenizer_config.json", dict).get("model_max_length")
+    # each of these replaces what stands before it
+    for size in (
+        settings.max_seq_length,
+        settings.tokenizer_args.model_max_length,
+        settings.processor_kwargs.model_max_length,
+        settings.document_length,
+    ):
+        window = size or window
     if not isinstance(window, int) or window >= 1 << 40:
         window = None
-    return window, bool(settings.get("do_lower_case"))
+    return window, settings.do_lower_case
 
 
-def _whole(path: Path, settings: Mapping[str, Any], key: str, default: Any = ...) -> Any:
-    """Return a number of 1 or more, or the default for a missing one. Raises ConfigError for other values."""
-    number = settings.get(key)
-    if number is None and default is not ...:
-        return default
-    if type(number) is not int or number < 1:
-        raise ConfigError(f"{path}: {key} must be a whole number from 1 on, not {number!r}")
-    return number
+def _read(cls: type[ModelT], path: Path, default: Any = ...) -> ModelT:
+    """Return the settings in a file, `default` for a missing one. Raises ConfigError for values of another kind."""
+    return validate(cls, _data(path, default), str(path))
 
 
-def _prompts(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the prompts of a folder by name; a null is an empty one. Raises ConfigError for one that is no text."""
-    prompts = settings.get("prompts") or {}
-    for name, prompt in prompts.items():
-        if not isinstance(prompt, str | None):
-            raise ConfigError(f"{folder / PROMPTS}: the prompt {name!r} is no text: {prompt!r}")
-    return {name: prompt or "" for name, prompt in prompts.items()}
-
-
-def _check_names(path: Path, settings: Mapping[str, Any]) -> None:
-    for key in ("module_input_name", "module_output_name"):
-        _refuse_value(path, settings, key, "sentence_embedding")
-
-
-def _refuse_value(path: Path, settings: Mapping[str, Any], key: str, only: str) -> None:
-    if settings.get(key) not in (None, only):
-        raise ConfigError(f"{path}: longnet computes {only} for {key}, not {settings[key]!r}")
-
-
-def _json(path: Path, default: Any = ...) -> Any:
+def _data(path: Path, default: Any = ...) -> Any:
     """Return the data in a JSON file; `default` for a missing one. Raises CheckpointError."""
     try:
-        data = parse(read_text(path))
+        return parse(read_text(path))
     except FileNotFoundError:
         if default is not ...:
             return default
         raise CheckpointError(f"{path} is missing, and {MODULES} names it") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {one_line(error)}") from None
-    if path.name != MODULES and not isinstance(data, dict):
-        raise CheckpointError(f"{path}: a table of settings is needed")
-    return data
