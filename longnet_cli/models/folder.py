@@ -212,14 +212,14 @@ class ModelFolder:
         For a Hugging Face model, they are the `eos_token_id`, one or several, of generation_config.json, otherwise of
         config.json. Without it, and for a LongNet, it is the end-of-text id of the tokenizer.
         """
+        settings: dict[str, Any] = {}
         if self.of_transformers:
-            for settings in (read_or_empty(self.path / GENERATION, dict), self.config):
-                value = settings.get("eos_token_id")
-                ids = value if isinstance(value, list) else [value]
-                if ends := [end for end in ids if isinstance(end, int)]:
-                    return frozenset(ends)
-        end = tokenizer.eos_id if tokenizer else None
-        return frozenset() if end is None else frozenset({end})
+            settings = self.config | read_or_empty(self.path / GENERATION, dict)
+        value = settings.get("eos_token_id")
+        if value is None and tokenizer:
+            value = tokenizer.eos_id
+        ids = value if isinstance(value, list) else [value]
+        return frozenset(end for end in ids if isinstance(end, int))
 
     @property
     def eos(self) -> str | None:

@@ -293,7 +293,7 @@ def test_a_bounded_cache_is_bounded_and_follows_beams():
     assert torch.equal(found, net.generate(ids(30), **beams, **padded))
     rows = net.config.num_hidden_layers * 4 * 2 * 8 * cached_rows(Lanes(FAR, 12, 4))
     assert cache.nbytes == 6 * rows
-    cache.batch_select_indices(torch.tensor([4, 0]))
+    cache.reorder_cache(torch.tensor([4, 0]))
     assert cache.nbytes == 2 * rows
 
 

@@ -177,21 +177,11 @@ class LongNetCache(hf.DynamicCache):
         return part
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx.tolist(), "reorder_cache", beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = [row for row in range(self._batch) for _ in range(repeats)]
-        self._select(rows, "batch_repeat_interleave", repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        rows = torch.arange(self._batch)[indices.cpu()].tolist()
-        self._select(rows, "batch_select_indices", indices)
-
-    def _select(self, rows: list[int], how: str, argument: Any) -> None:
-        """Replace row i of the batch with row `rows[i]`; `how` is the method by which other layers do so."""
+        """Replace row i of the batch with row `beam_idx[i]`."""
+        rows = beam_idx.tolist()
         for layer in self.layers:
             if not isinstance(layer, Memory):
-                getattr(layer, how)(argument)
+                layer.reorder_cache(beam_idx)
         self._batch = len(rows)
         for column, part in [*self._parts.items()]:
             places = {row: place for place, row in enumerate(part.rows)}

@@ -405,7 +405,7 @@ def read_facts(
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
             facts = facts.model_copy(update={"trained": trained, "frozen_bytes": frozen})
-    return facts.model_copy(update={"memory": "segments"}) if facts.causal else facts
+    return facts
 
 
 def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
@@ -463,14 +463,11 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is an encoder-decoder: longnet takes decoders and encoders")
-    # False makes a decoder look in both directions
-    causal = getattr(config, "is_causal", True) is not False
     directions = {
-        causal and module.is_causal
-        for module in body(model).modules()
-        if hasattr(module, "is_causal")
+        module.is_causal for module in body(model).modules() if hasattr(module, "is_causal")
     }
-    if not directions and config.model_type in _ENCODERS:
+    # such a setting makes a decoder look in both directions
+    if getattr(config, "is_causal", config.model_type not in _ENCODERS) is False:
         directions = {False}
     sizes = [
         _setting(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -484,6 +481,7 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
             f"{name} is not a text Transformer with one kind of attention, causal or not"
         )
     check_ropes(model)
+    causal = directions.pop()
     dim, num_layers, num_heads = map(int, sizes)
     parameters = sum(p.numel() for p in model.parameters())
     return TransformersConfig(
@@ -494,8 +492,8 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
         kv_heads=_setting(config, "num_key_value_heads") or num_heads,
         head_dim=_setting(config, "head_dim") or dim // num_heads,
         ffn_dim=_setting(config, "intermediate_size") or _setting(config, "n_inner") or 4 * dim,
-        causal=directions.pop(),
-        memory="none",
+        causal=causal,
+        memory="segments" if causal else "none",
         max_tokens=_positions(model)
         or (getattr(config, "max_position_embeddings", None) if as_trained else None),
         as_trained=as_trained,

@@ -131,12 +131,12 @@ def _compute_wide(model: hf.PreTrainedModel) -> None:
     become float32.
     """
     for module in model.modules():
+        frozen_kind = _FROZEN.get(type(module))
         for p in module.parameters(recurse=False):
-            if type(module) not in _FROZEN or p.dim() < 2:
+            if frozen_kind is None or p.dim() < 2:
                 p.data = p.data.float()
-    for module in model.modules():
-        if type(module) in _FROZEN and not any(p.requires_grad for p in module.parameters()):
-            module.__class__ = _FROZEN[type(module)]
+        if frozen_kind and not any(p.requires_grad for p in module.parameters()):
+            module.__class__ = frozen_kind
 
 
 def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
