@@ -58,7 +58,7 @@ from longnet_cli.models.hf.longnet_cache import (
 )
 from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, register, unmark
 from longnet_cli.models.hf.rotary import make_phases_exact, turns
-from longnet_cli.models.hf.trying import body, hidden_states, why_not
+from longnet_cli.models.hf.trying import body, hidden_states, layer_kinds, why_not
 from longnet_cli.nets.named_blocks import whole_text
 from longnet_cli.nets.net import FarProvider
 from longnet_cli.running.causal_stream import LayerCaches
@@ -101,8 +101,7 @@ def use_dilated_attention(
         write_pattern(config, pattern)
     mark(config)
     # by the configuration: a trial of few tokens sees no long window
-    kind = "sliding_attention" if getattr(config, "sliding_window", 0) else "full_attention"
-    if {*(getattr(config, "layer_types", None) or [kind])} == {"sliding_attention"}:
+    if layer_kinds(config) == {"sliding_attention"}:
         raise ConfigError(_NO_LAYER)
     earlier = config._attn_implementation
     turn_of = _tried(model, pattern_of(config), earlier)

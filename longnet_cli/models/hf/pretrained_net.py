@@ -53,6 +53,7 @@ from longnet_cli.models.hf.trying import (
     body,
     first_position,
     hidden_states,
+    layer_kinds,
     layers_of,
     settings_of,
     why_not,
@@ -118,8 +119,8 @@ class TransformersNet(Net):
             return "none"
         if self.dilated and "position_ids" in self._accepted and self._far_keys_reach_every_layer():
             return "segments"
-        kinds = {*(getattr(self.model.config, "layer_types", None) or ["full_attention"])}
-        return "cache" if ARGUMENT in self._accepted and kinds <= _CACHED_LAYERS else "none"
+        cached = layer_kinds(self.model.config) <= _CACHED_LAYERS
+        return "cache" if cached and ARGUMENT in self._accepted else "none"
 
     def stream(self) -> Callable[..., Tensor] | None:
         """Return a stream that uses a DynamicCache or a LongNetCache if `config.memory` is "cache", otherwise None."""

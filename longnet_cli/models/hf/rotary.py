@@ -27,7 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from longnet_cli.attention.sinks import Turn
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.models.hf.trying import attending, body, hidden_states
+from longnet_cli.models.hf.trying import attending, body, hidden_states, layer_kinds
 
 # frequencies that depend on the longest sequence of a batch: a document's numbers would depend on the other rows
 _ROPE_OF_LENGTH = {"dynamic", "longrope"}
@@ -61,10 +61,9 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
     if not makers or _changing(ropes):
         return not ropes[0]
     trained = getattr(model.config, "max_position_embeddings", None) or FLOAT32_POSITIONS
-    layer_types = getattr(model.config, "layer_types", None) or [None]
     for maker in makers:
         if not hasattr(maker, _EXACT):
-            phases = _ExactPhases.of(maker, trained, layer_types)
+            phases = _ExactPhases.of(maker, trained, layer_kinds(model.config))
             if phases is None:
                 return False
             maker.register_forward_hook(phases, with_kwargs=True)
@@ -85,14 +84,12 @@ class _ExactPhases:
 
     @classmethod
     @torch.no_grad()
-    def of(
-        cls, maker: nn.Module, trained: int, layer_types: Sequence[str | None]
-    ) -> _ExactPhases | None:
+    def of(cls, maker: nn.Module, trained: int, kinds: set[str]) -> _ExactPhases | None:
         """Find the frequency of each column, for each type of layer, by trying a few positions; None if none fit."""
         signature = inspect.signature(maker.forward)
         by_type = "layer_type" in signature.parameters
         tables = {}
-        for kind in {*layer_types} if by_type else {None}:
+        for kind in kinds if by_type else {None}:
             table = _columns_of(maker, {"layer_type": kind} if by_type else {})
             if table is None:
                 return None

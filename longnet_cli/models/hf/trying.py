@@ -60,6 +60,13 @@ def layers_of(model: PreTrainedModel, number: int) -> nn.ModuleList:
     return next((x for x in lists if len(x) == number), nn.ModuleList())
 
 
+def layer_kinds(config: PretrainedConfig) -> set[str]:
+    """Return the kinds of a model's layers, such as full_attention and sliding_attention."""
+    if kinds := getattr(config, "layer_types", None):
+        return {*kinds}
+    return {"sliding_attention" if getattr(config, "sliding_window", 0) else "full_attention"}
+
+
 def first_position(model: PreTrainedModel) -> int:
     """Return the position of a first token: RoBERTa's positions start after the padding's, all others at 0."""
     for name, table in model.named_modules():
