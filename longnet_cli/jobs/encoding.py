@@ -239,7 +239,8 @@ class Encoder(RowJob):
     shard_name = "vectors"
     shard_unit = "rows"
     shard_size = 1 << 12
-    skips_empty = names_apart = True
+    least = 1
+    names_apart = True
     nothing = "there is nothing to encode: every document is empty or left out"
 
     def __init__(

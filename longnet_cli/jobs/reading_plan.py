@@ -154,7 +154,7 @@ def count_documents(
         if job.failure:
             raise job.failure
         for length in drawn.lengths():
-            if not job.is_empty(length) and not job.is_short(length):
+            if length >= job.least:
                 yield length
 
     to_come = islice(lengths(), done, None)

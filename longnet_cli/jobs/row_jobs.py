@@ -98,7 +98,7 @@ class RowJob(ABC):
     text_fields: ClassVar[
         Sequence[pa.Field]
     ] = ()  # of a document of text, before those that it carries
-    skips_empty: ClassVar[bool] = False  # an empty document has no row
+    least: int = 0  # a document of fewer tokens has no row
     scores: ClassVar[bool] = False  # it computes logits
     shard_name: ClassVar[str]
     shard_unit: ClassVar[str]  # what is counted to fill a shard
@@ -131,14 +131,6 @@ class RowJob(ABC):
     @abstractmethod
     def size(self, document: Document) -> int:
         """Return how many units of a shard a document fills."""
-
-    def is_empty(self, tokens: int) -> bool:
-        """Return whether a document of so many tokens has no row because it is empty."""
-        return self.skips_empty and not tokens
-
-    def is_short(self, tokens: int) -> bool:
-        """Return whether a document of so many tokens has no row because it is too short."""
-        return False
 
     def counted(self, tokens: int, documents: int = 1) -> int:
         """Return how many tokens `events.progress` gets of documents of so many tokens in all."""
@@ -202,14 +194,14 @@ class RowJob(ABC):
                 sequence = self.take(document, left_out.skip)
                 if sequence is None:
                     pass  # it is counted already
-                elif self.is_empty(len(document)):
-                    left_out.empty += 1
-                elif self.is_short(len(document)):
-                    left_out.short += 1
-                else:
+                elif len(document) >= self.least:
                     if apart:
                         document.doc_id = apart.name(document.doc_id)
                     yield sequence
+                elif len(document):
+                    left_out.short += 1
+                else:
+                    left_out.empty += 1
                 if not ready():
                     yield None
         except (ConfigError, DataError) as error:

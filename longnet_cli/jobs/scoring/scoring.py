@@ -80,7 +80,7 @@ class Cut:
 
     def longest(self, tokens: int) -> int:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
-        if self.options.last and tokens < self.least:
+        if tokens < self.least:
             return 0
         longest = max(size or tokens for size in self.options.contexts)
         return max(0, min(tokens - self.first_target, longest))
@@ -88,7 +88,9 @@ class Cut:
     @property
     def least(self) -> int:
         """The fewest tokens of a document in which each of the `last` tokens has a full window at every context."""
-        last = self.options.last or 0
+        last = self.options.last
+        if last is None:
+            return 0
         needed = [last]
         for size in self.options.context or ():
             needed.append(size + last - min(self.options.stride or size, last))
@@ -221,6 +223,7 @@ class Scorer(RowJob):
                 "log-probabilities of tokens are written by one group of ranks: leave out --dp"
             )
         self.cut = Cut(bos_ids(facts.bos), options)
+        self.least = self.cut.least
         self.nothing = self.cut.nothing
         self.count_bytes = count_bytes
         self.top = top
@@ -263,14 +266,11 @@ class Scorer(RowJob):
         return sequence.check(instead, self.cut.longest(len(document)) + more)
 
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
-        if self.is_short(tokens):
+        if tokens < self.least:
             return
         for context in self.options.contexts:
             for start, stop, wanted in self.cut.windows(tokens, context):
                 yield stop - start, stop - wanted
-
-    def is_short(self, tokens: int) -> bool:
-        return self.options.last is not None and tokens < self.cut.least
 
     def counted(self, tokens: int, documents: int = 1) -> int:
         scored = min(tokens, documents * self.options.last) if self.options.last else tokens
