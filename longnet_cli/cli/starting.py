@@ -141,7 +141,7 @@ def check_spill(spill: str | None, net: Net | None = None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """What a command has `found`, opened: a model, documents, and the ranks that share what is read.
+    """The model that a command has `found`, opened, with the documents, and the ranks that share what is read.
 
     Of a dry run, `room` is the memory before the model was loaded. `left_out` counts the documents that get no row.
     """

@@ -341,8 +341,8 @@ class Scorer(RowJob):
         """
         device = self.reader.device
         ranks = self.reader.ranks
-        sizes = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
-        tokens = int(sizes.sum())
+        sizes = [len(piece) for piece in pieces]
+        tokens = sum(sizes)
         columns = [torch.zeros(tokens, device=device)]
         if self.top:
             columns += [
@@ -358,7 +358,7 @@ class Scorer(RowJob):
                 of_mine = [self.reader.model.nll(hidden, targets)]
                 of_mine += most_likely(self.reader.model, hidden) if self.top else ()
             are_mine = torch.tensor([piece.hidden is not None for piece in pieces])
-            places = to_device(are_mine.repeat_interleave(sizes), device)
+            places = to_device(are_mine.repeat_interleave(torch.tensor(sizes)), device)
             for column, values in zip(columns, of_mine, strict=True):
                 column.masked_scatter_(places, values.to(column.dtype))
         ranks.sum(*columns)
