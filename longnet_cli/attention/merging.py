@@ -28,7 +28,8 @@ class Merge:
         """Allocate out and LSE. `covered`: the branches that cover write every row, so out needs no zeros."""
         dtype = accumulator(q.dtype)
         self._dtype = q.dtype
-        self._out = (torch.empty if covered else torch.zeros)(q.shape, dtype=dtype, device=q.device)
+        allocate = torch.empty if covered else torch.zeros
+        self._out = allocate(q.shape, dtype=dtype, device=q.device)
         self._lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
         if not covered:
             self._lse.fill_(float("-inf"))
@@ -39,7 +40,8 @@ class Merge:
 
     def add(self, branch: Branch, places: Sequence[Tensor], part: Tensor, lse: Tensor) -> None:
         """Merge one call in place into `places`, its views of out (.., rows, D) and lse (.., rows, 1)."""
-        (out, total), lse = places, lse[..., None]
+        out, total = places
+        lse = lse[..., None]
         if branch.zero_keys:
             # n keys with score 0 and value 0 are a branch with out 0 and lse log n, which is merged first.
             with_zeros = torch.logaddexp(lse, torch.full_like(lse, log(branch.zero_keys)))

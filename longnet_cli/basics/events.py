@@ -24,7 +24,10 @@ class LeftOut:
     KINDS = ("skipped", "skipped_files", "empty", "short")
 
     def __init__(self, on_skip: OnSkip | None = None) -> None:
-        self.skipped = self.skipped_files = self.empty = self.short = 0
+        self.skipped = 0
+        self.skipped_files = 0
+        self.empty = 0
+        self.short = 0
         self.skip: OnSkip | None = partial(self._skip, on_skip) if on_skip else None
 
     def take(self, totals: Mapping[str, int]) -> None:

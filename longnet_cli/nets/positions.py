@@ -124,7 +124,9 @@ def sink_turn(config: LongNetConfig) -> Turn | None:
 
     None without rope. xPos would also scale keys, so it has neither (`LongNetConfig`).
     """
-    return partial(_turn_by, config) if config.position in ("rope", "rope_by_level") else None
+    if config.position not in ("rope", "rope_by_level"):
+        return None
+    return partial(_turn_by, config)
 
 
 def _turn_by(config: LongNetConfig, k: Tensor, distances: Tensor) -> Tensor:
