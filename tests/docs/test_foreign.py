@@ -68,3 +68,12 @@ def test_a_net_that_does_not_see_the_part_has_the_same_perplexity(foreign):
     assert all(each["true_foreign"] != 1.0 for each in seen)
     assert rows["dense"]["reach"] == [1.0, 0.0]  # beside itself
     assert rows["dense"]["gain"][0] != 1.0
+
+
+def test_neighbouring_documents_of_a_package_are_joined(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs/measurements")
+    fourth_level = imported(ROOT / "docs/measurements/fourth_level.py")
+    monkeypatch.setattr(fourth_level, "MOST", 130)
+    parts = [{"id": name, "text": 60 * "x"} for name in ("a/1", "a/2", "a/3", "b/1")]
+    joined = [(whole["id"], len(whole["text"])) for whole in fourth_level.joined(parts)]
+    assert joined == [("a/1", 120), ("a/3", 60), ("b/1", 60)]
