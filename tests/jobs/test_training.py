@@ -290,8 +290,11 @@ def test_bad_data_costs_no_step(tmp_path):
 @pytest.mark.parametrize("context", [None, 24])
 def test_held_out_documents_are_whole_or_in_windows_as_of_score(context, corpus, tmp_path):
     settings = {"data.held_out": [str(corpus)], "train.held_out_context": context}
-    settings["train.stages"] = [{"seq_len": 32, "steps": 1}]
-    train(recipe(corpus, **settings), tmp_path / "1")
+    for every, dear in ((1, True), (500, False)):
+        notes, stages = list[str](), [{"seq_len": 32, "steps": 1}]
+        changes = settings | {"train.evaluate_every": every, "train.stages": stages}
+        train(recipe(corpus, **changes), tmp_path / str(every), events=Events(note=notes.append))
+        assert sum("an evaluation takes" in line for line in notes) == dear
     model, documents = (
         LongNet.from_pretrained(tmp_path / "1"),
         Inputs([corpus], Tokenizer.bytes()).documents(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from longnet_cli.basics.errors import LongNetError
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating import Estimate, Room
-from longnet_cli.jobs.reading_plan import cache_bytes
+from longnet_cli.jobs.reading_plan import ReadingPlan, cache_bytes
 from longnet_cli.nets.net import LOGITS_LIMIT
 from longnet_cli.running.device import (
     free_memory,
@@ -152,6 +153,26 @@ def _room(recipe: Recipe, device: torch.device) -> Room:
 
 def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int) -> int:
     return sum(training_memory(recipe.with_chunk(chunk), device, ranks).values())
+
+
+def costly_evaluation(recipe: Recipe, lengths: Sequence[int]) -> str | None:
+    """Return a line if held-out documents of these lengths cost more FLOPs than the steps between two evaluations."""
+    config = recipe.model
+    train = recipe.train
+    step = min(
+        config.training_flops([stage.seq_len], train.predicted) * train.windows(stage)
+        for stage in train.stages
+    )
+    of_step = train.stages[0].seq_len if train.objective == "masked" else max(lengths, default=1)
+    size = train.held_out_context or of_step
+    reading = ReadingPlan(config, train.chunk)
+    windows = [min(size, tokens - start) for tokens in lengths for start in range(0, tokens, size)]
+    reading.add((tokens, round(tokens * train.predicted)) for tokens in windows)
+    times = reading.flops(scores=True) / (step * train.evaluate_every)
+    if times <= 1:
+        return None
+    between = f"{times:.1f} times the FLOPs of the {train.evaluate_every} steps between two"
+    return f"an evaluation takes {between}: raise train.evaluate_every, or cut documents (train.held_out_context)"
 
 
 class StepFlops(NamedTuple):

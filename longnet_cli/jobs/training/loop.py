@@ -34,7 +34,7 @@ from .checkpoint import (
     restore,
     run_tensors,
 )
-from .costs import stored_bytes
+from .costs import costly_evaluation, stored_bytes
 from .initial_model import build_model, change_layers
 from .limits import check_memory, check_ranks
 from .metrics import Metrics, MetricsLog
@@ -148,6 +148,8 @@ class _TrainingRun:
             recipe.init if recipe.pretrained or not checkpoints_in(output / CHECKPOINTS) else None
         )
         self.data = build_data(recipe, ranks, initial, tokenizer_differs)
+        if line := costly_evaluation(recipe, [*map(len, self.data.held_out)]):
+            events.note(line)
         self.model = build_model(recipe, initial, events.note).to(device).train()
         self.frozen = frozen_digest(self.model)
         if recipe.parallel.shard == "full":
