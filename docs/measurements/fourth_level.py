@@ -8,9 +8,9 @@
     longnet train docs/measurements/fourth-level.toml -o runs/three --set model.pattern=512/1,2Ki/4,8Ki/16,$L
     python docs/measurements/fourth_level.py measure runs/packages ./runs/three ./runs/four
 
-`data` joins the documents of a package, for windows that are longer than one of them: neighbours are joined up to MOST
-characters, and what has less than LEAST in the end is left out. `measure` prints the row of foreign.py for each model,
-in windows of 64Ki tokens, beside the first model, with foreign text in place of other parts of the past (EDGES).
+`data` joins neighbouring documents of a package, up to MOST characters, so that most are much longer than a
+window. A joined document of fewer than LEAST characters is left out. `measure` prints the row of foreign.py for each
+model, in windows of 64Ki tokens, beside the first model, with foreign text in place of other parts of the past (EDGES).
 """
 
 from __future__ import annotations

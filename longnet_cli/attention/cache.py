@@ -36,10 +36,10 @@ class FarSource(Protocol):
         forward     near keys are attended to      `arrive`      far keys are attended to
         backward    gradients of far keys          `take`        gradients of near keys
 
-    So a message between ranks may travel while near keys are attended to, and another one while they get their
-    gradients. Both methods are called for every one of the far keys, also if no query sees it: a rank that waits for a
-    message gets it. The order of the calls of `take` is that in which the far keys were given. If nothing needs a
-    gradient, there are none. If activations are computed again, there is one backward pass all the same.
+    So one message between ranks may travel while near keys are attended to, and another one while near keys get their
+    gradients. Both methods are called once for each of the far keys, also if no query sees it, since another rank may
+    wait for its message. `take` is called in the order of the far keys, or not at all if nothing needs a gradient. With
+    activation checkpointing, far keys are made twice and `take` is called once.
     """
 
     def arrive(self) -> object:
@@ -62,7 +62,7 @@ class FarKeys:
 
     `turned` caches the turned sinks of the last call. Give it only with far keys that hold all sinks and never change.
 
-    `source` is who fills k and v later, or takes their gradients before autograd does; None if nobody is to be told.
+    `source` is the maker of k and v, if it fills them later or takes their gradients before autograd does.
     """
 
     level: int

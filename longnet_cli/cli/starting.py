@@ -265,8 +265,8 @@ def open_command(
     if output is not None:
         resume = running.resume
         dry_run = running.dry_run
-        given = given_names(options)
-        earlier = check_output(output, where_to, given, resume=resume, dry_run=dry_run)
+        names = given_names(options)
+        earlier = check_output(output, where_to, names, resume=resume, dry_run=dry_run)
     named = ModelAndInputs(options.documents, options.choice, earlier, embeds=embeds)
     for option, path in written.items():
         refuse_overwriting(option, [path], named.input_files, named.files)

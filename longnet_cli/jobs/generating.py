@@ -205,11 +205,11 @@ def plan_generation(
         model.sequence(prompt, bos).check("give a shorter prompt", skips=False)
         plan.add_document(len(prompt))
         plan.add_example(prompt)
-        given = before + len(prompt)
-        tokens = given + max_tokens
+        of_prompt = before + len(prompt)
+        tokens = of_prompt + max_tokens
         tokens = min(tokens, model.config.max_tokens or tokens)  # where generation ends
         plan.add([(tokens, min(tokens, 1 + max_tokens))])
-        plan.new += tokens - given
+        plan.new += tokens - of_prompt
     # new tokens are read one by one
     plan.largest = min(plan.largest, plan.longest_document + before)
     plan.seconds = time.perf_counter() - begin

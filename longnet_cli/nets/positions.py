@@ -10,8 +10,8 @@ differences of positions enter a score, so this changes only the range of the ex
 segment, scores equal torchscale's, whose table is centred in the whole sequence and ends in NaN past 72,000 tokens.
 
 By level, r tokens of a level with dilation rate r count as one position, beyond the distance at which the level
-begins. So the keys of a level are as near to each other as those of a window, and a query meets
-few distances that are rare in training. This is what Self-Extend (arXiv 2401.01325) does beyond a window.
+begins. So the keys of a level are as near to each other as those of a window, and a query meets few distances that are
+rare in training. This is what Self-Extend (arXiv 2401.01325) does beyond a window.
 
 N tokens, H heads, D head dim.
 """

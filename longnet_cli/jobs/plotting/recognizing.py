@@ -102,8 +102,8 @@ class Bench(Measured):
             if stop and row.get("status") == "ok":
                 continue
             rate = number(row.get("tokens_per_second"))
-            each = 1 / rate if rate and number(row.get("seconds")) else None
-            measured.append({**row, "length": stop or seq, "seconds_per_token": each})
+            per_token = 1 / rate if rate and number(row.get("seconds")) else None
+            measured.append({**row, "length": stop or seq, "seconds_per_token": per_token})
         return cls(name, measured)
 
     def curves(self, shared: Set[str]) -> Iterator[RowsOfCurve]:
@@ -143,8 +143,10 @@ def _extrapolated(rows: Sequence[Row]) -> list[Row]:
     for row in (last, *skipped):
         times = row["length"] / last["length"]
         seconds = last["seconds"] * times**2
-        each = last["seconds_per_token"] * times
-        further.append({"length": row["length"], "seconds": seconds, "seconds_per_token": each})
+        per_token = last["seconds_per_token"] * times
+        further.append(
+            {"length": row["length"], "seconds": seconds, "seconds_per_token": per_token}
+        )
     return further
 
 

@@ -85,9 +85,9 @@ def train(
 
     `output` gets metrics.jsonl, recipe.json, checkpoints/ (every `save_every` steps or `save_minutes`, and when the run
     is stopped; the newest `keep` stay), best/ (the model with the lowest held-out loss) and at the end, or when
-    stopped, the model. SIGINT, SIGTERM and
-    SIGHUP stop the run (raising KeyboardInterrupt or SystemExit). A signal acts between two chunks, and the state of
-    the last whole step is saved; with sharded weights or several groups of ranks, between two steps.
+    stopped, the model. SIGINT, SIGTERM and SIGHUP stop the run (raising KeyboardInterrupt or SystemExit). A signal acts
+    between two chunks, and the state of the last whole step is saved; with sharded weights or several groups of ranks,
+    between two steps.
 
     `resume` is True (continue from the newest undamaged checkpoint in `output`, if any), False (refuse a folder that
     has one), or the path of a checkpoint or a run. A resumed run gives the numbers of an uninterrupted run, bit by bit
