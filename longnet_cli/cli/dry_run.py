@@ -9,7 +9,7 @@ from longnet_cli.basics.errors import MemoryLimitError
 from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.basics.sizes import count_of, format_bytes, format_count, format_duration
 from longnet_cli.cli.options import Format
-from longnet_cli.cli.output import emit_json
+from longnet_cli.cli.output import emit_json, note_without_rows
 from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format
         job.reader.events = Events(progress=advance)
         estimate = estimate_reading(job.reader, counted, task, room=opened.room)
     leave()
+    note_without_rows(left_out)
     if opened.ranks.writes:
         show_reading(estimate, "json" if format == "json" else "text", job.doing)
 

@@ -184,12 +184,17 @@ def count_left_out(skip_bad: bool) -> LeftOut:
     return LeftOut(tell if skip_bad else None)
 
 
-def end(left_out: LeftOut, *, first: bool = True) -> None:
-    """Report the counts. If documents were skipped, the `first` rank exits with code 6."""
+def note_without_rows(left_out: LeftOut) -> None:
+    """Report the documents that can be read and have no row."""
     if left_out.empty:
         note(f"{count_of(left_out.empty, 'document')} empty")
     if left_out.short:
         note(f"{count_of(left_out.short, 'document')} too short, and left out")
+
+
+def end(left_out: LeftOut, *, first: bool = True) -> None:
+    """Report the counts. If documents were skipped, the `first` rank exits with code 6."""
+    note_without_rows(left_out)
     if left_out.skipped:
         note(str(left_out))
     if left_out.skipped and first:

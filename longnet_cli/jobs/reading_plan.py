@@ -153,9 +153,7 @@ def count_documents(
                 yield len(sequence.document)
         if job.failure:
             raise job.failure
-        for length in drawn.lengths():
-            if length >= job.least:
-                yield length
+        yield from filter(job.has_row, drawn.lengths())
 
     to_come = islice(lengths(), done, None)
     for portion in portions(to_come, PORTION_CHUNKS * plan.chunk, length_of=lambda length: length):

@@ -187,25 +187,29 @@ class RowJob(ABC):
         """
         self.failure = None
         events = self.reader.events
-        left_out = events.left_out
         try:
             for document in documents:
                 events.document(document, fraction())
-                sequence = self.take(document, left_out.skip)
-                if sequence is None:
-                    pass  # it is counted already
-                elif len(document) >= self.least:
+                sequence = self.take(document, events.left_out.skip)
+                if sequence is not None and self.has_row(len(document)):
                     if apart:
                         document.doc_id = apart.name(document.doc_id)
                     yield sequence
-                elif len(document):
-                    left_out.short += 1
-                else:
-                    left_out.empty += 1
                 if not ready():
                     yield None
         except (ConfigError, DataError) as error:
             self.failure = error
+
+    def has_row(self, tokens: int) -> bool:
+        """Return whether a document of so many tokens has a row. Count it among those that are left out if not."""
+        left_out = self.reader.events.left_out
+        if tokens >= self.least:
+            return True
+        if tokens:
+            left_out.short += 1
+        else:
+            left_out.empty += 1
+        return False
 
     def rows_by_portion(
         self, sequences: Iterable[InputSequence[Document] | None], shard: int | None = None

@@ -19,7 +19,7 @@ from longnet_cli import __version__
 from longnet_cli.basics.atomic import locked_folder, write_file
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.basics.events import Events
-from longnet_cli.jobs.scoring.scoring import Score
+from longnet_cli.jobs.scoring.measures import Score
 from longnet_cli.running.device import check_kernel, peak_memory, random_state
 from longnet_cli.running.memory_maps import MappedMemory
 from longnet_cli.running.ranks import fsdp

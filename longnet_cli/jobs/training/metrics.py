@@ -10,7 +10,7 @@ from typing import Any
 
 from longnet_cli.basics.atomic import write_file, writing
 from longnet_cli.basics.configuration import parse
-from longnet_cli.jobs.scoring.scoring import Score
+from longnet_cli.jobs.scoring.measures import Score
 
 
 @dataclass
