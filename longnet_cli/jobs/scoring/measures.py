@@ -43,13 +43,15 @@ class Score:
         """Bits per byte of text: unlike perplexity, it compares models with different tokenizers."""
         if not self.n_bytes:
             return None
-        return self.nll_sum / math.log(2) / self.n_bytes
+        bits = self.nll_sum / math.log(2)
+        return bits / self.n_bytes
 
     def __add__(self, other: Score) -> Score:
-        n_bytes = None
-        if self.n_bytes is not None and other.n_bytes is not None:
-            n_bytes = self.n_bytes + other.n_bytes
-        return Score(self.nll_sum + other.nll_sum, self.n_tokens + other.n_tokens, n_bytes)
+        nll_sum = self.nll_sum + other.nll_sum
+        n_tokens = self.n_tokens + other.n_tokens
+        if self.n_bytes is None or other.n_bytes is None:
+            return Score(nll_sum, n_tokens, None)
+        return Score(nll_sum, n_tokens, self.n_bytes + other.n_bytes)
 
     def as_dict(self) -> dict[str, float | int | None]:
         """Return a dict with the keys of the machine formats."""
@@ -78,11 +80,12 @@ class ByPosition:
     def add(self, start: int, nll: np.ndarray) -> None:
         """Add the (n,) nats of targets whose inputs are the positions start, start + 1, ... of a window."""
         inputs = np.arange(start, start + len(nll))
-        powers = np.frexp(inputs + 1.0)[1] - 1  # exact floors of log2
-        eighths = inputs % self.segment * 8 // self.segment
-        for table, rows in ((self.seen, powers), (self.inside, eighths)):
-            table[:, 0] += np.bincount(rows, nll, len(table))
-            table[:, 1] += np.bincount(rows, minlength=len(table))
+        _, exponents = np.frexp(inputs + 1.0)
+        powers = exponents - 1  # exact floors of log2
+        places = inputs % self.segment
+        eighths = places * 8 // self.segment
+        _add_by_row(self.seen, powers, nll)
+        _add_by_row(self.inside, eighths, nll)
 
     def as_dict(self) -> dict[str, list[Row]]:
         """Return TABLES for the machine formats: the first, last, count and mean nats of each range with tokens."""
@@ -90,6 +93,12 @@ class ByPosition:
         inside = [(a, b - 1) for a, b in pairwise(starts)]
         by_position, by_place = TABLES
         return {by_position: _rows(self.seen, POWERS), by_place: _rows(self.inside, inside)}
+
+
+def _add_by_row(table: np.ndarray, rows: np.ndarray, nll: np.ndarray) -> None:
+    """Add (n,) nats to a table of nats and tokens, each to its row."""
+    table[:, 0] += np.bincount(rows, nll, len(table))
+    table[:, 1] += np.bincount(rows, minlength=len(table))
 
 
 def _rows(table: np.ndarray, ranges: Sequence[Range]) -> list[Row]:
@@ -141,8 +150,10 @@ class Clusters:
         deviations = values - mean
         self.documents += len(values)
         self.sums += values.sum(0)
-        between = np.outer(shift, shift) * (before * len(values) / self.documents)
-        self.spread += deviations.T @ deviations + between
+        weight = before * len(values) / self.documents
+        within = deviations.T @ deviations
+        between = np.outer(shift, shift) * weight
+        self.spread += within + between
 
     def error(self, numerator: np.ndarray, denominator: int) -> float | None:
         """Return the standard error of sum x / sum y.
@@ -151,11 +162,13 @@ class Clusters:
         """
         if self.documents < 2 or not self.sums[denominator]:
             return None
+        total = float(self.sums[denominator])
+        ratio = numerator @ self.sums / self.sums[denominator]
         residual = numerator.copy()
-        residual[denominator] -= numerator @ self.sums / self.sums[denominator]
+        residual[denominator] -= ratio
         squares = max(0.0, float(residual @ self.spread @ residual))
         variance = squares * self.documents / (self.documents - 1)
-        return math.sqrt(variance) / float(self.sums[denominator])
+        return math.sqrt(variance) / total
 
 
 # indices among a document's quantities, after the nats at each context
@@ -190,9 +203,10 @@ class Total:
         for index, context in enumerate(self.contexts):
             self.scores[index] += Score(nats[index], tokens, n_bytes)
             for key in TABLES:
-                for part in row.get(column(key, context, self.contexts)) or ():
+                for part in row.get(column(key, context, self.contexts), ()):
                     of_range = self.places[index][key, part["from"], part["to"]]
-                    of_range.add([part["nll"] * part["n_tokens"], part["n_tokens"]])
+                    in_range = part["n_tokens"]
+                    of_range.add([part["nll"] * in_range, in_range])
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return a dict for each context, with the keys of the machine formats."""
@@ -212,14 +226,21 @@ class Total:
             total["bpb_se"] = _times(1 / math.log(2), clusters.error(nats, BYTES_AT))
         if index:  # the others are compared with the first context
             more = nats - units[0]
-            ratio = Score(float(more @ clusters.sums), int(clusters.sums[TOKENS_AT]), None).ppl
+            more_nats = float(more @ clusters.sums)
+            tokens = int(clusters.sums[TOKENS_AT])
+            ratio = Score(more_nats, tokens, None).ppl
             total["ppl_ratio"] = ratio
             total["ppl_ratio_se"] = _times(ratio, clusters.error(more, TOKENS_AT))
         for (key, first, last), of_range in sorted(self.places[index].items()):
-            sums, tokens = of_range.sums.tolist()
-            part: Row = {"from": first, "to": last, "n_tokens": int(tokens)}
-            part |= {"n_docs": of_range.documents, "nll": sums / tokens}
-            part["nll_se"] = of_range.error(OF_FIRST, TOKENS_AT)
+            nats_of_range, tokens_of_range = of_range.sums.tolist()
+            part: Row = {
+                "from": first,
+                "to": last,
+                "n_tokens": int(tokens_of_range),
+                "n_docs": of_range.documents,
+                "nll": nats_of_range / tokens_of_range,
+                "nll_se": of_range.error(OF_FIRST, TOKENS_AT),
+            }
             total.setdefault(key, []).append(part)
         return total
 
@@ -258,7 +279,7 @@ class GainTally:
         self._blocks = Clusters(2)  # of each, the sum of gains and the number of tokens
         self._many = self.tokens = 0
 
-    def add(self, context: int, nats: np.ndarray) -> None:
+    def add(self, context: int | None, nats: np.ndarray) -> None:
         """Take the next (n,) float32 nats at a context. Raises LongNetError if the disk is full."""
         if context == self._ends[0]:
             try:
@@ -267,8 +288,9 @@ class GainTally:
                 raise no_place(error) from error
         elif context == self._ends[1] and len(nats):
             self._kept.seek(nats.itemsize * self.tokens)
-            earlier = np.frombuffer(self._kept.read(nats.nbytes), np.float32)
-            less = earlier.astype(np.float64) - nats
+            kept = self._kept.read(nats.nbytes)
+            earlier = np.frombuffer(kept, np.float32).astype(np.float64)
+            less = earlier - nats
             self._compare(less if context == self.longest else -less)
 
     def result(self) -> Gain:
@@ -286,12 +308,15 @@ class GainTally:
         """Add the gains of the next (n,) tokens."""
         self.tokens += len(gained)
         self._many += int(np.count_nonzero(gained > MANY_NATS))
-        gained = np.concatenate((self._open, gained))
-        whole = len(gained) // GAIN_BLOCK * GAIN_BLOCK
-        self._end_blocks(gained[:whole].reshape(-1, GAIN_BLOCK))
-        self._open = gained[whole:]
+        joined = np.concatenate((self._open, gained))
+        whole = len(joined) // GAIN_BLOCK * GAIN_BLOCK
+        blocks = joined[:whole].reshape(-1, GAIN_BLOCK)
+        self._end_blocks(blocks)
+        self._open = joined[whole:]
 
     def _end_blocks(self, gained: np.ndarray) -> None:
         """Add full blocks of gains, (blocks, tokens per block)."""
-        tokens = np.full(len(gained), gained.shape[1])
-        self._blocks.extend(np.column_stack((gained.sum(1), tokens)))
+        blocks, tokens_of_block = gained.shape
+        sums = gained.sum(1)
+        tokens = np.full(blocks, tokens_of_block)
+        self._blocks.extend(np.column_stack((sums, tokens)))

@@ -216,12 +216,13 @@ class Scorer(RowJob):
             )
         if not reader.model.config.vocab_size:
             raise ConfigError("this model has no vocabulary (vocab_size 0): it cannot score tokens")
-        if reader.events.logprobs and len(options.contexts) > 1:
-            raise ConfigError("log-probabilities of tokens need one context: give only one")
-        if reader.events.logprobs and reader.all_ranks.dp > 1:
-            raise ConfigError(
-                "log-probabilities of tokens are written by one group of ranks: leave out --dp"
-            )
+        if reader.events.logprobs:
+            if len(options.contexts) > 1:
+                raise ConfigError("log-probabilities of tokens need one context: give only one")
+            if reader.all_ranks.dp > 1:
+                raise ConfigError(
+                    "log-probabilities of tokens are written by one group of ranks: leave out --dp"
+                )
         self.cut = Cut(bos_ids(facts.bos), options)
         self.least = self.cut.least
         self.nothing = self.cut.nothing
@@ -308,7 +309,7 @@ class Scorer(RowJob):
         return pa.record_batch([*columns, *kept], schema=self.schema)
 
     def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_ScoredWindow]:
-        contexts = [context for context in self.options.contexts if context is not None]
+        contexts = self.options.context or ()
         for sequence in sequences:
             document = sequence.document
             gain = GainTally(contexts) if len(contexts) > 1 else None
@@ -349,11 +350,13 @@ class Scorer(RowJob):
                 torch.zeros(tokens, dtype=torch.int64, device=device),
                 torch.zeros(tokens, device=device),
             ]
-        mine = [piece for piece in pieces if piece.hidden is not None]
+        mine = [
+            (piece.hidden, self._targets(piece)) for piece in pieces if piece.hidden is not None
+        ]
         if mine:
-            hidden = torch.cat([piece.hidden for piece in mine if piece.hidden is not None])
-            ids = np.concatenate([self._targets(piece) for piece in mine])
-            targets = to_device(torch.from_numpy(ids), device)
+            hidden_of_pieces, ids_of_pieces = zip(*mine, strict=True)
+            hidden = torch.cat(hidden_of_pieces)
+            targets = to_device(torch.from_numpy(np.concatenate(ids_of_pieces)), device)
             with precision(self.reader.dtype, device):
                 of_mine = [self.reader.model.nll(hidden, targets)]
                 of_mine += most_likely(self.reader.model, hidden) if self.top else ()
@@ -386,7 +389,7 @@ class Scorer(RowJob):
             tally.n_tokens += len(nll)
             if tally.by_position:
                 tally.by_position.add(piece.start - piece.window.start, nll)
-            if tally.gain and tally.context is not None:
+            if tally.gain:
                 tally.gain.add(tally.context, nll)
             if (take := self.reader.events.logprobs) and len(nll):
                 take(tally.document, start, self._targets(piece), -nll, *top)
