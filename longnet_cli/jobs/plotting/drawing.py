@@ -169,13 +169,13 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> object:
     # a line cannot show one point; of few, show each
     if is_one or (panel.x.base and not curve.extrapolated):
         marks = "o"
-    has_errors = not np.isnan(errors).all()
-    if has_errors and is_one:
-        axes.errorbar(x, y, errors, color=color, linewidth=1.2, capsize=2)
-    elif has_errors:
-        low = y - errors
-        high = y + errors
-        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    if not np.isnan(errors).all():
+        if is_one:
+            axes.errorbar(x, y, errors, color=color, linewidth=1.2, capsize=2)
+        else:
+            low = y - errors
+            high = y + errors
+            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     lines = axes.plot(
         x,
         y,

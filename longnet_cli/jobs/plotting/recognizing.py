@@ -10,8 +10,9 @@ import io
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,17 +112,20 @@ class Bench(Measured):
 
         If several are shared, such a name has both. What else differs between the rows of the file follows.
         """
-        values = {key: {str(row.get(key)) for row in self.rows} for key in self.DIFFERENCES}
+        differences = [
+            key for key in self.DIFFERENCES if len({str(row.get(key)) for row in self.rows}) > 1
+        ]
         curves = defaultdict[str, list[Row]](list)
         for row in self.rows:
             impl = row["impl"]
             words = [self.name] if impl in shared else []
             if shared != {impl}:
                 words.append(impl)
-            for key in self.DIFFERENCES:
-                value = row.get(key)
-                if len(values[key]) > 1 and value is not None:
-                    words.append(value if isinstance(value, str) else f"{key} {value}")
+            words += [
+                value if isinstance(value, str) else f"{key} {value}"
+                for key in differences
+                if (value := row.get(key)) is not None
+            ]
             curves[", ".join(words)].append(row)
         for name, rows in curves.items():
             yield RowsOfCurve(name, rows)
@@ -180,8 +184,8 @@ class Run(Measured):
 class _ListsOfTotal(BaseModel):
     """The lists of a total, which has other keys, too."""
 
-    by_position: list[dict[str, Any]] | None = None
-    by_segment_position: list[dict[str, Any]] | None = None
+    by_position: list[dict[str, Any]] = []
+    by_segment_position: list[dict[str, Any]] = []
 
 
 _LISTS_OF_TOTALS = TypeAdapter(list[_ListsOfTotal])
@@ -197,7 +201,7 @@ class Scores(Measured):
         for where, row in rows:
             if row.get("kind") == "document":
                 continue
-            totals = row.get("totals") or [row.get("total", row)]
+            totals = row.get("totals", [row.get("total", row)])
             try:
                 _LISTS_OF_TOTALS.validate_python(totals)
             except ValidationError:
@@ -217,7 +221,7 @@ class Scores(Measured):
             for key in _ListsOfTotal.model_fields:
                 of_list = [
                     {"from": row.get("from"), key: row.get("nll"), f"{key}_se": row.get("nll_se")}
-                    for row in total.get(key) or ()
+                    for row in total.get(key, ())
                 ]
                 yield RowsOfCurve(name, of_list)
 
@@ -237,13 +241,18 @@ def read(path: str | Path) -> Measured:
     else.
     """
     refuse_web_address(str(path))
-    file = metrics_file(path) if str(path) != "-" else Path("stdin")
-    rows = _rows(file, _text(path, file))
+    if str(path) == "-":
+        file = Path("stdin")
+        text = _text(file, _read_stdin)
+    else:
+        file = metrics_file(path)
+        text = _text(file, partial(read_text, file))
+    rows = _rows(file, text)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{file}: no line of metrics yet, nor of bench or score")
     named = file.parent if file.name == "metrics.jsonl" else file.with_suffix("")
-    name = named.name or named.resolve().name  # "." has no name of its own
+    name = named.absolute().name  # "." has no name of its own
     return _kind(*first).of(name, chain([first], rows))
 
 
@@ -269,12 +278,13 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
     named = [*chain.from_iterable(file.curves(shared) for file in measured)]
     drawable: dict[str, Panel] = {}
     for key, x_key, of_x, of_y in QUANTITIES:
-        panel = Panel(key, of_x, of_y, [])
-        for name, rows, extrapolated in named:
-            if shown := points(rows, of_x, of_y, x_key, key):
-                panel.curves.append(Curve(name, shown, extrapolated))
-        if panel.curves:
-            drawable[key] = panel
+        curves = [
+            Curve(name, shown, extrapolated)
+            for name, rows, extrapolated in named
+            if (shown := points(rows, of_x, of_y, x_key, key))
+        ]
+        if curves:
+            drawable[key] = Panel(key, of_x, of_y, curves)
     if not drawable:
         names = ", ".join(file.name for file in measured)
         raise DataError(
@@ -289,23 +299,27 @@ def panels(measured: Sequence[Measured], show: Sequence[str] = ()) -> list[Panel
 
 def title(measured: Sequence[Measured]) -> str:
     """Return what a picture is of: a layer, models, machines and dates in the files, or else the names of the files."""
-    rows = [row for file in measured for row in file.rows]
-    words = []
-    for row in rows:
-        if row.get("op") == "attention":
-            words.append(f"one attention layer of {row['heads']} heads x {row['head_dim']}")
+    rows = [*chain.from_iterable(file.rows for file in measured)]
+    words = [
+        f"one attention layer of {row['heads']} heads x {row['head_dim']}"
+        for row in rows
+        if row.get("op") == "attention"
+    ]
     for key in ("model", "machine", "date"):
         words += [str(row[key]) for row in rows if row.get(key)]
     return ", ".join(dict.fromkeys(words or [file.name for file in measured]))
 
 
-def _text(path: str | Path, file: Path) -> str:
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise DataError("stdin is closed")
+    return sys.stdin.buffer.read().decode()
+
+
+def _text(file: Path, read: Callable[[], str]) -> str:
+    """Return the text that `read` reads of a file. Raises DataError."""
     try:
-        if str(path) != "-":
-            return read_text(file)
-        if sys.stdin is None:
-            raise DataError("stdin is closed")
-        return sys.stdin.buffer.read().decode()
+        return read()
     except OSError as error:
         raise DataError(
             f"{file}: {error.strerror}; expected the folder of a training run, or {KINDS}"

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from io import BufferedReader
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -143,11 +142,8 @@ def _whole_documents(file: LogprobFile) -> Iterator[Logged]:
         documents[-1].append(row)
         expected = row.doc_id, row.start + len(row.ids)
     for rows in documents:
-        columns = zip(*(row[2:] for row in rows), strict=True)
-        joined: list[Any] = [
-            None if column[0] is None else np.concatenate(column) for column in columns
-        ]
-        yield Logged(*rows[0][:2], *joined)
+        doc_ids, starts, *lists = zip(*rows, strict=True)
+        yield Logged(doc_ids[0], starts[0], *map(np.concatenate, lists))
 
 
 def _check_same(files: Sequence[LogprobFile], one: Logged | None, other: Logged | None) -> None:
@@ -170,7 +166,7 @@ def _document(texts: _TokenTexts, logged: Logged, other: Logged | None = None) -
     if other:
         lists["other"] = -other.logprobs
     last = other or logged
-    if last.top_ids is not None and last.top_logprobs is not None:
+    if len(last.top_ids):
         lists["top"] = texts.of_top(last.top_ids)
         lists["top_nats"] = -last.top_logprobs
     return SurpriseDocument(logged.doc_id or "", logged.start, texts.pieces(logged.ids), lists)
@@ -198,13 +194,16 @@ class _TokenTexts:
 
     def of_top(self, ids: np.ndarray) -> np.ndarray:
         """Return the places (n,) in `tops` of the texts of (n,) ids."""
-        for index in np.unique(ids).tolist():
-            if index not in self._places:
-                self._places[index] = len(self.tops)
-                is_token = index < self.tokenizer.vocab_size
-                text = self.tokenizer.decode(np.array([index])) if is_token else ""
-                self.tops.append(text or self._name(index))
-        return np.array([self._places[index] for index in ids.tolist()])
+        different, places = np.unique(ids, return_inverse=True)
+        return np.array([self._place(index) for index in different.tolist()])[places]
+
+    def _place(self, index: int) -> int:
+        if index not in self._places:
+            self._places[index] = len(self.tops)
+            is_token = index < self.tokenizer.vocab_size
+            text = self.tokenizer.decode(np.array([index])) if is_token else ""
+            self.tops.append(text or self._name(index))
+        return self._places[index]
 
     def _name(self, index: int) -> str:
         return self.tokenizer.token_of(index) or f"[{index}]"

@@ -83,15 +83,21 @@ def write_token_logprobs(
         flush()
 
 
+NONE_LOGGED = np.empty(0)
+
+
 class Logged(NamedTuple):
-    """Ids and log-probabilities (n,) of the tokens of a document from `start` on, and of the most likely tokens."""
+    """Ids and log-probabilities (n,) of the tokens of a document from `start` on.
+
+    Those of the most likely tokens are empty if the file does not have them.
+    """
 
     doc_id: str
     start: int
     ids: np.ndarray
     logprobs: np.ndarray
-    top_ids: np.ndarray | None = None
-    top_logprobs: np.ndarray | None = None
+    top_ids: np.ndarray = NONE_LOGGED
+    top_logprobs: np.ndarray = NONE_LOGGED
 
 
 class LogprobFile:
