@@ -9,6 +9,7 @@ text or the corpus is.
 
 from __future__ import annotations
 
+import math
 from _thread import start_new_thread
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -113,15 +114,17 @@ def tokenize(
     schema = token_schema(
         vocab_size=words.vocab_size, eos_id=words.eos_id, tokenizer_sha256=words.sha256, kept=kept
     )
-    folder = None
+    opened: ShardFolder | _OneFile = _OneFile(output, schema)
+    most = math.inf  # tokens of a shard
     if in_folder:
+        most = shard_tokens
         settings = {
             "tokenizer": words.sha256,
             "train_vocab": train_vocab,
             "eos": of_settings,
             "shard_tokens": shard_tokens,
         }
-        folder = ShardFolder(
+        opened = ShardFolder(
             output,
             schema,
             settings=inputs.settings(words, kept) | settings,
@@ -131,24 +134,43 @@ def tokenize(
             left_out=events.left_out,
             opened=documents.opened,
         )
-    with folder or ShardWriter(output, schema) as opened:
-        rows = TokenBatches(opened, shard_tokens, kept)
-        if folder:
-            texts = iter(()) if folder.finished else folder.unread(texts)
-        work = _Work(words, appended, str(output) == "-", documents.ready, events.progress)
+    is_stream = str(output) == "-"
+    small = is_stream or str(output).endswith(".jsonl")
+    with opened:
+        rows = TokenBatches(opened, SMALL_BATCH_BYTES if small else BATCH_BYTES, most, kept)
+        texts = iter(()) if opened.finished else opened.unread(texts)
+        work = _Work(words, appended, is_stream, documents.ready, events.progress)
         work.run(texts, rows)
-    return _result(rows.totals, words, output, folder)
+    return _result(rows.totals, words, output, opened.paths)
+
+
+class _OneFile(ShardWriter):
+    """A file or a stream, as if it were a folder without an earlier run. It counts nothing, and has no shards."""
+
+    finished = False
+    totals: Mapping[str, int] = {}
+    paths: Sequence[Path] = ()
+
+    def unread(self, texts: Iterator[Text]) -> Iterator[Text]:
+        """Return the texts that no earlier run has read: all."""
+        return texts
+
+    def count(self, **counts: int) -> None:
+        """Do nothing: a file has no manifest."""
+
+    def end_shard(self) -> None:
+        """Do nothing: a file is one shard."""
 
 
 def _result(
-    totals: Mapping[str, int], words: Tokenizer, output: str | Path, folder: ShardFolder | None
+    totals: Mapping[str, int], words: Tokenizer, output: str | Path, shards: Sequence[Path]
 ) -> TokenizeResult:
     """Return the totals, and write the tokenizer beside an output file."""
-    shards = folder.paths if folder else []
     if beside := tokenizer_beside(output):
         words.save(beside)
         shards = [Path(output)]
-    return TokenizeResult(totals["documents"], totals["tokens"], totals["bytes"], shards, words)
+    counts = (totals["documents"], totals["tokens"], totals["bytes"])
+    return TokenizeResult(*counts, list(shards), words)
 
 
 def tokenizer_beside(output: str | Path) -> Path | None:
@@ -176,7 +198,7 @@ def _tokenizer(
         )
     if earlier and earlier.tokenizer:
         return Tokenizer.from_description(earlier.tokenizer, output)
-    if any(str(item) == "-" for item in inputs.all_files.names):
+    if "-" in map(str, inputs.all_files.names):
         raise ConfigError(
             "training a tokenizer reads the inputs twice, and stdin can be read once: save it to a file"
         )
@@ -201,16 +223,18 @@ def _readable(texts: Iterable[Text | Unread], on_skip: OnSkip | None) -> Iterato
 
 
 class _TextPart(NamedTuple):
-    """A piece of a document's text; None is its end. A chat is one piece, which returns its `ids`.
+    """A piece of a document's text, or the document's end.
 
-    `where` is the document's file and row, `kept` the values that it carries along.
+    A chat is one piece, which returns its `ids`. So does an end, whose ids are those that are appended. `where` is the
+    document's file and row, `kept` the values that it carries along.
     """
 
     doc_id: str
     where: str
     kept: Mapping[str, pa.Scalar]
-    text: str | None = None
+    text: str = ""
     ids: Callable[[], np.ndarray] | None = None
+    is_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,15 +253,14 @@ class _Work:
     def run(self, texts: Iterable[Text], rows: TokenBatches) -> None:
         """Tokenize all texts into `rows`. Those before an error of reading are tokenized first."""
         failures: list[Exception] = []
-        parts = portions(
-            self._pieces(texts, failures), TEXT_CHARS, length_of=lambda piece: len(piece.text or "")
-        )
+        pieces = self._pieces(texts, failures)
+        parts = portions(pieces, TEXT_CHARS, length_of=lambda piece: len(piece.text))
         with closing(cast(Generator, overlapped(parts, self._encode))) as groups:
             for group in groups:
                 before = rows.totals["bytes"]
                 for piece, ids, size in group:
                     rows.add(piece, ids, size)
-                    if piece.text is None:
+                    if piece.is_end:
                         rows.end_document(piece)
                 if self.at_once:
                     rows.flush()
@@ -253,15 +276,17 @@ class _Work:
         self, texts: Iterable[Text], failures: list[Exception]
     ) -> Iterator[_TextPart | None]:
         """Yield the pieces of all texts, and None where the next text is not there yet. Keep an error of reading."""
+        ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
         try:
             for text in texts:
-                cutter = self.tokenizer.cutter(() if text.ids else text.parts)
-                end = _TextPart(text.doc_id, text.where, text.kept)
+                part = _TextPart(text.doc_id, text.where, text.kept)
                 if text.ids:
-                    yield end._replace(text=text.text, ids=text.ids)
-                while taken := cutter.take():
-                    yield end._replace(text=taken[0])
-                yield end
+                    yield part._replace(text=text.text, ids=text.ids)
+                else:
+                    cutter = self.tokenizer.cutter(text.parts)
+                    while taken := cutter.take():
+                        yield part._replace(text=taken[0])
+                yield part._replace(ids=lambda: ending, is_end=True)
                 if not self.ready():
                     yield None
         except Exception as error:
@@ -269,14 +294,10 @@ class _Work:
 
     def _encode(self, pieces: Sequence[_TextPart]) -> list[tuple[_TextPart, np.ndarray, int]]:
         """Return each piece with its ids, and the UTF-8 bytes of its text."""
-        texts = [piece.text for piece in pieces if piece.text and not piece.ids]
+        texts = [piece.text for piece in pieces if not piece.ids]
         encoded = iter(self.tokenizer.encode_pieces(texts))
-        ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
         rows = []
         for piece in pieces:
-            if piece.text is None:
-                rows.append((piece, ending, 0))
-                continue
             ids = piece.ids() if piece.ids else next(encoded)
             rows.append((piece, ids, len(piece.text.encode())))
         return rows
@@ -342,22 +363,24 @@ BATCH_ROWS = 1 << 16
 class TokenBatches:
     """A collector of ids into batches of whole documents. A document larger than a batch gets a batch for each part.
 
-    The batches go to an opened `output`; in a folder, a document that brings a shard to `shard_tokens` ends it.
+    A batch has up to `size` bytes of ids. The batches go to an opened `output`; a document that brings a shard to
+    `shard_tokens` ends it.
     `totals` counts documents, tokens and bytes, starting from the totals of an earlier run. The batches depend only
     on the documents since the last `end_shard`, so shards are the same wherever a run resumes. `kept` are the columns
     that documents carry along.
     """
 
     def __init__(
-        self, output: ShardFolder | ShardWriter, shard_tokens: int, kept: Sequence[pa.Field]
+        self,
+        output: ShardFolder | _OneFile,
+        size: int,
+        shard_tokens: float,
+        kept: Sequence[pa.Field],
     ) -> None:
         self._output = output
         self._shard_tokens = shard_tokens
         self._kept = kept
-        self._folder = output if isinstance(output, ShardFolder) else None
-        self.totals = Counter(self._folder.totals if self._folder else {})
-        name = str(output.output) if isinstance(output, ShardWriter) else ""
-        size = SMALL_BATCH_BYTES if name == "-" or name.endswith(".jsonl") else BATCH_BYTES
+        self.totals = Counter(output.totals)
         dtype = numpy_dtype(output.schema.field("input_ids").type.value_type)
         self._values = np.empty(size // dtype.itemsize, dtype)
         self._used = 0  # values, the open document's included
@@ -386,9 +409,9 @@ class TokenBatches:
         self._end_row(row)
         self._part = 0
         self._count(documents=1)
-        if self._folder and self._in_shard >= self._shard_tokens:
+        if self._in_shard >= self._shard_tokens:
             self.flush()
-            self._folder.end_shard()
+            self._output.end_shard()
             self._in_shard = 0
         elif len(self._rows) >= BATCH_ROWS:
             self.flush()
@@ -409,8 +432,7 @@ class TokenBatches:
 
     def _count(self, **counts: int) -> None:
         self.totals.update(counts)
-        if self._folder:
-            self._folder.count(**counts)
+        self._output.count(**counts)
 
     def _end_row(self, row: _TextPart) -> None:
         self._rows.append((row, self._part, self._used))
