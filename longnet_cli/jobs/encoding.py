@@ -5,6 +5,7 @@
 Hidden states are pooled piece by piece. Spans of tokens have their places in the text, in characters.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -39,6 +40,7 @@ from .pooling import (
 )
 from .row_jobs import ModelFacts, RowJob
 
+NO_LIMIT = sys.maxsize  # tokens of a window that holds any document
 PLACE_FIELDS = (pa.field("char_start", pa.int64()), pa.field("char_end", pa.int64()))
 
 
@@ -53,7 +55,7 @@ class EncodeFacts(ModelFacts):
     tokenizer's.
     """
 
-    prefix: list[int] | None = None
+    prefix: Sequence[int] = ()
     query_prompt: str | None = None
     closing: list[int] | None = None  # not None: an embedding model's
     unpooled: int | None = None
@@ -69,12 +71,22 @@ class EncodeFacts(ModelFacts):
     @property
     def before(self) -> tuple[int, ...]:
         """The ids before a document, or before its part in a window."""
-        return (*bos_ids(self.bos), *(self.prefix or ()))
+        return (*bos_ids(self.bos), *self.prefix)
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """The ids after a document, or after its part in a window."""
+        return tuple(self.closing or ())
+
+    @property
+    def first_pooled(self) -> int:
+        """The first row of a framed document that is pooled."""
+        return self.unpooled or 0
 
     @property
     def around(self) -> int:
         """The number of tokens of a window that are not the document's."""
-        return len(self.before) + len(self.closing or ())
+        return len(self.before) + len(self.after)
 
     def tokenizer_for(self, loaded: Loaded) -> Tokenizer | None:
         """Return the tokenizer that reads documents of text: after the prompt of an embedding model, with places."""
@@ -85,44 +97,41 @@ class EncodeFacts(ModelFacts):
 class TextCut:
     """The cut of documents into windows. Raises ConfigError for a context, a stride and a span that leave no room.
 
-    `room` is the most tokens of a document in a window, None if it is read in one piece. With `one_state`, a window has
-    one vector, because a pooling takes one of its states: then a span is a window.
+    `room` is the most tokens of a document in a window, without a limit if the document is read in one piece. A window
+    has `size` of them or fewer, and one begins every `stride` tokens. With `one_state`, a window has one vector,
+    because a pooling takes one of its states: then a span is a window.
     """
 
     def __init__(self, options: EncodeOptions, facts: EncodeFacts) -> None:
-        self.room: int | None = None
+        self.room = self.size = self.stride = NO_LIMIT
         self.one_state = False
-        self.size: int | None = None  # of a window, in tokens of a document
-        self.stride: int | None = None
-        context = options.context
-        stride = options.stride
-        if context is None:
+        if options.context is None:
             return
-        self.room = room = context - facts.around
+        self.room = self.size = room = options.context - facts.around
         if room < 1:
             raise ConfigError(
-                f"a window of {context} tokens has no room for a document beside its prompt and special tokens, "
-                f"which are {facts.around}: give a longer --context, or a shorter --prefix"
+                f"a window of {options.context} tokens has no room for a document beside its prompt and special "
+                f"tokens, which are {facts.around}: give a longer --context, or a shorter --prefix"
             )
         self.one_state = not ONE_STATE.isdisjoint(options.pools)
-        span = options.span_tokens if self.one_state else None
-        if span is not None and stride is not None:
-            raise ConfigError(f"--stride {stride}: each span is a window: leave it out")
-        if span == options.span and span is not None and span > room:
+        if self.one_state and options.span_tokens is not None:
+            if options.stride is not None:
+                raise ConfigError(f"--stride {options.stride}: each span is a window: leave it out")
+            if isinstance(options.span, int) and options.span > room:
+                raise ConfigError(
+                    f"--span {options.span}: with --pool {options.pool}, a span is a window, which holds {room} tokens "
+                    "of a document: give as many, or less"
+                )
+            self.size = min(room, options.span_tokens)
+        self.stride = options.stride or self.size
+        if self.stride > room:
             raise ConfigError(
-                f"--span {span}: with --pool {options.pool}, a span is a window, which holds {room} tokens of a "
-                "document: give as many, or less"
+                f"--stride {self.stride}: a window holds {room} tokens of a document: give as many, or less"
             )
-        if stride is not None and stride > room:
-            raise ConfigError(
-                f"--stride {stride}: a window holds {room} tokens of a document: give as many, or less"
-            )
-        self.size = min(room, span or room)
-        self.stride = stride or self.size
 
     def windows(self, tokens: int) -> Iterator[tuple[int, int, int, int]]:
         """Return the windows in which a document of so many tokens is read, as `windows_of`."""
-        return windows_of(tokens, self.size or tokens, self.stride or tokens)
+        return windows_of(tokens, self.size, self.stride)
 
 
 def for_model(
@@ -133,19 +142,11 @@ def for_model(
     Raises ConfigError for a prefix if the model has no tokenizer, and for vectors that it scales itself.
     """
     net = loaded.net
-    tokenizer = loaded.tokenizer
     embedding = loaded.embedding
     facts = EncodeFacts(**vars(ModelFacts.of(loaded)))
     prefix = "" if options.prefix == NO_PREFIX else options.prefix
-    ids = None
-    if prefix:
-        if tokenizer is None:
-            problem = "has no tokenizer, which --prefix needs: give --tokenizer"
-            if net.row_size is not None:
-                problem = "reads vectors, which have no tokens: leave out --prefix"
-            raise ConfigError(f"{folder.name} {problem}")
-        ids = tokenizer.encode(prefix).tolist()
     if embedding is None:
+        ids = _prefix_ids(prefix, folder, loaded) if prefix else ()
         return options, replace(facts, prefix=ids)
     model = embedding.model
     context = options.context
@@ -166,6 +167,16 @@ def for_model(
     return options, _with_prompt(facts, embedding, prefix)
 
 
+def _prefix_ids(prefix: str, folder: ModelFolder, loaded: Loaded) -> list[int]:
+    """Return the ids of a prefix. Raises ConfigError for a model without a tokenizer."""
+    if loaded.tokenizer is not None:
+        return loaded.tokenizer.encode(prefix).tolist()
+    problem = "has no tokenizer, which --prefix needs: give --tokenizer"
+    if loaded.net.row_size is not None:
+        problem = "reads vectors, which have no tokens: leave out --prefix"
+    raise ConfigError(f"{folder.name} {problem}")
+
+
 def _with_prompt(facts: EncodeFacts, embedding: Embedding, prompt: str) -> EncodeFacts:
     """Return the facts of an embedding model that reads texts after a `prompt`."""
     model = embedding.model
@@ -180,7 +191,7 @@ def _with_prompt(facts: EncodeFacts, embedding: Embedding, prompt: str) -> Encod
         facts,
         bos=opening or None,
         tokenizer_sha256=words.sha256,
-        prefix=list(words.prompt_ids) or None,
+        prefix=words.prompt_ids,
         query_prompt=model.query_prompt,
         closing=list(closing),
         unpooled=unpooled,
@@ -214,13 +225,13 @@ def encode(
 
 @dataclass(frozen=True)
 class _PooledWindow(Window):
-    """A window of a document, the pooling that takes its hidden states, and what takes the pooling's rows.
+    """A window of a document, the pooling that takes its hidden states, and `finish`, which takes the pooling's rows.
 
     Of the document's tokens, `tokens` take their states from it.
     """
 
     pooling: Pooling
-    mean: WindowMean | None
+    finish: Callable[[Row], Iterable[Row]]
     tokens: int
 
     @property
@@ -252,6 +263,8 @@ class Encoder(RowJob):
         normalize = options.normalize is not False
         options = replace(options, pool=options.pool or "mean", normalize=normalize)
         super().__init__(reader, options, facts)
+        # whether it may read a document in windows
+        self.windowed = facts.framed and not reader.model.config.causal
         for is_refused, problem in self._refusals():
             if is_refused:
                 raise ConfigError(problem)
@@ -265,7 +278,6 @@ class Encoder(RowJob):
         facts = self.facts
         net = self.reader.model
         pools = options.pools
-        windowed = facts.framed and not net.config.causal
         yield (
             options.prefix not in (None, "", NO_PREFIX) and not (facts.prefix or facts.prompt),
             "a prefix becomes ids with the model's tokenizer: take the options of `for_model`",
@@ -275,7 +287,7 @@ class Encoder(RowJob):
             "a bidirectional model reads nothing before a document: leave out --prefix",
         )
         yield (
-            (options.context or options.stride) and not windowed,
+            (options.context or options.stride) and not self.windowed,
             "the model reads a document in one piece, not in windows: leave out --context, --stride",
         )
         yield (
@@ -331,9 +343,9 @@ class Encoder(RowJob):
             "longnet.modules": facts.modules,
             "longnet.prompt": facts.prompt,
             "longnet.query_prompt": facts.query_prompt,
-            "longnet.normalized": "true" if options.normalize else "false",
+            "longnet.normalized": str(options.normalize).lower(),
             "longnet.context": options.context,
-            "longnet.stride": self.cut.stride,
+            "longnet.stride": self.cut.stride if options.context else None,
         }
         size = options.dims or self.vector_size
         kinds = {
@@ -359,22 +371,21 @@ class Encoder(RowJob):
                 f"{document.where}: this is no text with a {self.unit}: give texts, or --span 256"
             )
         opening = bos_ids(facts.bos)
-        closing = tuple(facts.closing or ())
-        if facts.framed and _is_framed(document, opening, closing):
+        if facts.framed and _is_framed(document, opening, facts.after):
             raise ConfigError(
-                f"{document.where}: the ids {opening} and {closing} stand around the document, and encode adds "
+                f"{document.where}: the ids {opening} and {facts.after} stand around the document, and encode adds "
                 "them itself: leave them out when you tokenize (longnet tokenize does)"
             )
         sequence = net.sequence(document, facts.before, self.options.tile_size, facts.closing)
-        if len(document) and len(sequence) <= (facts.unpooled or 0):
+        if len(document) and len(sequence) <= facts.first_pooled:
             raise DataError(
                 f"{document.where}: nothing is pooled: {facts.unpooled} tokens count as the prompt's, as in "
                 f"sentence-transformers, and the text has {len(sequence)} with it: leave out --prefix, or the document"
             )
-        if self.cut.room is not None:
+        if self.options.context:
             return sequence
         advice = "encode it in shorter documents"
-        if facts.framed and not net.config.causal:
+        if self.windowed:
             advice += ", or in windows (--context)"
         return sequence.check(advice)
 
@@ -383,7 +394,7 @@ class Encoder(RowJob):
         around = facts.around
         if not facts.framed:
             around = len(self.reader.model.start_rows(facts.before))
-        for start, stop, wanted, wanted_stop in self.cut.windows(tokens) if tokens else ():
+        for start, stop, wanted, wanted_stop in self.cut.windows(tokens):
             yield around + stop - start, wanted_stop - wanted
 
     def size(self, document: Document) -> int:
@@ -397,19 +408,17 @@ class Encoder(RowJob):
         A token belongs to the unit of a text in which it ends. Raises ConfigError if nobody knows where that is.
         """
         tokens = len(document)
-        span = self.options.span
-        room = self.cut.room
-        if not isinstance(span, str):
-            size = span or tokens
+        if document.ends is None:
+            size = self.options.span_tokens or tokens
             return range(size, tokens + size, size)
-        counts = TextPlaces(document).tokens_before(document.ends or ())
+        counts = TextPlaces(document).tokens_before(document.ends)
         if counts is None:
             raise ConfigError(
                 f"{document.where}: its tokens have no places in the text: give a size (--span 256)"
             )
         counts[-1] = tokens
         ends = [0, *np.unique(counts[counts > 0]).tolist()]
-        most = room if room and self.cut.one_state else tokens
+        most = self.cut.room if self.cut.one_state else tokens
         stops: list[int] = []
         for start, end in pairwise(ends):
             stops += range(start + most, end, most)
@@ -426,38 +435,56 @@ class Encoder(RowJob):
                 yield self._record_batch(rows, head)
 
     def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_PooledWindow]:
-        """Yield the windows of each document, in order, with one pooling or one mean for all of them."""
-        cut = self.cut
-        pools = self.options.pools
+        """Yield the windows of each document, in order."""
+        windows = self._pooled_apart if self.cut.one_state else self._pooled_as_one
         for sequence in sequences:
-            document = sequence.document
-            before = sequence.own_start
-            after = len(sequence.end_rows)
-            ends = self._ends(document)
-            skipped = self._skipped(before, ends[0])
-            mean = WindowMean() if cut.one_state and self.options.span is None else None
-            pooling = Pooling(document, pools, ends, before - skipped, after, skipped=skipped)
-            parts = cut.windows(len(document))
-            if cut.one_state and self.unit:
-                parts = ((start, end, start, end) for start, end in pairwise((0, *ends)))
-            for number, (start, stop, first, last) in enumerate(parts):
-                rows = sequence.window(start, stop)
-                wanted = before + first - start if start else skipped
-                wanted_stop = before + last - start if stop < len(document) else len(rows)
-                if cut.one_state:  # all states of each window are pooled, for a vector of its own
-                    wanted = skipped
-                    wanted_stop = len(rows)
-                    lead = {"skipped": skipped, "begin": start, "number": number}
-                    pooling = Pooling(document, pools, [stop], before - skipped, after, **lead)
-                ids = (rows, 0, len(rows), wanted, wanted_stop)
-                yield _PooledWindow(*ids, pooling, mean, last - first)
+            ends = self._ends(sequence.document)
+            skipped = self._skipped(sequence.own_start, ends[0])
+            yield from windows(sequence, ends, skipped)
+
+    def _pooled_as_one(
+        self, sequence: InputSequence[Document], ends: Sequence[int], skipped: int
+    ) -> Iterator[_PooledWindow]:
+        """Yield the windows of a document, with one pooling, which takes the states of each token once."""
+        document = sequence.document
+        before = sequence.own_start
+        after = len(sequence.end_rows)
+        pools = self.options.pools
+        pooling = Pooling(document, pools, ends, before - skipped, after, skipped=skipped)
+        for start, stop, first, last in self.cut.windows(len(document)):
+            rows = sequence.window(start, stop)
+            wanted = before + first - start if start else skipped
+            wanted_stop = before + last - start if stop < len(document) else len(rows)
+            ids = (rows, 0, len(rows), wanted, wanted_stop)
+            yield _PooledWindow(*ids, pooling, _as_it_is, last - first)
+
+    def _pooled_apart(
+        self, sequence: InputSequence[Document], ends: Sequence[int], skipped: int
+    ) -> Iterator[_PooledWindow]:
+        """Yield the windows of a document, each with a pooling of its own, which takes all of the window's states.
+
+        Without spans, the document has the mean of the windows' vectors.
+        """
+        document = sequence.document
+        before = sequence.own_start - skipped
+        after = len(sequence.end_rows)
+        finish = WindowMean().add if self.options.span is None else _as_it_is
+        parts = self.cut.windows(len(document))
+        if self.unit:
+            parts = ((start, end, start, end) for start, end in pairwise((0, *ends)))
+        for number, (start, stop, first, last) in enumerate(parts):
+            rows = sequence.window(start, stop)
+            lead = {"skipped": skipped, "begin": start, "number": number}
+            pooling = Pooling(document, self.options.pools, [stop], before, after, **lead)
+            ids = (rows, 0, len(rows), skipped, len(rows))
+            yield _PooledWindow(*ids, pooling, finish, last - first)
 
     def _skipped(self, before: int, first: int) -> int:
         """Return how many rows of a document are not pooled, of those `before` its own and the `first` span's."""
         facts = self.facts
         if not facts.framed:
-            return 0 if self.options.pool == "cls" else before - len(facts.prefix or ())
-        skipped = facts.unpooled or 0  # a first span of these alone would have nothing
+            return 0 if self.options.pool == "cls" else before - len(facts.prefix)
+        skipped = facts.first_pooled  # a first span of these alone would have nothing
         return before if self.options.span is not None and first <= skipped - before else skipped
 
     def _pool_together(self, pieces: Sequence[Piece[_PooledWindow]]) -> None:
@@ -480,8 +507,7 @@ class Encoder(RowJob):
             hidden = torch.zeros(1, 1, device=self.reader.device).expand(
                 len(piece), self.reader.model.config.dim
             )
-        rows = window.pooling.add(hidden)
-        return chain.from_iterable(map(window.mean.add, rows)) if window.mean else rows
+        return chain.from_iterable(map(window.finish, window.pooling.add(hidden)))
 
     def _record_batch(
         self, rows: Sequence[Row], head: Callable[[Tensor], Tensor]
@@ -508,6 +534,10 @@ class Encoder(RowJob):
         if self.places is None or self.places.document is not row.document:
             self.places = TextPlaces(row.document)
         return self.places.of(row.start, row.end)
+
+
+def _as_it_is(row: Row) -> Iterable[Row]:
+    return (row,)
 
 
 def _columns(rows: Iterable[tuple], fields: Iterable[pa.Field]) -> list[pa.Array]:

@@ -9,9 +9,9 @@ pads and sums as an uninterrupted run of one process does, and a folder has the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
@@ -143,8 +143,7 @@ class RowJob(ABC):
     def read(self, reader: Reader, documents: Iterable[Document]) -> None:
         """Read documents with another reader, to try it; their rows are lost."""
         self.reader = reader
-        for _ in self.results(map(self.sequence, documents)):
-            pass
+        deque(self.results(map(self.sequence, documents)), maxlen=0)
 
     @cached_property
     def digest(self) -> str:
@@ -174,16 +173,16 @@ class RowJob(ABC):
     def sequences(
         self,
         documents: Iterable[Document],
-        apart: Apart | None = None,
+        name: Callable[[str], str] = str,
         fraction: Callable[[], float | None] = lambda: None,
         ready: Callable[[], bool] = lambda: True,
     ) -> Iterator[InputSequence[Document] | None]:
         """Yield the documents that have rows, as the model reads them; None where the next one is not `ready`.
 
         The reader's `events.document` gets each document before any of it is read, with the `fraction` of the inputs up
-        to it, and its `events.left_out` counts those that are left out (see `take`), or have no row. `apart` names the
-        others. A document or a file that cannot be read ends them, and `end` raises its error when the rows of those
-        before it are written.
+        to it, and its `events.left_out` counts those that are left out (see `take`), or have no row. `name` gives
+        the others their names. A document or a file that cannot be read ends them, and `end` raises its error when the
+        rows of those before it are written.
         """
         self.failure = None
         events = self.reader.events
@@ -192,8 +191,7 @@ class RowJob(ABC):
                 events.document(document, fraction())
                 sequence = self.take(document, events.left_out.skip)
                 if sequence is not None and self.has_row(len(document)):
-                    if apart:
-                        document.doc_id = apart.name(document.doc_id)
+                    document.doc_id = name(document.doc_id)
                     yield sequence
                 if not ready():
                     yield None
@@ -303,13 +301,14 @@ def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | No
         for document in inputs.stored():  # whose lengths are known at once
             job.take(document, None)
     # documents of one name get two, also if a document without a row stands between them
-    apart = Apart() if names_apart else None
-    sequences = partial(job.sequences, documents, apart, lambda: reading.fraction)
+    name = Apart().name if names_apart else str
+    sequences = partial(job.sequences, documents, name, lambda: reading.fraction)
     if not in_folder:
         sink = output.sink or ShardWriter(output.path, job.schema, lines=output.lines)
         least = 1 if output.sink else job.batch_rows
-        with sink if ranks.writes else nullcontext() as opened:
-            return _write_stream(job, sequences(reading.ready), opened, least)
+        with sink if ranks.writes else _Nowhere() as opened:
+            written = _write_stream(job, sequences(reading.ready), opened, least)
+        return written if ranks.writes else None
     shard_size = job.shard_size if output.shard_size is None else output.shard_size
     if shard_size < 1:
         raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
@@ -317,7 +316,7 @@ def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | No
         text = _text_of_earlier_run(output.path, job.facts.pattern)
         job.facts = replace(job.facts, pattern=text)
     settings = _settings(job, inputs, shard_size)
-    folder = None
+    folder: ShardFolder | _Nowhere = _Nowhere()
     if ranks.writes:
         folder = ShardFolder(
             output.path,
@@ -329,15 +328,39 @@ def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | No
             left_out=events.left_out,
             opened=reading.opened,
         )
-    with folder or nullcontext():
+    with folder:
         _write_folder(job, sequences(), folder, shard_size)
-    return folder.totals if folder else None
+    return folder.totals if ranks.writes else None
+
+
+class _Nowhere:
+    """The sink, or the folder, of a rank that does not write: it keeps no rows."""
+
+    finished = False
+
+    def __init__(self) -> None:
+        self.totals = Counter[str]()
+
+    def __enter__(self) -> _Nowhere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Do nothing."""
+
+    def write(self, batch: pa.RecordBatch, **counts: int) -> None:
+        """Do nothing."""
+
+    def count(self, **counts: int) -> None:
+        """Do nothing."""
+
+    def end_shard(self) -> None:
+        """Do nothing."""
 
 
 def _write_stream(
-    job: RowJob, sequences: Iterator[InputSequence[Document] | None], sink: Sink | None, least: int
-) -> Counter[str] | None:
-    """Write the rows to the first rank's sink, and return their counts there.
+    job: RowJob, sequences: Iterator[InputSequence[Document] | None], sink: Sink, least: int
+) -> Counter[str]:
+    """Write the rows to the sink, and return their counts.
 
     `least` rows or more are written at a time, or fewer where the input waits.
     """
@@ -345,7 +368,7 @@ def _write_stream(
     waiting = list[pa.RecordBatch]()
 
     def flush() -> None:
-        if sink and waiting:
+        if waiting:
             for batch in pa.Table.from_batches(waiting).combine_chunks().to_batches():
                 sink.write(batch)
         waiting.clear()
@@ -360,7 +383,7 @@ def _write_stream(
             flush()
     flush()
     job.end(written["tokens"])
-    return written if sink else None
+    return written
 
 
 def _text_of_earlier_run(folder: str | Path, pattern: str | None) -> str | None:
@@ -386,9 +409,11 @@ def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]
         "model": job.digest[:16],
         "kernel": check_kernel(reader.device, reader.dtype, reader.model.config.head_dim),
     }
-    for name, value in (asdict(job.options) | asdict(job.facts)).items():
-        if value is not None and value is not False:
-            settings[name] = value
+    settings |= {
+        name: value
+        for name, value in (asdict(job.options) | asdict(job.facts)).items()
+        if value is not None and value is not False and value != ()
+    }
     settings |= {
         "chunk": reader.chunk,
         "dtype": reader.dtype,
@@ -402,23 +427,23 @@ def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]
 def _write_folder(
     job: RowJob,
     sequences: Iterator[InputSequence[Document] | None],
-    folder: ShardFolder | None,
+    folder: ShardFolder | _Nowhere,
     shard_size: int,
 ) -> None:
     """Write the rows of the documents that no finished shard has to the first rank's `folder`."""
     ranks = job.reader.all_ranks
-    if ranks.any(folder is not None and folder.finished):
+    if ranks.any(folder.finished):
         return
-    done = ranks.from_first(folder.totals["documents"] if folder else 0)
-    tokens = ranks.from_first(folder.totals["tokens"] if folder else 0)
-    remaining = folder.unread(sequences) if folder else islice(sequences, done, None)
+    done = ranks.from_first(folder.totals["documents"])
+    tokens = ranks.from_first(folder.totals["tokens"])
+    remaining = islice(sequences, done, None)
+    if isinstance(folder, ShardFolder):
+        remaining = folder.unread(sequences)
     for portion, batches in job.rows_by_portion(remaining, shard_size):
         for batch in batches:
             tokens += tokens_of(batch)
-            if folder:
-                folder.write(batch, tokens=tokens_of(batch))
-        if folder:
-            folder.count(documents=portion.items)
-            if portion.ends_shard:
-                folder.end_shard()
+            folder.write(batch, tokens=tokens_of(batch))
+        folder.count(documents=portion.items)
+        if portion.ends_shard:
+            folder.end_shard()
     job.end(tokens)
