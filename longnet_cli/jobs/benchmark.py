@@ -20,7 +20,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -241,8 +241,6 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
     dtype = DTYPES[s.dtype]
     pattern = Pattern((seq,), (1,)) if impl == "dense" else s.pattern_for(seq)
     streamed = ours and not back and s.streams(seq)
-    chunk = s.chunk_for(seq) if streamed else seq
-
     passes = BACKWARD_FLOPS if back else 1
 
     def flops(tokens: int) -> float:
@@ -251,10 +249,15 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
 
     start: Callable[[], Callable[..., object]]
     start = partial(_attention, s, impl, pattern, seq, back)
-    if streamed:
-        start = partial(_stream, s, pattern, chunk)
     numbers = s.batch * s.heads * s.head_dim
-    cache = 2 * numbers * dtype.itemsize * pattern.cache_rows if streamed else 0
+    chunk = seq
+    cache = 0
+    of_stream: dict[str, Any] = {}
+    if streamed:
+        chunk = s.chunk_for(seq)
+        start = partial(_stream, s, pattern, chunk)
+        cache = 2 * numbers * dtype.itemsize * pattern.cache_rows
+        of_stream = {"chunk": chunk, "cache_bytes": cache or None}
     # q, k, v, out and their gradients, float32 copies of narrower ones, and what a pattern's largest kernel call copies
     wide = 0 if dtype == torch.float32 else 4
     size = 4 * dtype.itemsize + wide + back * (4 * dtype.itemsize + 3 * wide) + ours * 8
@@ -269,8 +272,7 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
         pattern=None if impl == "dense" else format_levels(pattern),
         machine=device_name(s.device),
         date=_today(),
-        chunk=chunk if streamed else None,
-        cache_bytes=cache or None,
+        **of_stream,
     )
     return Case(row, flops, numbers * chunk * size + cache, start, streamed)
 
@@ -370,14 +372,17 @@ FIRST_DECADE = 10**6  # tokens: a streamed run reports each power of ten from he
 _PROBE_SEQ = 2048  # tokens of the run that tells the rate before a longer one
 
 
-def bench(s: Settings, *, events: Events | None = None) -> Iterator[Measurement]:
+def bench(
+    s: Settings,
+    *,
+    events: Events = Events(),  # noqa: B008
+) -> Iterator[Measurement]:
     """Measure every case of the settings, row by row.
 
     A streamed case has a row for each decade of its positions, then one for the whole. `events.progress` gets the
     number of tokens of each chunk of a streamed run, and of each other run; `events.total` those of all cases, and
     again where one is not run.
     """
-    events = events or Events()
     cases = [
         case_of(s, impl, direction, seq)
         for seq, direction, impl in product(s.seq, s.direction, s.impl)
@@ -406,8 +411,7 @@ def bench(s: Settings, *, events: Events | None = None) -> Iterator[Measurement]
         refusal = _refusal(case, s, deadline, best[kind])
         # a shorter run tells the rate; a stream needs none, as it ends in time
         if not (refusal or case.streamed or best[kind]) and row.seq > _PROBE_SEQ:
-            for _ in run(case_of(s, row.impl, row.direction, _PROBE_SEQ), 1):
-                pass
+            deque(run(case_of(s, row.impl, row.direction, _PROBE_SEQ), 1), maxlen=0)
             refusal = _refusal(case, s, deadline, best[kind])
         if refusal:
             total -= row.seq

@@ -19,7 +19,7 @@ def convert(
     source: str | Path,
     output: str | Path,
     dtype: str = "auto",
-    events: Events | None = None,
+    events: Events = Events(),  # noqa: B008
     **values: Any,
 ) -> str:
     """Write the model `source` to the new folder `output`. Return a few words about what was done.
@@ -50,9 +50,7 @@ def convert(
     if is_gguf(path):
         from longnet_cli.models.gguf import convert_gguf
 
-        return convert_gguf(
-            path, Path(output), DTYPES.get(dtype), origin, (events or Events()).progress
-        )
+        return convert_gguf(path, Path(output), DTYPES.get(dtype), origin, events.progress)
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     raise CheckpointError(

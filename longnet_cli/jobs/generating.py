@@ -114,7 +114,7 @@ def generate(
     chunk: int | None = None,
     dtype: str = "auto",
     stream: CausalStream | None = None,
-    events: Events | None = None,
+    events: Events = Events(),  # noqa: B008
 ) -> Iterator[Step]:
     """Yield up to `max_tokens` tokens that continue `bos` and `prompt`, each as soon as it is known.
 
@@ -142,23 +142,23 @@ def generate(
     net = loaded.net
     tokenizer = tokenizer or loaded.tokenizer
     chats = chat or not isinstance(prompt, str | Document)
-    begun = chats or (stream is not None and stream.position)
-    before = bos if bos != "own" else None if begun else loaded.bos
-    _check(net, max_tokens, least=0 if stream else 1)
+    read = stream.position if stream else 0  # tokens before the prompt
+    unread = 0 if stream else 1  # the last new token
+    before = bos if bos != "own" else None if chats or read else loaded.bos
+    _check(net, max_tokens, least=unread)
     check_sampling(temperature, top_p)
     if "" in stop or (stop and not tokenizer):
         raise ConfigError("a stop text needs characters, and a tokenizer")
     if chats or not isinstance(prompt, Document):
         prompt = _prompt(loaded.chat if chats else tokenizer, prompt, chats)
     sequence = net.sequence(prompt, before)
-    tokens = len(sequence) + (stream.position if stream else 0)
+    tokens = read + len(sequence)
     if not tokens:
         raise DataError(
             f"{prompt.where}: the prompt is empty, and nothing stands before it: there is nothing to continue"
         )
     sequence.check("give a shorter prompt", tokens, skips=False)
     if sequence.limit is not None:
-        unread = 0 if stream else 1  # the last new token
         max_tokens = min(max_tokens, sequence.limit - tokens + unread)
     generator = _Generator(
         net,
@@ -169,9 +169,9 @@ def generate(
         chunk_of(chunk, default_chunk(net.config, next(net.parameters()).device)),
         dtype,
         stream or open_stream(net),
-        (events or Events()).progress,
+        events.progress,
     )
-    return generator.run(sequence, max_tokens, reads_all=stream is not None)
+    return generator.run(sequence, max_tokens, reads_all=not unread)
 
 
 def _loaded(model: str | Loaded | Net, dtype: str, bos: Bos | Literal["own"]) -> Loaded:

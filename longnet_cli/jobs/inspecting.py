@@ -100,13 +100,16 @@ class Inspection:
         return {key: shown[key] for key in KEYS}
 
 
-def inspect(inputs: Inputs, *, events: Events | None = None) -> Inspection:
+def inspect(
+    inputs: Inputs,
+    *,
+    events: Events = Events(),  # noqa: B008
+) -> Inspection:
     """Read every document of every input. A problem ends its document or its file, and a file that changes the reading.
 
     Text without a tokenizer counts one token per byte. `events.progress` gets the tokens of each document. Raises
     ConfigError for no input and for a web address.
     """
-    events = events or Events()
     inspection = Inspection()
     inputs = replace(inputs, skip_bad=True)
     words = inputs.tokenizer or Tokenizer.bytes()

@@ -71,15 +71,18 @@ class Checkpoints:
             save_tensors(final, tensors)
             if self.ranks.writes:
                 sealed.write_sealed(final / STATE, CHECKPOINT_VERSION, facts, _shards_in(final))
+                self._remove_older(final)
         finally:
             if self.ranks.writes:
                 self._remove_partial()
-        if self.ranks.writes:
-            saved = checkpoints_in(self.folder)
-            older = saved[saved.index(final) + self.keep :]  # later ones are damaged: not counted
-            for old in older:
-                with suppress(CheckpointError, OSError):  # not a checkpoint of ours, which stays
-                    _remove(old, [STATE, *read_checkpoint(old)["files"]])
+
+    def _remove_older(self, final: Path) -> None:
+        """Remove all checkpoints before `final` but for those that are kept beside it."""
+        saved = checkpoints_in(self.folder)
+        older = saved[saved.index(final) + self.keep :]  # later ones are damaged: not counted
+        for old in older:
+            with suppress(CheckpointError, OSError):  # not a checkpoint of ours, which stays
+                _remove(old, [STATE, *read_checkpoint(old)["files"]])
 
     def _remove_partial(self) -> None:
         """Remove the shards of checkpoints that nobody has written to their end."""
@@ -103,9 +106,9 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder that were written to their end, newest first; some may be damaged since."""
-    named = [path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
-    ended = [path for path in named if (path / STATE).exists()]
-    return sorted(ended, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    ended = (file.parent for file in folder.glob(f"step-*/{STATE}"))
+    named = [path for path in ended if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def newest_whole(folder: Path, ranks: Ranks, note: Callable[[str], None]) -> Path | None:
@@ -205,8 +208,7 @@ def run_tensors(
         if parameter.requires_grad:
             tensors[f"model.{name}"] = parameter.detach()
             for key, value in states[parameter].items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{name}.{key}"] = value
+                tensors[f"optimizer.{name}.{key}"] = value
     for index, state in enumerate(random):
         tensors[f"random.{ranks.rank}.{index}"] = state
     return tensors

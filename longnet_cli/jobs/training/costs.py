@@ -28,7 +28,7 @@ from longnet_cli.running.device import (
     trim_memory,
     wait_for,
 )
-from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.ranks import ALONE, Ranks
 from longnet_cli.running.reader import (
     GPU_TRAINING_CHUNK,
     SHORTEST_CHUNK,
@@ -66,13 +66,12 @@ def is_too_large(recipe: Recipe, device: torch.device, ranks: Ranks) -> bool:
     return free is not None and _needed_bytes(recipe, device, ranks, recipe.train.chunk) > free
 
 
-def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks | None = None) -> Estimate:
+def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks = ALONE) -> Estimate:
     """Return what training by `recipe` will take on this machine.
 
     `flops_per_token` counts a forward and a backward pass; `flops` also counts what is computed again. `seconds` is the
     time for `flops` at the `step_rate` of each rank. Raises ConfigError as `check_ranks` does.
     """
-    ranks = ranks or Ranks()
     config = recipe.model
     train = recipe.train
     check_ranks(recipe, ranks)

@@ -24,7 +24,7 @@ from longnet_cli.running.device import check_kernel, peak_memory, random_state
 from longnet_cli.running.memory_maps import MappedMemory
 from longnet_cli.running.ranks import fsdp
 from longnet_cli.running.ranks.launch import Signals, noted_signals
-from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.ranks import ALONE, Ranks
 
 from .checkpoint import (
     Checkpoints,
@@ -77,9 +77,9 @@ def train(
     device: torch.device | str = "cpu",
     tokenizer_differs: bool = False,
     resume: Resume = True,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
     peak: float | None = None,
-    events: Events | None = None,
+    events: Events = Events(),  # noqa: B008
 ) -> TrainResult:
     """Train a model by a recipe and write it to the directory `output`; continue an earlier run where it ended.
 
@@ -101,8 +101,6 @@ def train(
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
     something cannot be written.
     """
-    ranks = ranks or Ranks()
-    events = events or Events()
     run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, events)
     if peak:
         run.log.peak = peak * ranks.world
@@ -167,11 +165,7 @@ class _TrainingRun:
     def resume(self, resume: Resume) -> None:
         """Restore a checkpoint, if there is one and `resume` allows it. Open the run's folder and log."""
         checkpoint = find_checkpoint(self.output, resume, self.ranks, self.events.note)
-        log = None
-        if checkpoint is None and (self.output / RECIPE).exists():
-            self.events.note(
-                f"{self.output}: a run that has saved no checkpoint, so it starts again (train.save_every)"
-            )
+        log: dict[str, Any] = {}
         if checkpoint:
             state = read_checkpoint(checkpoint)
             self._refuse_other(state, checkpoint)
@@ -183,6 +177,10 @@ class _TrainingRun:
                 self.checkpoints.saved = self.progress.step
             if self.progress.data:
                 self.data.windows[self._stage_of(self.progress.step)].resume(self.progress.data)
+        elif (self.output / RECIPE).exists():
+            self.events.note(
+                f"{self.output}: a run that has saved no checkpoint, so it starts again (train.save_every)"
+            )
         if self.ranks.writes:
             write_file(
                 self.output / RECIPE, (self.recipe.model_dump_json(indent=2) + "\n").encode()
@@ -220,12 +218,12 @@ class _TrainingRun:
                 batch, position = following
                 following = next(batches, None)
                 tokens = self._step(batch, position, following and following[0])
+                of_step = None
                 try:
-                    line = self._report() or line
+                    of_step = self._report()
                 finally:  # also if a signal ends its evaluation: the step is done, and is saved
-                    self.events.step(
-                        tokens, line if line and line.step == self.progress.step else None
-                    )
+                    self.events.step(tokens, of_step)
+                line = of_step or line
                 signals.look()
                 if self._save_is_due():
                     self.save()
@@ -283,10 +281,7 @@ class _TrainingRun:
             starts=starts,
             ranks=ranks,
             allocate=self.allocate,
-            # not if groups may have different numbers of chunks, or weights are gathered between chunks
-            on_chunk=self.signals.look
-            if ranks.dp == 1 and not fsdp.is_sharded(self.model)
-            else None,
+            on_chunk=self._look_between_chunks,
         )
         fsdp.sum_gradients(self.model, ranks, nll)
         total_norm = fsdp.clip_gradients(self.model, recipe.optimizer.clip)
@@ -314,6 +309,11 @@ class _TrainingRun:
         # other groups' documents are assumed to be alike
         self.log.add(seen, flops * ranks.dp, loss, grad_norm)
         return seen
+
+    def _look_between_chunks(self) -> None:
+        """Act on a signal, unless groups may have different numbers of chunks, or weights are gathered between them."""
+        if self.ranks.dp == 1 and not fsdp.is_sharded(self.model):
+            self.signals.look()
 
     def _refuse_divergence(self, loss: float, grad_norm: float, position: dict[str, Any]) -> None:
         """Save, and raise LongNetError, before a step that would spoil the weights."""

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,9 +113,9 @@ class MetricsLog:
         names = ("tokens", "lowest", "steps", "new_tokens", "flops", "loss", "grad_norm")
         return {"seconds": seconds, **{name: getattr(self, name) for name in names}}
 
-    def resume(self, state: dict[str, Any] | None, step: int) -> None:
-        """Continue from a `state`, or start with None. Drop the lines after `step`, which were never saved."""
-        known = dict(state or {})
+    def resume(self, state: Mapping[str, Any], step: int) -> None:
+        """Continue from a `state`, empty for a new run. Drop the lines after `step`, which were never saved."""
+        known = dict(state)
         self.began = time.perf_counter() - known.pop("seconds", 0.0)
         for name, value in known.items():
             setattr(self, name, value)

@@ -97,7 +97,7 @@ def backward(
     starts: Sequence[Sequence[int]] | None = None,
     ranks: Ranks = ALONE,
     allocate: Callable[..., Tensor] = torch.empty,
-    on_chunk: Callable[[], None] | None = None,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
@@ -134,8 +134,7 @@ def backward(
         (loss * scale).backward()
         total += loss.detach()
         del loss
-        if on_chunk:
-            on_chunk()
+        on_chunk()
     return total
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.net import Net
@@ -10,7 +11,7 @@ from longnet_cli.running.ranks.fsdp import is_sharded
 from .recipe import OptimizerRecipe
 
 
-def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[Optimizer]:
     """Return fused AdamW and, if the recipe asks for it, Muon for the matrices of the layers. Only matrices decay.
 
     If weights are to be sharded over ranks (`running.ranks.fsdp`), shard them first. Raises ConfigError for Muon on
@@ -31,25 +32,27 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[torch.optim.Op
             matrices.append(parameter)
         else:
             tables.append(parameter)
-    muon = recipe.name == "muon"
-    groups = [
-        {"params": tables if muon else tables + matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    if muon and any(matrix.dim() > 2 for matrix in matrices):
+    if recipe.name == "adamw":
+        return [_adamw(tables + matrices, vectors, recipe)]
+    if any(matrix.dim() > 2 for matrix in matrices):
         raise ConfigError(
             'optimizer.name = "muon" works on matrices, and layers of this model have weights of more '
             'dimensions: take "adamw"'
         )
-    if muon and is_sharded(model):
+    if is_sharded(model):
         raise ConfigError(
             'optimizer.name = "muon" works on whole matrices: give --shard none, or take "adamw"'
         )
-    adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
-    if not muon:
-        return [adamw]
-    of_matrices = _Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return [of_matrices, adamw]
+    muon = _Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return [muon, _adamw(tables, vectors, recipe)]
+
+
+def _adamw(decaying: list[Tensor], others: list[Tensor], recipe: OptimizerRecipe) -> Optimizer:
+    groups = [
+        {"params": decaying, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
 
 
 class _Muon(torch.optim.Muon):

@@ -401,15 +401,18 @@ def _extend(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) 
     """Return whether the stages `new` begin with all steps of `old`: the last one may go on, and more may follow."""
     *first, last = old
     rest = new[len(first) :]
-    if new[: len(first)] != first or not rest or rest[0]["seq_len"] != last["seq_len"]:
-        return False
-    return bool(rest[0]["steps"] >= last["steps"])
+    return bool(
+        new[: len(first)] == first
+        and rest
+        and rest[0]["seq_len"] == last["seq_len"]
+        and rest[0]["steps"] >= last["steps"]
+    )
 
 
 def _changed(old: object, new: object, path: str) -> Iterator[str]:
     if path not in FREE_TO_CHANGE and isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in {**old, **new}:
-            yield from _changed(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            yield from _changed(old.get(key), new.get(key), f"{path}.{key}".removeprefix("."))
     elif old != new:
         yield path
 
@@ -440,7 +443,7 @@ def load_recipe(
     for key, value in overrides.items():
         _set(data, key, value)
     tables = [data.get(name, {}) for name in ("model", "data", "train", "optimizer")]
-    if not all(isinstance(table, dict) for table in tables):
+    if {*map(type, tables)} != {dict}:
         raise ConfigError(
             f"{where}: model, data, train and optimizer are tables of keys and values"
         )

@@ -34,11 +34,12 @@ def recipe_keys() -> str:
     lines = [*_comment(HEADER), ""]
     lines += _key("init", fields["init"])
     for name, field in fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if isinstance(field.annotation, type(BaseModel)):  # the metaclass of models
             lines += ["", *_comment(field.description), f"[{name}]", *_keys(field.annotation)]
     lora = PretrainedRecipe.model_fields["lora"]
-    keys = (line if line.startswith("#") else f"# {line}" for line in _keys(LoraRecipe))
-    lines += ["", *_comment(lora.description), "# [lora]", *keys]
+    keys = "\n".join(["[lora]", *_keys(LoraRecipe)])
+    as_comments = textwrap.indent(keys, "# ", lambda line: not line.startswith("#"))
+    lines += ["", *_comment(lora.description), as_comments]
     return "\n".join(lines) + "\n"
 
 

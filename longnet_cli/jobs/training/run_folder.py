@@ -32,7 +32,8 @@ _LAST = "; to continue the run in the output folder, put --resume at the end"
 
 def _names_a_model(key: str) -> bool:
     """Return whether a key of a recipe gives a model, or sizes of one: a pattern alone does not."""
-    return key in ("init", "model") or (key.startswith("model.") and key != "model.pattern")
+    table, _, name = key.partition(".")
+    return table in ("init", "model") and name != "pattern"
 
 
 def prepare_run(

@@ -60,11 +60,12 @@ def build_data(
         )
         for index, stage in enumerate(train.stages)
     ]
-    held_out = documents(data.held_out_files) if data.held_out_files else []
-    if data.held_out_files and not any(map(len, held_out)):
-        raise DataError(
-            f"data.held_out, {', '.join(map(str, data.held_out_files.names))}: every document is empty"
-        )
+    held_out: list[Document] = []
+    if data.held_out_files:
+        held_out = documents(data.held_out_files)
+        if not any(map(len, held_out)):
+            names = ", ".join(map(str, data.held_out_files.names))
+            raise DataError(f"data.held_out, {names}: every document is empty")
     longest = max(map(len, held_out), default=0)
     most = recipe.model.max_tokens
     # rather than at the first evaluation

@@ -178,7 +178,8 @@ class _Epoch:
         # the last run of the stream may be shorter
         sizes = np.full(runs, self.run)
         sizes[self.runs == runs - 1] = self.windows - self.run * (runs - 1)
-        self.ends = np.cumsum(sizes)  # of the runs in the order they are visited, in windows
+        # of the runs in the order they are visited, and the end, in windows
+        self.starts = np.concatenate(([0], sizes)).cumsum()
         self._pool = -1
         self._members = np.empty(0, np.int64)
 
@@ -191,8 +192,8 @@ class _Epoch:
             self._pool = pool
             self._members = first + members
         visited = int(self._members[place])
-        index = int(self.ends.searchsorted(visited, side="right"))
-        in_run = visited - (int(self.ends[index - 1]) if index else 0)
+        index = int(self.starts.searchsorted(visited, side="right")) - 1
+        in_run = visited - int(self.starts[index])
         return self.phase + (int(self.runs[index]) * self.run + in_run) * self.seq_len
 
     def _bits(self, *more: int) -> np.random.PCG64:
