@@ -174,10 +174,9 @@ def _read(options: Mapping[str, Any], kind: Callable[..., Options]) -> tuple[Opt
     keep = options.get("keep", ())
     columns = (keep,) if isinstance(keep, str) else tuple(keep)
     of_job = {**options, **sizes, "keep": columns}
-    of_reading = {}
-    for field in fields(Reading):
-        if field.name in of_job:
-            of_reading[field.name] = of_job.pop(field.name)
+    of_reading = {
+        field.name: of_job.pop(field.name) for field in fields(Reading) if field.name in of_job
+    }
     return kind(**of_job), Reading(**of_reading)
 
 
@@ -331,9 +330,11 @@ def _rows(
             "or a text"
         )
     carried = [*job.text_fields] if is_text(columns.type) else []
-    for name in reading.keep:
-        if place := find_column(table.schema, name):
-            carried.append(pa.field(name, plain(pa.nulls(0, place.type)).type))
+    carried += [
+        pa.field(name, plain(pa.nulls(0, place.type)).type)
+        for name in reading.keep
+        if (place := find_column(table.schema, name))
+    ]
     job.kept_fields = carried
     with suppress(NoTokensError):  # there may be tokens in other batches
         yield from job.rows(inputs.documents_of(opened) if len(table) else ())

@@ -107,12 +107,13 @@ class ScoreOptions:
             raise ConfigError(
                 f"each context may be given once: {', '.join(map(str, self.contexts))}"
             )
-        if self.stride and not self.context:
-            raise ConfigError(f"a stride of {self.stride} tokens needs a context")
-        if self.stride and shortest < self.stride:
-            raise ConfigError(
-                f"a stride of {self.stride} tokens needs a context of {self.stride} or more, not {shortest}"
-            )
+        if self.stride:
+            if not self.context:
+                raise ConfigError(f"a stride of {self.stride} tokens needs a context")
+            if shortest < self.stride:
+                raise ConfigError(
+                    f"a stride of {self.stride} tokens needs a context of {self.stride} or more, not {shortest}"
+                )
 
 
 def check_sampling(temperature: float, top_p: float) -> None:

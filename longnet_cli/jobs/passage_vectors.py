@@ -93,14 +93,15 @@ def _read(name: str) -> tuple[pa.Table, dict[str, str]]:
 
 def _numbers(name: str, index: PassageIndex, table: pa.Table) -> list[int]:
     """Return the number of the passage of each vector: the one that has its middle, if most of both is the same."""
-    passages = defaultdict[str, list[tuple[int, int, int]]](list)
+    passages = defaultdict[str, list[tuple[int, int, int]]](lambda: [(0, 0, 0)])
     for number, doc_id, start, end in index.places():
         passages[doc_id].append((start, end, number))
     numbers = []
-    for doc_id, first, last in zip(*(table[key].to_pylist() for key in COLUMNS[1:]), strict=True):
-        first, last = first or 0, last or 0  # null where a tokenizer tells no places
+    doc_ids, *ends = (table[name] for name in COLUMNS[1:])
+    firsts, lasts = (column.fill_null(0).to_pylist() for column in ends)  # null: no places
+    for doc_id, first, last in zip(doc_ids.to_pylist(), firsts, lasts, strict=True):
         before = bisect(passages[doc_id], ((first + last) // 2, math.inf))
-        start, end, number = passages[doc_id][before - 1] if before else (0, 0, 0)
+        start, end, number = passages[doc_id][before - 1]
         if 4 * (min(end, last) - max(start, first)) <= 3 * max(end - start, last - first):
             raise ConfigError(
                 f"{name}: the vector of {doc_id}, characters {first} to {last}, is of no passage of these texts: "

@@ -221,8 +221,7 @@ class Sample:
 
     def lengths(self) -> Iterator[int]:
         """Yield the tokens of each text that was not drawn, by its bytes."""
-        tokens = sum(tokens for tokens, _ in self._drawn)
-        size = sum(size for _, size in self._drawn)
+        tokens, size = np.reshape(self._drawn, (-1, 2)).sum(0).tolist()
         for length in self.bytes:
             yield round(length * tokens / (size or 1))
 
