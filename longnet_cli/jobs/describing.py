@@ -144,6 +144,11 @@ def describe(subject: Subject, seq: int) -> Description:
     if pattern == Pattern.dense():
         pattern = dense  # the part of its one segment that the sequence fills
     shape = (subject.heads, subject.head_dim, seq, causal)
+
+    def kept(rows: int) -> int | None:
+        """Return the rows that a cache keeps; there is none in bidirectional attention."""
+        return rows if causal else None
+
     *flops, of_others = level_flops(pattern, *shape)
     total = sum(flops) + of_others
     levels = [
@@ -154,7 +159,7 @@ def describe(subject: Subject, seq: int) -> Description:
             keys_per_query=pattern.level_keys(level) / half,
             flops=flops[level],
             flops_share=flops[level] / total if total else 0.0,
-            cache_rows=pattern.level_rows(level) if causal else None,
+            cache_rows=kept(pattern.level_rows(level)),
         )
         for level, (w, r) in enumerate(pattern.levels)
     ]
@@ -165,9 +170,9 @@ def describe(subject: Subject, seq: int) -> Description:
         subject.name,
         written,
         levels,
-        PatternCosts(pattern.apart_keys, of_others, rows_apart if causal else None),
-        PatternCosts(keys, total, rows if causal else None),
-        PatternCosts(seq / half, sum(level_flops(dense, *shape)), seq if causal else None),
+        PatternCosts(pattern.apart_keys, of_others, kept(rows_apart)),
+        PatternCosts(keys, total, kept(rows)),
+        PatternCosts(seq / half, sum(level_flops(dense, *shape)), kept(seq)),
         seq,
         subject.heads,
         subject.head_dim,
@@ -318,7 +323,7 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
         axes.set_title(subject.name, fontsize=9)
         axes.set(xlabel="key", ylabel="query")
         ticks = [seq * i // 4 for i in range(5)]
-        names = [format_size(tick) if tick else "0" for tick in ticks]
+        names = [format_size(tick) for tick in ticks]
         axes.set_xticks(ticks, names)
         axes.set_yticks(ticks, names)
         words = [f"{format_size(w)}, rate {r}" for w, r in subject.pattern.levels]

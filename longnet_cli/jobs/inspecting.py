@@ -189,15 +189,15 @@ def _count(inspection: Inspection, document: Document, in_bytes: bool) -> None:
         inspection.sizes[document.width] += bool(len(document))
     else:
         inspection.tokens += len(document)
+        if ends:
+            inspection.low = int(min(ends))
+            inspection.high = int(max(ends))
     inspection.byte_tokens += len(document) * in_bytes
     inspection.lengths[len(document)] += 1
     if n_bytes is None:
         inspection.n_bytes = None
     elif inspection.n_bytes is not None:
         inspection.n_bytes += n_bytes
-    if ends and not document.has_vectors:
-        inspection.low = int(min(ends))
-        inspection.high = int(max(ends))
 
 
 @contextmanager

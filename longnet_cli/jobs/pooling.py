@@ -87,8 +87,12 @@ class Pooling:
     def ends_with(self, hidden: Tensor) -> bool:
         """Return whether these states (n, dim) are all that is pooled, for one vector, by sums alone."""
         rest = self.end + self.after - self.position
-        whole = self.ends[0] >= self.end and not self._count and len(hidden) == rest > 0
-        return whole and SUMS.issuperset(self.pools)
+        return (
+            self.ends[0] >= self.end
+            and not self._count
+            and len(hidden) == rest > 0
+            and SUMS.issuperset(self.pools)
+        )
 
     def add(self, hidden: Tensor) -> Iterator[Row]:
         """Take the next hidden states (n, dim)."""

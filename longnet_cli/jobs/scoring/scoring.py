@@ -106,7 +106,7 @@ def score(
     options: ScoreOptions = ScoreOptions(),  # noqa: B008
     facts: ModelFacts = ModelFacts(),  # noqa: B008
     *,
-    count_bytes: Callable[[np.ndarray], int | None] | None = None,
+    count_bytes: Callable[[np.ndarray], int | None] = lambda ids: None,
     top: bool = False,
     **reading: Any,
 ) -> pa.RecordBatchReader:
@@ -206,7 +206,7 @@ class Scorer(RowJob):
         reader: Reader,
         options: ScoreOptions = ScoreOptions(),  # noqa: B008
         facts: ModelFacts = ModelFacts(),  # noqa: B008
-        count_bytes: Callable[[np.ndarray], int | None] | None = None,
+        count_bytes: Callable[[np.ndarray], int | None] = lambda ids: None,
         top: bool = False,
     ) -> None:
         super().__init__(reader, options, facts)
@@ -235,9 +235,10 @@ class Scorer(RowJob):
         cls, reader: Reader, options: ScoreOptions, loaded: Loaded, top: bool = False
     ) -> Scorer:
         """Return the job for a model, which counts bytes by the model's tokenizer."""
-        words = loaded.tokenizer
-        count_bytes = words.n_bytes if words else None
-        return cls(reader, options, ModelFacts.of(loaded), count_bytes, top)
+        job = cls(reader, options, ModelFacts.of(loaded), top=top)
+        if loaded.tokenizer:
+            job.count_bytes = loaded.tokenizer.n_bytes
+        return job
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -328,7 +329,7 @@ class Scorer(RowJob):
         if self.options.last:
             expected = self.options.last
             ids = document.read(len(document) - expected, len(document))
-            n_bytes = self.count_bytes(ids) if self.count_bytes else None
+            n_bytes = self.count_bytes(ids)
         positions = None
         if self.options.by_position:
             positions = ByPosition(min(self.reader.model.config.pattern.segment_lengths))

@@ -78,7 +78,7 @@ def train(
     tokenizer_differs: bool = False,
     resume: Resume = True,
     ranks: Ranks = ALONE,
-    peak: float | None = None,
+    peak: float = 0.0,
     events: Events = Events(),  # noqa: B008
 ) -> TrainResult:
     """Train a model by a recipe and write it to the directory `output`; continue an earlier run where it ended.
@@ -94,7 +94,7 @@ def train(
     on a CPU with as many processes.
     The tokenizer of the model `recipe.init` must be the recipe's, unless `tokenizer_differs`. The `ranks` of a group
     share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`,
-    the `matmul_peak` of a rank, is for the MFU. Prints nothing: `events` are told of the begin, each
+    the `matmul_peak` of a rank, is for the MFU; 0 if it is unknown. Prints nothing: `events` are told of the begin, each
     step and each evaluation; they get a note about each damaged checkpoint, and those of `Recipe.notes` for a new run.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
@@ -102,8 +102,7 @@ def train(
     something cannot be written.
     """
     run = _TrainingRun(recipe, Path(output), torch.device(device), ranks, tokenizer_differs, events)
-    if peak:
-        run.log.peak = peak * ranks.world
+    run.log.peak = peak * ranks.world
     with locked_folder(run.output) if ranks.writes else nullcontext():
         run.resume(resume)
         for line in () if run.progress.step else recipe.notes():

@@ -39,7 +39,7 @@ class Metrics:
 class MetricsLog:
     """A log that collects steps and appends a line to metrics.jsonl on request. Without a path it only collects."""
 
-    peak: float | None = None  # of all ranks, the FLOP/s of matrix products
+    peak = 0.0  # of all ranks, the FLOP/s of matrix products; 0 if that is unknown
 
     def __init__(self, path: Path | None) -> None:
         self.path = path

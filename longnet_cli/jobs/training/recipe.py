@@ -83,7 +83,9 @@ class DataRecipe(StrictModel):
     @cached_property
     def sources(self) -> list[MixedInputs]:
         """The sources in `train` or `mix`, as a mix of one or several; empty where neither is set."""
-        return self.mix or [MixedInputs(inputs=names, weight=1) for names in (self.train,) if names]
+        if self.train:
+            return [MixedInputs(inputs=self.train, weight=1)]
+        return self.mix or []
 
     @cached_property
     def held_out_files(self) -> InputFiles | None:
