@@ -400,7 +400,7 @@ class Encoder(RowJob):
     def size(self, document: Document) -> int:
         if document.ends is not None:
             return len(document.ends)
-        return -(-len(document) // (self.options.span_tokens or len(document)))
+        return len(self._ends(document))
 
     def _ends(self, document: Document) -> Sequence[int]:
         """Return the tokens before which the spans of a document end; the last may be after its end.

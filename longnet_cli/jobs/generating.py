@@ -308,16 +308,17 @@ class _Generator:
             token, logprob = self.sampler(logits)
             step = self._step(token, logprob, number == max_tokens)
             new = torch.tensor([token])
-            ends = bool(step.finish_reason)
-            # the device computes while the caller writes the text
-            ahead = not ends and runs_ahead(logits.device)
-            if ahead:
-                logits = self._read(new)
-            yield step
-            if not ahead and (reads_all or not ends):
-                logits = self._read(new)
-            if ends:
+            if step.finish_reason:
+                yield step
+                if reads_all:
+                    self._read(new)
                 return
+            if runs_ahead(logits.device):  # the device computes while the caller writes the text
+                logits = self._read(new)
+                yield step
+            else:
+                yield step
+                logits = self._read(new)
 
     @torch.inference_mode()
     def _read(self, ids: Tensor) -> Tensor:

@@ -304,8 +304,11 @@ def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | No
     name = Apart().name if names_apart else str
     sequences = partial(job.sequences, documents, name, lambda: reading.fraction)
     if not in_folder:
-        sink = output.sink or ShardWriter(output.path, job.schema, lines=output.lines)
-        least = 1 if output.sink else job.batch_rows
+        sink = output.sink
+        least = 1
+        if sink is None:
+            sink = ShardWriter(output.path, job.schema, lines=output.lines)
+            least = job.batch_rows
         with sink if ranks.writes else _Nowhere() as opened:
             written = _write_stream(job, sequences(reading.ready), opened, least)
         return written if ranks.writes else None

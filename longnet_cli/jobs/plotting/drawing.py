@@ -146,7 +146,11 @@ def _draw(axes: Axes, panel: Panel) -> dict[str, object]:
         curve.name: _draw_curve(axes, panel, curve, colors[curve.name])
         for curve in reversed(panel.curves)
     }
-    dashed = {curve.name for curve in panel.curves if curve.extrapolated}
+    words = {
+        curve.name: f"{curve.name} (dashed: extrapolated)"
+        for curve in panel.curves
+        if curve.extrapolated
+    }
     axes.grid(alpha=0.3)
     axes.set(xlabel=panel.x.title, ylabel=panel.y.title + panel.y.unit)
     if panel.x.base:
@@ -155,10 +159,7 @@ def _draw(axes: Axes, panel: Panel) -> dict[str, object]:
     if panel.y.base:
         axes.set_yscale("log")
         _set_ticks(axes.yaxis, panel.y)
-    return {
-        f"{name} (dashed: extrapolated)" if name in dashed else name: lines[name]
-        for name in panel.names
-    }
+    return {words.get(name, name): lines[name] for name in panel.names}
 
 
 def _draw_curve(axes: Axes, panel: Panel, curve: Curve, color: str) -> object:

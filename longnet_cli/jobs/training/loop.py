@@ -94,8 +94,9 @@ def train(
     on a CPU with as many processes.
     The tokenizer of the model `recipe.init` must be the recipe's, unless `tokenizer_differs`. The `ranks` of a group
     share each sequence, `train.chunk` tokens each, and the groups share the sequences of a step; rank 0 writes. `peak`,
-    the `matmul_peak` of a rank, is for the MFU; 0 if it is unknown. Prints nothing: `events` are told of the begin, each
-    step and each evaluation; they get a note about each damaged checkpoint, and those of `Recipe.notes` for a new run.
+    the `matmul_peak` of a rank, is for the MFU; 0 if it is unknown. Prints nothing: `events` are told of the begin,
+    each step and each evaluation; they get a note about each damaged checkpoint, and those of `Recipe.notes` for a new
+    run.
 
     Raises ConfigError for a model, tokenizer or checkpoint that does not fit the recipe, DataError for too little data,
     CheckpointError when all checkpoints are damaged, LongNetError when the loss is no longer finite or jumps, or when
