@@ -439,10 +439,11 @@ def _write_folder(
         return
     done = ranks.from_first(folder.totals["documents"])
     tokens = ranks.from_first(folder.totals["tokens"])
-    remaining = islice(sequences, done, None)
     if isinstance(folder, ShardFolder):
-        remaining = folder.unread(sequences)
-    for portion, batches in job.rows_by_portion(remaining, shard_size):
+        sequences = folder.unread(sequences)
+    else:
+        sequences = islice(sequences, done, None)
+    for portion, batches in job.rows_by_portion(sequences, shard_size):
         for batch in batches:
             tokens += tokens_of(batch)
             folder.write(batch, tokens=tokens_of(batch))
