@@ -249,3 +249,4 @@ def test_files_of_vectors_that_cannot_be_read_are_left_out(run_longnet, tmp_path
         done = run_longnet(words, "--skip-bad", "--dry-run", "--format", "json", *sample)
         found = json.loads(done.stdout)
         assert (found["documents"], found["left_out"], found["tokens"]) == (3, 2, 111)
+        assert "longnet: note: 1 document empty" in done.stderr.splitlines()
