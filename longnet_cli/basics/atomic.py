@@ -54,32 +54,45 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     device or a named pipe is written to directly. Raises ConfigError when the path cannot be opened, LongNetError when
     the end of the file cannot be written.
     """
-    target = Path(path)
     with writing(path, ConfigError):
-        direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)
-        if not direct:
-            # not for >(command), whose real path does not exist
-            target = Path(os.path.realpath(path))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(target.parent, target.name)
-        temporary, handle = (target, None) if direct else _new_temporary(target)
-        opener = None if handle is None else lambda *_: handle
-        file = open(temporary, "wb", opener=opener)  # noqa: SIM115
+        # such as >(command), whose real path does not exist
+        direct = os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode)
+        target = Path(path if direct else os.path.realpath(path))
+    if direct:
+        with writing(path, ConfigError):
+            file = target.open("wb")
+        with _closing(file, path):
+            yield file
+        return
+    with writing(path, ConfigError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target.parent, target.name)
+        temporary, handle = _new_temporary(target)
+        file = open(temporary, "wb", opener=lambda *_: handle)  # noqa: SIM115
     try:
-        yield file
-        with writing(path):
-            file.flush()
-            if not direct:
+        with _closing(file, path):
+            yield file
+            with writing(path):
+                file.flush()
                 os.fsync(file.fileno())
+        with writing(path):
+            os.replace(temporary, target)
+            flush(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _closing(file: BinaryIO, path: str | Path) -> Iterator[None]:
+    """Close a file at the end of the block. Raises LongNetError when the end of the file cannot be written."""
+    try:
+        yield
+        with writing(path):
             file.close()
-            if not direct:
-                os.replace(temporary, target)
-                flush(target.parent)
     except BaseException:
         with suppress(OSError):  # on a full disk, close fails again, but the file is then closed
             file.close()
-        if not direct:
-            temporary.unlink(missing_ok=True)
         raise
 
 
