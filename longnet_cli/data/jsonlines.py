@@ -4,9 +4,8 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -220,29 +219,33 @@ def _reader(key: str, kind: pa.DataType, kept: bool) -> _Reader:
 
     A value that is `kept` may be missing. It raises ValueError for a value of another kind.
     """
-    other = (f"{kind}, as it is in the first lines", partial(_other, kind))
-    what, convert = _FORMS.get(kind, other)
+    form = _FORMS.get(kind) or _other_form(kind)
 
     def read(row: dict[str, Any]) -> Any:
         value = _value(row, key)
-        if value is None and kept:
-            return None
         if value is None:
+            if kept:
+                return None
             raise ValueError(f"{key!r} is null" if key in row else f"there is no {key!r}")
-        cell = convert(value, key)
-        if cell is None:
-            raise ValueError(f"{key!r} is not {what}")
-        return cell
+        if type(value) not in form.types:
+            raise ValueError(f"{key!r} is not {form.what}")
+        return form.convert(value, key)
 
     return read
 
 
-# Each of these returns the value of a key for a column, and None for a value of another kind.
+class _Form(NamedTuple):
+    """What the values of a column are, and their types in Python. `convert` takes a value and its key.
+
+    It returns the value for the column, and raises ValueError for one that the column does not take.
+    """
+
+    what: str
+    types: Sequence[type]
+    convert: Callable[[Any, str], Any]
 
 
-def _text(value: Any, key: str) -> str | None:
-    if not isinstance(value, str):
-        return None
+def _text(value: str, key: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -252,10 +255,8 @@ def _text(value: Any, key: str) -> str | None:
     return value
 
 
-def _ids(value: Any, key: str) -> np.ndarray | list[Any] | None:
+def _ids(value: list[Any], key: str) -> np.ndarray | list[Any]:
     """Return the ids of a list, as an array if none is null. Raises ValueError for a list of anything else."""
-    if not isinstance(value, list):
-        return None
     try:
         ids = pa.array(value)
     except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
@@ -269,10 +270,8 @@ def _ids(value: Any, key: str) -> np.ndarray | list[Any] | None:
     return value if ids.null_count else ids.to_numpy()
 
 
-def _messages(value: Any, key: str) -> list[list[tuple[str, str]]] | None:
+def _messages(value: list[Any], key: str) -> list[list[tuple[str, str]]]:
     """Return the keys and texts of each message of a chat, without nulls. Raises ValueError for another list."""
-    if not isinstance(value, list):
-        return None
     chat = []
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -284,25 +283,29 @@ def _messages(value: Any, key: str) -> list[list[tuple[str, str]]] | None:
     return chat
 
 
-def _name(value: Any, key: str) -> str | None:
-    return _text(str(value), key) if type(value) in _NAMES else None
+def _name(value: str | int, key: str) -> str:
+    return _text(str(value), key)
 
 
+_FORMS = {
+    _TEXT: _Form("text", (str,), _text),
+    _IDS: _Form("a list of token ids", (list,), _ids),
+    _CHAT: _Form("a list of messages", (list,), _messages),
+    pa.string(): _Form("text or an integer", _NAMES, _name),
+}
 # In a column of integers, pyarrow would make 1 of 1.5
 _SCALARS = {pa.int64(): (int,), pa.float64(): (int, float), pa.bool_(): (bool,)}
 
 
-def _other(kind: pa.DataType, value: Any, key: str) -> Any:
-    if type(value) in _SCALARS.get(kind, (list, dict)):
-        with suppress(pa.ArrowException, OverflowError, TypeError):
+def _other_form(kind: pa.DataType) -> _Form:
+    """Return the form of a column of another type, which is that of the values in the first lines."""
+    what = f"{kind}, as it is in the first lines"
+
+    def convert(value: Any, key: str) -> Any:
+        try:
             pa.array([value], kind)
-            return value
-    return None
+        except (pa.ArrowException, OverflowError, TypeError):
+            raise ValueError(f"{key!r} is not {what}") from None
+        return value
 
-
-_FORMS: dict[pa.DataType, tuple[str, Callable[[Any, str], Any]]] = {
-    _TEXT: ("text", _text),
-    _IDS: ("a list of token ids", _ids),
-    _CHAT: ("a list of messages", _messages),
-    pa.string(): ("text or an integer", _name),
-}
+    return _Form(what, _SCALARS.get(kind, (list, dict)), convert)
