@@ -1,65 +1,25 @@
-"""The choice of a table's columns (documents, their names, columns to carry along), and a check of token types.
-
-Lists in columns: where each one lies in the column's values, and these values as numbers.
-"""
+"""The choice of a table's columns (documents, their names, columns to carry along), and a check of token types."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError
 
 from .opened_inputs import CHAT_COLUMN, JSON_LINES, TOKEN_COLUMNS, Table, find_column
-from .stored_files import StoredIds
-
-
-def list_bounds(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Return where each list of a column starts and stops in its `values`, (lists,) int64 each.
-
-    `values` ignores that a column may be a slice; the bounds are positions in all of it.
-    """
-    kind = column.type
-    if pa.types.is_fixed_size_list(kind):
-        starts = (np.arange(len(column), dtype=np.int64) + column.offset) * kind.list_size
-        return starts, starts + kind.list_size
-    starts = column.offsets.to_numpy().astype(np.int64)
-    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        return starts, starts + column.sizes.to_numpy()
-    return starts[:-1], starts[1:]
-
-
-def numbers(
-    table: Table, values: pa.Array
-) -> tuple[np.ndarray | StoredIds, pa.BooleanArray | None]:
-    """Return the numbers of the last batch, a view of their file or of Arrow's memory, and which are not null.
-
-    Both have the shape (values,); the second is None if no number is null.
-    """
-    valid = None
-    if values.null_count:
-        bitmap, data = values.buffers()
-        size = len(values)
-        offset = values.offset
-        valid = pa.Array.from_buffers(pa.bool_(), size, [None, bitmap], offset=offset)
-        values = pa.Array.from_buffers(values.type, size, [None, data], offset=offset)
-    stored = table.stored(values)
-    return values.to_numpy(zero_copy_only=True) if stored is None else stored, valid
-
 
 INTEGERS = [pa.type_for_alias(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 FLOATS = (pa.float16(), pa.float32(), pa.float64())
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _VIEWS = (pa.types.is_list_view, pa.types.is_large_list_view)
-
+NO_TYPE = pa.null()  # of a column that a table lacks
 
 VECTOR_COLUMNS = ("features", "embedding", "embeddings")
 ID_COLUMNS = ("doc_id", "id")
-VECTOR_ID_COLUMNS = ("slide_id", "doc_id")
 COORDS = (("coords",), ("x", "y"))
 
 
@@ -83,6 +43,19 @@ class Wanted:
         return [name for name in (self.column, self.id_column, *self.keep) if name is not None]
 
 
+class _Usual(NamedTuple):
+    """The usual columns of documents that are read in one form.
+
+    `groups` are those of the documents, the first group before the others, with a test of their types, and `what` is
+    what they hold. `doc_ids` may hold the names of documents, `parts` the numbers of their rows.
+    """
+
+    groups: Sequence[Mapping[str, Callable[[pa.DataType], bool]]]
+    what: str
+    doc_ids: Sequence[str] = ID_COLUMNS
+    parts: Sequence[str] = ("part",)
+
+
 class Columns(NamedTuple):
     """The columns of a table to read; None for one that it lacks. `type` is the type of the documents' column.
 
@@ -103,17 +76,21 @@ class Columns(NamedTuple):
         return is_text(self.type) or is_chat(self.type)
 
     @property
+    def needed(self) -> list[str]:
+        """The names of the columns in which a row must have a value, with the documents' column first."""
+        return [name for name in (self.documents, self.doc_id, self.part) if name is not None]
+
+    @property
     def names(self) -> list[str]:
         """The names, each once, with the documents' column first."""
-        columns = dict.fromkeys((self.documents, self.doc_id, self.part, *self.coords, *self.keep))
-        return [name for name in columns if name is not None]
+        return list(dict.fromkeys((*self.needed, *self.coords, *self.keep)))
 
 
 def is_chat(kind: pa.DataType) -> bool:
     """Return whether a column of this type holds chats: lists of messages, which have a `role` and a `content`."""
     message = _item_type(kind)
-    if message is None or pa.types.is_map(message):  # the type in which JSON Lines are read
-        return message is not None
+    if pa.types.is_map(message):  # the type in which JSON Lines are read
+        return True
     if not pa.types.is_struct(message):
         return False
     texts = {field.name for field in message if is_text(field.type)}
@@ -125,9 +102,9 @@ def is_text(kind: pa.DataType) -> bool:
     return _plain(kind) in _TEXTS
 
 
-def _item_type(kind: pa.DataType) -> pa.DataType | None:
-    """Return the type of the items of a list; None for a type of anything else."""
-    return kind.value_type if any(test(kind) for test in (*_LISTS, *_VIEWS)) else None
+def _item_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of the items of a list; the null type for a type of anything else."""
+    return kind.value_type if any(test(kind) for test in (*_LISTS, *_VIEWS)) else pa.null()
 
 
 def choose_columns(
@@ -137,15 +114,15 @@ def choose_columns(
 
     Documents are in the column asked for, otherwise in the usual one of the form (see _FORMS). The coordinates of
     vectors are chosen with `coords`. Names of documents are in the column asked for, otherwise in the first of
-    ID_COLUMNS or VECTOR_ID_COLUMNS.
+    the form's.
 
     Raises ConfigError, listing the columns, when none or several would do, and for an id column or a carried column
     that is asked for beside a flat column. Raises DataError for a name that several columns have, and for document
     names that are not text or integers.
     """
-    vectors = form == "vectors"
+    usual = _FORMS[form]
     present = table.schema.names
-    documents = _choose(table, wanted.column, form)
+    documents = _choose(table, wanted.column, usual)
     kind = _type(table, documents)
     for name in wanted.keep:
         _type(table, name)
@@ -158,17 +135,18 @@ def choose_columns(
                     f"{name!r}"
                 )
     else:
-        doc_id = wanted.id_column or _id_column(table, documents, vectors)
-        parts = [name for name in ("part", "span")[: 1 + vectors] if name in present]
-        part = next((name for name in parts if pa.types.is_integer(_type(table, name))), None)
+        doc_id = wanted.id_column or _id_column(table, documents, usual.doc_ids)
+        part = None
+        if doc_id:
+            if not _is_name(id_type := _type(table, doc_id)):
+                raise DataError(
+                    f"{table.where}: {doc_id} has type {id_type}: text or whole numbers are needed"
+                )
+            kinds = _types(table)
+            counts = (name for name in usual.parts if pa.types.is_integer(kinds.get(name, NO_TYPE)))
+            part = next(counts, None)
         places = [names for names in COORDS if coords and {*names} <= {*present}]
-        chosen = Columns(
-            documents, kind, doc_id, part if doc_id else None, wanted.keep, *places[:1]
-        )
-        if doc_id and not _is_name(id_type := _type(table, doc_id)):
-            raise DataError(
-                f"{table.where}: {doc_id} has type {id_type}: text or whole numbers are needed"
-            )
+        chosen = Columns(documents, kind, doc_id, part, wanted.keep, *places[:1])
     for used in (*chosen.names, "doc_id", "part"):
         if present.count(used) > 1:
             raise DataError(
@@ -177,12 +155,13 @@ def choose_columns(
     return chosen
 
 
-def _id_column(table: Table, documents: str, vectors: bool) -> str | None:
+def _id_column(table: Table, documents: str, usual: Sequence[str]) -> str | None:
     """Return the usual column of names, None without one. An `id` that names no document is none."""
-    for name in VECTOR_ID_COLUMNS if vectors else ID_COLUMNS:
-        if name in table.schema.names and name != documents:
-            return name if name != "id" or _is_name(_type(table, name)) else None
-    return None
+    others = _types(table)
+    others.pop(documents, None)
+    if not _is_name(others.get("id", NO_TYPE)):
+        others.pop("id", None)
+    return next((name for name in usual if name in others), None)
 
 
 def _is_name(kind: pa.DataType) -> bool:
@@ -202,20 +181,25 @@ def _type(table: Table, name: str) -> pa.DataType:
     return place.type
 
 
+def _types(table: Table) -> dict[str, pa.DataType]:
+    """Return the type of each column of a table."""
+    return dict(zip(table.schema.names, table.schema.types, strict=True))
+
+
 def _refusal(table: Table, problem: str) -> ConfigError:
     columns = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
     return ConfigError(f"{table.where}: {problem}; its columns are {columns}")
 
 
-def _choose(table: Table, column: str | None, form: Form) -> str:
+def _choose(table: Table, column: str | None, usual: _Usual) -> str:
     """Return the column of the documents: the one asked for, otherwise the one of the first group that has any."""
-    groups, what = _FORMS[form]
+    groups = usual.groups
     if column is not None:
         kind = _type(table, column)
         if any(test(kind) for group in groups for test in group.values()):
             return column
-        raise _refusal(table, f"column {column!r} does not hold {what}")
-    kinds = {field.name: field.type for field in table.schema}
+        raise _refusal(table, f"column {column!r} does not hold {usual.what}")
+    kinds = _types(table)
     for group in groups:
         fitting = [name for name, test in group.items() if name in kinds and test(kinds[name])]
         if len(fitting) > 1:
@@ -224,7 +208,7 @@ def _choose(table: Table, column: str | None, form: Form) -> str:
         if fitting:
             return fitting[0]
     names = ", ".join(dict.fromkeys(chain.from_iterable(groups)))
-    raise _refusal(table, f"no column named {names} with {what}: choose one (--column)")
+    raise _refusal(table, f"no column named {names} with {usual.what}: choose one (--column)")
 
 
 class TokenTypes:
@@ -249,7 +233,7 @@ class TokenTypes:
 
 def token_type(kind: pa.DataType) -> pa.DataType | None:
     """Return the type of the ids in a column of this type; None for text and for types that hold no ids."""
-    return next((numbers for numbers in (kind, _item_type(kind)) if numbers in INTEGERS), None)
+    return next((ids for ids in (kind, _item_type(kind)) if ids in INTEGERS), None)
 
 
 def is_vector(kind: pa.DataType) -> bool:
@@ -275,16 +259,17 @@ _ID_LISTS = dict.fromkeys(TOKEN_COLUMNS, _is_id_list)
 _TEXT = {"text": is_text}
 _CHATS = {CHAT_COLUMN: is_chat}
 _VECTORS = dict.fromkeys(VECTOR_COLUMNS, lambda kind: is_vector(kind) or is_vectors(kind))
-# Of each form, groups of usual columns, the first before the others, with a test of their types; and what they hold
-_FORMS: dict[Form, tuple[Sequence[Mapping[str, Callable[[pa.DataType], bool]]], str]] = {
-    "tokens": (
+_FORMS: dict[Form, _Usual] = {
+    "tokens": _Usual(
         (_ID_LISTS, _TEXT | dict.fromkeys(TOKEN_COLUMNS, INTEGERS.__contains__), _CHATS),
         "text, token ids or chats",
     ),
-    "text": ((_TEXT,), "text"),
-    "chats": ((_TEXT, _CHATS), "text or chats"),
-    "vectors": (
+    "text": _Usual((_TEXT,), "text"),
+    "chats": _Usual((_TEXT, _CHATS), "text or chats"),
+    "vectors": _Usual(
         (_VECTORS,),
         "vectors, lists of float16, float32 or float64, which the model reads",
+        ("slide_id", "doc_id"),
+        ("part", "span"),
     ),
 }

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
 
-from .column_choice import Columns, is_chat, list_bounds, numbers
+from .column_choice import Columns, is_chat
 from .opened_inputs import Table, Text, pick, plain, reading
 from .stored_files import Part
 from .token_documents import Apart, Unread, collect
@@ -71,9 +71,7 @@ def read_batches(
 def _errors(table: Table, columns: Columns, start: int, arrays: Batch) -> dict[int, BadRowError]:
     """Return the errors of the rows of a batch whose document, name or part is null."""
     errors: dict[int, BadRowError] = {}
-    for name in (columns.documents, columns.doc_id, columns.part):
-        if name is None:
-            continue
+    for name in columns.needed:
         what = "" if name == columns.documents else f", {name}"
         for index in _nulls(arrays[name]):
             place = table.place(start + index)
@@ -198,6 +196,34 @@ def read_documents(
         yield document
 
 
+def list_bounds(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each list of a column starts and stops in its `values`, (lists,) int64 each.
+
+    `values` ignores that a column may be a slice; the bounds are positions in all of it.
+    """
+    kind = column.type
+    if pa.types.is_fixed_size_list(kind):
+        starts = (np.arange(len(column), dtype=np.int64) + column.offset) * kind.list_size
+        return starts, starts + kind.list_size
+    starts = column.offsets.to_numpy().astype(np.int64)
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return starts, starts + column.sizes.to_numpy()
+    return starts[:-1], starts[1:]
+
+
+def numbers(table: Table, values: pa.Array) -> Part:
+    """Return the numbers of an array of the last batch, as a view of their file or of Arrow's memory."""
+    valid = None
+    if values.null_count:
+        bitmap, data = values.buffers()
+        size = len(values)
+        offset = values.offset
+        valid = pa.Array.from_buffers(pa.bool_(), size, [None, bitmap], offset=offset)
+        values = pa.Array.from_buffers(values.type, size, [None, data], offset=offset)
+    stored = table.stored(values)
+    return Part(values.to_numpy(zero_copy_only=True) if stored is None else stored, valid)
+
+
 FLAT_STEP = 1 << 22  # ids of a flat column searched for document ends in one go
 
 
@@ -206,12 +232,11 @@ def list_documents(table: Table, columns: Columns) -> Iterator[DocumentRows]:
 
     def parts(first_row: int, arrays: Batch) -> Iterator[Part]:
         lists = arrays[columns.documents]
-        ids, valid = numbers(table, lists.values)
+        all_lists = numbers(table, lists.values)
         starts, stops = list_bounds(lists)
         bounds = zip(starts.tolist(), stops.tolist(), strict=True)
         for row, (start, stop) in enumerate(bounds, first_row):
-            present = valid.slice(start, stop - start) if valid is not None else None
-            yield Part(ids[start:stop], present, row)
+            yield all_lists.cut(start, stop, row)
 
     return group_rows(table, columns, parts)
 
@@ -231,7 +256,7 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
         for start, arrays, errors in read_batches(table, columns):
             if errors:
                 raise errors[min(errors)]
-            all_ids, _ = numbers(table, arrays[name])
+            all_ids = numbers(table, arrays[name]).ids
             for step in range(0, len(all_ids), FLAT_STEP):
                 ids = all_ids[step : step + FLAT_STEP]
                 begin = 0
@@ -246,9 +271,7 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
     index = -1
     for index, (_, members) in enumerate(groupby(stretches(), key=lambda stretch: stretch[0])):
         parts = collect(part for _, part in members)
-        row = parts[0].row
-        assert row is not None
-        yield DocumentRows(row, f"{table.name}:{index}", parts, {})
+        yield DocumentRows(parts[0].row, f"{table.name}:{index}", parts, {})
     if index < 0:
         raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
 

@@ -146,14 +146,21 @@ class Part(NamedTuple):
     """Consecutive ids: a row, or a stretch of a flat column or of a text.
 
     `ids` is (tokens,) of any integer type, a view of memory or of a file. `valid` (tokens,) is false at nulls, None
-    when there are none. `row` is the row of the file that holds the ids. In a `flat` part every id is a row, and
-    `row` is the first. Of a text, `n_bytes` are its UTF-8 bytes and `places`, if asked for, the characters [start, end)
-    of each token in the whole text, (tokens, 2) int32.
+    when there are none. `row` is the row of the file that holds the ids, if one does. In a `flat` part every id is a
+    row, and `row` is the first. Of a text, `n_bytes` are its UTF-8 bytes and `places`, if asked for, the characters
+    [start, end) of each token in the whole text, (tokens, 2) int32.
     """
 
     ids: np.ndarray | StoredIds
     valid: pa.BooleanArray | None = None
-    row: int | None = None
+    row: int = 0
     flat: bool = False
     n_bytes: int = 0
     places: np.ndarray | None = None
+
+    def cut(self, start: int, stop: int, row: int, *, flat: bool = False) -> "Part":
+        """Return the ids [start, stop), which begin in this row of the file."""
+        valid = self.valid
+        if valid is not None:
+            valid = valid.slice(start, stop - start)
+        return Part(self.ids[start:stop], valid, row, flat)

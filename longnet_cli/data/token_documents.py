@@ -59,7 +59,7 @@ class Document:
         self.ends = ends
         self._n_bytes = n_bytes
         self._limit = limit
-        self._place = place
+        self._place = place or (lambda _: where)
         self.parts = [Part(tokens)] if isinstance(tokens, np.ndarray) else tokens
         self._starts = [0]  # of each part, and the end
         for part in self.parts:
@@ -76,6 +76,12 @@ class Document:
         """Return the document up to so many tokens."""
         document = copy(self)
         document._length = min(tokens, len(self))
+        return document
+
+    def named(self, doc_id: str) -> "Document":
+        """Return the document under another name."""
+        document = copy(self)
+        document.doc_id = doc_id
         return document
 
     @property
@@ -119,7 +125,7 @@ class Document:
             try:
                 numbers = np.asarray(stored)
             except FileChangedError as error:
-                raise error.at((part.row or 0) + (offset if part.flat else 0)) from None
+                raise error.at(part.row + (offset if part.flat else 0)) from None
             yield place - start, part, offset, numbers
             place += len(numbers) // self.width
 
@@ -155,11 +161,10 @@ class Document:
         index = int(np.flatnonzero(bad | null)[0])
         offset = start + index
         row = part.row
-        if row is not None and part.flat:  # each id is a row
+        if part.flat:  # each id is a row
             row += offset
             offset = 0
-        where = self.where if row is None or self._place is None else self._place(row)
-        where = f"{where}, offset {offset}"
+        where = f"{self._place(row)}, offset {offset}"
         if null[index]:
             return DataError(f"{where}: the token id is null")
         if ids[index] < 0:

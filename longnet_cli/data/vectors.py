@@ -21,18 +21,18 @@ from .column_choice import (
     Columns,
     is_list,
     is_vectors,
-    list_bounds,
-    numbers,
 )
 from .column_documents import (
     BadRowError,
     Batch,
     DocumentRows,
     group_rows,
+    list_bounds,
+    numbers,
     read_documents,
 )
 from .opened_inputs import Table
-from .stored_files import Part, StoredIds
+from .stored_files import Part
 from .token_documents import STEP, Document, collect
 
 
@@ -61,8 +61,7 @@ class Vectors(Document):
         self.coords = coords
         self.tile_size = tile_size
         self.step = max(1, STEP // max(1, width))
-        self._row = place
-        super().__init__(doc_id, parts, None, where, kept=kept)
+        super().__init__(doc_id, parts, None, where, place=place, kept=kept)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return the vectors [start, stop), bounds as in a Python slice, as a (stop - start, width) float32 copy.
@@ -82,7 +81,7 @@ class Vectors(Document):
                 if present.false_count:
                     bad = offset + present.index(False).as_py() // self.width
                     raise DataError(
-                        f"{self._row((part.row or 0) + part.flat * bad)}: a number of the vector is null"
+                        f"{self._place(part.row + part.flat * bad)}: a number of the vector is null"
                     )
             if not (finite := np.isfinite(block)).all():
                 bad, place = np.argwhere(~finite)[0]
@@ -95,21 +94,21 @@ class Vectors(Document):
         """Return the file and row of a vector, for a message."""
         number = bisect_right(self._starts, index) - 1
         part = self.parts[number]
-        row = part.row or 0
         inside = index - self._starts[number]
-        return self._row(row + inside) if part.flat else f"{self._row(row)}, vector {inside}"
+        if part.flat:
+            return self._place(part.row + inside)
+        return f"{self._place(part.row)}, vector {inside}"
 
 
 TILE_SIZE = "longnet.tile_size"  # in a schema's metadata: the side of a tile, in the units of its coordinates
 
 
 class _VectorRow(NamedTuple):
-    """A row of a batch that starts at row `start`. `numbers` and `valid` are those of all vectors of the batch."""
+    """A row of a batch that starts at row `start`. `numbers` are those of all vectors of the batch."""
 
     start: int
     arrays: Batch
-    numbers: np.ndarray | StoredIds
-    valid: pa.BooleanArray | None
+    numbers: Part
     row: int
 
 
@@ -127,9 +126,9 @@ def vector_documents(table: Table, columns: Columns) -> Iterator[Document]:
     def rows(start: int, arrays: Batch) -> Iterator[_VectorRow]:
         column = arrays[columns.documents]
         vectors = column.values if nested else column
-        values, valid = numbers(table, vectors.values)
+        values = numbers(table, vectors.values)
         for index in range(len(column)):
-            yield _VectorRow(start, arrays, values, valid, index)
+            yield _VectorRow(start, arrays, values, index)
 
     whole = table.document
     if whole is None and not nested and not columns.doc_id:
@@ -175,7 +174,7 @@ def _part(
     `width` is the width of the document's vectors so far.
     """
     nested = is_vectors(columns.type)
-    batch_start, arrays, values, valid, first = run[0]
+    batch_start, arrays, values, first = run[0]
     first_row = batch_start + first
 
     def place(vector: int) -> str:
@@ -201,8 +200,7 @@ def _part(
                 f"{place(other)}: its vector has {widths[other]} numbers, those before it have {width}"
             )
     points = [_points(axes, len(vectors), place)] if axes else []
-    present = valid if valid is None else valid.slice(start, stop - start)
-    return Part(values[start:stop], present, first_row, flat=not nested), width, points
+    return values.cut(start, stop, first_row, flat=not nested), width, points
 
 
 def _points(axes: Sequence[pa.Array], count: int, place: Callable[[int], str]) -> np.ndarray:
