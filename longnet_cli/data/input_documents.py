@@ -55,7 +55,7 @@ from .machine_shares import Share
 from .manifest import is_manifest
 from .opened_inputs import Stdin, Table, Text, reading
 from .opening import open_input
-from .stored_files import FileChangedError, Part, no_place
+from .stored_files import FileChangedError, no_place
 from .text_pieces import Unit, note_ends
 from .token_documents import Apart, Document, Unread, collect
 from .tokenizer import Tokenizer, fitting
@@ -75,9 +75,10 @@ def content_digest(input_file: InputFile) -> str | None:
 
         state = version(input_file.filesystem, str(input_file.path))
         return state and hashlib.sha256(state.encode()).hexdigest()[:16]
-    if input_file.path is None or not input_file.path.is_file():
+    path = input_file.local_path
+    if path is None:
         return None
-    with suppress(OSError), open(input_file.path, "rb") as file:
+    with suppress(OSError), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(b"%d" % size)
         digest.update(file.read(END))
@@ -196,14 +197,14 @@ class Inputs:
         """Return the bytes of the files that are read if all are plain text on this machine, otherwise None."""
         total = 0
         for input_file in self.files:
-            status = input_file.status
-            if input_file.path is None or status is None or self.shares_documents:
+            path = input_file.local_path
+            if path is None or self.shares_documents:
                 return None
-            with suppress(OSError), open(input_file.path, "rb") as file:  # its reader reports it
+            with suppress(OSError), open(path, "rb") as file:  # its reader reports it
                 head = file.read(8)
                 if sniff(head) != "text" or compression(head):
                     return None
-                total += status.st_size
+                total += os.fstat(file.fileno()).st_size
         return total
 
     def documents(
@@ -247,8 +248,8 @@ class Inputs:
         They are the token ids or vectors in Arrow and Parquet files on this machine: no text, no JSON, no pipe, no URI.
         """
         for input_file in self.files:
-            path = input_file.path
-            if path is None or input_file.status is None:
+            path = input_file.local_path
+            if path is None:
                 continue
             with reading(input_file.where), open(path, "rb") as file:
                 if sniff(file.read(8)) not in ARROW_KINDS:
@@ -312,16 +313,20 @@ class Inputs:
         vocab_size = self.vocab_size
         eos_id = self.eos_id
         _check_tokenizer(table, tokenizer)
+
+        def known(name: str) -> int | None:
+            """Return the number that the tokenizer has or, without it, the metadata."""
+            return (
+                getattr(tokenizer, name) if tokenizer else _metadata_int(table, f"longnet.{name}")
+            )
+
         if vocab_size is None:
-            key = "longnet.vocab_size"
-            vocab_size = tokenizer.vocab_size if tokenizer else _metadata_int(table, key)
+            vocab_size = known("vocab_size")
         if eos_id is not None:
             fitting("--eos", eos_id, vocab_size, f"{table.where}: ")
         groups = list_documents(table, columns)
         if columns.type in INTEGERS:
-            if eos_id is None:
-                eos_id = tokenizer.eos_id if tokenizer else _metadata_int(table, "longnet.eos_id")
-            groups = flat_documents(table, columns, eos_id)
+            groups = flat_documents(table, columns, known("eos_id") if eos_id is None else eos_id)
 
         def read(group: DocumentRows) -> Document:
             return Document(
@@ -386,7 +391,7 @@ class DocumentPass:
         types = TokenTypes()
         files = inputs.files
         sizes = [input_file.size for input_file in files]
-        self._total = None if None in sizes else sum(size or 0 for size in sizes)
+        self._total = None if None in sizes else sum(filter(None, sizes))
         before = 0.0  # bytes of the files before
         if inputs.share is None or inputs.shares_documents or inputs.share.number == 1:
             for error in inputs.all_files.missing:
@@ -420,11 +425,7 @@ class DocumentPass:
     def _of_share(self, item: Any) -> Iterator[Any]:
         """Yield an item if the share has it. Items are counted and named as in a run without shares."""
         if self._apart and not isinstance(item, Unread):
-            name = self._apart.name(item.doc_id)
-            if isinstance(item, Text):
-                item = replace(item, doc_id=name)
-            else:
-                item.doc_id = name
+            item = item.named(self._apart.name(item.doc_id))
         share = self._inputs.share
         if share is None or not self._inputs.shares_documents or share.has_document(self._index):
             yield item
@@ -530,10 +531,13 @@ def encode_text(
         )
     if text.ids:
         return Document(text.doc_id, text.ids(), tokenizer, text.where, limit=limit, kept=text.kept)
-    ends = array("q")
-    parts = note_ends(text.parts, unit, ends) if unit else text.parts
+    parts = text.parts
+    ends = None
+    if unit:
+        ends = array("q")
+        parts = note_ends(parts, unit, ends)
     try:
-        encoded = collect(tokenizer.encode_long(parts)) or [Part(np.empty(0, np.int32))]
+        encoded = collect(tokenizer.encode_long(parts))
     except RefusedError as error:
         return Unread(DataError(f"{text.where}: {error}"))
     places = [part.places for part in encoded if part.places is not None]
@@ -546,5 +550,5 @@ def encode_text(
         kept=text.kept,
         tokenizer=tokenizer,
         places=np.concatenate(places) if places else None,
-        ends=ends if unit else None,
+        ends=ends,
     )

@@ -62,6 +62,11 @@ class InputFile:
                 return self.path.stat() if self.path.is_file() else None
         return None
 
+    @property
+    def local_path(self) -> Path | None:
+        """The path of a file on this machine that can be read more than once, None for what has no `status`."""
+        return self.path if self.status else None
+
 
 class InputFiles:
     """The files that `names` stand for, in order. Names are expanded when the files are first needed, and only once.
@@ -197,12 +202,12 @@ def _stdin_file() -> InputFile:
     """Return the input_file for stdin. `< file` can seek, like any other file; anything else is read once, forwards."""
     if sys.stdin is None:
         raise DataError("stdin is closed")
-    try:
+    path = None
+    with suppress(OSError, ValueError):
         handle = sys.stdin.fileno()
-        regular = stat.S_ISREG(os.fstat(handle).st_mode) and os.lseek(handle, 0, os.SEEK_CUR) == 0
-    except (OSError, ValueError):
-        regular = False
-    return InputFile(STDIN if regular else None, "stdin", "stdin")
+        if stat.S_ISREG(os.fstat(handle).st_mode) and os.lseek(handle, 0, os.SEEK_CUR) == 0:
+            path = STDIN
+    return InputFile(path, "stdin", "stdin")
 
 
 def _listed(name: str) -> list[str]:
@@ -214,9 +219,10 @@ def _listed(name: str) -> list[str]:
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(_as_path(name)).read_bytes()
         if b"\0" in data:
-            items = [_as_text(os.fsdecode(item)) for item in data.split(b"\0") if item]
+            names = map(_as_text, map(os.fsdecode, data.split(b"\0")))
         else:
-            items = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+            names = map(str.strip, data.decode("utf-8-sig").splitlines())
+        items = [*filter(None, names)]
     except OSError as error:
         raise read_error(where, error, "cannot read the list") from error
     except UnicodeDecodeError as error:

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from typing import Any, NamedTuple, cast
 
@@ -45,6 +45,10 @@ class Text:
     def parts(self) -> Iterator[str]:
         """The whole text, in parts."""
         return chain((self.text,), self.rest)
+
+    def named(self, doc_id: str) -> "Text":
+        """Return the text under another name."""
+        return replace(self, doc_id=doc_id)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class ColumnPlace(NamedTuple):
 
 def find_column(schema: pa.Schema, name: str) -> ColumnPlace | None:
     """Return the place of a column, which may be inside others (`doc.body`), or None for an unknown name."""
-    kinds = {field.name: field.type for field in schema}
+    kinds = dict(zip(schema.names, schema.types, strict=True))
     steps = name.split(".")
     for cut in range(len(steps), 0, -1):  # a name may have dots of its own
         root = ".".join(steps[:cut])

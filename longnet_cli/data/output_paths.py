@@ -13,10 +13,10 @@ from .input_files import InputFiles
 
 # Names of one file, the last of vectors; any other name is a folder
 OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl", ".npy")
-# Endings of files that we do not write. Any other ending, as in run.v2, may be a folder's.
-_OTHER_SUFFIX = re.compile(
+# Endings of files. Any other ending, as in run.v2, may be a folder's.
+_FILE_SUFFIX = re.compile(
     r"\.(csv|tsv|txt|json|ndjson|npz|pt|pth|bin|safetensors|h5|hdf5|pkl|pickle|gz|bz2|xz|zst|zip|tar|tgz|7z|ipc|pq|orc"
-    r"|avro|lance|db|sqlite3?|duckdb|xlsx?|html|md|ya?ml|toml|xml|log)",
+    r"|avro|lance|db|sqlite3?|duckdb|xlsx?|html|md|ya?ml|toml|xml|log|arrow|feather|parquet|jsonl|npy)",
     re.IGNORECASE,
 )
 
@@ -52,8 +52,7 @@ def refuse_other_suffix(option: str, output: str | Path, vectors: bool = True) -
     """
     suffix = Path(output).suffix
     written = OUTPUT_SUFFIXES if vectors else OUTPUT_SUFFIXES[:-1]
-    refused = _OTHER_SUFFIX.fullmatch(suffix) or suffix.lower() in OUTPUT_SUFFIXES
-    if refused and suffix not in written and not Path(output).exists():
+    if _FILE_SUFFIX.fullmatch(suffix) and suffix not in written and not Path(output).exists():
         kinds = f"{', '.join(written[:-1])} or {written[-1]}"
         raise ConfigError(
             f"{option} {output}: {suffix} is not written: the name of a file ends in {kinds}"
@@ -90,7 +89,7 @@ def refuse_overwriting(
 def _read_files(inputs: InputFiles | None, also: Iterable[str | Path | None]) -> Iterator[Path]:
     if inputs:
         yield from (Path(str(name)[1:]) for name in inputs.names if str(name).startswith("@"))
-        yield from (file.path for file in inputs if file.path and not file.filesystem)
+        yield from filter(None, (file.local_path for file in inputs))
     for path in (Path(name) for name in also if name is not None):
         if path.is_dir():
             yield from filter(Path.is_file, path.iterdir())
@@ -104,6 +103,6 @@ def _identity(path: str | Path) -> tuple[int, int] | None:
         status = os.fstat(1) if str(path) == "-" else os.stat(path)
     except (OSError, ValueError):
         return None
-    if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+    if stat.S_IFMT(status.st_mode) in (stat.S_IFREG, stat.S_IFDIR):
         return status.st_dev, status.st_ino
     return None

@@ -340,7 +340,8 @@ def _known_now(source: InputFile, read_as: str, earlier: KnownFile | None) -> Kn
 
 def _digest(source: InputFile) -> str | None:
     """Return a digest of all bytes of a file; of one in a store, of its version; None of a pipe."""
-    if source.path is None or source.status is None:
+    path = source.local_path
+    if path is None:
         return content_digest(source)
     with reading(source.where):
-        return file_sha256(source.path)
+        return file_sha256(path)
