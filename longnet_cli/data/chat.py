@@ -125,7 +125,7 @@ class ChatTemplate:
     def _encode_chat(self, rendered: str, mark: str) -> np.ndarray:
         ids = self._encode(rendered, mark)
         bos = self.tokenizer.id_of(self._named["bos_token"])
-        return ids[1:] if bos is not None and len(ids) and ids[0] == bos else ids
+        return ids[1:] if ids[:1].tolist() == [bos] else ids
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
         """Return the text that the template makes of messages, and the mark that hides special tokens in them."""

@@ -195,6 +195,7 @@ class Tokenizer:
         self._inner = inner
         self._vocab: dict[str, int] = inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
+        self._vocab.pop("", None)  # nobody means a token of no characters, also where there is one
         if self.vocab_size > MOST_IDS:
             raise ConfigError(
                 f"the tokenizer has an id {self.vocab_size - 1}: {MOST_IDS - 1:,} is the largest"
@@ -204,11 +205,8 @@ class Tokenizer:
         self.eos_id: int | None = next(end_ids, None)
 
     def id_of(self, token: str) -> int | None:
-        """Return the id of a token, written as in tokenizer.json; None if it is not in the vocabulary.
-
-        A token of no characters has no name: nobody means it, also where a vocabulary has one.
-        """
-        return self._vocab.get(token) if token else None
+        """Return the id of a token, written as in tokenizer.json; None if it is not in the vocabulary."""
+        return self._vocab.get(token)
 
     def with_eos(self, written: str | int | None) -> Tokenizer:
         """Return the tokenizer with the end-of-text token that `--eos` names, a token or an id; unchanged for None.
@@ -413,16 +411,14 @@ class Tokenizer:
         can be counted from the ids (`TextPlaces`). Raises RefusedError for a text that changes the ids of the prompt.
         """
         parts = filter(None, parts)
-        if self._prompt:
-            parts = chain((self._prompt + part for part in islice(parts, 1)), parts)
+        parts = chain((self._prompt + part for part in islice(parts, 1)), parts)
         placed = self.tells_places and bool(self._prompt or not self.spells)
         place = -len(self._prompt)
+        prompt_bytes = len(self._prompt.encode())
         skip = len(self.prompt_ids)
         cutter = self.cutter(parts)
         while pieces := cutter.take(PLACED_GROUP if placed else GROUP):
-            size = sum(len(piece.encode()) for piece in pieces)
-            if place < 0:
-                size -= len(self._prompt.encode())
+            n_bytes = sum(len(piece.encode()) for piece in pieces) - prompt_bytes
             places = None
             if placed:
                 ids, places = self._placed(pieces, place)
@@ -433,9 +429,9 @@ class Tokenizer:
                 raise RefusedError(
                     f"the tokenizer joins the prompt {self._prompt!r} with the text after it"
                 )
-            yield Part(ids[skip:], n_bytes=size, places=places)
+            yield Part(ids[skip:], n_bytes=n_bytes, places=places)
             place += sum(map(len, pieces))
-            skip = 0
+            prompt_bytes = skip = 0
 
     def _placed(self, pieces: Sequence[str], place: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of pieces of a text, and their places from `place` on."""
@@ -484,8 +480,9 @@ class Tokenizer:
     @cached_property
     def characters(self) -> tuple[np.ndarray, np.ndarray]:
         """For each id, how many characters begin in its bytes, and whether it begins inside of one."""
-        begin = [sum(byte & 0xC0 != 0x80 for byte in data) for data in self.bytes_of or ()]
-        inside = [bool(data) and data[0] & 0xC0 == 0x80 for data in self.bytes_of or ()]
+        bytes_of = self.bytes_of or ()
+        begin = [sum(byte & 0xC0 != 0x80 for byte in data) for data in bytes_of]
+        inside = [bool(data) and data[0] & 0xC0 == 0x80 for data in bytes_of]
         return np.array(begin, np.int64), np.array(inside, bool)
 
     @library_call()
@@ -519,7 +516,7 @@ class Tokenizer:
 
     def n_bytes(self, ids: np.ndarray) -> int | None:
         """Return the number of UTF-8 bytes of (tokens,) ids; None if the tokenizer is not byte-level or lacks an id."""
-        if self.token_bytes is None or (len(ids) and ids.max() >= self.vocab_size):
+        if self.token_bytes is None or ids.max(initial=-1) >= self.vocab_size:
             return None
         return int(self.token_bytes[ids].sum())
 
