@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from os.path import commonprefix
 from pathlib import PurePosixPath
 
@@ -62,14 +63,13 @@ def choose_files(folder: str, names: Sequence[str], read: Read) -> list[str]:
             _refuse_splits(folder, shards)
             _tell_unread(folder, files, shards)
             return shards
-    chosen = []
-    empty = True
+    texts: dict[str, bytes] = {}  # with their first byte
     for file in files:
         head = read(file, 8192)
         if _looks_like_text(file, head):
-            chosen.append(file)
-            empty = empty and not head
-    if empty:  # beside text, HDF5 files are its data
+            texts[file] = head[:1]
+    chosen = [*texts]
+    if not any(texts.values()):  # beside text, HDF5 files are its data
         chosen = [file for file in files if bare_name(file).endswith(HDF5_SUFFIXES)] or chosen
     if not chosen:
         raise DataError(
@@ -107,10 +107,9 @@ def _shards_of_data_set(folder: str, names: Sequence[str], read: Read) -> list[s
 
 def _data_files(state: bytes) -> list[str]:
     """Return the shards that a state.json lists; none if it is that of another program."""
-    try:
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         return [str(file["filename"]) for file in json.loads(state)["_data_files"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return []
+    return []
 
 
 def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> None:
@@ -139,7 +138,7 @@ def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
     for shard in shards:
         top, _, name = shard.rpartition("/")
         stem = bare_name(name).rpartition(".")[0]
-        words = [word for word in re.split(r"[-_. 0-9]+|of", stem) if word]
+        words = [*filter(None, re.split(r"[-_. 0-9]+|of", stem))]
         for word in (*words[:1], *words[-1:], top.lower()):
             if word in _SPLITS:
                 shards_of.setdefault(_SPLITS[word], []).append(shard)

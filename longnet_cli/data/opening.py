@@ -156,10 +156,11 @@ def _open_text(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Tabl
     where = input_file.where
     head = pipe.peek(8)
     is_file = input_file.filesystem is not None or input_file.status is not None
-    if not head and not is_file:
-        raise DataError(f"{where}: nothing came")
-    if not head and name.endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
-        raise DataError(f"{where}: the file is empty (0 bytes)")
+    if not head:
+        if not is_file:
+            raise DataError(f"{where}: nothing came")
+        if name.endswith((*SHARD_SUFFIXES, *JSON_SUFFIXES)):
+            raise DataError(f"{where}: the file is empty (0 bytes)")
     # as a text, its headers would be read as if they were letters
     if name.endswith(FASTA_SUFFIXES):
         raise DataError(

@@ -3,7 +3,7 @@
 import errno
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -26,10 +26,9 @@ def connect(uri: str) -> tuple[fs.FileSystem, str]:
 
     Raises ConfigError for a scheme that neither knows, saying what to install.
     """
-    try:
+    # it does not know each scheme, or was built without it
+    with suppress(pa.ArrowInvalid, NotImplementedError, ImportError):
         return fs.FileSystem.from_uri(quote(uri, safe=":/?#&=@%+,;~!$'()*"))
-    except (pa.ArrowInvalid, NotImplementedError, ImportError):
-        pass  # a scheme that pyarrow does not know, or was built without
     scheme = uri.partition("://")[0]
     try:
         from fsspec.core import url_to_fs
