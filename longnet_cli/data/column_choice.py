@@ -16,7 +16,7 @@ FLOATS = (pa.float16(), pa.float32(), pa.float64())
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _VIEWS = (pa.types.is_list_view, pa.types.is_large_list_view)
-NO_TYPE = pa.null()  # of a column that a table lacks
+NO_TYPE = pa.null()  # of a column or of items that there are not
 
 VECTOR_COLUMNS = ("features", "embedding", "embeddings")
 ID_COLUMNS = ("doc_id", "id")
@@ -102,9 +102,11 @@ def is_text(kind: pa.DataType) -> bool:
     return _plain(kind) in _TEXTS
 
 
-def _item_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type of the items of a list; the null type for a type of anything else."""
-    return kind.value_type if any(test(kind) for test in (*_LISTS, *_VIEWS)) else pa.null()
+def _item_type(
+    kind: pa.DataType, lists: Sequence[Callable[[pa.DataType], bool]] = (*_LISTS, *_VIEWS)
+) -> pa.DataType:
+    """Return the type of the items of a list, which is one of `lists`; NO_TYPE for a type of anything else."""
+    return kind.value_type if any(test(kind) for test in lists) else NO_TYPE
 
 
 def choose_columns(
@@ -238,12 +240,12 @@ def token_type(kind: pa.DataType) -> pa.DataType | None:
 
 def is_vector(kind: pa.DataType) -> bool:
     """Return whether each value of a column of this type is a vector: a list of floating-point numbers."""
-    return is_list(kind) and kind.value_type in FLOATS
+    return _item_type(kind, _LISTS) in FLOATS
 
 
 def is_vectors(kind: pa.DataType) -> bool:
     """Return whether each value of a column of this type is a list of vectors."""
-    return is_list(kind) and is_vector(kind.value_type)
+    return is_vector(_item_type(kind, _LISTS))
 
 
 def is_list(kind: pa.DataType) -> bool:

@@ -5,6 +5,7 @@ with one name are one document.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain, groupby, repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -99,8 +100,8 @@ def _read_rows(
     """Yield each row, whose only value is the one of `values_of`."""
     for start, arrays, errors in read_batches(table, columns, may_be_empty=whole is not None):
         with reading(table.where):
-            names = arrays[columns.doc_id].to_pylist() if columns.doc_id else repeat(whole)
-            parts = arrays[columns.part].to_pylist() if columns.part else repeat(None)
+            names = _values_or(whole, arrays, columns.doc_id)
+            parts = _values_or(None, arrays, columns.part)
             kept = {name: plain(arrays[name]) for name in columns.keep}
         rows = zip(values_of(start, arrays), names, parts, strict=False)
         for index, (value, name, part) in enumerate(rows):
@@ -114,6 +115,11 @@ def _read_rows(
                 errors.get(index),
                 named=name is not None,
             )
+
+
+def _values_or(default: Any, arrays: Batch, name: str | None) -> Iterable[Any]:
+    """Return the values of a column, or the default for each row where the table has no such column."""
+    return arrays[name].to_pylist() if name else repeat(default)
 
 
 def group_rows(
@@ -232,11 +238,11 @@ def list_documents(table: Table, columns: Columns) -> Iterator[DocumentRows]:
 
     def parts(first_row: int, arrays: Batch) -> Iterator[Part]:
         lists = arrays[columns.documents]
-        all_lists = numbers(table, lists.values)
+        all_ids = numbers(table, lists.values)
         starts, stops = list_bounds(lists)
         bounds = zip(starts.tolist(), stops.tolist(), strict=True)
         for row, (start, stop) in enumerate(bounds, first_row):
-            yield all_lists.cut(start, stop, row)
+            yield all_ids.cut(start, stop, row)
 
     return group_rows(table, columns, parts)
 
@@ -283,24 +289,28 @@ def table_texts(
 
     A row that cannot be read is Unread. Raises ConfigError for chats without a tokenizer that has a template.
     """
-    template = _chat_template(table, columns, tokenizer) if is_chat(columns.type) else None
-
-    def read(group: DocumentRows) -> Text:
-        place = table.place(group.row)
-        if template is None:
-            return Text(group.doc_id, "".join(group.values), place, group.kept)
-        try:
-            text, ids = template.read_chat(_messages(group.values))
-        except RefusedError as refusal:
-            raise BadRowError(f"{place}: {refusal}") from None
-        return Text(group.doc_id, text, place, group.kept, ids=ids)
-
+    read = partial(_read_text, table)
+    if is_chat(columns.type):
+        read = partial(_read_chat, table, _chat_template(table, columns, tokenizer))
     apart = Apart() if table.ready and columns.part is None else None
 
     def texts(first_row: int, arrays: Batch) -> Iterator[Any]:
         return (value.as_py() for value in arrays[columns.documents])
 
     return read_documents(group_rows(table, columns, texts, apart=apart), read)
+
+
+def _read_text(table: Table, group: DocumentRows) -> Text:
+    return Text(group.doc_id, "".join(group.values), table.place(group.row), group.kept)
+
+
+def _read_chat(table: Table, template: "ChatTemplate", group: DocumentRows) -> Text:
+    place = table.place(group.row)
+    try:
+        text, ids = template.read_chat(_messages(group.values))
+    except RefusedError as refusal:
+        raise BadRowError(f"{place}: {refusal}") from None
+    return Text(group.doc_id, text, place, group.kept, ids=ids)
 
 
 def _chat_template(table: Table, columns: Columns, tokenizer: Tokenizer | None) -> "ChatTemplate":

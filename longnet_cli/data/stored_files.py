@@ -158,6 +158,16 @@ class Part(NamedTuple):
     n_bytes: int = 0
     places: np.ndarray | None = None
 
+    def is_null(self, start: int, length: int) -> np.ndarray:
+        """Return which of the ids [start, start + length) are null, (length,) bool."""
+        if self.valid is None:
+            return np.zeros(length, bool)
+        return ~self.valid.slice(start, length).to_numpy(zero_copy_only=False)
+
+    def row_of(self, index: int) -> int:
+        """Return the row of the file that holds an id or, in a `flat` part of vectors, a vector."""
+        return self.row + index if self.flat else self.row
+
     def cut(self, start: int, stop: int, row: int, *, flat: bool = False) -> "Part":
         """Return the ids [start, stop), which begin in this row of the file."""
         valid = self.valid

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from .tokenizer import Tokenizer
 # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
 STEP = 1 << 18
 SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
+NOTHING: Mapping[str, pa.Scalar] = MappingProxyType({})  # is carried along
 
 
 class Document:
@@ -39,7 +41,7 @@ class Document:
         *,
         limit: int | None = None,
         place: Callable[[int], str] | None = None,
-        kept: Mapping[str, pa.Scalar] | None = None,
+        kept: Mapping[str, pa.Scalar] = NOTHING,
         tokenizer: Tokenizer | None = None,
         places: np.ndarray | None = None,
         ends: Sequence[int] | None = None,
@@ -53,12 +55,12 @@ class Document:
         """
         self.doc_id = doc_id
         self.where = where
-        self.kept = kept or {}
+        self.kept = kept
         self.tokenizer = tokenizer
         self.places = places
         self.ends = ends
         self._n_bytes = n_bytes
-        self._limit = limit
+        self._limit = 1 << 63 if limit is None else limit
         self._place = place or (lambda _: where)
         self.parts = [Part(tokens)] if isinstance(tokens, np.ndarray) else tokens
         self._starts = [0]  # of each part, and the end
@@ -98,11 +100,8 @@ class Document:
         start, stop, _ = slice(start, stop).indices(self._length)
         out = np.empty(max(0, stop - start), np.int64)
         for done, part, offset, ids in self._stretches(start, stop):
-            valid = part.valid
-            if valid is not None and valid.slice(offset, len(ids)).false_count:
-                raise self._refuse(part, offset, ids)
             highest = np.maximum.reduce(ids.view(self._unsigned))
-            if int(highest) > self._highest:
+            if int(highest) > self._highest or part.is_null(offset, len(ids)).any():
                 raise self._refuse(part, offset, ids)
             out[done : done + len(ids)] = ids
         return out
@@ -125,7 +124,7 @@ class Document:
             try:
                 numbers = np.asarray(stored)
             except FileChangedError as error:
-                raise error.at(part.row + (offset if part.flat else 0)) from None
+                raise error.at(part.row_of(offset)) from None
             yield place - start, part, offset, numbers
             place += len(numbers) // self.width
 
@@ -137,7 +136,7 @@ class Document:
     @cached_property
     def _highest(self) -> int:
         ceiling = int(min(np.iinfo(self.parts[0].ids.dtype).max, np.iinfo(np.int64).max))
-        return ceiling if self._limit is None else min(self._limit - 1, ceiling)
+        return min(self._limit - 1, ceiling)
 
     @cached_property
     def n_bytes(self) -> int | None:
@@ -155,9 +154,7 @@ class Document:
     def _refuse(self, part: Part, start: int, ids: np.ndarray) -> DataError:
         """Return the error for the first bad id of `ids`, which start at `start` in `part`."""
         bad = ids.view(self._unsigned) > self._highest
-        null = np.zeros(len(ids), bool)
-        if part.valid is not None:
-            null = ~part.valid.slice(start, len(ids)).to_numpy(zero_copy_only=False)
+        null = part.is_null(start, len(ids))
         index = int(np.flatnonzero(bad | null)[0])
         offset = start + index
         row = part.row
@@ -170,7 +167,7 @@ class Document:
         if ids[index] < 0:
             return DataError(f"{where}: token id {ids[index]} is negative")
         return DataError(
-            f"{where}: token id {ids[index]} does not fit a vocabulary of {self._limit or 1 << 63}"
+            f"{where}: token id {ids[index]} does not fit a vocabulary of {self._limit}"
         )
 
 

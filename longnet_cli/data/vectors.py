@@ -76,13 +76,10 @@ class Vectors(Document):
             block = out[done : done + len(numbers)]
             with np.errstate(over="ignore"):  # reported below
                 block[:] = numbers
-            if part.valid is not None:
-                present = part.valid.slice(offset * self.width, len(flat))
-                if present.false_count:
-                    bad = offset + present.index(False).as_py() // self.width
-                    raise DataError(
-                        f"{self._place(part.row + part.flat * bad)}: a number of the vector is null"
-                    )
+            null = part.is_null(offset * self.width, len(flat))
+            if null.any():
+                bad = offset + int(null.argmax()) // self.width
+                raise DataError(f"{self._place(part.row_of(bad))}: a number of the vector is null")
             if not (finite := np.isfinite(block)).all():
                 bad, place = np.argwhere(~finite)[0]
                 raise DataError(
