@@ -44,11 +44,8 @@ def open_ipc_stream(name: str, where: str, stream: Any) -> Table:
     return arrow_bytes.table(name, "Arrow IPC stream", *arrow_bytes.sequence(end))
 
 
-def open_pipe(name: str, where: str, pipe: Any, expected: pa.Schema | None = None) -> Table:
-    """Open an Arrow file that `is_sequential` from its start on, without seeking: it is a stream, then an index.
-
-    Raises ValueError where its schema is another than the `expected` one.
-    """
+def open_pipe(name: str, where: str, pipe: Any) -> Table:
+    """Open an Arrow file that `is_sequential` from its start on, without seeking: it is a stream, then an index."""
 
     def end(count: int) -> None:
         tail = bytes(pipe.read(INDEX_BYTES))
@@ -64,10 +61,7 @@ def open_pipe(name: str, where: str, pipe: Any, expected: pa.Schema | None = Non
 
     pipe.read(8)
     arrow_bytes = _ArrowBytes(where, pipe)
-    schema, batches = arrow_bytes.sequence(end)
-    if expected is not None and not schema.equals(expected, check_metadata=True):
-        raise ValueError("the file has two different schemas")
-    return arrow_bytes.table(name, "Arrow IPC file", schema, batches)
+    return arrow_bytes.table(name, "Arrow IPC file", *arrow_bytes.sequence(end))
 
 
 def open_file(name: str, where: str, file: StoredFile) -> Table:
@@ -79,7 +73,10 @@ def open_file(name: str, where: str, file: StoredFile) -> Table:
     sequential = is_sequential(file.read(12))
     file.seek(0)
     if sequential:
-        return open_pipe(name, where, file, index.schema)
+        table = open_pipe(name, where, file)
+        if not table.schema.equals(index.schema, check_metadata=True):
+            raise ValueError("the file has two different schemas")
+        return table
     arrow_bytes = _ArrowBytes(where, file)
     return arrow_bytes.table(name, "Arrow IPC file", *arrow_bytes.listed())
 
@@ -113,9 +110,12 @@ class _ArrowBytes:
         self.where = where
         self.stream = stream
         self.tell = stream.tell
-        self.file = stream if isinstance(stream, StoredFile) else None
-        self.map: pa.Buffer | None = pa.py_buffer(self.file.map()) if self.file else None
+        self.file: StoredFile | None = None
+        self.map: pa.Buffer | None = None
         self.last: pa.Buffer | None = None
+        if isinstance(stream, StoredFile):
+            self.file = stream
+            self.map = pa.py_buffer(stream.map())
         self.start = 0
 
     def read(self, size: int) -> bytes:

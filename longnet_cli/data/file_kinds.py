@@ -11,7 +11,12 @@ PACKED_SUFFIXES = (".gz", ".zst")
 ARROW_KINDS = ("file", "stream", "parquet")  # results of `sniff` for tables with typed columns
 
 _KINDS = MimeTypes()  # without those of the system, which differ
-_PACKED = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+# Regular expressions of the first bytes. The last one is of a skippable frame, with which pzstd's files start.
+_PACKED = {
+    rb"\x1f\x8b\x08": "gzip",
+    rb"\x28\xb5\x2f\xfd": "zstd",
+    rb"[\x50-\x5f]\x2a\x4d\x18": "zstd",
+}
 _MAGIC = {
     b"ARROW1\0\0": "file",
     b"\xff\xff\xff\xff": "stream",
@@ -35,10 +40,7 @@ def begins_json_lines(head: bytes) -> bool:
 
 def compression(head: bytes) -> str | None:
     """Return the compression of an input, by at least its first 8 bytes; None if it is not compressed."""
-    # a skippable frame, with which pzstd's files start
-    if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:
-        return "zstd"
-    return next((name for magic, name in _PACKED.items() if head.startswith(magic)), None)
+    return next((name for magic, name in _PACKED.items() if re.match(magic, head)), None)
 
 
 def bare_name(name: str) -> str:

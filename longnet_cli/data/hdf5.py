@@ -32,7 +32,7 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
         content = h5py.File(file, "r")
         datasets = {key: rows for key in content if (rows := _rows(content, key, h5py))}
         columns = [pa.field(key, rows.type) for key, rows in datasets.items()]
-        size = _tile_size(datasets["coords"].dataset.attrs) if "coords" in datasets else None
+        size = _tile_size(datasets["coords"].dataset.attrs) if "coords" in datasets else 0
     metadata = {"longnet.tile_size": f"{size:g}"} if size else {}
     schema = pa.schema([*columns, pa.field("slide_id", pa.string())], metadata=metadata)
     slide = str(PurePosixPath(name).with_suffix(""))
@@ -54,7 +54,7 @@ def open_hdf5(name: str, where: str, file: Any) -> Table:
             with _reading(f"{where}, rows {start} to {stop - 1}"):
                 arrays = {key: rows.read(start, stop) for key, rows in wanted.items()}
             arrays["slide_id"] = pa.array([slide] * (stop - start), pa.string())
-            yield pa.record_batch([arrays[key] for key in names], names=names)
+            yield pa.RecordBatch.from_pydict(arrays)
 
     return Table(name, where, schema, batches, "HDF5", document=slide)
 
@@ -111,22 +111,20 @@ def _rows(content: Any, key: str, h5py: Any) -> _RowsDataset | None:
     if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
         return None
     shape: tuple[int, ...] = dataset.shape or ()
-    fits = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
-    return _RowsDataset(dataset) if fits and shape[-1] and dataset.dtype.kind in "fiu" else None
+    is_rows = len(shape) > 1 and shape[:-2] in ((), (1,)) and shape[-1] > 0
+    return _RowsDataset(dataset) if is_rows and dataset.dtype.kind in "fiu" else None
 
 
-def _tile_size(attributes: Any) -> float | None:
-    """Return the side of a tile, in the pixels of its coordinates; None if unknown.
+def _tile_size(attributes: Any) -> float:
+    """Return the side of a tile, in the pixels of its coordinates; 0 if unknown.
 
     TRIDENT gives it directly. CLAM gives it in pixels of a smaller image.
     """
 
     def number(name: str) -> float:
         values = np.asarray(attributes.get(name, ())).reshape(-1)
-        return float(values[0]) if values.size and values.dtype.kind in "fiu" else 0.0
+        known = values.size and values.dtype.kind in "fiu"
+        return max(0.0, float(values[0])) if known else 0.0
 
-    if (size := number("patch_size_level0")) > 0:
-        return size
-    if not (size := number("patch_size")) > 0:
-        return None
-    return size * max(0.0, number("downsample")) or size
+    size = number("patch_size")
+    return number("patch_size_level0") or size * number("downsample") or size

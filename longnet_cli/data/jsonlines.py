@@ -127,20 +127,21 @@ def _columns(
     """Return the types of the columns, none if no line has a document, and what is wrong with the first line."""
     rows = list[dict[str, Any]]()
     types: dict[str, pa.DataType] = {}
-    problem = "" if lines else "every line is blank"
+    problems = list[str]()
     for line in lines:
         try:
             row = _parse(line)
             rows.append(row)
             types = types or _columns_of_document(row, wanted)
         except ValueError as error:
-            problem = problem or str(error)
+            problems.append(str(error))
+    problems.append("every line is blank")
     for name in wanted.keep:
         values = [_value(row, name, _ABSENT) for row in rows]
         present = [value for value in values if value is not _ABSENT]
         if types and present and types.get(name) != _CHAT:
             types[name] = _type_of_all(present, types.get(name), f"{where}: the values of {name!r}")
-    return types, problem
+    return types, problems[0]
 
 
 def _columns_of_document(row: dict[str, Any], wanted: Wanted) -> dict[str, pa.DataType]:
@@ -174,8 +175,8 @@ def _type_of_all(values: list[Any], of_first: pa.DataType | None, what: str) -> 
 
 def _value(row: dict[str, Any], name: str, default: Any = None) -> Any:
     """Return the value of a key, which may lead into objects (`doc.body`), or the default where there is none."""
-    if name in row or "." not in name:
-        return row.get(name, default)
+    if name in row:
+        return row[name]
     value: Any = row
     for step in name.split("."):
         value = value.get(step, default) if isinstance(value, dict) else default
@@ -203,10 +204,10 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _column_type(key: str, value: Any, id_column: str | None) -> pa.DataType | None:
     """Return the type of a column of names, parts or documents by one value; None if it holds something else."""
-    if key in (*ID_COLUMNS, id_column) and type(value) in _NAMES:
-        return pa.string()
-    if key == "part" and type(value) is int:
-        return pa.int64()
+    kinds: dict[str | None, dict[type, pa.DataType]] = {"part": {int: pa.int64()}}
+    kinds |= dict.fromkeys((*ID_COLUMNS, id_column), dict.fromkeys(_NAMES, pa.string()))
+    if kind := kinds.get(key, {}).get(type(value)):
+        return kind
     if isinstance(value, list) and any(isinstance(item, dict) and "role" in item for item in value):
         return _CHAT
     with suppress(pa.ArrowException, OverflowError, ValueError, TypeError):

@@ -196,10 +196,13 @@ class Stdin(io.RawIOBase):
         size = cast(io.BufferedReader, sys.stdin.buffer).readinto1(buffer)
         data = bytes(buffer[:size])
         end = data.rfind(b"\n")
-        lines = data[: max(end, 0)].rstrip()
-        if end >= 0 and (lines or self._begun):
-            self.whole = self.count + data.index(b"\n", len(lines)) + 1
-        self._begun = bool(data[end + 1 :].strip()) or (end < 0 and self._begun)
+        if end < 0:
+            self._begun |= bool(data.strip())
+        else:
+            lines = data[:end].rstrip()
+            if lines or self._begun:
+                self.whole = self.count + data.index(b"\n", len(lines)) + 1
+            self._begun = bool(data[end + 1 :].strip())
         self.count += size
         return size
 

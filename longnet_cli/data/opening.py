@@ -186,13 +186,10 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
         with reading(where):
             return pipe.read(size)
 
-    position = 0
-    data = read(TEXT_PART)
-    if data.startswith(BYTE_ORDER_MARK):
-        position = len(BYTE_ORDER_MARK)
-        data = data[position:] + read(position)
-        if not data:
-            yield ""
+    first = read(TEXT_PART)
+    data = first.removeprefix(BYTE_ORDER_MARK)
+    position = len(first) - len(data)
+    data += read(position)
     while data:
         following = read(TEXT_PART)
         bad = data.find(b"\0")
