@@ -259,8 +259,8 @@ def _limited(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:  # a template may raise anything
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
-        line = getattr(error, "lineno", lines[-1] if lines else "?")
+        lines = ["?", *(frame.lineno for frame in frames if frame.filename == "<template>")]
+        line = getattr(error, "lineno", lines[-1])
         what = one_line(error) or type(error).__name__
         raise RefusedError(f"{fails}: {what} (line {line})") from None
     finally:

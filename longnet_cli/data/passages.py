@@ -77,6 +77,9 @@ class KnownFile(NamedTuple):
     left_out: str = "[]"
 
 
+UNKNOWN = KnownFile(None, None)  # a file that an index has not read
+
+
 @contextmanager
 def open_index(path: str | None) -> Iterator[PassageIndex]:
     """Yield the index in a file, which this process alone uses, or one in memory.
@@ -106,7 +109,7 @@ class PassageIndex:
         with self._errors():
             self._base = sqlite3.connect(place, timeout=1, isolation_level=None)
         self._base.create_function("place", 1, self._places.get)
-        self._begin(may_write=path is None or os.access(place, os.W_OK))
+        self._begin(may_write=os.access(place, os.W_OK))
         if place != path:
             for query in (*TABLES, f"PRAGMA application_id = {MARK}"):
                 self._run(query)
@@ -172,10 +175,10 @@ class PassageIndex:
 
         def read(opened: Text | Table, types: Any) -> Iterable[Any]:
             source = inputs.all_files.found[len(documents.opened) - 1]
-            earlier = known.get(source.where)
+            earlier = known.get(source.where, UNKNOWN)
             now = _known_now(source, f"{inputs.wanted} {source.name}", earlier)
             files[source.where] = now
-            if now.digest is None or not earlier or now.digest != earlier.digest:
+            if now.digest is None or now.digest != earlier.digest:
                 self._forget({source.where} & known.keys())
                 return inputs.items(opened, form="text")
             errors = [DataError(why) for why in json.loads(earlier.left_out)]
@@ -324,7 +327,7 @@ def _in_word(sign: str) -> str:
     return "" if 10 <= above <= 36 or above >= 200 else sign
 
 
-def _known_now(source: InputFile, read_as: str, earlier: KnownFile | None) -> KnownFile:
+def _known_now(source: InputFile, read_as: str, earlier: KnownFile) -> KnownFile:
     """Return what is known of a file now. It is read only if its size and times are not those of `earlier`."""
     state = None
     if status := source.status:
@@ -332,7 +335,7 @@ def _known_now(source: InputFile, read_as: str, earlier: KnownFile | None) -> Kn
         if time.time_ns() - changed > JUST_NOW * 10**9:
             times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
             state = f"{read_as} {status.st_ino} {status.st_size} {times}"
-    if earlier and state and state == earlier.state:
+    if state and state == earlier.state:
         return KnownFile(state, earlier.digest)
     digest = _digest(source)
     return KnownFile(state, digest and f"{read_as} {digest}")

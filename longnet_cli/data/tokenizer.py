@@ -23,6 +23,7 @@ from functools import cached_property, partial
 from itertools import chain, islice
 from os.path import commonprefix
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
 from longnet_cli.hub.repository import download_again
 
 from .manifest import MANIFESTS, manifest_in, read_manifest
+from .opened_inputs import first_line
 from .stored_files import Part
 from .text_pieces import (
     AT_SIGN,
@@ -49,6 +51,7 @@ from .text_pieces import (
 )
 
 SETTINGS = "tokenizer_config.json"  # what transformers writes beside a tokenizer.json
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})  # where there is none
 
 # The end-of-text token: the one that SETTINGS names (models that mask tokens have only `sep_token`), otherwise the
 # first of EOS_NAMES in the vocabulary.
@@ -183,7 +186,7 @@ class Tokenizer:
     _prompt = ""
 
     def __init__(
-        self, inner: tokenizers.Tokenizer, settings: Mapping[str, Any] | None = None
+        self, inner: tokenizers.Tokenizer, settings: Mapping[str, Any] = NO_SETTINGS
     ) -> None:
         """Wrap `inner`. `settings` come from a tokenizer_config.json, which may name the end-of-text token."""
         # A tokenizer.json may say "truncate to 512 tokens", "pad", or "leave out merges by chance": not in a document.
@@ -200,7 +203,7 @@ class Tokenizer:
             raise ConfigError(
                 f"the tokenizer has an id {self.vocab_size - 1}: {MOST_IDS - 1:,} is the largest"
             )
-        names = [*(special_token((settings or {}).get(key)) for key in EOS_KEYS), *EOS_NAMES]
+        names = [*(special_token(settings.get(key)) for key in EOS_KEYS), *EOS_NAMES]
         end_ids = (index for name in names if (index := self.id_of(name)) is not None)
         self.eos_id: int | None = next(end_ids, None)
 
@@ -281,9 +284,8 @@ class Tokenizer:
                 settings = read_settings(path.with_name(SETTINGS)) if in_folder else {}
                 description = {**settings, "json": read_text(path)}
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
-                f"{path}: cannot read the tokenizer: {reason}{download_again(path)}"
+                f"{path}: cannot read the tokenizer: {first_line(error)}{download_again(path)}"
             ) from error
         tokenizer = cls.from_description(description, path, download_again(path))
         if in_folder:
@@ -471,7 +473,7 @@ class Tokenizer:
             return None
         bytes_of = [b""] * self.vocab_size
         for token, index in self._vocab.items():
-            of_bytes = all(character in BYTE_OF for character in token)
+            of_bytes = {*token} <= BYTE_OF.keys()
             bytes_of[index] = bytes(map(BYTE_OF.__getitem__, token)) if of_bytes else token.encode()
         for added in self.added_tokens:  # these are written as text
             bytes_of[added["id"]] = b"" if added["special"] else added["content"].encode()
