@@ -30,7 +30,7 @@ class StrictModel(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _mean_what_they_say(cls, value: Any, info: ValidationInfo) -> Any:
-        field = cls.model_fields[info.field_name or ""]
+        field = cls.model_fields[str(info.field_name)]
         switch = field.annotation is bool
         for item in _items(value):
             if isinstance(item, bool) and not switch:

@@ -1,5 +1,6 @@
 """The names of the files in a model's folder, and of what stands in them."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,11 +54,11 @@ T = TypeVar("T", list[Any], dict[str, Any])
 
 def read_or_empty(path: Path, kind: type[T]) -> T:
     """Return the list or the table in a JSON file; an empty one without a readable file, or for another value in it."""
-    try:
+    with suppress(OSError, ValueError):
         data = parse(read_text(path))
-    except (OSError, ValueError):
-        data = None
-    return data if isinstance(data, kind) else kind()
+        if isinstance(data, kind):
+            return data
+    return kind()
 
 
 def weight_files(folder: Path) -> list[str]:

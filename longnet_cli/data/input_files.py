@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -247,13 +247,13 @@ def _folder_files(folder: Path) -> list[str]:
             continue
         walked.add(identity)
         folders[:] = [name for name in folders if not is_hidden(name)]
-        tops += sorted(filter(os.path.islink, (os.path.join(root, name) for name in folders)))
-        paths += [Path(root, name) for name in names]
+        tops += sorted(filter(os.path.islink, map(partial(os.path.join, root), folders)))
+        paths += filter(Path.is_file, map(Path(root).joinpath, names))
 
     def read(name: str, size: int | None) -> bytes:
         path = folder / _as_path(name)
         with reading(_as_text(str(path))), path.open("rb") as file:
             return file.read(size)
 
-    names = [_as_text(file.relative_to(folder).as_posix()) for file in paths if file.is_file()]
+    names = [_as_text(file.relative_to(folder).as_posix()) for file in paths]
     return choose_files(_as_text(str(folder)), names, read)

@@ -36,7 +36,7 @@ def is_folder(output: str | Path, *, resume: bool = False) -> bool:
         )
     refuse_other_suffix("-o", output)
     path = Path(output)
-    special = path.exists() and not (path.is_file() or path.is_dir())
+    special = path.exists() and _identity(path) is None
     folder = str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special
     if resume and not folder:
         raise ConfigError(

@@ -72,8 +72,8 @@ class Repository:
         match = _NAME.fullmatch(name)
         if match is None or match[1].endswith(_FILES) or os.path.exists(name):
             return None
-        file = match[3] or ""
-        return cls(name, match[1], match[2] or "main", file, (file,) if file else needed)
+        repo, revision, file = match.groups(default="")
+        return cls(name, repo, revision or "main", file, (file,) if file else needed)
 
     def find(self, *, update: bool = False) -> Located:
         """Return the folder or the file in the cache, downloaded if it is not there. `update` asks the hub first.
