@@ -15,7 +15,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
@@ -250,11 +250,9 @@ def _limited(folder: Path) -> Iterator[None]:
         raise ConfigError(f"{fails}: it takes more than {SECONDS} seconds")
 
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:
-        handler_before = signal.signal(signal.SIGALRM, stop)
-        signal.alarm(SECONDS)
     try:
-        yield
+        with _alarm(stop) if in_main_thread else nullcontext():
+            yield
     except LongNetError:
         raise
     except Exception as error:  # a template may raise anything
@@ -263,10 +261,18 @@ def _limited(folder: Path) -> Iterator[None]:
         line = getattr(error, "lineno", lines[-1])
         what = one_line(error) or type(error).__name__
         raise RefusedError(f"{fails}: {what} (line {line})") from None
+
+
+@contextmanager
+def _alarm(ring: Callable[..., NoReturn]) -> Iterator[None]:
+    """Call `ring` after SECONDS, unless the block has ended by then."""
+    handler_before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    try:
+        yield
     finally:
-        if in_main_thread:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, handler_before)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler_before)
 
 
 def _environment() -> sandbox.SandboxedEnvironment:
