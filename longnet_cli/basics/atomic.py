@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from .errors import ConfigError, LongNetError
+from .errors import ConfigError, LongNetError, first_line
 
 # a file that is being written; the group is its final name
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
@@ -39,7 +39,7 @@ def writing(what: str | Path, failure: type[LongNetError] = LongNetError) -> Ite
         raise
     except (OSError, SafetensorError) as error:  # of safetensors for a full disk
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        reason = getattr(error, "strerror", None) or error
+        reason = first_line(error)
         raise (LongNetError if full else failure)(f"{what}: cannot write: {reason}") from error
 
 

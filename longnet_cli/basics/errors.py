@@ -91,6 +91,14 @@ def one_line(said: object) -> str:
     return " ".join(str(said).split())
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not blank, otherwise the error's type; no errno."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = map(str.strip, str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 def is_utf8(text: str) -> bool:
     """Return whether a text has no lone surrogates, which stand for bytes that are not UTF-8."""
     return not re.search("[\ud800-\udfff]", text)

@@ -11,7 +11,8 @@ from longnet_cli.basics.errors import ConfigError, DataError
 
 from .opened_inputs import CHAT_COLUMN, JSON_LINES, TOKEN_COLUMNS, Table, find_column
 
-INTEGERS = [pa.type_for_alias(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
+_SIGNED = (pa.int8(), pa.int16(), pa.int32(), pa.int64())
+INTEGERS = (*_SIGNED, pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
 FLOATS = (pa.float16(), pa.float32(), pa.float64())
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -203,7 +204,7 @@ def _choose(table: Table, column: str | None, usual: _Usual) -> str:
         raise _refusal(table, f"column {column!r} does not hold {usual.what}")
     kinds = _types(table)
     for group in groups:
-        fitting = [name for name, test in group.items() if name in kinds and test(kinds[name])]
+        fitting = [name for name, test in group.items() if test(kinds.get(name, NO_TYPE))]
         if len(fitting) > 1:
             several = f"several columns may hold the documents ({', '.join(fitting)})"
             raise _refusal(table, f"{several}: choose one (--column)")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.basics.errors import ConfigError, DataError, extra
+from longnet_cli.basics.errors import ConfigError, DataError, extra, first_line
 
-from .opened_inputs import Table, first_line, reading
+from .opened_inputs import Table, reading
 
 BATCH_BYTES = 16 << 20
 MOST_CHUNK_BYTES = 1 << 30  # HDF5 unpacks a chunk whole, whatever its size in the file

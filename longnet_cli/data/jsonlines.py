@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.basics.errors import DataError
+from longnet_cli.basics.errors import DataError, first_line
 
 from .column_choice import ID_COLUMNS, Wanted
 from .input_files import InputFile
@@ -21,7 +21,6 @@ from .opened_inputs import (
     TOKEN_COLUMNS,
     Pipe,
     Table,
-    first_line,
 )
 
 BATCH_BYTES = 1 << 20  # of the lines in one batch

@@ -18,11 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
-from longnet_cli.basics.errors import DataError
+from longnet_cli.basics.errors import DataError, first_line
 from longnet_cli.basics.events import LeftOut
 from longnet_cli.basics.sealed_manifests import seal, unseal
 
-from .opened_inputs import first_line
 from .stored_files import read_error
 
 UNFINISHED = "_unfinished.json"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.basics.errors import DataError, MemoryLimitError
+from longnet_cli.basics.errors import DataError, MemoryLimitError, first_line
 
 from .stored_files import FileChangedError, StoredIds, read_error
 
@@ -314,11 +314,3 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
         elif "://" in what:
             reason = f"the store failed, or {reason}"
         raise DataError(f"{what}: {reason} ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that is not blank, otherwise the error's type; no errno."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

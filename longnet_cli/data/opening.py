@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from longnet_cli.basics.errors import DataError
+from longnet_cli.basics.errors import DataError, first_line
 
 from . import arrow
 from .column_choice import Wanted
@@ -39,7 +39,6 @@ from .opened_inputs import (
     Stdin,
     Table,
     Text,
-    first_line,
     pick,
     reading,
 )
@@ -230,10 +229,11 @@ def _open_parquet(input_file: InputFile, file: Any) -> Table:
             values += _leaf_values(pick(batch, columns[0]))
             rows_so_far += batch.num_rows
             yield batch
-        paths = (metadata.schema.column(leaf).path for leaf in range(metadata.num_columns))
         names = [*parquet.schema_arrow.names, columns[0]]
-        leaves = [leaf for leaf, path in enumerate(paths) if _root(path, names) == columns[0]]
-        expected = sum(group.column(leaves[0]).num_values for group in groups)
+        paths = (metadata.schema.column(leaf).path for leaf in range(metadata.num_columns))
+        roots = [_root(path, names) for path in paths]
+        first_leaf = roots.index(columns[0])
+        expected = sum(group.column(first_leaf).num_values for group in groups)
         # A damaged page may hold fewer values than its column declares, which Parquet's reader does not report.
         if (rows_so_far, values) != (metadata.num_rows, expected):
             raise DataError(

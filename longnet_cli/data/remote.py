@@ -10,10 +10,10 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.fs as fs
 
-from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
+from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, first_line
 
 from .folder_files import choose_files, natural_order
-from .opened_inputs import first_line, reading
+from .opened_inputs import reading
 
 # Google's library repeats a failed request for 15 minutes: too long to say that there is no network. That is right for
 # reading, so that a long read outlives a short failure.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.basics.errors import DataError, LongNetError, MemoryLimitError
+from longnet_cli.basics.errors import DataError, LongNetError, MemoryLimitError, first_line
 
 
 class FileChangedError(DataError):
@@ -125,7 +125,7 @@ class StoredIds:
 
 def read_error(what: str, error: OSError, problem: str = "cannot read") -> LongNetError:
     """Return a one-line error for a failed system call on an input. Running out of memory or files is not bad data."""
-    reason = error.strerror or str(error)
+    reason = first_line(error)
     if error.errno == errno.ENOMEM:
         return MemoryLimitError(f"{what}: there is no memory to read it ({reason})")
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -138,7 +138,7 @@ def read_error(what: str, error: OSError, problem: str = "cannot read") -> LongN
 def no_place(error: OSError) -> LongNetError:
     """Return a one-line error for a temporary file that cannot be written."""
     return LongNetError(
-        f"{tempfile.gettempdir()}: no place for a document larger than memory: {error.strerror or error}; set TMPDIR"
+        f"{tempfile.gettempdir()}: no place for a document larger than memory: {first_line(error)}; set TMPDIR"
     )
 
 

@@ -143,9 +143,13 @@ class Document:
         """The size of the document's text in UTF-8 bytes, None if unknown. May need a pass over the tokens."""
         if not isinstance(self._n_bytes, Tokenizer):
             return self._n_bytes
+        return self.bytes_with(self._n_bytes)
+
+    def bytes_with(self, words: Tokenizer) -> int | None:
+        """Return the UTF-8 bytes that the ids are with a tokenizer, None if it does not tell. It reads all ids."""
         total = 0
         for start in range(0, len(self), STEP):
-            size = self._n_bytes.n_bytes(self.read(start, start + STEP))
+            size = words.n_bytes(self.read(start, start + STEP))
             if size is None:
                 return None
             total += size
@@ -250,10 +254,8 @@ class TextPlaces:
         self._counts = False
         words = document.tokenizer
         if words is not None and document.places is None and words.spells:
-            steps = range(0, len(document), STEP)
-            sizes = (words.n_bytes(document.read(i, i + STEP)) or 0 for i in steps)
             # otherwise the tokenizer dropped some of the text
-            self._counts = sum(sizes) == document.n_bytes
+            self._counts = document.bytes_with(words) == document.n_bytes
             self._begin, self._inside = words.characters
 
     def of(self, start: int, end: int) -> tuple[int | None, int | None]:

@@ -33,13 +33,18 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.digests import json_sha256
-from longnet_cli.basics.errors import ConfigError, RefusedError, one_line, refuse_web_address
+from longnet_cli.basics.errors import (
+    ConfigError,
+    RefusedError,
+    first_line,
+    one_line,
+    refuse_web_address,
+)
 from longnet_cli.basics.model_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
 from longnet_cli.hub.repository import download_again
 
 from .manifest import MANIFESTS, manifest_in, read_manifest
-from .opened_inputs import first_line
 from .stored_files import Part
 from .text_pieces import (
     AT_SIGN,
@@ -152,6 +157,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF = _byte_alphabet()
+INNER_BYTES = bytes(range(0x80, 0xC0))  # of a character, after its first byte
 REPLACEMENT = "\ufffd"  # stands for bytes that are no character, or not yet one
 LONGEST_WAIT = 64  # tokens to wait for such bytes to become a character
 
@@ -483,8 +489,8 @@ class Tokenizer:
     def characters(self) -> tuple[np.ndarray, np.ndarray]:
         """For each id, how many characters begin in its bytes, and whether it begins inside of one."""
         bytes_of = self.bytes_of or ()
-        begin = [sum(byte & 0xC0 != 0x80 for byte in data) for data in bytes_of]
-        inside = [bool(data) and data[0] & 0xC0 == 0x80 for data in bytes_of]
+        begin = [len(data.translate(None, INNER_BYTES)) for data in bytes_of]
+        inside = [b"\x80" <= data[:1] < b"\xc0" for data in bytes_of]
         return np.array(begin, np.int64), np.array(inside, bool)
 
     @library_call()
