@@ -57,26 +57,35 @@ def choose_files(folder: str, names: Sequence[str], read: Read) -> list[str]:
     runs = folders_with(names, "recipe.json") & folders_with(names, "metrics.jsonl")
     written = tuple(f"{below}/" for below in data_sets | runs)
     files = [file for file in files if not file.startswith(written)] or files
-    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
-        if shards := [file for file in files if bare_name(file).endswith(suffixes)]:
-            shards = [shard for shard in shards if "/" not in shard] or shards
-            _refuse_splits(folder, shards)
-            _tell_unread(folder, files, shards)
-            return shards
-    texts: dict[str, bytes] = {}  # with their first byte
-    for file in files:
-        head = read(file, 8192)
-        if _looks_like_text(file, head):
-            texts[file] = head[:1]
-    chosen = [*texts]
-    if not any(texts.values()):  # beside text, HDF5 files are its data
-        chosen = [file for file in files if bare_name(file).endswith(HDF5_SUFFIXES)] or chosen
+    chosen = _shards_among(files)
+    _refuse_splits(folder, chosen)
+    chosen = chosen or _texts_among(files, read)
     if not chosen:
         raise DataError(
             f"{folder}: the folder holds nothing readable (Arrow, Parquet, JSON Lines, text or HDF5 files)"
         )
     _tell_unread(folder, files, chosen)
     return chosen
+
+
+def _shards_among(files: Sequence[str]) -> list[str]:
+    """Return the files of tables, otherwise those of JSON Lines; those in subfolders only if there are no others."""
+    for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
+        if shards := [file for file in files if bare_name(file).endswith(suffixes)]:
+            return [shard for shard in shards if "/" not in shard] or shards
+    return []
+
+
+def _texts_among(files: Sequence[str], read: Read) -> list[str]:
+    """Return the texts or, where all of these are empty, the HDF5 files."""
+    texts: dict[str, bytes] = {}  # with their first byte
+    for file in files:
+        head = read(file, 8192)
+        if _looks_like_text(file, head):
+            texts[file] = head[:1]
+    if any(texts.values()):
+        return [*texts]
+    return [file for file in files if bare_name(file).endswith(HDF5_SUFFIXES)] or [*texts]
 
 
 def _shards_of_data_set(folder: str, names: Sequence[str], read: Read) -> list[str] | None:
