@@ -18,12 +18,13 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from glob import glob
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from longnet_cli.basics.errors import ConfigError, LongNetError
 from longnet_cli.basics.sizes import count_of
@@ -202,14 +203,8 @@ def start_ranks(nproc: int, *, dry_run: bool = False) -> None:
             f"{nproc} processes, and this machine has {count_of(cores, 'core')}: start {most} at most (--nproc, --sp, "
             "--dp)"
         )
-    arguments = []
-    words = iter(sys.argv[1:])
-    for word in words:
-        if word == "--nproc":
-            next(words, None)
-        elif word != "--update" and not word.startswith("--nproc="):  # this process has updated
-            arguments.append(word)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    arguments = [*_words_of_rank(sys.argv[1:])]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     # after a signal, ranks finish the step and save
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     continue_children_at_the_end()
@@ -230,23 +225,36 @@ def start_ranks(nproc: int, *, dry_run: bool = False) -> None:
     except SignalException as stop:
         raise SystemExit(128 + stop.sigval) from None
     except ChildFailedError as error:
-        # ranks that failed only after another one: they lost it, or torchrun ended them
-        followed = (LOST, -signal.SIGTERM, 128 + signal.SIGTERM)
-        causes = [
-            (rank, failure)
-            for rank, failure in error.failures.items()
-            if failure.exitcode not in followed
-        ]
-        if not causes:
-            raise LongNetError(
-                "the ranks lost each other: the network between them failed, or one hung"
-            ) from None
-        rank, first = min(causes, key=lambda cause: (cause[1].exitcode > 0, cause[1].timestamp))
-        if first.exitcode < 0:
-            name = signal.Signals(-first.exitcode).name
-            raise LongNetError(f"rank {rank} was killed ({name}), and the job with it") from None
-        raise SystemExit(first.exitcode) from None
+        raise SystemExit(_exit_code(error.failures)) from None
     raise SystemExit(0)
+
+
+def _words_of_rank(words: Sequence[str]) -> Iterator[str]:
+    """Yield the words of a command line that a rank gets: no --nproc, and no --update, as this process has updated."""
+    for before, word in pairwise(["", *words]):
+        if "--nproc" not in (before, word.partition("=")[0]) and word != "--update":
+            yield word
+
+
+def _exit_code(failures: Mapping[int, Any]) -> int:
+    """Return the exit code of the rank whose failure came first, given torchrun's failures by rank.
+
+    Raises LongNetError for a rank that was killed, and if there is no such rank.
+    """
+    # ranks that failed only after another one: they lost it, or torchrun ended them
+    followed = (LOST, -signal.SIGTERM, 128 + signal.SIGTERM)
+    causes = [
+        (rank, failure) for rank, failure in failures.items() if failure.exitcode not in followed
+    ]
+    if not causes:
+        raise LongNetError(
+            "the ranks lost each other: the network between them failed, or one hung"
+        ) from None
+    rank, first = min(causes, key=lambda cause: (cause[1].exitcode > 0, cause[1].timestamp))
+    if first.exitcode < 0:
+        name = signal.Signals(-first.exitcode).name
+        raise LongNetError(f"rank {rank} was killed ({name}), and the job with it") from None
+    return first.exitcode
 
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h

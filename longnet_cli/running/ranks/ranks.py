@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -83,17 +84,17 @@ class Ranks:
         if self.world == 1:
             return
         works = []
-        # NCCL takes all of a dtype in one launch
-        for dtype in dict.fromkeys(x.dtype for x in tensors if x.is_cuda):
+        on_devices: defaultdict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+        for tensor in tensors:
+            if tensor.is_cuda:
+                on_devices[tensor.dtype].append(tensor)
+            else:
+                works.append(dist.all_reduce(tensor, group=self.everyone, async_op=True))
+        for of_dtype in on_devices.values():  # NCCL takes all of a dtype in one launch
             with dist._coalescing_manager(self.everyone, async_ops=True) as coalesced:
-                for tensor in tensors:
-                    if tensor.is_cuda and tensor.dtype == dtype:
-                        dist.all_reduce(tensor, group=self.everyone)
+                for tensor in of_dtype:
+                    dist.all_reduce(tensor, group=self.everyone)
             works.append(coalesced)
-        on_hosts = [tensor for tensor in tensors if not tensor.is_cuda]
-        works += [
-            dist.all_reduce(tensor, group=self.everyone, async_op=True) for tensor in on_hosts
-        ]
         for work in works:
             work.wait()
 
@@ -171,10 +172,7 @@ def join(
         if sp == world:
             group = dist.group.WORLD
         elif sp > 1:
-            for first in range(0, world, sp):  # every process makes every group, in the same order
-                members = dist.new_group(list(range(first, first + sp)))
-                if first <= rank < first + sp:
-                    group = members
+            group, _ = dist.new_subgroups(sp)
     if gpu is not None:
         for used in filter(None, (dist.group.WORLD, group)):
             used._get_backend(gpu)._set_default_timeout(GPU_TIMEOUT)  # of NCCL alone
