@@ -82,11 +82,13 @@ class Exchange:
         self.pattern = config.pattern
         self.num_heads = config.num_heads
         self.causal = config.causal
-        first, last = self.edges[0], self.edges[-1]
-        if not self.causal and {*cuts} - {first, last}:
-            raise ValueError("documents over several ranks are for causal nets")
+        first = self.edges[0]
+        last = self.edges[-1]
         inside = {cut for cut in cuts if first < cut < last}
-        self.starts = sorted({0 if cached else first, *inside})  # of documents
+        if inside and not self.causal:
+            raise ValueError("documents over several ranks are for causal nets")
+        first_document = 0 if cached else first
+        self.starts = sorted({first_document, *inside})  # of documents
         # of each reader, the same on every rank: a collective is entered by all or by none
         self._wanted = [self._wanted_by(reader) for reader in range(self.ranks)]
         self.needed = any(self._wanted)
@@ -94,10 +96,12 @@ class Exchange:
         self.received = [self._parcels(maker, self.rank) for maker in range(self.ranks)]
         self.joined = []  # what is received, the rows of all makers in one parcel
         for span, attended in self._wanted[self.rank]:
-            self.joined.append(Parcel(span, 0, self._rows(span), attended))
+            rows = self._rows(span)
+            self.joined.append(Parcel(span, 0, rows, attended))
         # An empty parcel: so a rank that attends to no far key has far keys, too, and its backward pass sends what the
         # others wait for.
-        self.joined.append(Parcel(FarSpan(0, self.start, self.start), 0, 0, attended=True))
+        nothing = FarSpan(0, self.start, self.start)
+        self.joined.append(Parcel(nothing, 0, 0, attended=True))
         self._maps: dict[tuple[torch.Size, torch.device], _Maps] = {}
 
     @property
@@ -203,22 +207,27 @@ class Exchange:
 
         The first document of the shard attends to some of them (True), and the rank only keeps others.
         """
-        document, end = self.document(self.edges[reader])
-        start = min(self.edges[reader], end) - document
-        stop = min(self.edges[reader + 1], end) - document
+        first, last = self.edges[reader : reader + 2]
+        document, end = self.document(first)
+        start = min(first, end) - document
+        stop = min(last, end) - document
         earliest = max(0, self.edges[0] - document)  # earlier rows are in caches
         spans: list[tuple[FarSpan, bool]] = []
         if self.cached:
-            spans += [(span, False) for span in open_spans(self.pattern, self.edges[-1] - document)]
+            kept = open_spans(self.pattern, self.edges[-1] - document)
+            spans += [(span, False) for span in kept]
         if start < stop:
             seen = far_spans(self.pattern, start, stop, self.causal, end - document)
             spans += [(span, True) for span in seen]
-        wanted: dict[tuple[FarSpan, bool], tuple[FarSpan, bool]] = {}
+        wanted: dict[tuple[FarSpan, bool], tuple[FarSpan, bool]] = {}  # by segment and side
         for span, attended in spans:
-            for part in (span.part(earliest, start), span.part(stop, span.stop)):
+            before = span.part(earliest, start)
+            after = span.part(stop, span.stop)
+            for part in (before, after):
                 if self._rows(part):
                     # what is kept of a segment comes first, and holds what is seen of it
-                    place = whole_segment(self.pattern, part), part.start < start
+                    segment = whole_segment(self.pattern, part)
+                    place = segment, part is before
                     first_part, _ = wanted.get(place, (part, False))
                     wanted[place] = first_part, attended
         return [*wanted.values()]
@@ -226,8 +235,9 @@ class Exchange:
     def _parcels(self, maker: int, reader: int) -> list[Parcel]:
         """Return the rows of `maker` that `reader` wants; of itself, a rank wants none."""
         document, end = self.document(self.edges[reader])
-        start = self.edges[maker] - document
-        stop = min(self.edges[maker + 1], end) - document
+        first, last = self.edges[maker : maker + 2]
+        start = first - document
+        stop = min(last, end) - document
         parcels = []
         for wanted, attended in self._wanted[reader]:
             span = wanted.part(start, stop)
@@ -264,7 +274,8 @@ class _Maps(NamedTuple):
 
         def unfilled(parcel: Parcel) -> SegmentRows:
             shape = exchange.shape(parcel, of_rows)
-            return SegmentRows(lanes, parcel.span, torch.full(shape, -1))
+            no_numbers = torch.full(shape, -1)
+            return SegmentRows(lanes, parcel.span, no_numbers)
 
         rows = torch.arange(prod(of_rows)).view(of_rows)
         leaving = []
@@ -277,8 +288,9 @@ class _Maps(NamedTuple):
         arriving = 0
         for parcel in chain(*exchange.received):
             shape = exchange.shape(parcel, of_rows)
-            numbers = arriving + torch.arange(prod(shape)).view(shape)
-            arriving += prod(shape)
+            size = prod(shape)
+            numbers = arriving + torch.arange(size).view(shape)
+            arriving += size
             for whole in joining:
                 if whole.span.level == parcel.span.level:
                     whole.put_packed([numbers], parcel.span)
@@ -325,29 +337,29 @@ class _RoundTrip:
 
     def __init__(self, exchange: Exchange, k: Tensor) -> None:
         """Make room for the far keys. `k` has the shape of keys, (B, n, H, D)."""
+        joined = exchange.joined
         self.maps = exchange.maps(k)
         self.shape = k.shape
-        self.spans = [parcel.span for parcel in exchange.joined]
-        self.shapes = [exchange.shape(parcel, k.shape) for parcel in exchange.joined]
-        self.attended = sum(parcel.attended for parcel in exchange.joined)
+        self.width = k.shape[-1]
+        self.spans = [parcel.span for parcel in joined]
+        self.shapes = [exchange.shape(parcel, k.shape) for parcel in joined]
+        self.attended = sum(parcel.attended for parcel in joined)
         self.to_others = exchange.sizes(exchange.sent, k.shape)
         self.from_others = exchange.sizes(exchange.received, k.shape)
         self.group = exchange.group
-        self.far = k.new_empty(
-            2, len(self.maps.joined), k.shape[-1]
-        )  # k and v of all joined parcels
+        far_rows = len(self.maps.joined)
+        self.far = k.new_empty(2, far_rows, self.width)  # k and v of all joined parcels
         self.on_arrival: Callable[[], None] = lambda: None
         self.message: _Message | None = None  # under way
         self.gradients: list[tuple[FarSpan, Tensor, Tensor]] = []  # of attended parcels
 
     def leave(self, k: Tensor, v: Tensor) -> list[Tensor]:
         """Send rows of k and v; return k and v of every joined parcel, whose numbers come when they `arrive`."""
-        width = self.shape[-1]
         sent = self.maps.sent
         # k and v of a row side by side: each rank's rows lie together
-        rows = k.new_empty(len(sent), 2, width)
+        rows = k.new_empty(len(sent), 2, self.width)
         for place, x in enumerate((k, v)):
-            rows_of_x = x.reshape(-1, width)
+            rows_of_x = x.reshape(-1, self.width)
             torch.index_select(rows_of_x, 0, sent, out=rows[:, place])
         sizes = self.from_others, self.to_others
         self.message = _Message(rows, self.maps.arriving, sizes, self.group)
@@ -372,16 +384,16 @@ class _RoundTrip:
         self.gradients.append((span, dk, dv))
         if len(self.gradients) < self.attended:
             return
-        width = self.shape[-1]
-        gradients = self.far.new_zeros(len(self.maps.joined), 2, width)
+        joined = self.maps.joined
+        gradients = self.far.new_zeros(len(joined), 2, self.width)
         parcels = self._parcels(gradients.transpose(0, 1))
         for span_of_parcel, *of_parcel in self.gradients:
-            places = parcels[self.spans.index(span_of_parcel)]
-            for place, gradient in zip(places, of_parcel, strict=True):
+            number = self.spans.index(span_of_parcel)
+            for place, gradient in zip(parcels[number], of_parcel, strict=True):
                 place.copy_(gradient)
         self.gradients = []
-        rows = self.far.new_zeros(self.maps.arriving, 2, width)
-        rows.index_add_(0, self.maps.joined, gradients)
+        rows = self.far.new_zeros(self.maps.arriving, 2, self.width)
+        rows.index_add_(0, joined, gradients)
         sizes = self.to_others, self.from_others
         self.message = _Message(rows, len(self.maps.sent), sizes, self.group)
 
@@ -391,14 +403,16 @@ class _RoundTrip:
         rows = self.message.land()
         self.message = None
         wide = rows.to(accumulator(rows.dtype))
-        sums = wide.new_zeros(self.shape[:-1].numel(), 2, self.shape[-1])
+        own_rows = self.shape[:-1].numel()
+        sums = wide.new_zeros(own_rows, 2, self.width)
         sums.index_add_(0, self.maps.sent, wide)
-        return [total.reshape(self.shape) for total in sums.to(rows.dtype).unbind(1)]
+        of_keys, of_values = sums.to(rows.dtype).unbind(1)
+        return [of_keys.reshape(self.shape), of_values.reshape(self.shape)]
 
     def _parcels(self, rows: Tensor) -> list[tuple[Tensor, ...]]:
         """Return views of k and v of each joined parcel, (B, rows, lanes, D), in rows (k and v, rows of all, D)."""
-        parts = rows.split([prod(shape[:-1]) for shape in self.shapes], 1)
-        pairs = zip(parts, self.shapes, strict=True)
+        sizes = [prod(shape[:-1]) for shape in self.shapes]
+        pairs = zip(rows.split(sizes, 1), self.shapes, strict=True)
         return [part.view(2, *shape).unbind() for part, shape in pairs]
 
 
