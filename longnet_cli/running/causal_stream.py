@@ -253,10 +253,11 @@ class CausalStream(LayerCaches):
         k = torch.empty(self.batch, 0, config.kv_heads, config.head_dim, **like)
         for layer in range(config.num_layers):
             prefix = f"{layer}."
-            of_layer = {}
-            for name, tensor in saved.items():
-                if name.startswith(prefix):
-                    of_layer[name.removeprefix(prefix)] = tensor.to(device)
+            of_layer = {
+                name.removeprefix(prefix): tensor.to(device)
+                for name, tensor in saved.items()
+                if name.startswith(prefix)
+            }
             self.of_layer(layer, q, k).restore(facts["tokens"], of_layer)
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:

@@ -234,14 +234,16 @@ def matmul_peak(device: torch.device, dtype: str = "auto") -> float:
     """
     n = 8192 if device.type == "cuda" else 1024
     x = torch.randn(n, n, device=device).to(DTYPES[resolve_dtype(dtype, device)])
-    best = float("inf")
-    begin = time.perf_counter()
-    times = 0
-    while times < 3 or time.perf_counter() < begin + 0.3:
+
+    def seconds_of_product() -> float:
         start = time.perf_counter()
         torch.mm(x, x)
         wait_for(device)
-        if times:  # the first product only warms up threads and libraries
-            best = min(best, time.perf_counter() - start)
-        times += 1
-    return 2 * n**3 / best
+        return time.perf_counter() - start
+
+    end = time.perf_counter() + 0.3
+    seconds_of_product()  # warms up threads and libraries
+    times: list[float] = []
+    while len(times) < 2 or time.perf_counter() < end:
+        times.append(seconds_of_product())
+    return 2 * n**3 / min(times)

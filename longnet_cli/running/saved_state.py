@@ -124,15 +124,12 @@ def read_state(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], 
         saved = read_sealed(path, STATE_VERSION)
         if saved.get("kind") != KIND:
             raise ConfigError(f"{folder}: no state, {MANIFEST} is of another kind")
+        model = saved.get("longnet.model")
+        names = {"name": f", {model}", "by": f" by {model}"} if model else {"name": "", "by": ""}
         for key, why in _SAME.items():
             at_saving = saved.get(key)
             now = facts.get(key)
             if at_saving and now and at_saving != now:
-                model = saved.get("longnet.model")
-                names = {
-                    "name": f", {model}" if model else "",
-                    "by": f" by {model}" if model else "",
-                }
                 raise ConfigError(f"{folder}: {why.format(saved=at_saving, given=now, **names)}")
         if damage := find_mismatch(path, STATE_VERSION):
             raise CheckpointError(damage)
