@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,9 +122,9 @@ def score(options: ScoreCommand) -> None:
     """
     from longnet_cli.jobs.job_options import ScoreOptions
 
-    contexts = options.context or ()
     output = options.output
-    asked = ScoreOptions(tuple(contexts) or None, options.stride, options.last, options.by_position)
+    context = tuple(options.context) if options.context else None
+    asked = ScoreOptions(context, options.stride, options.last, options.by_position)
     _check(options)
     documents = options.documents
     keep = documents.keep or ()
@@ -199,74 +199,109 @@ def _printing(options: ScoreCommand, opened: Opened) -> Iterator[_Printed]:
     }
     if share := options.documents.share:
         facts["share"] = str(share)
-    format = "jsonl" if options.output else options.format
-    with atomic_write(options.output) if options.output else nullcontext() as file:
-        printed = _Printed(format, options.context or (None,))
-        if file:
-            printed.print = lambda row: file.write(f"{to_json(row)}\n".encode())
+    with ExitStack() as stack:
+        contexts = options.context or (None,)
+        printed = _PRINTED[options.format](contexts)
+        if options.output:
+            file = stack.enter_context(atomic_write(options.output))
+            printed = _Lines(contexts, lambda row: file.write(f"{to_json(row)}\n".encode()))
         yield printed
         facts |= {"bos": bos_ids(opened.loaded.bos), "n_skipped": opened.left_out.skipped}
         printed.end(facts)
 
 
 class _Printed:
-    """A printer of each document as soon as it is scored, and of the totals; `json` is one value at the end."""
+    """What prints the row of each document as soon as it is scored, and then the totals, one for each context."""
 
-    def __init__(self, format: str, contexts: Sequence[int | None]) -> None:
+    def __init__(self, contexts: Sequence[int | None]) -> None:
         from longnet_cli.jobs.scoring.measures import Total
 
-        self.format = format
         self.contexts = contexts
-        self.print: Callable[[dict[str, Any]], object] = emit_jsonl
+        self.several = len(contexts) > 1
         self.total = Total(contexts)
-        self.rows = list[dict[str, Any]]()
-        self.header = True
 
     def write(self, batch: pa.RecordBatch) -> None:
         for row in batch.to_pylist():
             self.total.add(row)
-            if self.format == "jsonl":
-                self.print({"kind": "document", **row})
-            elif self.format == "json":
-                self.rows.append(row)
-            else:
-                self._print_row(row)
+            self.add(row)
 
-    def _print_row(self, row: dict[str, Any]) -> None:
+    def end(self, facts: dict[str, Any]) -> None:
+        """Print the totals, each with these facts."""
+        self.print_totals([{**values, **facts} for values in self.total.as_dicts()])
+
+    def add(self, row: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def print_totals(self, totals: list[dict[str, Any]]) -> None:
+        raise NotImplementedError
+
+
+class _Lines(_Printed):
+    """A line of JSON for each row."""
+
+    def __init__(
+        self,
+        contexts: Sequence[int | None],
+        emit: Callable[[dict[str, Any]], object] = emit_jsonl,
+    ) -> None:
+        super().__init__(contexts)
+        self.emit = emit
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.emit({"kind": "document", **row})
+
+    def print_totals(self, totals: list[dict[str, Any]]) -> None:
+        for values in totals:
+            self.emit({"kind": "total", **values})
+
+
+class _OneValue(_Printed):
+    """One JSON value at the end."""
+
+    def __init__(self, contexts: Sequence[int | None]) -> None:
+        super().__init__(contexts)
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def print_totals(self, totals: list[dict[str, Any]]) -> None:
+        shown: dict[str, Any] = {"total": max(totals, key=lambda values: values["context"] or 0)}
+        if self.several:
+            shown["totals"] = totals
+        emit_json(shown | {"documents": self.rows})
+
+
+class _Table(_Printed):
+    """A table to read."""
+
+    header = True
+
+    def add(self, row: dict[str, Any]) -> None:
         from longnet_cli.jobs.scoring.measures import column
 
         for context in self.contexts:
             numbers = {name: row[column(name, context, self.contexts)] for name in ("ppl", "bpb")}
             numbers |= {"n_tokens": row["n_tokens"], "context": context}
-            _print_row(row["doc_id"], numbers, len(self.contexts) > 1, header=self.header)
+            _print_row(row["doc_id"], numbers, self.several, header=self.header)
             self.header = False
 
-    def end(self, facts: dict[str, Any]) -> None:
-        """Print the totals, each with these facts."""
-        several = len(self.contexts) > 1
-        totals = [{**values, **facts} for values in self.total.as_dicts()]
-        if self.format == "jsonl":
-            for values in totals:
-                self.print({"kind": "total", **values})
-        elif self.format == "json":
-            shown: dict[str, Any] = {
-                "total": max(totals, key=lambda values: values["context"] or 0)
-            }
-            if several:
-                shown["totals"] = totals
-            emit_json(shown | {"documents": self.rows})
-        else:
-            name = f"total of share {facts['share']}" if "share" in facts else "total"
-            for values in totals:
-                _print_row(name, values, several)
-            if several:
-                _print_comparison(totals)
-            for values in totals:
-                _print_losses(values)
-            if several or "by_position" in totals[0]:
-                documents = count_of(totals[0]["n_docs"], "document")
-                print(f"+- is a standard error, clustered by document ({documents})")
-            print(f"model {printable(facts['model'])}")
+    def print_totals(self, totals: list[dict[str, Any]]) -> None:
+        first = totals[0]
+        name = f"total of share {first['share']}" if "share" in first else "total"
+        for values in totals:
+            _print_row(name, values, self.several)
+        if self.several:
+            _print_comparison(totals)
+        for values in totals:
+            _print_losses(values)
+        if self.several or "by_position" in first:
+            documents = count_of(first["n_docs"], "document")
+            print(f"+- is a standard error, clustered by document ({documents})")
+        print(f"model {printable(first['model'])}")
+
+
+_PRINTED: dict[str, type[_Printed]] = {"text": _Table, "json": _OneValue, "jsonl": _Lines}
 
 
 def _print_row(name: str, values: dict[str, Any], several: bool, *, header: bool = False) -> None:
