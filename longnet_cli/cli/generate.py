@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -120,17 +121,17 @@ def generate(options: GenerateCommand) -> None:
     if options.state:
         options = _as_saved(options, options.state)
     save_state = options.save_state
-    text = _text(options.prompt, options.inputs, options.state)
-    opened, inputs = _open(options, text)
+    options = _with_stdin(options)
+    opened, inputs = _open(options)
     loaded = opened.loaded
     job = _TextGenerator(options, loaded)
-    documents, several = _documents(options, inputs, loaded.chat, text)
+    documents, several = _documents(options, inputs, loaded.chat)
     if opened.room:
         _estimate(job, documents, opened.reader(), opened.room)
         return
     stream = _stream(options, loaded)
     for index, document in enumerate(documents):
-        forked = stream.fork() if stream and text is None and not save_state else stream
+        forked = stream.fork() if stream and options.inputs and not save_state else stream
         job.run(document, forked, index, named=several)
     if stream and save_state:
         size = stream.save(save_state, name=loaded.origin, tokenizer_sha256=loaded.tokenizer_sha256)
@@ -170,11 +171,37 @@ def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
     return replace(options, choice=choice, computing=computing)
 
 
-def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
+def _with_stdin(options: GenerateCommand) -> GenerateCommand:
+    """Return the options with stdin in their inputs if it is to be read. Otherwise PROMPT or a state is continued.
+
+    Raises ConfigError for no text, for stdin beside inputs, and for text that is not UTF-8.
+    """
+    prompt = options.prompt
+    if prompt == "-" and options.inputs:
+        raise ConfigError(
+            "PROMPT - is stdin, and --input is given: write the question, or leave out one of them"
+        )
+    names_text = prompt or options.inputs or options.state
+    if not names_text and (sys.stdin is None or sys.stdin.isatty()):
+        raise ConfigError(
+            "there is nothing to continue: give a text, --input FILE, or a text on stdin"
+        )
+    if prompt == "-" or not names_text:
+        return replace(options, prompt=None, inputs=["-"])
+    if prompt:
+        if not is_utf8(prompt):
+            raise ConfigError(
+                "PROMPT is not UTF-8: save it as a UTF-8 file and give that with --input"
+            )
+        if os.path.exists(prompt):
+            note(f"{prompt} is continued as text; --input reads the file")
+    return options
+
+
+def _open(options: GenerateCommand) -> tuple[Opened, Inputs]:
     """Return the model, if it can do what the options ask for, and the inputs. Raises as `launch` does."""
-    inputs = options.inputs or (["-"] if text is None else [])
     documents = Documents(
-        inputs,
+        options.inputs or [],
         options.tokenizer,
         options.tokenizer_differs,
         options.column,
@@ -184,7 +211,7 @@ def _open(options: GenerateCommand, text: str | None) -> tuple[Opened, Inputs]:
     named = ModelAndInputs(documents, options.choice)
     opened = named.open(Mesh(), options.computing, dry_run=options.dry_run, chat=options.chat)
     tokenizer = opened.loaded.tokenizer
-    has_text = options.prompt is not None or text is not None
+    has_text = options.prompt or not options.inputs
     if tokenizer is None and (options.format == "text" or options.sampling.stop or has_text):
         raise ConfigError(
             f"{options.choice.name}: there is no tokenizer: give --tokenizer, or token ids with --input and --format "
@@ -218,8 +245,6 @@ class _TextGenerator:
     """The generation of texts by one model, and what is printed of them."""
 
     def __init__(self, options: GenerateCommand, loaded: Loaded) -> None:
-        from longnet_cli.nets.weights import model_origin
-
         self.options = options
         self.loaded = loaded
         default = 0 if options.save_state else MAX_TOKENS
@@ -229,10 +254,15 @@ class _TextGenerator:
         self.bos_ids = None if begun and options.bos is None else loaded.bos
         self.sampling = options.sampling.arguments()
         self.seed = self.sampling["seed"] if options.sampling.temperature else None
-        origin = {}
-        if options.format == "jsonl":
-            origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256)
-        self.origin = {name: origin.get(f"longnet.{name}") for name in ORIGIN}
+
+    @cached_property
+    def _origin(self) -> dict[str, str | None]:
+        """What a line of JSON says of the model."""
+        from longnet_cli.nets.weights import model_origin
+
+        loaded = self.loaded
+        origin = model_origin(loaded.net, loaded.origin, loaded.tokenizer_sha256)
+        return {name: origin.get(f"longnet.{name}") for name in ORIGIN}
 
     def run(
         self, document: Document, stream: CausalStream | None, number: int, *, named: bool
@@ -293,7 +323,7 @@ class _TextGenerator:
                     "logprobs": [step.logprob for step in steps_of_line],
                     "finish_reason": reason,
                     "seed": self.seed,
-                    **self.origin,
+                    **self._origin,
                 }
             )
         elif n_tokens and not last_text.endswith("\n"):
@@ -306,40 +336,16 @@ class _TextGenerator:
         tell(line)
 
 
-def _text(prompt: str | None, inputs: list[str] | None, state: str | None) -> str | None:
-    """Return the text to continue, None for inputs, nothing ("") for a state that is itself continued.
-
-    Raises ConfigError for no text, for stdin beside inputs, and for text that is not UTF-8.
-    """
-    if prompt == "-" and inputs:
-        raise ConfigError(
-            "PROMPT - is stdin, and --input is given: write the question, or leave out one of them"
-        )
-    if prompt is None:
-        if state and not inputs:
-            return ""
-        if not inputs and (sys.stdin is None or sys.stdin.isatty()):
-            raise ConfigError(
-                "there is nothing to continue: give a text, --input FILE, or a text on stdin"
-            )
-    elif not is_utf8(prompt):
-        raise ConfigError("PROMPT is not UTF-8: save it as a UTF-8 file and give that with --input")
-    elif prompt != "-" and os.path.exists(prompt):
-        note(f"{prompt} is continued as text; --input reads the file")
-    return None if prompt == "-" or inputs else prompt
-
-
 def _documents(
-    options: GenerateCommand, inputs: Inputs, template: ChatTemplate | None, text: str | None
+    options: GenerateCommand, inputs: Inputs, template: ChatTemplate | None
 ) -> tuple[Iterator[Document], bool]:
     """Return the documents to continue, and whether they are several texts to print, which get their names.
 
     Raises ConfigError for several that are to be one state.
     """
-    question = f"\n{options.prompt}" if options.inputs and options.prompt else ""
-    documents = _each_document(inputs, text, template, question)
+    documents = _each_document(options, inputs, template)
     # the first line of a pipe waits for none
-    is_pipe = text is None and inputs.all_files.names == ["-"]
+    is_pipe = options.inputs == ["-"]
     if not options.save_state and (is_pipe or options.format == "jsonl"):
         return documents, False
     first_two = [*islice(documents, 2)]
@@ -350,22 +356,27 @@ def _documents(
 
 
 def _each_document(
-    inputs: Inputs, prompt: str | None, template: ChatTemplate | None, question: str
+    options: GenerateCommand, inputs: Inputs, template: ChatTemplate | None
 ) -> Iterator[Document]:
-    """Yield the prompt or, if it is None, each document of the inputs, with the question after it."""
+    """Yield each document of the inputs, with PROMPT after it; without inputs, PROMPT, empty after a state."""
     import numpy as np
 
     from longnet_cli.data.token_documents import Document
 
-    if prompt is not None and inputs.tokenizer is not None:
-        words = template if template and prompt else inputs.tokenizer
+    prompt = options.prompt or ""
+    question = f"\n{prompt}" if prompt else ""
+    tokenizer = inputs.tokenizer
+    if not options.inputs:
+        assert tokenizer  # `_open` has checked
+        words = template if template and prompt else tokenizer
         yield Document("prompt", words.encode(prompt), None, "PROMPT")
     elif template:
         for text in inputs.texts():
             ids = template.encode("".join([*text.parts, question]))
             yield Document(text.doc_id, ids, None, text.where, limit=template.tokenizer.vocab_size)
-    elif question and inputs.tokenizer is not None:
-        asked = inputs.tokenizer.encode(question)
+    elif question:
+        assert tokenizer
+        asked = tokenizer.encode(question)
         for document in inputs.documents():
             yield Document(
                 document.doc_id, np.concatenate([document.tokens, asked]), None, document.where
