@@ -11,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -163,11 +164,13 @@ def _explain(error: BaseException) -> int:
         return 130
     if isinstance(error, BrokenPipeError):  # the reader, say `head`, has read enough
         return 141
-    if _is_lost_rank(error) and LAUNCHED in os.environ:
+    is_lost_rank = _is_lost_rank(error)
+    if is_lost_rank and LAUNCHED in os.environ:
         # torchrun now ends the other ranks by SIGTERM, and this one must end with LOST
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return LOST
-    _let_the_first_speak(error)
+    if under_torchrun():
+        _let_the_first_speak(is_lost_rank)
     if isinstance(error, LongNetError):
         _say(str(error))
         return error.exit_code
@@ -176,7 +179,7 @@ def _explain(error: BaseException) -> int:
             advice = f"(help: {error.ctx.command_path} -h)" if error.ctx else ""
             _say(f"{error.format_message()} {advice}")
         return ConfigError.exit_code
-    if _is_lost_rank(error):
+    if is_lost_rank:
         _say("another rank ended, and this one with it")
         return 1
     if os.environ.get("LONGNET_TRACEBACK") == "1":
@@ -191,22 +194,24 @@ def _explain(error: BaseException) -> int:
     return 1
 
 
-def _let_the_first_speak(error: BaseException) -> None:
-    """Under torchrun, wait a moment if another rank is likely to report the error, or to have caused it.
+def _let_the_first_speak(is_lost_rank: bool) -> None:
+    """Wait a moment if another rank is likely to report the error of this one, or to have caused it.
 
     When one rank has failed, torchrun ends the others. So only rank 0 reports a failure that all ranks share, and a
     rank that lost another reports after that one, if at all.
     """
-    if under_torchrun() and (os.environ.get("RANK") != "0" or _is_lost_rank(error)):
+    if is_lost_rank or os.environ.get("RANK") != "0":
         time.sleep(2)
 
 
 def _is_lost_rank(error: BaseException) -> bool:
     """Return whether a collective failed because another rank is gone. gloo and NCCL say so only in their messages."""
-    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
-        return True
-    signs = "Connection closed by peer|Connection reset by peer|Broken pipe|gloo"
-    return isinstance(error, RuntimeError) and bool(re.search(signs, str(error)))
+    signs = (
+        "DistBackendError|DistNetworkError|DistStoreError"
+        "|Connection closed by peer|Connection reset by peer|Broken pipe|gloo"
+    )
+    said = f"{type(error).__name__}: {error}"
+    return isinstance(error, RuntimeError) and bool(re.search(signs, said))
 
 
 def _show_warning(
@@ -223,11 +228,9 @@ def _say(message: str) -> None:
     line = printable(" ".join(part.strip() for part in message.splitlines() if part.strip()))
     if under_torchrun():
         line = f"rank {os.environ.get('RANK')}: {line}"
-    try:
+    with suppress(OSError):  # stderr is gone too: the exit code still tells
         if sys.stderr:
             print(f"longnet: error: {line}", file=sys.stderr)
-    except OSError:
-        pass  # stderr is gone too: the exit code still tells
 
 
 def _drop_unwritable_output() -> None:

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from inspect import Parameter, Signature
+from itertools import takewhile
 from typing import Any, NamedTuple, get_type_hints
 
 import typer
@@ -142,7 +143,7 @@ class Command(TyperCommand):
         names = {name: str(option.metavar) for option in self.params for name in option.opts}
         # options whose value may be omitted
         optional = {name for name, metavar in names.items() if metavar.startswith("[")}
-        words = args[: args.index("--")] if "--" in args else args
+        words = [*takewhile(lambda word: word != "--", args)]
         marked = list(_mark_bare(words, optional))
         taking = [index for index, word in enumerate(marked) if word in optional]
         try:
@@ -249,10 +250,12 @@ def _mark_bare(words: Sequence[str], optional: set[str]) -> Iterator[str]:
 def _check(name: str, value: Any) -> None:
     if value == "":  # in a script, a variable that is not set
         raise ConfigError(f"{name} is empty: give it a value, or leave it out")
-    if isinstance(value, float) and math.isnan(value):
-        raise ConfigError(f"{name} is not a number: {value}")
-    if isinstance(value, int | float) and MAX_SIZE < abs(value) < math.inf:
+    if not isinstance(value, int | float):
+        return
+    if MAX_SIZE < abs(value) < math.inf:
         raise ConfigError(f"{name} is out of range: {value:.3g} is not less than 2^63")
+    if math.isnan(value):
+        raise ConfigError(f"{name} is not a number: {value}")
 
 
 class Needs(NamedTuple):

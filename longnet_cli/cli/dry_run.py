@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from longnet_cli.basics.errors import MemoryLimitError
 from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.basics.sizes import count_of, format_bytes, format_count, format_duration
-from longnet_cli.cli.options import Format
 from longnet_cli.cli.output import emit_json, note_without_rows
 from longnet_cli.cli.progress import progress
 
@@ -23,14 +22,14 @@ BAR = 30  # characters of a full bar
 YEAR = 365.25 * 86400  # seconds
 
 
-def show_training(estimate: Estimate, format: Format) -> None:
+def show_training(estimate: Estimate, format: str) -> None:
     """Print the estimate to stdout. Raises MemoryLimitError if training does not fit."""
     facts = estimate.facts
     tokens = "tokens", format_count(facts["tokens"]), facts["steps"]
     _show(estimate, format, "training", [tokens], "forward and backward")
 
 
-def show_reading(estimate: Estimate, format: Format, job: str, *more: Row) -> None:
+def show_reading(estimate: Estimate, format: str, job: str, *more: Row) -> None:
     """Print the estimate of a `job` to stdout, with `more` rows. Raises MemoryLimitError if the job does not fit."""
     facts = estimate.facts
     longest = f"the longest has {count_of(facts['longest'], 'token')}"
@@ -75,12 +74,12 @@ def plan(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format
     leave()
     note_without_rows(left_out)
     if opened.ranks.writes:
-        show_reading(estimate, "json" if format == "json" else "text", job.doing)
+        show_reading(estimate, format, job.doing)
 
 
 def _show(
     estimate: Estimate,
-    format: Format,
+    format: str,
     job: str,
     before: Sequence[Row],
     counted: str,

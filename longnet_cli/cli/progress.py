@@ -1,5 +1,6 @@
 """Progress of a long job, on stderr: a bar on a terminal, otherwise a plain line every half minute."""
 
+import math
 import os
 import sys
 import time
@@ -73,6 +74,7 @@ class _Meter:
 
     def __init__(self, total: int | Callable[[], int | None] | None, unit: str, start: int) -> None:
         self._total = total
+        self.about = "~" if callable(total) else ""
         self.unit = unit
         self.start = start
         self.done = start
@@ -96,38 +98,40 @@ class _Meter:
             while len(self.marks) > 2 and self.marks[0][0] < now - RECENT:
                 self.marks.popleft()
 
-    def _left(self, total: int) -> float | None:
-        """Return the seconds to the end at the recent rate, None if nothing was done."""
+    def _time_left(self, total: int) -> list[str]:
+        """Return the time to the end at the recent rate, as a part of the status; no part if nothing was done."""
         since, done = self.marks[0]
         if self.done == done:
-            return None
-        return (total - self.done) * (time.monotonic() - since) / (self.done - done)
+            return []
+        left = (total - self.done) * (time.monotonic() - since) / (self.done - done)
+        return [f"{format_duration(left)} left"]
 
-    def status(self, width: int | None = None) -> str:
+    def status(self, width: float = math.inf) -> str:
         """Return the status: `12 %, 1.20M/10.0M tok, 34.1k tok/s, 4m18s left, loss 2.31`; ~10.0M is an estimate.
 
         If it is longer than `width`, the last fields are left out.
         """
         elapsed = time.monotonic() - self.began
-        total = self.total
         rate = (self.done - self.start) / elapsed if elapsed > 0 else 0.0
-        about = "~" if callable(self._total) else ""
-        of_total = f"/{about}{format_count(total)}" if total is not None else ""
-        parts = [f"{100 * self.done / total:.0f} %"] if total and self.done < total else []
-        parts += [
-            f"{format_count(self.done)}{of_total} {self.unit}",
-            f"{format_count(rate)} {self.unit}/s",
-        ]
-        if total is None or self.done >= total:
-            parts.append(f"in {format_duration(elapsed)}")
-        elif (left := self._left(total)) is not None:
-            parts.append(f"{format_duration(left)} left")
-        fields = [f"{name} {value}" for name, value in self.fields.items() if value is not None]
-        while True:
-            status = printable(", ".join(parts + fields))
-            if width is None or len(status) <= width or not fields:
-                return status
-            fields.pop()
+        of_total = ""
+        percent = []
+        end = [f"in {format_duration(elapsed)}"]
+        total = self.total
+        if total is not None:
+            of_total = f"/{self.about}{format_count(total)}"
+            if self.done < total:
+                percent = [f"{100 * self.done / total:.0f} %"]
+                end = self._time_left(total)
+        amount = f"{format_count(self.done)}{of_total} {self.unit}"
+        speed = f"{format_count(rate)} {self.unit}/s"
+        parts = [*percent, amount, speed, *end]
+        fewest = len(parts)
+        parts += [f"{name} {value}" for name, value in self.fields.items() if value is not None]
+        status = printable(", ".join(parts))
+        while len(status) > width and len(parts) > fewest:
+            parts.pop()
+            status = printable(", ".join(parts))
+        return status
 
 
 def _lines(description: str, meter: _Meter, every: float) -> Advance:
