@@ -151,7 +151,8 @@ def convert_official(path: Path, output: Path, dtype: torch.dtype | None, given:
     ConfigError for missing values that must be `given`, and for a folder that is in use.
     """
     state = read_state_dict(path)
-    contents = _Contents(path, state, given)
+    kind = _SlideContents if "patch_embed.proj.weight" in state else _Contents
+    contents = kind(path, state, given)
     net = contents.build()
     net = net.to(dtype or mode(tensor.dtype for tensor in state.values()))
     check_finite(net.state_dict(), str(path))
@@ -237,26 +238,27 @@ def _check_pickle(path: Path) -> None:
 
 
 class _Contents:
-    """The contents of a state dict: the kind of net, and its sizes."""
+    """The contents of a state dict of torchscale: the kind of net, and its sizes."""
+
+    prefix = ""  # of the names
+    config_class: type[LongNetConfig] = LongNetConfig
 
     def __init__(self, path: Path, state: Mapping[str, Tensor], given: Given) -> None:
         self.path = path
         self.state = state
         self.given = given
-        self.slide = "patch_embed.proj.weight" in state
-        self.prefix = "encoder." if self.slide else ""
         self.scales = [tensor for name, tensor in state.items() if name.endswith("xpos.scale")]
         self.decoder = bool(self.scales) or f"{self.prefix}output_projection.weight" in state
-        self.what = f"a LongNet {'decoder' if self.decoder else 'encoder'} of torchscale"
-        if self.slide:
-            self.what = "a slide encoder as Prov-GigaPath's"
         self.config = self._config()
+
+    @property
+    def what(self) -> str:
+        """The kind of net, in words."""
+        return f"a LongNet {'decoder' if self.decoder else 'encoder'} of torchscale"
 
     def build(self) -> LongNet:
         """Return the net with its weights, in float32."""
         where = f"{self.path}: {self.what}"
-        if self.slide:
-            return slide_net(self.config, self.state, where)
         return renamed_net(LongNet, self.config, self.state, official_name, where)
 
     def _config(self) -> LongNetConfig:
@@ -265,10 +267,7 @@ class _Contents:
         ffn_dim = self._size("ffn.fc1.weight")
         has_inner_norms = any(".inner_attn_ln." in name for name in self.state)
         has_final_norm = f"{self.prefix}layer_norm.weight" in self.state
-        if not (has_inner_norms or has_final_norm or self.slide):
-            raise CheckpointError(
-                f"{self.path}: a net without norms inside and at its end, as with deepnorm, is not read"
-            )
+        self._check_norms(has_inner_norms or has_final_norm)
         settings: dict[str, Any] = {
             "vocab_size": 0,
             "dim": dim,
@@ -281,7 +280,7 @@ class _Contents:
             "position": "xpos" if self.scales else "none",
             "padding": "exact" if self.decoder else "zero_key",
         }
-        settings |= self._slide_settings() if self.slide else self._torchscale_settings(dim)
+        settings |= self._settings_of_kind(dim)
         of_user = {
             "num_heads": self.given.heads,
             "segment_lengths": self.given.segment_lengths,
@@ -293,18 +292,16 @@ class _Contents:
             raise ConfigError(
                 f"{self.path}: {self.what}, and no file says the pattern of one: give {', '.join(missing)}"
             )
-        return validate(SlideConfig if self.slide else LongNetConfig, settings, str(self.path))
+        return validate(self.config_class, settings, str(self.path))
 
-    def _slide_settings(self) -> dict[str, Any]:
-        """Return the official model's settings, and the width of its features."""
-        return {
-            "in_features": self.state["patch_embed.proj.weight"].shape[-1],
-            "num_heads": HEADS,
-            "segment_lengths": SlideConfig.gigapath().segment_lengths,
-            "dilation_rates": RATES,
-        }
+    def _check_norms(self, has_norms: bool) -> None:
+        """Raise CheckpointError for a net that has no norm inside its layers, and none at its end."""
+        if not has_norms:
+            raise CheckpointError(
+                f"{self.path}: a net without norms inside and at its end, as with deepnorm, is not read"
+            )
 
-    def _torchscale_settings(self, dim: int) -> dict[str, Any]:
+    def _settings_of_kind(self, dim: int) -> dict[str, Any]:
         """Return what the weights of a net of torchscale tell: its vocabulary, and its heads by the scales of xPos."""
         settings: dict[str, Any] = {}
         if self.scales:
@@ -325,3 +322,26 @@ class _Contents:
                 f"{self.prefix}layers.0.{name}, but {list_names('the', [*self.state])}"
             )
         return len(matrix)
+
+
+class _SlideContents(_Contents):
+    """The contents of a state dict of a slide encoder."""
+
+    prefix = "encoder."
+    config_class = SlideConfig
+    what = "a slide encoder as Prov-GigaPath's"
+
+    def build(self) -> LongNet:
+        return slide_net(self.config, self.state, f"{self.path}: {self.what}")
+
+    def _check_norms(self, has_norms: bool) -> None:
+        """Accept a net with any norms: it has one after its layers, too."""
+
+    def _settings_of_kind(self, dim: int) -> dict[str, Any]:
+        """Return the official model's settings, and the width of its features."""
+        return {
+            "in_features": self.state["patch_embed.proj.weight"].shape[-1],
+            "num_heads": HEADS,
+            "segment_lengths": SlideConfig.gigapath().segment_lengths,
+            "dilation_rates": RATES,
+        }
