@@ -150,14 +150,16 @@ class TransformersNet(Net):
 
         The arguments are as in `LongNet.forward`. `far` and `documents` work only if far keys reach all layers.
         """
-        inputs = tokens if embeddings is None else embeddings
+        kind, inputs = (
+            ("input_ids", tokens) if embeddings is None else ("inputs_embeds", embeddings)
+        )
         assert inputs is not None
         # transformers runs no model without tokens: on a rank that has none, one goes along, outside attention
         empty = far is not None and not inputs.shape[1]
         if empty:
             inputs = inputs.new_zeros(inputs.shape[0], 1, *inputs.shape[2:])
             documents = None
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {kind: inputs}
         if lengths is not None and not self.config.causal:
             # a causal net does not see padding on the right
             places = torch.arange(inputs.shape[1], device=inputs.device)
@@ -174,10 +176,7 @@ class TransformersNet(Net):
         if far is not None or documents is not None:
             positions = positions_of(documents or [inputs.shape[1]], start, inputs.device)
             options["position_ids"] = positions[None] + first_position(self.model)
-        ids = inputs if embeddings is None else None
-        if ids is None:
-            options["inputs_embeds"] = inputs
-        hidden = hidden_states(self.model, ids, **options)
+        hidden = hidden_states(self.model, **options)
         return hidden[:, :0] if empty else hidden
 
     def add_steps(self, steps: Sequence[nn.Module]) -> None:
@@ -236,10 +235,8 @@ class TransformersNet(Net):
         """
         named = (*self.model.named_parameters(), *self.model.named_buffers())  # tied ones once
         names = {name for name, _ in named}
-        inner = {}
-        for name, tensor in state.items():
-            if (inner_name := name.removeprefix("model.")) in names:
-                inner[inner_name] = tensor
+        of_model = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        inner = {name: tensor for name, tensor in of_model.items() if name in names}
         if self._save_adapter:
             self._save_adapter(folder / ADAPTER, inner)
             # the merged weights are as large as the net, and larger
@@ -327,7 +324,7 @@ def load_transformers(
     hf.utils.logging.set_verbosity_error()  # stderr belongs to the command, whose errors are one line
     hf.utils.logging.disable_progress_bar()
     config, architecture = read_architecture(folder, settings, embeds)
-    as_trained = pattern is None and not getattr(config, "dilated_attention", None)
+    as_trained = _is_as_trained(config, pattern)
     model = _read_weights(folder, config, architecture, dtype, embeds).to(device)
     check_finite(dict(model.named_parameters()), str(folder))
     with refusing_settings(folder):
@@ -395,7 +392,7 @@ def read_facts(
     Raises ConfigError and CheckpointError as `load_transformers` does.
     """
     config, architecture = read_architecture(folder, settings, embeds)
-    as_trained = pattern is None and not getattr(config, "dilated_attention", None)
+    as_trained = _is_as_trained(config, pattern)
     with refusing_settings(folder), torch.device("meta"):
         if pattern is not None:
             write_pattern(config, pattern)
@@ -407,6 +404,11 @@ def read_facts(
             frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
             facts = facts.model_copy(update={"trained": trained, "frozen_bytes": frozen})
     return facts
+
+
+def _is_as_trained(config: Any, pattern: Pattern | None) -> bool:
+    """Return whether neither the caller nor the folder names a pattern."""
+    return pattern is None and not getattr(config, "dilated_attention", None)
 
 
 def _dense(model: hf.PreTrainedModel, as_trained: bool) -> TransformersNet:
@@ -490,9 +492,9 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
         dim=dim,
         num_layers=num_layers,
         num_heads=num_heads,
-        kv_heads=_setting(config, "num_key_value_heads") or num_heads,
-        head_dim=_setting(config, "head_dim") or dim // num_heads,
-        ffn_dim=_setting(config, "intermediate_size") or _setting(config, "n_inner") or 4 * dim,
+        kv_heads=_setting(config, "num_key_value_heads", num_heads),
+        head_dim=_setting(config, "head_dim", dim // num_heads),
+        ffn_dim=_setting(config, "intermediate_size", _setting(config, "n_inner", 4 * dim)),
         causal=causal,
         memory="segments" if causal else "none",
         max_tokens=_positions(model)
@@ -508,10 +510,11 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
     )
 
 
-def _setting(config: Any, name: str) -> Any:
-    """Return a setting of a configuration, the largest one if each layer has its own; None if there is none."""
+def _setting(config: Any, name: str, default: int | None = None) -> Any:
+    """Return a setting of a configuration, the largest one if each layer has its own, or the default for none."""
     try:
         value = getattr(config, name, None)
     except RuntimeError:  # how transformers says that layers differ
         value = [getattr(layer, name) for layer in config.per_layer_config]
-    return max(value) if isinstance(value, list | tuple) else value
+    largest = max(value) if isinstance(value, list | tuple) else value
+    return largest or default

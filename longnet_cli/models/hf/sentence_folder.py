@@ -386,15 +386,15 @@ def _transformer(folder: Path) -> tuple[int | None, bool]:
     there = [name for name in TRANSFORMER_CONFIGS if (folder / name).is_file()]
     path = folder / next(iter(there), TRANSFORMER_CONFIGS[0])
     settings = _read(_TransformerSettings, path, {})
-    window = read_or_empty(folder / "tokenizer_config.json", dict).get("model_max_length")
-    # each of these replaces what stands before it
-    for size in (
-        settings.max_seq_length,
-        settings.tokenizer_args.model_max_length,
-        settings.processor_kwargs.model_max_length,
+    of_tokenizer = read_or_empty(folder / "tokenizer_config.json", dict).get("model_max_length")
+    sizes = (
         settings.document_length,
-    ):
-        window = size or window
+        settings.processor_kwargs.model_max_length,
+        settings.tokenizer_args.model_max_length,
+        settings.max_seq_length,
+        of_tokenizer,
+    )
+    window = next(filter(None, sizes), None)  # the first one that is there counts
     if not isinstance(window, int) or window >= 1 << 40:
         window = None
     return window, settings.do_lower_case

@@ -47,11 +47,9 @@ SOME = 16  # first numbers of each weight that tell models apart: few to read, a
 def body(model: PreTrainedModel) -> Any:
     """Return the part of a model that makes hidden states."""
     inner = model.base_model
-    return (
-        next((x for x in model.children() if isinstance(x, PreTrainedModel)), model)
-        if inner is model
-        else inner
-    )
+    if inner is not model:
+        return inner
+    return next((x for x in model.children() if isinstance(x, PreTrainedModel)), model)
 
 
 def layers_of(model: PreTrainedModel, number: int) -> nn.ModuleList:
@@ -85,29 +83,38 @@ def settings_of(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def hidden_states(model: PreTrainedModel, ids: Tensor | None, **options: Any) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel, input_ids: Tensor | None = None, **options: Any
+) -> Tensor:
     """Return the hidden states (B, N, dim) of ids (B, N), or of `inputs_embeds`, in one forward without a cache."""
     if "use_cache" in inspect.signature(body(model).forward).parameters:
         options["use_cache"] = False
-    return body(model)(input_ids=ids, **options).last_hidden_state
+    return body(model)(input_ids=input_ids, **options).last_hidden_state
 
 
 @contextmanager
-def attending(model: PreTrainedModel, implementation: str | None = None) -> Iterator[None]:
-    """Put a model into eval mode, without gradients and with an attention by name (None: its own), for a while."""
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into eval mode, without gradients, for a while."""
     modes = [(module, module.training) for module in model.modules()]
-    before = model.config._attn_implementation
     try:
-        if implementation:
-            model.set_attn_implementation(implementation)
         model.eval()
         with torch.no_grad():
             yield
     finally:
-        if implementation:
-            model.set_attn_implementation(before)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Put a model into eval mode, without gradients and with the attention of this name, for a while."""
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(implementation)
+        with evaluating(model):
+            yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def why_not(model: PreTrainedModel, form: str, run: Run, expected: Run | None = None) -> str | None:
@@ -146,7 +153,7 @@ def _try(model: PreTrainedModel, form: str, run: Run, expected: Run) -> str | No
 
     try:
         ids = _some_ids(model, count + 1)
-        with attending(model):
+        with evaluating(model):
             right = nats(expected)
             actual = nats(run)
             allowed = TOLERANCE
@@ -194,10 +201,7 @@ def _some_ids(model: PreTrainedModel, count: int) -> Tensor:
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     size = min(len(table.weight) for table in tables if table is not None)
     settings = model.config.get_text_config().to_dict()
-    special = set()
-    for key, value in settings.items():
-        if "token" in key and type(value) is int:
-            special.add(value)
+    special = {value for key, value in settings.items() if "token" in key and type(value) is int}
     plain = torch.tensor(sorted({*range(size)} - special))
     random = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(plain), (1, count), generator=random)
