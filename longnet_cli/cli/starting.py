@@ -161,7 +161,7 @@ class Opened:
         return Reader(
             self.loaded.net,
             chunk=self.computing.chunk,
-            earlier_chunk=earlier.settings.get("chunk") if earlier else None,
+            earlier_chunk=earlier.settings.get("chunk", 0) if earlier else 0,
             dtype=self.computing.dtype,
             spill=self.computing.spill,
             ranks=self.ranks,
@@ -344,7 +344,7 @@ class ModelAndInputs:
             bos=documents.bos,
             chat=chat,
             vectors=self.embeds,
-            events=Events(note=tell),
+            note=tell,
         )
         check_spill(computing.spill, loaded.net)
         if ranks.sp > 1 and loaded.net.config.pattern.chosen:

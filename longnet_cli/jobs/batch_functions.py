@@ -210,7 +210,7 @@ def _load(
         tokenizer=tokenizer,
         pattern=read_pattern(pattern, "pattern"),
         bos=bos,
-        events=Events(note=notes.append),
+        note=notes.append,
     )
     for line in notes if loaded.embedding else ():
         warnings.warn(line, InputWarning, stacklevel=2)

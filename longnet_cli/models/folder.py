@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError, extra
-from longnet_cli.basics.events import Events
 from longnet_cli.basics.model_files import (
     CONFIG,
     GENERATION,
@@ -88,17 +87,9 @@ class ModelFolder:
     `path` is that subfolder.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        name: str | None = None,
-        origin: str | None = None,
-        *,
-        embeds: bool = False,
-    ) -> None:
+    def __init__(self, path: Path, *, embeds: bool = False) -> None:
         self.path = _transformer_of(path) if embeds else path
-        self.name = name or str(path)
-        self.origin = origin or self.name
+        self.name = self.origin = str(path)
         self.is_gguf = is_gguf(path)
         self.embeds = embeds
         self.modules = path / MODULES
@@ -113,7 +104,9 @@ class ModelFolder:
         located = Located(Path(name), name)
         if not is_gguf(located.path):
             located = find_model(name, embeds)
-        folder = cls(located.path, name, located.name, embeds=embeds)
+        folder = cls(located.path, embeds=embeds)
+        folder.name = name
+        folder.origin = located.name
         if not folder.is_gguf:
             folder._check_complete()
         elif not gguf:
@@ -305,8 +298,8 @@ class ModelFolder:
                 safe_open(self.path / file_name, framework="numpy") as file,
             ):
                 types |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        half = {"BF16": torch.bfloat16, "F16": torch.float16}
-        return half.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
+        half = {("BF16",): torch.bfloat16, ("F16",): torch.float16}
+        return half.get(tuple(types), torch.float32)
 
     def trainable(
         self,
@@ -344,16 +337,16 @@ class ModelFolder:
         bos: str | None = None,
         chat: bool | None = False,
         vectors: bool = False,
-        events: Events | None = None,
+        note: Callable[[str], None] = lambda line: None,
     ) -> Loaded:
         """Load the model on `device` for `dtype` (--dtype), with `tokenizer` (--tokenizer) or its own.
 
         `bos` is --bos. `chat` loads the chat template, None the one that there may be. If the model `embeds`, the
-        modules of sentence-transformers are loaded too. `events.note` gets
-        a line for each thing that the user should know about the way the model reads documents. Raises ConfigError for
-        a tokenizer that is not the model's, unless `tokenizer_differs`; for a tokenizer with more ids than the model;
-        for a model that reads vectors, unless `vectors`; for `bos` where nothing is read before a document; for modules
-        that are not computed; and for an attention kernel that cannot run in `dtype`.
+        modules of sentence-transformers are loaded too. `note` gets a line for each thing that the user should know
+        about the way the model reads documents. Raises ConfigError for a tokenizer that is not the model's, unless
+        `tokenizer_differs`; for a tokenizer with more ids than the model; for a model that reads vectors, unless
+        `vectors`; for `bos` where nothing is read before a document; for modules that are not computed; and for an
+        attention kernel that cannot run in `dtype`.
         """
         from longnet_cli.running.device import (
             DTYPES,
@@ -362,10 +355,9 @@ class ModelFolder:
             resolve_dtype,
         )
 
-        events = events or Events()
         dtype_name = resolve_dtype(dtype, device)
         if self.is_gguf:
-            events.note(
+            note(
                 f"{self.name}: converted for this run alone: `longnet convert {self.name} -o DIR` does it once"
             )
         if device.type == "cpu":
@@ -377,7 +369,7 @@ class ModelFolder:
             template = folder.chat(words, chat)
             model = folder.sentence_model()
             net = folder.net(pattern=pattern, device=device, dtype=DTYPES[dtype_name])
-            embedding = folder.embedding(model, words, net, events.note)
+            embedding = folder.embedding(model, words, net, note)
         check_kernel(device, dtype, net.config.head_dim)
         if embedding:
             words = words or embedding.words
@@ -386,21 +378,30 @@ class ModelFolder:
                     f"{self.name}: its tokenizer's template says what stands before a text: leave out --bos"
                 )
         if not net.config.vocab_size:
+            words = None
+        start = self._start_of(net, start, bos, vectors)
+        self._check_ids(net, words, start, tokenizer)
+        in_windows = embedding and not net.config.causal and not net.dilated
+        if net.note and not in_windows:
+            note(f"{self.name}: {net.note}")
+        return Loaded(net, words, start, ends, template, self.origin, embedding)
+
+    def _start_of(self, net: Net, start: Bos, bos: str | None, vectors: bool) -> Bos:
+        """Return the ids that a net reads before a text: `start`, or None for a net that reads none.
+
+        Raises ConfigError for a --bos that is not read and, unless `vectors`, for a net that reads vectors.
+        """
+        if not net.config.vocab_size:
             if not vectors:
                 raise ConfigError(
                     f"{self.name}: this model has no vocabulary: it reads vectors, not tokens"
                 )
-            words = None
-            start = None
-        elif not net.config.causal:
-            if bos not in (None, NO_BOS):
-                raise ConfigError(f"{self.name}: it looks in both directions: leave out --bos")
-            start = None
-        self._check_ids(net, words, start, tokenizer)
-        in_windows = embedding and not net.config.causal and not net.dilated
-        if net.note and not in_windows:
-            events.note(f"{self.name}: {net.note}")
-        return Loaded(net, words, start, ends, template, self.origin, embedding)
+            return None
+        if net.config.causal:
+            return start
+        if bos not in (None, NO_BOS):
+            raise ConfigError(f"{self.name}: it looks in both directions: leave out --bos")
+        return None
 
     def _check_ids(self, net: Net, words: Tokenizer | None, start: Bos, named: str | None) -> None:
         """Raise ConfigError for ids that the net's vocabulary does not have, of its tokenizer or of the `start`."""

@@ -52,7 +52,7 @@ def backward_in_chunks(
     ranks: Ranks = ALONE,
     final: bool = True,
     allocate: Callable[..., Tensor] = torch.empty,
-    on_chunk: Callable[[], None] | None = None,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Add the gradients of `scale * sum of nll` to the parameters' `.grad`; return the sum, in nats, float64.
 
@@ -67,7 +67,6 @@ def backward_in_chunks(
     chunk, forward and backward.
     """
     device = tokens.device
-    on_chunk = on_chunk or (lambda: None)
     stream = CausalStream(model, keep=tokens.shape[1], allocate=allocate)
     begins = range(0, tokens.shape[1], chunk)
     chunks = [_Chunk(model, start, min(start + chunk, tokens.shape[1]), ranks) for start in begins]

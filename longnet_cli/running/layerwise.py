@@ -28,7 +28,7 @@ from longnet_cli.basics.errors import MemoryLimitError
 from longnet_cli.nets.longnet import Layer, LongNet, Placement
 from longnet_cli.running.device import DTYPES, free_memory, precision, resolve_dtype, to_device
 from longnet_cli.running.memory_maps import MappedMemory, aligned
-from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.ranks import ALONE, Ranks
 
 ROWS_AT_A_TIME = 1 << 16  # of keys and values that ranks add up; a device holds them beside a chunk
 
@@ -41,8 +41,8 @@ def hidden_in_chunks(
     *,
     spill: str | Path | None = None,
     dtype: str = "fp32",
-    ranks: Ranks | None = None,
-    on_chunk: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
+    on_chunk: Callable[[int], None] = lambda tokens: None,
 ) -> Iterator[Tensor]:
     """Yield hidden (1, n, dim) after the final norm, chunk by chunk, equal to one forward pass over the whole sequence.
 
@@ -56,7 +56,7 @@ def hidden_in_chunks(
 
     Raises MemoryLimitError before any work when the memory or, with `spill`, the disk does not have the room.
     """
-    layers = _Layers(model, tokens, chunk, dtype, ranks or Ranks())
+    layers = _Layers(model, tokens, chunk, dtype, ranks)
     allocate: Callable[..., Tensor]
     device = layers.device
     forward = model.config.forward_bytes(chunk)
@@ -151,7 +151,7 @@ class _Layers:
         self,
         read: Callable[[int, int], Tensor],
         allocate: Callable[..., Tensor],
-        on_chunk: Callable[[int], None] | None,
+        on_chunk: Callable[[int], None],
     ) -> Iterator[Tensor]:
         """Yield this rank's chunks of the final hidden states. `allocate(shape, dtype=...)` makes a tensor anywhere."""
         config = self.model.config
@@ -172,8 +172,7 @@ class _Layers:
             for chunk in self.chunks:
                 far = self._far(segments, chunk)
                 x = self._compute(layer, hidden[:, chunk.place], chunk, far, is_last)
-                if on_chunk:
-                    on_chunk(chunk.of_round)
+                on_chunk(chunk.of_round)
                 if is_last:
                     yield x
                 else:

@@ -29,7 +29,7 @@ from longnet_cli.running.causal_stream import open_stream
 from longnet_cli.running.device import free_memory, precision, resolve_dtype, to_device
 from longnet_cli.running.layerwise import hidden_in_chunks
 from longnet_cli.running.ranks.exchange import Exchange
-from longnet_cli.running.ranks.ranks import Ranks
+from longnet_cli.running.ranks.ranks import ALONE, Ranks
 
 # for one chunk's activations; a GPU takes an eighth of its free memory if that is more
 CHUNK_BYTES = 256 << 20
@@ -43,21 +43,19 @@ BENCH_CHUNK = 1 << 16
 GPU_BENCH_CHUNK = 1 << 20
 
 
-def chunk_of(
-    named: int | None, default: int, earlier: int | None = None, ranks: Ranks | None = None
-) -> int:
+def chunk_of(named: int | None, default: int, earlier: int = 0, ranks: Ranks = ALONE) -> int:
     """Return the tokens of a chunk of any job, the same on all `ranks`.
 
     The chunk that the user `named` counts first, then the chunk of the `earlier` run that this one continues, which
-    only rank 0 needs to know, then the smallest of the ranks' defaults. Raises ConfigError for a chunk below 1.
+    only rank 0 needs to know (0 if there is none), then the smallest of the ranks' defaults. Raises ConfigError for a
+    chunk below 1.
     """
     if named is not None:
         if named < 1:
             raise ConfigError(f"chunk must be 1 or more, not {named}")
         return named
-    ranks = ranks or Ranks()
     smallest = int(ranks.smallest(earlier or default))
-    return int(ranks.largest(earlier or 0)) or smallest
+    return int(ranks.largest(earlier)) or smallest
 
 
 def default_chunk(config: NetConfig, device: torch.device) -> int:
@@ -184,10 +182,10 @@ class Reader:
         model: Net,
         *,
         chunk: int | None = None,
-        earlier_chunk: int | None = None,
+        earlier_chunk: int = 0,
         dtype: str = "auto",
         spill: str | Path | None = None,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         events: Events | None = None,
     ) -> None:
         """Raise ConfigError for a chunk below 1."""
@@ -196,8 +194,8 @@ class Reader:
         self.device = next(model.parameters()).device
         self.dtype = resolve_dtype(dtype, self.device)
         self.chunk = chunk_of(chunk, default_chunk(model.config, self.device), earlier_chunk, ranks)
-        self.all_ranks = ranks or Ranks()
-        self.ranks = self.all_ranks.of_group()
+        self.all_ranks = ranks
+        self.ranks = ranks.of_group()
         self.events = events or Events()
 
     def read(self, windows: Iterable[W]) -> Iterator[list[Piece[W]]]:
