@@ -85,7 +85,7 @@ class Pattern:
             raise ValueError(
                 f"a pattern has at most {MAX_LEVELS} levels, got {len(self.segment_lengths)}"
             )
-        if min(self.segment_lengths) < 1 or min(self.dilation_rates) < 1:
+        if min(*self.segment_lengths, *self.dilation_rates) < 1:
             raise ValueError(
                 "segment lengths and dilation rates must be at least 1, "
                 f"got {self.segment_lengths} and {self.dilation_rates}"

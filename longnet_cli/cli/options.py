@@ -274,6 +274,11 @@ class Documents:
     skip_bad: bool = skip_bad_flag()
     share: Any = share_option()  # a Share
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The columns that are carried to the output."""
+        return tuple(self.keep or ())
+
 
 @dataclass(frozen=True)
 class ModelChoice:

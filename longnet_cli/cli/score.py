@@ -127,7 +127,7 @@ def score(options: ScoreCommand) -> None:
     asked = ScoreOptions(context, options.stride, options.last, options.by_position)
     _check(options)
     documents = options.documents
-    keep = documents.keep or ()
+    keep = documents.kept
     name = documents.id_column
     rows = output is not None or options.format != "text"
     if rows and name and name not in {*ROW_KEYS, *keep}:
@@ -165,7 +165,7 @@ def _check(options: ScoreCommand) -> None:
     check_pairs(PAIRS if dry_run else (*PAIRS, Excludes("--format", "-o", PRINTED)), options)
     if options.token_logprobs and len(options.context or ()) > 1:
         raise ConfigError("log-probabilities of tokens need one context: give only one")
-    if "kind" in (options.documents.keep or ()):
+    if "kind" in options.documents.kept:
         raise ConfigError("--keep kind: the output has a column of this name")
     if options.token_logprobs == "-":
         raise ConfigError("--token-logprobs needs a file: stdout carries the scores")

@@ -10,7 +10,6 @@ import atexit
 import gc
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -157,11 +156,10 @@ class Opened:
         """Return what reads documents with the model, in chunks as the earlier run did."""
         from longnet_cli.running.reader import Reader
 
-        earlier = self.found.earlier
         return Reader(
             self.loaded.net,
             chunk=self.computing.chunk,
-            earlier_chunk=earlier.settings.get("chunk", 0) if earlier else 0,
+            earlier_chunk=self.found.earlier.settings.get("chunk", 0),
             dtype=self.computing.dtype,
             spill=self.computing.spill,
             ranks=self.ranks,
@@ -187,7 +185,7 @@ class Opened:
             words,
             documents.column,
             documents.id_column,
-            tuple(documents.keep or ()),
+            documents.kept,
             vocab_size=net.config.vocab_size,
             eos_id=end_of_text(documents.eos, self.loaded.tokenizer),
             skip_bad=documents.skip_bad,
@@ -290,21 +288,20 @@ class ModelAndInputs:
         embeds: bool = False,
     ) -> None:
         from longnet_cli.data.input_files import InputFiles
+        from longnet_cli.data.manifest import Manifest
         from longnet_cli.data.tokenizer import Tokenizer
         from longnet_cli.hub.model_names import as_stored
         from longnet_cli.models.folder import ModelFolder
 
-        model = choice.name
         tokenizer = documents.tokenizer
         if choice.update:
-            ask_hub(model, tokenizer)
-        if earlier:
-            model = as_stored(model, [earlier.settings.get("model_name")])
+            ask_hub(choice.name, tokenizer)
+        self.earlier = earlier or Manifest({})
+        model = as_stored(choice.name, [self.earlier.settings.get("model_name")])
         self.documents = documents
         self.pattern = read_pattern(choice.pattern)
         self.embeds = embeds
-        self.earlier = earlier
-        self.done = earlier.totals if earlier else Counter[str]()  # by the earlier run
+        self.done = self.earlier.totals
         self.is_named = choice.model is not None  # and not the default model
         self.folder = ModelFolder.find(model, gguf=True, embeds=embeds)
         self.files = [self.folder.path, Tokenizer.find(tokenizer) if tokenizer else None]

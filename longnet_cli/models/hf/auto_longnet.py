@@ -213,23 +213,22 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         for name in ("output_attentions", "output_hidden_states"):
             if asked.get(name, getattr(self.config, name)):
                 raise ValueError(f"a LongNet gives its last hidden states alone: no {name}")
-        given = inputs_embeds if input_ids is None else input_ids
+        kind, given = ("embeddings", inputs_embeds) if input_ids is None else ("tokens", input_ids)
         if given is None:
             raise ValueError("give either input_ids or inputs_embeds")
-        before = cache.get_seq_length() if cache is not None else 0
-        columns = _columns(attention_mask, position_ids, before + given.shape[1])
+        before = 0
         if cache is not None:
+            before = cache.get_seq_length()
             cache.expect(given.shape[0])
-
-        kind = "embeddings" if input_ids is None else "tokens"
+        columns = _columns(attention_mask, position_ids, before + given.shape[1])
 
         def hidden_of(rows: AlignedRows) -> Tensor:
-            some = rows.of(given)[:, rows.skip :]
+            read: dict[str, Any] = {kind: rows.of(given)[:, rows.skip :]}
             place: dict[str, Any] = {"start": rows.start, "lengths": rows.lengths}
             if cache is not None:
                 part = cache.part(rows, self.net.config.pattern)
-                place["far"] = part.provider(None if input_ids is None else some)
-            return self.net(**{kind: some}, **place)
+                place["far"] = part.provider(read.get("tokens"))
+            return self.net(**read, **place)
 
         out = by_rows(columns, before, given.shape, hidden_of)
         if cache is not None:

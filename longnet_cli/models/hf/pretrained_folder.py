@@ -241,7 +241,7 @@ def register(prepare: Prepare) -> None:
             returned = hf.CONFIG_MAPPING[kind].from_dict(
                 {**data, _ATTENTION: ATTENTION_NAME}, **options
             )
-            config = returned[0] if isinstance(returned, tuple) else returned
+            config = _without_report(returned)
             own: Any = type(config)
             mark(config)
             marked: Any = type(config)
@@ -268,7 +268,7 @@ def _prepared(own: type, prepare: Prepare) -> type:
 
     def from_pretrained(cls: Any, *args: Any, **options: Any) -> Any:
         returned = own.from_pretrained(*args, **options)  # type: ignore[attr-defined]
-        model = returned[0] if isinstance(returned, tuple) else returned
+        model = _without_report(returned)
         asked = model.config._attn_implementation
         if asked == ATTENTION_NAME:
             prepare(model)
@@ -280,6 +280,11 @@ def _prepared(own: type, prepare: Prepare) -> type:
         return returned
 
     return _subclass(own, from_pretrained=classmethod(from_pretrained))
+
+
+def _without_report(returned: Any) -> Any:
+    """Return what was loaded, without the report that transformers may return beside it."""
+    return returned[0] if isinstance(returned, tuple) else returned
 
 
 ADAPTER = "adapter"  # a subfolder: beside the model's files, transformers would take the model for an adapter
