@@ -188,9 +188,8 @@ class _Layers:
             rows.zero_()
         for chunk in self.chunks:
             keys = self._keys(layer, hidden[:, chunk.place], chunk)
-            for whole in self._touched(chunk):
-                if whole in segments:
-                    segments[whole].put(keys, chunk.start)
+            for whole in segments.keys() & self._touched(chunk):
+                segments[whole].put(keys, chunk.start)
         if self.ranks.world > 1:
             # each row was made by one rank, and is zero on the others
             for some in rows.split(ROWS_AT_A_TIME, 1):

@@ -174,6 +174,13 @@ class Dense(nn.Module):
         return f"{kind}({self.linear.in_features}, {self.linear.out_features}, {type(self.activation).__name__})"
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, shown by its name alone."""
+
+    def __repr__(self) -> str:
+        return "LayerNorm"
+
+
 class FirstNumbers(nn.Module):
     """Keeps the first numbers of vectors."""
 
@@ -213,12 +220,7 @@ class SentenceModel:
     @property
     def modules(self) -> str:
         """The pooling and what follows it, for settings and metadata: `Pooling Dense(384, 64, Tanh) LayerNorm`."""
-        return " ".join(
-            [
-                "Pooling",
-                *("LayerNorm" if isinstance(x, nn.LayerNorm) else repr(x) for x in self.steps),
-            ]
-        )
+        return " ".join(["Pooling", *map(repr, self.steps)])
 
 
 def read_sentence_model(folder: Path) -> SentenceModel:
@@ -352,7 +354,7 @@ def _dense(folder: Path) -> nn.Module:
 
 def _layer_norm(folder: Path) -> nn.Module:
     settings = _read(_LayerNormSettings, folder / CONFIG)
-    return _loaded(nn.LayerNorm(settings.dimension, device="meta"), folder, "norm.")
+    return _loaded(LayerNorm(settings.dimension, device="meta"), folder, "norm.")
 
 
 def _normalize(folder: Path) -> nn.Module:

@@ -211,10 +211,11 @@ def _some_ids(model: PreTrainedModel, count: int) -> Tensor:
 def _tokens(model: PreTrainedModel) -> int:
     """Return one token more than the smallest window or chunk in a model's configuration, at least 8, at most MOST."""
     config = model.config.get_text_config().to_dict()
-    sizes = []
-    for key, x in config.items():
-        if isinstance(x, int) and x > 1 and _WINDOWS.search(key) and "layer" not in key:
-            sizes.append(x)
+    sizes = [
+        x
+        for key, x in config.items()
+        if isinstance(x, int) and x > 1 and _WINDOWS.search(key) and "layer" not in key
+    ]
     longest = config.get("max_position_embeddings")
     longest = longest - first_position(model) if isinstance(longest, int) else MOST
     return min(max(8, min(sizes) + 1) if sizes else FEW, MOST, longest)

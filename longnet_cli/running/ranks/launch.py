@@ -35,8 +35,8 @@ def divide(world: int, sp: int | None, dp: int | None) -> tuple[int, int]:
 
     Raises ConfigError where dp x sp is not the number of processes.
     """
-    sp = sp if sp is not None else world // dp if dp and world % dp == 0 else world
-    dp = dp if dp is not None else world // sp if world % sp == 0 else 1
+    sp = sp or _whole_quotient(world, dp) or world
+    dp = dp or _whole_quotient(world, sp) or 1
     if sp * dp != world:
         fits = ", ".join(f"{world // n} x {n}" for n in range(1, world + 1) if world % n == 0)
         raise ConfigError(
@@ -44,6 +44,11 @@ def divide(world: int, sp: int | None, dp: int | None) -> tuple[int, int]:
             "start more with --nproc or torchrun"
         )
     return sp, dp
+
+
+def _whole_quotient(world: int, groups: int | None) -> int | None:
+    """Return the processes of each of so many groups; None if they do not divide `world`, or none are given."""
+    return world // groups if groups and world % groups == 0 else None
 
 
 def unwind_on_signals() -> None:
