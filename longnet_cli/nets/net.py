@@ -60,18 +60,18 @@ class InputSequence(Generic[D]):
     """The rows that a net reads for a document: `start_rows`, from index `own_start` on the document's own, `end_rows`.
 
     `limit` is the most rows that the net reads, None for no limit; `alternatives` is as in `Net`. `cells`
-    (len(document), 2) float32 are read after each vector of the document. Of a `window`, the document's own rows are
-    those of [begin, end), None for all.
+    (len(document), 2) float32 are read after each vector of the document. The document's own rows are those of
+    [begin, end): all of them, but for a `window`.
     """
 
     document: D
     start_rows: np.ndarray
     limit: int | None
     alternatives: str
-    cells: np.ndarray | None = None
-    end_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    end: int
     begin: int = 0
-    end: int | None = None
+    end_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    cells: np.ndarray | None = None
 
     @property
     def own_start(self) -> int:
@@ -80,7 +80,7 @@ class InputSequence(Generic[D]):
     @property
     def _last(self) -> int:
         """The index of the first one of `end_rows`."""
-        return self.own_start + (len(self.document) if self.end is None else self.end) - self.begin
+        return self.own_start + self.end - self.begin
 
     def __len__(self) -> int:
         return self._last + len(self.end_rows)
@@ -185,9 +185,13 @@ class Net(nn.Module):
                 f"{document.where}: its vectors have {document.width} numbers, and the model reads {self.row_size}"
             )
         start_rows = self.start_rows(bos) if closing is None else np.array(bos_ids(bos), np.int64)
-        end_rows = np.array(closing or (), np.int64)
         return InputSequence(
-            document, start_rows, self.config.max_tokens, self.alternatives, end_rows=end_rows
+            document,
+            start_rows,
+            self.config.max_tokens,
+            self.alternatives,
+            end=len(document),
+            end_rows=np.array(closing or (), np.int64),
         )
 
     def inputs_like(self, shape: tuple[int, int]) -> Tensor:

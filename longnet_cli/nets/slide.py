@@ -254,7 +254,7 @@ class VectorNet(LongNet):
             )
         x = self.dropout(self.embed(self.rows(features, coords, counts, tile_size)))
         table = self.positions(x, 0)
-        place = Placement(lengths=None if lengths is None else (counts + 1).tolist())
+        place = Placement(lengths=(counts + 1).tolist())
         states = [self.head(_pooled(x, counts, pool))] if all_layers else []
         again &= torch.is_grad_enabled()
         for layer in self.layers:

@@ -98,7 +98,7 @@ def save_pretrained(
     tokenizer_json: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     eos: str | None = None,
-    foreign: Mapping[str, Any] | None = None,
+    foreign: Mapping[str, Any] = {},
 ) -> None:
     """Write a model directory; `tokenizer_json` is the text of a `tokenizers` file.
 
@@ -116,7 +116,7 @@ def save_pretrained(
     tokenizer = json.loads(tokenizer_json or "{}")
     ids = _ids(tokenizer)
     digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: json_sha256(settings)}
-    keys = settings | foreign_keys(model.config, ids, eos) | dict(foreign or {})
+    keys = settings | foreign_keys(model.config, ids, eos) | dict(foreign)
     data: dict[str, Any] = {CONFIG: keys}
     if tokenizer_json is not None:
         data |= foreign_files(ids, eos)
@@ -271,10 +271,8 @@ def refuse_differences(
     shapes: Iterable[tuple[str, Sequence[int], Sequence[int]]] = (),
 ) -> None:
     """Raise CheckpointError if tensors are missing, unexpected, or of other `shapes` (name, stored, needed)."""
-    problems = []
-    for what, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
-        if names:
-            problems.append(list_names(what, names))
+    groups = {"missing": sorted(missing), "unexpected": sorted(unexpected)}
+    problems = [list_names(what, names) for what, names in groups.items() if names]
     for name, stored, needed in sorted(shapes)[:3]:
         problems.append(f"{name} has shape {tuple(stored)}, and the net needs {tuple(needed)}")
     if problems:
