@@ -201,7 +201,10 @@ def _some_ids(model: PreTrainedModel, count: int) -> Tensor:
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     size = min(len(table.weight) for table in tables if table is not None)
     settings = model.config.get_text_config().to_dict()
-    special = {value for key, value in settings.items() if "token" in key and type(value) is int}
+    special = set()
+    for key, value in settings.items():
+        if "token" in key and type(value) is int:
+            special.add(value)
     plain = torch.tensor(sorted({*range(size)} - special))
     random = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(plain), (1, count), generator=random)
