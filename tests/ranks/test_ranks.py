@@ -90,7 +90,7 @@ def test_gpus_wait_for_minutes_and_hosts_for_a_checkpoint(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", given)
     monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=every))
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(dist, "new_group", MagicMock(side_effect=[own, other]))
+    monkeypatch.setattr(dist, "new_subgroups", lambda size: (own, [own, other]))
     assert join("cuda", sp=2)[0].group is own
     assert given.call_args.kwargs["timeout"] >= timedelta(minutes=30)
     for group in (every, own):
