@@ -281,9 +281,8 @@ def seconds_by_part(
     exchanges = sequences * chunks * config.num_layers
     forward = work.attention / work.forwards / rates["attention"]  # seconds per token, of one pass
     backward = work.attention_backward / rates["attention_backward"]
-    near = (
-        tokens / sp / chunks / config.num_layers
-    )  # tokens times layers of the attention that hides an exchange
+    # Tokens times layers of the attention that hides an exchange
+    near = tokens / sp / chunks / config.num_layers
     covers = [(work.forwards, near * forward), (bool(back), near * backward)]
     layers, logits = moved_bytes(config, machine.itemsize)
     moved = (work.forwards + back) * layers + (work.logits + back * predicted) * logits
@@ -492,9 +491,8 @@ def reading_plans(
     flops += keys_again(config, tokens, chunk)
     for sp, dp in meshes(machine, None if shareable else 1):
         ranks = Ranks(0, sp, sp)
-        exchanging = (
-            config.causal or tokens <= chunk * sp
-        )  # a longer bidirectional one is read layer by layer
+        # A longer bidirectional one is read layer by layer
+        exchanging = config.causal or tokens <= chunk * sp
         memory = {
             "program": int(rates["reserved"]),
             **reading_memory(net, read, machine.dtype, scores=scores),
@@ -750,9 +748,8 @@ def measured_rates(where: torch.device, dtype: str, ranks: Ranks, folder: Path) 
         (5 * x.numel() + 4 * weight.shape[0] * TOKENS) * x.element_size(),
     )
 
-    def elementwise() -> tuple[
-        torch.Tensor, torch.Tensor
-    ]:  # as in a layer: they move x five times, `wide` four times
+    # As in a layer: they move x five times, `wide` four times
+    def elementwise() -> tuple[torch.Tensor, torch.Tensor]:
         return F.layer_norm(x, x.shape[1:]) + x, F.layer_norm(F.gelu(wide), wide.shape[1:])
 
     rates["bandwidth"] = moved / best(elementwise)

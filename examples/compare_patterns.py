@@ -178,9 +178,8 @@ def main() -> None:
         parser.error(str(error))
     rows: list[Row] = []
     for pattern in patterns:
-        with get_context("spawn").Pool(
-            1
-        ) as pool:  # its own process, so that its peak memory is the pattern's
+        # Its own process, so that its peak memory is the pattern's
+        with get_context("spawn").Pool(1) as pool:
             arguments = (
                 options.model,
                 pattern,

@@ -39,16 +39,18 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PREDICTED = ROOT / "docs/measurements/gpu_predicted.json"  # from before any GPU had run this
 DTYPES = ("bf16", "fp16", "fp32")
+# How Python runs a command
 MODULES = {
     "longnet": ["-m", "longnet_cli"],
     "pytest": ["-m", "pytest"],
     "python": [],
-}  # how Python runs a command
+}
 MOST_SHOWN = 15  # kernels
+# Seconds that a process may take to start, and to end once it is asked to
 START, GRACE = (
     25.0,
     10.0,
-)  # seconds that a process may take to start, and to end once it is asked to
+)
 TRIED = "fp32 and not (compiled or math)"  # the tests that run with --small
 
 Row = dict[str, Any]
@@ -92,16 +94,10 @@ class Step:
             )
         try:
             lines, wrong = self.show(found)
-        except (
-            ValueError,
-            KeyError,
-            OSError,
-            ElementTree.ParseError,
-        ) as error:  # a killed process leaves less
-            lines, wrong = (
-                [f"Nothing can be read of its output: {type(error).__name__}: {error}"],
-                [],
-            )
+        except (ValueError, KeyError, OSError, ElementTree.ParseError) as error:
+            # A killed process leaves only a part of its output
+            reason = f"{type(error).__name__}: {error}"
+            lines, wrong = [f"Nothing can be read of its output: {reason}"], []
         if wrong and code == 1:  # the exit code only repeats it
             failures = []
         return [f"    {shown}", "", *lines], failures + wrong
@@ -148,9 +144,8 @@ def not_measured(rows: list[Row]) -> list[str]:
 
 
 def rows_of(text: str) -> list[Row]:
-    return [
-        json.loads(line) for line in text.splitlines() if line.endswith("}")
-    ]  # the last one may be cut off
+    # The last one may be cut off
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 
 def show_attention(text: str) -> tuple[list[str], list[str]]:
@@ -310,9 +305,8 @@ def show_training(text: str, machine: Row) -> tuple[list[str], list[str]]:
 def show_tests(path: Path) -> tuple[list[str], list[str]]:
     """Return counts, failures by name, and the reasons why tests were skipped."""
     failures, skipped, passed = [], Counter[str](), 0
-    for case in ElementTree.parse(path).iterfind(
-        ".//testcase[@name]"
-    ):  # an interrupted one has no name there
+    # An interrupted one has no name there
+    for case in ElementTree.parse(path).iterfind(".//testcase[@name]"):
         outcome = next(
             (child for child in case if child.tag in ("failure", "error", "skipped")), None
         )
@@ -419,9 +413,8 @@ def profiled(device_name: str, small: bool) -> list[Row]:
     with profile() as found:
         seconds(1)
     for event in found.key_averages():
-        if (
-            not cuda or event.device_type == torch.autograd.DeviceType.CUDA
-        ):  # a kernel, not the operator that calls it
+        # A kernel, not the operator that calls it
+        if not cuda or event.device_type == torch.autograd.DeviceType.CUDA:
             taken = event.self_device_time_total if cuda else event.self_cpu_time_total
             rows.append({"name": event.key, "calls": event.count, "seconds": taken / 1e6})
     return rows

@@ -88,9 +88,8 @@ def encode_query(query: str, facts: dict[bytes, bytes], dims: int) -> np.ndarray
         "--prefix",
         prompt or "none",
     ]
-    if (
-        b"longnet.pattern" in facts and b"longnet.context" not in facts
-    ):  # windows are read by the model's own attention
+    # Windows are read by the model's own attention
+    if b"longnet.pattern" in facts and b"longnet.context" not in facts:
         command += ["--pattern", facts[b"longnet.pattern"].decode()]
     if facts.get(b"longnet.normalized") == b"false":
         command += ["--no-normalize"]
@@ -179,9 +178,8 @@ def main() -> None:
                 "no texts are shown: give their folder (--root), or their column (--text)",
                 file=sys.stderr,
             )
-        best = {
-            names[place]: place for place in np.argsort(found).tolist()
-        }  # of each document, its best span
+        # The best span of each document
+        best = {names[place]: place for place in np.argsort(found).tolist()}
         for place in sorted(best.values(), key=lambda place: -found[place])[: args.top]:
             row = rows[place]
             print(f"{found[place]:.3f}  {names[place]}, tokens {row['start']} to {row['end']}")

@@ -28,10 +28,11 @@ from pathlib import Path
 DOCUMENT_BYTES = 300_000
 WHEEL_BYTES = 86_000  # of a document of a wheel
 SMALLEST_PACKAGE = 20_000  # bytes; a smaller one makes no long document
+# Left out: they hold copies of other packages and of the standard library
 COPIES = (
     "pip",
     "setuptools",
-)  # left out: they hold copies of other packages and of the standard library
+)
 
 
 def is_held_out(package: str) -> bool:

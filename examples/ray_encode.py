@@ -58,9 +58,8 @@ def main() -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init()
     else:
-        ray.init(
-            num_cpus=(arguments.workers or os.cpu_count() or 1) + 1
-        )  # one more to read and to write
+        # One CPU more, to read and to write
+        ray.init(num_cpus=(arguments.workers or os.cpu_count() or 1) + 1)
     # The newer reader of Ray 2.60 has actors that Ray does not start again when their node dies
     ray.data.DataContext.get_current().use_datasource_v2 = False
     found = ray.cluster_resources()

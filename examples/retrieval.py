@@ -165,9 +165,8 @@ def documents_in(archives: list[Path]) -> Iterator[tuple[str, str, str]]:
 
 def make_tasks(archives: list[Path]) -> Tasks:
     """Return the pairs of each task, those with the smallest digests first."""
-    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(
-        dict
-    )  # task -> digest of the text -> pair
+    # Task -> digest of the text -> pair
+    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
     for kind, name, text in documents_in(archives):
         size, digest = len(text.encode()), hashlib.sha256(text.encode()).hexdigest()
         for letter, (least, most) in SIZES.items():
@@ -384,9 +383,8 @@ def report_spans(
         scores, texts = span_scores(firsts[mine], seconds[mine]), [pair[1] for pair in pairs]
         report(task, method, read, scores, texts, shares[mine])
         if words_too:
-            both = z_scores(scores) + z_scores(
-                word_scores(pairs, read and 4 * read)["tf-idf"]
-            )  # as many bytes, about
+            # A token has about four bytes
+            both = z_scores(scores) + z_scores(word_scores(pairs, read and 4 * read)["tf-idf"])
             report(task, f"{method}, and words", read, both, texts, shares[mine])
 
 

@@ -36,14 +36,12 @@ def main() -> None:
 
     def encoded(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in encode_batches(batches, model=model):
-            vectors = batch["embedding"].cast(
-                pa.list_(pa.float32())
-            )  # Spark has no lists of a fixed size
+            # Spark has no lists of a fixed size
+            vectors = batch["embedding"].cast(pa.list_(pa.float32()))
             yield batch.set_column(batch.schema.get_field_index("embedding"), "embedding", vectors)
 
-    if (
-        "PYSPARK_GATEWAY_PORT" not in os.environ
-    ):  # which spark-submit sets, beside the Python of its cluster
+    # spark-submit sets this, beside the Python of its cluster
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     spark = SparkSession.builder.appName("longnet encode").getOrCreate()
     spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "256")

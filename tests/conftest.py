@@ -109,10 +109,8 @@ class Recorder:
     def pytest_sessionfinish(self) -> None:
         known = json.loads(DURATIONS.read_text(encoding="utf-8"))
         known = {file: seconds for file, seconds in known.items() if (ROOT / file).exists()}
-        for (
-            file,
-            seconds,
-        ) in self.seconds.items():  # of a file with tests for CI alone, one run has one part
+        # One run has only a part of a file that has tests for CI alone
+        for file, seconds in self.seconds.items():
             known[file] = max(known.get(file, 0), round(seconds, 1))
         DURATIONS.write_text(json.dumps(known, indent=0, sort_keys=True) + "\n", encoding="utf-8")
 

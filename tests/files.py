@@ -78,12 +78,8 @@ def pipe(data: bytes, texts: bool = False) -> Any:
 
     def feed() -> None:
         with contextlib.suppress(BrokenPipeError), open(writer, "wb", buffering=0) as end:
-            for part in (
-                data[:3],
-                data[3:9],
-                data[9:40],
-                data[40:],
-            ):  # the first is shorter than the magic
+            # The first part is shorter than the first bytes by which a format is known
+            for part in (data[:3], data[3:9], data[9:40], data[40:]):
                 end.write(part)
 
     feeder = threading.Thread(target=feed)

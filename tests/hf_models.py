@@ -129,9 +129,8 @@ MODELS = [*CAUSAL, bert, modernbert]
 def built(model: Callable[..., hf.PreTrainedModel], **changes: Any) -> hf.PreTrainedModel:
     torch.manual_seed(0)
     found = model(**changes).eval()
-    for (
-        parameter
-    ) in found.parameters():  # initial weights are so small that attention would hardly show
+    # Initial weights are so small that attention would hardly show
+    for parameter in found.parameters():
         parameter.data.mul_(3 if parameter.dim() > 1 else 1)
     return found
 

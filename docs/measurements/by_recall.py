@@ -26,9 +26,8 @@ from longnet_cli.jobs.scoring.token_logprobs import LogprobFile
 def distances(ids: np.ndarray) -> np.ndarray:
     """Return (n,) how many ids ago the pair that ends at each of `ids` (n,) was last there, 0 for a new pair."""
     pairs = ids[:-1].astype(np.int64) << 32 | ids[1:]
-    order = np.argsort(
-        pairs, kind="stable"
-    )  # the places of a pair are then neighbours, in ascending order
+    # The places of a pair are then neighbours, in ascending order
+    order = np.argsort(pairs, kind="stable")
     found = np.zeros(len(ids), np.int64)
     found[order[1:] + 1] = np.where(np.diff(pairs[order]) == 0, np.diff(order), 0)
     return found
@@ -48,9 +47,8 @@ def table(files: Sequence[str]) -> Iterator[str]:
         _, ids, _ = of_files[0]
         if not all(np.array_equal(ids, others) for _, others, _ in of_files):
             raise LongNetError(f"document {of_files[0][0]!r} has other tokens in another file")
-        row = np.frexp(distances(ids).astype(float))[
-            1
-        ]  # 0 for a new pair, otherwise 1 + the floor of log2
+        # 0 for a new pair, otherwise 1 + the floor of log2
+        row = np.frexp(distances(ids).astype(float))[1]
         sums = [np.bincount(row, -logprobs.astype(float), 64) for _, _, logprobs in of_files]
         counts = np.bincount(row, minlength=64)
         for place in np.flatnonzero(counts):

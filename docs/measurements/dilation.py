@@ -78,9 +78,8 @@ class Arm(NamedTuple):
     pattern: str
     position: str = "rope"
     beside: str = "window"
-    group_sizes: tuple[
-        int, ...
-    ] = ()  # tokens of a position of each level, in place of its dilation rate
+    # Tokens of a position of each level, in place of its dilation rate
+    group_sizes: tuple[int, ...] = ()
     steps: int = 96
     window: int = WINDOW
     batch_tokens: int = WINDOW
@@ -135,6 +134,7 @@ DOCUMENT_CHARACTERS = 300_000  # of a document of Python, at least
 DOCUMENTS = 16
 CONTEXTS = (1024, 4096, WINDOW)
 POSITIONS = (0, 1024, 2048, 4096, 8192, WINDOW)
+# Tokens ago; the first number of each row is of new bigrams
 RECALL = (
     1,
     1024,
@@ -142,7 +142,7 @@ RECALL = (
     4096,
     8192,
     WINDOW,
-)  # tokens ago; the first number of each row is of new bigrams
+)
 TOKENS = {  # SHA-256 of the ids, as little-endian int32, of all documents in order
     "prose-train": "4563c50c779a91757c7eebbbaac364e18665f2f5d3d65f7f65f65876bb94d4ce",
     "prose-held-out": "1ddd587a61930c4df1e5b13fad0dcd652533c5173523949ca8bb7b87ceb787e8",
@@ -461,9 +461,8 @@ def table() -> Iterator[str]:
 
 
 Measured = tuple[np.ndarray, np.ndarray]  # nats and tokens of each document, (documents,) each
-Measure = Callable[
-    [dict[str, Any], int], Measured
-]  # from a row and the index of a context, or of a range
+# From a row and the index of a context, or of a range
+Measure = Callable[[dict[str, Any], int], Measured]
 
 
 def _by_context(row: dict[str, Any], index: int) -> Measured:

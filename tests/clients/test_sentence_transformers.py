@@ -78,9 +78,8 @@ def test_it_is_trained_and_saved_as_a_model_of_both(causal, tmp_path):
 
 
 def test_the_benchmark_takes_the_mean_of_a_models_windows(tmp_path, run_python, python):
-    folder = save_model(
-        tmp_path / "model", window=10
-    )  # eight tokens of a text, and two around them
+    # A window has eight tokens of a text, and two around them
+    folder = save_model(tmp_path / "model", window=10)
     model = SentenceTransformer(str(folder), device="cpu")
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, 20)) for _ in range(16)]

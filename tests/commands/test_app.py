@@ -276,14 +276,8 @@ finally:
 
 
 def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(command_env):
-    command = [
-        sys.executable,
-        "-X",
-        "importtime",
-        "-m",
-        "longnet_cli",
-        "--version",
-    ]  # which says what is imported
+    # With importtime, Python says what it imports
+    command = [sys.executable, "-X", "importtime", "-m", "longnet_cli", "--version"]
     with subprocess.Popen(command, env=command_env, stderr=subprocess.PIPE, text=True) as process:
         while "longnet_cli.basics.errors" not in process.stderr.readline():
             pass

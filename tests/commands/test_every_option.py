@@ -220,9 +220,8 @@ def read_file(path: Path) -> tuple[Any, dict[str, str]]:
         return rows, {each.name: str(each.type) for each in table.schema}
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [
-            *flat([row for row in rows if row.get("kind") != "total"])
-        ], {}  # which other formats do not have
+        # Other formats have no row of totals
+        return [*flat([row for row in rows if row.get("kind") != "total"])], {}
     if path.name == "config.json":
         return [json.loads(path.read_text())], {}
     return None, {}

@@ -359,11 +359,8 @@ def test_nothing_bad_ends_in_a_traceback_hangs_or_changes_a_number(run, template
         max_examples=1000,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        phases=[
-            Phase.explicit,
-            Phase.reuse,
-            Phase.generate,
-        ],  # a case is small: making it smaller takes minutes
+        # A case is small: making it smaller takes minutes
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],
     )
     @given(CASES)
     def attack(chosen: tuple[str, Any]) -> None:

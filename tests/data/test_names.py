@@ -49,12 +49,13 @@ def test_folders_are_read_in_natural_order_without_what_is_not_text(tmp_path):
     with pytest.warns(
         InputWarning, match=r": 1 file is not read beside the 4 files like __init__.py: image.png$"
     ):
+        # An empty text, too
         assert names(tmp_path) == [
             "__init__.py",
             "part-2.py",
             "part-10.txt",
             "sub/part-3.md",
-        ]  # an empty text, too
+        ]
 
 
 def test_documents_of_a_folder_that_are_not_read_are_told(tmp_path):

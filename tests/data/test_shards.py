@@ -148,9 +148,8 @@ def test_what_the_dead_left_is_removed_and_nothing_else(tmp_path):
         "notes.txt",
     ):
         (tmp_path / name).write_bytes(b"half")
-    with ipc.new_file(
-        tmp_path / "vectors-00001.arrow", SCHEMA
-    ) as shard:  # whole, but killed before the manifest said so
+    # The shard is whole, but the job was killed before the manifest said so
+    with ipc.new_file(tmp_path / "vectors-00001.arrow", SCHEMA) as shard:
         shard.write(rows(9))
     write(tmp_path, resume=True)
     shards = [f"vectors-0000{index}.arrow" for index in range(4)]

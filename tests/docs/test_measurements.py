@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ci
 FOLDER = ROOT / "docs/measurements"
 WINDOW, CHOSEN = "window:64,sinks=4", "window:64,chosen=2x32"
 # of each script: its arguments in a folder with a Llama and texts, and how many rows it prints
-# ways and methods
+# The command of a script, and how many rows it prints: ways, methods or tasks
 SCRIPTS = {
     "ask.py": (f"./llama --text a.txt --tokens 500 --passages 1 --alone --pattern {WINDOW}", 15),
     "passage.py": (
@@ -33,7 +33,7 @@ SCRIPTS = {
     "ruler.py": (
         f"./llama {CHOSEN} --text a.txt --tokens 1500 --haystacks 1 --questions 2",
         7,
-    ),  # tasks
+    ),
 }
 
 

@@ -70,9 +70,8 @@ CLASSES = [
 BASES = {
     node.name: [base.id for base in node.bases if isinstance(base, ast.Name)] for node in CLASSES
 }
-MEMBERS: dict[
-    str, set[str]
-] = {}  # of classes, by name in small letters: `pattern.sinks` is Pattern's
+# Of classes, by name in small letters: `pattern.sinks` is Pattern's
+MEMBERS: dict[str, set[str]] = {}
 for of_class in CLASSES:
     MEMBERS.setdefault(of_class.name.strip("_").lower(), set()).update(defined(of_class))
 for name, bases in BASES.items():

@@ -190,13 +190,14 @@ def test_a_name_on_a_hub_comes_from_the_cache(checkpoint, tmp_path, monkeypatch)
 @torch.no_grad()
 def test_tile_size_moves_the_grid_alone_and_tiles_outside_it_are_refused():
     model, (features, coords) = small(tile_size=128), tiles(80)
+    # Of (8192 / 128)^2 = 2^12 tiles
     assert model.config.segment_lengths == (
         1024,
         1448,
         2048,
         2896,
         4096,
-    )  # of (8192 / 128)^2 = 2^12 tiles
+    )
     assert small(tile_size=256, max_wsi_size=250_000).config.segment_lengths == (
         1024,
         4870,

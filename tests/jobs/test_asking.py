@@ -196,9 +196,8 @@ def test_an_answer_goes_to_stdout_and_its_sources_to_stderr(model, run_longnet):
     passage = TEXT[int(begin.replace(",", "")) : int(end.replace(",", ""))]
     assert "key is 4821" in passage
     assert shown in passage
-    assert shown.startswith(
-        "The shed's key is 4821."
-    )  # the question's words, and not the beginning
+    # The excerpt has the question's words, and not the beginning
+    assert shown.startswith("The shed's key is 4821.")
     row = json.loads(run_longnet("ask --passages 1 --format json texts", *words).stdout)
     assert done.stdout.strip() == row.pop("answer")
     assert re.findall("note: .* parameters: .* of 40 questions .* read the sources", done.stderr)

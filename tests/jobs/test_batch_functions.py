@@ -189,12 +189,13 @@ def test_the_rows_of_a_frame_without_names_are_numbered():
         {"__arrow_c_stream__": lambda self, schema=None: texts.__arrow_c_stream__(schema)},
     )()
     texts = TABLE.select(["text"])
+    # Document 2 is empty
     assert encode_batches(frame)["doc_id"].to_pylist() == [
         "0",
         "1",
         "3",
         "4",
-    ]  # document 2 is empty
+    ]
     assert score_batches(frame)["doc_id"].to_pylist() == ["0", "1", "2", "3", "4"]
     with pytest.raises(ConfigError, match="no column 'name'"):
         score_batches(frame, id_column="name")

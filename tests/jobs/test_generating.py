@@ -114,9 +114,8 @@ def test_many_equal_prompts_follow_the_distribution_of_the_model(tmp_path):
         tenth[[json.loads(line)["tokens"][0] for line in printed.splitlines()]], minlength=10
     )
     expected = 200 * torch.zeros(10).double().index_add(0, tenth, shares)
-    assert (
-        (drawn - expected) ** 2 / expected
-    ).sum() < 27.9  # of 9 degrees of freedom: one in a thousand is above
+    # Of 9 degrees of freedom, one sum in a thousand is above 27.9
+    assert ((drawn - expected) ** 2 / expected).sum() < 27.9
     assert invoke("generate -i", path, *words).stdout == printed
 
 

@@ -189,10 +189,8 @@ def test_sinks_that_cannot_be_moved_are_refused():
             ),
             "in several dimensions",
         ),
-        (
-            gptj,
-            "of its own|does not pick its attention by name",
-        ),  # by name: with older transformers
+        # Older transformers say that it does not pick its attention by name
+        (gptj, "of its own|does not pick its attention by name"),
     ):
         expected = net(ids(20)).logits
         with pytest.raises(ConfigError, match=message):

@@ -279,9 +279,8 @@ def training_in_shards(dtype: torch.dtype) -> None:
         for _ in range(pick.choice([0, 2, 9])):
             ids[pick.randrange(batch), pick.randrange(tokens)] = EOS
         if not causal:
-            targets[
-                :, : tokens // world
-            ] = -100  # the first rank has nothing to lose: no hang, no NaN
+            # The first rank has nothing to lose: no hang, no NaN
+            targets[:, : tokens // world] = -100
         cut = causal and seed > 0 and pick.choice([True, False])
         loss = backward(
             model, ids, targets, chunk=10_000, starts=document_starts(ids, EOS) if cut else None
