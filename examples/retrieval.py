@@ -165,8 +165,9 @@ def documents_in(archives: list[Path]) -> Iterator[tuple[str, str, str]]:
 
 def make_tasks(archives: list[Path]) -> Tasks:
     """Return the pairs of each task, those with the smallest digests first."""
-    # Task -> digest of the text -> pair
-    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
+    found: dict[str, dict[str, tuple[str, str]]] = defaultdict(
+        dict
+    )  # task -> digest of the text -> pair
     for kind, name, text in documents_in(archives):
         size, digest = len(text.encode()), hashlib.sha256(text.encode()).hexdigest()
         for letter, (least, most) in SIZES.items():
@@ -383,8 +384,9 @@ def report_spans(
         scores, texts = span_scores(firsts[mine], seconds[mine]), [pair[1] for pair in pairs]
         report(task, method, read, scores, texts, shares[mine])
         if words_too:
-            # A token has about four bytes
-            both = z_scores(scores) + z_scores(word_scores(pairs, read and 4 * read)["tf-idf"])
+            both = z_scores(scores) + z_scores(
+                word_scores(pairs, read and 4 * read)["tf-idf"]
+            )  # as many bytes, about
             report(task, f"{method}, and words", read, both, texts, shares[mine])
 
 

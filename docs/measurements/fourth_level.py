@@ -3,6 +3,7 @@
     python examples/package_corpus.py runs/packages
     python docs/measurements/fourth_level.py data runs/packages
     longnet tokenize runs/packages/whole_train.jsonl -o runs/packages/whole --tokenizer longnet-tiny
+    mkdir -p runs/before && git archive b727aa70 models/longnet-tiny | tar -x -C runs/before
     L=look_back=1,overlap=once,queries=all
     longnet train docs/measurements/fourth-level.toml -o runs/four
     longnet train docs/measurements/fourth-level.toml -o runs/three --set model.pattern=512/1,2Ki/4,8Ki/16,$L

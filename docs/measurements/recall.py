@@ -111,8 +111,9 @@ def train(pattern: Pattern, args: argparse.Namespace, seed: int, longest: int) -
     ]
     distances = np.unique(np.geomspace(4, longest, 100).astype(int))
     for step in range(args.steps):
-        # Distances are short for a third of the steps, then of any length up to a growing limit
-        done = step / args.steps
+        done = (
+            step / args.steps
+        )  # short for a third of the steps, then of any length up to a growing limit
         tokens = int(SHORT * (longest / SHORT) ** (min(1.0, max(0.0, 3 * done - 1)) * rng.random()))
         ids, rows, places, values = sequences(
             rng, max(1, args.batch_tokens // tokens), tokens, distances
@@ -160,8 +161,9 @@ def seen(
         return keys, [None] * len(distances)
     for i, distance in enumerate(distances):
         late = queries[queries >= distance]
-        # The value stood right after its key
-        found[i] = float(counts[:, late, late - distance + 1].any(0).float().mean())
+        found[i] = float(
+            counts[:, late, late - distance + 1].any(0).float().mean()
+        )  # where the value stood
     return keys, found.tolist()
 
 

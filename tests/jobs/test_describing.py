@@ -43,7 +43,7 @@ EVEN = [
 ]
 KEYS = {"name", "pattern", "levels", "apart", "total", "dense", "seq", "heads",
         "head_dim", "causal"}  # fmt: skip
-TINY = "512/1,2048/4,8192/16,look_back=1,overlap=once,queries=all"  # of longnet-tiny
+TINY = "512/1,2048/4,8192/16,32768/64,look_back=1,overlap=once,queries=all"  # of longnet-tiny
 ROW = {
     "segment_length",
     "dilation_rate",
