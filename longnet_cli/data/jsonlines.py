@@ -203,11 +203,12 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _column_type(key: str, value: Any, id_column: str | None) -> pa.DataType | None:
     """Return the type of a column of names, parts or documents by one value; None if it holds something else."""
-    kinds: dict[str | None, dict[type, pa.DataType]] = {"part": {int: pa.int64()}}
-    kinds |= dict.fromkeys((*ID_COLUMNS, id_column), dict.fromkeys(_NAMES, pa.string()))
-    if kind := kinds.get(key, {}).get(type(value)):
-        return kind
-    if isinstance(value, list) and any(isinstance(item, dict) and "role" in item for item in value):
+    if key in (*ID_COLUMNS, id_column) and type(value) in _NAMES:
+        return pa.string()
+    if key == "part" and type(value) is int:
+        return pa.int64()
+    items = value if isinstance(value, list) else []
+    if any(isinstance(item, dict) and "role" in item for item in items):
         return _CHAT
     with suppress(pa.ArrowException, OverflowError, ValueError, TypeError):
         return _PLAIN.get(pa.array([value]).type)

@@ -100,10 +100,12 @@ class Document:
         start, stop, _ = slice(start, stop).indices(self._length)
         out = np.empty(max(0, stop - start), np.int64)
         for done, part, offset, ids in self._stretches(start, stop):
+            count = len(ids)
             highest = np.maximum.reduce(ids.view(self._unsigned))
-            if int(highest) > self._highest or part.is_null(offset, len(ids)).any():
+            is_too_large = int(highest) > self._highest
+            if is_too_large or part.is_null(offset, count).any():
                 raise self._refuse(part, offset, ids)
-            out[done : done + len(ids)] = ids
+            out[done : done + count] = ids
         return out
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, Part, int, np.ndarray]]:
