@@ -130,9 +130,8 @@ def _new_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
             # a network file system without locks, where leftovers are never removed
             with suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(
-                handle
-            ).st_nlink:  # otherwise another writer removed it before it was locked
+            # Without a link, another writer has removed it before it was locked
+            if os.fstat(handle).st_nlink:
                 return temporary, handle
             os.close(handle)
         except FileExistsError:

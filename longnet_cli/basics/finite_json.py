@@ -11,10 +11,8 @@ def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True)
     """Return the JSON of a value, with null for floats that are not finite. The options are as in json.dumps."""
     try:
         return json.dumps(value, allow_nan=False, indent=indent, ensure_ascii=ensure_ascii)
-    except (
-        ValueError,
-        TypeError,
-    ):  # rare: a value with such a number, a mapping that is not a dict, or a date
+    # Rare: a value with such a number, a mapping that is not a dict, or a date
+    except (ValueError, TypeError):
         return json.dumps(
             finite(value), allow_nan=False, indent=indent, ensure_ascii=ensure_ascii, default=_text
         )

@@ -191,10 +191,8 @@ def _parse(line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         problem = error.msg.removesuffix(" at")  # Unterminated string starting at
         raise ValueError(f"not JSON: {problem} at character {error.pos}") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits, or deeply nested brackets
+    # A number of thousands of digits, or deeply nested brackets
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")

@@ -95,9 +95,8 @@ def _open_remote(input_file: InputFile, wanted: Wanted) -> Text | Table:
     file = open_remote(input_file.filesystem, str(input_file.path), input_file.where)
     # A store that is busy answers with some lines. pyarrow tries again only if they fit what it asked for.
     kind = sniff(file.read(BUSY_ANSWER)[:8])
-    if (
-        kind != "parquet"
-    ):  # whose reader asks for the columns that it needs; a buffer would read more
+    # The reader of Parquet asks for the columns that it needs; a buffer would read more
+    if kind != "parquet":
         file = io.BufferedReader(file, REMOTE_BUFFER)
     return _open_file(input_file, kind, file, wanted)
 

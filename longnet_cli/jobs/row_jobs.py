@@ -95,9 +95,8 @@ class RowJob(ABC):
     nothing: str  # the error for rows without any token
     doing: ClassVar[str]
     row_name: ClassVar[str]
-    text_fields: ClassVar[
-        Sequence[pa.Field]
-    ] = ()  # of a document of text, before those that it carries
+    # The columns of a document of text, before those that it carries
+    text_fields: ClassVar[Sequence[pa.Field]] = ()
     least: int = 0  # a document of fewer tokens has no row
     scores: ClassVar[bool] = False  # it computes logits
     shard_name: ClassVar[str]

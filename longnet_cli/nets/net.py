@@ -36,9 +36,8 @@ def bos_ids(bos: Bos) -> tuple[int, ...]:
 class Readable(Protocol):
     """Token ids, or vectors that a net reads in their place. Any slice can be read."""
 
-    def read(
-        self, start: int, stop: int, /
-    ) -> np.ndarray: ...  # (stop - start,) int64, or (stop - start, n) float32
+    # Returns (stop - start,) int64, or (stop - start, n) float32
+    def read(self, start: int, stop: int, /) -> np.ndarray: ...
 
 
 class DocumentLike(Readable, Protocol):

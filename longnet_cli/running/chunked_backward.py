@@ -36,9 +36,8 @@ class Tokens(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def device(self) -> torch.device: ...
-    def __getitem__(
-        self, index: tuple[int | slice, slice], /
-    ) -> Tensor: ...  # (n,), or (b, n) for a slice of rows
+    # Returns (n,), or (b, n) for a slice of rows
+    def __getitem__(self, index: tuple[int | slice, slice], /) -> Tensor: ...
 
 
 def backward_in_chunks(

@@ -289,9 +289,8 @@ class _TrainingRun:
         if following and ranks.sp == 1:
             with suppress(Exception):  # which is raised when its own step reads them
                 following.fetch(train.chunk + 1)  # while the device computes
-        loss, grad_norm = torch.stack(
-            (nll / targets_of_all_ranks, total_norm.double())
-        ).tolist()  # the only wait for the device
+        # The only wait for the device
+        loss, grad_norm = torch.stack((nll / targets_of_all_ranks, total_norm.double())).tolist()
         self._refuse_divergence(loss, grad_norm, position)
         # the new weights
         for optimizer in self.optimizers:

@@ -200,9 +200,8 @@ def _marked(own: type) -> type:
             json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
 
-    def reduce(
-        self: Any,
-    ) -> tuple[Any, ...]:  # for pickle and deepcopy, which would look for the class by its name
+    # For pickle and deepcopy, which would look for the class by its name
+    def reduce(self: Any) -> tuple[Any, ...]:
         return _restored, (own, self.__dict__)
 
     return _subclass(own, to_json_file=to_json_file, __reduce__=reduce, **{_OWN_CLASS: own})

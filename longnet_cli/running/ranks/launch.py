@@ -116,12 +116,8 @@ class Signals:
             raise SystemExit(128 + asked)
 
 
-_BY_WEIGHT = (
-    0,
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-)  # of several signals, the last one here decides
+# Of several signals, the last one here decides
+_BY_WEIGHT = (0, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
