@@ -211,7 +211,7 @@ def _printing(options: ScoreCommand, opened: Opened) -> Iterator[_Printed]:
 
 
 class _Printed:
-    """What prints the row of each document as soon as it is scored, and then the totals, one for each context."""
+    """A printer of the row of each document as soon as it is scored, and then of the totals, one for each context."""
 
     def __init__(self, contexts: Sequence[int | None]) -> None:
         from longnet_cli.jobs.scoring.measures import Total
@@ -272,7 +272,7 @@ class _OneValue(_Printed):
         emit_json(shown | {"documents": self.rows})
 
 
-class _Table(_Printed):
+class _PlainTable(_Printed):
     """A table to read."""
 
     header = True
@@ -301,7 +301,7 @@ class _Table(_Printed):
         print(f"model {printable(first['model'])}")
 
 
-_PRINTED: dict[str, type[_Printed]] = {"text": _Table, "json": _OneValue, "jsonl": _Lines}
+_PRINTED: dict[str, type[_Printed]] = {"text": _PlainTable, "json": _OneValue, "jsonl": _Lines}
 
 
 def _print_row(name: str, values: dict[str, Any], several: bool, *, header: bool = False) -> None:
