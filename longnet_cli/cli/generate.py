@@ -257,7 +257,7 @@ class _TextGenerator:
 
     @cached_property
     def _origin(self) -> dict[str, str | None]:
-        """What a line of JSON says of the model."""
+        """The facts of the model that a line of JSON has."""
         from longnet_cli.nets.weights import model_origin
 
         loaded = self.loaded

@@ -211,7 +211,7 @@ def _printing(options: ScoreCommand, opened: Opened) -> Iterator[_Printed]:
 
 
 class _Printed:
-    """A printer of the row of each document as soon as it is scored, and then of the totals, one for each context."""
+    """A printer of each document's row as soon as it is scored, and then of the totals of each context."""
 
     def __init__(self, contexts: Sequence[int | None]) -> None:
         from longnet_cli.jobs.scoring.measures import Total
