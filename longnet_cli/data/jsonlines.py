@@ -234,7 +234,7 @@ def _reader(key: str, kind: pa.DataType, kept: bool) -> _Reader:
 
 
 class _Form(NamedTuple):
-    """What the values of a column are, and their types in Python. `convert` takes a value and its key.
+    """The kind of values that a column has, in words and in types of Python. `convert` takes a value and its key.
 
     It returns the value for the column, and raises ValueError for one that the column does not take.
     """
