@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from inspect import Parameter, Signature
-from itertools import takewhile
 from typing import Any, NamedTuple, get_type_hints
 
 import typer
@@ -143,7 +142,7 @@ class Command(TyperCommand):
         names = {name: str(option.metavar) for option in self.params for name in option.opts}
         # options whose value may be omitted
         optional = {name for name, metavar in names.items() if metavar.startswith("[")}
-        words = [*takewhile(lambda word: word != "--", args)]
+        words = args[: args.index("--")] if "--" in args else args
         marked = list(_mark_bare(words, optional))
         taking = [index for index, word in enumerate(marked) if word in optional]
         try:

@@ -126,21 +126,20 @@ def _columns(
     """Return the types of the columns, none if no line has a document, and what is wrong with the first line."""
     rows = list[dict[str, Any]]()
     types: dict[str, pa.DataType] = {}
-    problems = list[str]()
+    problem = "" if lines else "every line is blank"
     for line in lines:
         try:
             row = _parse(line)
             rows.append(row)
             types = types or _columns_of_document(row, wanted)
         except ValueError as error:
-            problems.append(str(error))
-    problems.append("every line is blank")
+            problem = problem or str(error)
     for name in wanted.keep:
         values = [_value(row, name, _ABSENT) for row in rows]
         present = [value for value in values if value is not _ABSENT]
         if types and present and types.get(name) != _CHAT:
             types[name] = _type_of_all(present, types.get(name), f"{where}: the values of {name!r}")
-    return types, problems[0]
+    return types, problem
 
 
 def _columns_of_document(row: dict[str, Any], wanted: Wanted) -> dict[str, pa.DataType]:
