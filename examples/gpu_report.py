@@ -144,7 +144,7 @@ def not_measured(rows: list[Row]) -> list[str]:
 
 
 def rows_of(text: str) -> list[Row]:
-    # The last one may be cut off
+    # The last line may be cut off
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 
@@ -305,7 +305,7 @@ def show_training(text: str, machine: Row) -> tuple[list[str], list[str]]:
 def show_tests(path: Path) -> tuple[list[str], list[str]]:
     """Return counts, failures by name, and the reasons why tests were skipped."""
     failures, skipped, passed = [], Counter[str](), 0
-    # An interrupted one has no name there
+    # The case of an interrupted test has no name
     for case in ElementTree.parse(path).iterfind(".//testcase[@name]"):
         outcome = next(
             (child for child in case if child.tag in ("failure", "error", "skipped")), None
