@@ -34,6 +34,7 @@ _ROPE_OF_LENGTH = {"dynamic", "longrope"}
 
 _PROBE = "dilated_probe"
 _KEYS = "_dilated_probe_keys"
+_TRIED = 8  # tokens, each alone
 # of the tried keys: small, as transformers' phases are float32
 _POSITION = 3
 _DISTANCE = 61
@@ -53,22 +54,29 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
     model, or it has none; False for rotations in several dimensions, in complex numbers, or that depend on the length.
     """
     ropes = rope_parameters(model.config)
-    makers = [
-        module
-        for module in model.modules()
-        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
-    ]
+    makers = [module for module in model.modules() if _frequencies(module)]
     if not makers or _changing(ropes):
         return not ropes[0]
     trained = getattr(model.config, "max_position_embeddings", None) or FLOAT32_POSITIONS
     for maker in makers:
         if not hasattr(maker, _EXACT):
-            phases = _ExactPhases.of(maker, trained, layer_kinds(model.config))
-            if phases is None:
+            try:
+                phases = _ExactPhases.of(maker, trained, layer_kinds(model.config))
+            except _UnknownPhasesError:
                 return False
             maker.register_forward_hook(phases, with_kwargs=True)
             setattr(maker, _EXACT, True)
     return True
+
+
+def _frequencies(module: nn.Module, *, recurse: bool = False) -> list[Tensor]:
+    """Return a module's own buffers of rotary frequencies, or with `recurse` those of all modules in it."""
+    buffers = module.named_buffers(recurse=recurse)
+    return [buffer for name, buffer in buffers if name.endswith("inv_freq")]
+
+
+class _UnknownPhasesError(Exception):
+    """A module whose phases are not products of positions and its frequencies."""
 
 
 @dataclass(eq=False)
@@ -84,16 +92,13 @@ class _ExactPhases:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, maker: nn.Module, trained: int, kinds: set[str]) -> _ExactPhases | None:
-        """Find the frequency of each column, for each type of layer, by trying a few positions; None if none fit."""
+    def of(cls, maker: nn.Module, trained: int, kinds: set[str]) -> _ExactPhases:
+        """Find the frequency of each column, for each type of layer. Raises _UnknownPhasesError if none fit."""
         signature = inspect.signature(maker.forward)
-        by_type = "layer_type" in signature.parameters
-        tables = {}
-        for kind in kinds if by_type else {None}:
-            table = _columns_of(maker, {"layer_type": kind} if by_type else {})
-            if table is None:
-                return None
-            tables[kind] = table
+        if "layer_type" in signature.parameters:
+            tables: dict[Any, Any] = {kind: _columns_of(maker, layer_type=kind) for kind in kinds}
+        else:
+            tables = {None: _columns_of(maker)}
         return cls(signature, trained, tables)
 
     def __call__(
@@ -117,30 +122,28 @@ class _ExactPhases:
         return torch.where(as_trained, cos, exact_cos), torch.where(as_trained, sin, exact_sin)
 
 
-def _columns_of(maker: nn.Module, options: dict[str, Any]) -> tuple[Tensor, float] | None:
-    """Return the frequencies of a module's columns, and the factor of its cos and sin; None if none fit."""
-    rates = [
-        buffer
-        for name, buffer in maker.named_buffers(recurse=False)
-        if name.endswith("inv_freq") and buffer.dim() == 1
-    ]
-    if not rates or rates[0].is_meta:
-        return None
+def _columns_of(maker: nn.Module, **options: Any) -> tuple[Tensor, float]:
+    """Return the frequencies of a module's columns, and the factor of its cos and sin, by trying a few positions.
+
+    Raises _UnknownPhasesError if none fit.
+    """
+    rates = [rate for rate in _frequencies(maker) if rate.dim() == 1 and not rate.is_meta]
+    if not rates:
+        raise _UnknownPhasesError
     positions = torch.tensor([[0, 1, _POSITION, _DISTANCE]], device=rates[0].device)
     x = rates[0].new_zeros(1, 1, 1, dtype=torch.float32)
     try:
         cos, sin = maker.forward(x=x, position_ids=positions, **options)
         scale = cos[0, 0, 0].item()
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return None  # it takes another kind of positions, or makes something else
+        # it takes another kind of positions, or makes something else
+        raise _UnknownPhasesError from None
     for rate in rates:
         for columns in (torch.cat([rate, rate]), rate.repeat_interleave(2), rate):
             phase = positions[0].double()[:, None] * columns.double()
-            if phase.shape == cos[0].shape:
-                fits = _equal(cos[0], scale * phase.cos()) and _equal(sin[0], scale * phase.sin())
-                if fits:
-                    return columns.double().cpu(), scale
-    return None
+            if _equal(cos[0], scale * phase.cos()) and _equal(sin[0], scale * phase.sin()):
+                return columns.double().cpu(), scale
+    raise _UnknownPhasesError
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class Rotation:
         frequencies = self.frequencies.to(keys.device)
         phase = (distances.double()[:, None] * frequencies).remainder(2 * math.pi)
         phase = phase[:, None, None, :]  # (S, 1, 1, P)
-        wide = keys if keys.dtype is torch.float64 else keys.float()
+        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
         cos = phase.cos().to(wide.dtype)
         sin = phase.sin().to(wide.dtype)
         size = 2 * len(frequencies)
@@ -197,21 +200,21 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
         path.endswith(_LEARNED) and isinstance(module, nn.Embedding)
         for path, module in body(model).named_modules()
     )
-    frequencies = [x for path, x in body(model).named_buffers() if path.endswith("inv_freq")]
+    frequencies = _frequencies(body(model), recurse=True)
     if learned and not frequencies:
         return dict.fromkeys(_keys(model))
     if "position_ids" not in inspect.signature(body(model).forward).parameters:
         raise ConfigError(f"{name} takes no position_ids: how it turns its keys cannot be tried")
-    before = _keys(model, _POSITION)
-    after = _keys(model, _POSITION + _DISTANCE)
+    device = model.get_input_embeddings().weight.device
+    positions = torch.full((_TRIED, 1), _POSITION, device=device)
+    before = _keys(model, position_ids=positions)
+    after = _keys(model, position_ids=positions + _DISTANCE)
+    rates = [x.detach().double().cpu() for x in frequencies if x.dim() == 1]
     turn_of: dict[nn.Module, Turn | None] = {}
     for layer, k in before.items():
-        candidates: list[Turn | None] = []
-        for x in frequencies:
-            if x.dim() == 1 and 2 * len(x) <= k.shape[-1]:
-                candidates += (Rotation(x.detach().double().cpu(), axis) for axis in (-2, -1))
-        candidates.append(None)
-        fitting = [turn for turn in candidates if _equal(_moved(k, turn), after[layer])]
+        size = k.shape[-1]
+        rotations = [Rotation(x, axis) for x in rates for axis in (-2, -1) if 2 * len(x) <= size]
+        fitting = [turn for turn in (*rotations, None) if _equal(_moved(k, turn), after[layer])]
         if not fitting:
             raise ConfigError(
                 f"{name} turns its keys by position in a way of its own (layer {getattr(layer, 'layer_idx', '?')}): "
@@ -249,6 +252,8 @@ def _moved(k: Tensor, turn: Turn | None) -> Tensor:
 
 
 def _equal(actual: Tensor, expected: Tensor) -> bool:
+    if actual.shape != expected.shape:
+        return False
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 3e-2
     actual = actual.double()
     expected = expected.double()
@@ -256,13 +261,10 @@ def _equal(actual: Tensor, expected: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _keys(model: PreTrainedModel, position: int | None = None) -> dict[nn.Module, Tensor]:
-    """Return the rotated keys (B, K, 1, D) of each attention that looks at all tokens, for a few single tokens."""
+def _keys(model: PreTrainedModel, **place: Tensor) -> dict[nn.Module, Tensor]:
+    """Return the rotated keys (B, K, 1, D) of each attention that looks at all tokens, for single tokens at a place."""
     table = model.get_input_embeddings().weight
-    ids = torch.linspace(0, len(table) - 1, 8, device=table.device).long()[:, None]
-    place = {}
-    if position is not None:
-        place["position_ids"] = torch.full((8, 1), position, device=table.device)
+    ids = torch.linspace(0, len(table) - 1, _TRIED, device=table.device).long()[:, None]
     with attending(model, _PROBE):
         hidden_states(model, ids, **place)
     return {
