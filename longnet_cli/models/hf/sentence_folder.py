@@ -10,6 +10,7 @@ compute and `longnet` does not is refused by name.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tokenizers
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import normalizers
@@ -73,10 +74,19 @@ class _ModuleList(_FileKeys):
     modules: list[_Module]
 
 
-class _ModelSettings(_FileKeys):
-    model_type: Literal["SentenceTransformer"] | None = None
-    prompts: dict[str, str | None] | None = None
-    default_prompt_name: str | None = None
+class _NullableKeys(_FileKeys):
+    """Keys whose value may be null, which is as if they were left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in data.items() if value is not None}
+
+
+class _ModelSettings(_NullableKeys):
+    model_type: Literal["SentenceTransformer"] = "SentenceTransformer"
+    prompts: dict[str, str | None] = {}
+    default_prompt_name: str = ""
     truncate_dim: _Size | None = None
 
 
@@ -119,9 +129,14 @@ class _TransformerSettings(_FileKeys, extra="forbid"):
         return {key: value for key, value in data.items() if value and key not in _FREE_KEYS}
 
 
-class _PoolingSettings(_FileKeys, extra="allow"):
-    pooling_mode: list[str] | str | None = None
-    include_prompt: bool | None = None
+class _PoolingSettings(_NullableKeys, extra="allow"):
+    pooling_mode: list[str] = Field(default=[], min_length=1)
+    include_prompt: bool = True
+
+    @field_validator("pooling_mode", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class _NormalizeSettings(_FileKeys):
@@ -240,11 +255,10 @@ def read_sentence_model(folder: Path) -> SentenceModel:
     steps = [_MODULES[kind](place) for kind, place in zip(kinds[2:], places[2:], strict=True)]
     window, lowercase = _transformer(places[0])
     settings = _read(_ModelSettings, folder / PROMPTS, {})
-    prompts = settings.prompts or {}
-    document_prompt = prompts.get("document") or ""
+    prompts = {name: text for name, text in settings.prompts.items() if text}
     # the library always has a prompt `document`, an empty one at least, so its encode_document never takes another
-    others = map(prompts.get, ("passage", "corpus", settings.default_prompt_name or ""))
-    unread_prompt = "" if document_prompt else next(filter(None, others), "")
+    others = map(prompts.get, ("passage", "corpus", settings.default_prompt_name))
+    unread_prompt = "" if "document" in prompts else next(filter(None, others), "")
     # the library cuts a vector after it has scaled it
     if settings.truncate_dim:
         steps.append(FirstNumbers(settings.truncate_dim))
@@ -258,8 +272,8 @@ def read_sentence_model(folder: Path) -> SentenceModel:
         lowercase=lowercase,
         steps=tuple(steps),
         normalized=normalized,
-        document_prompt=document_prompt,
-        query_prompt=prompts.get("query") or None,
+        document_prompt=prompts.get("document", ""),
+        query_prompt=prompts.get("query"),
         unread_prompt=unread_prompt,
     )
 
@@ -303,7 +317,7 @@ def read_words(folder: Path, lowercase: bool) -> Tokenizer:
 def lowercased(words: Tokenizer) -> Tokenizer:
     """Return the same tokenizer after a step that lowercases, unless it has one."""
     inner = tokenizers.Tokenizer.from_str(words.to_json())
-    if "Lowercase" not in str(inner.normalizer) and "lowercase=True" not in str(inner.normalizer):
+    if not re.search("Lowercase|lowercase=True", str(inner.normalizer)):
         steps = [] if inner.normalizer is None else [inner.normalizer]
         inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
     return Tokenizer(inner)
@@ -323,17 +337,13 @@ def _kind(where: Path, name: str) -> str:
 def _pooling(path: Path) -> tuple[str, bool]:
     """Return the poolings that a configuration names, and whether prompts are pooled."""
     settings = _read(_PoolingSettings, path)
-    older = settings.model_extra or {}
-    modes = settings.pooling_mode
-    if modes is None:
-        modes = [mode for mode, (_, key) in POOLINGS.items() if older.get(key)] or ["mean"]
-    if isinstance(modes, str):
-        modes = [modes]
-    unknown = [mode for mode in modes if mode not in POOLINGS]
-    if unknown or not modes:
-        raise ConfigError(f"{path}: longnet does not know the pooling {unknown or modes}")
+    keys = dict(settings)
+    of_older_keys = [mode for mode, (_, key) in POOLINGS.items() if keys.get(key)]
+    modes = settings.pooling_mode or of_older_keys or ["mean"]
+    if unknown := [mode for mode in modes if mode not in POOLINGS]:
+        raise ConfigError(f"{path}: longnet does not know the pooling {unknown}")
     pool = "+".join(POOLINGS[mode][0] for mode in modes)
-    return pool, settings.include_prompt is not False
+    return pool, settings.include_prompt
 
 
 def _dense(folder: Path) -> nn.Module:
