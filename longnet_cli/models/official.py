@@ -95,8 +95,8 @@ def slide_net(config: LongNetConfig, state: Mapping[str, Tensor], where: str) ->
 
 def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Strip prefixes that all keys share, such as `model.decoder.` of a decoder inside a fairseq model."""
-    match = _PREFIXES.match(commonprefix([*state]))  # noqa: RUF071 (of names)
-    length = match.end() if match else 0
+    shared = commonprefix([*state])  # noqa: RUF071 (of names)
+    length = len(shared) - len(_PREFIXES.sub("", shared, count=1))
     return {name[length:]: tensor for name, tensor in state.items()}
 
 
@@ -172,12 +172,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         content = _read_content(path)
     except (pickle.UnpicklingError, SafetensorError) as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = (
-            f"it asks for {asked[1]}, and nothing is run"
-            if asked
-            else "damaged, or of another kind"
-        )
+        why = "damaged, or of another kind"
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            why = f"it asks for {asked[1]}, and nothing is run"
         raise _not_plain(path, f" ({why}): save its state_dict(), or safetensors") from None
     except Exception as error:  # a damaged pickle may fail in any way
         raise CheckpointError(
@@ -232,9 +229,9 @@ def _check_pickle(path: Path) -> None:
             with suppress(ValueError):  # damage, which torch reports
                 for operation, argument, _ in pickletools.genops(stream):
                     # torch allows a bytearray, of any size
-                    asked = str(argument).replace(" ", ".")
-                    if operation.name == "GLOBAL" and asked.endswith(".bytearray"):
-                        raise pickle.UnpicklingError(f"GLOBAL {asked} was asked for")
+                    asked = f"{operation.name} {argument}"
+                    if re.fullmatch(r"GLOBAL \S+[ .]bytearray", asked):
+                        raise pickle.UnpicklingError(asked.replace(" bytearray", ".bytearray"))
 
 
 class _Contents:
