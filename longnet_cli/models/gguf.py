@@ -98,7 +98,7 @@ def convert_gguf(
     path: Path,
     folder: Path,
     dtype: torch.dtype | None = None,
-    origin: str | None = None,
+    origin: str = "",
     progress: Callable[[int], None] = lambda more: None,
 ) -> str:
     """Write the model and the tokenizer of a GGUF file to a new folder: safetensors and JSON, whole or not at all.
@@ -120,7 +120,7 @@ def convert_gguf(
             progress(0)
             types = {tensor.tensor_type.name for tensor in reader.tensors}
             widest = max(types & {"F16", "BF16"}, default="F32")
-            stored = _PLAIN[widest] if types <= _PLAIN.keys() else torch.bfloat16
+            dtype = dtype or (_PLAIN[widest] if types <= _PLAIN.keys() else torch.bfloat16)
             source = {"gguf_file": path.name, "local_files_only": True}
             arch = architecture(reader)
             config = complete(hf.AutoConfig.from_pretrained(path.parent, **source), reader, arch)
@@ -129,7 +129,7 @@ def convert_gguf(
                 model, report = hf.AutoModelForCausalLM.from_pretrained(
                     path.parent,
                     config=config,
-                    dtype=dtype or stored,
+                    dtype=dtype,
                     output_loading_info=True,
                     **source,
                 )
@@ -146,10 +146,10 @@ def convert_gguf(
         model.hf_quantizer = None  # the weights are plain now
         vars(model.config).pop("quantization_config", None)
         model.save_pretrained(place)
-        name_origin(place, origin or str(path))
+        name_origin(place, origin)
         tokenizer.save_pretrained(place)
         _drop_tokens_beyond(place / "tokenizer.json", model.get_input_embeddings().num_embeddings)
-    name_of_dtype = str(dtype or stored).removeprefix("torch.")
+    name_of_dtype = str(dtype).removeprefix("torch.")
     return f"{type(model).__name__}, of {', '.join(sorted(types))} weights as {name_of_dtype}"
 
 
@@ -262,15 +262,15 @@ def complete(config: Any, reader: Any, arch: str) -> Any:
         if name in SETTINGS:
             if changes.setdefault(SETTINGS[name], value) != value:
                 raise _refusal(key, value, config)
-        elif name in (BASE, KIND, FACTOR, ORIGINAL):
+        elif value and name in (BASE, KIND, FACTOR, ORIGINAL):
             rotation[name] = value
         elif value not in PLAIN_VALUES.get(name, (0, "")):
             raise _refusal(key, value, config)
     factors = _check_tensors(reader.tensors, arch, changes.get("num_hidden_layers"))
-    changes["rope_parameters"] = _rotation(rotation, factors, config)
-    completed = type(config).from_dict(config.to_dict() | changes)
+    positions = {"rope_parameters": _rotation(rotation, factors, config)}
+    completed = type(config).from_dict(config.to_dict() | changes | positions)
     for setting, value in changes.items():
-        if setting != "rope_parameters" and getattr(completed, setting) != value:
+        if getattr(completed, setting) != value:
             raise _refusal(setting, value, config)
     return completed
 
@@ -299,8 +299,7 @@ def _rotation(rotation: dict[str, Any], factors: np.ndarray | None, config: Any)
     """Return what the keys of the `rotation` and the `factors` of a file say, as `rope_parameters` of transformers."""
     theta = rotation.get(BASE, 10000.0)
     kind = rotation.get(KIND, "linear")
-    factor = rotation.get(FACTOR) or 1
-    original = rotation.get(ORIGINAL)
+    factor = rotation.get(FACTOR, 1)
     if kind not in ("none", "linear", "yarn"):
         raise CheckpointError(f"rope.scaling.type = {kind}: transformers has no such rotation")
     rope: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
@@ -309,12 +308,13 @@ def _rotation(rotation: dict[str, Any], factors: np.ndarray | None, config: Any)
             raise CheckpointError(
                 "rope_freqs.weight: the file has another scaling of positions too"
             )
-        return rope | _llama3(factors, theta, original or 8192)
+        return rope | _llama3(factors, theta, rotation.get(ORIGINAL, 8192))
     if kind == "none" or factor == 1:
         return rope
     rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = original or config.max_position_embeddings
+        trained = rotation.get(ORIGINAL, config.max_position_embeddings)
+        rope["original_max_position_embeddings"] = trained
     return rope
 
 
@@ -366,12 +366,12 @@ def split_words(tokenizer: Any, reader: Any) -> None:
             raise CheckpointError(
                 f"{PRE} = {pre}: its way to split words is not known to this transformers"
             )
-    prefix = fields.get(PREFIX)
-    if fields.get(MODEL) == "llama" and prefix is not None:
+    if fields.get(MODEL) == "llama":
         first_id = words.encode("a", add_special_tokens=False).ids[0]
-        if tokenizer.convert_ids_to_tokens(first_id).startswith("\u2581") != prefix:
+        has_prefix = tokenizer.convert_ids_to_tokens(first_id).startswith("\u2581")
+        if fields.get(PREFIX, has_prefix) != has_prefix:
             raise CheckpointError(
-                f"{PREFIX} = {prefix}: not so in the tokenizer that transformers makes of it"
+                f"{PREFIX} = {fields[PREFIX]}: not so in the tokenizer that transformers makes of it"
             )
 
 
