@@ -28,7 +28,7 @@ from longnet_cli.attention import Outside, Pattern, dilated_attention
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.named_blocks import whole_text
-from longnet_cli.nets.net import FarProvider, Net, positions_of
+from longnet_cli.nets.net import FarProvider, Net, positions_of, product_dtype
 from longnet_cli.nets.positions import PositionTable, position_table, rotate, sink_turn
 from longnet_cli.nets.weights import load_pretrained, save_pretrained
 
@@ -277,10 +277,8 @@ class LongNet(Net):
 
         All `documents` but the first start at position 0.
         """
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         places = positions_of(documents or [x.shape[1]], start, x.device)
-        return position_table(self.config, places, dtype)
+        return position_table(self.config, places, product_dtype(x))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., vocab_size) of hidden states (..., dim), in the dtype of the matrix product."""

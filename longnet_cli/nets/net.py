@@ -97,13 +97,11 @@ class InputSequence(Generic[D]):
         rows = self.document.read(begin, end)
         if self.cells is not None:
             rows = np.concatenate((rows, self.cells[begin:end]), 1)
-        before = [self.start_rows[start:stop]] if start < self.own_start else []
-        after = (
-            [self.end_rows[max(0, start - self._last) : stop - self._last]]
-            if stop > self._last
-            else []
-        )
-        return np.concatenate((*before, rows, *after)) if before or after else rows
+        before = self.start_rows[start:stop]
+        after = self.end_rows[max(0, start - self._last) : max(0, stop - self._last)]
+        if len(before) == len(after) == 0:
+            return rows
+        return np.concatenate((before, rows, after))
 
     def check(
         self, instead: str, tokens: int | None = None, *, skips: bool = True
@@ -137,6 +135,12 @@ def positions_of(documents: Sequence[int], start: int, device: torch.device) -> 
     positions = torch.cat([torch.arange(size, device=device) for size in documents])
     positions[: documents[0]] += start
     return positions
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which matrix products take x: that of autocast if it is on, otherwise its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 LOGITS_LIMIT = 1 << 26  # elements of logits that `nll` holds at a time: 256 MiB in float32
@@ -250,5 +254,5 @@ class Net(nn.Module):
 
     def _nll(self, rows: Tensor, targets: Tensor) -> Tensor:
         logits = self.logits(rows)
-        wide = logits if logits.dtype is torch.float64 else logits.float()
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")

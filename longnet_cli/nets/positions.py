@@ -137,7 +137,7 @@ def _turn_by(config: LongNetConfig, k: Tensor, distances: Tensor) -> Tensor:
 
 def _kind(dtype: torch.dtype) -> torch.dtype:
     """Return the type of factors for queries and keys of a type."""
-    return torch.complex128 if dtype is torch.float64 else torch.complex64
+    return torch.promote_types(dtype, torch.complex64)
 
 
 def _factors(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
@@ -154,7 +154,7 @@ def _frequencies(config: LongNetConfig, device: torch.device | str) -> Tensor:
 
 def _turn(x: Tensor, factors: Tensor) -> Tensor:
     """Multiply the pairs of features of x (batch, ..., H, D) by factors, in float32 or float64; the dtype is kept."""
-    wide = x if x.dtype is torch.float64 else x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     pairs = wide.unflatten(-1, (-1, 2))  # (batch, ..., H, D/2, 2)
     if torch.compiler.is_compiling():
         # a compiler makes one loop of these real products; in eager mode they take twice as long as a complex product

@@ -203,7 +203,8 @@ class VectorNet(LongNet):
         sequence = super().sequence(document, bos)
         if not len(document):
             return sequence  # no job reads it
-        return replace(sequence, cells=tile_cells(cast(Tiles, document), self.config, tile_size))
+        cells = tile_cells(cast(Tiles, document), self.config, tile_size)
+        return replace(sequence, end_rows=sequence.start_rows[:0], cells=cells)
 
     def inputs_like(self, shape: tuple[int, int]) -> Tensor:
         return F.pad(super().inputs_like(shape), (0, 2))
@@ -276,7 +277,7 @@ class VectorNet(LongNet):
             raise ValueError(
                 f"features have {size} numbers, the model reads {self.config.in_features}"
             )
-        wide = torch.float64 if features.dtype is torch.float64 else torch.float32
+        wide = torch.promote_types(features.dtype, torch.float32)
         cells = features.new_zeros(batch, tiles, 2, dtype=torch.float64)
         if self.config.grid:
             cells = padded_cells(coords, counts, (batch, tiles, 2), self.config, tile_size)

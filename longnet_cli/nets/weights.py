@@ -27,7 +27,7 @@ from longnet_cli.attention.notation import format_pattern
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.digests import json_sha256
-from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
+from longnet_cli.basics.errors import CheckpointError, ConfigError, first_line, one_line
 from longnet_cli.basics.model_files import (
     CONFIG,
     CONFIG_SHA256,
@@ -81,12 +81,11 @@ def tensor_digest(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = Non
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise CheckpointError that names the first tensor with NaN or infinite numbers."""
     for name, tensor in tensors.items():
-        if tensor.numel():
-            low, high = torch.aminmax(tensor.detach())  # one pass, no copy; NaN propagates
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise CheckpointError(
-                    f"{where}: {name} has numbers that are NaN or infinite: the model is damaged"
-                )
+        # one pass, no copy; NaN propagates
+        if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor.detach()))):
+            raise CheckpointError(
+                f"{where}: {name} has numbers that are NaN or infinite: the model is damaged"
+            )
 
 
 NetT = TypeVar("NetT", bound=Net)
@@ -290,8 +289,7 @@ def _own_config(path: Path) -> dict[str, Any]:
             f"{path.parent}: not a model directory, {CONFIG} is missing"
         ) from None
     except (OSError, ValueError) as error:  # ValueError: not JSON, not UTF-8
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: cannot be read: {one_line(reason)}") from None
+        raise CheckpointError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
 def list_names(what: str, names: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from longnet_cli.basics.errors import ConfigError, extra, one_line
 from longnet_cli.models.hf.attention import ATTENTION_NAME, write_pattern
 from longnet_cli.models.hf.pretrained_folder import with_infinities
 from longnet_cli.models.hf.trying import layers_of
+from longnet_cli.nets.net import product_dtype
 
 _NAME = "default"  # peft's name for a model's first adapter
 _BASE = ".base_layer"
@@ -101,8 +102,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.dtype = x.dtype
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = product_dtype(x)
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
