@@ -60,8 +60,7 @@ from longnet_cli.models.hf.pretrained_folder import ATTENTION_NAME, mark, regist
 from longnet_cli.models.hf.rotary import make_phases_exact, turns
 from longnet_cli.models.hf.trying import body, hidden_states, layer_kinds, why_not
 from longnet_cli.nets.named_blocks import whole_text
-from longnet_cli.nets.net import FarProvider
-from longnet_cli.running.causal_stream import LayerCaches
+from longnet_cli.nets.net import FarProvider, product_dtype
 
 _TURN = "_dilated_turn"  # attribute of an attention module: the `Turn` of its sinks and chosen blocks, or None
 _PATTERN = "_dilated_pattern"  # attribute of an attention module: its config, what that says, and the `Pattern`
@@ -162,14 +161,13 @@ class _CurrentPass:
         self._providers = {}
         return args, options | self._options
 
-    def of(self, rows: AlignedRows, pattern: Pattern, part: LayerCaches | None) -> FarProvider:
-        """Return what gives each layer what some rows see of their past; `part` is what was read of them before."""
+    def provider(
+        self, rows: AlignedRows, first: int, provider_of: Callable[[Tensor | None], FarProvider]
+    ) -> FarProvider:
+        """Return what gives each layer what some rows see: `provider_of` their ids from the column `first` on."""
         if rows.column not in self._providers:
-            ids = None
-            if self.ids is not None:
-                first = rows.skip if part else rows.column
-                ids = rows.of(self.ids)[:, first:]
-            self._providers[rows.column] = part.provider(ids) if part else whole_text(pattern, ids)
+            ids = None if self.ids is None else rows.of(self.ids)[:, first:]
+            self._providers[rows.column] = provider_of(ids)
         return self._providers[rows.column]
 
 
@@ -280,7 +278,8 @@ def dilated_attention_forward(
     pattern = _pattern_of(module)
     _check_call(module, pattern, query, attention_mask, dropout)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    q, k, v = (_in_autocast_type(x).transpose(1, 2) for x in (query, key, value))
+    # as autocast gives them to sdpa: rotated q and k come in float32, v in the type of its projection
+    q, k, v = (x.to(product_dtype(x)).transpose(1, 2) for x in (query, key, value))
     settings: dict[str, Any] = {
         "causal": causal,
         "scale": scaling,
@@ -303,13 +302,16 @@ def dilated_attention_forward(
             f"dilated attention is self-attention: {q.shape[1]} queries cannot attend to {k.shape[1]} keys in a "
             f"{'causal' if causal else 'bidirectional'} layer"
         )
-    out = by_rows(attention_mask, before, q.shape, attend)
+    out = by_rows(attention_mask, before, q.shape, attend, partial(_zeros, q))
     if cache is not None:
         memory.step(q.shape[1])
-    if out is None:  # no row has a token: zeros, with a gradient of zeros
-        everywhere = torch.ones((), dtype=torch.bool, device=q.device)
-        out = q.masked_fill(everywhere, 0)
     return out, None
+
+
+def _zeros(q: Tensor) -> Tensor:
+    """Return zeros in the shape of q, with a gradient of zeros to it."""
+    everywhere = torch.ones((), dtype=torch.bool, device=q.device)
+    return q.masked_fill(everywhere, 0)
 
 
 class _Call(NamedTuple):
@@ -352,8 +354,11 @@ def _of_shard(call: _Call, options: Mapping[str, Any]) -> Tensor:
 def _with_memory(call: _Call, cache: LongNetCache, layer: int, rows: AlignedRows) -> Tensor:
     """Return attention (rows, n, H, D) of rows whose earlier keys, those of `layer`, are in a LongNetCache."""
     q, k, v = (rows.of(x)[:, rows.skip :] for x in (call.q, call.k, call.v))
-    part = cache.part(rows, call.pattern)
-    provide = call.current.of(rows, call.pattern, part) if call.current else part.provider(None)
+    provider_of = cache.part(rows, call.pattern).provider
+    if call.current:
+        provide = call.current.provider(rows, rows.skip, provider_of)
+    else:
+        provide = provider_of(None)
     return call.attend(rows, q, k, v, provide(layer, q, k, v))
 
 
@@ -366,21 +371,16 @@ def _with_keys(call: _Call, rows: AlignedRows) -> Tensor:
             f"chosen={call.pattern.chosen}: this cache has no token ids, which name blocks: pass "
             "past_key_values=LongNetCache(model.config), or use_cache=False"
         )
-    place: dict[str, Any] = {"num_heads": q.shape[2], "queries": range(rows.start, k.shape[1])}
-    spans = far_spans(call.pattern, rows.start, k.shape[1], True)
-    far = Outside([far_keys(k, v, call.pattern, span, **place) for span in spans])
     if call.current:
-        provide = call.current.of(rows, call.pattern, None)
+        provide = call.current.provider(rows, rows.column, partial(whole_text, call.pattern))
         far = provide(call.layer, q, k, v)
+    else:
+        place: dict[str, Any] = {"num_heads": q.shape[2], "queries": range(rows.start, k.shape[1])}
+        spans = far_spans(call.pattern, rows.start, k.shape[1], True)
+        far = Outside([far_keys(k, v, call.pattern, span, **place) for span in spans])
     k = k[:, rows.start :]
     v = v[:, rows.start :]
     return call.attend(rows, q, k, v, far)
-
-
-def _in_autocast_type(x: Tensor) -> Tensor:
-    """Return q, k or v as autocast gives them to sdpa: rotated q and k come in float32, v in its projection's type."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _check_call(
@@ -436,9 +436,7 @@ def dilated_mask(
         raise ValueError(
             "dilated attention generates with a LongNetCache, with a DynamicCache, or without one (use_cache=False)"
         )
-    if attention_mask is None:
-        return None
-    return columns_of(attention_mask.bool())
+    return columns_of(attention_mask)
 
 
 AttentionInterface.register(ATTENTION_NAME, dilated_attention_forward)

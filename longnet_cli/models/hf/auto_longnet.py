@@ -125,22 +125,10 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
     _input_embed_layer = "embedding"
     supports_gradient_checkpointing = True
     _no_split_modules = ("LongNetLayer",)
-    causal: bool | None = None  # whether a class with logits is for causal nets
 
     def __init__(self, config: LongNetHFConfig, net: LongNet | None = None) -> None:
-        asked = type(self).__name__.replace("LongNet", "AutoModel")
-        if self.causal is not None and not config.vocab_size:
-            raise ValueError(f"this LongNet has no vocabulary: open it with AutoModel, not {asked}")
-        if self.causal not in (None, config.causal):
-            is_, needed = ("causal", "CausalLM") if config.causal else ("bidirectional", "MaskedLM")
-            raise ValueError(
-                f"this LongNet is {is_}: open it with AutoModelFor{needed}, not {asked}"
-            )
         super().__init__(config)
         net = net or _NetForTransformers(config.longnet)
-        # a tied matrix is a module as well, which tools hook, tie and replace
-        if self.causal is not None and net.output is None:
-            net.output = nn.Linear(config.dim, config.vocab_size, bias=False, device="meta")
         self._modules = net._modules  # what a tool puts in a child's place is the net's as well
         self.__dict__["net"] = net  # not a submodule: its layers are already this module's
         for module in self.modules():
@@ -216,26 +204,27 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         kind, given = ("embeddings", inputs_embeds) if input_ids is None else ("tokens", input_ids)
         if given is None:
             raise ValueError("give either input_ids or inputs_embeds")
-        before = 0
-        if cache is not None:
-            before = cache.get_seq_length()
-            cache.expect(given.shape[0])
-        columns = _columns(attention_mask, position_ids, before + given.shape[1])
+        new = given.shape[1]
 
         def hidden_of(rows: AlignedRows) -> Tensor:
             read: dict[str, Any] = {kind: rows.of(given)[:, rows.skip :]}
-            place: dict[str, Any] = {"start": rows.start, "lengths": rows.lengths}
             if cache is not None:
                 part = cache.part(rows, self.net.config.pattern)
-                place["far"] = part.provider(read.get("tokens"))
-            return self.net(**read, **place)
+                read["far"] = part.provider(read.get("tokens"))
+            return self.net(**read, start=rows.start, lengths=rows.lengths)
 
-        out = by_rows(columns, before, given.shape, hidden_of)
-        if cache is not None:
-            cache.step(given.shape[1])
-        if out is None:  # no row has a token
-            out = self.net.embed(input_ids, inputs_embeds) * 0
-        return out
+        def zeros() -> Tensor:
+            return self.net.embed(input_ids, inputs_embeds) * 0
+
+        if cache is None:
+            columns = _columns(attention_mask, position_ids, new)
+            return by_rows(columns, 0, given.shape, hidden_of, zeros)
+        before = cache.get_seq_length()
+        cache.expect(given.shape[0])
+        columns = _columns(attention_mask, position_ids, before + new)
+        hidden = by_rows(columns, before, given.shape, hidden_of, zeros)
+        cache.step(new)
+        return hidden
 
     def _cache(self, use_cache: bool | None, cache: Any, older: Any) -> Any:
         """Return the given cache, under its newer or older name, or a new one if `use_cache` or the config asks for it.
@@ -317,10 +306,23 @@ class LongNetModel(LongNetPreTrainedModel):
 class _LongNetWithLogits(LongNetPreTrainedModel):
     """A LongNet with logits, whose class says whether it is `causal`."""
 
+    causal: bool
     _tied_weights_keys = {_OUTPUT: "embedding.weight"}  # noqa: RUF012 (transformers declares it)
 
     def __init__(self, config: LongNetHFConfig) -> None:
-        super().__init__(config)
+        asked = type(self).__name__.replace("LongNet", "AutoModel")
+        if not config.vocab_size:
+            raise ValueError(f"this LongNet has no vocabulary: open it with AutoModel, not {asked}")
+        if self.causal != config.causal:
+            is_, needed = ("causal", "CausalLM") if config.causal else ("bidirectional", "MaskedLM")
+            raise ValueError(
+                f"this LongNet is {is_}: open it with AutoModelFor{needed}, not {asked}"
+            )
+        net = _NetForTransformers(config.longnet)
+        # a tied matrix is a module as well, which tools hook, tie and replace
+        if net.output is None:
+            net.output = nn.Linear(config.dim, config.vocab_size, bias=False, device="meta")
+        super().__init__(config, net)
         self.__dict__["longnet"] = LongNetModel(config, self.net)  # `base_model`, no submodule
 
     @can_return_tuple
@@ -398,16 +400,15 @@ def _columns(
             f"shape {tuple(attention_mask.shape)}"
         )
     if position_ids is not None:
-        mask = (
-            torch.ones_like(position_ids)
-            if attention_mask is None
-            else attention_mask[:, -position_ids.shape[-1] :]
-        )
-        if ((position_ids.diff(dim=-1) != 1) & mask[:, 1:].bool() & mask[:, :-1].bool()).any():
+        restarts = position_ids.diff(dim=-1) != 1
+        if attention_mask is not None:
+            real = attention_mask[:, -position_ids.shape[-1] :].bool()
+            restarts = restarts & real[:, 1:] & real[:, :-1]
+        if restarts.any():
             raise ValueError(
                 "a LongNet counts positions itself: position_ids that restart (packed texts) are refused"
             )
-    return None if attention_mask is None else columns_of(attention_mask.bool())
+    return columns_of(attention_mask)
 
 
 hf.AutoConfig.register(MODEL_TYPE, LongNetHFConfig)

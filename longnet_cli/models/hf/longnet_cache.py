@@ -31,13 +31,13 @@ from longnet_cli.running.causal_stream import LayerCaches
 
 
 class AlignedRows(NamedTuple):
-    """Rows of a batch that start at `column`, and so are at the same position.
+    """Rows of a batch, its `members` in order, that start at `column`, and so are at the same position.
 
-    `members` None means all rows. `skip` new columns come before their first new token, which is at position `start`.
+    `skip` new columns come before their first new token, which is at position `start`.
     `lengths` is the number of real tokens of each row in this call; None means all.
     """
 
-    members: list[int] | None
+    members: list[int]
     column: int
     skip: int
     start: int
@@ -45,7 +45,7 @@ class AlignedRows(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """Return these rows of a tensor (B, ...)."""
-        return x if self.members is None else x[self.members]
+        return x if len(self.members) == len(x) else x[self.members]
 
 
 def by_rows(
@@ -53,11 +53,12 @@ def by_rows(
     before: int,
     shape: Sequence[int],
     compute: Callable[[AlignedRows], Tensor],
-) -> Tensor | None:
+    zeros: Callable[[], Tensor],
+) -> Tensor:
     """Return `compute` of all groups of rows, (rows, N - skip, ...), put together: (B, N, ...), with zeros elsewhere.
 
     `shape` begins with (B, N): new tokens after `before` columns. `columns` is the result of `columns_of`. Rows without
-    a token yet are left out. Returns None if no row has a token.
+    a token yet are left out. If no row has a token, returns `zeros()`, which have a gradient, of zeros.
     """
     batch, new = shape[:2]
     out = None
@@ -70,29 +71,31 @@ def by_rows(
         skip = max(column - before, 0)
         lengths = [max(0, spans[row][1] - before - skip) for row in members]
         is_whole = min(lengths) == new - skip
-        everyone = len(members) == batch
         computed = compute(
             AlignedRows(
-                members=None if everyone else members,
+                members=members,
                 column=column,
                 skip=skip,
                 start=before + skip - column,
                 lengths=None if is_whole else lengths,
             )
         )
-        if everyone and not skip:
+        if computed.shape[:2] == (batch, new):
             return computed
         out = computed.new_zeros(batch, new, *computed.shape[2:]) if out is None else out
         out[members, skip:] = computed
-    return out
+    return zeros() if out is None else out
 
 
-def columns_of(tokens: Tensor) -> Tensor | None:
-    """Return columns [first, stop) of each row's tokens, (B, 2), from a mask (B, L) that is True at tokens.
+def columns_of(mask: Tensor | None) -> Tensor | None:
+    """Return columns [first, stop) of each row's tokens, (B, 2), from a mask (B, L) that is not 0 at tokens.
 
-    Returns None if all are tokens. A row without a token starts at L. Padding between tokens raises ValueError.
+    Returns None if all are tokens, as they are without a mask. A row without a token starts at L. Padding between
+    tokens raises ValueError.
     """
-    tokens = tokens.cpu()
+    if mask is None:
+        return None
+    tokens = mask.bool().cpu()
     counts = tokens.sum(-1)
     columns = torch.arange(tokens.shape[-1])
     begin = tokens.int().argmax(-1).where(counts > 0, len(columns))
@@ -104,7 +107,7 @@ def columns_of(tokens: Tensor) -> Tensor | None:
             f"row {int(odd_rows[0])} has padding between its tokens: pad on the left or on the right, and prompts of "
             'generate() on the left (tokenizer.padding_side = "left")'
         )
-    if len(counts) and (counts == len(columns)).all():
+    if (counts == len(columns)).all():
         return None
     return torch.stack([begin, stop], -1)
 
@@ -169,9 +172,8 @@ class LongNetCache(hf.DynamicCache):
 
     def part(self, rows: AlignedRows, pattern: Pattern) -> LayerCaches:
         """Return what was read of some rows, to which new tokens come. Raises ValueError if others started there."""
-        members = [*range(self._batch)] if rows.members is None else rows.members
-        part = self._parts.setdefault(rows.column, _RowCaches(pattern, members))
-        if part.rows != members:
+        part = self._parts.setdefault(rows.column, _RowCaches(pattern, rows.members))
+        if part.rows != rows.members:
             raise ValueError(_CHANGED)
         part.start = rows.start
         return part
