@@ -80,6 +80,15 @@ def refuse_unreadable(path: Path) -> None:
         raise CheckpointError(f"{path}: cannot read: {error.strerror}") from error
 
 
+def first_bytes(path: Path, size: int) -> bytes:
+    """Return the first bytes of a file, at most `size`; none of what is no file, or cannot be read."""
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(size)
+    return b""
+
+
 def is_within(name: str) -> bool:
     """Return whether a file's name, which a hub or a folder's file says, stays below the folder."""
     return not (name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name)

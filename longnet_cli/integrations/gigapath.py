@@ -49,7 +49,7 @@ def create_model(
         return build(in_chans=in_chans, **options)
     name = pretrained.removeprefix("hf_hub:")
     path = Path(pretrained) if name == pretrained else find_model(f"{name}:{FILE}").path
-    if not path.is_file() or not is_checkpoint(path):
+    if not is_checkpoint(path):
         what = "not a checkpoint of torch.save or safetensors" if path.exists() else "no such file"
         raise CheckpointError(
             f'{pretrained}: {what}: give the path of {FILE}, hf_hub:ORG/NAME, or "" for random weights'

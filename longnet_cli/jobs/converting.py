@@ -38,7 +38,7 @@ def convert(
     if "/" in origin and not path.exists():
         path, origin = find_model(origin)
     values = {name: value for name, value in values.items() if value is not None}
-    if path.is_file() and is_checkpoint(path):
+    if is_checkpoint(path):
         return convert_official(path, Path(output), DTYPES.get(dtype), Given(**values))
     if values:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in values)

@@ -28,6 +28,7 @@ from longnet_cli.basics.model_files import (
     TOKENIZER,
     TOKENIZER_SHA256,
     WEIGHTS,
+    first_bytes,
     is_within,
     read_or_empty,
     weight_files,
@@ -148,32 +149,38 @@ class ModelFolder:
         purpose. Raises CheckpointError for a tokenizer.json that is not the one the weights were saved with and,
         without `spec`, for a missing one. Raises ConfigError for another tokenizer.
         """
-        if spec and differs:
-            return Tokenizer.load(spec)
-        path = self.path / TOKENIZER
-        digest_at_saving = self.metadata.get(TOKENIZER_SHA256)
-        in_folder = None
-        if path.exists():
-            in_folder = Tokenizer.from_file(path)
-            if digest_at_saving and json_sha256(parse(read_text(path))) != digest_at_saving:
-                raise CheckpointError(
-                    f"{path}: not the tokenizer that the model was saved with: put that one back, or add "
-                    f"--tokenizer {path} --tokenizer-differs to use this one"
-                )
-        elif digest_at_saving and not spec:
-            raise CheckpointError(
-                f"{path} is missing, which the model was saved with: put it back, or name it"
-            )
+        saved_sha256 = self.metadata.get(TOKENIZER_SHA256)
         if not spec:
-            return in_folder
+            own = self._own_tokenizer(saved_sha256)
+            if saved_sha256 and not own:
+                raise CheckpointError(
+                    f"{self.path / TOKENIZER} is missing, which the model was saved with: put it back, or name it"
+                )
+            return own
         named = Tokenizer.load(spec)
-        needed = in_folder.sha256 if in_folder else digest_at_saving
+        if differs:
+            return named
+        own = self._own_tokenizer(saved_sha256)
+        needed = own.sha256 if own else saved_sha256
         if needed not in (None, named.sha256):
             raise ConfigError(
                 f"{spec}: not the tokenizer of the model in {self.path}, so its ids stand for other tokens: add "
                 "--tokenizer-differs to use it"
             )
-        return in_folder or named
+        return own or named
+
+    def _own_tokenizer(self, saved_sha256: str | None) -> Tokenizer | None:
+        """Return the tokenizer in the folder, None for none. Raises CheckpointError for another than the saved one."""
+        path = self.path / TOKENIZER
+        if not path.exists():
+            return None
+        tokenizer = Tokenizer.from_file(path)
+        if saved_sha256 and json_sha256(parse(read_text(path))) != saved_sha256:
+            raise CheckpointError(
+                f"{path}: not the tokenizer that the model was saved with: put that one back, or add "
+                f"--tokenizer {path} --tokenizer-differs to use this one"
+            )
+        return tokenizer
 
     def bos(self, tokenizer: Tokenizer | None, written: str | None = None) -> Bos:
         """Return the id, or ids, that the model reads before each document; None for nothing.
@@ -356,13 +363,9 @@ class ModelFolder:
         )
 
         dtype_name = resolve_dtype(dtype, device)
-        if self.is_gguf:
-            note(
-                f"{self.name}: converted for this run alone: `longnet convert {self.name} -o DIR` does it once"
-            )
         if device.type == "cpu":
             keep_freed_memory()
-        with self._unpacked(dtype_name) as folder:
+        with self._unpacked(dtype_name, note) as folder:
             words = folder.tokenizer(tokenizer, differs=tokenizer_differs)
             start = folder.bos(words, bos)
             ends = folder.ends(words)
@@ -377,37 +380,35 @@ class ModelFolder:
                 raise ConfigError(
                     f"{self.name}: its tokenizer's template says what stands before a text: leave out --bos"
                 )
-        if not net.config.vocab_size:
-            words = None
-        start = self._start_of(net, start, bos, vectors)
-        self._check_ids(net, words, start, tokenizer)
+        if net.config.vocab_size:
+            start = self._start_of(net, start, bos)
+            self._check_ids(net.config.vocab_size, words, start, tokenizer)
+        elif vectors:
+            words = start = None
+        else:
+            raise ConfigError(
+                f"{self.name}: this model has no vocabulary: it reads vectors, not tokens"
+            )
         in_windows = embedding and not net.config.causal and not net.dilated
         if net.note and not in_windows:
             note(f"{self.name}: {net.note}")
         return Loaded(net, words, start, ends, template, self.origin, embedding)
 
-    def _start_of(self, net: Net, start: Bos, bos: str | None, vectors: bool) -> Bos:
-        """Return the ids that a net reads before a text: `start`, or None for a net that reads none.
+    def _start_of(self, net: Net, start: Bos, bos: str | None) -> Bos:
+        """Return the ids that a net reads before a text: `start`, or None for a net that looks in both directions.
 
-        Raises ConfigError for a --bos that is not read and, unless `vectors`, for a net that reads vectors.
+        Raises ConfigError for a --bos that is not read.
         """
-        if not net.config.vocab_size:
-            if not vectors:
-                raise ConfigError(
-                    f"{self.name}: this model has no vocabulary: it reads vectors, not tokens"
-                )
-            return None
         if net.config.causal:
             return start
         if bos not in (None, NO_BOS):
             raise ConfigError(f"{self.name}: it looks in both directions: leave out --bos")
         return None
 
-    def _check_ids(self, net: Net, words: Tokenizer | None, start: Bos, named: str | None) -> None:
-        """Raise ConfigError for ids that the net's vocabulary does not have, of its tokenizer or of the `start`."""
+    def _check_ids(self, size: int, words: Tokenizer | None, start: Bos, named: str | None) -> None:
+        """Raise ConfigError for ids of the tokenizer or of the `start` that a vocabulary of this size does not have."""
         from longnet_cli.nets.net import bos_ids
 
-        size = net.config.vocab_size
         if words and words.vocab_size > size:
             raise ConfigError(
                 f"{named or self.path / TOKENIZER}: the tokenizer has {words.vocab_size} ids and the model "
@@ -448,22 +449,17 @@ class ModelFolder:
 
         `tokenizer` is its own, or the one that a user named. Without either, the library makes one of older files.
         """
-        is_plain = self.embeds and self.of_transformers and not net.config.causal
-        if model is None and not (is_plain and tokenizer):
-            return None
-        from longnet_cli.models.hf.sentence_folder import lowercased, plain_model, read_words
-
         if model is None:
+            is_encoder = self.of_transformers and not net.config.causal
+            if not (self.embeds and is_encoder and tokenizer):
+                return None
+            from longnet_cli.models.hf.sentence_folder import plain_model
+
             model = plain_model(self.path)
-            note(
-                f"{self.name}: there is no {MODULES}: the vector is the mean over all tokens of a text, special ones "
-                "included"
-            )
-        elif model.unread_prompt:
-            note(
-                f"{self.name}: the prompt {model.unread_prompt!r} is not read, as in encode_document of "
-                "sentence-transformers: --prefix reads it"
-            )
+        if model.note:
+            note(f"{self.name}: {model.note}")
+        from longnet_cli.models.hf.sentence_folder import lowercased, read_words
+
         if tokenizer is None or tokenizer.folder == self.path:
             words = read_words(self.path, model.lowercase)
         else:
@@ -492,8 +488,8 @@ class ModelFolder:
             )
 
     @contextmanager
-    def _unpacked(self, dtype: str) -> Iterator[ModelFolder]:
-        """Yield this folder or, for a GGUF file, a temporary folder with the converted model.
+    def _unpacked(self, dtype: str, note: Callable[[str], None]) -> Iterator[ModelFolder]:
+        """Yield this folder or, for a GGUF file, a temporary folder with the converted model, and tell it to `note`.
 
         Weights that are mapped from a temporary folder stay readable after it is deleted. The error of a damaged model
         of a hub then says how to download it again.
@@ -505,6 +501,9 @@ class ModelFolder:
             from longnet_cli.models.gguf import convert_gguf
             from longnet_cli.running.device import DTYPES
 
+            note(
+                f"{self.name}: converted for this run alone: `longnet convert {self.name} -o DIR` does it once"
+            )
             with TemporaryDirectory(prefix="longnet-") as place:
                 folder = Path(place) / self.path.stem
                 convert_gguf(self.path, folder, DTYPES.get(dtype))
@@ -526,13 +525,15 @@ class ModelFolder:
         if not folder.is_dir():
             what = "not a folder" if folder.exists() else "no such folder"
             raise CheckpointError(f"{folder}: {what}; expected a model")
-        needed = [CONFIG, *weight_files(folder)]
-        for name in needed:
+        missing = []
+        for name in [CONFIG, *weight_files(folder)]:
+            path = folder / name
             if not is_within(name):
                 raise ConfigError(f"{folder / SHARDED}: the file {name} is outside of the folder")
-            if (folder / name).exists() and not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name}: not a file: a folder, a pipe or a device")
-        missing = [name for name in needed if not (folder / name).exists()]
+            if not path.exists():
+                missing.append(name)
+            elif not path.is_file():
+                raise CheckpointError(f"{path}: not a file: a folder, a pipe or a device")
         if not missing:
             return
         if any(folder.glob(PICKLED)):
@@ -557,8 +558,4 @@ def _transformer_of(folder: Path) -> Path:
 
 def is_gguf(path: Path) -> bool:
     """Return whether a path leads to a GGUF file, by its first bytes."""
-    try:
-        with path.open("rb") as file:
-            return path.is_file() and file.read(4) == b"GGUF"
-    except OSError:
-        return False
+    return first_bytes(path, 4) == b"GGUF"

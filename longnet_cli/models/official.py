@@ -31,7 +31,7 @@ from longnet_cli.basics.atomic import whole_folder, write_file
 from longnet_cli.basics.configuration import validate
 from longnet_cli.basics.digests import file_sha256
 from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
-from longnet_cli.basics.model_files import CONFIG
+from longnet_cli.basics.model_files import CONFIG, first_bytes
 from longnet_cli.models.official_slide import HEADS, RATES, official_name, slide_name
 from longnet_cli.nets.config import LongNetConfig, SlideConfig
 from longnet_cli.nets.longnet import LongNet
@@ -135,11 +135,7 @@ class Given:
 
 def is_checkpoint(path: Path) -> bool:
     """Return whether the first bytes of a file look like `torch.save` or safetensors."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-    except OSError:
-        return False
+    head = first_bytes(path, 9)
     return head.startswith((b"PK\x03\x04", b"\x80")) or head[8:] == b"{"
 
 

@@ -151,7 +151,7 @@ class Net(nn.Module):
     """A net: `net(tokens, start=..., lengths=..., far=...)` returns hidden states like LongNet. `nll` uses `logits`."""
 
     config: NetConfig
-    note: str | None = None  # one line for users about how the net reads documents
+    note: str = ""  # one line for users about how the net reads documents
     alternatives: str = ""  # options for users with too long a sequence, besides shorter ones
     dilated: bool = True  # whether its attention is ours
     has_cls: bool = False  # whether an extra row, CLS, comes before each sequence

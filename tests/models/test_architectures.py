@@ -172,7 +172,7 @@ def outcome(folder: Path, pattern: Pattern | None) -> tuple[str, str]:
             )
     if any((each - expected).abs().max() > 1e-4 * expected.abs().max() for each in found):
         return "wrong", ""
-    return ("chunks" if net.config.streams else "whole"), net.note or ""
+    return ("chunks" if net.config.streams else "whole"), net.note
 
 
 @pytest.mark.ci

@@ -101,7 +101,7 @@ def test_a_stream_with_the_cache_of_transformers_is_the_whole(model, attention):
     net = net_of(model, attention)
     assert net.config.memory == "cache"
     # a LongNetCache keeps few
-    assert net.note is None if attention == "dilated" else "keeps all keys" in net.note
+    assert net.note == "" if attention == "dilated" else "keeps all keys" in net.note
     assert_stream_is_whole(open_stream(net), net)
 
 
@@ -118,7 +118,7 @@ def test_a_stream_is_the_whole(model, pattern):
     net = net_of(model, pattern=pattern)
     c = net.config
     assert (c.memory, c.pattern) == ("segments", pattern)
-    assert (net.note is None) == (pattern != Pattern.dense())
+    assert (net.note == "") == (pattern != Pattern.dense())
     stream = open_stream(net)
     assert isinstance(stream, CausalStream)
     assert_stream_is_whole(stream, net)

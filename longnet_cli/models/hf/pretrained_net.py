@@ -68,7 +68,7 @@ _ENCODERS = {"mpnet"}  # which look in both directions, though their modules do 
 _CACHED_LAYERS = {"full_attention", "sliding_attention"}
 _GROWS = "it keeps all keys of a document, so that memory grows with it"
 _NOTES = {
-    "segments": None,
+    "segments": "",
     "cache": f"{_GROWS}: not all of its layers take far keys",
     "none": "it reads each document in one forward, whatever --chunk",
 }
@@ -96,7 +96,7 @@ class TransformersNet(Net):
             most = min(self.config.max_tokens or FLOAT32_POSITIONS, FLOAT32_POSITIONS)
             self._update(max_tokens=most)
         wrong = self._try()
-        self.note = f"{wrong}: {_NOTES['none']}" if wrong else _NOTES[self.config.memory]
+        self.note = ": ".join(filter(None, (wrong, _NOTES[self.config.memory])))
         # then the memory "cache" is a LongNetCache, which is bounded
         if dilated and self.config.streams:
             dense = self.config.pattern == Pattern.dense()
@@ -155,7 +155,8 @@ class TransformersNet(Net):
         )
         assert inputs is not None
         # transformers runs no model without tokens: on a rank that has none, one goes along, outside attention
-        empty = far is not None and not inputs.shape[1]
+        tokens_given = inputs.shape[1]
+        empty = far is not None and not tokens_given
         if empty:
             inputs = inputs.new_zeros(inputs.shape[0], 1, *inputs.shape[2:])
             documents = None
@@ -176,8 +177,7 @@ class TransformersNet(Net):
         if far is not None or documents is not None:
             positions = positions_of(documents or [inputs.shape[1]], start, inputs.device)
             options["position_ids"] = positions[None] + first_position(self.model)
-        hidden = hidden_states(self.model, **options)
-        return hidden[:, :0] if empty else hidden
+        return hidden_states(self.model, **options)[:, :tokens_given]
 
     def add_steps(self, steps: Sequence[nn.Module]) -> None:
         """Let `head` end with these modules, in float32, which map pooled states (..., size) to vectors."""
@@ -233,8 +233,8 @@ class TransformersNet(Net):
 
         With LoRA, the weights are the merged ones, and the adapter is in a subfolder.
         """
-        named = (*self.model.named_parameters(), *self.model.named_buffers())  # tied ones once
-        names = {name for name, _ in named}
+        # tied ones once
+        names = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         of_model = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         inner = {name: tensor for name, tensor in of_model.items() if name in names}
         if self._save_adapter:
@@ -400,7 +400,7 @@ def read_facts(
         facts = _facts(model, not as_trained, as_trained)
         if lora is not None:
             add_lora(model.to(dtype), **lora)
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            trained = model.num_parameters(only_trainable=True)
             frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
             facts = facts.model_copy(update={"trained": trained, "frozen_bytes": frozen})
     return facts
@@ -427,11 +427,11 @@ def _reach(pattern: Pattern) -> int:
     return (1 + pattern.look_backs[0]) * pattern.segment_lengths[0] + pattern.chosen_keys
 
 
-def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str | None:
-    """Return a warning if a pattern's first level shows distances that the model has never seen; otherwise None."""
+def _too_wide(model: hf.PreTrainedModel, pattern: Pattern) -> str:
+    """Return a warning if a pattern's first level shows distances that the model has never seen; otherwise nothing."""
     trained = getattr(model.config, "max_position_embeddings", None)
     if not trained or _reach(pattern) <= trained or _positions(model):
-        return None
+        return ""
     return (
         f"it reaches {_reach(pattern)} tokens back, and the model was trained on {trained}: "
         f"{_window_within(trained)} stays within"
@@ -472,12 +472,12 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
     # such a setting makes a decoder look in both directions
     if getattr(config, "is_causal", config.model_type not in _ENCODERS) is False:
         directions = {False}
-    sizes = [
-        _setting(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    ]
+    dim = _setting(config, "hidden_size")
+    num_layers = _setting(config, "num_hidden_layers")
+    num_heads = _setting(config, "num_attention_heads")
     if (
         len(directions) != 1
-        or None in sizes
+        or None in (dim, num_layers, num_heads)
         or not isinstance(model.get_input_embeddings(), nn.Embedding)
     ):
         raise ConfigError(
@@ -485,8 +485,7 @@ def _facts(model: hf.PreTrainedModel, dilated: bool, as_trained: bool) -> Transf
         )
     check_ropes(model)
     causal = directions.pop()
-    dim, num_layers, num_heads = map(int, sizes)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = model.num_parameters()
     return TransformersConfig(
         vocab_size=model.get_input_embeddings().num_embeddings,
         dim=dim,

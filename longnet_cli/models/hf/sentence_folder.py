@@ -217,8 +217,7 @@ class SentenceModel:
     `pool` names one or several of POOLINGS, joined by `+`. Without `pools_prompt`, the prompt is not pooled. A text has
     `window` tokens or fewer, special ones included; None if the folder does not say. `steps` follow the pooling,
     then vectors have length 1 if they are `normalized`. The prompts are texts, which may be empty. The library's
-    encode_document reads `document_prompt`; `unread_prompt` is one that the folder has for documents, or for all texts,
-    which it does not read.
+    encode_document reads `document_prompt`. `note` is a sentence on the way in which texts are read, for users.
     """
 
     pool: str = "mean"
@@ -229,7 +228,7 @@ class SentenceModel:
     normalized: bool = True
     document_prompt: str = ""
     query_prompt: str | None = None
-    unread_prompt: str = ""
+    note: str = ""
     of_folder: bool = True  # whether the folder says all this
 
     @property
@@ -257,8 +256,14 @@ def read_sentence_model(folder: Path) -> SentenceModel:
     settings = _read(_ModelSettings, folder / PROMPTS, {})
     prompts = {name: text for name, text in settings.prompts.items() if text}
     # the library always has a prompt `document`, an empty one at least, so its encode_document never takes another
-    others = map(prompts.get, ("passage", "corpus", settings.default_prompt_name))
-    unread_prompt = "" if "document" in prompts else next(filter(None, others), "")
+    for_documents = ("document", "passage", "corpus", settings.default_prompt_name)
+    first = next(filter(prompts.__contains__, for_documents), "document")
+    note = ""
+    if first != "document":
+        note = (
+            f"the prompt {prompts[first]!r} is not read, as in encode_document of sentence-transformers: --prefix "
+            "reads it"
+        )
     # the library cuts a vector after it has scaled it
     if settings.truncate_dim:
         steps.append(FirstNumbers(settings.truncate_dim))
@@ -274,14 +279,15 @@ def read_sentence_model(folder: Path) -> SentenceModel:
         normalized=normalized,
         document_prompt=prompts.get("document", ""),
         query_prompt=prompts.get("query"),
-        unread_prompt=unread_prompt,
+        note=note,
     )
 
 
 def plain_model(folder: Path) -> SentenceModel:
     """Return how texts are read from a folder without modules.json: the mean over all tokens, special ones included."""
     window, _ = _transformer(folder)
-    return SentenceModel(window=window, of_folder=False)
+    note = f"there is no {MODULES}: the vector is the mean over all tokens of a text, special ones included"
+    return SentenceModel(window=window, note=note, of_folder=False)
 
 
 def read_words(folder: Path, lowercase: bool) -> Tokenizer:

@@ -201,10 +201,7 @@ def _some_ids(model: PreTrainedModel, count: int) -> Tensor:
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     size = min(len(table.weight) for table in tables if table is not None)
     settings = model.config.get_text_config().to_dict()
-    special = set()
-    for key, value in settings.items():
-        if "token" in key and type(value) is int:
-            special.add(value)
+    special = {value for key, value in settings.items() if "token" in key and type(value) is int}
     plain = torch.tensor(sorted({*range(size)} - special))
     random = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(plain), (1, count), generator=random)
@@ -221,4 +218,4 @@ def _tokens(model: PreTrainedModel) -> int:
     ]
     longest = config.get("max_position_embeddings")
     longest = longest - first_position(model) if isinstance(longest, int) else MOST
-    return min(max(8, min(sizes) + 1) if sizes else FEW, MOST, longest)
+    return min(max(8, min(sizes, default=FEW - 1) + 1), MOST, longest)
