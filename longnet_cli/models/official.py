@@ -184,8 +184,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise _not_plain(path, f": {name} is of type {type(tensor).__name__}")
-        plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
-        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+        lacks_numbers = (
+            tensor.layout is not torch.strided
+            or tensor.is_quantized
+            or tensor.is_meta
+            or tensor.nbytes > tensor.untyped_storage().nbytes()
+        )
+        if lacks_numbers:
             raise CheckpointError(
                 f"{path}: {name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
             )

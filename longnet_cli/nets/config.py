@@ -211,14 +211,13 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
             raise ValueError(
                 f"pattern says the whole pattern: leave out {', '.join(fields)}, or leave out pattern"
             )
-        pattern = data["pattern"]
+        others = dict(data)
+        pattern = others.pop("pattern")
         if isinstance(pattern, str):
             pattern = parse_pattern(pattern)
         elif not isinstance(pattern, Pattern):
             raise ValueError(f'pattern needs a text, as "window:1Ki", got {pattern!r}')
-        return {name: value for name, value in data.items() if name != "pattern"} | pattern_fields(
-            pattern
-        )
+        return others | pattern_fields(pattern)
 
     @field_validator("look_back", mode="wrap")
     @classmethod
@@ -283,10 +282,10 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
             raise ValueError(
                 f'position="xpos" needs segments that nest, and {odd[0]} does not divide {longest}; use position="rope"'
             )
-        if any(self.pattern.look_backs) or self.sinks:
-            name = "sinks" if self.sinks else "look_back"
+        options = {"sinks": self.sinks, "look_back": any(self.pattern.look_backs)}
+        if given := [name for name, value in options.items() if value]:
             raise ValueError(
-                f'position="xpos" has no {name}: its keys are only seen from their own segment; use position="rope"'
+                f'position="xpos" has no {given[0]}: its keys are only seen from their own segment; use position="rope"'
             )
 
     @property

@@ -186,12 +186,13 @@ class LongNet(Net):
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.config: LongNetConfig = config
-        self.row_size = None if config.vocab_size else config.dim
         self.embedding = None
-        # an empty table: `init_weights` draws it, and nn.Embedding would draw it before
         if config.vocab_size:
+            # an empty table: `init_weights` draws it, and nn.Embedding would draw it before
             table = torch.empty(config.vocab_size, config.dim)
             self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=table)
+        else:
+            self.row_size = config.dim
         self.layers = nn.ModuleList(self.layer_kind(config) for _ in range(config.num_layers))
         self.final_norm = (
             nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()

@@ -197,10 +197,12 @@ def check_taken(model: PreTrainedModel) -> None:
 def use_own_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `use_dilated_attention`, in place: restore the earlier attention, and remove the pattern from the config."""
     current: _CurrentPass | None = model.__dict__.pop(_CURRENT, None)
+    own = "sdpa"
     if current:
         current.hook.remove()
+        own = current.own
     if model.config._attn_implementation == ATTENTION_NAME:
-        model.set_attn_implementation(current.own if current else "sdpa")
+        model.set_attn_implementation(own)
     vars(model.config).pop("dilated_attention", None)
     unmark(model.config)
     return model
@@ -292,20 +294,26 @@ def dilated_attention_forward(
     cache: LongNetCache | None = getattr(key, CACHE, None)
     if cache is None:
         before = k.shape[1] - q.shape[1]
-        attend = partial(_with_keys, call)
-    else:
-        memory = cache.memory(call.layer)
-        before = memory.position
-        attend = partial(_with_memory, call, cache, memory.number)
-    if before and (before < 0 or not causal):
+        return _by_rows(call, attention_mask, before, partial(_with_keys, call)), None
+    memory = cache.memory(call.layer)
+    attend = partial(_with_memory, call, cache, memory.number)
+    out = _by_rows(call, attention_mask, memory.position, attend)
+    memory.step(q.shape[1])
+    return out, None
+
+
+def _by_rows(
+    call: _Call, columns: Tensor | None, before: int, attend: Callable[[AlignedRows], Tensor]
+) -> Tensor:
+    """Return what all rows `attend` to (`by_rows`). Raises ValueError if keys cannot be `before` the new tokens."""
+    q, k = call.q, call.k
+    causal = call.settings["causal"]
+    if before < 0 or (before and not causal):
         raise ValueError(
             f"dilated attention is self-attention: {q.shape[1]} queries cannot attend to {k.shape[1]} keys in a "
             f"{'causal' if causal else 'bidirectional'} layer"
         )
-    out = by_rows(attention_mask, before, q.shape, attend, partial(_zeros, q))
-    if cache is not None:
-        memory.step(q.shape[1])
-    return out, None
+    return by_rows(columns, before, q.shape, attend, partial(_zeros, q))
 
 
 def _zeros(q: Tensor) -> Tensor:

@@ -180,16 +180,13 @@ class LongNetCache(hf.DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace row i of the batch with row `beam_idx[i]`."""
+        super().reorder_cache(beam_idx)
         rows = beam_idx.tolist()
-        for layer in self.layers:
-            if not isinstance(layer, Memory):
-                layer.reorder_cache(beam_idx)
         self._batch = len(rows)
         for column, part in [*self._parts.items()]:
-            places = {row: place for place, row in enumerate(part.rows)}
-            new_rows = [new for new, row in enumerate(rows) if row in places]
+            new_rows = [new for new, row in enumerate(rows) if row in part.rows]
             if new_rows:
-                part.select([places[rows[new]] for new in new_rows])
+                part.select([part.rows.index(rows[new]) for new in new_rows])
                 part.rows = new_rows
             else:
                 del self._parts[column]
@@ -202,7 +199,7 @@ class LongNetCache(hf.DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the keys and values for a layer's attention. Raises ValueError if an earlier layer was not dilated."""
-        if isinstance(self._last, Memory) and self._last.waits:
+        if getattr(self._last, "waits", False):
             raise ValueError(
                 "a LongNetCache is for dilated attention: call use_dilated_attention(model, pattern) before"
             )
@@ -267,6 +264,9 @@ class Memory(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # its older name
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Do nothing: the LongNetCache reorders the rows of all its caches."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the caches are made with the first keys."""

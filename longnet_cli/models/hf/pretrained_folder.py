@@ -107,20 +107,22 @@ def read_architecture(
     code = data.pop("auto_map", None)
     kind = data.get("model_type")
     name = (data.get("architectures") or [None])[0]
-    settings_class: Any = hf.CONFIG_MAPPING[kind] if kind in hf.CONFIG_MAPPING else None  # noqa: SIM401 (`get` loads no class)
-    architecture = _class_of(settings_class, name, embeds) if settings_class else None
+    architecture = _class_of(kind, name, embeds)
     if architecture is None:
         what = f"does not know the architecture {name} (model_type {kind})"
         instead = ", and code of the folder's own (auto_map) is never run" if code else ""
         raise ConfigError(f"{folder}: transformers {hf.__version__} {what}{instead}")
     with refusing_settings(where):
-        config = settings_class.from_dict(with_infinities(data))
+        config: Any = hf.CONFIG_MAPPING[kind].from_dict(with_infinities(data))
         config.get_text_config().to_dict()  # as others will ask it
         return config, architecture
 
 
-def _class_of(settings_class: Any, name: str | None, embeds: bool) -> Any:
-    """Return the class of transformers for these settings: AutoModel's, or the named one if it takes them; or None."""
+def _class_of(kind: str | None, name: str | None, embeds: bool) -> Any:
+    """Return the class for a model of this type: AutoModel's, or the named one if it takes the settings; or None."""
+    if kind not in hf.CONFIG_MAPPING:
+        return None
+    settings_class = hf.CONFIG_MAPPING[kind]
     if embeds:
         found = hf.MODEL_MAPPING.get(settings_class, None)
         return found if isinstance(found, type) else None

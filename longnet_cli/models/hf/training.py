@@ -155,7 +155,7 @@ def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
             layer = model.get_submodule(stem)
             delta = layer.scaling[_NAME] * (state[stem + _B] @ a)
             wide += delta.T if getattr(layer, "fan_in_fan_out", False) else delta
-        weights[stem + rest if base else name] = wide
+        weights[stem + rest] = wide
     return weights
 
 
