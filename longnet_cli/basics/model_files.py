@@ -1,5 +1,7 @@
 """The names of the files in a model's folder, and of what stands in them."""
 
+import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,6 +80,13 @@ def refuse_unreadable(path: Path) -> None:
         pass  # its reader knows what else would do
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror}") from error
+
+
+def copy_files(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy those of the files with these names that are in the folder `source`."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def first_bytes(path: Path, size: int) -> bytes:

@@ -1,13 +1,12 @@
 """The job `convert`: it writes a model of another kind, or with weights of another type, as an ordinary folder."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.errors import CheckpointError, ConfigError, refuse_web_address
 from longnet_cli.basics.events import Events
-from longnet_cli.basics.model_files import BESIDE_TOKENIZER, CONFIG, TOKENIZER
+from longnet_cli.basics.model_files import BESIDE_TOKENIZER, CONFIG, TOKENIZER, copy_files
 from longnet_cli.hub.model_names import find_model, list_models, name_origin
 from longnet_cli.models.folder import ModelFolder, is_gguf
 from longnet_cli.models.official import Given, convert_official, is_checkpoint
@@ -77,7 +76,5 @@ def _with_weights_of(model: ModelFolder, output: Path, dtype: str) -> str:
         texts = (tokenizer.read_text(encoding="utf-8"), model.eos) if tokenizer.is_file() else ()
         net.save_pretrained(place, *texts)
         name_origin(place, model.origin)
-        for name in BESIDE_TOKENIZER:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, place / name)
+        copy_files(folder, place, BESIDE_TOKENIZER)
     return f"a LongNet of {net.config.num_parameters():,} parameters, as {str(DTYPES[dtype]).removeprefix('torch.')}"

@@ -19,7 +19,6 @@ the model's own type. Its class is a subclass that writes the file as above.
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from longnet_cli.basics.model_files import (
     CONFIG,
     GENERATION,
     TOKENIZER,
+    copy_files,
     read_or_empty,
 )
 from longnet_cli.basics.sizes import MAX_SIZE
@@ -260,7 +260,7 @@ def _register_models(own: type, marked: type, prepare: Prepare) -> None:
         (hf.AutoModelForCausalLM, hf.MODEL_FOR_CAUSAL_LM_MAPPING),
         (hf.AutoModelForMaskedLM, hf.MODEL_FOR_MASKED_LM_MAPPING),
     ):
-        if own in models and isinstance(models[own], type):
+        if isinstance(models.get(own, None), type):
             auto.register(marked, _prepared(models[own], prepare), exist_ok=True)
 
 
@@ -314,6 +314,4 @@ def write_folder(
         (place / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (place / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
         if source and read_or_empty(source / TOKENIZER, dict) == json.loads(tokenizer_json):
-            for name in (*BESIDE_TOKENIZER, TOKENIZER):
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, place / name)
+            copy_files(source, place, (*BESIDE_TOKENIZER, TOKENIZER))
