@@ -215,11 +215,11 @@ def _segment_lengths(max_wsi_size: float, tile_size: float) -> tuple[int, ...]:
 
     Raises ConfigError where the largest slide has no tile.
     """
-    tiles = int(max_wsi_size // tile_size) ** 2 if tile_size > 0 else 0
-    if tiles < 1:
+    if not 0 < tile_size <= max_wsi_size:
         raise ConfigError(
             f"max_wsi_size {max_wsi_size} must be at least tile_size {tile_size}, and both above 0"
         )
+    tiles = int(max_wsi_size // tile_size) ** 2
     steps = np.linspace(math.log2(SHORTEST), int(math.log2(tiles)), len(RATES))
     return tuple(int(length) for length in 2**steps)
 

@@ -11,7 +11,8 @@ B batch, N tiles.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Literal, Protocol, cast
@@ -99,7 +100,7 @@ def _warn_of_crowds(document: Tiles, coords: np.ndarray, cells: np.ndarray, side
     occupied = len(np.unique(cells, axis=0))
     if len(document) < 2 * CROWD or occupied * CROWD > len(document):
         return
-    steps = np.concatenate([np.diff(np.unique(coords[:, axis])) for axis in (0, 1)])
+    steps = np.concatenate([*map(np.diff, map(np.unique, coords.T))])
     sizes, times = np.unique(steps, return_counts=True)
     fits = f": a tile of {sizes[times.argmax()]:g} would fit (--tile-size)" if len(sizes) else ""
     warnings.warn(
@@ -254,19 +255,24 @@ class VectorNet(LongNet):
                 f"lengths must be {batch} numbers of 1 to {tiles}, got {counts.tolist()}"
             )
         x = self.dropout(self.embed(self.rows(features, coords, counts, tile_size)))
+        states = self._states(x, counts, again and torch.is_grad_enabled())
+        if all_layers:
+            return [self.head(_pooled(x, counts, pool)) for x in states]
+        (last,) = deque(states, maxlen=1)
+        return [self.head(_pooled(self.final_norm(last), counts, pool))]
+
+    def _states(self, x: Tensor, counts: Tensor, again: bool) -> Iterator[Tensor]:
+        """Yield the hidden states of CLS and tiles, (B, 1 + N, dim): the first layer's input, then each output."""
         table = self.positions(x, 0)
         place = Placement(lengths=(counts + 1).tolist())
-        states = [self.head(_pooled(x, counts, pool))] if all_layers else []
-        again &= torch.is_grad_enabled()
+        yield x
         for layer in self.layers:
             x = (
                 checkpoint(layer, x, table, place, use_reentrant=False)
                 if again
                 else layer(x, table, place)
             )
-            if all_layers:
-                states.append(self.head(_pooled(x, counts, pool)))
-        return states or [self.head(_pooled(self.final_norm(x), counts, pool))]
+            yield x
 
     def rows(
         self, features: Tensor, coords: Tensor | None, counts: Tensor, tile_size: TileSize = None
