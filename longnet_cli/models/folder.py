@@ -222,9 +222,9 @@ class ModelFolder:
         return frozenset(end for end in ids if isinstance(end, int))
 
     @property
-    def eos(self) -> str | None:
-        """The token that ends documents, from tokenizer_config.json; None if that names none."""
-        return special_token(self._tokenizer_settings.get("eos_token")) or None
+    def eos(self) -> str:
+        """The token that ends documents, from tokenizer_config.json; empty if that names none."""
+        return special_token(self._tokenizer_settings.get("eos_token"))
 
     def chat(self, tokenizer: Tokenizer | None, asked: bool | None) -> ChatTemplate | None:
         """Return the chat template if it is `asked` for or, for None, the one that there may be.

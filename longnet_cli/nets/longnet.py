@@ -297,7 +297,7 @@ class LongNet(Net):
         return [*self.layers]
 
     def save(
-        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None
+        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str = ""
     ) -> None:
         save_pretrained(self, folder, tokenizer_json, state, eos)
 
@@ -318,7 +318,7 @@ class LongNet(Net):
         self,
         directory: str | PathLike[str],
         tokenizer_json: str | None = None,
-        eos: str | None = None,
+        eos: str = "",
     ) -> None:
         """Write config.json, model.safetensors and tokenizer.json; `eos` is the token that ends documents.
 

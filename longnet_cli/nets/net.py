@@ -222,7 +222,7 @@ class Net(nn.Module):
         raise NotImplementedError
 
     def save(
-        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None
+        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str = ""
     ) -> None:
         """Write a model directory with the weights `state`, on the CPU; files get their names when they are complete.
 

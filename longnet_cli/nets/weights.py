@@ -96,7 +96,7 @@ def save_pretrained(
     directory: str | PathLike[str],
     tokenizer_json: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
-    eos: str | None = None,
+    eos: str = "",
     foreign: Mapping[str, Any] = {},
 ) -> None:
     """Write a model directory; `tokenizer_json` is the text of a `tokenizers` file.
@@ -114,11 +114,13 @@ def save_pretrained(
     settings = json.loads(model.config.model_dump_json())
     tokenizer = json.loads(tokenizer_json or "{}")
     ids = _ids(tokenizer)
+    if END_OF_TEXT in ids:
+        eos = eos or END_OF_TEXT
     digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: json_sha256(settings)}
-    keys = settings | foreign_keys(model.config, ids, eos) | dict(foreign)
+    keys = settings | foreign_keys(model.config, ids.get(eos)) | dict(foreign)
     data: dict[str, Any] = {CONFIG: keys}
     if tokenizer_json is not None:
-        data |= foreign_files(ids, eos)
+        data |= foreign_files(eos)
         digests[TOKENIZER_SHA256] = json_sha256(tokenizer)
     with whole_folder(Path(directory), CONFIG) as place:
         for name, table in data.items():
@@ -390,11 +392,10 @@ def architecture(config: NetConfig) -> str:
     return "LongNetForCausalLM" if config.causal else "LongNetForMaskedLM"
 
 
-def foreign_keys(config: NetConfig, ids: Mapping[str, int], eos: str | None) -> dict[str, Any]:
+def foreign_keys(config: NetConfig, eos_id: int | None) -> dict[str, Any]:
     """Return the keys of config.json for transformers: the class, the dtype, and the id that ends documents.
 
-    Weights are read as float32, as the commands do, whatever dtype they are stored in. `ids` and `eos` are as in
-    `foreign_files`.
+    Weights are read as float32, as the commands do, whatever dtype they are stored in.
     A net that is more than a LongNet has no keys, because transformers has no class for it.
     """
     if type(config) is not LongNetConfig:
@@ -404,15 +405,13 @@ def foreign_keys(config: NetConfig, ids: Mapping[str, int], eos: str | None) -> 
         "architectures": [architecture(config)],
         "dtype": "float32",
     }
-    eos_id = ids.get(eos or END_OF_TEXT)
     return keys if eos_id is None else keys | {"bos_token_id": eos_id, "eos_token_id": eos_id}
 
 
-def foreign_files(ids: Mapping[str, int], eos: str | None) -> dict[str, Any]:
-    """Return the files that stand beside the tokenizer.json of a tokenizer with these `ids`, name -> JSON data.
+def foreign_files(eos: str) -> dict[str, Any]:
+    """Return the files that stand beside a tokenizer.json, name -> JSON data.
 
-    `eos` is the token that ends documents, and so stands before each. It is by default END_OF_TEXT, if the tokenizer
-    has that.
+    `eos` is the token that ends documents, and so stands before each; empty for none.
     """
     words: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -421,10 +420,9 @@ def foreign_files(ids: Mapping[str, int], eos: str | None) -> dict[str, Any]:
     }
     # a text is nothing but text: a special token in it is encoded as its characters
     options: dict[str, Any] = {"split_special_tokens": True}
-    if eos or END_OF_TEXT in ids:
-        end = eos or END_OF_TEXT
-        words |= {"bos_token": end, "eos_token": end}
-        options["pad_token"] = end
+    if eos:
+        words |= {"bos_token": eos, "eos_token": eos}
+        options["pad_token"] = eos
     reading = {"text": {"method": "embed", "method_output_name": None}}
     module = "sentence_transformers.base.modules.transformer.Transformer"
     return {
@@ -444,4 +442,5 @@ def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     ids = dict(vocab) if isinstance(vocab, dict) else {}
     for token in tokenizer.get("added_tokens", ()):
         ids[token["content"]] = token["id"]
+    ids.pop("", None)  # nobody means a token of no characters
     return ids

@@ -77,8 +77,7 @@ class LongNetHFConfig(hf.PretrainedConfig):
         super().__init__(
             **{key: value for key, value in settings.items() if key in TRANSFORMERS_KEYS}
         )
-        for name, value in longnet:
-            setattr(self, name, value)
+        self.__dict__.update(longnet)
         if "use_cache" in settings:
             self.use_cache = settings["use_cache"]
 

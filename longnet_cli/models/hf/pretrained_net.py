@@ -227,7 +227,7 @@ class TransformersNet(Net):
         self._save_adapter = add_lora(self.model, **options)
 
     def save(
-        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str | None = None
+        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str = ""
     ) -> None:
         """Write a folder that transformers opens, with the pattern in config.json and the tokenizer's files.
 
@@ -235,8 +235,7 @@ class TransformersNet(Net):
         """
         # tied ones once
         names = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        of_model = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        inner = {name: tensor for name, tensor in of_model.items() if name in names}
+        inner = {name: state[f"model.{name}"] for name in names if f"model.{name}" in state}
         if self._save_adapter:
             self._save_adapter(folder / ADAPTER, inner)
             # the merged weights are as large as the net, and larger
@@ -365,12 +364,15 @@ def _check_weights(
     folder: Path, model: hf.PreTrainedModel, report: Mapping[str, Any], embeds: bool
 ) -> None:
     """Raise CheckpointError for weights that are missing, unexpected or of another shape, by transformers' report."""
-    # a pooler makes another output than the hidden states
-    poolers = [name for name in report["missing_keys"] if embeds and name.startswith("pooler.")]
-    for name in poolers:  # instead of random numbers, which would be in the model's digest
-        model.get_parameter(name).data.zero_()
-    missing = report["missing_keys"].difference(poolers)
-    surplus = () if embeds else report["unexpected_keys"]
+    missing = report["missing_keys"]
+    surplus = report["unexpected_keys"]
+    if embeds:
+        # a pooler makes another output than the hidden states
+        poolers = {name for name in missing if name.startswith("pooler.")}
+        for name in poolers:  # instead of random numbers, which would be in the model's digest
+            model.get_parameter(name).data.zero_()
+        missing = missing - poolers
+        surplus = ()
     refuse_differences(str(folder), missing, surplus, report["mismatched_keys"])
 
 
