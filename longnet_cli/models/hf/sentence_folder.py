@@ -167,26 +167,31 @@ class Normalize(nn.Module):
 
 
 class Dense(nn.Module):
-    """A linear layer and an activation, with `residual` beside the input."""
+    """A linear layer and an activation."""
 
-    def __init__(
-        self, inputs: int, outputs: int, *, bias: bool, activation: nn.Module, residual: bool
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, activation: nn.Module) -> None:
         super().__init__()
         self.linear = nn.Linear(inputs, outputs, bias=bias)
         self.activation = activation
-        self.residual: nn.Module | None = None
-        if residual:
-            same = inputs == outputs
-            self.residual = nn.Identity() if same else nn.Linear(inputs, outputs, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        output = self.activation(self.linear(vectors))
-        return output if self.residual is None else output + self.residual(vectors)
+        return self.activation(self.linear(vectors))
 
     def __repr__(self) -> str:
-        kind = "Dense" if self.residual is None else "Residual"
-        return f"{kind}({self.linear.in_features}, {self.linear.out_features}, {type(self.activation).__name__})"
+        sizes = f"{self.linear.in_features}, {self.linear.out_features}"
+        return f"{type(self).__name__}({sizes}, {type(self.activation).__name__})"
+
+
+class Residual(Dense):
+    """A linear layer and an activation, beside the input."""
+
+    def __init__(self, inputs: int, outputs: int, **options: Any) -> None:
+        super().__init__(inputs, outputs, **options)
+        same = inputs == outputs
+        self.residual = nn.Identity() if same else nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return super().forward(vectors) + self.residual(vectors)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -264,12 +269,13 @@ def read_sentence_model(folder: Path) -> SentenceModel:
             f"the prompt {prompts[first]!r} is not read, as in encode_document of sentence-transformers: --prefix "
             "reads it"
         )
+    normalized = False
     # the library cuts a vector after it has scaled it
     if settings.truncate_dim:
         steps.append(FirstNumbers(settings.truncate_dim))
-    normalized = bool(steps) and isinstance(steps[-1], Normalize)
-    if normalized:
+    elif kinds[-1] == "Normalize":
         steps.pop()
+        normalized = True
     return SentenceModel(
         pool=pool,
         pools_prompt=pools_prompt,
@@ -357,13 +363,13 @@ def _dense(folder: Path) -> nn.Module:
     name = settings.activation_function
     if name not in _ACTIVATIONS:
         raise ConfigError(f"{folder / CONFIG}: longnet does not know the activation {name}")
+    kind = Residual if settings.use_residual else Dense
     with torch.device("meta"):
-        dense = Dense(
+        dense = kind(
             settings.in_features,
             settings.out_features,
             bias=settings.bias,
             activation=_ACTIVATIONS[name](),
-            residual=settings.use_residual,
         )
     return _loaded(dense, folder)
 
