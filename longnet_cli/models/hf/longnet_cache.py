@@ -34,14 +34,14 @@ class AlignedRows(NamedTuple):
     """Rows of a batch, its `members` in order, that start at `column`, and so are at the same position.
 
     `skip` new columns come before their first new token, which is at position `start`.
-    `lengths` is the number of real tokens of each row in this call; None means all.
+    `lengths` is the number of real tokens of each row in this call.
     """
 
     members: list[int]
     column: int
     skip: int
     start: int
-    lengths: Sequence[int] | None
+    lengths: Sequence[int]
 
     def of(self, x: Tensor) -> Tensor:
         """Return these rows of a tensor (B, ...)."""
@@ -70,14 +70,13 @@ def by_rows(
     for column, members in members_of.items():
         skip = max(column - before, 0)
         lengths = [max(0, spans[row][1] - before - skip) for row in members]
-        is_whole = min(lengths) == new - skip
         computed = compute(
             AlignedRows(
                 members=members,
                 column=column,
                 skip=skip,
                 start=before + skip - column,
-                lengths=None if is_whole else lengths,
+                lengths=lengths,
             )
         )
         if computed.shape[:2] == (batch, new):
