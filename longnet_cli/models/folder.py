@@ -324,8 +324,7 @@ class ModelFolder:
         dtype = None if lora is None else self.stored_dtype()
         net = cast("TransformersNet", self.net(pattern=pattern, dtype=dtype))
         net.check_trainable()
-        if net.note:
-            note(f"{self.name}: {net.note}")
+        self._tell(note, net.note)
         # the weights are mapped from files until now, which may vanish during a run
         for parameter in net.parameters():
             parameter.data = parameter.data.clone()
@@ -390,8 +389,8 @@ class ModelFolder:
                 f"{self.name}: this model has no vocabulary: it reads vectors, not tokens"
             )
         in_windows = embedding and not net.config.causal and not net.dilated
-        if net.note and not in_windows:
-            note(f"{self.name}: {net.note}")
+        if not in_windows:
+            self._tell(note, net.note)
         return Loaded(net, words, start, ends, template, self.origin, embedding)
 
     def _start_of(self, net: Net, start: Bos, bos: str | None) -> Bos:
@@ -419,6 +418,11 @@ class ModelFolder:
                 raise ConfigError(
                     f"{self.name}: it reads the id {bos_id} before a text, and its vocabulary has {size}: give --bos"
                 )
+
+    def _tell(self, note: Callable[[str], None], text: str) -> None:
+        """Give `note` a line about the model, unless the text is empty."""
+        if text:
+            note(f"{self.name}: {text}")
 
     def sentence_model(self) -> SentenceModel | None:
         """Return how sentence-transformers makes vectors with the model; None where it does not, or no file says how.
@@ -456,15 +460,14 @@ class ModelFolder:
             from longnet_cli.models.hf.sentence_folder import plain_model
 
             model = plain_model(self.path)
-        if model.note:
-            note(f"{self.name}: {model.note}")
+        self._tell(note, model.note)
         from longnet_cli.models.hf.sentence_folder import lowercased, read_words
 
-        if tokenizer is None or tokenizer.folder == self.path:
-            words = read_words(self.path, model.lowercase)
-        else:
+        if tokenizer and tokenizer.folder != self.path:
             words = lowercased(tokenizer) if model.lowercase else tokenizer.for_documents()
             words.splits_special = False
+        else:
+            words = read_words(self.path, model.lowercase)
         if tokenizer and words.encodes_as(tokenizer):
             words.sha256 = tokenizer.sha256
         cast("TransformersNet", net).add_steps(model.steps)

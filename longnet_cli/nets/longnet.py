@@ -200,7 +200,7 @@ class LongNet(Net):
         untied = config.vocab_size and not config.tie_embeddings
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None
         # on the meta device, drawing would import half of torch
-        if not any(p.is_meta for p in self.parameters()):
+        if not next(self.parameters()).is_meta:
             self.init_weights()
 
     @torch.no_grad()

@@ -57,6 +57,7 @@ from longnet_cli.models.hf.trying import (
     layers_of,
     settings_of,
     why_not,
+    without_cache,
 )
 from longnet_cli.nets.config import TransformersConfig
 from longnet_cli.nets.net import FarProvider, Net, positions_of
@@ -250,13 +251,12 @@ class TransformersNet(Net):
         """True if the output layer alone makes the model's logits, tried on a few tokens."""
         ids = torch.arange(4, device=next(self.parameters()).device)[None] % self.config.vocab_size
         output = self.model.get_output_embeddings()
-        options = {"use_cache": False} if ARGUMENT in self._accepted else {}
         with torch.no_grad():
             hidden = self(ids)
             size = hidden.shape[-1]
             if getattr(output, "in_features", size) != size:  # as Electra's can be
                 return False
-            logits = self.model(input_ids=ids, **options).logits
+            logits = self.model(input_ids=ids, **without_cache(self.model)).logits
             return torch.allclose(output(hidden), logits, rtol=1e-5, atol=1e-6)
 
     def _try(self) -> str | None:

@@ -87,9 +87,13 @@ def hidden_states(
     model: PreTrainedModel, input_ids: Tensor | None = None, **options: Any
 ) -> Tensor:
     """Return the hidden states (B, N, dim) of ids (B, N), or of `inputs_embeds`, in one forward without a cache."""
-    if "use_cache" in inspect.signature(body(model).forward).parameters:
-        options["use_cache"] = False
-    return body(model)(input_ids=input_ids, **options).last_hidden_state
+    return body(model)(input_ids=input_ids, **without_cache(model), **options).last_hidden_state
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Return the option that keeps a model from making a cache; none for a model that makes none."""
+    accepted = inspect.signature(body(model).forward).parameters
+    return {"use_cache": False} if "use_cache" in accepted else {}
 
 
 @contextmanager
