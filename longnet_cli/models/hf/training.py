@@ -135,7 +135,7 @@ def _compute_wide(model: hf.PreTrainedModel) -> None:
         for p in module.parameters(recurse=False):
             if frozen_kind is None or p.dim() < 2:
                 p.data = p.data.float()
-        if frozen_kind and not any(p.requires_grad for p in module.parameters()):
+        if frozen_kind and not module.weight.requires_grad:
             module.__class__ = frozen_kind
 
 
