@@ -176,12 +176,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: damaged or not a checkpoint ({one_line(error)[:80]})"
         ) from None
+    tensors = content if isinstance(content, Mapping) else {}
     for name in _INSIDE:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not isinstance(content, Mapping) or not content:
+        if isinstance(tensors.get(name), Mapping):
+            tensors = tensors[name]
+    if not tensors:
         raise _not_plain(path, f": it holds {type(content).__name__}, not tensors by name")
-    for name, tensor in content.items():
+    for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise _not_plain(path, f": {name} is of type {type(tensor).__name__}")
         lacks_numbers = (
@@ -194,7 +195,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {name} of shape {tuple(tensor.shape)} has not all of its numbers in the file"
             )
-    return without_prefix(dict(content))
+    return without_prefix(dict(tensors))
 
 
 def _not_plain(path: Path, why: str) -> CheckpointError:

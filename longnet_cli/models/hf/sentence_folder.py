@@ -254,10 +254,12 @@ def read_sentence_model(folder: Path) -> SentenceModel:
         raise ConfigError(f"{where}: a Transformer and a Pooling must come first, not {kinds}")
     if outside := [module.path for module in modules if not is_within(module.path)]:
         raise ConfigError(f"{where}: the module in {outside[0]} is outside of the folder")
-    places = [folder / module.path for module in modules]
-    pool, pools_prompt = _pooling(places[1] / CONFIG)
-    steps = [_MODULES[kind](place) for kind, place in zip(kinds[2:], places[2:], strict=True)]
-    window, lowercase = _transformer(places[0])
+    transformer, pooling, *others = modules
+    pool, pools_prompt = _pooling(folder / pooling.path / CONFIG)
+    steps = [
+        _MODULES[kind](folder / module.path) for kind, module in zip(kinds[2:], others, strict=True)
+    ]
+    window, lowercase = _transformer(folder / transformer.path)
     settings = _read(_ModelSettings, folder / PROMPTS, {})
     prompts = {name: text for name, text in settings.prompts.items() if text}
     # the library always has a prompt `document`, an empty one at least, so its encode_document never takes another
