@@ -287,7 +287,7 @@ def dilated_attention_forward(
         "scale": scaling,
         "turn": module.__dict__.get(_TURN),
     }
-    current = module.__dict__.get(_CURRENT) if pattern.chosen else None
+    current = module.__dict__.get(_CURRENT)
     call = _Call(getattr(module, "layer_idx", 0), pattern, q, k, v, settings, current)
     if options.get("far") or options.get("documents") is not None:
         return _of_shard(call, options), None
@@ -325,7 +325,7 @@ def _zeros(q: Tensor) -> Tensor:
 class _Call(NamedTuple):
     """A call of a layer's attention: q (B, N, H, D), k and v (B, L, K, D), and settings for `dilated_attention`.
 
-    `current` is the pass, for chosen blocks, otherwise None.
+    `current` is the pass, which chosen blocks need.
     """
 
     layer: Any
@@ -334,7 +334,7 @@ class _Call(NamedTuple):
     k: Tensor
     v: Tensor
     settings: dict[str, Any]
-    current: _CurrentPass | None
+    current: Any  # a _CurrentPass
 
     def attend(self, rows: AlignedRows, q: Tensor, k: Tensor, v: Tensor, far: Outside) -> Tensor:
         """Return attention (rows, n, H, D) of some rows' new tokens."""
@@ -363,7 +363,7 @@ def _with_memory(call: _Call, cache: LongNetCache, layer: int, rows: AlignedRows
     """Return attention (rows, n, H, D) of rows whose earlier keys, those of `layer`, are in a LongNetCache."""
     q, k, v = (rows.of(x)[:, rows.skip :] for x in (call.q, call.k, call.v))
     provider_of = cache.part(rows, call.pattern).provider
-    if call.current:
+    if call.pattern.chosen:
         provide = call.current.provider(rows, rows.skip, provider_of)
     else:
         provide = provider_of(None)
@@ -379,7 +379,7 @@ def _with_keys(call: _Call, rows: AlignedRows) -> Tensor:
             f"chosen={call.pattern.chosen}: this cache has no token ids, which name blocks: pass "
             "past_key_values=LongNetCache(model.config), or use_cache=False"
         )
-    if call.current:
+    if call.pattern.chosen:
         provide = call.current.provider(rows, rows.column, partial(whole_text, call.pattern))
         far = provide(call.layer, q, k, v)
     else:

@@ -157,8 +157,7 @@ class TransformersNet(Net):
         assert inputs is not None
         # transformers runs no model without tokens: on a rank that has none, one goes along, outside attention
         tokens_given = inputs.shape[1]
-        empty = far is not None and not tokens_given
-        if empty:
+        if not tokens_given:
             inputs = inputs.new_zeros(inputs.shape[0], 1, *inputs.shape[2:])
             documents = None
         options: dict[str, Any] = {kind: inputs}
@@ -168,7 +167,7 @@ class TransformersNet(Net):
             stops = torch.tensor(lengths, device=inputs.device)
             options["attention_mask"] = (places < stops[:, None]).long()
         if far is not None:
-            options |= {"start": start, "far": far, "empty": empty}
+            options |= {"start": start, "far": far, "empty": not tokens_given}
         # with a mask: transformers would make one of positions that restart
         if documents is not None:
             options |= {
