@@ -255,13 +255,13 @@ class VectorNet(LongNet):
                 f"lengths must be {batch} numbers of 1 to {tiles}, got {counts.tolist()}"
             )
         x = self.dropout(self.embed(self.rows(features, coords, counts, tile_size)))
-        states = self._states(x, counts, again and torch.is_grad_enabled())
+        states = self._layer_states(x, counts, again and torch.is_grad_enabled())
         if all_layers:
             return [self.head(_pooled(x, counts, pool)) for x in states]
         (last,) = deque(states, maxlen=1)
         return [self.head(_pooled(self.final_norm(last), counts, pool))]
 
-    def _states(self, x: Tensor, counts: Tensor, again: bool) -> Iterator[Tensor]:
+    def _layer_states(self, x: Tensor, counts: Tensor, again: bool) -> Iterator[Tensor]:
         """Yield the hidden states of CLS and tiles, (B, 1 + N, dim): the first layer's input, then each output."""
         table = self.positions(x, 0)
         place = Placement(lengths=(counts + 1).tolist())

@@ -54,7 +54,7 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
     model, or it has none; False for rotations in several dimensions, in complex numbers, or that depend on the length.
     """
     ropes = rope_parameters(model.config)
-    makers = [module for module in model.modules() if _frequencies(module)]
+    makers = [module for module in model.modules() if _rates(module)]
     if not makers or _changing(ropes):
         return not ropes[0]
     trained = getattr(model.config, "max_position_embeddings", None) or FLOAT32_POSITIONS
@@ -69,7 +69,7 @@ def make_phases_exact(model: PreTrainedModel) -> bool:
     return True
 
 
-def _frequencies(module: nn.Module, *, recurse: bool = False) -> list[Tensor]:
+def _rates(module: nn.Module, *, recurse: bool = False) -> list[Tensor]:
     """Return a module's own buffers of rotary frequencies, or with `recurse` those of all modules in it."""
     buffers = module.named_buffers(recurse=recurse)
     return [buffer for name, buffer in buffers if name.endswith("inv_freq")]
@@ -127,7 +127,7 @@ def _columns_of(maker: nn.Module, **options: Any) -> tuple[Tensor, float]:
 
     Raises _UnknownPhasesError if none fit.
     """
-    rates = [rate for rate in _frequencies(maker) if rate.dim() == 1 and not rate.is_meta]
+    rates = [rate for rate in _rates(maker) if rate.dim() == 1 and not rate.is_meta]
     if not rates:
         raise _UnknownPhasesError
     positions = torch.tensor([[0, 1, _POSITION, _DISTANCE]], device=rates[0].device)
@@ -200,7 +200,7 @@ def turns(model: PreTrainedModel) -> dict[nn.Module, Turn | None]:
         path.endswith(_LEARNED) and isinstance(module, nn.Embedding)
         for path, module in body(model).named_modules()
     )
-    frequencies = _frequencies(body(model), recurse=True)
+    frequencies = _rates(body(model), recurse=True)
     if learned and not frequencies:
         return dict.fromkeys(_keys(model))
     if "position_ids" not in inspect.signature(body(model).forward).parameters:

@@ -135,7 +135,7 @@ class _PoolingSettings(_NullableKeys, extra="allow"):
 
     @field_validator("pooling_mode", mode="before")
     @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
+    def _as_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
 
