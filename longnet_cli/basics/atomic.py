@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -67,7 +67,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     with writing(path, ConfigError):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent, target.name)
-        temporary, handle = _new_temporary(target)
+        temporary, handle = _new_temporary(target, _new_file)
         file = open(temporary, "wb", opener=lambda *_: handle)  # noqa: SIM115
     try:
         with _closing(file, path):
@@ -114,19 +114,24 @@ def remove_leftovers(folder: Path, target: str | None = None) -> None:
                 _remove(folder / name)
 
 
-def _new_temporary(target: Path, folder: bool = False) -> tuple[Path, int]:
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _new_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY)
+
+
+def _new_temporary(target: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
     """Create and lock a temporary file or folder beside `target`. Return its path and its descriptor.
 
-    The lock shows `remove_leftovers` that it is in use.
+    The lock shows `remove_leftovers` that it is in use. `create` makes it, and returns the descriptor.
     """
     while True:
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
-            if folder:
-                temporary.mkdir()
-            handle = os.open(
-                temporary, os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666
-            )
+            handle = create(temporary)
             # a network file system without locks, where leftovers are never removed
             with suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -186,7 +191,7 @@ def whole_folder(path: str | Path, last: str, *, new: bool = False) -> Iterator[
             check_unused(path)
         target.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
-        temporary, handle = _new_temporary(target / last, folder=True)
+        temporary, handle = _new_temporary(target / last, _new_folder)
     try:
         with writing(path):
             yield temporary
@@ -242,10 +247,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
             stack.callback(remove_empty, missing_folders(folder))
             folder.mkdir(parents=True, exist_ok=True)
             handle = stack.enter_context(_descriptor(folder))
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another process is writing into this folder") from None
-        except OSError:
-            pass  # a network file system without locks
+        with suppress(OSError):  # of a network file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = "another process is writing into this folder"
+                raise ConfigError(f"{folder}: {problem}") from None
         yield

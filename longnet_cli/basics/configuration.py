@@ -4,6 +4,7 @@ import difflib
 import json
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -71,7 +72,7 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     # `path.read_text` reports a folder
-    if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+    if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
         raise OSError(0, "a pipe or a device, not a file: save it to a file", str(path))
     try:
         return path.read_text(encoding="utf-8")
@@ -155,10 +156,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     """Return every pydantic model in an annotation such as `Inner | None` or `dict[str, Inner]`."""
     if isinstance(annotation, type(BaseModel)):  # the metaclass of models
         return [annotation]
-    models = []
-    for argument in get_args(annotation):
-        models += _models_in(argument)
-    return models
+    return [*chain.from_iterable(map(_models_in, get_args(annotation)))]
 
 
 def _short(value: object) -> str:

@@ -68,16 +68,15 @@ def weight_files(folder: Path) -> list[str]:
     if not (folder / WEIGHTS).exists():
         places = read_or_empty(folder / SHARDED, dict).get("weight_map")
         if isinstance(places, dict):
-            return sorted({str(name) for name in places.values()})
+            return sorted({*map(str, places.values())})
     return [WEIGHTS]
 
 
 def refuse_unreadable(path: Path) -> None:
     """Raise CheckpointError for a file that is there but may not be read, which a library would call damaged."""
     try:
-        path.open("rb").close()
-    except FileNotFoundError:
-        pass  # its reader knows what else would do
+        with suppress(FileNotFoundError):  # its reader knows what else would do
+            path.open("rb").close()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror}") from error
 

@@ -4,6 +4,7 @@
 """
 
 import re
+from bisect import bisect
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -45,7 +46,7 @@ def parse_sizes(text: str | Sequence[int]) -> list[int]:
     items: Sequence[str | int] = text.split(",") if isinstance(text, str) else text
     if "" in items and len(items) > 1:
         raise ValueError(f"'{text}' has an empty size")
-    return [parse_size(item) for item in items]
+    return [*map(parse_size, items)]
 
 
 def format_size(size: int) -> str:
@@ -84,7 +85,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    digits = 2 - bisect((9.995, 99.95), abs(value))
     return f"{value:.{digits}f}"
 
 
