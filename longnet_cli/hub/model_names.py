@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def refresh(model: str | None, tokenizer: str | None) -> None:
 
     Also raises ConfigError if there is no name on a hub among them.
     """
-    repositories = [_on_hub(model or ".", CONFIG), _on_hub(tokenizer or ".", TOKENIZER)]
+    named = ((model, CONFIG), (tokenizer, TOKENIZER))
+    repositories = [_on_hub(name, needed) for name, needed in named if name]
     if not any(repositories):
         raise ConfigError("--update is for a model on a hub, as ORG/NAME: leave it out")
     for repository in filter(None, repositories):
@@ -102,11 +104,11 @@ def as_stored(name: str, stored: Iterable[Any]) -> str:
     A commit in `name` is kept.
     """
     repository = _on_hub(name)
-    if repository and not COMMIT.fullmatch(repository.revision):
-        for other in map(str, stored):
-            if re.sub("@[^:]*", "", other) == re.sub("@[^:]*", "", name):
-                return other
-    return name
+    if repository is None or COMMIT.fullmatch(repository.revision):
+        return name
+    unpinned = partial(re.sub, "@[^:]*", "")
+    alike = (other for other in map(str, stored) if unpinned(other) == unpinned(name))
+    return next(alike, name)
 
 
 def name_origin(folder: Path, name: str) -> None:

@@ -90,7 +90,7 @@ class Repository:
             told = type(error).__name__ in _REASONS
             cause = error if told else error.__cause__ or error
             kind = type(cause).__name__
-            reason = _REASONS.get(kind) or f"{kind}: {one_line(cause)}"
+            reason = _REASONS.get(kind, f"{kind}: {one_line(cause)}")
             hub = os.environ.get("HF_ENDPOINT", "huggingface.co")
             raise CheckpointError(
                 f"{self.name}: no folder of that name here, and not taken from {hub}: {reason}"
@@ -107,7 +107,7 @@ class Repository:
             return None
         snapshot = Path(places[0].removesuffix(self.needed[0]))
         weights = weight_files(snapshot) if CONFIG in self.needed else []
-        return snapshot if all((snapshot / file).is_file() for file in weights) else None
+        return snapshot if all(map(Path.is_file, map(snapshot.joinpath, weights))) else None
 
     def _download(self) -> Path:
         """Download what is read, of one commit, and return its snapshot. Several processes may do so at a time."""
