@@ -9,7 +9,7 @@ For `encode --span` and for `ask`, a text is cut into units: sentences, paragrap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import Any, Literal
 
 import tokenizers
@@ -142,10 +142,11 @@ def _cut_of_words(
     inner: tokenizers.Tokenizer, description: Mapping[str, Any]
 ) -> re.Pattern[str] | None:
     """Return where a tokenizer of words, or SentencePiece, starts a new word."""
-    if _steps(description["normalizer"]) - LOCAL or len(words_of(inner.pre_tokenizer, "a b")) < 2:
+    kinds = {*map(_step_type, plain_steps(description["normalizer"]))}
+    if kinds - LOCAL or len(words_of(inner.pre_tokenizer, "a b")) < 2:
         return None
     vocabulary = inner.get_vocab(with_added_tokens=False)
-    if any(re.search("[^\u2581 ][\u2581 ]", token) for token in vocabulary):
+    if any(map(re.compile("[^\u2581 ][\u2581 ]").search, vocabulary)):
         return None  # a token holds a space between letters
 
     def ids(text: str) -> list[int]:
@@ -157,16 +158,21 @@ def _cut_of_words(
     return AT_SPACE if all(ids(x + y) == ids(x) + ids(y) for x, y in pairs) else None
 
 
-def _steps(normalizer: Any) -> set[str]:
-    """Return the types of the steps of a normalizer of a tokenizer.json; for an unbounded `Replace`, its pattern."""
-    if not isinstance(normalizer, dict):
-        return set()
-    steps = normalizer.get("normalizers")
-    pattern = normalizer.get("pattern", {})
-    if isinstance(steps, list):
-        return set().union(*map(_steps, steps))
+def plain_steps(step: Any) -> list[dict[str, Any]]:
+    """Return the steps of a `normalizer` or a `decoder` of a tokenizer.json, also those within a sequence."""
+    if not isinstance(step, dict):
+        return []
+    if step.get("type") != "Sequence":
+        return [step]
+    inner = chain(step.get("normalizers", ()), step.get("decoders", ()))
+    return [*chain.from_iterable(map(plain_steps, inner))]
+
+
+def _step_type(step: Mapping[str, Any]) -> str:
+    """Return the type of a step of a normalizer; for an unbounded `Replace`, its pattern."""
+    pattern = step.get("pattern", {})
     unbounded = pattern.get("Regex", SPACES) != SPACES or len(pattern.get("String", "")) > REACH
-    return {str(pattern if unbounded else normalizer.get("type"))}
+    return str(pattern if unbounded else step.get("type"))
 
 
 PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")

@@ -14,13 +14,12 @@ import base64
 import codecs
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import chain, islice, product
 from os.path import commonprefix
 from pathlib import Path
 from types import MappingProxyType
@@ -44,7 +43,7 @@ from longnet_cli.basics.model_files import END_OF_TEXT, TOKENIZER
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
 from longnet_cli.hub.repository import download_again
 
-from .manifest import MANIFESTS, manifest_in, read_manifest
+from .manifest import MANIFESTS, read_manifest
 from .stored_files import Part
 from .text_pieces import (
     AT_SIGN,
@@ -52,6 +51,7 @@ from .text_pieces import (
     cut_text,
     decodes_bytes,
     find_cut,
+    plain_steps,
     words_of,
 )
 
@@ -99,13 +99,13 @@ def token_id(option: str, written: str | int, tokenizer: Tokenizer | None) -> in
 
     Raises ConfigError for a token that the tokenizer does not have, and for an id that does not fit its vocabulary.
     """
-    if isinstance(written, int) or re.fullmatch(r"[-+]?[0-9]+", written):
+    if re.fullmatch(r"[-+]?[0-9]+", str(written)):
         return fitting(option, written, tokenizer.vocab_size if tokenizer else None)
     if tokenizer is None:
         raise ConfigError(
             f"{option} {written} is no id, and there is no tokenizer that has it as a token: give its id"
         )
-    index = tokenizer.id_of(written)
+    index = tokenizer.id_of(str(written))
     if index is None:
         raise ConfigError(
             f"{option} {written}: the tokenizer has no such token; name one of its tokens, or an id"
@@ -173,7 +173,7 @@ def library_call(
     try:
         yield
     except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
+        if type(error).__name__ not in ("Exception", "PanicException"):
             raise
         raise ConfigError(f"{before}{one_line(error)}{after}") from None
 
@@ -209,7 +209,7 @@ class Tokenizer:
             raise ConfigError(
                 f"the tokenizer has an id {self.vocab_size - 1}: {MOST_IDS - 1:,} is the largest"
             )
-        names = [*(special_token(settings.get(key)) for key in EOS_KEYS), *EOS_NAMES]
+        names = [*map(special_token, map(settings.get, EOS_KEYS)), *EOS_NAMES]
         end_ids = (index for name in names if (index := self.id_of(name)) is not None)
         self.eos_id: int | None = next(end_ids, None)
 
@@ -310,7 +310,8 @@ class Tokenizer:
         with library_call(f"{where}: not a tokenizer.json: ", advice):
             inner = tokenizers.Tokenizer.from_str(text)
         for part in ("normalizer", "decoder"):
-            if (growth := _growth(json.loads(text).get(part))) > MOST_GROWTH:
+            steps = plain_steps(json.loads(text).get(part))
+            if (growth := math.prod(map(_growth, steps))) > MOST_GROWTH:
                 what = f"its {part} may make a text {growth:,.0f} times as long"
                 raise ConfigError(f"{where}: {what}: {MOST_GROWTH} times is the most")
         return cls(inner, description)
@@ -338,12 +339,11 @@ class Tokenizer:
             path = located.path
         if not path.is_dir():
             return path
-        if not (path / TOKENIZER).exists():
-            # a folder of shares has folders
-            for folder in (path, *sorted(filter(Path.is_dir, path.iterdir()))):
-                if manifest := manifest_in(os.listdir(folder)):
-                    return folder / manifest
-        return path / TOKENIZER
+        # a folder of shares has folders
+        folders = (path, *sorted(filter(Path.is_dir, path.iterdir())))
+        manifests = [folder / name for folder, name in product(folders, MANIFESTS)]
+        places = [path / TOKENIZER, *manifests]
+        return next(filter(Path.exists, places), path / TOKENIZER)
 
     @classmethod
     def train(cls, texts: Iterable[Iterable[str]], vocab_size: int) -> Tokenizer:
@@ -371,11 +371,8 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        cutters = (cut_text(parts, words) for parts in texts)
-        inner.train_from_iterator(
-            chain.from_iterable(iter(partial(cutter.take, GROUP), []) for cutter in cutters),
-            trainer,
-        )
+        groups = (iter(partial(cut_text(parts, words).take, GROUP), []) for parts in texts)
+        inner.train_from_iterator(chain.from_iterable(groups), trainer)
         return cls(inner)
 
     def encode(self, text: str) -> np.ndarray:
@@ -426,7 +423,7 @@ class Tokenizer:
         skip = len(self.prompt_ids)
         cutter = self.cutter(parts)
         while pieces := cutter.take(PLACED_GROUP if placed else GROUP):
-            n_bytes = sum(len(piece.encode()) for piece in pieces) - prompt_bytes
+            n_bytes = sum(map(len, map(str.encode, pieces))) - prompt_bytes
             places = None
             if placed:
                 ids, places = self._placed(pieces, place)
@@ -473,11 +470,11 @@ class Tokenizer:
         return places
 
     @cached_property
-    def bytes_of(self) -> list[Any] | None:
-        """The UTF-8 bytes of each id, none for a special token; None if the tokenizer is not byte-level."""
+    def bytes_of(self) -> dict[int, Any]:
+        """The UTF-8 bytes of each id, none for a special token; empty if the tokenizer is not byte-level."""
         if not decodes_bytes(self._description):
-            return None
-        bytes_of = [b""] * self.vocab_size
+            return {}
+        bytes_of = dict.fromkeys(range(self.vocab_size), b"")
         for token, index in self._vocab.items():
             of_bytes = {*token} <= BYTE_OF.keys()
             bytes_of[index] = bytes(map(BYTE_OF.__getitem__, token)) if of_bytes else token.encode()
@@ -488,7 +485,7 @@ class Tokenizer:
     @cached_property
     def characters(self) -> tuple[np.ndarray, np.ndarray]:
         """For each id, how many characters begin in its bytes, and whether it begins inside of one."""
-        bytes_of = self.bytes_of or ()
+        bytes_of = self.bytes_of.values()
         begin = [len(data.translate(None, INNER_BYTES)) for data in bytes_of]
         inside = [b"\x80" <= data[:1] < b"\xc0" for data in bytes_of]
         return np.array(begin, np.int64), np.array(inside, bool)
@@ -518,13 +515,13 @@ class Tokenizer:
         return frozenset(added["id"] for added in self.added_tokens if added["special"])
 
     @cached_property
-    def token_bytes(self) -> np.ndarray | None:
-        """The number of UTF-8 bytes of each id, (vocab_size,) int64, 0 for a special token; None if not byte-level."""
-        return None if self.bytes_of is None else np.array([*map(len, self.bytes_of)], np.int64)
+    def token_bytes(self) -> np.ndarray:
+        """The number of UTF-8 bytes of each id, (vocab_size,) int64, 0 for a special token; empty if not byte-level."""
+        return np.array([*map(len, self.bytes_of.values())], np.int64)
 
     def n_bytes(self, ids: np.ndarray) -> int | None:
         """Return the number of UTF-8 bytes of (tokens,) ids; None if the tokenizer is not byte-level or lacks an id."""
-        if self.token_bytes is None or ids.max(initial=-1) >= self.vocab_size:
+        if ids.max(initial=0) >= len(self.token_bytes):
             return None
         return int(self.token_bytes[ids].sum())
 
@@ -605,15 +602,14 @@ class TextStream:
 
     def add(self, token_id: int) -> str:
         """Return the characters that this id completes."""
-        if self._tokenizer.bytes_of is not None:
-            has_bytes = token_id < self._tokenizer.vocab_size
-            return self._decoder.decode(self._tokenizer.bytes_of[token_id] if has_bytes else b"")
+        if bytes_of := self._tokenizer.bytes_of:
+            return self._decoder.decode(bytes_of.get(token_id, b""))
         self._waiting.append(token_id)
         return self._text(final=len(self._waiting) >= LONGEST_WAIT)
 
     def end(self) -> str:
         """Return the rest of the text when no more ids come."""
-        if self._tokenizer.bytes_of is not None:
+        if self._tokenizer.bytes_of:
             return self._decoder.decode(b"", final=True)
         return self._text(final=True)
 
@@ -630,20 +626,16 @@ class TextStream:
         return text
 
 
-def _growth(step: Any) -> float:
-    """Return how many times as long a step of a tokenizer.json (`normalizer`, `decoder`) makes a text, at worst."""
-    settings = step if isinstance(step, dict) else {}
-    kind = settings.get("type")
-    if kind == "Sequence":
-        steps = chain(settings.get("normalizers", ()), settings.get("decoders", ()))
-        return math.prod(map(_growth, steps))
+def _growth(step: Mapping[str, Any]) -> float:
+    """Return how many times as long a step (see `plain_steps`) makes a text, at worst."""
+    kind = step.get("type")
     if kind == "Replace":
-        written = len(settings["content"])
+        written = len(step["content"])
         # a regular expression may match the empty text
-        replaced = settings["pattern"].get("String")
+        replaced = step["pattern"].get("String")
         return max(1, written / len(replaced) if replaced else 1 + written)
     if kind == "Precompiled":  # a tree of so many bytes, then what it writes for a character
-        table = base64.b64decode(settings["precompiled_charsmap"])
+        table = base64.b64decode(step["precompiled_charsmap"])
         texts = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
         return max(1, *(len(text.decode(errors="replace")) for text in texts))
     return 1
