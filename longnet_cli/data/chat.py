@@ -14,10 +14,11 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,12 +96,12 @@ class ChatTemplate:
         """
         asked = [{"role": "user", "content": message}] if isinstance(message, str) else message
         messages: list[Mapping[str, str]] = [*asked]
-        for item in messages:
-            texts = item.values() if isinstance(item, Mapping) else [None]
-            if not all(isinstance(text, str) for text in texts):
-                raise RefusedError(
-                    "a message is a mapping with a role and a content, which are texts"
-                )
+        try:
+            _all_texts(messages)
+        except (AttributeError, TypeError):
+            raise RefusedError(
+                "a message is a mapping with a role and a content, which are texts"
+            ) from None
         before = [{"role": "system", "content": system}] if system else []
         try:
             return self._encode(*self._render([*before, *messages], prompt=True))
@@ -129,7 +130,7 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
         """Return the text that the template makes of messages, and the mark that hides special tokens in them."""
-        written = "".join(text for message in messages for text in message.values())
+        written = _all_texts(messages)
         signs = self._signs.union(written)
         # the last mark first, and then on from there: `_renamed` is slow, and all chats soon share one mark
         marks = (*range(self._mark, MARKS.stop), *MARKS)
@@ -170,26 +171,25 @@ class ChatTemplate:
     def _encode(self, rendered: str, mark: str) -> np.ndarray:
         """Return the ids of a rendered text, (tokens,) int64, with the special tokens that the template wrote."""
         with library_call():
-            inner, names, contents = _renamed(self.tokenizer, mark)
+            inner, names, originals = _renamed(self.tokenizer, mark)
             text = self._shown(self._any.sub(lambda match: names[match[0]], rendered), mark)
             encoding = inner.encode(text, add_special_tokens=False)
         seen = 0
         for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            seen += index in contents and names[contents[index]] in text[start:end]
+            seen += index in originals and str(inner.id_to_token(index)) in text[start:end]
         # A token of whole words is none within a word, and a template that cuts texts may leave a mark alone.
         if seen != text.count(mark):
             raise RefusedError(
                 f"{self._folder}: the chat template writes a special token that is none where it stands"
             )
-        ids = [self.tokenizer.id_of(contents[i]) if i in contents else i for i in encoding.ids]
-        return np.array(ids, np.int64)
+        return np.array([originals.get(index, index) for index in encoding.ids], np.int64)
 
 
 @lru_cache(maxsize=1)
 def _renamed(
     tokenizer: Tokenizer, mark: str
-) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int | None, str]]:
-    """Return the tokenizer with other names for its special tokens, these names, and of which token each id is.
+) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int | None, int | None]]:
+    """Return the tokenizer with other names for its special tokens, these names, and the usual id of each new id.
 
     The names are special tokens only: a special token that is also in the vocabulary is no word of a text any more.
     """
@@ -201,7 +201,8 @@ def _renamed(
         if tokenizer.normalizer and name not in tokenizer.normalizer.normalize_str(name):
             added["normalized"] = False  # otherwise nothing would be left of the name
     model = data["model"]
-    merged = {part for pair in model.get("merges", ()) for part in (*pair, "".join(pair))}
+    merges = model.get("merges", ())
+    merged = {*chain.from_iterable(merges), *map("".join, merges)}
     words = {text: name for text, name in names.items() if text not in merged}
     if decodes_bytes(data):
         words = {}
@@ -212,7 +213,13 @@ def _renamed(
     if model.get("unk_token"):
         model["unk_token"] = words.get(model["unk_token"], model["unk_token"])
     inner = tokenizers.Tokenizer.from_str(json.dumps(data))
-    return inner, names, {inner.token_to_id(name): text for text, name in names.items()}
+    usual_ids = {inner.token_to_id(name): tokenizer.id_of(text) for text, name in names.items()}
+    return inner, names, usual_ids
+
+
+def _all_texts(messages: Iterable[Mapping[str, str]]) -> str:
+    """Return all texts of some messages. Raises AttributeError or TypeError for what are no messages."""
+    return "".join(chain.from_iterable(message.values() for message in messages))
 
 
 def _read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
@@ -232,8 +239,12 @@ def _read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
             raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        tables = [table for table in template if isinstance(table, dict)]
-        template = {table.get("name"): table.get("template") for table in tables}.get("default")
+        templates = {
+            table.get("name"): table.get("template")
+            for table in template
+            if isinstance(table, dict)
+        }
+        template = templates.get("default")
     return template if isinstance(template, str) else None, named
 
 
