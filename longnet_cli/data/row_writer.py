@@ -7,6 +7,7 @@ import io
 import os
 import select
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import chain
@@ -266,7 +267,7 @@ def row_schema(
     """
     metadata = {key: str(value) for key, value in known.items() if value is not None}
     schema = pa.schema([*fields, *kept], metadata=metadata)
-    if taken := {name for name in schema.names if schema.names.count(name) > 1}:
+    if taken := Counter(schema.names) - Counter({*schema.names}):
         raise ConfigError(f"--keep {min(taken)}: the output has a column of this name")
     return schema
 

@@ -50,12 +50,9 @@ def run_to_resume(folder: str | Path, *, resume: bool) -> Manifest | None:
 
     Raises ConfigError for a folder with other files, and for one with shards unless `resume`.
     """
-    try:
+    # A missing folder is made, or refused, when it is written. A link to itself cannot be.
+    with writing(folder, ConfigError), suppress(FileNotFoundError, NotADirectoryError):
         Path(folder).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # it is made, or refused, when it is written
-    except OSError as error:  # a link to itself
-        raise ConfigError(f"{folder}: cannot write: {error.strerror}") from error
     earlier = read_manifest(folder)
     if earlier is None:
         check_unused(folder)
@@ -90,11 +87,11 @@ class ShardFolder:
         schema: pa.Schema,
         *,
         settings: Mapping[str, Any],
+        left_out: LeftOut,
         name: str = "shard",
         format: ShardFormat = "arrow",
         tokenizer: dict[str, str] | None = None,
         resume: bool = False,
-        left_out: LeftOut | None = None,
         opened: Sequence[tuple[str, str | None]] = (),
     ) -> None:
         """Keep `tokenizer` in the manifest. A `format` other than the default becomes one of the settings."""
@@ -111,7 +108,7 @@ class ShardFolder:
         self._open = ExitStack()  # holds the writer, so that an error discards its file
         self._writer: ShardWriter | None = None
         self._counts: Counter[str] = Counter()
-        self._left_out = left_out or LeftOut()
+        self._left_out = left_out
         self._opened = opened  # it grows
 
     @property
@@ -146,7 +143,7 @@ class ShardFolder:
         count = sum(1 for _ in islice(documents, done))
         # either run may have opened more files
         both = zip(self._opened, self._manifest.contents, strict=False)
-        for (where, now), then in both if done else ():
+        for (where, now), then in both:
             if now and then and now != then:
                 raise DataError(
                     f"{where}: cannot resume: the file has changed since {self.folder} was begun: give the same "
@@ -236,9 +233,9 @@ class ShardFolder:
 
     def _refuse_unlisted(self) -> None:
         """Raise ConfigError for files that would be replaced, but for the one shard that a killed run may have left."""
-        listed = {path.name for path in self.paths}
-        for path in sorted(self.folder.glob(f"{self._name}-*{self._suffix}")):
-            if path.name in listed or not path.stem.removeprefix(f"{self._name}-").isdecimal():
+        named_alike = {*self.folder.glob(f"{self._name}-*{self._suffix}")}
+        for path in sorted(named_alike.difference(self.paths)):
+            if not path.stem.removeprefix(f"{self._name}-").isdecimal():
                 continue
             with suppress(DataError):
                 if path == self._next_path():

@@ -18,6 +18,7 @@ from builders import tiny_model
 from files import write_rows
 
 from longnet_cli.basics.errors import DataError, InputWarning
+from longnet_cli.basics.events import LeftOut
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.machine_shares import Share
 from longnet_cli.data.manifest import read_manifest
@@ -146,7 +147,7 @@ SCHEMA = pa.schema([("text", pa.string())])
 def write_share(folder: Path, share: str | None, ends: bool = True, **settings: Any) -> None:
     """A share of one row, its own name."""
     decisive = SETTINGS | ({"share": share} if share else {}) | settings
-    writer = ShardFolder(folder, SCHEMA, settings=decisive)
+    writer = ShardFolder(folder, SCHEMA, settings=decisive, left_out=LeftOut())
     with nullcontext() if ends else pytest.raises(KeyboardInterrupt), writer:
         writer.write(pa.record_batch([pa.array([str(share)])], schema=SCHEMA), documents=1)
         if not ends:

@@ -22,6 +22,7 @@ from files import write_rows
 from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.events import LeftOut
 from longnet_cli.basics.sealed_manifests import seal
 from longnet_cli.data.input_documents import END, Inputs, content_digest
 from longnet_cli.data.input_files import InputFile
@@ -53,7 +54,12 @@ def write(
     **settings,
 ) -> ShardFolder:
     """Two documents a shard; `fail_at` raises before that document."""
-    about = {"settings": SETTINGS | settings, "name": "vectors", "format": format}
+    about = {
+        "settings": SETTINGS | settings,
+        "name": "vectors",
+        "format": format,
+        "left_out": LeftOut(),
+    }
     with ShardFolder(place, SCHEMA, **about, resume=resume) as folder:
         for document in range(folder.totals["documents"], documents):
             if document == fail_at:
@@ -234,10 +240,10 @@ def test_a_changed_manifest_is_refused(tmp_path):
 def test_a_second_writer_is_refused(tmp_path):
     code = (
         "import sys; from longnet_cli.data.shards import *; from longnet_cli.basics.errors import ConfigError\n"
-        "try:\n    with ShardFolder(sys.argv[1], pa.schema([]), settings={}, resume=True): pass\n"
+        "try:\n    with ShardFolder(sys.argv[1], pa.schema([]), settings={}, left_out=LeftOut(), resume=True): pass\n"
         "except ConfigError as error: print(error)"
     )
-    with ShardFolder(tmp_path, SCHEMA, settings=SETTINGS):
+    with ShardFolder(tmp_path, SCHEMA, settings=SETTINGS, left_out=LeftOut()):
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
         )
