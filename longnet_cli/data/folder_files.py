@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import filterfalse
 from os.path import commonprefix
 from pathlib import PurePosixPath
 
@@ -13,10 +14,10 @@ from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
 from .file_kinds import (
     HDF5_SUFFIXES,
     JSON_SUFFIXES,
+    PACKED_KINDS,
     PACKED_SUFFIXES,
     SHARD_SUFFIXES,
     bare_name,
-    compression,
     is_named_text,
     sniff,
 )
@@ -52,8 +53,7 @@ def choose_files(folder: str, names: Sequence[str], read: Read) -> list[str]:
         check_shares_below(folder, parent, names, read)
     if "dataset_dict.json" in names:
         raise _several(folder, sorted({name.split("/")[0] for name in names if "/" in name}))
-    shown = (name for name in names if not any(map(is_hidden, name.split("/"))))
-    files = sorted(shown, key=natural_order)
+    files = sorted(filterfalse(is_hidden, names), key=natural_order)
     runs = folders_with(names, "recipe.json") & folders_with(names, "metrics.jsonl")
     written = tuple(f"{below}/" for below in data_sets | runs)
     files = [file for file in files if not file.startswith(written)] or files
@@ -168,9 +168,9 @@ def _several(folder: str, splits: Sequence[str]) -> ConfigError:
     return ConfigError(f"{folder} holds several splits of a data set: name one of {one}")
 
 
-def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is skipped."""
-    return name.startswith(".") or name == "__pycache__"
+def is_hidden(path: str) -> bool:
+    """Return whether a file or folder is skipped, because its name or that of a folder around it says so."""
+    return re.search(r"(^|/)(\.|__pycache__(/|\Z))", path) is not None
 
 
 def _looks_like_text(name: str, head: bytes) -> bool:
@@ -179,13 +179,14 @@ def _looks_like_text(name: str, head: bytes) -> bool:
     A compressed file is worth opening if its suffix names the compression, and it is not an archive of many files. A
     file whose suffix names a kind of text is opened, whatever it holds.
     """
-    if compression(head):
+    kind = sniff(head)
+    if kind in PACKED_KINDS:
         return name.lower().endswith(PACKED_SUFFIXES) and not bare_name(name).endswith(".tar")
-    return is_named_text(name) or b"\0" not in head or sniff(head) not in ("text", "hdf5")
+    return is_named_text(name) or b"\0" not in head or kind not in ("text", "hdf5")
 
 
 def natural_order(name: str) -> list[str | int]:
     """Return a sort key that puts part-2 before part-10."""
-    return [
-        int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", name))
-    ]
+    parts: list[str | int] = [*re.split(r"([0-9]+)", name)]
+    parts[1::2] = map(int, parts[1::2])
+    return parts

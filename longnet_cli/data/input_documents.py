@@ -49,7 +49,7 @@ from .column_documents import (
     read_documents,
     table_texts,
 )
-from .file_kinds import ARROW_KINDS, compression, sniff
+from .file_kinds import ARROW_KINDS, sniff
 from .input_files import InputFile, InputFiles
 from .machine_shares import Share
 from .manifest import is_manifest
@@ -201,8 +201,7 @@ class Inputs:
             if path is None or self.shares_documents:
                 return None
             with suppress(OSError), open(path, "rb") as file:  # its reader reports it
-                head = file.read(8)
-                if sniff(head) != "text" or compression(head):
+                if sniff(file.read(8)) != "text":
                     return None
                 total += os.fstat(file.fileno()).st_size
         return total

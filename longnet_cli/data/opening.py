@@ -24,10 +24,10 @@ from .column_choice import Wanted
 from .file_kinds import (
     FASTA_SUFFIXES,
     JSON_SUFFIXES,
+    PACKED_KINDS,
     SHARD_SUFFIXES,
     bare_name,
     begins_json_lines,
-    compression,
     sniff,
 )
 from .hdf5 import open_hdf5
@@ -105,29 +105,22 @@ def _open_file(input_file: InputFile, kind: str, stream: Any, wanted: Wanted) ->
     """Open `stream`, a binary file that can seek: a StoredFile, or one in a store."""
     stream.seek(0)
     is_stored = isinstance(stream, StoredFile)
-    if kind == "parquet":
-        return _open_parquet(input_file, stream)
-    if kind == "hdf5":
-        return open_hdf5(input_file.name, input_file.where, stream)
-    if kind == "stream":
-        return arrow.open_ipc_stream(input_file.name, input_file.where, stream)
+    if opens := _SEEKING.get(kind):
+        return opens(input_file.name, input_file.where, stream)
     if kind == "file" and is_stored:
         return arrow.open_file(input_file.name, input_file.where, stream)
     buffered = io.BufferedReader(stream, TEXT_BUFFER) if is_stored else stream
     return _open_pipe(input_file, Pipe(buffered), wanted)
 
 
-def _open_pipe(
-    input_file: InputFile, pipe: Pipe, wanted: Wanted, *, unpacked: bool = False
-) -> Text | Table:
-    """Open a pipe, or text in a file. `unpacked` data is not unpacked again: a file may unpack to itself, for ever."""
-    head = pipe.peek(8)
-    kind = sniff(head)
-    packed = compression(head)
-    if packed and not unpacked:
-        unpacking = io.BufferedReader(_Unpacked(packed, pipe, input_file.where), TEXT_BUFFER)
-        return _open_pipe(input_file, Pipe(unpacking), wanted, unpacked=True)
-    if kind == "text":
+def _open_pipe(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Table:
+    """Open a pipe, or text in a file. It is unpacked once: a file may unpack to itself, for ever."""
+    kind = sniff(pipe.peek(8))
+    if kind in PACKED_KINDS:
+        unpacked = _Unpacked(kind, pipe, input_file.where)
+        pipe = Pipe(io.BufferedReader(unpacked, TEXT_BUFFER))
+        kind = sniff(pipe.peek(8))
+    if kind in ("text", *PACKED_KINDS):
         return _open_text(input_file, pipe, wanted)
     if kind == "stream":
         return arrow.open_ipc_stream(input_file.name, input_file.where, pipe)
@@ -205,18 +198,16 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
         data = data[used:] + following
 
 
-def _open_parquet(input_file: InputFile, file: Any) -> Table:
+def _open_parquet(name: str, where: str, file: Any) -> Table:
     import pyarrow.parquet as pq  # imported late: 30 ms that Arrow input does not need
 
     # Threads of pyarrow would read ahead, and one that still holds `file` when the interpreter ends aborts the process.
     parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
     _ = parquet.schema_arrow.names  # raises UnicodeDecodeError for a name that is not UTF-8
     metadata = parquet.metadata
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    groups = [*map(metadata.row_group, range(metadata.num_row_groups))]
     if sum(group.num_rows for group in groups) != metadata.num_rows:
-        raise DataError(
-            f"{input_file.where}: the data is damaged or truncated (its row groups do not add up)"
-        )
+        raise DataError(f"{where}: the data is damaged or truncated (its row groups do not add up)")
     size = sum(group.total_byte_size for group in groups)
     rows = PARQUET_BATCH_BYTES * metadata.num_rows // max(1, size)
     rows = min(max(1, rows), PARQUET_BATCH_ROWS)
@@ -229,23 +220,28 @@ def _open_parquet(input_file: InputFile, file: Any) -> Table:
             rows_so_far += batch.num_rows
             yield batch
         names = [*parquet.schema_arrow.names, columns[0]]
-        paths = (metadata.schema.column(leaf).path for leaf in range(metadata.num_columns))
-        roots = [_root(path, names) for path in paths]
+        leaves = map(metadata.schema.column, range(metadata.num_columns))
+        roots = [_root(leaf.path, names) for leaf in leaves]
         first_leaf = roots.index(columns[0])
         expected = sum(group.column(first_leaf).num_values for group in groups)
         # A damaged page may hold fewer values than its column declares, which Parquet's reader does not report.
         if (rows_so_far, values) != (metadata.num_rows, expected):
             raise DataError(
-                f"{input_file.where}: truncated: {rows_so_far} rows of {values} values, of the "
+                f"{where}: truncated: {rows_so_far} rows of {values} values, of the "
                 f"{metadata.num_rows} rows of {expected} that it should hold"
             )
 
     def fraction(rows: int) -> float:
         return rows / max(1, metadata.num_rows)
 
-    name = input_file.name
-    where = input_file.where
     return Table(name, where, parquet.schema_arrow, batches, "Parquet", fraction=fraction)
+
+
+_SEEKING = {
+    "parquet": _open_parquet,
+    "hdf5": open_hdf5,
+    "stream": arrow.open_ipc_stream,
+}
 
 
 def _root(path: str, names: Sequence[str]) -> str:
@@ -260,7 +256,8 @@ def _leaf_values(column: pa.Array) -> int:
     import pyarrow.compute as pc  # imported late: 20 ms that text does not need
 
     lengths = pc.fill_null(pc.list_value_length(column), 0)
-    return (pc.sum(pc.equal(lengths, 0)).as_py() or 0) + _leaf_values(column.flatten())
+    empty = pc.sum(pc.equal(lengths, 0), min_count=0).as_py()
+    return int(empty) + _leaf_values(column.flatten())
 
 
 class _Steps(Pipe):
@@ -294,7 +291,7 @@ class _Unpacked(io.RawIOBase):
         try:
             data = self._read(min(len(out), STEP))
         except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError) as error:
-            if isinstance(error, OSError) and error.strerror:
+            if getattr(error, "strerror", None):
                 raise  # an error of the disk
             self._damage = DataError(
                 f"{self._where}: the {self._kind} data is damaged or truncated ({first_line(error)})"
