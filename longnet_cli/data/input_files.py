@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, filterfalse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 from urllib.parse import unquote
 
 from longnet_cli.basics.errors import (
@@ -86,26 +86,28 @@ class InputFiles:
         return iter(self.found)
 
     @cached_property
-    def _expanded(self) -> list[InputFile | DataError]:
+    def _expanded(self) -> tuple[list[InputFile], list[DataError]]:
         """The files that folders, globs, lists and URIs name, and the errors of inputs that cannot be found."""
-        names = [_as_text(str(name)) for name in self.names]
+        names = [*map(_as_text, map(str, self.names))]
         if not names:
             raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
         if names.count("-") + names.count("@-") > 1:
             raise ConfigError("stdin (-) can be read only once")
-        return [*_expand_all(names, in_list=False)]
+        missing = list[DataError]()
+        return [*_expand_all(names, missing, in_list=False)], missing
 
     @cached_property
     def found(self) -> list[InputFile]:
         """The files that are there."""
-        files = once(item for item in self._expanded if isinstance(item, InputFile))
+        expanded, _ = self._expanded
+        files = once(expanded)
         times = Counter(file.name for file in files)
         return [replace(file, name=file.where) if times[file.name] > 1 else file for file in files]
 
-    @cached_property
+    @property
     def missing(self) -> list[DataError]:
         """The errors of the inputs that are missing."""
-        return [item for item in self._expanded if isinstance(item, DataError)]
+        return self._expanded[1]
 
 
 def once(files: Iterable[InputFile]) -> list[InputFile]:
@@ -130,18 +132,20 @@ def once(files: Iterable[InputFile]) -> list[InputFile]:
     return list(first.values())
 
 
-def _expand_all(items: Iterable[str], *, in_list: bool) -> Iterator[InputFile | DataError]:
-    """Yield the files that inputs name, and an error for each input that cannot be found."""
+def _expand_all(
+    items: Iterable[str], missing: list[DataError], *, in_list: bool
+) -> Iterator[InputFile]:
+    """Yield the files that inputs name. `missing` gets an error for each input that cannot be found."""
     for item in items:
         try:
-            for input_file in _expand(item, in_list=in_list):
-                if isinstance(input_file, InputFile) and not is_utf8(input_file.where):
-                    input_file = DataError(
-                        f"{input_file.where!a}: the name is not UTF-8: rename it"
-                    )
-                yield input_file
+            for input_file in _expand(item, missing, in_list=in_list):
+                if is_utf8(input_file.where):
+                    yield input_file
+                else:
+                    problem = f"{input_file.where!a}: the name is not UTF-8: rename it"
+                    missing.append(DataError(problem))
         except DataError as error:
-            yield error
+            missing.append(error)
 
 
 def _as_text(path: str) -> str:
@@ -157,7 +161,7 @@ def _as_path(text: str) -> str:
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
-def _expand(item: str, *, in_list: bool) -> Iterable[InputFile | DataError]:
+def _expand(item: str, missing: list[DataError], *, in_list: bool) -> Iterable[InputFile]:
     if not item:  # such as an unset variable in a script
         raise ConfigError(
             "an input is empty: name a file, a folder, a glob, @list.txt, or - for stdin"
@@ -178,12 +182,14 @@ def _expand(item: str, *, in_list: bool) -> Iterable[InputFile | DataError]:
     if item == "-":
         return [_stdin_file()]
     if path.is_dir():
-        below = {name: path / _as_path(name) for name in _folder_files(path)}
-        return [InputFile(file, name, _as_text(str(file))) for name, file in below.items()]
+        return [
+            InputFile(file := path / _as_path(name), name, _as_text(str(file)))
+            for name in _folder_files(path)
+        ]
     if path.exists():
         return [_local_file(item)]
     if item.startswith("@") and not in_list:
-        return _expand_all(_listed(item[1:]), in_list=True)
+        return _expand_all(_listed(item[1:]), missing, in_list=True)
     if glob.has_magic(item):
         matches = filter(os.path.isfile, glob.glob(_as_path(item), recursive=True))
         names = sorted(map(_as_text, matches), key=natural_order)
@@ -200,14 +206,19 @@ def _local_file(where: str) -> InputFile:
 
 def _stdin_file() -> InputFile:
     """Return the input_file for stdin. `< file` can seek, like any other file; anything else is read once, forwards."""
-    if sys.stdin is None:
-        raise DataError("stdin is closed")
+    stdin = _open_stdin()
     path = None
     with suppress(OSError, ValueError):
-        handle = sys.stdin.fileno()
+        handle = stdin.fileno()
         if stat.S_ISREG(os.fstat(handle).st_mode) and os.lseek(handle, 0, os.SEEK_CUR) == 0:
             path = STDIN
     return InputFile(path, "stdin", "stdin")
+
+
+def _open_stdin() -> TextIO:
+    if sys.stdin is None:
+        raise DataError("stdin is closed")
+    return sys.stdin
 
 
 def _listed(name: str) -> list[str]:
@@ -217,7 +228,7 @@ def _listed(name: str) -> list[str]:
     """
     where = f"@{name}"
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(_as_path(name)).read_bytes()
+        data = _open_stdin().buffer.read() if name == "-" else Path(_as_path(name)).read_bytes()
         if b"\0" in data:
             names = map(_as_text, map(os.fsdecode, data.split(b"\0")))
         else:
@@ -227,8 +238,6 @@ def _listed(name: str) -> list[str]:
         raise read_error(where, error, "cannot read the list") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: cannot read the list: {error}") from error
-    except AttributeError:
-        raise DataError("stdin is closed") from None
     if not items:
         raise DataError(f"{where}: the list names no input")
     return items
@@ -246,7 +255,7 @@ def _folder_files(folder: Path) -> list[str]:
             folders.clear()
             continue
         walked.add(identity)
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        folders[:] = filterfalse(is_hidden, folders)
         tops += sorted(filter(os.path.islink, map(partial(os.path.join, root), folders)))
         paths += filter(Path.is_file, map(Path(root).joinpath, names))
 

@@ -277,7 +277,7 @@ def test_names_are_expanded_once(tmp_path, monkeypatch, command):
     monkeypatch.setattr(
         names_module,
         "_expand_all",
-        lambda items, **options: expanded.append(items) or expand(items, **options),
+        lambda items, *args, **options: expanded.append(items) or expand(items, *args, **options),
     )
     done = invoke(f"{command} *.txt -q")
     assert (done.exit_code, len(expanded)) == (0, 1), done.output
