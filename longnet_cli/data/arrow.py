@@ -13,15 +13,16 @@ kills the process. Small batches are read whole instead.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc as ipc
 
 from longnet_cli.basics.errors import DataError
 
-from .opened_inputs import Table, numpy_dtype
+from .opened_inputs import Table, numbers_in_memory, numpy_dtype
 from .stored_files import StoredFile, StoredIds
 
 MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its start
@@ -179,17 +180,18 @@ class _ArrowBytes:
                 yield batch
             self.map = self.last = None  # documents keep this object, and a map keeps its file open
 
-        return Table(name, self.where, schema, checked, format, self.stored)
+        return Table(name, self.where, schema, checked, format, self.numbers)
 
-    def stored(self, array: pa.Array) -> StoredIds | None:
-        """Return the place in the file of (tokens,) ids of the last batch; None if they are in memory. Ignore nulls."""
+    def numbers(self, array: pa.Array) -> StoredIds | np.ndarray:
+        """Return a view of (tokens,) ids of the last batch, in the file if they are not in memory. Ignore nulls."""
         data = array.buffers()[-1]
         last = self.last
         if self.file is None or data is None or last is None:
-            return None
+            return numbers_in_memory(array)
         offset = data.address - last.address
         if not 0 <= offset < last.size:
-            return None  # compressed, in another byte order, or not aligned: pyarrow made a copy
+            # compressed, in another byte order, or not aligned: pyarrow made a copy
+            return numbers_in_memory(array)
         dtype = numpy_dtype(array.type)
         start = self.start + offset
         return StoredIds(self.file, start + array.offset * dtype.itemsize, dtype, len(array))
@@ -197,8 +199,8 @@ class _ArrowBytes:
 
 def _refuse_overlap(batch: pa.RecordBatch) -> None:
     """Raise ValueError when two buffers share memory: one of their offsets is wrong, which Arrow does not check."""
-    buffers = (buffer for column in batch.columns for buffer in column.buffers() if buffer)
-    places = sorted((buffer.address, buffer.size) for buffer in buffers)
+    buffers = chain.from_iterable(map(pa.Array.buffers, batch.columns))
+    places = sorted((buffer.address, buffer.size) for buffer in filter(None, buffers))
     for (address, size), (following, _) in pairwise(places):
         if address + size > following:
             raise ValueError("two buffers overlap")

@@ -17,7 +17,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
 
 from .column_choice import Columns, is_chat
 from .opened_inputs import Table, Text, pick, plain, reading
-from .stored_files import Part
+from .stored_files import Part, reading_row
 from .token_documents import Apart, Unread, collect
 from .tokenizer import Tokenizer
 
@@ -76,16 +76,16 @@ def _errors(table: Table, columns: Columns, start: int, arrays: Batch) -> dict[i
         what = "" if name == columns.documents else f", {name}"
         for index in _nulls(arrays[name]):
             place = table.place(start + index)
-            problem = table.bad.pop(start + index, None)
-            error = f"{place}: {problem}" if problem else f"{place}{what}: the value is null"
-            errors.setdefault(index, BadRowError(error))
+            # a row that could not be read is null in all columns, of which the documents' is the first
+            problem = table.bad.pop(start + index, "the value is null")
+            errors.setdefault(index, BadRowError(f"{place}{what}: {problem}"))
     return errors
 
 
 def _nulls(column: pa.Array) -> list[int]:
     """Return the indices of the nulls of a column. A null may be in the column or in its dictionary."""
     if pa.types.is_dictionary(column.type) and column.dictionary.null_count:
-        return [index for index, value in enumerate(column.to_pylist()) if value is None]
+        column = plain(column)
     if not column.null_count:
         return []
     return np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist()
@@ -177,16 +177,17 @@ def _values(table: Table, doc_id: str, rows: Iterator[DocumentRows]) -> Iterator
     for expected, row in enumerate(rows):
         if row.error:
             raise row.error
-        if row.part is not None and row.part != expected:
+        if row.part is None:
+            if expected:
+                first = expected == 1
+                table.joined.update(documents=first, rows=1 + first)
+        elif row.part != expected:
             missing = "rows are missing, repeated or out of order"
             why = "in batches a row is a document" if table.rows_alone else missing
             raise BadRowError(
                 f"{table.place(row.row)}: part {row.part} of document {doc_id!r} stands where part {expected} "
                 f"should: {why}"
             )
-        if expected and row.part is None:
-            first = expected == 1
-            table.joined.update(documents=first, rows=1 + first)
         yield from row.values
 
 
@@ -226,8 +227,7 @@ def numbers(table: Table, values: pa.Array) -> Part:
         offset = values.offset
         valid = pa.Array.from_buffers(pa.bool_(), size, [None, bitmap], offset=offset)
         values = pa.Array.from_buffers(values.type, size, [None, data], offset=offset)
-    stored = table.stored(values)
-    return Part(values.to_numpy(zero_copy_only=True) if stored is None else stored, valid)
+    return Part(table.numbers(values), valid)
 
 
 FLAT_STEP = 1 << 22  # ids of a flat column searched for document ends in one go
@@ -266,7 +266,7 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
             for step in range(0, len(all_ids), FLAT_STEP):
                 ids = all_ids[step : step + FLAT_STEP]
                 begin = 0
-                with reading(table.where, row=start + step):
+                with reading(table.where), reading_row(start + step):
                     ends = np.flatnonzero(np.asarray(ids) == eos_id).tolist()
                 for end in [*ends, len(ids)]:
                     if end > begin:

@@ -6,7 +6,7 @@ import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from typing import Any, NamedTuple, cast
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError, MemoryLimitError, first_line
 
-from .stored_files import FileChangedError, StoredIds, read_error
+from .stored_files import StoredIds, read_error, reading_row
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 CHAT_COLUMN = "messages"
@@ -51,13 +51,18 @@ class Text:
         return replace(self, doc_id=doc_id)
 
 
+def numbers_in_memory(array: pa.Array) -> np.ndarray:
+    """Return the numbers of an array, a view of Arrow's memory."""
+    return cast(np.ndarray, array.to_numpy(zero_copy_only=True))
+
+
 @dataclass(frozen=True)
 class Table:
     """An opened Arrow, Parquet, HDF5 or JSON Lines input.
 
     `batches` takes the names of columns, the documents' column first, and yields batches that hold at least these (see
-    `pick`). If ids lie unchanged in a file, it leaves them there: `stored` gives the place of an array of the last
-    batch, or None for an array in memory. In messages, rows count from 0, and lines of JSON_LINES from 1. `bad` gives
+    `pick`). If ids lie unchanged in a file, it leaves them there: `numbers` is a view of an array of the last batch, in
+    the file or in memory. In messages, rows count from 0, and lines of JSON_LINES from 1. `bad` gives
     the reason for rows whose values are null because they could not be read, `blank` the rows before which a blank line
     was skipped. With `rows_alone`, each row is a document. `joined` counts the documents of several rows that have no
     numbers, and these rows. `document` is the name of the one document that the table is, if its file says so.
@@ -70,7 +75,7 @@ class Table:
     schema: pa.Schema
     batches: Callable[[list[str]], Iterator[pa.RecordBatch]]
     format: str = "Arrow"
-    stored: Callable[[pa.Array], StoredIds | None] = lambda array: None
+    numbers: Callable[[pa.Array], StoredIds | np.ndarray] = numbers_in_memory
     bad: dict[int, str] = field(default_factory=dict)
     blank: list[int] = field(default_factory=list)
     rows_alone: bool = False
@@ -92,7 +97,7 @@ class Table:
         batches = self.batches(columns)
         rows = 0
         for index in count():
-            with reading(f"{self.where}, batch {index}", row=rows):
+            with reading(f"{self.where}, batch {index}"), reading_row(rows):
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -121,13 +126,10 @@ def find_column(schema: pa.Schema, name: str) -> ColumnPlace | None:
     for cut in range(len(steps), 0, -1):  # a name may have dots of its own
         root = ".".join(steps[:cut])
         fields = steps[cut:]
-        kind: Any = kinds.get(root)
-        for step in fields:
-            inside = (
-                kind is not None and pa.types.is_struct(kind) and kind.get_field_index(step) >= 0
-            )
-            kind = kind.field(step).type if inside else None
-        if kind is not None:
+        with suppress(KeyError, TypeError, AttributeError):  # no such column, or no struct
+            kind = kinds[root]
+            for step in fields:
+                kind = kind.field(step).type
             return ColumnPlace(root, fields, kind)
     return None
 
@@ -254,7 +256,7 @@ class Pipe:
         return head
 
     def read(self, size: int = -1) -> bytes:
-        wanted = sys.maxsize if size is None or size < 0 else size
+        wanted = sys.maxsize if size < 0 else size
         parts = [bytes(self._head[:wanted])] if self._head else []
         del self._head[:wanted]
         missing = wanted - sum(map(len, parts))
@@ -290,15 +292,10 @@ def numpy_dtype(kind: pa.DataType) -> np.dtype:
 
 
 @contextmanager
-def reading(what: str, row: int | None = None) -> Iterator[None]:
-    """Turn an error of pyarrow or of the system about an input into one line that names the input.
-
-    `row` is the first row that is read here, for the error of a file that changes while it is read.
-    """
+def reading(what: str) -> Iterator[None]:
+    """Turn an error of pyarrow or of the system about an input into one line that names the input."""
     try:
         yield
-    except FileChangedError as error:
-        raise error if row is None else error.at(row) from None
     except MemoryError as error:  # also pyarrow's own; a damaged size may ask for any amount
         reason = "it needs more memory than there is, or its data is damaged"
         raise MemoryLimitError(f"{what}: {reason} ({first_line(error)})") from error
@@ -306,8 +303,8 @@ def reading(what: str, row: int | None = None) -> Iterator[None]:
         raise DataError(f"{what}: pyarrow does not read this ({first_line(error)})") from error
     # pyarrow also raises ValueError for a name that is not UTF-8, and OverflowError for a size past 2^63
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise read_error(what, error) from error
+        if getattr(error, "strerror", None):
+            raise read_error(what, cast(OSError, error)) from error
         reason = "the data is damaged or truncated"
         if "decrypt" in str(error):
             reason = "encrypted Parquet is not read: write it without encryption"

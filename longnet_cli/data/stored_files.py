@@ -9,6 +9,8 @@ import io
 import mmap
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +29,14 @@ class FileChangedError(DataError):
         self.where = where
         self.reason = reason
 
-    def at(self, row: int) -> "FileChangedError":
-        """Return the same error, which also names the first row that is lost."""
-        return FileChangedError(f"{self.where}, row {row}", self.reason)
+
+@contextmanager
+def reading_row(row: int) -> Iterator[None]:
+    """Name the row, the first that is lost, in the error of a file that changes while it is read."""
+    try:
+        yield
+    except FileChangedError as error:
+        raise FileChangedError(f"{error.where}, row {row}", error.reason) from None
 
 
 class StoredFile(io.RawIOBase):

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
 
-from .stored_files import FileChangedError, Part, no_place
+from .stored_files import Part, no_place, reading_row
 from .tokenizer import Tokenizer
 
 # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
@@ -123,10 +124,8 @@ class Document:
             if not len(stored):
                 index += 1
                 continue
-            try:
+            with reading_row(part.row_of(offset)):
                 numbers = np.asarray(stored)
-            except FileChangedError as error:
-                raise error.at(part.row_of(offset)) from None
             yield place - start, part, offset, numbers
             place += len(numbers) // self.width
 
@@ -237,7 +236,7 @@ def _spool(arrays: list[np.ndarray]) -> list[np.ndarray]:
             joined = np.memmap(file, arrays[0].dtype, mode="r")
     except OSError as error:
         raise no_place(error) from error
-    return np.split(joined, np.cumsum([len(array) for array in arrays])[:-1])
+    return np.split(joined, np.cumsum([*map(len, arrays)])[:-1])
 
 
 class TextPlaces:
@@ -264,11 +263,11 @@ class TextPlaces:
         """Return the first character of the tokens [start, end), and the one after their last; None if not known."""
         begin, _ = self.of_tokens(start, start + 1)
         _, after = self.of_tokens(end - 1, end)
-        if begin is None or after is None:
+        if begin is None:
             return None, None
         return int(begin[0]), int(after[0])
 
-    def of_tokens(self, start: int, stop: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def of_tokens(self, start: int, stop: int) -> tuple[Any, Any]:
         """Return the same of each of the tokens [start, stop), two of (n,); None if not known."""
         if self.document.places is not None:
             begin, after = self.document.places[start:stop].T
