@@ -1,6 +1,6 @@
 """The choice of a table's columns (documents, their names, columns to carry along), and a check of token types."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, NamedTuple
@@ -15,9 +15,10 @@ _SIGNED = (pa.int8(), pa.int16(), pa.int32(), pa.int64())
 INTEGERS = (*_SIGNED, pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())
 FLOATS = (pa.float16(), pa.float32(), pa.float64())
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-_VIEWS = (pa.types.is_list_view, pa.types.is_large_list_view)
 NO_TYPE = pa.null()  # of a column or of items that there are not
+# The ids of types whose lists follow one another, and of all types of lists
+_LISTS = {pa.list_(NO_TYPE).id, pa.large_list(NO_TYPE).id, pa.list_(NO_TYPE, 1).id}
+_ANY_LISTS = {*_LISTS, pa.list_view(NO_TYPE).id, pa.large_list_view(NO_TYPE).id}
 
 VECTOR_COLUMNS = ("features", "embedding", "embeddings")
 ID_COLUMNS = ("doc_id", "id")
@@ -103,11 +104,9 @@ def is_text(kind: pa.DataType) -> bool:
     return _plain(kind) in _TEXTS
 
 
-def _item_type(
-    kind: pa.DataType, lists: Sequence[Callable[[pa.DataType], bool]] = (*_LISTS, *_VIEWS)
-) -> pa.DataType:
+def _item_type(kind: pa.DataType, lists: Set[int] = _ANY_LISTS) -> pa.DataType:
     """Return the type of the items of a list, which is one of `lists`; NO_TYPE for a type of anything else."""
-    return kind.value_type if any(test(kind) for test in lists) else NO_TYPE
+    return kind.value_type if kind.id in lists else NO_TYPE
 
 
 def choose_columns(
@@ -251,7 +250,7 @@ def is_vectors(kind: pa.DataType) -> bool:
 
 def is_list(kind: pa.DataType) -> bool:
     """Return whether a column of this type holds lists, of fixed size or not, that follow one another."""
-    return any(test(kind) for test in _LISTS)
+    return kind.id in _LISTS
 
 
 def _is_id_list(kind: pa.DataType) -> bool:

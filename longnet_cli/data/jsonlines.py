@@ -108,8 +108,8 @@ def _batches_of_lines(pipe: Pipe, blank: list[int]) -> Iterator[list[bytes]]:
             lines.append(line)
             count += 1
             size += len(line)
-            late = time.monotonic() - begun > PATIENCE or not pipe.ready()
-            if late or size >= BATCH_BYTES:
+            waited = time.monotonic() - begun
+            if waited > PATIENCE or size >= BATCH_BYTES or not pipe.ready():
                 yield lines
                 lines = []
                 size = 0
@@ -126,20 +126,19 @@ def _columns(
     """Return the types of the columns, none if no line has a document, and what is wrong with the first line."""
     rows = list[dict[str, Any]]()
     types: dict[str, pa.DataType] = {}
-    problem = "" if lines else "every line is blank"
+    problems = list[str]()
     for line in lines:
         try:
             row = _parse(line)
             rows.append(row)
             types = types or _columns_of_document(row, wanted)
         except ValueError as error:
-            problem = problem or str(error)
+            problems.append(str(error))
     for name in wanted.keep:
-        values = [_value(row, name, _ABSENT) for row in rows]
-        present = [value for value in values if value is not _ABSENT]
+        present = [value for row in rows if (value := _value(row, name, _ABSENT)) is not _ABSENT]
         if types and present and types.get(name) != _CHAT:
             types[name] = _type_of_all(present, types.get(name), f"{where}: the values of {name!r}")
-    return types, problem
+    return types, next(iter(problems), "every line is blank")
 
 
 def _columns_of_document(row: dict[str, Any], wanted: Wanted) -> dict[str, pa.DataType]:
@@ -217,7 +216,7 @@ def _reader(key: str, kind: pa.DataType, kept: bool) -> _Reader:
 
     A value that is `kept` may be missing. It raises ValueError for a value of another kind.
     """
-    form = _FORMS.get(kind) or _other_form(kind)
+    form = _FORMS.get(kind, _other_form(kind))
 
     def read(row: dict[str, Any]) -> Any:
         value = _value(row, key)
@@ -261,11 +260,9 @@ def _ids(value: list[Any], key: str) -> np.ndarray | list[Any]:
         raise ValueError(
             f"{key!r} holds something that is not a token id: {first_line(error)}"
         ) from error
-    if pa.types.is_null(ids.type):
-        ids = ids.cast(pa.int64())
-    if ids.type != pa.int64():
+    if ids.type not in (pa.int64(), pa.null()):
         raise ValueError(f"{key!r} holds something that is not a token id: {ids.type}")
-    return value if ids.null_count else ids.to_numpy()
+    return value if ids.null_count else ids.cast(pa.int64()).to_numpy()
 
 
 def _messages(value: list[Any], key: str) -> list[list[tuple[str, str]]]:
