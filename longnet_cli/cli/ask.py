@@ -227,14 +227,15 @@ def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[tuple[st
 
 def _read_questions(file: str) -> Iterator[tuple[str, str]]:
     """Yield the id and the text of each row of a file. Neighbours of one id are not joined."""
+    from longnet_cli.data.column_choice import TokenTypes
     from longnet_cli.data.input_documents import DocumentPass, Inputs
     from longnet_cli.data.opened_inputs import Table, Text
 
     inputs = Inputs([file], column="question")
 
-    def read(opened: Text | Table, types: object) -> Iterable[Any]:
+    def read(opened: Text | Table, types: TokenTypes) -> Iterable[Any]:
         apart = replace(opened, rows_alone=True) if isinstance(opened, Table) else opened
-        return inputs.items(apart, form="text")
+        return inputs.items(apart, types, form="text")
 
     for row in DocumentPass(inputs, read):
         yield row.doc_id, "".join(row.parts)

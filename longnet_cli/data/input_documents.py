@@ -52,7 +52,7 @@ from .column_documents import (
 from .file_kinds import ARROW_KINDS, sniff
 from .input_files import InputFile, InputFiles
 from .machine_shares import Share
-from .manifest import is_manifest
+from .manifest import KEY
 from .opened_inputs import Stdin, Table, Text, reading
 from .opening import open_input
 from .stored_files import FileChangedError, no_place
@@ -238,7 +238,7 @@ class Inputs:
         Chats are read only with a tokenizer, `words`. With `skip_bad`, a long file is read to its end before its Text
         is yielded, and waits in a file in $TMPDIR.
         """
-        read = partial(self.items, form="chats" if words else "text", words=words)
+        read = partial(replace(self, tokenizer=words).items, form="chats" if words else "text")
         return DocumentPass(self, read, digests, names_apart=self.id_column is None, note=note)
 
     def stored(self) -> Iterator[Any]:
@@ -265,28 +265,26 @@ class Inputs:
 
     def documents_of(self, opened: Text | Table) -> Iterator[Any]:
         """Return the documents of one opened file, as `documents` does."""
-        return map(self.document, self.items(opened))
+        return map(self.document, self.items(opened, TokenTypes()))
 
     def items(
         self,
         opened: Text | Table,
-        types: TokenTypes | None = None,
+        types: TokenTypes,
         form: Form = "tokens",
-        words: Tokenizer | None = None,
     ) -> Iterable[Any]:
-        """Return the items of one opened file, as `untokenized` does or, with another `form`, `texts(words)`."""
+        """Return the items of one opened file, as `untokenized` does or, with another `form`, `texts`."""
         if isinstance(opened, Text):
             self._check_text(opened)
             return (_spooled(opened) if form != "tokens" and self.skip_bad else opened,)
         columns = self.columns_of(opened, form)
-        if is_manifest(opened.schema):
+        if KEY.decode() in opened.metadata:  # a manifest
             return ()
-        if types:
-            types.check(opened, columns)
+        types.check(opened, columns)
         if self.vectors:
             return vector_documents(opened, columns)
         if columns.of_texts:
-            return table_texts(opened, columns, words or self.tokenizer)
+            return table_texts(opened, columns, self.tokenizer)
         return self._ids(opened, columns)
 
     def _check_text(self, text: Text) -> None:
@@ -381,7 +379,8 @@ class DocumentPass:
             try:
                 document = self._finish(item)
             except DataError as error:  # of a text, which is read to its end here
-                document = self._unread(error)
+                self._raise_unless_skipped(error)
+                document = Unread(error, file=True)
             yield document
 
     def _items(self) -> Iterator[Any]:
@@ -404,22 +403,22 @@ class DocumentPass:
             try:
                 opened = self._watched(open_input(input_file, inputs.wanted), before, after)
                 for item in self._read(opened, types):
-                    if isinstance(item, Unread) and not inputs.skip_bad:
-                        raise item.error
+                    if isinstance(item, Unread):
+                        self._raise_unless_skipped(item.error)
                     self._given += 1
                     yield from self._of_share(item)
             except DataError as error:
-                yield from self._of_share(self._unread(error))
+                self._raise_unless_skipped(error)
+                yield from self._of_share(Unread(error, file=True))
             before = after
         if self._joined and not inputs.vectors:
             counts = f"{self._joined['rows']:,} rows became {count_of(self._joined['documents'], 'document')}"
             self._note(f"{counts}: neighbouring rows of one name are joined (--id-column)")
 
-    def _unread(self, error: DataError) -> Unread:
-        """Return a stand-in for what is left of a file. Raises the error itself unless it may be skipped."""
+    def _raise_unless_skipped(self, error: DataError) -> None:
+        """Raise an error unless what it is about may be skipped."""
         if not self._inputs.skip_bad or isinstance(error, FileChangedError):
             raise error
-        return Unread(error, file=True)
 
     def _of_share(self, item: Any) -> Iterator[Any]:
         """Yield an item if the share has it. Items are counted and named as in a run without shares."""
@@ -442,7 +441,7 @@ class DocumentPass:
         """
         if not self._total:
             return None
-        inside = min(1.0, self._given / self._rows) if self._rows else 1.0
+        inside = min(1.0, self._given / max(1, self._rows))
         return (self._begin + (self._end - self._begin) * inside) / self._total
 
     def _watched(self, opened: Text | Table, before: float, after: float) -> Text | Table:

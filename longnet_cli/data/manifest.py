@@ -11,6 +11,7 @@ So a finished folder holds only tables of one schema, and a tool that reads all 
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Manifest:
     @property
     def totals(self) -> Counter[str]:
         """The sums of `rows`, `documents` and other counts over finished shards, and of what is left out unless 0."""
-        totals = Counter({kind: count for kind, count in self.left_out.items() if count})
+        totals = +Counter(self.left_out)  # without those that are 0
         for shard in self.shards:
             totals.update({name: count for name, count in shard.items() if name != "name"})
         return totals
@@ -73,9 +74,8 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     for name in MANIFESTS:
         path = Path(folder, name)
         try:
-            return parse_manifest(name, path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+            with suppress(FileNotFoundError, NotADirectoryError):
+                return parse_manifest(name, path.read_bytes())
         except OSError as error:
             raise read_error(str(path), error) from error
         except ValueError as error:
@@ -110,11 +110,6 @@ def _json_in(name: str, data: bytes) -> str:
 
         metadata = pq.read_metadata(pa.BufferReader(data)).metadata
     return str((metadata or {})[KEY].decode())
-
-
-def is_manifest(schema: pa.Schema) -> bool:
-    """Return whether a table is a manifest, by its metadata."""
-    return KEY in (schema.metadata or {})
 
 
 def manifest_in(names: Iterable[str]) -> str | None:

@@ -24,6 +24,7 @@ from longnet_cli.basics.digests import file_sha256
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, is_utf8
 from longnet_cli.basics.events import Events
 
+from .column_choice import TokenTypes
 from .input_documents import DocumentPass, Inputs, content_digest
 from .input_files import InputFile
 from .opened_inputs import Table, Text, reading
@@ -63,6 +64,7 @@ WAIT = 60  # seconds for which a process waits for another one
 STEM = 4  # letters by which an excerpt compares words
 NO_INDEX = "no index of passages that this version has made: name another file, or remove it"
 JUST_NOW = 2  # seconds in which a file may change twice and have one time of change
+NO_EVENTS = Events()  # for an index that tells nobody
 
 
 class KnownFile(NamedTuple):
@@ -159,7 +161,7 @@ class PassageIndex:
     def update(
         self,
         inputs: Inputs,
-        events: Events | None = None,
+        events: Events = NO_EVENTS,
     ) -> None:
         """Let the index hold the passages of the inputs' texts, and no others. A file that it knows is not read again.
 
@@ -167,24 +169,20 @@ class PassageIndex:
         have `skip_bad`.
         Raises as `Inputs` does.
         """
-        events = events or Events()
         rows = self._run("SELECT file, state, digest, left_out FROM files")
         known = {file: KnownFile(*row) for file, *row in rows}
         files = dict[str, KnownFile]()
         left_out = defaultdict[str, list[str]](list)
 
-        def read(opened: Text | Table, types: Any) -> Iterable[Any]:
+        def read(opened: Text | Table, types: TokenTypes) -> Iterable[Any]:
             source = inputs.all_files.found[len(documents.opened) - 1]
             earlier = known.get(source.where, UNKNOWN)
             now = _known_now(source, f"{inputs.wanted} {source.name}", earlier)
             files[source.where] = now
             if now.digest is None or now.digest != earlier.digest:
                 self._forget({source.where} & known.keys())
-                return inputs.items(opened, form="text")
-            errors = [DataError(why) for why in json.loads(earlier.left_out)]
-            if errors and not inputs.skip_bad:
-                raise errors[0]
-            return map(Unread, errors)
+                return inputs.items(opened, types, form="text")
+            return (Unread(DataError(why)) for why in json.loads(earlier.left_out))
 
         documents = DocumentPass(inputs, read)
         for item in documents:
@@ -216,9 +214,8 @@ class PassageIndex:
             compared = passage
             if not passage.isascii() or "\0" in passage:
                 compared = UNSPACED.sub(lambda run: f" {' '.join(run[0])} ", as_compared(passage))
-            original = passage if compared != passage else None
-            row = (file, text.doc_id, start, start + len(passage), original, compared)
-            self._run("INSERT INTO passages VALUES (?, ?, ?, ?, ?, ?)", row)
+            row = (file, text.doc_id, start, start + len(passage), passage, compared)
+            self._run("INSERT INTO passages VALUES (?1, ?2, ?3, ?4, nullif(?5, ?6), ?6)", row)
             on_bytes(len(piece.encode()))
 
     def _forget(self, files: Iterable[str]) -> None:
@@ -328,23 +325,20 @@ def _in_word(sign: str) -> str:
 
 
 def _known_now(source: InputFile, read_as: str, earlier: KnownFile) -> KnownFile:
-    """Return what is known of a file now. It is read only if its size and times are not those of `earlier`."""
-    state = None
-    if status := source.status:
-        changed = max(status.st_mtime_ns, status.st_ctime_ns)
-        if time.time_ns() - changed > JUST_NOW * 10**9:
-            times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
-            state = f"{read_as} {status.st_ino} {status.st_size} {times}"
-    if state and state == earlier.state:
-        return KnownFile(state, earlier.digest)
-    digest = _digest(source)
-    return KnownFile(state, digest and f"{read_as} {digest}")
+    """Return what is known of a file now. It is read only if its size and times are not those of `earlier`.
 
-
-def _digest(source: InputFile) -> str | None:
-    """Return a digest of all bytes of a file; of one in a store, of its version; None of a pipe."""
+    The digest is of all bytes of a file; of one in a store, of its version.
+    """
     path = source.local_path
     if path is None:
-        return content_digest(source)
+        version = content_digest(source)
+        return KnownFile(None, version and f"{read_as} {version}")
     with reading(source.where):
-        return file_sha256(path)
+        status = path.stat()
+        times = status.st_mtime_ns, status.st_ctime_ns
+        state = f"{read_as} {status.st_ino} {status.st_size} {times[0]} {times[1]}"
+        if state == earlier.state:
+            return earlier
+        is_settled = time.time_ns() - max(times) > JUST_NOW * 10**9
+        digest = f"{read_as} {file_sha256(path)}"
+    return KnownFile(state if is_settled else None, digest)

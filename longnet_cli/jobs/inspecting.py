@@ -139,7 +139,7 @@ def _items(
     """Record the format of an opened file, and return its items (see `Inputs.items`)."""
     if isinstance(opened, Text):
         inspection.formats["text"] += 1
-        return inputs.items(opened)
+        return inputs.items(opened, types)
     inspection.formats[opened.format] += 1
     _note_metadata(inspection, opened)
     inputs, columns = _columns(inputs, opened)
@@ -147,7 +147,7 @@ def _items(
     inspection.token_types["vectors" if inputs.vectors else str(kind or "text")] += 1
     with _noting(inspection):
         types.check(opened, columns)
-    return inputs.items(opened)
+    return inputs.items(opened, TokenTypes())
 
 
 def _columns(inputs: Inputs, table: Table) -> tuple[Inputs, Columns]:
