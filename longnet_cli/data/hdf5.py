@@ -123,8 +123,8 @@ def _tile_size(attributes: Any) -> float:
 
     def number(name: str) -> float:
         values = np.asarray(attributes.get(name, ())).reshape(-1)
-        known = values.size and values.dtype.kind in "fiu"
-        return max(0.0, float(values[0])) if known else 0.0
+        first = values[:1].tolist() if values.dtype.kind in "fiu" else []
+        return float(max([0.0, *first]))
 
     size = number("patch_size")
     return number("patch_size_level0") or size * number("downsample") or size

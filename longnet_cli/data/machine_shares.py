@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from heapq import heapreplace
 from typing import Any, NamedTuple
@@ -42,13 +43,12 @@ class Share(NamedTuple):
         """
         order = sorted(range(len(files)), key=lambda index: (-files[index][1], files[index][0]))
         loads = [(0, 0, number) for number in range(1, self.count + 1)]  # bytes, files, share
-        taken: list[int] = []
+        taken = defaultdict[int, list[int]](list)  # by each share
         for index in order:
             size, held, number = loads[0]
             heapreplace(loads, (size + files[index][1], held + 1, number))
-            if number == self.number:
-                taken.append(index)
-        return sorted(taken)
+            taken[number].append(index)
+        return sorted(taken[self.number])
 
 
 MAY_DIFFER = ("share", "chunk", "kernel")  # settings that are a machine's own
@@ -108,8 +108,8 @@ def check_shares_below(folder: str, parent: str, names: Sequence[str], read: Rea
 
 def folders_with(names: Sequence[str], *files: str) -> set[str]:
     """Return the folders below the outermost that hold one of these files."""
-    paths = (name.rpartition("/") for name in names)
-    return {below for below, _, file in paths if below and file in files}
+    endings = tuple(map("/{}".format, files))
+    return {name.rpartition("/")[0] for name in names if name.endswith(endings)}
 
 
 def _manifests_below(names: Sequence[str], read: Read) -> dict[str, Manifest]:

@@ -50,15 +50,15 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str, int 
 
     A URI names one file, the files of a folder (chosen as in a local folder), or the files that a * or ** matches.
     """
-    address, _, query = uri.partition("?")
+    address, mark, query = uri.partition("?")
     magic = re.search(r"[^/]*[*]", address)
     base = address[: magic.start()].rstrip("/") if magic else address
     folder = base.rstrip("/")
     with _telling(uri):
-        filesystem, path = connect(f"{base}?{query}" if query else base)
+        filesystem, path = connect(f"{base}{mark}{query}")
         asked = filesystem
         if base.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in query:
-            asked, _ = connect(f"{base}?{query}{'&' * bool(query)}{LIMIT}")
+            asked, _ = connect(f"{base}?{'&'.join(filter(None, (query, LIMIT)))}")
         info = asked.get_file_info(path)
         if info.type == fs.FileType.File and not magic:
             return filesystem, [(path, info.base_name, address, info.size)]
@@ -70,7 +70,7 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str, int 
 
         if magic:
             matches = _glob(address[magic.start() :])
-            names = sorted((name for name in sizes if matches.fullmatch(name)), key=natural_order)
+            names = sorted(filter(matches.fullmatch, sizes), key=natural_order)
             if not names:
                 raise DataError(f"{uri}: no file matches")
         elif sizes:
@@ -89,10 +89,9 @@ def open_remote(filesystem: fs.FileSystem, path: str, where: str) -> Any:
 def version(filesystem: fs.FileSystem, path: str) -> str | None:
     """Return the ETag of a file in a store, otherwise its size and time of writing; None if the store gives neither."""
     try:
-        if isinstance(filesystem, fs.PyFileSystem) and isinstance(
-            filesystem.handler, fs.FSSpecHandler
-        ):
-            metadata = filesystem.handler.fs.info(path)
+        handler = getattr(filesystem, "handler", None)  # of those that are no pyarrow's own
+        if isinstance(handler, fs.FSSpecHandler):
+            metadata = handler.fs.info(path)
         else:
             with filesystem.open_input_stream(path) as file:
                 metadata = {str(key): value for key, value in (file.metadata() or {}).items()}
@@ -119,7 +118,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
     """Compile a pattern: * stands for anything in one name, ** for any folders."""
     rules = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*"}
     pieces = re.split(r"(\*\*/|\*\*|\*)", pattern)
-    return re.compile("".join(rules.get(piece) or re.escape(piece) for piece in pieces))
+    return re.compile("".join(rules.get(piece, re.escape(piece)) for piece in pieces))
 
 
 @contextmanager
