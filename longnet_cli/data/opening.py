@@ -183,12 +183,12 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
     data += read(position)
     while data:
         following = read(TEXT_PART)
-        bad = data.find(b"\0")
+        bad = len(data.partition(b"\0")[0])
         try:
             text, used = codecs.utf_8_decode(data, "strict", not following)
         except UnicodeDecodeError as error:
-            bad = error.start if bad < 0 else min(bad, error.start)
-        if bad >= 0:
+            bad = min(bad, error.start)
+        if bad < len(data):
             what = f"the byte at offset {position + bad} is 0x{data[bad]:02x}"
             raise DataError(
                 f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}{_advice(data)}"
