@@ -15,6 +15,7 @@ reader ends in one line with file and row, never in SIGBUS.
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import random
@@ -567,6 +568,7 @@ def test_texts_of_a_table_that_is_rewritten_while_they_are_read(tmp_path, write_
 
 
 def test_a_table_that_has_been_read_keeps_one_file_open(tmp_path):
+    gc.collect()  # of files that other tests have left open
     path, before = write(tmp_path / "x.arrow", "list"), len(os.listdir("/proc/self/fd"))
     documents = list(Inputs([path]).documents())
     assert len(os.listdir("/proc/self/fd")) == before + 1
