@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import filterfalse
@@ -143,15 +144,15 @@ def _tell_unread(folder: str, files: Sequence[str], chosen: Sequence[str]) -> No
 
 def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
     """Raise ConfigError if the names of shards say that they are several splits, as in a folder from a hub."""
-    shards_of: dict[str, list[str]] = {}
+    shards_of = defaultdict[str, list[str]](list)
     for shard in shards:
         top, _, name = shard.rpartition("/")
         stem = bare_name(name).rpartition(".")[0]
         words = [*filter(None, re.split(r"[-_. 0-9]+|of", stem))]
-        for word in (*words[:1], *words[-1:], top.lower()):
-            if word in _SPLITS:
-                shards_of.setdefault(_SPLITS[word], []).append(shard)
-                break
+        named = map(_SPLITS.get, (*words[:1], *words[-1:], top.lower()))
+        split = next(filter(None, named), "")
+        shards_of[split].append(shard)
+    shards_of.pop("", None)  # of no split
     if len(shards_of) > 1:
         raise _several(folder, [_glob(shards_of[split]) for split in sorted(shards_of)])
 
