@@ -240,9 +240,8 @@ def list_documents(table: Table, columns: Columns) -> Iterator[DocumentRows]:
         lists = arrays[columns.documents]
         all_ids = numbers(table, lists.values)
         starts, stops = list_bounds(lists)
-        bounds = zip(starts.tolist(), stops.tolist(), strict=True)
-        for row, (start, stop) in enumerate(bounds, first_row):
-            yield all_ids.cut(start, stop, row)
+        rows = range(first_row, first_row + len(lists))
+        return map(all_ids.cut, starts.tolist(), stops.tolist(), rows)
 
     return group_rows(table, columns, parts)
 

@@ -124,8 +124,7 @@ def vector_documents(table: Table, columns: Columns) -> Iterator[Document]:
         column = arrays[columns.documents]
         vectors = column.values if nested else column
         values = numbers(table, vectors.values)
-        for index in range(len(column)):
-            yield _VectorRow(start, arrays, values, index)
+        return map(partial(_VectorRow, start, arrays, values), range(len(column)))
 
     whole = table.document
     if whole is None and not nested and not columns.doc_id:
