@@ -7,7 +7,7 @@ from longnet_cli.basics.errors import ConfigError
 
 from . import options as shared
 from .command import SAMPLE, check_pairs
-from .dry_run import plan
+from .dry_run import show_job
 from .options import (
     OUTPUT,
     Computing,
@@ -117,7 +117,7 @@ def encode(options: EncodeCommand) -> None:
     job = Encoder(opened.reader(), settled, facts)
     inputs = replace(opened.inputs(facts.tokenizer_for(opened.loaded)), unit=job.unit)
     if options.running.dry_run:
-        plan(opened, job, inputs, options.running.sample, options.format)
+        show_job(opened, job, inputs, options.running.sample, options.format)
         return
     resume = options.running.resume
     output = Output(options.output, options.shard_rows, options.shard_format, resume, lines=lines)

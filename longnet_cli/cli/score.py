@@ -13,7 +13,7 @@ from longnet_cli.basics.sizes import count_of
 
 from . import options as shared
 from .command import SAMPLE, Excludes, Needs, check_pairs
-from .dry_run import plan
+from .dry_run import show_job
 from .options import (
     OUTPUT,
     Computing,
@@ -147,7 +147,7 @@ def score(options: ScoreCommand) -> None:
         tell(f"pattern {job.facts.pattern}")
     inputs = opened.inputs(words.for_documents() if words and options.token_logprobs else words)
     if options.running.dry_run:
-        plan(opened, job, inputs, options.running.sample, options.format)
+        show_job(opened, job, inputs, options.running.sample, options.format)
         return
     sink = _printing(options, opened) if output is None or output.endswith(".jsonl") else None
     running = options.running
