@@ -487,7 +487,7 @@ def reading_plans(
     read, plans = ReadingPlan(config, chunk), []
     read.add([(tokens, tokens * scores)])
     attention = read.attention_flops() / tokens
-    flops = read.flops(scores) / tokens - attention
+    flops = read.flops() / tokens - attention
     flops += keys_again(config, tokens, chunk)
     for sp, dp in meshes(machine, None if shareable else 1):
         ranks = Ranks(0, sp, sp)

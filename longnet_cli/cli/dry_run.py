@@ -69,7 +69,7 @@ def show_job(
             Sample(sample or 0, inputs.document),
             done=opened.found.done["documents"],
         )
-    task = Task(job.read, job.window_sizes, job.scores)
+    task = Task(job.read, job.window_sizes)
     with progress("trying the first chunks", total=None) as advance:
         job.reader.events = Events(progress=advance)
         estimate = estimate_reading(job.reader, counted, task, room=opened.room)

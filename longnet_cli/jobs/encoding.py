@@ -394,8 +394,8 @@ class Encoder(RowJob):
         around = facts.around
         if not facts.framed:
             around = len(self.reader.model.start_rows(facts.before))
-        for start, stop, wanted, wanted_stop in self.cut.windows(tokens):
-            yield around + stop - start, wanted_stop - wanted
+        for start, stop, *_ in self.cut.windows(tokens):
+            yield around + stop - start, 0
 
     def size(self, document: Document) -> int:
         if document.ends is not None:

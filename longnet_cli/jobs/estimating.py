@@ -161,7 +161,7 @@ def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float | Non
         weights,
         program=max(0, idle - weights),
         of_token=gaps * max(0, most - idle - kept) / (counted.largest or 1),
-        rate=max(1.0, counted.flops(task.scores) / least),
+        rate=max(1.0, counted.flops() / least),
     )
 
 
@@ -202,7 +202,7 @@ def _others(
     """Return what is read, and how long that takes."""
     ranks = reader.all_ranks
     rate = ranks.own(trial.rate, reader.device)
-    flops = plan.flops(task.scores)
+    flops = plan.flops()
     flops_per_token = flops / (plan.read or 1)
     timed_flops = flops_per_token * (plan.read - plan.new)
     return {

@@ -208,7 +208,7 @@ def plan_generation(
         of_prompt = before + len(prompt)
         tokens = of_prompt + max_tokens
         tokens = min(tokens, model.config.max_tokens or tokens)  # where generation ends
-        plan.add([(tokens, min(tokens, 1 + max_tokens))])
+        plan.add([(tokens, 0)])
         plan.new += tokens - of_prompt
     # new tokens are read one by one
     plan.largest = min(plan.largest, plan.longest_document + before)
@@ -226,7 +226,7 @@ def trial_of(loaded: Loaded, bos: Bos) -> Task:
             )
             list(new)
 
-    return Task(read, lambda tokens: [(tokens, 1)], scores=False)
+    return Task(read, lambda tokens: [(tokens, 0)])
 
 
 def seconds_of_new_token(loaded: Loaded, dtype: str) -> float:

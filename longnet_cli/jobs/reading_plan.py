@@ -39,20 +39,19 @@ SEED = 0  # every run draws the same documents
 class Task(NamedTuple):
     """The reading that a job does: `read` reads documents, and `windows` says in which windows, by the tokens of one.
 
-    The windows are (tokens, wanted tokens). A job that `scores` computes logits of the wanted ones.
+    The windows are (tokens, tokens that have logits).
     """
 
     read: Callable[[Reader, Sequence[Document]], None]
     windows: Callable[[int], Iterable[tuple[int, int]]]
-    scores: bool
 
 
 class ReadingPlan:
     """Sums over what a `Reader` of a net with this `config` reads in chunks, which keep no window.
 
     `documents` counts documents of `tokens` in all and `longest_document` at most; `left_out` those that --skip-bad
-    leaves out. `read` are the tokens of all forward passes, padding included, and `wanted` those whose hidden states
-    are wanted. `longest` is the longest window, and `largest` the most tokens that are read at a time. `seconds` is the
+    leaves out. `read` are the tokens of all forward passes, padding included, and `scored` those that have logits.
+    `longest` is the longest window, and `largest` the most tokens that are read at a time. `seconds` is the
     time of reading and tokenizing, `sampled` the number of texts that were tokenized, None if all were counted.
     `new` are those of `read` whose time is in `seconds`, too: tokens that were generated.
     `examples` are documents to try the job with: the longest one, and the first ones that fill a chunk.
@@ -60,7 +59,7 @@ class ReadingPlan:
     """
 
     documents = tokens = longest_document = left_out = 0
-    read = wanted = new = longest = largest = 0
+    read = scored = new = longest = largest = 0
     seconds = 0.0
     sampled: int | None = None
 
@@ -91,11 +90,11 @@ class ReadingPlan:
             self._room -= len(document)
 
     def add(self, windows: Iterable[tuple[int, int]]) -> None:
-        """Count windows, each as (tokens, tokens whose hidden states are wanted), as one `Reader.read` reads them."""
+        """Count windows, each as (tokens, tokens that have logits), as one `Reader.read` reads them."""
 
         def of_lengths() -> Iterator[range]:  # a range has a length, and no memory
-            for tokens, wanted in windows:
-                self.wanted += wanted
+            for tokens, scored in windows:
+                self.scored += scored
                 yield range(tokens)
 
         for step in reading_steps(of_lengths(), self.chunk, self.config.streams):
@@ -116,9 +115,9 @@ class ReadingPlan:
             rows * self.config.attention_flops(tokens) for tokens, rows in self._lengths.items()
         )
 
-    def flops(self, scores: bool) -> float:
-        """Return the FLOPs of all forward passes, with the logits of the wanted tokens if `scores`."""
-        logits = self.config.vocabulary_flops() * self.wanted if scores else 0
+    def flops(self) -> float:
+        """Return the FLOPs of all forward passes and logits."""
+        logits = self.config.vocabulary_flops() * self.scored
         return self.config.layer_flops() * self.read + logits + self.attention_flops()
 
     def in_chunks(self, chunk: int) -> bool:

@@ -98,7 +98,6 @@ class RowJob(ABC):
     # The columns of a document of text, before those that it carries
     text_fields: ClassVar[Sequence[pa.Field]] = ()
     least: int = 0  # a document of fewer tokens has no row
-    scores: ClassVar[bool] = False  # it computes logits
     shard_name: ClassVar[str]
     shard_unit: ClassVar[str]  # what is counted to fill a shard
     shard_size: ClassVar[int]
@@ -121,7 +120,7 @@ class RowJob(ABC):
 
     @abstractmethod
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yield (tokens, wanted tokens) of each window in which a document of so many tokens is read."""
+        """Yield (tokens, tokens that have logits) of each window in which a document of so many tokens is read."""
 
     @abstractmethod
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:

@@ -94,7 +94,7 @@ def estimated(
     job = make_job(Reader(net, chunk=chunk, spill=spill, dtype=dtype, events=events))
     drawn = options.pop("drawn", NOT_DRAWN)
     plan = count_documents(job, documents() if texts is None else texts, drawn, **options)
-    task = Task(job.read, job.window_sizes, job.scores)
+    task = Task(job.read, job.window_sizes)
     return estimate_reading(job.reader, plan, task, room=room)
 
 

@@ -199,7 +199,6 @@ class Scorer(RowJob):
     shard_unit = "tokens"
     shard_size = 1 << 22
     batch_rows = 1 << 12
-    scores = True
 
     def __init__(
         self,

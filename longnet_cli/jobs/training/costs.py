@@ -167,7 +167,7 @@ def costly_evaluation(recipe: Recipe, lengths: Sequence[int]) -> str | None:
     reading = ReadingPlan(config, train.chunk)
     windows = [min(size, tokens - start) for tokens in lengths for start in range(0, tokens, size)]
     reading.add((tokens, round(tokens * train.predicted)) for tokens in windows)
-    times = reading.flops(scores=True) / (step * train.evaluate_every)
+    times = reading.flops() / (step * train.evaluate_every)
     if times <= 1:
         return None
     between = f"{times:.1f} times the FLOPs of the {train.evaluate_every} steps between two"
