@@ -439,15 +439,16 @@ def reading_memory(net: Net, plan: ReadingPlan, dtype: str, *, scores: bool) -> 
     itemsize = itemsize_of(dtype, next(net.parameters()).device)
     cast_to = itemsize if itemsize < next(net.parameters()).itemsize else 0
     waiting = min(plan.longest, 2 * plan.chunk)
-    activations = plan.largest * reading_bytes(net, dtype)
+    at_once = plan.at_once(plan.chunk)
+    activations = at_once * reading_bytes(net, dtype)
     kinds = {}
     if config.causal and plan.in_chunks(plan.chunk):
         kinds["cache"] = cache_bytes(config, plan.longest, itemsize)
         # the keys of each level, and values, of a layer are stored when the next one asks
         by_level = isinstance(config, LongNetConfig) and config.position == "rope_by_level"
         keys = len(config.pattern.levels) if by_level else 1
-        activations += itemsize * plan.largest * config.head_dim * (keys + 1) * config.kv_heads
-    logits = logits_bytes(config, plan.largest * scores)
+        activations += itemsize * at_once * config.head_dim * (keys + 1) * config.kv_heads
+    logits = logits_bytes(config, at_once * scores)
     weights = sum(x.numel() * x.element_size() for x in (*net.parameters(), *net.buffers()))
     return {
         "weights": weights + cast_to * config.layer_weights,

@@ -123,8 +123,8 @@ def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float | Non
     net = reader.model
     device = reader.device
     config = reader.model.config
-    at_once = fitting_chunk(lambda n: 4 * config.forward_bytes(n), plan.largest, free)
-    chunk = min(reader.chunk, at_once or SHORTEST_CHUNK)
+    chunk = fitting_chunk(lambda tokens: 4 * config.forward_bytes(tokens), reader.chunk, free)
+    chunk = chunk or min(SHORTEST_CHUNK, reader.chunk)
     trial_reader = Reader(
         net, chunk=chunk, dtype=reader.dtype, spill=reader.spill, events=reader.events
     )
@@ -160,7 +160,7 @@ def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float | Non
     return Trial(
         weights,
         program=max(0, idle - weights),
-        of_token=gaps * max(0, most - idle - kept) / (counted.largest or 1),
+        of_token=gaps * max(0, most - idle - kept) / (counted.at_once(chunk) or 1),
         rate=max(1.0, counted.flops() / least),
     )
 
@@ -175,9 +175,9 @@ def estimate_reading(reader: Reader, plan: ReadingPlan, task: Task, *, room: Roo
         free = max(0, free - max(0, trial.program - room.held))
 
     def needed(chunk: int) -> dict[str, int]:
-        tokens = min(plan.largest, chunk) if config.streams else plan.largest
-        kinds = {"weights": trial.weights, "reading": round(tokens * trial.of_token)}
-        return kinds | kept_by_chunks(reader, plan, chunk)
+        reading = round(trial.of_token * plan.at_once(chunk))
+        kept = kept_by_chunks(reader, plan, chunk)
+        return {"weights": trial.weights, "reading": reading, **kept}
 
     memory = {"program": trial.program} | needed(reader.chunk)
     # for files whose weights were converted to another type

@@ -51,7 +51,7 @@ class ReadingPlan:
 
     `documents` counts documents of `tokens` in all and `longest_document` at most; `left_out` those that --skip-bad
     leaves out. `read` are the tokens of all forward passes, padding included, and `scored` those that have logits.
-    `longest` is the longest window, and `largest` the most tokens that are read at a time. `seconds` is the
+    `longest` is the longest window, and `largest` the most tokens of a step. `seconds` is the
     time of reading and tokenizing, `sampled` the number of texts that were tokenized, None if all were counted.
     `new` are those of `read` whose time is in `seconds`, too: tokens that were generated.
     `examples` are documents to try the job with: the longest one, and the first ones that fill a chunk.
@@ -98,14 +98,11 @@ class ReadingPlan:
                 yield range(tokens)
 
         for step in reading_steps(of_lengths(), self.chunk, self.config.streams):
-            tokens = sum(map(len, step))
-            longest = max(map(len, step))
-            self.longest = max(self.longest, longest)
-            at_once = self.chunk if self.config.streams else max(self.chunk, longest)
-            self.largest = max(self.largest, min(tokens, at_once))
+            self.largest = max(self.largest, sum(map(len, step)))
             one_by_one = [[0]]  # a window that goes chunk by chunk is alone in its step
             for batch in forward_passes(step, self.chunk, self.config.streams) or one_by_one:
                 padded = len(step[batch[0]])
+                self.longest = max(self.longest, padded)
                 self.read += len(batch) * padded
                 self._lengths[padded] += len(batch)
 
@@ -119,6 +116,10 @@ class ReadingPlan:
         """Return the FLOPs of all forward passes and logits."""
         logits = self.config.vocabulary_flops() * self.scored
         return self.config.layer_flops() * self.read + logits + self.attention_flops()
+
+    def at_once(self, chunk: int) -> int:
+        """Return the most tokens that are read at a time, in chunks of this many."""
+        return min(self.largest, chunk) if self.config.streams else self.largest
 
     def in_chunks(self, chunk: int) -> bool:
         """Return whether a window is read in chunks of this many tokens."""
