@@ -12,7 +12,6 @@ the sum of its kinds, as if everything were held at one time.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
@@ -37,7 +36,7 @@ class Estimate:
 
     `free` is the memory that is free besides the `program`, which is one of the kinds; None where the system does not
     say. `others` are counts of what is read, and FLOPs and seconds of the whole job on all ranks. `chunk_that_fits` is
-    a shorter chunk that fits where the job's own does not, `spillable` the kinds that --spill would keep on a disk, and
+    a shorter chunk that fits where the job's own does not, `spillable` the kind that --spill would keep on a disk, and
     `hint` says what may make the job faster.
     """
 
@@ -45,7 +44,7 @@ class Estimate:
     free: int | None
     others: dict[str, Any]
     chunk_that_fits: int | None
-    spillable: Sequence[str] = ()
+    spillable: str
     hint: str = ""
 
     # in use when `free` is measured, or free again later
@@ -79,7 +78,7 @@ class Estimate:
         """The changes that make a job fit that does not."""
         if self.chunk_that_fits:
             return f"--chunk {self.chunk_that_fits} fits"
-        if self.largest in self.spillable:
+        if self.largest == self.spillable:
             return "--spill DIR keeps the largest part on a disk"
         return "no chunk fits: choose shorter windows, a smaller model or a larger device"
 
@@ -167,7 +166,6 @@ def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float | Non
 
 def estimate_reading(reader: Reader, plan: ReadingPlan, task: Task, *, room: Room) -> Estimate:
     """Estimate what reading as planned takes, from a trial. `room` is the memory before the net was loaded."""
-    config = reader.model.config
     most_while_loading = machines.peak_memory(reader.device)
     trial = try_reading(reader, plan, task, room.free)
     free = room.free
@@ -182,25 +180,24 @@ def estimate_reading(reader: Reader, plan: ReadingPlan, task: Task, *, room: Roo
     memory = {"program": trial.program} | needed(reader.chunk)
     # for files whose weights were converted to another type
     memory["loading"] = max(0, most_while_loading - sum(memory.values()))
-    shorter = None
-    if config.streams:
-        shorter = fitting_chunk(lambda chunk: sum(needed(chunk).values()), reader.chunk, free)
-    on_disk = spilled_bytes(reader.model, plan, reader.chunk, reader.ranks)
     return Estimate(
         memory={kind: size for kind, size in memory.items() if size},
         free=free,
-        others=_others(reader, plan, task, trial, spilled=on_disk if reader.spill else 0),
-        chunk_that_fits=shorter,
-        spillable=("hidden",) if on_disk and not reader.spill else (),
+        others=_others(reader, plan, trial),
+        chunk_that_fits=fitting_chunk(
+            lambda chunk: sum(needed(chunk).values()), reader.chunk, free
+        ),
+        spillable="hidden",
         hint=_faster(reader),
     )
 
 
-def _others(
-    reader: Reader, plan: ReadingPlan, task: Task, trial: Trial, spilled: int
-) -> dict[str, Any]:
+def _others(reader: Reader, plan: ReadingPlan, trial: Trial) -> dict[str, Any]:
     """Return what is read, and how long that takes."""
     ranks = reader.all_ranks
+    spilled = 0
+    if reader.spill:
+        spilled = spilled_bytes(reader.model, plan, reader.chunk, reader.ranks)
     rate = ranks.own(trial.rate, reader.device)
     flops = plan.flops()
     flops_per_token = flops / (plan.read or 1)

@@ -108,7 +108,7 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks = ALONE
         chunk_that_fits=fitting_chunk(
             partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest
         ),
-        spillable=("cache",) if config.causal and not train.spill else (),
+        spillable="" if train.spill else "cache",
     )
 
 
