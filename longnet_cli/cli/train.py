@@ -171,7 +171,7 @@ def train(options: TrainCommand) -> None:
     mesh = options.mesh
     sp, dp = _divided(recipe, options)
     planned = launch(mesh, dry_run=options.dry_run)
-    from longnet_cli.jobs.training.costs import estimate_training, is_too_large, settle_chunk
+    from longnet_cli.jobs.training.costs import estimate_memory, estimate_training, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
     from longnet_cli.running.ranks.ranks import join, leave
 
@@ -188,8 +188,7 @@ def train(options: TrainCommand) -> None:
         if ranks.writes:
             show_training(estimated, options.format)
         return
-    if is_too_large(recipe, where, ranks):
-        check_fits(estimate_training(recipe, where, ranks), "training")
+    check_fits(estimate_memory(recipe, where, ranks), "training")
     if where.type == "cpu":
         keep_freed_memory()
     result = _run(recipe, options, where, ranks)

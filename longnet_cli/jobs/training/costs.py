@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
-from longnet_cli.jobs.estimating import Estimate, Room
+from longnet_cli.jobs.estimating import Estimate
 from longnet_cli.jobs.reading_plan import ReadingPlan, cache_bytes
 from longnet_cli.nets.net import LOGITS_LIMIT
 from longnet_cli.running.device import (
@@ -60,10 +61,23 @@ def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
     return recipe.with_chunk(chunk_of(None, longest or TRAINING_CHUNK, ranks=ranks))
 
 
-def is_too_large(recipe: Recipe, device: torch.device, ranks: Ranks) -> bool:
-    """Return whether training by `recipe` needs more memory than is free, as `estimate_training` counts it."""
+def estimate_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> Estimate:
+    """Return the memory that training by `recipe` will take beside what this process holds now, and no time."""
+    train = recipe.train
     free = free_memory(device)
-    return free is not None and _needed_bytes(recipe, device, ranks, recipe.train.chunk) > free
+    # a chunk of a bidirectional net cannot be shorter than a window
+    shortest = SHORTEST_CHUNK if recipe.model.causal else -(-train.longest // ranks.sp)
+    needed = partial(_needed_bytes, recipe, device, ranks)
+    return Estimate(
+        memory={
+            "program": resident_memory(device),
+            **training_memory(recipe, device, ranks),
+        },
+        free=free,
+        others={},
+        chunk_that_fits=fitting_chunk(needed, train.chunk, free, shortest),
+        spillable="" if train.spill else "cache",
+    )
 
 
 def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks = ALONE) -> Estimate:
@@ -76,10 +90,6 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks = ALONE
     train = recipe.train
     check_ranks(recipe, ranks)
     dtype = resolve_dtype(train.dtype, device)
-    memory = training_memory(recipe, device, ranks)
-    program, free = _room(recipe, device)
-    # a chunk of a bidirectional net cannot be shorter than a window
-    shortest = SHORTEST_CHUNK if config.causal else -(-train.longest // ranks.sp)
     # FLOPs of one forward and one backward pass over all tokens, and those that are executed
     flops_of_passes = flops = 0.0
     for stage in train.stages:
@@ -88,9 +98,9 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks = ALONE
         flops_of_passes += tokens_of_stage * (window / stage.seq_len)
         flops += tokens_of_stage * step_flops(recipe, stage, ranks).all
     rate = ranks.own(step_rate(recipe, device), device)
-    return Estimate(
-        memory={"program": program, **memory},
-        free=free,
+    _load_libraries(recipe, device)
+    return replace(
+        estimate_memory(recipe, device, ranks),
         others={
             "parameters": config.num_parameters(),
             "trained": config.trained,
@@ -105,10 +115,6 @@ def estimate_training(recipe: Recipe, device: torch.device, ranks: Ranks = ALONE
             "flops_per_second": rate,
             "tokens_per_second": recipe.tokens * rate * ranks.world / flops,
         },
-        chunk_that_fits=fitting_chunk(
-            partial(_needed_bytes, recipe, device, ranks), train.chunk, free, shortest
-        ),
-        spillable="" if train.spill else "cache",
     )
 
 
@@ -135,11 +141,8 @@ def step_rate(recipe: Recipe, device: torch.device) -> float:
     return flops / config.num_layers / seconds
 
 
-def _room(recipe: Recipe, device: torch.device) -> Room:
-    """Return the bytes of the program and those that are free, with an optimizer and the tokenizer.
-
-    On first use, torch loads a hundred MiB; a step of layers has been made before.
-    """
+def _load_libraries(recipe: Recipe, device: torch.device) -> None:
+    """Use an optimizer and the tokenizer, so that this process holds their libraries; a step has been made before."""
     weight = torch.nn.Parameter(torch.zeros(1, device=device))
     weight.sum().backward()
     torch.optim.AdamW([weight]).step()
@@ -147,7 +150,6 @@ def _room(recipe: Recipe, device: torch.device) -> Room:
         tokenizer = Tokenizer.load(recipe.data.tokenizer)
         tokenizer.encode("some words")  # it makes tables for the first text
     trim_memory(device)
-    return Room(resident_memory(device), free_memory(device))
 
 
 def _needed_bytes(recipe: Recipe, device: torch.device, ranks: Ranks, chunk: int) -> int:
