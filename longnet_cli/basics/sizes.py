@@ -16,6 +16,7 @@ for _power, _letter in enumerate("kMGT", 1):
     _UNITS |= {_letter: 1000**_power, f"{_letter.upper()}i": 1024**_power}
 _ANY_CASE = {unit.lower(): size for unit, size in _UNITS.items()}
 _BYTES = (" B", " KiB", " MiB", " GiB", " TiB", " PiB", " EiB")
+YEAR = 365.25 * 86400  # seconds
 MAX_SIZE = 2**63 - 1  # what an int64 position can hold
 # and our names of them
 DTYPES_OF_TORCH = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -71,12 +72,15 @@ def format_bytes(size: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Format seconds: 0.00123 -> `1.23 ms`, 75 -> `1m15s`, 3700 -> `1h01m`, 200000 -> `2d07h`."""
+    """Format seconds: 0.00123 -> `1.23 ms`, 75 -> `1m15s`, 3700 -> `1h01m`, 200000 -> `2d07h`, 1e8 -> `3 years`."""
     if seconds < 59.95:
         for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
             if seconds * scale >= 0.9995:
                 return f"{_three_digits(seconds * scale)} {unit}"
         return f"{seconds * 1e9:.0f} ns" if seconds > 0 else "0 s"
+    years = seconds / YEAR
+    if years >= 2:
+        return f"{years:,.0f} years"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}m{rest:02}s"

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 Row = tuple[str, str, str]  # a name, its value, what it means
 BAR = 30  # characters of a full bar
-YEAR = 365.25 * 86400  # seconds
 
 
 def show_training(estimate: Estimate, format: str) -> None:
@@ -98,7 +97,7 @@ def _show(
         work = [
             ("FLOPs per token", format_count(facts["flops_per_token"]), counted),
             ("FLOPs", format_count(facts["flops"]), ""),
-            ("time", _duration(facts["seconds"]), rate),
+            ("time", format_duration(facts["seconds"]), rate),
             ("speed", format_count(facts["tokens_per_second"]), "tokens/s"),
             *more,
         ]
@@ -136,8 +135,3 @@ def _memory(estimate: Estimate) -> list[Row]:
 
 def _block(rows: Sequence[Row]) -> str:
     return "\n".join(f"{name:<15} {value:>12}  {more}".rstrip() for name, value, more in rows)
-
-
-def _duration(seconds: float) -> str:
-    years = seconds / YEAR
-    return f"{years:,.0f} years" if years >= 2 else format_duration(seconds)

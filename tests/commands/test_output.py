@@ -66,7 +66,7 @@ NUMBERS: dict[Callable[[float], str], dict[float, str]] = {
         3599.6: "1h00m",
         3700: "1h01m",
     }
-    | {200_000: "2d07h"},
+    | {200_000: "2d07h", 1e8: "3 years"},
 }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -125,16 +126,14 @@ def step_rate(recipe: Recipe, device: torch.device) -> float:
     again = train.activation_checkpointing
     step = step_of_layers(config, 1, train.dtype, recipe.adapter, again, device)
 
-    def seconds_of(tokens: int) -> float:
+    def timed(tokens: int) -> float:
         began = time.perf_counter()
         step(tokens)
         wait_for(device)
         return time.perf_counter() - began
 
     tokens = SHORTEST_CHUNK
-    while (seconds := min(seconds_of(tokens), seconds_of(tokens))) < SECONDS:
-        if tokens >= train.chunk:
-            break
+    while (seconds := min(timed(tokens), timed(tokens))) < SECONDS and tokens < train.chunk:
         tokens *= 2
     flops = config.training_flops([tokens], 0.0)
     flops += again * (tokens * config.layer_flops() + config.attention_flops(tokens))
@@ -240,11 +239,10 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     if recipe.optimizer.name == "muon":
         with_one_moment = config.trained if config.frozen else config.layer_weights
     moments = 8 * config.trained - 4 * with_one_moment
-    if recipe.parallel.shard == "full":
+    if recipe.parallel.shard == "full" and ranks.world > 1:
+        weights += weights // ranks.world
+        gradients += gradients // ranks.world
         moments //= ranks.world
-        if ranks.world > 1:
-            weights += weights // ranks.world
-            gradients += gradients // ranks.world
     if config.frozen:
         are_narrow = config.frozen_bytes < 4 * config.num_parameters()
         weights += itemsize * table if are_narrow is (itemsize == 4) else 0
@@ -258,16 +256,17 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
         key=lambda kinds: sum(kinds.values()),
     )
     memory = {"weights": weights, "gradients": gradients, "optimizer": moments, **largest}
-    later = {"evaluation": _evaluation_bytes(recipe, device, ranks)}
+    later = {"evaluation": _evaluation_bytes(recipe, device)}
     if config.frozen and device.type == "cpu":
         later["merged"] = 4 * config.num_parameters()
-    kind = max(later, key=lambda kind: later[kind])
-    if later[kind] > sum(largest.values()):
-        memory[kind] = later[kind] - sum(largest.values())
+    kind, size = max(later.items(), key=itemgetter(1))
+    beyond = size - sum(largest.values())
+    if beyond > 0:
+        memory[kind] = beyond
     return memory
 
 
-def _evaluation_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:
+def _evaluation_bytes(recipe: Recipe, device: torch.device) -> int:
     """Return the bytes of one rank, beside the weights, while held-out documents are read; 0 without any.
 
     They are those of a document of two chunks, or of the text's bytes if these are fewer: no document is opened. As for
