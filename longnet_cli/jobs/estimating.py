@@ -23,7 +23,7 @@ from longnet_cli.jobs.reading_plan import ReadingPlan, Task, kept_by_chunks, spi
 from longnet_cli.running import device as machines
 from longnet_cli.running.reader import SHORTEST_CHUNK, Reader, fitting_chunk
 
-CHUNKS = 3  # of the longest document
+CHUNKS = 2  # of the longest document: the second sees keys of the first
 WARM_UP = 64  # tokens of a read after which torch and its libraries are loaded
 # of a CPU's memory in one run and in another: whether a large tensor fits a gap is chance
 HEAP_GAPS = 1.2
