@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,34 +34,31 @@ SECONDS = 0.5  # a shorter trial is run again, without its first uses of memory
 class Estimate:
     """The memory of a job, in bytes of one rank by kind, and other facts about it, named as in the machine format.
 
-    `free` is the memory that is free besides the `program`, which is one of the kinds; None where the system does not
-    say. `others` are counts of what is read, and FLOPs and seconds of the whole job on all ranks. `chunk_that_fits` is
+    `held` is in use when the `free` memory is measured, or free again later, and `needed` is all else; `free` is None
+    where the system does not say. `others` are counts of what is read, and FLOPs and seconds of the whole job on all ranks. `chunk_that_fits` is
     a shorter chunk that fits where the job's own does not, `spillable` the kind that --spill would keep on a disk, and
     `hint` says what may make the job faster.
     """
 
-    memory: dict[str, int]
+    held: dict[str, int]
+    needed: dict[str, int]
     free: int | None
     others: dict[str, Any]
     chunk_that_fits: int | None
     spillable: str
     hint: str = ""
 
-    # in use when `free` is measured, or free again later
-    HELD: ClassVar[tuple[str, ...]] = ("program", "loading")
+    @property
+    def memory(self) -> dict[str, int]:
+        return self.held | self.needed
 
     @property
     def peak(self) -> int:
         return sum(self.memory.values())
 
     @property
-    def needed(self) -> dict[str, int]:
-        """The memory without the kinds in `HELD`."""
-        return {kind: size for kind, size in self.memory.items() if kind not in self.HELD}
-
-    @property
     def beyond(self) -> int:
-        """Bytes that the job needs besides the kinds in `HELD`."""
+        """Bytes that the job needs besides what is held."""
         return sum(self.needed.values())
 
     @property
@@ -70,7 +67,7 @@ class Estimate:
 
     @property
     def largest(self) -> str:
-        """The largest kind of memory that is not held already."""
+        """The largest kind of memory that is needed."""
         return max(self.needed, key=lambda kind: self.needed[kind])
 
     @property
@@ -175,13 +172,17 @@ def estimate_reading(reader: Reader, plan: ReadingPlan, task: Task, *, room: Roo
     def needed(chunk: int) -> dict[str, int]:
         reading = round(trial.of_token * plan.at_once(chunk))
         kept = kept_by_chunks(reader, plan, chunk)
-        return {"weights": trial.weights, "reading": reading, **kept}
+        kinds = {"weights": trial.weights, "reading": reading, **kept}
+        return {kind: size for kind, size in kinds.items() if size}
 
-    memory = {"program": trial.program} | needed(reader.chunk)
-    # for files whose weights were converted to another type
-    memory["loading"] = max(0, most_while_loading - sum(memory.values()))
+    held = {"program": trial.program}
+    kinds = needed(reader.chunk)
+    loading = most_while_loading - trial.program - sum(kinds.values())
+    if loading > 0:  # for files whose weights were converted to another type
+        held["loading"] = loading
     return Estimate(
-        memory={kind: size for kind, size in memory.items() if size},
+        held=held,
+        needed=kinds,
         free=free,
         others=_others(reader, plan, trial),
         chunk_that_fits=fitting_chunk(

@@ -70,10 +70,8 @@ def estimate_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> Estim
     shortest = SHORTEST_CHUNK if recipe.model.causal else -(-train.longest // ranks.sp)
     needed = partial(_needed_bytes, recipe, device, ranks)
     return Estimate(
-        memory={
-            "program": resident_memory(device),
-            **training_memory(recipe, device, ranks),
-        },
+        held={"program": resident_memory(device)},
+        needed=training_memory(recipe, device, ranks),
         free=free,
         others={},
         chunk_that_fits=fitting_chunk(needed, train.chunk, free, shortest),
