@@ -34,9 +34,8 @@ def show_reading(estimate: Estimate, format: str, job: str, *more: Row) -> None:
     longest = f"the longest has {count_of(facts['longest'], 'token')}"
     if facts["left_out"]:
         longest += f"; left out: {facts['left_out']:,}"
-    counted = (
-        "counted" if facts["sampled"] is None else f"estimated from {facts['sampled']:,} texts"
-    )
+    sampled = facts["sampled"]
+    counted = f"estimated from {sampled:,} texts" if sampled else "counted"
     before = [
         ("documents", f"{facts['documents']:,}", longest),
         ("tokens", format_count(facts["tokens"]), counted),
@@ -87,11 +86,11 @@ def _show(
     """Print the rows `before` the memory, then FLOPs and time, and `more`. `counted` says which tokens have FLOPs."""
     facts = estimate.facts
     if format == "json":
-        emit_json(estimate.facts)
+        emit_json(facts)
     else:
         parameters = facts["parameters"]
-        trained = facts.get("trained")
-        of_lora = f", frozen; LoRA trains {trained:,}" if trained not in (parameters, None) else ""
+        trained = facts.get("trained", parameters)
+        of_lora = f", frozen; LoRA trains {trained:,}" if trained != parameters else ""
         rows = [("parameters", format_count(parameters), f"{parameters:,}{of_lora}"), *before]
         rate = f"at {format_count(facts['flops_per_second'])} FLOP/s (measured)"
         work = [
@@ -101,8 +100,9 @@ def _show(
             ("speed", format_count(facts["tokens_per_second"]), "tokens/s"),
             *more,
         ]
-        hint = [("advice", "", estimate.hint)] if estimate.hint else []
-        print(_block(rows), _block(_memory(estimate)), _block([*work, *hint]), sep="\n\n")
+        if estimate.hint:
+            work.append(("advice", "", estimate.hint))
+        print(_block(rows), _block(_memory(estimate)), _block(work), sep="\n\n")
     check_fits(estimate, job)
 
 

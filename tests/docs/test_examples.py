@@ -459,9 +459,7 @@ def test_a_cluster_counts_keys_twice_where_chunks_see_each_other(cluster, patter
         n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
     )
     again = 500 * cluster.keys_again(net.config, 500, 64)
-    assert reading.flops() - reading.attention_flops() + again == pytest.approx(
-        counted, rel=1e-6
-    )
+    assert reading.flops() - reading.attention_flops() + again == pytest.approx(counted, rel=1e-6)
 
 
 def test_the_commands_of_a_cluster(cluster, tmp_path, monkeypatch, capsys):

@@ -254,7 +254,7 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
         key=lambda kinds: sum(kinds.values()),
     )
     memory = {"weights": weights, "gradients": gradients, "optimizer": moments, **largest}
-    later = {"evaluation": _evaluation_bytes(recipe, device)}
+    later = {"evaluation": _evaluation_bytes(recipe, itemsize)}
     if config.frozen and device.type == "cpu":
         later["merged"] = 4 * config.num_parameters()
     kind, size = max(later.items(), key=itemgetter(1))
@@ -264,7 +264,7 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
     return memory
 
 
-def _evaluation_bytes(recipe: Recipe, device: torch.device) -> int:
+def _evaluation_bytes(recipe: Recipe, itemsize: int) -> int:
     """Return the bytes of one rank, beside the weights, while held-out documents are read; 0 without any.
 
     They are those of a document of two chunks, or of the text's bytes if these are fewer: no document is opened. As for
@@ -272,7 +272,6 @@ def _evaluation_bytes(recipe: Recipe, device: torch.device) -> int:
     """
     config = recipe.model
     chunk = recipe.train.chunk
-    itemsize = itemsize_of(recipe.train.dtype, device)
     if not recipe.data.held_out_files:
         return 0
     most = recipe.train.held_out_context or 2 * chunk
