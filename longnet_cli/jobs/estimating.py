@@ -34,10 +34,10 @@ SECONDS = 0.5  # a shorter trial is run again, without its first uses of memory
 class Estimate:
     """The memory of a job, in bytes of one rank by kind, and other facts about it, named as in the machine format.
 
-    `held` is in use when the `free` memory is measured, or free again later, and `needed` is all else; `free` is None
-    where the system does not say. `others` are counts of what is read, and FLOPs and seconds of the whole job on all ranks. `chunk_that_fits` is
-    a shorter chunk that fits where the job's own does not, `spillable` the kind that --spill would keep on a disk, and
-    `hint` says what may make the job faster.
+    What is `held` is in use when the `free` memory is measured, or free again later; all else is `needed`. `free` is
+    None where the system does not say. `others` are counts of what is read, and FLOPs and seconds of the whole job on
+    all ranks. `chunk_that_fits` is a shorter chunk that fits where the job's own does not, `spillable` the kind that
+    --spill would keep on a disk, and `hint` says what may make the job faster.
     """
 
     held: dict[str, int]
