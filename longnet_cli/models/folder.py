@@ -461,17 +461,27 @@ class ModelFolder:
 
             model = plain_model(self.path)
         self._tell(note, model.note)
-        from longnet_cli.models.hf.sentence_folder import lowercased, read_words
-
-        if tokenizer and tokenizer.folder != self.path:
-            words = lowercased(tokenizer) if model.lowercase else tokenizer.for_documents()
-            words.splits_special = False
+        if tokenizer:
+            words = self._reading_texts(tokenizer, model.lowercase)
         else:
+            from longnet_cli.models.hf.sentence_folder import read_words
+
             words = read_words(self.path, model.lowercase)
-        if tokenizer and words.encodes_as(tokenizer):
-            words.sha256 = tokenizer.sha256
         cast("TransformersNet", net).add_steps(model.steps)
         return Embedding(model, words)
+
+    def _reading_texts(self, tokenizer: Tokenizer, lowercase: bool) -> Tokenizer:
+        """Return a tokenizer, the model's own or a named one, as it reads texts for an embedding model."""
+        from longnet_cli.models.hf.sentence_folder import lowercased, read_words
+
+        if tokenizer.folder == self.path:
+            words = read_words(self.path, lowercase)
+        else:
+            words = lowercased(tokenizer) if lowercase else tokenizer.for_documents()
+            words.splits_special = False
+        if words.encodes_as(tokenizer):
+            words.sha256 = tokenizer.sha256
+        return words
 
     def check_weights_fit(self, dtype: str, device: torch.device, free: int | None) -> None:
         """Raise MemoryLimitError, before they are loaded, if the weights take more than `free` bytes.
