@@ -4,8 +4,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from functools import cached_property
-from types import MappingProxyType
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,12 @@ from .tokenizer import Tokenizer
 # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
 STEP = 1 << 18
 SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
-NOTHING: Mapping[str, pa.Scalar] = MappingProxyType({})  # is carried along
+NOTHING: Mapping[str, pa.Scalar] = {}  # is carried along
+
+
+def _same_place(where: str, row: int) -> str:
+    """Return `where`, for any row. A function of the module, so that a document can be pickled."""
+    return where
 
 
 class Document:
@@ -62,7 +66,7 @@ class Document:
         self.ends = ends
         self._n_bytes = n_bytes
         self._limit = 1 << 63 if limit is None else limit
-        self._place = place or (lambda _: where)
+        self._place = place or partial(_same_place, where)
         self.parts = [Part(tokens)] if isinstance(tokens, np.ndarray) else tokens
         self._starts = [0]  # of each part, and the end
         for part in self.parts:

@@ -10,6 +10,7 @@ import bz2
 import gzip
 import json
 import lzma
+import pickle
 import random
 import resource
 import subprocess
@@ -44,6 +45,7 @@ from longnet_cli.data import token_documents as documents_module
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.opened_inputs import Pipe, Table
 from longnet_cli.data.stored_files import StoredFile
+from longnet_cli.data.token_documents import Document
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -116,6 +118,13 @@ def test_any_slice_of_a_document_in_parts_is_the_slice_of_the_whole(tmp_path):
     for start in range(-8, 9):
         for stop in (*range(-8, 9), None):
             assert document.read(start, stop).tolist() == [1, 2, 3, 4, 5, 6][start:stop]
+
+
+def test_a_document_of_a_program_can_be_pickled():
+    document = pickle.loads(pickle.dumps(Document("a", np.array([1, -1]), BYTES, "here")))
+    assert document.read(0, 1).tolist() == [1]
+    with pytest.raises(DataError, match="here, offset 1: token id -1 is negative"):
+        document.read()
 
 
 def test_a_document_in_pieces_that_is_not_mapped_lives_on_disk(tmp_path, monkeypatch):
