@@ -228,8 +228,8 @@ def test_scores_in_every_form(tmp_path, format):
         {"from": 1, "to": 1, "n_tokens": 5, "nll": 3.0, "nll_se": 0.5},
         {"from": 2, "to": 3, "nll": 2.0},
     ]
-    total = {"ppl": 9.0, "context": None, "by_position": rows, "by_segment_position": []}
-    value = {"total": total, "documents": [{"doc_id": "a", "ppl": 9.0}]}
+    total = {"ppl": 9.0, "context": None, "by_position": rows, "by_segment_position": None}
+    value = {"total": total, "totals": None, "documents": [{"doc_id": "a", "ppl": 9.0}]}
     file = tmp_path / "tiny.json"
     if format == "jsonl":
         write(file, {"kind": "document", "doc_id": "a"}, {"kind": "total", **total})

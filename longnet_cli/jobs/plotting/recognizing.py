@@ -182,10 +182,10 @@ class Run(Measured):
 
 
 class _ListsOfTotal(BaseModel):
-    """The lists of a total, which has other keys, too."""
+    """The lists of a total, which has other keys, too. Null, as tools for tables write it, is none."""
 
-    by_position: list[dict[str, Any]] = []
-    by_segment_position: list[dict[str, Any]] = []
+    by_position: list[dict[str, Any]] | None = None
+    by_segment_position: list[dict[str, Any]] | None = None
 
 
 _LISTS_OF_TOTALS = TypeAdapter(list[_ListsOfTotal])
@@ -201,7 +201,7 @@ class Scores(Measured):
         for where, row in rows:
             if row.get("kind") == "document":
                 continue
-            totals = row.get("totals", [row.get("total", row)])
+            totals = row.get("totals") or [row.get("total", row)]
             try:
                 _LISTS_OF_TOTALS.validate_python(totals)
             except ValidationError:
@@ -221,7 +221,7 @@ class Scores(Measured):
             for key in _ListsOfTotal.model_fields:
                 of_list = [
                     {"from": row.get("from"), key: row.get("nll"), f"{key}_se": row.get("nll_se")}
-                    for row in total.get(key, ())
+                    for row in total.get(key) or ()
                 ]
                 yield RowsOfCurve(name, of_list)
 
