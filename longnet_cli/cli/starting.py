@@ -227,7 +227,7 @@ class Opened:
                 logprobs=logprobs,
             )
             written = write_rows(job, inputs, output)
-        if written is not None and (path != "-" or not output.sink):
+        if path != "-" or not output.sink:
             counts = count_of(written["rows"], job.row_name)
             tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"
             tell(f"{counts} of {tokens} -> {'stdout' if path == '-' else path}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
+from operator import attrgetter
 from typing import Any, cast
 
 import numpy as np
@@ -28,7 +29,7 @@ from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
 from longnet_cli.nets.net import InputSequence, Net, bos_ids
 from longnet_cli.running.reader import Piece, Reader, Window
 
-from .job_options import NO_PREFIX, ONE_STATE, EncodeOptions
+from .job_options import ONE_STATE, EncodeOptions
 from .pooling import (
     SHORT,
     SUMMED,
@@ -141,40 +142,41 @@ def for_model(
 
     Raises ConfigError for a prefix if the model has no tokenizer, and for vectors that it scales itself.
     """
-    net = loaded.net
-    embedding = loaded.embedding
     facts = EncodeFacts(**vars(ModelFacts.of(loaded)))
-    prefix = "" if options.prefix == NO_PREFIX else options.prefix
+    embedding = loaded.embedding
     if embedding is None:
-        ids = _prefix_ids(prefix, folder, loaded) if prefix else ()
-        return options, replace(facts, prefix=ids)
+        return options, replace(facts, prefix=_prefix_ids(options.text_before, folder, loaded))
     model = embedding.model
-    context = options.context
-    normalize = options.normalize
-    if normalize is False and "Normalize" in model.modules:
+    if options.normalize is False and "Normalize" in model.modules:
         raise ConfigError(
             f"{folder.name} scales vectors amid its modules ({model.modules}): leave out --no-normalize"
         )
-    if normalize is None:
-        normalize = model.normalized
-    if context is None and not net.config.causal and not net.dilated:
-        limits = [limit for limit in (model.window, net.config.max_tokens) if limit is not None]
-        context = min(limits, default=None)
-    pool = options.pool or model.pool
-    options = replace(options, pool=pool, normalize=normalize, context=context)
-    if prefix is None:
-        prefix = model.document_prompt
-    return options, _with_prompt(facts, embedding, prefix)
+    options = options.completed(
+        pool=model.pool,
+        prefix=model.document_prompt,
+        normalize=model.normalized,
+        context=_own_window(loaded.net, model.window),
+    )
+    return options, _with_prompt(facts, embedding, options.text_before)
 
 
-def _prefix_ids(prefix: str, folder: ModelFolder, loaded: Loaded) -> list[int]:
-    """Return the ids of a prefix. Raises ConfigError for a model without a tokenizer."""
+def _prefix_ids(prefix: str, folder: ModelFolder, loaded: Loaded) -> Sequence[int]:
+    """Return the ids of a prefix. Raises ConfigError for one that a model without a tokenizer is to read."""
+    if not prefix:
+        return ()
     if loaded.tokenizer is not None:
         return loaded.tokenizer.encode(prefix).tolist()
     problem = "has no tokenizer, which --prefix needs: give --tokenizer"
     if loaded.net.row_size is not None:
         problem = "reads vectors, which have no tokens: leave out --prefix"
     raise ConfigError(f"{folder.name} {problem}")
+
+
+def _own_window(net: Net, window: int | None) -> int | None:
+    """Return the most tokens that an embedding model was made to read at once; None for one that reads any number."""
+    if net.config.causal or net.dilated:
+        return None
+    return min(filter(None, (window, net.config.max_tokens)), default=None)
 
 
 def _with_prompt(facts: EncodeFacts, embedding: Embedding, prompt: str) -> EncodeFacts:
@@ -260,9 +262,7 @@ class Encoder(RowJob):
         options: EncodeOptions = EncodeOptions(),  # noqa: B008
         facts: EncodeFacts = EncodeFacts(),
     ) -> None:
-        normalize = options.normalize is not False
-        options = replace(options, pool=options.pool or "mean", normalize=normalize)
-        super().__init__(reader, options, facts)
+        super().__init__(reader, options.completed(pool="mean", normalize=True), facts)
         # whether it may read a document in windows
         self.windowed = facts.framed and not reader.model.config.causal
         for is_refused, problem in self._refusals():
@@ -279,7 +279,7 @@ class Encoder(RowJob):
         net = self.reader.model
         pools = options.pools
         yield (
-            options.prefix not in (None, "", NO_PREFIX) and not (facts.prefix or facts.prompt),
+            options.text_before and not (facts.prefix or facts.prompt),
             "a prefix becomes ids with the model's tokenizer: take the options of `for_model`",
         )
         yield (
@@ -370,11 +370,10 @@ class Encoder(RowJob):
             raise ConfigError(
                 f"{document.where}: this is no text with a {self.unit}: give texts, or --span 256"
             )
-        opening = bos_ids(facts.bos)
-        if facts.framed and _is_framed(document, opening, facts.after):
+        if _has_frame(document, facts):
             raise ConfigError(
-                f"{document.where}: the ids {opening} and {facts.after} stand around the document, and encode adds "
-                "them itself: leave them out when you tokenize (longnet tokenize does)"
+                f"{document.where}: the ids {bos_ids(facts.bos)} and {facts.after} stand around the document, and "
+                "encode adds them itself: leave them out when you tokenize (longnet tokenize does)"
             )
         sequence = net.sequence(document, facts.before, self.options.tile_size, facts.closing)
         if len(document) and len(sequence) <= facts.first_pooled:
@@ -518,10 +517,7 @@ class Encoder(RowJob):
         vectors = head(pooled)[:, : self.options.dims]
         if self.options.normalize:
             vectors = F.normalize(vectors, dim=-1)
-        spans = [
-            (row.document.doc_id, row.span, row.start, row.end, row.end - row.start) for row in rows
-        ]
-        columns = _columns(spans, schema)
+        columns = _columns(map(_SPAN, rows), schema)
         columns.append(_array(schema.field("embedding").type, rows, vectors))
         carried = [field for field in self.kept_fields if field not in PLACE_FIELDS]
         if len(carried) < len(self.kept_fields):
@@ -536,6 +532,10 @@ class Encoder(RowJob):
         return self.places.of(row.start, row.end)
 
 
+# the first columns of a Row
+_SPAN = attrgetter("document.doc_id", "span", "start", "end", "n_tokens")
+
+
 def _as_it_is(row: Row) -> Iterable[Row]:
     return (row,)
 
@@ -546,10 +546,13 @@ def _columns(rows: Iterable[tuple], fields: Iterable[pa.Field]) -> list[pa.Array
     return [pa.array(values, field.type) for values, field in columns]
 
 
-def _is_framed(document: Document, opening: tuple[int, ...], closing: tuple[int, ...]) -> bool:
-    """Return whether the ids `opening` and `closing` stand around a document of ids."""
+def _has_frame(document: Document, facts: EncodeFacts) -> bool:
+    """Return whether the ids that a template puts around a document of ids stand there already."""
+    opening = bos_ids(facts.bos)
+    closing = facts.after
     size = len(document)
-    if document.tokenizer is not None or not 0 < len(opening + closing) <= size:
+    is_text = document.tokenizer is not None
+    if is_text or not facts.framed or not 0 < len(opening + closing) <= size:
         return False
     first = document.read(0, len(opening))
     last = document.read(size - len(closing), size)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from longnet_cli.basics.errors import ConfigError
 
@@ -62,6 +62,16 @@ class EncodeOptions:
                 raise ConfigError(
                     f"there is no pooling {pool!r}: choose from {', '.join(POOLS)}, joined by +"
                 )
+
+    def completed(self, **own: Any) -> EncodeOptions:
+        """Return the options with a model's own where none is given."""
+        missing = {name: value for name, value in own.items() if getattr(self, name) is None}
+        return replace(self, **missing)
+
+    @property
+    def text_before(self) -> str:
+        """The text that `prefix` puts before each document."""
+        return "" if self.prefix in (None, NO_PREFIX) else self.prefix
 
     @property
     def pools(self) -> list[str]:

@@ -33,6 +33,10 @@ class Row:
     end: int
     vector: Tensor
 
+    @property
+    def n_tokens(self) -> int:
+        return self.end - self.start
+
 
 def windows_of(tokens: int, size: int, stride: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield (start, stop, wanted, wanted_stop) of each window of a document of so many tokens.
@@ -184,8 +188,7 @@ class WindowMean:
 
     def add(self, row: Row) -> Iterator[Row]:
         """Take the row of the next window; yield the document's row after the last one."""
-        tokens = row.end - row.start
-        self._sum = self._sum + row.vector.double() * tokens
-        self._tokens += tokens
+        self._sum = self._sum + row.vector.double() * row.n_tokens
+        self._tokens += row.n_tokens
         if row.end == len(row.document):
             yield replace(row, span=0, start=0, vector=(self._sum / self._tokens).float())

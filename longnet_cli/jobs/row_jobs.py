@@ -268,11 +268,11 @@ class Output:
     lines: bool = False
 
 
-def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | None:
+def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str]:
     """Write the rows that a job makes of the documents in `inputs`.
 
-    Return how many `rows` and `tokens` the output has. Of several ranks, only the first one writes. The others get
-    None.
+    Return how many `rows` and `tokens` the output has. Of several ranks, only the first one writes, and only it knows
+    these counts.
 
     On the same CPU with as many threads, a resumed run ends byte for byte as if it had never stopped. Inputs, model,
     chunk and options must be the same as in the earlier run. A resumed run leaves out again what the earlier run left
@@ -283,42 +283,64 @@ def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | No
     shard, LongNetError when a write fails. After an error there is no output file, and a folder keeps its finished
     shards.
     """
-    ranks = job.reader.all_ranks
-    events = job.reader.events
     in_folder = is_folder(output.path, resume=output.resume)
     names_apart = job.names_apart and inputs.id_column is None
     reading = inputs.documents(
-        digests=in_folder and ranks.writes,
+        digests=in_folder and job.reader.all_ranks.writes,
         names_apart=names_apart and inputs.shares_documents,
-        note=events.note,
+        note=job.reader.events.note,
     )
-    documents: Iterator[Document] = iter(reading)
-    if inputs.keep or job.text_fields:  # first_kept waits for the first document
-        job.kept_fields, documents = first_kept(documents, job.text_fields)
-    if job.reader.model.config.max_tokens is not None and not events.left_out.skip:
-        for document in inputs.stored():  # whose lengths are known at once
-            job.take(document, None)
+    documents = _begin_reading(job, inputs, reading)
     # documents of one name get two, also if a document without a row stands between them
     name = Apart().name if names_apart else str
     sequences = partial(job.sequences, documents, name, lambda: reading.fraction)
-    if not in_folder:
-        sink = output.sink
-        least = 1
-        if sink is None:
-            sink = ShardWriter(output.path, job.schema, lines=output.lines)
-            least = job.batch_rows
-        with sink if ranks.writes else _Nowhere() as opened:
-            written = _write_stream(job, sequences(reading.ready), opened, least)
-        return written if ranks.writes else None
-    shard_size = job.shard_size if output.shard_size is None else output.shard_size
-    if shard_size < 1:
-        raise ConfigError(f"shard_{job.shard_unit} must be 1 or more, not {shard_size}")
+    if in_folder:
+        return _write_to_folder(job, inputs, output, sequences(), reading.opened)
+    return _write_to_stream(job, output, sequences(reading.ready))
+
+
+def _begin_reading(job: RowJob, inputs: Inputs, reading: Iterable[Document]) -> Iterator[Document]:
+    """Return the documents of `inputs`, whose pass `reading` is. Set the columns that they carry to the output.
+
+    Raises the error of a document that is too long for the model if its length is known at once.
+    """
+    documents = iter(reading)
+    if inputs.keep or job.text_fields:  # first_kept waits for the first document
+        job.kept_fields, documents = first_kept(documents, job.text_fields)
+    if job.reader.model.config.max_tokens is not None and not job.reader.events.left_out.skip:
+        for document in inputs.stored():
+            job.take(document, None)
+    return documents
+
+
+def _write_to_stream(
+    job: RowJob, output: Output, sequences: Iterator[InputSequence[Document] | None]
+) -> Counter[str]:
+    """Write the rows to a file, a stream or the sink of `output`, and return their counts."""
+    sink = output.sink
+    least = 1
+    if sink is None:
+        sink = ShardWriter(output.path, job.schema, lines=output.lines)
+        least = job.batch_rows
+    with sink if job.reader.all_ranks.writes else _Nowhere() as opened:
+        return _write_stream(job, sequences, opened, least)
+
+
+def _write_to_folder(
+    job: RowJob,
+    inputs: Inputs,
+    output: Output,
+    sequences: Iterator[InputSequence[Document] | None],
+    opened: Sequence[tuple[str, str | None]],
+) -> Counter[str]:
+    """Write the rows to a folder of shards, and return the counts of what it has. `opened` grows, as in ShardFolder."""
+    shard_size = output.shard_size or job.shard_size
     if output.resume:
         text = _text_of_earlier_run(output.path, job.facts.pattern)
         job.facts = replace(job.facts, pattern=text)
     settings = _settings(job, inputs, shard_size)
     folder: ShardFolder | _Nowhere = _Nowhere()
-    if ranks.writes:
+    if job.reader.all_ranks.writes:
         folder = ShardFolder(
             output.path,
             job.schema,
@@ -326,12 +348,12 @@ def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str] | No
             name=job.shard_name,
             format=output.shard_format,
             resume=output.resume,
-            left_out=events.left_out,
-            opened=reading.opened,
+            left_out=job.reader.events.left_out,
+            opened=opened,
         )
     with folder:
-        _write_folder(job, sequences(), folder, shard_size)
-    return folder.totals if ranks.writes else None
+        _write_folder(job, sequences, folder, shard_size)
+    return folder.totals
 
 
 class _Nowhere:
@@ -369,9 +391,8 @@ def _write_stream(
     waiting = list[pa.RecordBatch]()
 
     def flush() -> None:
-        if waiting:
-            for batch in pa.Table.from_batches(waiting).combine_chunks().to_batches():
-                sink.write(batch)
+        for batch in pa.Table.from_batches(waiting, job.schema).combine_chunks().to_batches():
+            sink.write(batch)
         waiting.clear()
 
     for portion, batches in job.rows_by_portion(sequences):

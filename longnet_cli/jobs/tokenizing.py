@@ -100,20 +100,13 @@ def tokenize(
     # a folder that cannot be resumed is refused here, before a tokenizer is trained
     earlier = run_to_resume(output, resume=resume) if in_folder else None
     words = _tokenizer(inputs, tokenizer, train_vocab, output, earlier)
-    appended = end_of_text(eos, words)
-    of_settings: object = appended is not None
-    if appended not in (None, words.eos_id):
-        of_settings = str(appended)  # 1 would equal True
-        words = words.with_eos(appended)
-
+    words, appended, of_settings = _with_end(words, eos)
     documents = inputs.texts(words, digests=in_folder, note=events.note)
     texts: Iterator[Any] = _readable(documents, events.left_out.skip)
     kept: list[pa.Field] = []
     if inputs.keep:  # first_kept waits for the first document
         kept, texts = first_kept(texts)
-    schema = token_schema(
-        vocab_size=words.vocab_size, eos_id=words.eos_id, tokenizer_sha256=words.sha256, kept=kept
-    )
+    schema = _schema(words, kept)
     opened: ShardFolder | _OneFile = _OneFile(output, schema)
     most = math.inf  # tokens of a shard
     if in_folder:
@@ -134,14 +127,31 @@ def tokenize(
             left_out=events.left_out,
             opened=documents.opened,
         )
-    is_stream = str(output) == "-"
-    small = is_stream or str(output).endswith(".jsonl")
+    work = _Work(words, appended, str(output) == "-", documents.ready, events.progress)
     with opened:
-        rows = TokenBatches(opened, SMALL_BATCH_BYTES if small else BATCH_BYTES, most, kept)
-        texts = iter(()) if opened.finished else opened.unread(texts)
-        work = _Work(words, appended, is_stream, documents.ready, events.progress)
-        work.run(texts, rows)
+        rows = TokenBatches(opened, _batch_bytes(output), most, kept)
+        work.run(iter(()) if opened.finished else opened.unread(texts), rows)
     return _result(rows.totals, words, output, opened.paths)
+
+
+def _with_end(words: Tokenizer, eos: str | int | bool) -> tuple[Tokenizer, int | None, object]:
+    """Return the tokenizer with the end of text that is appended, its id or None, and what a folder's settings say."""
+    appended = end_of_text(eos, words)
+    if appended in (None, words.eos_id):
+        return words, appended, appended is not None
+    return words.with_eos(appended), appended, str(appended)  # as an int, 1 would equal True
+
+
+def _schema(words: Tokenizer, kept: Sequence[pa.Field]) -> pa.Schema:
+    return token_schema(
+        vocab_size=words.vocab_size, eos_id=words.eos_id, tokenizer_sha256=words.sha256, kept=kept
+    )
+
+
+def _batch_bytes(output: str | Path) -> int:
+    """Return the most bytes of ids in a record batch of an output."""
+    is_small = str(output) == "-" or str(output).endswith(".jsonl")
+    return SMALL_BATCH_BYTES if is_small else BATCH_BYTES
 
 
 class _OneFile(ShardWriter):
