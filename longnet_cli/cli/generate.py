@@ -107,6 +107,11 @@ class GenerateCommand:
     )
     computing: Computing
 
+    @property
+    def text(self) -> str:
+        """PROMPT, empty if it is not given."""
+        return self.prompt or ""
+
 
 def generate(options: GenerateCommand) -> None:
     """Continue texts of any length with a model, token by token; only the new text goes to stdout.
@@ -157,14 +162,16 @@ def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
         dtype = DTYPES_OF_TORCH.get(manifest.get("dtype"), "auto")
     except (OSError, ValueError, KeyError, TypeError):
         return options  # reading the state says what is wrong with it
-    # a model may have its own offsets
-    if asked and replace(asked, head_offsets=saved.head_offsets) != saved:
+    if not asked:
+        if not manifest.get("as_trained"):
+            choice = replace(choice, pattern=manifest["longnet.pattern"])
+    elif (
+        replace(asked, head_offsets=saved.head_offsets) != saved
+    ):  # a model may have its own offsets
         raise ConfigError(
             f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {choice.pattern}: leave out "
             "--pattern"
         )
-    if not asked and not manifest.get("as_trained"):
-        choice = replace(choice, pattern=manifest["longnet.pattern"])
     if computing.dtype == "auto":
         computing = replace(computing, dtype=dtype)
     choice = replace(choice, model=choice.model or model)
@@ -176,25 +183,23 @@ def _with_stdin(options: GenerateCommand) -> GenerateCommand:
 
     Raises ConfigError for no text, for stdin beside inputs, and for text that is not UTF-8.
     """
-    prompt = options.prompt
-    if prompt == "-" and options.inputs:
-        raise ConfigError(
-            "PROMPT - is stdin, and --input is given: write the question, or leave out one of them"
-        )
-    names_text = prompt or options.inputs or options.state
-    if not names_text and (sys.stdin is None or sys.stdin.isatty()):
-        raise ConfigError(
-            "there is nothing to continue: give a text, --input FILE, or a text on stdin"
-        )
-    if prompt == "-" or not names_text:
-        return replace(options, prompt=None, inputs=["-"])
-    if prompt:
-        if not is_utf8(prompt):
+    text = options.text
+    if not (text or options.inputs or options.state):
+        if sys.stdin is None or sys.stdin.isatty():
             raise ConfigError(
-                "PROMPT is not UTF-8: save it as a UTF-8 file and give that with --input"
+                "there is nothing to continue: give a text, --input FILE, or a text on stdin"
             )
-        if os.path.exists(prompt):
-            note(f"{prompt} is continued as text; --input reads the file")
+        text = "-"
+    if text == "-":
+        if options.inputs:
+            raise ConfigError(
+                "PROMPT - is stdin, and --input is given: write the question, or leave out one of them"
+            )
+        return replace(options, prompt=None, inputs=["-"])
+    if not is_utf8(text):
+        raise ConfigError("PROMPT is not UTF-8: save it as a UTF-8 file and give that with --input")
+    if os.path.exists(text):
+        note(f"{text} is continued as text; --input reads the file")
     return options
 
 
@@ -296,20 +301,25 @@ class _TextGenerator:
     def _print(self, document: Document, steps: Iterable[Step]) -> None:
         """Print the new text as it comes, or one line of JSON at the end; counts and speed go to stderr."""
         as_json = self.options.format == "jsonl"
-        steps_of_line: list[Step] = []  # for the line of JSON
+        # of the line of JSON
+        tokens = list[int]()
+        logprobs = list[float]()
+        texts = list[str]()
         n_tokens = 0
-        reason = "length"
+        reason: str | None = "length"
         last_text = ""
         began = time.monotonic()
         for step in steps:
             n_tokens += 1
-            reason = step.finish_reason or reason
+            reason = step.finish_reason  # of the last one, which has one
             if as_json:
-                steps_of_line.append(step)
+                tokens.append(step.id)
+                logprobs.append(step.logprob)
+                texts.append(step.text)
             elif step.text:
                 last_text = step.text
                 write_text(last_text)
-            if step.finish_reason and not self.options.save_state:
+            if reason and not self.options.save_state:
                 break  # to save a state, the last token is read
         if as_json:
             emit_jsonl(
@@ -318,9 +328,9 @@ class _TextGenerator:
                     "doc_id": document.doc_id,
                     "n_prompt": len(document),
                     "n_tokens": n_tokens,
-                    "text": "".join(step.text for step in steps_of_line),
-                    "tokens": [step.id for step in steps_of_line],
-                    "logprobs": [step.logprob for step in steps_of_line],
+                    "text": "".join(texts),
+                    "tokens": tokens,
+                    "logprobs": logprobs,
                     "finish_reason": reason,
                     "seed": self.seed,
                     **self._origin,
@@ -363,17 +373,17 @@ def _each_document(
 
     from longnet_cli.data.token_documents import Document
 
-    prompt = options.prompt or ""
-    question = f"\n{prompt}" if prompt else ""
+    text = options.text
+    question = f"\n{text}" if text else ""
     tokenizer = inputs.tokenizer
     if not options.inputs:
         assert tokenizer  # `_open` has checked
-        words = template if template and prompt else tokenizer
-        yield Document("prompt", words.encode(prompt), None, "PROMPT")
+        words = template if template and text else tokenizer
+        yield Document("prompt", words.encode(text), None, "PROMPT")
     elif template:
-        for text in inputs.texts():
-            ids = template.encode("".join([*text.parts, question]))
-            yield Document(text.doc_id, ids, None, text.where, limit=template.tokenizer.vocab_size)
+        for read in inputs.texts():
+            ids = template.encode("".join([*read.parts, question]))
+            yield Document(read.doc_id, ids, None, read.where, limit=template.tokenizer.vocab_size)
     elif question:
         assert tokenizer
         asked = tokenizer.encode(question)

@@ -16,8 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -142,24 +141,19 @@ def generate(
     net = loaded.net
     tokenizer = tokenizer or loaded.tokenizer
     chats = chat or not isinstance(prompt, str | Document)
-    read = stream.position if stream else 0  # tokens before the prompt
-    unread = 0 if stream else 1  # the last new token
-    before = bos if bos != "own" else None if chats or read else loaded.bos
+    # tokens before the prompt, and how many of the last new tokens are not read
+    read, unread = (stream.position, 0) if stream else (0, 1)
     _check(net, max_tokens, least=unread)
     check_sampling(temperature, top_p)
     if "" in stop or (stop and not tokenizer):
         raise ConfigError("a stop text needs characters, and a tokenizer")
     if chats or not isinstance(prompt, Document):
         prompt = _prompt(loaded.chat if chats else tokenizer, prompt, chats)
-    sequence = net.sequence(prompt, before)
-    tokens = read + len(sequence)
-    if not tokens:
-        raise DataError(
-            f"{prompt.where}: the prompt is empty, and nothing stands before it: there is nothing to continue"
-        )
-    sequence.check("give a shorter prompt", tokens, skips=False)
+    if bos == "own":
+        bos = None if chats or read else loaded.bos
+    sequence = _sequence(net, prompt, bos, read)
     if sequence.limit is not None:
-        max_tokens = min(max_tokens, sequence.limit - tokens + unread)
+        max_tokens = min(max_tokens, sequence.limit - read - len(sequence) + unread)
     generator = _Generator(
         net,
         Sampler(temperature, top_p, seed, number),
@@ -191,6 +185,17 @@ def _prompt(words: Any, prompt: object, chats: bool) -> Document:
     if words is None:
         raise ConfigError(f"a prompt of text needs a tokenizer{', and a chat template' * chats}")
     return Document("prompt", words.encode(prompt), None, "the prompt")
+
+
+def _sequence(net: Net, prompt: Document, bos: Bos, read: int) -> InputSequence[Document]:
+    """Return a prompt as the net reads it after `read` tokens. Raises DataError for no token, TooLongError for many."""
+    sequence = net.sequence(prompt, bos)
+    tokens = read + len(sequence)
+    if not tokens:
+        raise DataError(
+            f"{prompt.where}: the prompt is empty, and nothing stands before it: there is nothing to continue"
+        )
+    return sequence.check("give a shorter prompt", tokens, skips=False)
 
 
 def plan_generation(
@@ -231,10 +236,9 @@ def trial_of(loaded: Loaded, bos: Bos) -> Task:
 
 def seconds_of_new_token(loaded: Loaded, dtype: str) -> float:
     """Return the seconds that a new token takes, the least of NEW_TOKENS after a prompt of one."""
-    moments = []
-    for _ in generate(loaded, ZERO, bos=None, max_tokens=NEW_TOKENS, end_ids=(), dtype=dtype):
-        moments.append(time.perf_counter())
-    return min(later - earlier for earlier, later in pairwise(moments))
+    steps = generate(loaded, ZERO, bos=None, max_tokens=NEW_TOKENS, end_ids=(), dtype=dtype)
+    moments = [time.perf_counter() for _ in steps]
+    return float(np.diff(moments).min())
 
 
 class Sampler:
@@ -267,15 +271,14 @@ class Sampler:
         """Return a drawn id. Nothing is sorted where all ids may be drawn."""
         scores = (logits - logits.max()) / self.temperature
         probabilities = scores.softmax(-1)
-        order = None
+        order: Any = range(len(logits))
         if self.top_p < 1:
             probabilities, order = probabilities.sort(descending=True, stable=True)
         sums = probabilities.cpu().double().cumsum(-1)
         total = sums[torch.searchsorted(sums[:-1], self.top_p)]  # of the fewest that sum to top_p
         drawn = torch.searchsorted(sums, self.random.random() * total, right=True)
         last = torch.searchsorted(sums[:-1], total)  # the product may be rounded up to the total
-        place = min(int(drawn), int(last))
-        return place if order is None else int(order[place])
+        return int(order[min(int(drawn), int(last))])
 
 
 @dataclass(frozen=True)
@@ -295,15 +298,12 @@ class _Generator:
     def run(
         self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool
     ) -> Iterator[Step]:
-        logits = None
-        last_hidden = getattr(self.stream, "last_hidden", None)
-        if last_hidden is not None and not len(sequence):
-            logits = self._logits(last_hidden[0])
+        if not len(sequence):  # then `stream` is a CausalStream that has read before
+            logits = self._logits(cast(Any, self.stream).last_hidden[0])
         for start in range(0, len(sequence), self.chunk):
             stop = min(start + self.chunk, len(sequence))
             logits = self._read(torch.from_numpy(sequence.read(start, stop)))
             self.progress(stop - start)
-        assert logits is not None
         for number in range(1, max_tokens + 1):
             token, logprob = self.sampler(logits)
             step = self._step(token, logprob, number == max_tokens)
@@ -335,11 +335,12 @@ class _Generator:
             return self.model.logits(hidden)
 
     def _step(self, token: int, logprob: float, last: bool) -> Step:
-        ends = token in self.end_ids
-        text = self.stops.add(self.texts.add(token)) if self.texts and not ends else ""
+        text = ""
         reason: FinishReason | None = "length" if last else None
-        if ends:
+        if token in self.end_ids:
             reason = "eos"
+        elif self.texts:
+            text = self.stops.add(self.texts.add(token))
         if self.texts and reason and not self.stops.reached:
             text += self.stops.add(self.texts.end()) + self.stops.end()
         if self.stops.reached:
