@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -53,11 +53,18 @@ EPILOG = (
     "6 done but for what --skip-bad left out, 129, 130 or 143 stopped, 141 closed pipe."
 )
 
-# One function per command, by its panel in the help. Their modules import torch only when they run.
-COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Models": (score, encode, generate, ask, train),
-    "Data": (tokenize,),
-    "Tools": (pattern, plot, bench, convert),
+# One function per command, with its panel in the help. Their modules import torch only when they run.
+COMMANDS: dict[Callable[..., None], str] = {
+    score: "Models",
+    encode: "Models",
+    generate: "Models",
+    ask: "Models",
+    train: "Models",
+    tokenize: "Data",
+    pattern: "Tools",
+    plot: "Tools",
+    bench: "Tools",
+    convert: "Tools",
 }
 
 _python_warning = warnings.showwarning
@@ -70,9 +77,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EPILOG,
 )
-for panel, commands in COMMANDS.items():
-    for command in commands:
-        app.command(cls=Command, rich_help_panel=panel)(takes_options(command))
+for command, panel in COMMANDS.items():
+    app.command(cls=Command, rich_help_panel=panel)(takes_options(command))
 app.add_typer(data, rich_help_panel="Data")
 
 
@@ -132,16 +138,16 @@ def run(app: typer.Typer) -> NoReturn:
 
 def _invoke(app: typer.Typer) -> int:
     """Run the command, flush stdout, and return the exit code. Raises what `_explain` explains."""
-    try:
-        code = typer.main.get_command(app).main(prog_name="longnet", standalone_mode=False)
-    except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):
-            raise stop.__context__ from None  # typer turns it into exit code 1, a failure
-        raise
+    code = typer.main.get_command(app).main(prog_name="longnet", standalone_mode=False)
     # A full disk or a closed pipe often shows only here. At interpreter shutdown it could not become one error line.
-    if sys.stdout and not sys.stdout.closed:
-        sys.stdout.flush()
+    _flush(sys.stdout)
     return code or 0
+
+
+def _flush(stream: TextIO | None) -> None:
+    """Flush a stream that is open."""
+    if stream and not stream.closed:
+        stream.flush()
 
 
 def _hold_standard_handles() -> None:
@@ -159,6 +165,10 @@ def _hold_standard_handles() -> None:
 def _explain(error: BaseException) -> int:
     """Return the exit code for `error`, and print one line about it if the user needs to know."""
     if isinstance(error, SystemExit):
+        if isinstance(
+            error.__context__, BrokenPipeError
+        ):  # typer makes exit code 1 of it, a failure
+            return 141
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):
         return 130
@@ -225,7 +235,8 @@ def _show_warning(
 
 
 def _say(message: str) -> None:
-    line = printable(" ".join(part.strip() for part in message.splitlines() if part.strip()))
+    parts = filter(None, map(str.strip, message.splitlines()))
+    line = printable(" ".join(parts))
     if under_torchrun():
         line = f"rank {os.environ.get('RANK')}: {line}"
     with suppress(OSError):  # stderr is gone too: the exit code still tells
@@ -239,8 +250,6 @@ def _drop_unwritable_output() -> None:
     Python flushes it again at shutdown: a failure there prints "Exception ignored" and makes the exit code 120.
     """
     try:
-        # not sys.stdout: typer may have wrapped that one
-        if sys.__stdout__ and not sys.__stdout__.closed:
-            sys.__stdout__.flush()
+        _flush(sys.__stdout__)  # not sys.stdout: typer may have wrapped that one
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

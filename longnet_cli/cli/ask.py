@@ -26,8 +26,8 @@ from .output import (
     count_left_out,
     emit_json,
     emit_jsonl,
-    end,
     note,
+    say_left_out,
     tell,
     write_text,
 )
@@ -124,7 +124,7 @@ def ask(options: AskCommand) -> None:
     if without := best.count([]):
         what = "the question" if len(questions) == 1 else f"{without} of {len(questions)} questions"
         raise LongNetError(f"no passage has any word of {what}: ask in words that the texts have")
-    end(left_out)
+    say_left_out(left_out)
 
 
 def _load(options: AskCommand, names: list[str]) -> Loaded:

@@ -25,7 +25,7 @@ from .output import be_quiet
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's, or that of the copy of click in typer
 OTHER = "Other"  # the last panel
 SHORT_COLUMN = 28  # in which the texts of a short help begin
-FEW = 12  # options that all fit into a short help
+FEW = 12  # arguments and options that all fit into a short help
 SIZES = "SIZE: 32k is 32000, 32Ki is 32768."
 # What options of other programs are here: the last word is an option of the command, or else the next one counts.
 ELSEWHERE = {
@@ -77,7 +77,7 @@ def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
         for field, kind in options
     ]
     run.__signature__ = Signature([*parameters, short])  # type: ignore[attr-defined]
-    run.common = {field.name for field, _ in options if field.metadata.get("common")}  # type: ignore[attr-defined]
+    run.common = {field.name for field, _ in options if field.metadata["common"]}  # type: ignore[attr-defined]
     return run
 
 
@@ -142,7 +142,7 @@ class Command(TyperCommand):
         names = {name: str(option.metavar) for option in self.params for name in option.opts}
         # options whose value may be omitted
         optional = {name for name, metavar in names.items() if metavar.startswith("[")}
-        words = args[: args.index("--")] if "--" in args else args
+        words = args[: [*args, "--"].index("--")]
         marked = list(_mark_bare(words, optional))
         taking = [index for index, word in enumerate(marked) if word in optional]
         try:
@@ -196,19 +196,16 @@ def short_help(ctx: Any) -> str:
     """Return what a command does, an example, and its arguments and common options: a screen of 80 columns."""
     command = ctx.command
     common: set[str] = getattr(command.callback, "common", set())
-    arguments = [x for x in command.params if x.param_type_name == "argument"]
-    options = [x for x in command.params if x.param_type_name == "option" and "-h" not in x.opts]
-    if len(options) > FEW:
-        options = [option for option in options if option.name in common]
+    parameters = [parameter for parameter in command.params if "-h" not in parameter.opts]
+    if len(parameters) > FEW:
+        parameters = [parameter for parameter in parameters if parameter.name in common]
     summary, example, *_ = command.help.split("\n\n")
     usage = " ".join([ctx.command_path, *command.collect_usage_pieces(ctx)])
     lines = [f"Usage: {usage}", "", *textwrap.wrap(summary, 80), "", example, ""]
-    for parameter in (*arguments, *options):
+    for parameter in parameters:
         lines += _short_row(parameter)
-    lines += ["", f"All options: {ctx.command_path} --help"]
-    if any("SIZE" in line for line in lines):
-        lines[-1] += f". {SIZES}"
-    return "\n".join(lines)
+    text = "\n".join([*lines, "", f"All options: {ctx.command_path} --help"])
+    return f"{text}. {SIZES}" if "SIZE" in text else text
 
 
 def _short_row(parameter: Any) -> list[str]:
@@ -266,7 +263,13 @@ class Needs(NamedTuple):
     option: str
     other: str
     why: str
-    give: str | None = None
+    give: str = ""
+
+    refused_beside = False
+
+    @property
+    def advice(self) -> str:
+        return f"give {self.give or self.other}"
 
 
 class Excludes(NamedTuple):
@@ -275,6 +278,12 @@ class Excludes(NamedTuple):
     option: str
     other: str
     why: str
+
+    refused_beside = True
+
+    @property
+    def advice(self) -> str:
+        return f"leave out {self.other}"
 
 
 TOP_P = Needs(
@@ -296,12 +305,8 @@ def check_pairs(pairs: Sequence[Needs | Excludes], options: Any) -> None:
     names = given_names(options)
     for pair in pairs:
         is_beside = not names.isdisjoint(pair.other.split("|"))
-        if pair.option not in names or is_beside is isinstance(pair, Needs):
-            continue
-        advice = f"leave out {pair.other}"
-        if isinstance(pair, Needs):
-            advice = f"give {pair.give or pair.other}"
-        raise ConfigError(f"{pair.option} {pair.why}: {advice}")
+        if pair.option in names and is_beside is pair.refused_beside:
+            raise ConfigError(f"{pair.option} {pair.why}: {pair.advice}")
 
 
 def given_names(options: Any) -> set[str]:
@@ -312,5 +317,5 @@ def given_names(options: Any) -> set[str]:
         if is_dataclass(value):
             names |= given_names(value)
         elif value != field.default and (field.name, value) != ("dp", 1):
-            names.update(field.metadata["typer"].param_decls or ())
+            names.update(field.metadata["names"])
     return names

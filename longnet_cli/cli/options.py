@@ -133,7 +133,8 @@ class HelpPanel(str):
             rich_help_panel=str(self),
             **more,
         )
-        return field(default=default, metadata={"typer": option, "common": common})
+        metadata = {"typer": option, "names": flags, "common": common}
+        return field(default=default, metadata=metadata)
 
     def common(self, names: str, help: str, **more: Any) -> Any:
         """Return an option that is in the short help, too. The arguments are those of `option`."""
@@ -152,7 +153,7 @@ def argument(metavar: str, help: str, default: Any = MISSING) -> Any:
     """Return an argument of a command, a field of a dataclass as `option` does: required, unless it has a default."""
     value = ... if default is MISSING else default
     shown = typer.Argument(value, metavar=metavar, help=help, show_default=False)
-    return field(default=default, metadata={"typer": shown})
+    return field(default=default, metadata={"typer": shown, "names": (), "common": True})
 
 
 def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
@@ -366,6 +367,11 @@ class Mesh:
     dp: int | None = COMPUTE.size(
         "--dp N", "Make N groups of ranks, each with its own sequences. (default: 1)"
     )
+
+    @property
+    def groups(self) -> int:
+        """The groups of ranks."""
+        return self.dp or 1
 
 
 @dataclass(frozen=True)

@@ -178,10 +178,10 @@ def count_left_out(skip_bad: bool) -> LeftOut:
     """Return a count of what --skip-bad leaves out and of empty documents, with a note on stderr."""
     from longnet_cli.basics.events import LeftOut
 
-    def tell(_: Any, error: LongNetError) -> None:
+    def note_one(_: Any, error: LongNetError) -> None:
         note(f"left out: {getattr(error, 'why', str(error))}")
 
-    return LeftOut(tell if skip_bad else None)
+    return LeftOut(note_one if skip_bad else None)
 
 
 def note_without_rows(left_out: LeftOut) -> None:
@@ -192,10 +192,10 @@ def note_without_rows(left_out: LeftOut) -> None:
         note(f"{count_of(left_out.short, 'document')} too short, and left out")
 
 
-def end(left_out: LeftOut, *, first: bool = True) -> None:
+def say_left_out(left_out: LeftOut, *, first: bool = True) -> None:
     """Report the counts. If documents were skipped, the `first` rank exits with code 6."""
     note_without_rows(left_out)
     if left_out.skipped:
         note(str(left_out))
-    if left_out.skipped and first:
-        raise typer.Exit(LEFT_OUT)
+        if first:
+            raise typer.Exit(LEFT_OUT)

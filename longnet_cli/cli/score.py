@@ -332,7 +332,7 @@ def _print_losses(total: dict[str, Any]) -> None:
     """Print the tables of `--by-position`: nats per token, by tokens seen and by place in a segment."""
     context = f", context {total['context']}" if total["context"] else ""
     for key, title in (("by_position", "tokens seen"), ("by_segment_position", "in segment")):
-        rows = total.get(key) or ()
+        rows = total.get(key, ())
         if rows:
             print(f"\n{title:>20} {'tokens':>12} {'nats':>8} {'+-':>8}{context}")
         for row in rows:

@@ -33,7 +33,15 @@ from .options import (
     ModelChoice,
     read_pattern,
 )
-from .output import be_quiet, check_output, count_left_out, end, note, say_what_is_kept, tell
+from .output import (
+    be_quiet,
+    check_output,
+    count_left_out,
+    note,
+    say_left_out,
+    say_what_is_kept,
+    tell,
+)
 from .progress import ExpectedTokens, progress
 
 if TYPE_CHECKING:
@@ -48,6 +56,10 @@ if TYPE_CHECKING:
     from longnet_cli.nets.net import Net
     from longnet_cli.running.ranks.ranks import Ranks
     from longnet_cli.running.reader import Reader
+
+
+STDIN = {"-": "stdin", "@-": "stdin"}  # inputs that are read from it
+OF_TOKENS = ("--tokenizer", "--tokenizer-differs", "--eos", "--bos")  # of no use for vectors
 
 
 def freeze_imports() -> None:
@@ -78,7 +90,7 @@ def launch(
 
 def _asked(mesh: Mesh) -> int | None:
     """Return the number of processes that the options ask for; None for none."""
-    needed = (mesh.dp or 1) * (mesh.sp or 1)
+    needed = mesh.groups * (mesh.sp or 1)
     if mesh.nproc is None and needed > 1 and not started_by_torchrun():
         return needed
     return mesh.nproc
@@ -94,7 +106,7 @@ def refuse_sharing(mesh: Mesh, folder: ModelFolder) -> None:
 
     Call it before any rank is started.
     """
-    sp = mesh.sp or processes(mesh) // (mesh.dp or 1)
+    sp = mesh.sp or processes(mesh) // mesh.groups
     if sp > 1 and folder.of_transformers:
         raise ConfigError(
             f"{folder.name}: a Hugging Face model reads a document in one process: give every process its own "
@@ -119,12 +131,11 @@ def ask_hub(model: str | None, tokenizer: str | None) -> None:
 def refuse_read_once(inputs: Sequence[str]) -> None:
     """Raise ConfigError for an input that is a stream, which only one process can read."""
     for item in inputs:
-        is_stdin = item in ("-", "@-")
         special = os.path.exists(item) and not (os.path.isfile(item) or os.path.isdir(item))
-        if is_stdin or special or item.startswith("/dev/"):
+        if item in STDIN or special or item.startswith("/dev/"):
             raise ConfigError(
-                f"{'stdin' if is_stdin else item} can be read by one process: save it to a file, which every process "
-                "reads for itself"
+                f"{STDIN.get(item, item)} can be read by one process: save it to a file, which every process reads "
+                "for itself"
             )
 
 
@@ -173,12 +184,11 @@ class Opened:
         documents = self.found.documents
         net = self.loaded.net
         reads_vectors = net.row_size is not None
-        names = ("tokenizer", "tokenizer_differs", "eos", "bos")
-        of_tokens = [name for name in names if getattr(documents, name)]
-        if reads_vectors and of_tokens:
-            unread = ", ".join(f"--{name.replace('_', '-')}" for name in of_tokens)
+        given = given_names(documents)
+        unread = [name for name in OF_TOKENS if name in given]
+        if reads_vectors and unread:
             raise ConfigError(
-                f"{self.found.folder.name} reads vectors, which have no tokens: leave out {unread}"
+                f"{self.found.folder.name} reads vectors, which have no tokens: leave out {', '.join(unread)}"
             )
         return Inputs(
             self.found.input_files,
@@ -237,7 +247,7 @@ class Opened:
         from longnet_cli.running.ranks.ranks import leave
 
         leave()
-        end(self.left_out, first=self.ranks.writes)
+        say_left_out(self.left_out, first=self.ranks.writes)
 
 
 def open_command(

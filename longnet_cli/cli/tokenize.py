@@ -12,7 +12,7 @@ from longnet_cli.basics.sizes import count_of, format_count
 from . import options as shared
 from .command import given_names
 from .options import INPUT, OUTPUT, HelpPanel, bare_or
-from .output import check_output, count_left_out, end, note, tell
+from .output import check_output, count_left_out, note, say_left_out, tell
 from .progress import progress
 from .starting import ask_hub, refuse_read_once
 
@@ -117,7 +117,7 @@ def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> 
     place = "stdout" if options.output == "-" else options.output
     place += f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
     tell(f"{_counts(result)} -> {place}")
-    end(left_out)
+    say_left_out(left_out)
 
 
 def _counts(result: TokenizeResult) -> str:
