@@ -85,10 +85,12 @@ def _print(inspection: Inspection) -> None:
     row("documents", inspection.documents)
     unit = "vectors" if inspection.vectors else "tokens"
     n_bytes = inspection.byte_tokens
-    what = f" ({n_bytes} of them bytes)" if n_bytes else ""
-    if n_bytes and n_bytes == inspection.tokens:
-        unit = "bytes"
-        what = " (bytes)"
+    what = ""
+    if n_bytes:
+        what = f" ({n_bytes} of them bytes)"
+        if n_bytes == inspection.tokens:
+            unit = "bytes"
+            what = " (bytes)"
     row("tokens", f"{inspection.tokens}{what}")
     if inspection.vectors:
         row("vectors", f"{inspection.vectors} of {' or '.join(map(str, inspection.sizes))} numbers")

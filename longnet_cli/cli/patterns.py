@@ -100,7 +100,7 @@ def _print(shown: Description) -> None:
         )
         print(shape + _costs(level, f"{level.flops_share:.0%}"))
     if shown.apart.keys_per_query:
-        share = shown.apart.flops / (shown.total.flops or 1)
+        share = shown.apart.flops / max(shown.total.flops, 1)
         name = parse_pattern(shown.pattern).apart
         print(f"{name:<37}" + _costs(shown.apart, f"{share:.0%}"))
     for name, costs in (("total", shown.total), ("dense", shown.dense)):

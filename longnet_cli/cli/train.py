@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from longnet_cli.running.ranks.ranks import Ranks
 
 RECIPE = HelpPanel("Recipe")
+# at the end of the progress line, the most telling first
+FIELDS = ("loss", "step", "held-out", "lr", "grad", "memory", "mfu", "ppl")
 
 
 PAIRS = [Excludes("--resume", "--no-resume", "continues a run")]
@@ -315,7 +317,7 @@ class _Shown:
         self.recipe = recipe
         self.options = options
         self.stack = stack
-        self.fields: dict[str, str | None] = {}
+        self.fields: dict[str, str | None] = dict.fromkeys(FIELDS)  # None: not known yet
 
     def begin(self, step: int, tokens: int) -> None:
         self.done = step
@@ -331,26 +333,29 @@ class _Shown:
 
     def step(self, tokens: int, line: Metrics | None) -> None:
         self.done = (self.done or 0) + 1
-        for name, value in describe(line).items() if line else ():
-            self.fields[name] = value or self.fields.get(name)
+        if line:
+            self.fields |= describe(line)
         self.advance(tokens, **self.fields)
 
     def evaluation(self, share: float) -> None:
         self.advance(0, evaluating=f"{share:.0%}", **self.fields)
 
 
-def describe(line: Metrics) -> dict[str, str | None]:
-    """Return the fields of a line of metrics for the end of the progress line, the most telling first."""
-    return {
+def describe(line: Metrics) -> dict[str, str]:
+    """Return the FIELDS of a line of metrics that it has."""
+    fields = {
         "loss": f"{line.loss:.4f}",
         "step": f"{line.step:,}",
-        "held-out": None if line.held_out_loss is None else f"{line.held_out_loss:.4f}",
         "lr": f"{line.lr:.2e}",
         "grad": f"{line.grad_norm:.2f}",
         "memory": format_bytes(line.peak_memory_bytes),
-        "mfu": None if line.mfu is None else f"{100 * line.mfu:.0f}%",
         "ppl": f"{math.exp(min(line.loss, 99)):.2f}",
     }
+    if line.held_out_loss is not None:
+        fields["held-out"] = f"{line.held_out_loss:.4f}"
+    if line.mfu is not None:
+        fields["mfu"] = f"{100 * line.mfu:.0f}%"
+    return fields
 
 
 def _again(output: str, ranks: Ranks) -> str:

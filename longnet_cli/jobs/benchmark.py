@@ -20,7 +20,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -411,8 +411,7 @@ def bench(
         refusal = _refusal(case, s, deadline, best[kind])
         # a shorter run tells the rate; a stream needs none, as it ends in time
         if not (refusal or case.streamed or best[kind]) and row.seq > _PROBE_SEQ:
-            for _ in run(case_of(s, row.impl, row.direction, _PROBE_SEQ), 1):
-                pass
+            deque(run(case_of(s, row.impl, row.direction, _PROBE_SEQ), 1), maxlen=0)
             refusal = _refusal(case, s, deadline, best[kind])
         if refusal:
             total -= row.seq

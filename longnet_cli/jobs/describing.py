@@ -158,7 +158,7 @@ def describe(subject: Subject, seq: int) -> Description:
             look_back=pattern.look_backs[level],
             keys_per_query=pattern.level_keys(level) / half,
             flops=flops[level],
-            flops_share=flops[level] / total if total else 0.0,
+            flops_share=flops[level] / max(total, 1),
             cache_rows=kept(pattern.level_rows(level)),
         )
         for level, (w, r) in enumerate(pattern.levels)

@@ -269,7 +269,8 @@ def _data(surprise: Surprise) -> bytes:
     for document in surprise.documents:
         for piece in document.pieces:
             pieces.append(piece.encode("utf-16-le", "replace"))
-    data.write(np.array([len(piece) // 2 for piece in pieces], "<u2").tobytes())
+    units = np.array([*map(len, pieces)]) // 2
+    data.write(units.astype("<u2").tobytes())
     for name in ("nats", "other", "top_nats"):
         write(name, "<u2", STEPS)
     text = b"".join(pieces).decode("utf-16-le")

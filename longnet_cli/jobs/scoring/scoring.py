@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -159,10 +159,9 @@ class _Tally:
     n_tokens: int = 0
 
 
-def _row(tallies: Sequence[_Tally]) -> dict[str, object]:
+def _row(tallies: Sequence[_Tally], contexts: Sequence[int | None]) -> dict[str, object]:
     """Return the row of a document, from its tallies at all contexts. Columns that it lacks are null."""
     first = tallies[0]
-    contexts = [tally.context for tally in tallies]
     row: dict[str, Any] = {"doc_id": first.document.doc_id}
     for tally in tallies:
         score = Score(tally.nll_sum, tally.n_tokens, tally.n_bytes if tally.n_tokens else 0)
@@ -251,9 +250,8 @@ class Scorer(RowJob):
         of_contexts = dict.fromkeys(("nll_sum", "ppl", "bpb"), pa.float64())
         of_contexts |= dict.fromkeys(TABLES if options.by_position else (), TABLE)
         kinds = {"doc_id": pa.string(), "n_tokens": pa.int64(), "n_bytes": pa.int64()}
-        for name, kind in of_contexts.items():
-            for context in options.contexts:
-                kinds[column(name, context, options.contexts)] = kind
+        for (name, kind), context in product(of_contexts.items(), options.contexts):
+            kinds[column(name, context, options.contexts)] = kind
         if len(options.contexts) > 1:
             kinds |= dict.fromkeys(Gain._fields, pa.float64())
         return row_schema(pa.schema(kinds), self.kept_fields, self.facts.metadata)
@@ -302,7 +300,7 @@ class Scorer(RowJob):
             yield [self.open.popleft() for _ in tallies]
 
     def _record_batch(self, documents: Sequence[Sequence[_Tally]]) -> pa.RecordBatch:
-        rows = [_row(tallies) for tallies in documents]
+        rows = [_row(tallies, self.options.contexts) for tallies in documents]
         scored = pa.schema(list(self.schema)[: len(self.schema) - len(self.kept_fields)])
         columns = pa.RecordBatch.from_pylist(rows, scored).columns
         kept = kept_columns([tallies[0].document for tallies in documents], self.kept_fields)
@@ -341,8 +339,7 @@ class Scorer(RowJob):
         With `top`, two more are for the most likely ids and their log-probabilities.
         """
         device = self.reader.device
-        ranks = self.reader.ranks
-        sizes = [len(piece) for piece in pieces]
+        sizes = [*map(len, pieces)]
         tokens = sum(sizes)
         columns = [torch.zeros(tokens, device=device)]
         if self.top:
@@ -364,14 +361,14 @@ class Scorer(RowJob):
             places = to_device(are_mine.repeat_interleave(torch.tensor(sizes)), device)
             for column, values in zip(columns, of_mine, strict=True):
                 column.masked_scatter_(places, values.to(column.dtype))
-        ranks.sum(*columns)
-        return [to_host(column) for column in columns]
+        self.reader.ranks.sum(*columns)
+        return [*map(to_host, columns)]
 
     def _add_up(
         self, pieces: Sequence[Piece[_ScoredWindow]], columns: Sequence[Callable[[], Tensor]]
     ) -> None:
         """Add the nats of the pieces' targets to their documents."""
-        sizes = [len(piece) for piece in pieces]
+        sizes = [*map(len, pieces)]
         parts = [map(Tensor.numpy, column().split(sizes)) for column in columns]
         for piece, nll, *top in zip(pieces, *parts, strict=True):
             tally = piece.window.tally
