@@ -114,7 +114,7 @@ def ask(options: AskCommand) -> None:
 
     left_out = count_left_out(options.skip_bad)
     sources = InputFiles(names, skip_bad=options.skip_bad)
-    best = _search(options, sources, [question for _, question in questions], left_out)
+    best = _search(options, sources, questions, left_out)
     for number, ((name, question), passages) in enumerate(zip(questions, best, strict=True)):
         answered = _answer(options, loaded, question, passages, number)
         if options.questions is not None:
@@ -140,7 +140,7 @@ def _load(options: AskCommand, names: list[str]) -> Loaded:
 
 
 def _search(
-    options: AskCommand, sources: InputFiles, questions: list[str], left_out: LeftOut
+    options: AskCommand, sources: InputFiles, questions: list[tuple[str, str]], left_out: LeftOut
 ) -> list[list[Passage]]:
     """Return the best passages for each question."""
     from longnet_cli.data.input_documents import Inputs
@@ -163,7 +163,7 @@ def _search(
         with progress("indexing", size, "B") as advance:
             index.update(inputs, Events(progress=advance, left_out=left_out))
         find = finder(index, options.vectors)
-        return [find(question, options.passages) for question in questions]
+        return [find(question, options.passages) for _, question in questions]
 
 
 def _answer(

@@ -63,7 +63,7 @@ def parse_dtype(text: str, names: Sequence[str] = ("auto", "fp32", "bf16", "fp16
 
 def parse_names(text: str) -> tuple[str, ...]:
     """Parse `title,meta.url`: names with commas between them, each once."""
-    names = tuple(name.strip() for name in text.split(","))
+    names = tuple(map(str.strip, text.split(",")))
     if not all(names) or len(set(names)) < len(names):
         raise ValueError(f"'{text}' is no list of names: write each once, with commas between them")
     return names

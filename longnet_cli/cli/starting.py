@@ -218,8 +218,8 @@ class Opened:
         done = job.counted(found.done["tokens"], found.done["documents"])
         expected = ExpectedTokens(done)
         path = str(output.path)
-        files = [source.path for source in found.input_files.found if source.path]
-        if not found.is_named and any(path.suffix != ".py" for path in files):
+        suffixes = {source.path.suffix for source in found.input_files.found if source.path}
+        if not found.is_named and suffixes - {".py"}:
             note(f"{DEFAULT_MODEL}, the default model, {KNOWS}: for other text, give --model")
 
         def on_document(document: Document, fraction: float | None) -> None:

@@ -387,7 +387,7 @@ def bench(
         case_of(s, impl, direction, seq)
         for seq, direction, impl in product(s.seq, s.direction, s.impl)
     ]
-    total = sum(case.row.seq for case in cases)
+    total = sum(s.seq) * len(s.direction) * len(s.impl)
     events.total(total)
     # FLOP/s of each implementation and direction, the best so far: short runs are mostly overhead
     best = defaultdict[tuple[str, str], float](float)

@@ -323,7 +323,7 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
         axes.set_title(subject.name, fontsize=9)
         axes.set(xlabel="key", ylabel="query")
         ticks = [seq * i // 4 for i in range(5)]
-        names = [format_size(tick) for tick in ticks]
+        names = [*map(format_size, ticks)]
         axes.set_xticks(ticks, names)
         axes.set_yticks(ticks, names)
         words = [f"{format_size(w)}, rate {r}" for w, r in subject.pattern.levels]

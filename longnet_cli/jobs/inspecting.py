@@ -67,8 +67,7 @@ class Inspection:
         """Return the min, mean, median and max tokens or vectors of a document; None for each without documents."""
         if not self.documents:
             return dict.fromkeys(("min", "mean", "median", "max"))
-        lengths = np.array(sorted(self.lengths))
-        counts = [self.lengths[length] for length in lengths.tolist()]
+        lengths, counts = np.array(sorted(self.lengths.items())).T
         ends = np.cumsum(counts)  # the documents of a length or less
         middle = [(self.documents - 1) // 2, self.documents // 2]
         median = lengths[ends.searchsorted(middle, "right")].mean()

@@ -37,7 +37,7 @@ class PassageVectors:
         if "longnet.model" not in self._facts:
             raise ConfigError(f"{name}: its metadata name no model, which a question needs too")
         self._index = index
-        self._numbers = _numbers(name, index, table)
+        self._numbers = np.array(_numbers(name, index, table), int)
         column = table["embedding"].combine_chunks()
         vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
         # those of a net that was made to predict tokens, not for vectors, share a large common part
@@ -58,8 +58,8 @@ class PassageVectors:
         for ranked in (self._index.rank(question, RANKED), self._nearest(question)):
             for place, number in enumerate(ranked, 1):
                 scores[number] += 1 / (DAMPING + place)
-        best = sorted(scores, key=lambda number: -scores[number])[:most]
-        return self._index.passages({number: scores[number] for number in best})
+        best = sorted(scores.items(), key=lambda scored: -scored[1])[:most]
+        return self._index.passages(dict(best))
 
     def _nearest(self, question: str) -> list[int]:
         facts = self._facts
@@ -74,7 +74,8 @@ class PassageVectors:
             dims=self._vectors.shape[1],
         )
         cosines = self._vectors @ (vector[0] - self._mean)
-        return [self._numbers[row] for row in np.argsort(-cosines, kind="stable")[:RANKED]]
+        nearest = np.argsort(-cosines, kind="stable")[:RANKED]
+        return self._numbers[nearest].tolist()
 
 
 def _read(name: str) -> tuple[pa.Table, dict[str, str]]:
@@ -97,7 +98,7 @@ def _numbers(name: str, index: PassageIndex, table: pa.Table) -> list[int]:
     for number, doc_id, start, end in index.places():
         passages[doc_id].append((start, end, number))
     numbers = []
-    doc_ids, *ends = (table[name] for name in COLUMNS[1:])
+    doc_ids, *ends = table.select(COLUMNS[1:]).columns
     firsts, lasts = (column.fill_null(0).to_pylist() for column in ends)  # null: no places
     for doc_id, first, last in zip(doc_ids.to_pylist(), firsts, lasts, strict=True):
         before = bisect(passages[doc_id], ((first + last) // 2, math.inf))

@@ -160,22 +160,23 @@ class Pooling:
 
 def pool_together(whole: Sequence[tuple[Pooling, Tensor]]) -> None:
     """Give poolings that end with their states (n, dim) their vectors, in as many calls as one document needs."""
-    counts = [len(hidden) for _, hidden in whole]
-    rows = torch.cat([hidden for _, hidden in whole]).double()
+    poolings, states = zip(*whole, strict=True)
+    counts = [*map(len, states)]
+    rows = torch.cat(states).double()
     device = rows.device
     sizes = to_device(torch.tensor(counts), device)
     # (documents, pools) float64
-    divisors = torch.tensor([pooling.divisors(len(x)) for pooling, x in whole], dtype=torch.float64)
+    divisors = torch.tensor([*map(Pooling.divisors, poolings, counts)], dtype=torch.float64)
     divisors = to_device(divisors, device)
     vectors = []
-    for index, pool in enumerate(whole[0][0].pools):
+    for index, pool in enumerate(poolings[0].pools):
         weighed = rows
         if pool == "weighted":
-            weights = torch.cat([pooling.weights(len(hidden)) for pooling, hidden in whole])
+            weights = torch.cat([*map(Pooling.weights, poolings, counts)])
             weighed = rows * to_device(weights, device)[:, None]
         sums = torch.segment_reduce(weighed, "sum", lengths=sizes, axis=0)
         vectors.append((sums / divisors[:, index, None]).float())
-    for (pooling, _), vector in zip(whole, torch.cat(vectors, 1), strict=True):
+    for pooling, vector in zip(poolings, torch.cat(vectors, 1), strict=True):
         pooling.vector = vector
 
 

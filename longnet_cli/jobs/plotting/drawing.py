@@ -95,7 +95,7 @@ def points(rows: Iterable[Row], of_x: Axis, of_y: Axis, x_key: str, y_key: str) 
         y = of_y.place(row.get(y_key))
         if x is not None and y is not None:
             points[x] = Point(x, y, number(row.get(f"{y_key}_se")))
-    return [points[x] for x in sorted(points)]
+    return sorted(points.values())
 
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -209,15 +209,15 @@ def _set_ticks(axis: MatplotlibAxis, kind: Axis) -> None:
     base = float(kind.base)
     powers = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
     for multiples in MULTIPLES[kind.base]:
-        places = [multiple * base**power for power in powers for multiple in multiples]
-        ticks = [place for place in places if low <= place <= high]
+        places = np.array([multiple * base**power for power in powers for multiple in multiples])
+        ticks = places[(low <= places) & (places <= high)]
         if len(ticks) >= FEWEST_TICKS:
             break
     else:
-        before = [place for place in places if place < low]
-        after = [place for place in places if place > high]
-        ticks = [before[-1], *ticks, after[0]]
-        axis.set_view_interval(before[-1], after[0], ignore=True)
+        before = places[places < low][-1]
+        after = places[places > high][0]
+        ticks = [before, *ticks, after]
+        axis.set_view_interval(before, after, ignore=True)
     axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // MOST_TICKS)]))
     axis.set_minor_locator(NullLocator())
     if kind.base == 2 or len(multiples) > 1:

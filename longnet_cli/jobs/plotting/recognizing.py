@@ -258,7 +258,7 @@ def read(path: str | Path) -> Measured:
 
 def read_all(paths: Sequence[str | Path]) -> list[Measured]:
     """Read several files. Each is named by its path if another one has the same name."""
-    measured = [read(path) for path in paths]
+    measured = [*map(read, paths)]
     times = Counter(file.name for file in measured)
     for index, file in enumerate(measured):
         if times[file.name] > 1:

@@ -88,13 +88,13 @@ def read_surprise(names: Sequence[str], tokenizer_name: str | None = None) -> Su
     for damaged files, and for two of other tokens; ConfigError for a tokenizer that is missing or another one, for more
     than two files, and for more than MOST_TOKENS tokens.
     """
-    files = [LogprobFile(name) for name in names]
+    files = [*map(LogprobFile, names)]
     if len(files) > 2:
         raise ConfigError(
             f"{len(files)} files of log-probabilities: give one, or two to see their difference"
         )
     texts = _TokenTexts(_tokenizer(files, tokenizer_name))
-    documents = [*zip_longest(*(_whole_documents(file) for file in files))]
+    documents = [*zip_longest(*map(_whole_documents, files))]
     for pair in documents if len(files) > 1 else ():
         _check_same(files, *pair)
     if not documents:
@@ -195,7 +195,7 @@ class _TokenTexts:
     def of_top(self, ids: np.ndarray) -> np.ndarray:
         """Return the places (n,) in `tops` of the texts of (n,) ids."""
         different, places = np.unique(ids, return_inverse=True)
-        return np.array([self._place(index) for index in different.tolist()])[places]
+        return np.array([*map(self._place, different.tolist())])[places]
 
     def _place(self, index: int) -> int:
         if index not in self._places:

@@ -210,7 +210,7 @@ class Total:
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return a dict for each context, with the keys of the machine formats."""
-        return [self._as_dict(index) for index in range(len(self.contexts))]
+        return [*map(self._as_dict, range(len(self.contexts)))]
 
     def _as_dict(self, index: int) -> dict[str, Any]:
         score = self.scores[index]

@@ -207,11 +207,9 @@ class _TrainingRun:
     def go(self, signals: Signals) -> TrainResult:
         """Train to the end, or until a signal or a failure."""
         self.signals = signals
-        line = None
         gc.freeze()  # a collection need not walk the documents, the model and what was imported
         try:
-            if self.progress.step:  # the run may have stopped before this step's report
-                line = self._report()
+            line = self._report()  # the run may have stopped before that of its last step
             batches = self._batches()
             following = next(batches, None)
             while following:

@@ -8,7 +8,7 @@ batch are read, and sent to the device, only when they are needed.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from operator import add
 from typing import Any, NamedTuple
 
@@ -335,18 +335,17 @@ def _masked_windows(data: TrainingData, recipe: Recipe, stage: Stage) -> Iterato
 
 def _score_masked(reader: Reader, windows: Iterator[_MaskedWindow]) -> Score:
     sums = torch.zeros(2, dtype=torch.float64, device=reader.device)  # nats, tokens
-    for pieces in reader.read(windows):
-        for piece in pieces:
-            if piece.hidden is None:
-                continue
-            # on the host: no wait for a GPU
-            targets = piece.window.targets[piece.start : piece.stop]
-            chosen = (targets != IGNORED).nonzero().flatten()
-            hidden = piece.hidden[to_device(chosen, reader.device)]
-            with precision(reader.dtype, reader.device):
-                nll = reader.model.nll(hidden, to_device(targets[chosen], reader.device))
-            sums[0] += nll.sum(dtype=torch.float64)
-            sums[1] += len(chosen)
+    for piece in chain.from_iterable(reader.read(windows)):
+        if piece.hidden is None:
+            continue
+        # on the host: no wait for a GPU
+        targets = piece.window.targets[piece.start : piece.stop]
+        chosen = (targets != IGNORED).nonzero().flatten()
+        hidden = piece.hidden[to_device(chosen, reader.device)]
+        with precision(reader.dtype, reader.device):
+            nll = reader.model.nll(hidden, to_device(targets[chosen], reader.device))
+        sums[0] += nll.sum(dtype=torch.float64)
+        sums[1] += len(chosen)
     reader.ranks.sum(sums)
     nats, tokens = sums.tolist()
     if not tokens:

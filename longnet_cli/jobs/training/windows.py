@@ -40,10 +40,9 @@ class TokenStream:
     def __init__(self, documents: Sequence[Document], eos_id: int) -> None:
         self.documents = documents
         self.eos_id = eos_id
-        lengths = [len(document) + 1 for document in documents]
+        lengths = np.array([*map(len, documents)], np.int64) + 1
         # of the eos before each document, and the end
-        self.starts = np.zeros(len(documents) + 1, np.int64)
-        np.cumsum(np.array(lengths, np.int64), out=self.starts[1:])
+        self.starts = np.concatenate(([0], lengths)).cumsum()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -256,7 +255,7 @@ class TokenWindows:
             "seed": seed,
             "seq_len": seq_len,
             "weights": self.mix.shares,
-            "tokens": [len(stream) for stream in sources],
+            "tokens": [*map(len, sources)],
             "digests": [stream.digest for stream in sources],
         }
         self.seed = seed
