@@ -198,7 +198,7 @@ def _explain(error: BaseException) -> int:
         _say(": ".join(filter(None, ("out of memory", str(error)))))
         return MemoryLimitError.exit_code
     if isinstance(error, OSError) and error.strerror:
-        _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+        _say(": ".join(map(str, filter(None, (error.strerror, error.filename)))))
         return ConfigError.exit_code if error.errno == errno.ENAMETOOLONG else 1
     _say(f"{type(error).__name__}: {error} (run with LONGNET_TRACEBACK=1 for the traceback)")
     return 1

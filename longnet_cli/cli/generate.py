@@ -234,9 +234,7 @@ def _estimate(
 
     net = job.loaded.net
     save_state = job.options.save_state
-    plan = plan_generation(
-        net, documents, job.bos_ids, job.max_tokens, reader.chunk, least=0 if save_state else 1
-    )
+    plan = plan_generation(net, documents, job.bos_ids, job.max_tokens, reader.chunk)
     seconds = seconds_of_new_token(job.loaded, reader.dtype)
     plan.seconds += plan.new * seconds
     meaning = f"at most of each, {format_duration(seconds)} a token (measured after a short prompt)"

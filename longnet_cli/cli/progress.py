@@ -52,12 +52,12 @@ class ExpectedTokens:
     def __init__(self, tokens: int = 0) -> None:
         """Begin with the `tokens` of the documents that an earlier run has read."""
         self._tokens = tokens
-        self._share = 0.0
+        self._share: float | None = None
 
     def count(self, tokens: int, share: float | None) -> None:
         """Count the tokens of the next document, after which this `share` of the inputs was read; None if unknown."""
         self._tokens = self._tokens + tokens
-        self._share = share or 0.0
+        self._share = share
 
     def total(self) -> int | None:
         """Return the expected number, None before the first document and where no size of a file is known."""

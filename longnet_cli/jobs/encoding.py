@@ -8,7 +8,7 @@ Hidden states are pooled piece by piece. Spans of tokens have their places in th
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, pairwise
 from operator import attrgetter
 from typing import Any, cast
@@ -191,7 +191,7 @@ def _with_prompt(facts: EncodeFacts, embedding: Embedding, prompt: str) -> Encod
         unpooled = len(alone) - (not words.special_ids.isdisjoint(alone[-1:]))
     return replace(
         facts,
-        bos=opening or None,
+        bos=opening,
         tokenizer_sha256=words.sha256,
         prefix=words.prompt_ids,
         query_prompt=model.query_prompt,
@@ -270,7 +270,7 @@ class Encoder(RowJob):
                 raise ConfigError(problem)
         self.cut = TextCut(options, facts)
         self.unit = cast(Unit, options.span) if isinstance(options.span, str) else None
-        self.places: TextPlaces | None = None  # in the document of the last row
+        self.places_in = lru_cache(1)(TextPlaces)  # the rows of a document come in order
 
     def _refusals(self) -> Iterator[tuple[object, str]]:
         """Yield each thing that is wrong with options for the net, as (whether it is so, what the error then says)."""
@@ -526,10 +526,8 @@ class Encoder(RowJob):
         return pa.record_batch(columns, schema=schema)
 
     def _place(self, row: Row) -> tuple[int | None, int | None]:
-        """Return where a row's span is in the text of its document. The rows of a document come in order."""
-        if self.places is None or self.places.document is not row.document:
-            self.places = TextPlaces(row.document)
-        return self.places.of(row.start, row.end)
+        """Return where a row's span is in the text of its document."""
+        return self.places_in(row.document).of(row.start, row.end)
 
 
 # the first columns of a Row

@@ -199,10 +199,10 @@ def _sequence(net: Net, prompt: Document, bos: Bos, read: int) -> InputSequence[
 
 
 def plan_generation(
-    model: Net, prompts: Iterable[Document], bos: Bos, max_tokens: int, chunk: int, least: int = 1
+    model: Net, prompts: Iterable[Document], bos: Bos, max_tokens: int, chunk: int
 ) -> ReadingPlan:
     """Count the reading of prompts, and of the most tokens that continue each. Raises as `generate`."""
-    _check(model, max_tokens, least)
+    _check(model, max_tokens, least=0)
     plan = ReadingPlan(model.config, chunk, streamed=True)
     before = len(bos_ids(bos))
     begin = time.perf_counter()

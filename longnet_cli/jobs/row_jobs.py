@@ -318,12 +318,30 @@ def _write_to_stream(
 ) -> Counter[str]:
     """Write the rows to a file, a stream or the sink of `output`, and return their counts."""
     sink = output.sink
-    least = 1
+    least = 1  # rows that are written at a time, or fewer where the input waits
     if sink is None:
         sink = ShardWriter(output.path, job.schema, lines=output.lines)
         least = job.batch_rows
+    written = Counter[str]()
+    waiting = list[pa.RecordBatch]()
+
+    def flush() -> None:
+        for batch in pa.Table.from_batches(waiting, job.schema).combine_chunks().to_batches():
+            opened.write(batch)
+        waiting.clear()
+
     with sink if job.reader.all_ranks.writes else _Nowhere() as opened:
-        return _write_stream(job, sequences, opened, least)
+        for portion, batches in job.rows_by_portion(sequences):
+            for batch in batches:
+                written.update(rows=len(batch), tokens=tokens_of(batch))
+                waiting.append(batch)
+                if sum(map(len, waiting)) >= least:
+                    flush()
+            if portion.ends_early:
+                flush()
+        flush()
+        job.end(written["tokens"])
+    return written
 
 
 def _write_to_folder(
@@ -378,34 +396,6 @@ class _Nowhere:
 
     def end_shard(self) -> None:
         """Do nothing."""
-
-
-def _write_stream(
-    job: RowJob, sequences: Iterator[InputSequence[Document] | None], sink: Sink, least: int
-) -> Counter[str]:
-    """Write the rows to the sink, and return their counts.
-
-    `least` rows or more are written at a time, or fewer where the input waits.
-    """
-    written = Counter[str]()
-    waiting = list[pa.RecordBatch]()
-
-    def flush() -> None:
-        for batch in pa.Table.from_batches(waiting, job.schema).combine_chunks().to_batches():
-            sink.write(batch)
-        waiting.clear()
-
-    for portion, batches in job.rows_by_portion(sequences):
-        for batch in batches:
-            written.update(rows=len(batch), tokens=tokens_of(batch))
-            waiting.append(batch)
-            if sum(map(len, waiting)) >= least:
-                flush()
-        if portion.ends_early:
-            flush()
-    flush()
-    job.end(written["tokens"])
-    return written
 
 
 def _text_of_earlier_run(folder: str | Path, pattern: str | None) -> str | None:

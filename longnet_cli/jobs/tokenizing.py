@@ -106,7 +106,9 @@ def tokenize(
     kept: list[pa.Field] = []
     if inputs.keep:  # first_kept waits for the first document
         kept, texts = first_kept(texts)
-    schema = _schema(words, kept)
+    schema = token_schema(
+        vocab_size=words.vocab_size, eos_id=words.eos_id, tokenizer_sha256=words.sha256, kept=kept
+    )
     opened: ShardFolder | _OneFile = _OneFile(output, schema)
     most = math.inf  # tokens of a shard
     if in_folder:
@@ -140,12 +142,6 @@ def _with_end(words: Tokenizer, eos: str | int | bool) -> tuple[Tokenizer, int |
     if appended in (None, words.eos_id):
         return words, appended, appended is not None
     return words.with_eos(appended), appended, str(appended)  # as an int, 1 would equal True
-
-
-def _schema(words: Tokenizer, kept: Sequence[pa.Field]) -> pa.Schema:
-    return token_schema(
-        vocab_size=words.vocab_size, eos_id=words.eos_id, tokenizer_sha256=words.sha256, kept=kept
-    )
 
 
 def _batch_bytes(output: str | Path) -> int:

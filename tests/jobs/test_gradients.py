@@ -89,7 +89,7 @@ MASK, END = 4, 0
 def test_of_ten_chosen_eight_become_the_mask_one_another_token_and_one_stays():
     tokens = torch.randint(1000, (8, 4096), generator=torch.Generator().manual_seed(0))
     seen, targets = mask_tokens(
-        tokens, 0.15, mask_id=1000, eos_id=None, seeds=[(1, row) for row in range(8)]
+        tokens, 0.15, mask_id=1000, eos_id=-1, seeds=[(1, row) for row in range(8)]
     )
     chosen = targets != IGNORED
     assert targets[chosen].equal(tokens[chosen])
@@ -98,12 +98,12 @@ def test_of_ten_chosen_eight_become_the_mask_one_another_token_and_one_stays():
     shares = [chosen.double().mean(), masked.double().mean(), same.double().mean()]
     assert torch.stack(shares).sub(torch.tensor([0.15, 0.8, 0.1])).abs().max() < 0.015
     again, _ = mask_tokens(
-        tokens, 0.15, mask_id=1000, eos_id=None, seeds=[(1, row) for row in range(8)]
+        tokens, 0.15, mask_id=1000, eos_id=-1, seeds=[(1, row) for row in range(8)]
     )
     assert again.equal(seen)
-    alone, _ = mask_tokens(tokens[5:6], 0.15, mask_id=1000, eos_id=None, seeds=[(1, 5)])
+    alone, _ = mask_tokens(tokens[5:6], 0.15, mask_id=1000, eos_id=-1, seeds=[(1, 5)])
     assert alone.equal(seen[5:6])  # whichever rank it is on
-    assert not mask_tokens(tokens[:1], 0.15, mask_id=1000, eos_id=None, seeds=[(1, 3)])[0].equal(
+    assert not mask_tokens(tokens[:1], 0.15, mask_id=1000, eos_id=-1, seeds=[(1, 3)])[0].equal(
         seen[:1]
     )
 

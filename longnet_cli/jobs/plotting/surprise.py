@@ -188,8 +188,7 @@ class _TokenTexts:
         for index in ids.tolist():
             named = index in words.special_ids or not 0 <= index < words.vocab_size
             pieces.append(self._name(index) if named else stream.add(index))
-        if rest := stream.end():
-            pieces[-1] += rest
+        pieces[-1] += stream.end()
         return [piece or PART_OF_CHARACTER for piece in pieces]
 
     def of_top(self, ids: np.ndarray) -> np.ndarray:

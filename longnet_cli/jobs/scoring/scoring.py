@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ class Cut:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
         if tokens < self.least:
             return 0
-        longest = max(size or tokens for size in self.options.contexts)
+        longest = max(self.options.context or (tokens,))
         return max(0, min(tokens - self.first_target, longest))
 
     @property
@@ -91,10 +91,9 @@ class Cut:
         last = self.options.last
         if last is None:
             return 0
-        needed = [last]
-        for size in self.options.context or ():
-            needed.append(size + last - min(self.options.stride or size, last))
-        return self.first_target + max(needed)
+        longest = max(self.options.context or (0,))
+        last_step = min(self.options.stride or longest, last)
+        return self.first_target + longest + last - last_step
 
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
@@ -226,7 +225,8 @@ class Scorer(RowJob):
         self.nothing = self.cut.nothing
         self.count_bytes = count_bytes
         self.top = top
-        self.open: deque[_Tally] = deque()  # documents whose windows are being read
+        # of documents whose windows are being read, at each context
+        self.open: deque[list[_Tally]] = deque()
 
     @classmethod
     def of_model(
@@ -292,12 +292,8 @@ class Scorer(RowJob):
 
     def _ended(self) -> Iterator[list[_Tally]]:
         """Take out the documents, in order, that are scored at all contexts."""
-        contexts = len(self.options.contexts)
-        while len(self.open) >= contexts:
-            tallies = [*islice(self.open, contexts)]
-            if any(tally.n_tokens < tally.expected for tally in tallies):
-                return
-            yield [self.open.popleft() for _ in tallies]
+        while self.open and all(tally.n_tokens == tally.expected for tally in self.open[0]):
+            yield self.open.popleft()
 
     def _record_batch(self, documents: Sequence[Sequence[_Tally]]) -> pa.RecordBatch:
         rows = [_row(tallies, self.options.contexts) for tallies in documents]
@@ -311,12 +307,12 @@ class Scorer(RowJob):
         for sequence in sequences:
             document = sequence.document
             gain = GainTally(contexts) if len(contexts) > 1 else None
-            for context in self.options.contexts:
-                tally = self._tally(document, context, gain)
-                self.open.append(tally)
+            tallies = [self._tally(document, context, gain) for context in self.options.contexts]
+            self.open.append(tallies)
+            for tally in tallies:
                 if not tally.expected:
                     yield _ScoredWindow(sequence, 0, 0, 0, 0, tally)
-                for start, stop, wanted in self.cut.windows(len(document), context):
+                for start, stop, wanted in self.cut.windows(len(document), tally.context):
                     yield _ScoredWindow(sequence, start, stop, wanted, stop, tally)
 
     def _tally(self, document: Document, context: int | None, gain: GainTally | None) -> _Tally:

@@ -117,8 +117,7 @@ class MetricsLog:
         """Continue from a `state`, empty for a new run. Drop the lines after `step`, which were never saved."""
         known = dict(state)
         self.began = time.perf_counter() - known.pop("seconds", 0.0)
-        for name, value in known.items():
-            setattr(self, name, value)
+        vars(self).update(known)
         if self.path:
             text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
             lines = [line for line in text.splitlines(keepends=True) if _step_of(line) <= step]

@@ -245,7 +245,7 @@ def inputs_and_targets(
 
 
 def mask_tokens(
-    tokens: Tensor, rate: float, *, mask_id: int, eos_id: int | None, seeds: Sequence[Sequence[int]]
+    tokens: Tensor, rate: float, *, mask_id: int, eos_id: int, seeds: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
     """Return the ids that the net sees of `tokens` (B, N) int64, and its targets; both (B, N).
 
@@ -257,11 +257,9 @@ def mask_tokens(
     chance, kind, others = (
         torch.stack(drawn).to(tokens.device) for drawn in zip(*draws, strict=True)
     )
-    chosen = chance < rate
-    if eos_id is not None:
-        chosen &= tokens != eos_id
-        # an `eos_id` inside a document would cut it
-        others = torch.where(others == eos_id, tokens, others)
+    chosen = (chance < rate) & (tokens != eos_id)
+    # an `eos_id` inside a document would cut it
+    others = torch.where(others == eos_id, tokens, others)
     shown = tokens.masked_fill(chosen & (kind < MASKED), mask_id)
     shown = torch.where(chosen & (kind >= MASKED) & (kind < MASKED + RANDOM), others, shown)
     return shown, tokens.masked_fill(~chosen, IGNORED)
