@@ -198,8 +198,7 @@ def _answer(
     )
     if prints:
         write_text("\n")
-        drawn = f", seed {sampling['seed']}" if options.sampling.temperature else ""
-        _tell_sources(answered, drawn)
+        _tell_sources(answered, options.sampling.seed_in_words(sampling["seed"]))
     return answered
 
 

@@ -339,7 +339,7 @@ class _TextGenerator:
         line = f"{count_of(len(document), 'token')} read"
         if n_tokens:
             seconds = (time.monotonic() - began) / max(1, n_tokens - 1)
-            drawn = "" if self.seed is None else f", seed {self.seed}"
+            drawn = self.options.sampling.seed_in_words(self.sampling["seed"])
             line += f", {n_tokens} generated, {format_duration(seconds)} each ({reason}{drawn})"
         tell(line)
 

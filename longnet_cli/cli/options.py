@@ -94,6 +94,9 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+TYPER_DEFAULTS: dict[Any, Any] = {MISSING: ...}  # where they are not those of the dataclass
+
+
 class HelpPanel(str):
     """A panel of the help, by its title, which makes the options in it: fields of a dataclass (`takes_options`).
 
@@ -125,7 +128,7 @@ class HelpPanel(str):
         if metavar in PARSERS:
             more["parser"] = _option_parser(PARSERS[metavar])
         option = typer.Option(
-            ... if default is MISSING else default,
+            TYPER_DEFAULTS.get(default, default),
             *flags,
             metavar=metavar,
             help=help,
@@ -151,7 +154,7 @@ class HelpPanel(str):
 
 def argument(metavar: str, help: str, default: Any = MISSING) -> Any:
     """Return an argument of a command, a field of a dataclass as `option` does: required, unless it has a default."""
-    value = ... if default is MISSING else default
+    value = TYPER_DEFAULTS.get(default, default)
     shown = typer.Argument(value, metavar=metavar, help=help, show_default=False)
     return field(default=default, metadata={"typer": shown, "names": (), "common": True})
 
@@ -322,6 +325,10 @@ class Sampling:
         check_sampling(self.temperature, self.top_p)
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise ConfigError(f"--seed {self.seed} is not a number from 0 to 2^63 - 1")
+
+    def seed_in_words(self, seed: int) -> str:
+        """Return what a line about a new text says of the seed with which it was drawn."""
+        return f", seed {seed}" if self.temperature else ""
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `jobs.generating.generate`, with a new seed if none is given."""

@@ -91,8 +91,7 @@ def printable(text: str) -> str:
 def write_text(text: str) -> None:
     """Write text from a model to stdout. On a terminal, control characters but newlines and tabs have no effect."""
     if sys.stdout.isatty():
-        parts = re.split(r"([\n\t])", text)
-        text = "".join(part if part in "\n\t" else printable(part) for part in parts)
+        text = re.sub(r"[^\n\t]+", lambda part: printable(part.group()), text)
     print(text, end="", flush=True)
 
 

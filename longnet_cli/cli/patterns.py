@@ -60,17 +60,15 @@ def pattern(options: PatternCommand) -> None:
         find_subject,
     )
 
-    if options.output:
-        from longnet_cli.data.output_paths import refuse_overwriting
-
-        refuse_overwriting(
-            "-o", [options.output], also=[name for name in options.patterns if os.path.isfile(name)]
-        )
     asked = {"heads": options.heads, "causal": options.causal}
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     subjects = [replace(find_subject(text), **changes) for text in options.patterns]
     length = options.seq or max(default_length(subject.pattern) for subject in subjects)
     if options.output:
+        from longnet_cli.data.output_paths import refuse_overwriting
+
+        read = [name for name in options.patterns if os.path.isfile(name)]
+        refuse_overwriting("-o", [options.output], also=read)
         draw_picture(subjects, length, options.output)
     rows = []
     for index, subject in enumerate(subjects):

@@ -56,11 +56,12 @@ def plot(options: PlotCommand) -> None:
     of_tokens = [*map(has_columns, options.files)]
     if len({*of_tokens}) > 1:
         raise ConfigError("curves and log-probabilities are drawn apart: name files of one kind")
-    output = options.output or (PAGE if all(of_tokens) else PICTURE)
+    name, draw = (PAGE, _write_page) if all(of_tokens) else (PICTURE, _draw_curves)
+    output = options.output or name
     refuse_overwriting(
         "-o", [output], also=[metrics_file(file) for file in options.files if file != "-"]
     )
-    (_write_page if all(of_tokens) else _draw_curves)(options, output)
+    draw(options, output)
     tell(f"-> {output}")
 
 

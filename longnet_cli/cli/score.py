@@ -125,7 +125,7 @@ def score(options: ScoreCommand) -> None:
     output = options.output
     context = tuple(options.context) if options.context else None
     asked = ScoreOptions(context, options.stride, options.last, options.by_position)
-    _check(options)
+    _check(options, asked.contexts)
     documents = options.documents
     keep = documents.kept
     name = documents.id_column
@@ -149,7 +149,9 @@ def score(options: ScoreCommand) -> None:
     if options.running.dry_run:
         show_job(opened, job, inputs, options.running.sample, options.format)
         return
-    sink = _printing(options, opened) if output is None or output.endswith(".jsonl") else None
+    sink = None
+    if output is None or output.endswith(".jsonl"):
+        sink = _printing(options, asked.contexts, opened)
     running = options.running
     to = Output(output or "-", options.shard_tokens, options.shard_format, running.resume, sink)
     with _token_logprobs(options, opened) as logprobs:
@@ -157,13 +159,13 @@ def score(options: ScoreCommand) -> None:
     opened.end()
 
 
-def _check(options: ScoreCommand) -> None:
+def _check(options: ScoreCommand, contexts: Sequence[int | None]) -> None:
     """Raise ConfigError for options that do not go together."""
     dry_run = options.running.dry_run
     if dry_run and options.format == "jsonl":
         raise ConfigError("--dry-run prints one value: give --format text or json")
     check_pairs(PAIRS if dry_run else (*PAIRS, Excludes("--format", "-o", PRINTED)), options)
-    if options.token_logprobs and len(options.context or ()) > 1:
+    if options.token_logprobs and len(contexts) > 1:
         raise ConfigError("log-probabilities of tokens need one context: give only one")
     if "kind" in options.documents.kept:
         raise ConfigError("--keep kind: the output has a column of this name")
@@ -189,7 +191,9 @@ def _origin(opened: Opened) -> dict[str, str]:
 
 
 @contextmanager
-def _printing(options: ScoreCommand, opened: Opened) -> Iterator[_Printed]:
+def _printing(
+    options: ScoreCommand, contexts: Sequence[int | None], opened: Opened
+) -> Iterator[_Printed]:
     """Yield the sink that prints scores; JSON Lines go to the file of -o, if one is given, whole or not at all."""
     from longnet_cli.basics.atomic import atomic_write
     from longnet_cli.nets.net import bos_ids
@@ -200,7 +204,6 @@ def _printing(options: ScoreCommand, opened: Opened) -> Iterator[_Printed]:
     if share := options.documents.share:
         facts["share"] = str(share)
     with ExitStack() as stack:
-        contexts = options.context or (None,)
         printed = _PRINTED[options.format](contexts)
         if options.output:
             file = stack.enter_context(atomic_write(options.output))

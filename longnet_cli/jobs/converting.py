@@ -36,13 +36,12 @@ def convert(
     origin = str(source)
     if "/" in origin and not path.exists():
         path, origin = find_model(origin)
-    values = {name: value for name, value in values.items() if value is not None}
     if is_checkpoint(path):
         return convert_official(path, Path(output), DTYPES.get(dtype), Given(**values))
-    if values:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in values)
+    if given := [name for name, value in values.items() if value is not None]:
+        names = ", --".join(given).replace("_", "-")
         raise ConfigError(
-            f"{source}: {names}: only for a checkpoint of the official implementation"
+            f"{source}: --{names}: only for a checkpoint of the official implementation"
         )
     if path.is_dir() or str(source) in list_models():
         return _with_weights_of(ModelFolder.find(origin), Path(output), dtype)

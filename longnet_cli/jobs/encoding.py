@@ -489,12 +489,11 @@ class Encoder(RowJob):
     def _pool_together(self, pieces: Sequence[Piece[_PooledWindow]]) -> None:
         """Pool the whole documents among the pieces in a few calls. A CPU adds long ones faster one by one."""
         limit = SHORT if self.reader.device.type == "cpu" else self.reader.chunk
-        whole = []
-        for piece in pieces:
-            pooling = piece.window.pooling
-            hidden = piece.hidden
-            if hidden is not None and len(hidden) <= limit and pooling.ends_with(hidden):
-                whole.append((pooling, hidden))
+        whole = [
+            (piece.window.pooling, piece.hidden)
+            for piece in pieces
+            if piece.hidden is not None and piece.window.pooling.ends_with(piece.hidden, limit)
+        ]
         if whole:
             pool_together(whole)
 

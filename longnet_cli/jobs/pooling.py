@@ -88,13 +88,14 @@ class Pooling:
         self.vector: Tensor | None = None  # of the whole document, by `pool_together`
         self._reset(skipped)
 
-    def ends_with(self, hidden: Tensor) -> bool:
-        """Return whether these states (n, dim) are all that is pooled, for one vector, by sums alone."""
+    def ends_with(self, hidden: Tensor, most: int) -> bool:
+        """Return whether these states (n, dim), `most` at most, are all that is pooled, for one vector, by sums."""
         rest = self.end + self.after - self.position
         return (
             self.ends[0] >= self.end
             and not self._count
-            and len(hidden) == rest > 0
+            and len(hidden) == rest
+            and 0 < rest <= most
             and SUMS.issuperset(self.pools)
         )
 

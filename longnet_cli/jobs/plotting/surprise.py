@@ -264,10 +264,11 @@ def _data(surprise: Surprise) -> bytes:
             data.write(np.rint(values * steps).clip(0, most).astype(kind).tobytes())
 
     write("top", "<u4")
-    pieces = []
-    for document in surprise.documents:
-        for piece in document.pieces:
-            pieces.append(piece.encode("utf-16-le", "replace"))
+    pieces = [
+        piece.encode("utf-16-le", "replace")
+        for document in surprise.documents
+        for piece in document.pieces
+    ]
     units = np.array([*map(len, pieces)]) // 2
     data.write(units.astype("<u2").tobytes())
     for name in ("nats", "other", "top_nats"):

@@ -187,7 +187,7 @@ class Total:
 
     def __init__(self, contexts: Sequence[int | None]) -> None:
         self.contexts = list(contexts)
-        self.scores = [Score(0.0, 0, 0) for _ in contexts]
+        self.scores = [Score(0.0, 0, 0)] * len(self.contexts)
         self.clusters = Clusters(len(self.contexts) + 2)  # of documents that have tokens
         # of each context: nats and tokens, by table and range
         pairs = partial(Clusters, 2)

@@ -303,11 +303,11 @@ class Scorer(RowJob):
         return pa.record_batch([*columns, *kept], schema=self.schema)
 
     def _windows(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[_ScoredWindow]:
-        contexts = self.options.context or ()
+        contexts: Any = self.options.contexts  # of several, none is None
         for sequence in sequences:
             document = sequence.document
             gain = GainTally(contexts) if len(contexts) > 1 else None
-            tallies = [self._tally(document, context, gain) for context in self.options.contexts]
+            tallies = [self._tally(document, context, gain) for context in contexts]
             self.open.append(tallies)
             for tally in tallies:
                 if not tally.expected:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +40,10 @@ def logprob_schema(metadata: Mapping[str, str] | None = None, top: bool = False)
         pa.field("doc_id", pa.string()),
         pa.field("part", pa.int32()),
         pa.field("start", pa.int64()),
+        *(pa.field(name, kind, nullable=False) for name, kind in lists.items()),
+        pa.field("char_start", places),
+        pa.field("char_end", places),
     ]
-    for name, kind in lists.items():
-        fields.append(pa.field(name, kind, nullable=False))
-    fields.append(pa.field("char_start", places))
-    fields.append(pa.field("char_end", places))
     return pa.schema(fields, metadata=metadata)
 
 
@@ -54,7 +54,8 @@ def write_token_logprobs(
     """Open a file for token log-probabilities (see `logprob_schema`), and yield what takes them."""
     rows: list[dict[str, Any]] = []
     size = part = 0
-    places: TextPlaces | None = None
+    latest: Document | None = None
+    places_in = lru_cache(1)(TextPlaces)
 
     with ShardWriter(path, logprob_schema(metadata, top)) as writer:
 
@@ -66,13 +67,13 @@ def write_token_logprobs(
             size = 0
 
         def take(document: Document, start: int, *lists: np.ndarray) -> None:
-            nonlocal size, part, places
+            nonlocal size, part, latest
             part += 1
-            if places is None or places.document is not document:
+            if document is not latest:
                 part = 0
-                places = TextPlaces(document)
+                latest = document
             ids = lists[0]
-            in_text = places.of_tokens(start, start + len(ids))
+            in_text = places_in(document).of_tokens(start, start + len(ids))
             row = (document.doc_id, part, start, *lists, *in_text)
             rows.append(dict(zip(writer.schema.names, row, strict=True)))
             size += len(ids)

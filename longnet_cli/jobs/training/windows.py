@@ -272,9 +272,8 @@ class TokenWindows:
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return these windows of the run."""
-        starts = []
-        for source, _, start in map(self.locate, numbers):
-            starts.append((self.sources[source], start))
+        places = map(self.locate, numbers)
+        starts = [(self.sources[source], start) for source, _, start in places]
         return Batch(starts, self.seq_len + 1, numbers)
 
     def locate(self, n: int) -> tuple[int, int, int]:
