@@ -9,9 +9,9 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from inspect import Parameter, Signature
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -254,7 +254,8 @@ def _check(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is not a number: {value}")
 
 
-class Needs(NamedTuple):
+@dataclass(frozen=True)
+class Needs:
     """`option` is refused without `other`. With alternatives (`--output|--dry-run`), one of them is enough.
 
     The error is `OPTION WHY: give GIVE`. Without `give`, that is the name of the other one.
@@ -265,21 +266,22 @@ class Needs(NamedTuple):
     why: str
     give: str = ""
 
-    refused_beside = False
+    refused_beside: ClassVar[bool] = False
 
     @property
     def advice(self) -> str:
         return f"give {self.give or self.other}"
 
 
-class Excludes(NamedTuple):
+@dataclass(frozen=True)
+class Excludes:
     """`option` is refused beside `other`. The error is `OPTION WHY: leave out OTHER`."""
 
     option: str
     other: str
     why: str
 
-    refused_beside = True
+    refused_beside: ClassVar[bool] = True
 
     @property
     def advice(self) -> str:

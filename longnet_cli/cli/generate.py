@@ -256,7 +256,6 @@ class _TextGenerator:
         begun = options.chat or options.state
         self.bos_ids = None if begun and options.bos is None else loaded.bos
         self.sampling = options.sampling.arguments()
-        self.seed = self.sampling["seed"] if options.sampling.temperature else None
 
     @cached_property
     def _origin(self) -> dict[str, str | None]:
@@ -330,7 +329,7 @@ class _TextGenerator:
                     "tokens": tokens,
                     "logprobs": logprobs,
                     "finish_reason": reason,
-                    "seed": self.seed,
+                    "seed": self.sampling["seed"] if self.options.sampling.temperature else None,
                     **self._origin,
                 }
             )

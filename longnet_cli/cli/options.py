@@ -161,7 +161,7 @@ def argument(metavar: str, help: str, default: Any = MISSING) -> Any:
 
 def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
     """Return `bare` for an option without a value, `absent` for one that is not given, and any other value itself."""
-    return absent if value is None else bare if value == BARE else value
+    return {None: absent, BARE: bare}.get(value, value)
 
 
 def complete_model(incomplete: str) -> list[str]:

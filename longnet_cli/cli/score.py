@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from longnet_cli.basics.errors import ConfigError, one_line
@@ -269,7 +270,7 @@ class _OneValue(_Printed):
         self.rows.append(row)
 
     def print_totals(self, totals: list[dict[str, Any]]) -> None:
-        shown: dict[str, Any] = {"total": max(totals, key=lambda values: values["context"] or 0)}
+        shown: dict[str, Any] = {"total": max(totals, key=itemgetter("context"))}
         if self.several:
             shown["totals"] = totals
         emit_json(shown | {"documents": self.rows})

@@ -294,9 +294,7 @@ def draw_text(subject: Subject, seq: int) -> Iterator[str]:
     signs = [*_LEVEL_SIGNS[:levels].ljust(levels, "Z"), "s", " "]  # the last one is of NOTHING
     for row in np.array(signs)[cells]:
         yield "".join(row).rstrip()
-    names = [f"level {level}" for level in range(levels)]
-    if subject.pattern.apart:
-        names.append(subject.pattern.apart)
+    names = filter(None, [*map("level {}".format, range(levels)), subject.pattern.apart])
     yield "  ".join(map("{} {}".format, signs, names))
 
 
@@ -327,9 +325,8 @@ def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> N
         axes.set_xticks(ticks, names)
         axes.set_yticks(ticks, names)
         words = [f"{format_size(w)}, rate {r}" for w, r in subject.pattern.levels]
-        if subject.pattern.apart:
-            words.append(subject.pattern.apart)
-        handles = [Patch(color=colors[i], label=label) for i, label in enumerate(words)]
+        labels = filter(None, [*words, subject.pattern.apart])
+        handles = [Patch(color=colors[i], label=label) for i, label in enumerate(labels)]
         axes.legend(
             handles=handles,
             fontsize=7,

@@ -7,6 +7,7 @@
 import math
 from bisect import bisect
 from collections import defaultdict
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -55,9 +56,10 @@ class PassageVectors:
         """
         check_number(most)
         scores = defaultdict[int, float](float)
-        for ranked in (self._index.rank(question, RANKED), self._nearest(question)):
-            for place, number in enumerate(ranked, 1):
-                scores[number] += 1 / (DAMPING + place)
+        by_words = enumerate(self._index.rank(question, RANKED), 1)
+        by_meaning = enumerate(self._nearest(question), 1)
+        for place, number in chain(by_words, by_meaning):
+            scores[number] += 1 / (DAMPING + place)
         best = sorted(scores.items(), key=lambda scored: -scored[1])[:most]
         return self._index.passages(dict(best))
 

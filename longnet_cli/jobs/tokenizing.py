@@ -129,9 +129,11 @@ def tokenize(
             left_out=events.left_out,
             opened=documents.opened,
         )
-    work = _Work(words, appended, str(output) == "-", documents.ready, events.progress)
+    is_stream = str(output) == "-"
+    small = is_stream or str(output).endswith(".jsonl")
+    work = _Work(words, appended, is_stream, documents.ready, events.progress)
     with opened:
-        rows = TokenBatches(opened, _batch_bytes(output), most, kept)
+        rows = TokenBatches(opened, SMALL_BATCH_BYTES if small else BATCH_BYTES, most, kept)
         work.run(iter(()) if opened.finished else opened.unread(texts), rows)
     return _result(rows.totals, words, output, opened.paths)
 
@@ -142,12 +144,6 @@ def _with_end(words: Tokenizer, eos: str | int | bool) -> tuple[Tokenizer, int |
     if appended in (None, words.eos_id):
         return words, appended, appended is not None
     return words.with_eos(appended), appended, str(appended)  # as an int, 1 would equal True
-
-
-def _batch_bytes(output: str | Path) -> int:
-    """Return the most bytes of ids in a record batch of an output."""
-    is_small = str(output) == "-" or str(output).endswith(".jsonl")
-    return SMALL_BATCH_BYTES if is_small else BATCH_BYTES
 
 
 class _OneFile(ShardWriter):

@@ -210,7 +210,7 @@ def _set_ticks(axis: MatplotlibAxis, kind: Axis) -> None:
     powers = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
     for multiples in MULTIPLES[kind.base]:
         places = np.array([multiple * base**power for power in powers for multiple in multiples])
-        ticks = places[(low <= places) & (places <= high)]
+        ticks = places[(low <= places) & (places <= high)].tolist()
         if len(ticks) >= FEWEST_TICKS:
             break
     else:

@@ -217,11 +217,13 @@ class Total:
         clusters = self.clusters
         units = np.eye(len(self.contexts) + 2)
         nats = units[index]
-        total: dict[str, Any] = {**score.as_dict()}
-        total["context"] = self.contexts[index]
-        total["n_docs"] = clusters.documents
-        total["ppl_se"] = _times(score.ppl, clusters.error(nats, TOKENS_AT))
-        total["bpb_se"] = None
+        total: dict[str, Any] = {
+            **score.as_dict(),
+            "context": self.contexts[index],
+            "n_docs": clusters.documents,
+            "ppl_se": _times(score.ppl, clusters.error(nats, TOKENS_AT)),
+            "bpb_se": None,
+        }
         if score.bpb is not None:
             total["bpb_se"] = _times(1 / math.log(2), clusters.error(nats, BYTES_AT))
         if index:  # the others are compared with the first context

@@ -164,8 +164,7 @@ def _row(tallies: Sequence[_Tally], contexts: Sequence[int | None]) -> dict[str,
     row: dict[str, Any] = {"doc_id": first.document.doc_id}
     for tally in tallies:
         score = Score(tally.nll_sum, tally.n_tokens, tally.n_bytes if tally.n_tokens else 0)
-        row["n_tokens"] = score.n_tokens
-        row["n_bytes"] = score.n_bytes
+        row |= {"n_tokens": score.n_tokens, "n_bytes": score.n_bytes}
         of_context: dict[str, Any] = {"nll_sum": score.nll_sum, "ppl": score.ppl, "bpb": score.bpb}
         if tally.by_position:
             of_context |= tally.by_position.as_dict()
