@@ -83,11 +83,13 @@ class Reading:
 
 def _signature(*kinds: type) -> Signature:
     """Return the signature of a function that takes the fields of these dataclasses as keyword arguments."""
-    parameters = [Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD)]
+    batches = Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD)
     keyword = partial(Parameter, kind=Parameter.KEYWORD_ONLY)
-    for option in chain.from_iterable(map(fields, kinds)):
-        parameters.append(keyword(option.name, default=option.default, annotation=option.type))
-    return Signature(parameters)
+    options = [
+        keyword(option.name, default=option.default, annotation=option.type)
+        for option in chain.from_iterable(map(fields, kinds))
+    ]
+    return Signature([batches, *options])
 
 
 def embed(

@@ -1,7 +1,7 @@
 """The optimizers of a run: AdamW and, for the matrices of the layers, Muon."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from longnet_cli.basics.errors import ConfigError
@@ -17,9 +17,7 @@ def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[Optimizer]:
     If weights are to be sharded over ranks (`running.ranks.fsdp`), shard them first. Raises ConfigError for Muon on
     sharded weights.
     """
-    in_layers: set[int] = set()
-    for layer in model.layer_modules:
-        in_layers.update(map(id, layer.parameters()))
+    in_layers = {*map(id, nn.ModuleList(model.layer_modules).parameters())}
     tables = list[Tensor]()
     matrices = list[Tensor]()
     vectors = list[Tensor]()
