@@ -165,9 +165,8 @@ def _hold_standard_handles() -> None:
 def _explain(error: BaseException) -> int:
     """Return the exit code for `error`, and print one line about it if the user needs to know."""
     if isinstance(error, SystemExit):
-        if isinstance(
-            error.__context__, BrokenPipeError
-        ):  # typer makes exit code 1 of it, a failure
+        # typer makes exit code 1 of a closed pipe, a failure
+        if isinstance(error.__context__, BrokenPipeError):
             return 141
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):

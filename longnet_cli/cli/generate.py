@@ -165,9 +165,8 @@ def _as_saved(options: GenerateCommand, state: str) -> GenerateCommand:
     if not asked:
         if not manifest.get("as_trained"):
             choice = replace(choice, pattern=manifest["longnet.pattern"])
-    elif (
-        replace(asked, head_offsets=saved.head_offsets) != saved
-    ):  # a model may have its own offsets
+    # a model may have its own offsets
+    elif replace(asked, head_offsets=saved.head_offsets) != saved:
         raise ConfigError(
             f"{state}: it was saved with the pattern {format_pattern(saved)}, and this is {choice.pattern}: leave out "
             "--pattern"
