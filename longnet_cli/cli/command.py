@@ -175,7 +175,7 @@ class Command(TyperCommand):
             name = str(parameter.metavar)
             if parameter.param_type_name == "option":
                 name = max(parameter.opts, key=len)
-            value = ctx.params.get(parameter.name or "")
+            value = ctx.params.get(parameter.name)
             for single in value if isinstance(value, list | tuple) else [value]:
                 _check(name, single)
         quiet = ctx.params.get("quiet", False)

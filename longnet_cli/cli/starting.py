@@ -131,8 +131,8 @@ def ask_hub(model: str | None, tokenizer: str | None) -> None:
 def refuse_read_once(inputs: Sequence[str]) -> None:
     """Raise ConfigError for an input that is a stream, which only one process can read."""
     for item in inputs:
-        special = os.path.exists(item) and not (os.path.isfile(item) or os.path.isdir(item))
-        if item in STDIN or special or item.startswith("/dev/"):
+        is_plain = os.path.isfile(item) or os.path.isdir(item) or not os.path.exists(item)
+        if item in STDIN or not is_plain or item.startswith("/dev/"):
             raise ConfigError(
                 f"{STDIN.get(item, item)} can be read by one process: save it to a file, which every process reads "
                 "for itself"
