@@ -26,7 +26,7 @@ from hf_models import LEVELS, WINDOW, built, ids, llama, mixed
 from processes import invoke, refused
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
-from longnet_cli.attention import Pattern
+from longnet_cli.attention import Pattern, dilated_attention
 from longnet_cli.basics.errors import ConfigError, InputWarning
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.models.folder import ModelFolder
@@ -327,7 +327,13 @@ def test_another_attention_is_refused_with_the_difference(dtype, monkeypatch):
     """A model whose attention function loses what is below zero, as ours once lost sinks."""
     torch.manual_seed(0)
     net = grown(built(llama)).to(dtype)
-    monkeypatch.setattr("longnet_cli.models.hf.attention._in_autocast_type", lambda x: x.relu())
+
+    def lossy(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **options: Any
+    ) -> torch.Tensor:
+        return dilated_attention(q.relu(), k.relu(), v.relu(), *args, **options)
+
+    monkeypatch.setattr("longnet_cli.models.hf.attention.dilated_attention", lossy)
     with pytest.raises(
         ConfigError, match=r"LlamaForCausalLM with a pattern differs .* by 0\.\d+ of its nats"
     ):
