@@ -770,7 +770,7 @@ def measured_rates(where: torch.device, dtype: str, ranks: Ranks, folder: Path) 
 
     with tempfile.TemporaryFile(dir=folder) as file:
         rates["disk"] = BYTES / best(rewrite)
-    free = (free_memory(where) or 0) / (1 if where.type == "cuda" else ranks.world)
+    free = free_memory(where) / (1 if where.type == "cuda" else ranks.world)
     return rates | {
         "memory": free + resident_memory(where),
         "reserved": float(resident_memory(where)),

@@ -341,7 +341,7 @@ def describe(device_name: str) -> Row:
         facts = {
             "card": f"{torch.cuda.device_count()} x {card.name}",
             "compute capability": f"{card.major}.{card.minor}",
-            "memory": f"{card.total_memory / 2**30:.1f} GiB, {(runtime.free_memory(device) or 0) / 2**30:.1f} GiB free",
+            "memory": f"{card.total_memory / 2**30:.1f} GiB, {runtime.free_memory(device) / 2**30:.1f} GiB free",
             "driver": driver[0] if driver else "unknown",
             "CUDA of torch": torch.version.cuda,
         }

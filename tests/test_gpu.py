@@ -227,7 +227,7 @@ def test_more_numbers_than_32_bits_count():
     last = pattern.segment_lengths[-1]
     numbers = segments * last * shape[0] * shape[1]
     assert numbers > 2**31 or not CUDA
-    needed, free = 14 * 2 * numbers, free_memory(DEVICE) or 0
+    needed, free = 14 * 2 * numbers, free_memory(DEVICE)
     if needed > free:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} are free")
     torch.manual_seed(0)

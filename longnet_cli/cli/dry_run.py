@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,7 @@ def _show(
 
 def check_fits(estimate: Estimate, job: str) -> None:
     """Raise MemoryLimitError if a job does not fit into the free memory."""
-    if estimate.free is not None and not estimate.fits:
+    if not estimate.fits:
         raise MemoryLimitError(
             f"{job} needs {format_bytes(estimate.beyond)} besides the program, the largest part for "
             f"{estimate.largest}, and {format_bytes(estimate.free)} are free; {estimate.advice}"
@@ -125,7 +126,7 @@ def _memory(estimate: Estimate) -> list[Row]:
     rows.append(("peak memory", format_bytes(estimate.peak), about))
     if facts["spill_bytes"]:
         rows.append(("spill file", format_bytes(facts["spill_bytes"]), "on a disk"))
-    if estimate.free is not None:
+    if math.isfinite(estimate.free):
         about = "besides the program"
         if not estimate.fits:
             about += f", and {format_bytes(estimate.beyond)} are needed: it does not fit"

@@ -431,7 +431,7 @@ def _refusal(case: Case, s: Settings, deadline: float, rate: float) -> Measureme
         return replace(row, status="stopped", reason="the time is over")
     needed = case.memory_bytes
     free = free_memory(s.device)
-    if free is not None and needed > free:
+    if needed > free:
         reason = f"needs {format_bytes(needed)} of memory, {format_bytes(free)} are free"
         return replace(row, status="skipped", reason=reason)
     ours = row.impl == "dilated"

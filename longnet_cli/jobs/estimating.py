@@ -11,6 +11,7 @@ the sum of its kinds, as if everything were held at one time.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from itertools import chain
@@ -27,6 +28,7 @@ CHUNKS = 2  # of the longest document: the second sees keys of the first
 WARM_UP = 64  # tokens of a read after which torch and its libraries are loaded
 # of a CPU's memory in one run and in another: whether a large tensor fits a gap is chance
 HEAP_GAPS = 1.2
+FASTER = 1.2  # times: below it, bf16 is not worth its rounding
 SECONDS = 0.5  # a shorter trial is run again, without its first uses of memory
 
 
@@ -35,14 +37,14 @@ class Estimate:
     """The memory of a job, in bytes of one rank by kind, and other facts about it, named as in the machine format.
 
     What is `held` is in use when the `free` memory is measured, or free again later; all else is `needed`. `free` is
-    None where the system does not say. `others` are counts of what is read, and FLOPs and seconds of the whole job on
-    all ranks. `chunk_that_fits` is a shorter chunk that fits where the job's own does not, `spillable` the kind that
-    --spill would keep on a disk, and `hint` says what may make the job faster.
+    infinite where the system does not say. `others` are counts of what is read, and FLOPs and seconds of the whole
+    job on all ranks. `chunk_that_fits` is a shorter chunk that fits where the job's own does not, `spillable` the
+    kind that --spill would keep on a disk, and `hint` says what may make the job faster.
     """
 
     held: dict[str, int]
     needed: dict[str, int]
-    free: int | None
+    free: float
     others: dict[str, Any]
     chunk_that_fits: int | None
     spillable: str
@@ -63,7 +65,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.free is None or self.beyond <= self.free
+        return self.beyond <= self.free
 
     @property
     def largest(self) -> str:
@@ -85,17 +87,17 @@ class Estimate:
         sizes = {
             "memory_bytes": self.memory,
             "peak_bytes": self.peak,
-            "free_bytes": self.free,
+            "free_bytes": self.free if math.isfinite(self.free) else None,
             "fits": self.fits,
         }
         return self.others | sizes
 
 
 class Room(NamedTuple):
-    """The bytes that a process holds, and the bytes that are free; None if the system does not say."""
+    """The bytes that a process holds, and the bytes that are free; infinitely many if the system does not say."""
 
     held: int
-    free: int | None
+    free: float
 
     @classmethod
     def now(cls, device: torch.device) -> Room:
@@ -111,7 +113,7 @@ class Trial(NamedTuple):
     rate: float
 
 
-def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float | None) -> Trial:
+def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float) -> Trial:
     """Read the examples of a plan, in one process, up to `CHUNKS` chunks of the longest.
 
     The chunks are shorter where a forward pass might need more than a quarter of the `free` bytes.
@@ -165,9 +167,7 @@ def estimate_reading(reader: Reader, plan: ReadingPlan, task: Task, *, room: Roo
     """Estimate what reading as planned takes, from a trial. `room` is the memory before the net was loaded."""
     most_while_loading = machines.peak_memory(reader.device)
     trial = try_reading(reader, plan, task, room.free)
-    free = room.free
-    if free is not None:
-        free = max(0, free - max(0, trial.program - room.held))
+    free = max(0, room.free - max(0, trial.program - room.held))
 
     def needed(chunk: int) -> dict[str, int]:
         reading = round(trial.of_token * plan.at_once(chunk))
@@ -224,10 +224,13 @@ def _others(reader: Reader, plan: ReadingPlan, trial: Trial) -> dict[str, Any]:
 
 
 def _faster(reader: Reader) -> str:
-    """Return a hint for a CPU that computes faster in another dtype."""
-    instructions = machines.bf16_instructions()
-    is_slow = reader.device.type == "cpu" and reader.dtype == "fp32"
-    # with avx512_bf16 alone, bf16 takes longer than fp32 on some CPUs
-    if not is_slow or instructions in (None, "", "avx512_bf16"):
+    """Return a hint for a CPU that multiplies matrices faster in bf16."""
+    device = reader.device
+    is_fp32 = device.type == "cpu" and reader.dtype == "fp32"
+    if not is_fp32 or not machines.has_bf16_instructions():
         return ""
-    return f"this CPU has {instructions}: try --dtype bf16, which is often faster"
+    # these instructions make some CPUs faster, and others slower
+    times = machines.matmul_peak(device, "bf16") / machines.matmul_peak(device, "fp32")
+    if times < FASTER:
+        return ""
+    return f"this CPU multiplies matrices {times:.1f} times as fast with --dtype bf16"

@@ -483,14 +483,14 @@ class ModelFolder:
             words.sha256 = tokenizer.sha256
         return words
 
-    def check_weights_fit(self, dtype: str, device: torch.device, free: int | None) -> None:
+    def check_weights_fit(self, dtype: str, device: torch.device, free: float) -> None:
         """Raise MemoryLimitError, before they are loaded, if the weights take more than `free` bytes.
 
         A GGUF file is not checked: its size is known only when it is unpacked.
         """
         from longnet_cli.running.device import DTYPES, resolve_dtype
 
-        if free is None or self.is_gguf:
+        if self.is_gguf:
             return
         itemsize = DTYPES[resolve_dtype(dtype, device)].itemsize if self.of_transformers else 4
         size = self.net_config().num_parameters() * itemsize

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import resource
@@ -47,7 +48,7 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     Warns once, with InputWarning, of bf16 on a CPU that computes it slowly.
     """
     name = DTYPES_OF_TORCH.get(name, name)
-    if name == "bf16" and device.type == "cpu" and bf16_instructions() == "":
+    if name == "bf16" and device.type == "cpu" and has_bf16_instructions() is False:
         _warn_of_slow_bf16()
     if name != "auto":
         return name
@@ -70,12 +71,12 @@ def system_value(path: str | Path, name: str) -> str | None:
     return None
 
 
-def bf16_instructions() -> str | None:
-    """Return the names of the CPU's bf16 instructions, "" if it has none; None where the system does not say."""
+def has_bf16_instructions() -> bool | None:
+    """Return whether the CPU has instructions for bf16; None where the system does not say."""
     flags = system_value(CPU_INFO, "flags|Features")
     if flags is None:
         return None
-    return ", ".join(sorted({"avx512_bf16", "amx_bf16", "bf16"} & {*flags.split()}))
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -130,12 +131,12 @@ def check_kernel(device: torch.device, dtype: str, head_dim: int) -> str:
 
 
 # Not psutil, which knows neither a container's limit nor a process's peak.
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes of memory that are free; None where the system does not say."""
+def free_memory(device: torch.device) -> float:
+    """Return the bytes of memory that are free; infinity where the system does not say."""
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
-    free = []
+    free = [math.inf]
     if available := system_value("/proc/meminfo", "MemAvailable"):
         free.append(int(available.split()[0]) * 1024)
     with suppress(OSError, ValueError, KeyError):  # a container's limit, which MemAvailable ignores
@@ -143,7 +144,7 @@ def free_memory(device: torch.device) -> int | None:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
         free.append(int((group / "memory.max").read_text()) - used)
-    return max(0, min(free)) if free else None
+    return max(0, min(free))
 
 
 def random_state(device: torch.device) -> list[torch.Tensor]:

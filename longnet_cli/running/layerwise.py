@@ -64,7 +64,7 @@ def hidden_in_chunks(
         allocate = partial(torch.empty, device=device)
     else:
         free = free_memory(torch.device("cpu"))
-        if spill is None and free is not None and layers.nbytes > free:
+        if spill is None and layers.nbytes > free:
             needed = f"{layers.nbytes / 2**30:.1f} GiB"
             raise MemoryLimitError(
                 f"the hidden states take {needed} and {free / 2**30:.1f} GiB of memory are free: "
@@ -81,8 +81,7 @@ def kept_bytes(model: LongNet, tokens: int, chunk: int, ranks: Ranks) -> int:
 
 def fits_beside(forward: int, size: int, device: torch.device) -> bool:
     """Return whether a device has room for `size` bytes beside twice the bytes of a chunk's `forward` pass."""
-    free = free_memory(device)
-    return free is not None and size + 2 * forward <= free
+    return size + 2 * forward <= free_memory(device)
 
 
 class _RankChunk(NamedTuple):

@@ -63,24 +63,24 @@ def default_chunk(config: NetConfig, device: torch.device) -> int:
 
     A power of two, so that the edges of chunks and of segments mostly coincide.
     """
-    return chunk_beside(config, (free_memory(device) or 0) if device.type == "cuda" else 0)
+    return chunk_beside(config, free_memory(device) if device.type == "cuda" else 0)
 
 
-def chunk_beside(config: NetConfig, free: int) -> int:
+def chunk_beside(config: NetConfig, free: float) -> int:
     """Return the default chunk for reading on a GPU with so many bytes free; 0 for a CPU."""
-    budget = max(CHUNK_BYTES, free // 8)
+    budget = max(CHUNK_BYTES, int(free) // 8)
     return max(SHORTEST_CHUNK, 1 << (budget // config.forward_bytes(1)).bit_length() - 1)
 
 
 def fitting_chunk(
-    needed: Callable[[int], float], longest: int, free: float | None, shortest: int = SHORTEST_CHUNK
+    needed: Callable[[int], float], longest: int, free: float, shortest: int = SHORTEST_CHUNK
 ) -> int | None:
     """Return `longest`, or the longest power of two below it and at least `shortest`, whose `needed` bytes are free.
 
     Returns None if none fits.
     """
     chunk = longest
-    while free is not None and needed(chunk) > free:
+    while needed(chunk) > free:
         chunk = (1 << (chunk - 1).bit_length()) >> 1  # the power of two below
         if chunk < shortest:
             return None

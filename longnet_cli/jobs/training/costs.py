@@ -56,9 +56,7 @@ def settle_chunk(recipe: Recipe, device: torch.device, ranks: Ranks) -> Recipe:
     if device.type == "cpu" or recipe.names_chunk:
         return recipe
     needed = partial(_needed_bytes, recipe, device, ranks)
-    longest = fitting_chunk(
-        needed, GPU_TRAINING_CHUNK, 0.8 * (free_memory(device) or 0), TRAINING_CHUNK
-    )
+    longest = fitting_chunk(needed, GPU_TRAINING_CHUNK, 0.8 * free_memory(device), TRAINING_CHUNK)
     return recipe.with_chunk(chunk_of(None, longest or TRAINING_CHUNK, ranks=ranks))
 
 

@@ -15,7 +15,7 @@ def check_memory(recipe: Recipe) -> None:
     """Raise MemoryLimitError for a net whose weights alone exceed the free memory, before the net is built."""
     needed = 4 * recipe.model.trained + recipe.model.frozen_bytes
     free = free_memory(torch.device("cpu"))
-    if free is not None and needed > free:
+    if needed > free:
         change = (
             "take a smaller model" if recipe.pretrained else "lower model.dim or model.num_layers"
         )
