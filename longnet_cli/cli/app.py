@@ -194,10 +194,10 @@ def _explain(error: BaseException) -> int:
     if os.environ.get("LONGNET_TRACEBACK") == "1":
         traceback.print_exception(error)
     if is_out_of_memory(error):
-        _say(": ".join(filter(None, ("out of memory", str(error)))))
+        _say(f"out of memory: {error}" if str(error) else "out of memory")
         return MemoryLimitError.exit_code
     if isinstance(error, OSError) and error.strerror:
-        _say(": ".join(map(str, filter(None, (error.strerror, error.filename)))))
+        _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
         return ConfigError.exit_code if error.errno == errno.ENAMETOOLONG else 1
     _say(f"{type(error).__name__}: {error} (run with LONGNET_TRACEBACK=1 for the traceback)")
     return 1
@@ -234,8 +234,8 @@ def _show_warning(
 
 
 def _say(message: str) -> None:
-    parts = filter(None, map(str.strip, message.splitlines()))
-    line = printable(" ".join(parts))
+    lines = (line.strip() for line in message.splitlines())
+    line = printable(" ".join(line for line in lines if line))
     if under_torchrun():
         line = f"rank {os.environ.get('RANK')}: {line}"
     with suppress(OSError):  # stderr is gone too: the exit code still tells

@@ -199,8 +199,8 @@ class _ArrowBytes:
 
 def _refuse_overlap(batch: pa.RecordBatch) -> None:
     """Raise ValueError when two buffers share memory: one of their offsets is wrong, which Arrow does not check."""
-    buffers = chain.from_iterable(map(pa.Array.buffers, batch.columns))
-    places = sorted((buffer.address, buffer.size) for buffer in filter(None, buffers))
+    buffers = chain.from_iterable(column.buffers() for column in batch.columns)
+    places = sorted((buffer.address, buffer.size) for buffer in buffers if buffer)
     for (address, size), (following, _) in pairwise(places):
         if address + size > following:
             raise ValueError("two buffers overlap")

@@ -148,11 +148,10 @@ def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
     for shard in shards:
         top, _, name = shard.rpartition("/")
         stem = bare_name(name).rpartition(".")[0]
-        words = [*filter(None, re.split(r"[-_. 0-9]+|of", stem))]
-        named = map(_SPLITS.get, (*words[:1], *words[-1:], top.lower()))
-        split = next(filter(None, named), "")
-        shards_of[split].append(shard)
-    shards_of.pop("", None)  # of no split
+        words = [word for word in re.split(r"[-_. 0-9]+|of", stem) if word]
+        named = [word for word in (*words[:1], *words[-1:], top.lower()) if word in _SPLITS]
+        if named:
+            shards_of[_SPLITS[named[0]]].append(shard)
     if len(shards_of) > 1:
         raise _several(folder, [_glob(shards_of[split]) for split in sorted(shards_of)])
 

@@ -88,7 +88,7 @@ class InputFiles:
     @cached_property
     def _expanded(self) -> tuple[list[InputFile], list[DataError]]:
         """The files that folders, globs, lists and URIs name, and the errors of inputs that cannot be found."""
-        names = [*map(_as_text, map(str, self.names))]
+        names = [_as_text(str(name)) for name in self.names]
         if not names:
             raise ConfigError("no input: name a file, a folder, a glob, @list.txt, or - for stdin")
         if names.count("-") + names.count("@-") > 1:

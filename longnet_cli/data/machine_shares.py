@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from heapq import heapreplace
 from typing import Any, NamedTuple
@@ -41,14 +40,20 @@ class Share(NamedTuple):
         The largest file comes first, and each goes to the share that has the fewest bytes so far. Of files of one
         size, the first by its name comes first.
         """
-        order = sorted(range(len(files)), key=lambda index: (-files[index][1], files[index][0]))
+
+        def largest_first(index: int) -> tuple[int, str]:
+            name, size = files[index]
+            return -size, name
+
         loads = [(0, 0, number) for number in range(1, self.count + 1)]  # bytes, files, share
-        taken = defaultdict[int, list[int]](list)  # by each share
-        for index in order:
-            size, held, number = loads[0]
-            heapreplace(loads, (size + files[index][1], held + 1, number))
-            taken[number].append(index)
-        return sorted(taken[self.number])
+        mine: list[int] = []
+        for index in sorted(range(len(files)), key=largest_first):
+            _, size = files[index]
+            held_bytes, held_files, number = loads[0]
+            heapreplace(loads, (held_bytes + size, held_files + 1, number))
+            if number == self.number:
+                mine.append(index)
+        return sorted(mine)
 
 
 MAY_DIFFER = ("share", "chunk", "kernel")  # settings that are a machine's own
@@ -108,7 +113,7 @@ def check_shares_below(folder: str, parent: str, names: Sequence[str], read: Rea
 
 def folders_with(names: Sequence[str], *files: str) -> set[str]:
     """Return the folders below the outermost that hold one of these files."""
-    endings = tuple(map("/{}".format, files))
+    endings = tuple(f"/{file}" for file in files)
     return {name.rpartition("/")[0] for name in names if name.endswith(endings)}
 
 

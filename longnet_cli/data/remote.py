@@ -70,7 +70,8 @@ def find_remote(uri: str) -> tuple[fs.FileSystem, list[tuple[str, str, str, int 
 
         if magic:
             matches = _glob(address[magic.start() :])
-            names = sorted(filter(matches.fullmatch, sizes), key=natural_order)
+            matching = [name for name in sizes if matches.fullmatch(name)]
+            names = sorted(matching, key=natural_order)
             if not names:
                 raise DataError(f"{uri}: no file matches")
         elif sizes:

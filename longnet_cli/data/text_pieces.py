@@ -146,7 +146,8 @@ def _cut_of_words(
     if kinds - LOCAL or len(words_of(inner.pre_tokenizer, "a b")) < 2:
         return None
     vocabulary = inner.get_vocab(with_added_tokens=False)
-    if any(map(re.compile("[^\u2581 ][\u2581 ]").search, vocabulary)):
+    space_inside = re.compile("[^\u2581 ][\u2581 ]")
+    if any(space_inside.search(token) for token in vocabulary):
         return None  # a token holds a space between letters
 
     def ids(text: str) -> list[int]:

@@ -209,7 +209,7 @@ class Tokenizer:
             raise ConfigError(
                 f"the tokenizer has an id {self.vocab_size - 1}: {MOST_IDS - 1:,} is the largest"
             )
-        names = [*map(special_token, map(settings.get, EOS_KEYS)), *EOS_NAMES]
+        names = [*(special_token(settings.get(key)) for key in EOS_KEYS), *EOS_NAMES]
         end_ids = (index for name in names if (index := self.id_of(name)) is not None)
         self.eos_id: int | None = next(end_ids, None)
 
@@ -340,10 +340,10 @@ class Tokenizer:
         if not path.is_dir():
             return path
         # a folder of shares has folders
-        folders = (path, *sorted(filter(Path.is_dir, path.iterdir())))
+        folders = (path, *sorted(inner for inner in path.iterdir() if inner.is_dir()))
         manifests = [folder / name for folder, name in product(folders, MANIFESTS)]
         places = [path / TOKENIZER, *manifests]
-        return next(filter(Path.exists, places), path / TOKENIZER)
+        return next((place for place in places if place.exists()), path / TOKENIZER)
 
     @classmethod
     def train(cls, texts: Iterable[Iterable[str]], vocab_size: int) -> Tokenizer:
@@ -423,7 +423,7 @@ class Tokenizer:
         skip = len(self.prompt_ids)
         cutter = self.cutter(parts)
         while pieces := cutter.take(PLACED_GROUP if placed else GROUP):
-            n_bytes = sum(map(len, map(str.encode, pieces))) - prompt_bytes
+            n_bytes = sum(len(piece.encode()) for piece in pieces) - prompt_bytes
             places = None
             if placed:
                 ids, places = self._placed(pieces, place)

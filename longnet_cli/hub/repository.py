@@ -107,7 +107,8 @@ class Repository:
             return None
         snapshot = Path(places[0].removesuffix(self.needed[0]))
         weights = weight_files(snapshot) if CONFIG in self.needed else []
-        return snapshot if all(map(Path.is_file, map(snapshot.joinpath, weights))) else None
+        is_whole = all((snapshot / name).is_file() for name in weights)
+        return snapshot if is_whole else None
 
     def _download(self) -> Path:
         """Download what is read, of one commit, and return its snapshot. Several processes may do so at a time."""

@@ -156,7 +156,7 @@ def score_batches(batches: Any, **options: Any) -> Any:
     context = options.get("context")
     if isinstance(context, str | int):
         context = str(context).split(",")
-    options["context"] = context and tuple(map(partial(_size, "context"), context))
+    options["context"] = context and tuple(_size("context", size) for size in context)
     asked, reading = _read(options, ScoreOptions)
 
     def job_and_words() -> tuple[RowJob, Tokenizer | None]:

@@ -20,7 +20,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -411,7 +411,8 @@ def bench(
         refusal = _refusal(case, s, deadline, best[kind])
         # a shorter run tells the rate; a stream needs none, as it ends in time
         if not (refusal or case.streamed or best[kind]) and row.seq > _PROBE_SEQ:
-            deque(run(case_of(s, row.impl, row.direction, _PROBE_SEQ), 1), maxlen=0)
+            for _ in run(case_of(s, row.impl, row.direction, _PROBE_SEQ), 1):
+                pass  # only its rate counts
             refusal = _refusal(case, s, deadline, best[kind])
         if refusal:
             total -= row.seq

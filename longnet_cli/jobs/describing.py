@@ -294,8 +294,10 @@ def draw_text(subject: Subject, seq: int) -> Iterator[str]:
     signs = [*_LEVEL_SIGNS[:levels].ljust(levels, "Z"), "s", " "]  # the last one is of NOTHING
     for row in np.array(signs)[cells]:
         yield "".join(row).rstrip()
-    names = filter(None, [*map("level {}".format, range(levels)), subject.pattern.apart])
-    yield "  ".join(map("{} {}".format, signs, names))
+    names = [f"level {level}" for level in range(levels)]
+    if subject.pattern.apart:
+        names.append(subject.pattern.apart)
+    yield "  ".join(f"{sign} {name}" for sign, name in zip(signs, names, strict=False))
 
 
 def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> None:

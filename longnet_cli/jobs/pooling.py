@@ -167,14 +167,18 @@ def pool_together(whole: Sequence[tuple[Pooling, Tensor]]) -> None:
     device = rows.device
     sizes = to_device(torch.tensor(counts), device)
     # (documents, pools) float64
-    divisors = torch.tensor([*map(Pooling.divisors, poolings, counts)], dtype=torch.float64)
-    divisors = to_device(divisors, device)
+    of_documents = [
+        pooling.divisors(count) for pooling, count in zip(poolings, counts, strict=True)
+    ]
+    divisors = to_device(torch.tensor(of_documents, dtype=torch.float64), device)
     vectors = []
     for index, pool in enumerate(poolings[0].pools):
         weighed = rows
         if pool == "weighted":
-            weights = torch.cat([*map(Pooling.weights, poolings, counts)])
-            weighed = rows * to_device(weights, device)[:, None]
+            weights = [
+                pooling.weights(count) for pooling, count in zip(poolings, counts, strict=True)
+            ]
+            weighed = rows * to_device(torch.cat(weights), device)[:, None]
         sums = torch.segment_reduce(weighed, "sum", lengths=sizes, axis=0)
         vectors.append((sums / divisors[:, index, None]).float())
     for pooling, vector in zip(poolings, torch.cat(vectors, 1), strict=True):

@@ -11,7 +11,6 @@ B batch, N tiles.
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -100,7 +99,7 @@ def _warn_of_crowds(document: Tiles, coords: np.ndarray, cells: np.ndarray, side
     occupied = len(np.unique(cells, axis=0))
     if len(document) < 2 * CROWD or occupied * CROWD > len(document):
         return
-    steps = np.concatenate([*map(np.diff, map(np.unique, coords.T))])
+    steps = np.concatenate([np.diff(np.unique(axis)) for axis in coords.T])
     sizes, times = np.unique(steps, return_counts=True)
     fits = f": a tile of {sizes[times.argmax()]:g} would fit (--tile-size)" if len(sizes) else ""
     warnings.warn(
@@ -258,7 +257,8 @@ class VectorNet(LongNet):
         states = self._layer_states(x, counts, again and torch.is_grad_enabled())
         if all_layers:
             return [self.head(_pooled(x, counts, pool)) for x in states]
-        (last,) = deque(states, maxlen=1)
+        for states_of_layer in states:
+            last = states_of_layer
         return [self.head(_pooled(self.final_norm(last), counts, pool))]
 
     def _layer_states(self, x: Tensor, counts: Tensor, again: bool) -> Iterator[Tensor]:

@@ -82,7 +82,10 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise CheckpointError that names the first tensor with NaN or infinite numbers."""
     for name, tensor in tensors.items():
         # one pass, no copy; NaN propagates
-        if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor.detach()))):
+        if not tensor.numel():
+            continue
+        least, most = torch.aminmax(tensor.detach())
+        if not (math.isfinite(least) and math.isfinite(most)):
             raise CheckpointError(
                 f"{where}: {name} has numbers that are NaN or infinite: the model is damaged"
             )

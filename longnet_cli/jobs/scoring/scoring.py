@@ -247,13 +247,15 @@ class Scorer(RowJob):
         """
         options = self.options
         of_contexts = dict.fromkeys(("nll_sum", "ppl", "bpb"), pa.float64())
-        of_contexts |= dict.fromkeys(TABLES if options.by_position else (), TABLE)
+        if options.by_position:
+            of_contexts |= dict.fromkeys(TABLES, TABLE)
         kinds = {"doc_id": pa.string(), "n_tokens": pa.int64(), "n_bytes": pa.int64()}
         for (name, kind), context in product(of_contexts.items(), options.contexts):
             kinds[column(name, context, options.contexts)] = kind
         if len(options.contexts) > 1:
             kinds |= dict.fromkeys(Gain._fields, pa.float64())
-        return row_schema(pa.schema(kinds), self.kept_fields, self.facts.metadata)
+        columns = pa.schema(kinds)
+        return row_schema(columns, self.kept_fields, self.facts.metadata)
 
     def sequence(self, document: Document) -> InputSequence[Document]:
         """Return a document as the model reads it. Raises TooLongError for a window that is too long for the model."""

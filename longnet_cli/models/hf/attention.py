@@ -361,7 +361,8 @@ def _of_shard(call: _Call, options: Mapping[str, Any]) -> Tensor:
 
 def _with_memory(call: _Call, cache: LongNetCache, layer: int, rows: AlignedRows) -> Tensor:
     """Return attention (rows, n, H, D) of rows whose earlier keys, those of `layer`, are in a LongNetCache."""
-    q, k, v = (rows.of(x)[:, rows.skip :] for x in (call.q, call.k, call.v))
+    new = slice(rows.skip, None)
+    q, k, v = (rows.of(x)[:, new] for x in (call.q, call.k, call.v))
     provider_of = cache.part(rows, call.pattern).provider
     if call.pattern.chosen:
         provide = call.current.provider(rows, rows.skip, provider_of)

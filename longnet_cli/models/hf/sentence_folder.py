@@ -264,7 +264,7 @@ def read_sentence_model(folder: Path) -> SentenceModel:
     prompts = {name: text for name, text in settings.prompts.items() if text}
     # the library always has a prompt `document`, an empty one at least, so its encode_document never takes another
     for_documents = ("document", "passage", "corpus", settings.default_prompt_name)
-    first = next(filter(prompts.__contains__, for_documents), "document")
+    first = next((name for name in for_documents if name in prompts), "document")
     note = ""
     if first != "document":
         note = (

@@ -205,11 +205,13 @@ def _some_ids(model: PreTrainedModel, count: int) -> Tensor:
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     size = min(len(table.weight) for table in tables if table is not None)
     settings = model.config.get_text_config().to_dict()
-    special = {value for key, value in settings.items() if "token" in key and type(value) is int}
+    of_tokens = [value for key, value in settings.items() if "token" in key]
+    special = {value for value in of_tokens if type(value) is int}
     plain = torch.tensor(sorted({*range(size)} - special))
     random = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(plain), (1, count), generator=random)
-    return plain[chosen].to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    return plain[chosen].to(device)
 
 
 def _tokens(model: PreTrainedModel) -> int:
