@@ -143,7 +143,7 @@ class ShardFolder:
         count = sum(1 for _ in islice(documents, done))
         # either run may have opened more files
         both = zip(self._opened, self._manifest.contents, strict=False)
-        for (where, now), then in both:
+        for (where, now), then in both if done else ():
             if now and then and now != then:
                 raise DataError(
                     f"{where}: cannot resume: the file has changed since {self.folder} was begun: give the same "
