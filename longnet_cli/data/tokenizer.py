@@ -339,11 +339,12 @@ class Tokenizer:
             path = located.path
         if not path.is_dir():
             return path
+        if (path / TOKENIZER).exists():
+            return path / TOKENIZER
         # a folder of shares has folders
         folders = (path, *sorted(inner for inner in path.iterdir() if inner.is_dir()))
         manifests = [folder / name for folder, name in product(folders, MANIFESTS)]
-        places = [path / TOKENIZER, *manifests]
-        return next((place for place in places if place.exists()), path / TOKENIZER)
+        return next((place for place in manifests if place.exists()), path / TOKENIZER)
 
     @classmethod
     def train(cls, texts: Iterable[Iterable[str]], vocab_size: int) -> Tokenizer:
