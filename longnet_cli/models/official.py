@@ -95,8 +95,8 @@ def slide_net(config: LongNetConfig, state: Mapping[str, Tensor], where: str) ->
 
 def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Strip prefixes that all keys share, such as `model.decoder.` of a decoder inside a fairseq model."""
-    shared = commonprefix([*state])  # noqa: RUF071 (of names)
-    length = len(shared) - len(_PREFIXES.sub("", shared, count=1))
+    match = _PREFIXES.match(commonprefix([*state]))  # noqa: RUF071 (of names)
+    length = match.end() if match else 0
     return {name[length:]: tensor for name, tensor in state.items()}
 
 
@@ -231,9 +231,9 @@ def _check_pickle(path: Path) -> None:
             with suppress(ValueError):  # damage, which torch reports
                 for operation, argument, _ in pickletools.genops(stream):
                     # torch allows a bytearray, of any size
-                    asked = f"{operation.name} {argument}"
-                    if re.fullmatch(r"GLOBAL \S+[ .]bytearray", asked):
-                        raise pickle.UnpicklingError(asked.replace(" bytearray", ".bytearray"))
+                    asked = str(argument).replace(" ", ".")
+                    if operation.name == "GLOBAL" and asked.endswith(".bytearray"):
+                        raise pickle.UnpicklingError(f"GLOBAL {asked} was asked for")
 
 
 class _Contents:
