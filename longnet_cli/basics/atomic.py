@@ -247,10 +247,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
             stack.callback(remove_empty, missing_folders(folder))
             folder.mkdir(parents=True, exist_ok=True)
             handle = stack.enter_context(_descriptor(folder))
-        with suppress(OSError):  # of a network file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                problem = "another process is writing into this folder"
-                raise ConfigError(f"{folder}: {problem}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process is writing into this folder") from None
+        except OSError:
+            pass  # a network file system without locks
         yield

@@ -93,7 +93,9 @@ def one_line(said: object) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that is not blank, otherwise the error's type; no errno."""
-    lines = [getattr(error, "strerror", None), *map(str.strip, str(error).splitlines())]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = map(str.strip, str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
 
 

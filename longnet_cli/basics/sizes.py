@@ -4,7 +4,6 @@
 """
 
 import re
-from bisect import bisect
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -89,7 +88,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    digits = 2 - bisect((9.995, 99.95), abs(value))
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{digits}f}"
 
 

@@ -100,8 +100,8 @@ def encode(options: EncodeCommand) -> None:
     """
     from longnet_cli.jobs.job_options import EncodeOptions
 
-    given = {field.name: getattr(options, field.name) for field in fields(EncodeOptions)}
-    asked = EncodeOptions(**given)
+    names = (field.name for field in fields(EncodeOptions))
+    asked = EncodeOptions(**{name: getattr(options, name) for name in names})
     check_pairs([SAMPLE], options)
     lines = options.format == "jsonl"
     dry_run = options.running.dry_run

@@ -94,9 +94,6 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-TYPER_DEFAULTS: dict[Any, Any] = {MISSING: ...}  # where they are not those of the dataclass
-
-
 class HelpPanel(str):
     """A panel of the help, by its title, which makes the options in it: fields of a dataclass (`takes_options`).
 
@@ -128,7 +125,7 @@ class HelpPanel(str):
         if metavar in PARSERS:
             more["parser"] = _option_parser(PARSERS[metavar])
         option = typer.Option(
-            TYPER_DEFAULTS.get(default, default),
+            ... if default is MISSING else default,
             *flags,
             metavar=metavar,
             help=help,
@@ -154,14 +151,14 @@ class HelpPanel(str):
 
 def argument(metavar: str, help: str, default: Any = MISSING) -> Any:
     """Return an argument of a command, a field of a dataclass as `option` does: required, unless it has a default."""
-    value = TYPER_DEFAULTS.get(default, default)
+    value = ... if default is MISSING else default
     shown = typer.Argument(value, metavar=metavar, help=help, show_default=False)
     return field(default=default, metadata={"typer": shown, "names": (), "common": True})
 
 
 def bare_or(value: str | None, bare: Any, absent: Any = None) -> Any:
     """Return `bare` for an option without a value, `absent` for one that is not given, and any other value itself."""
-    return {None: absent, BARE: bare}.get(value, value)
+    return absent if value is None else bare if value == BARE else value
 
 
 def complete_model(incomplete: str) -> list[str]:

@@ -184,8 +184,8 @@ class Opened:
         documents = self.found.documents
         net = self.loaded.net
         reads_vectors = net.row_size is not None
-        given = given_names(documents)
-        unread = [name for name in OF_TOKENS if name in given]
+        names = given_names(documents)
+        unread = [name for name in OF_TOKENS if name in names]
         if reads_vectors and unread:
             raise ConfigError(
                 f"{self.found.folder.name} reads vectors, which have no tokens: leave out {', '.join(unread)}"

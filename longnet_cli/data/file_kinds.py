@@ -49,4 +49,4 @@ def bare_name(name: str) -> str:
 def is_named_text(name: str) -> bool:
     """Return whether the suffix of a file names a kind of text."""
     bare = bare_name(name)
-    return str(_KINDS.guess_type(bare)[0]).startswith("text/") or bare.endswith((".md", ".rst"))
+    return (_KINDS.guess_type(bare)[0] or "").startswith("text/") or bare.endswith((".md", ".rst"))

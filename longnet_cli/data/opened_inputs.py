@@ -303,8 +303,8 @@ def reading(what: str) -> Iterator[None]:
         raise DataError(f"{what}: pyarrow does not read this ({first_line(error)})") from error
     # pyarrow also raises ValueError for a name that is not UTF-8, and OverflowError for a size past 2^63
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        if getattr(error, "strerror", None):
-            raise read_error(what, cast(OSError, error)) from error
+        if isinstance(error, OSError) and error.strerror:
+            raise read_error(what, error) from error
         reason = "the data is damaged or truncated"
         if "decrypt" in str(error):
             reason = "encrypted Parquet is not read: write it without encryption"

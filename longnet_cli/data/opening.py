@@ -183,12 +183,12 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
     data += read(position)
     while data:
         following = read(TEXT_PART)
-        bad = len(data.partition(b"\0")[0])
+        bad = data.find(b"\0")
         try:
             text, used = codecs.utf_8_decode(data, "strict", not following)
         except UnicodeDecodeError as error:
-            bad = min(bad, error.start)
-        if bad < len(data):
+            bad = error.start if bad < 0 else min(bad, error.start)
+        if bad >= 0:
             what = f"the byte at offset {position + bad} is 0x{data[bad]:02x}"
             raise DataError(
                 f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}{_advice(data)}"
@@ -291,7 +291,7 @@ class _Unpacked(io.RawIOBase):
         try:
             data = self._read(min(len(out), STEP))
         except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError) as error:
-            if getattr(error, "strerror", None):
+            if isinstance(error, OSError) and error.strerror:
                 raise  # an error of the disk
             self._damage = DataError(
                 f"{self._where}: the {self._kind} data is damaged or truncated ({first_line(error)})"

@@ -5,7 +5,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -267,11 +266,11 @@ class TextPlaces:
         """Return the first character of the tokens [start, end), and the one after their last; None if not known."""
         begin, _ = self.of_tokens(start, start + 1)
         _, after = self.of_tokens(end - 1, end)
-        if begin is None:
+        if begin is None or after is None:
             return None, None
         return int(begin[0]), int(after[0])
 
-    def of_tokens(self, start: int, stop: int) -> tuple[Any, Any]:
+    def of_tokens(self, start: int, stop: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Return the same of each of the tokens [start, stop), two of (n,); None if not known."""
         if self.document.places is not None:
             begin, after = self.document.places[start:stop].T

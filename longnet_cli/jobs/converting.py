@@ -38,10 +38,11 @@ def convert(
         path, origin = find_model(origin)
     if is_checkpoint(path):
         return convert_official(path, Path(output), DTYPES.get(dtype), Given(**values))
-    if given := [name for name, value in values.items() if value is not None]:
-        names = ", --".join(given).replace("_", "-")
+    options = [f"--{name}" for name, value in values.items() if value is not None]
+    if options:
+        names = ", ".join(options).replace("_", "-")
         raise ConfigError(
-            f"{source}: --{names}: only for a checkpoint of the official implementation"
+            f"{source}: {names}: only for a checkpoint of the official implementation"
         )
     if path.is_dir() or str(source) in list_models():
         return _with_weights_of(ModelFolder.find(origin), Path(output), dtype)

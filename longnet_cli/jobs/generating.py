@@ -141,8 +141,11 @@ def generate(
     net = loaded.net
     tokenizer = tokenizer or loaded.tokenizer
     chats = chat or not isinstance(prompt, str | Document)
-    # tokens before the prompt, and how many of the last new tokens are not read
-    read, unread = (stream.position, 0) if stream else (0, 1)
+    read = 0  # tokens before the prompt
+    unread = 1  # the last new token
+    if stream:
+        read = stream.position
+        unread = 0
     _check(net, max_tokens, least=unread)
     check_sampling(temperature, top_p)
     if "" in stop or (stop and not tokenizer):

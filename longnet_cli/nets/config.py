@@ -282,10 +282,10 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
             raise ValueError(
                 f'position="xpos" needs segments that nest, and {odd[0]} does not divide {longest}; use position="rope"'
             )
-        options = {"sinks": self.sinks, "look_back": any(self.pattern.look_backs)}
-        if given := [name for name, value in options.items() if value]:
+        if any(self.pattern.look_backs) or self.sinks:
+            name = "sinks" if self.sinks else "look_back"
             raise ValueError(
-                f'position="xpos" has no {given[0]}: its keys are only seen from their own segment; use position="rope"'
+                f'position="xpos" has no {name}: its keys are only seen from their own segment; use position="rope"'
             )
 
     @property

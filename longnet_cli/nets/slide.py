@@ -11,7 +11,7 @@ B batch, N tiles.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Literal, Protocol, cast
@@ -204,6 +204,7 @@ class VectorNet(LongNet):
         if not len(document):
             return sequence  # no job reads it
         cells = tile_cells(cast(Tiles, document), self.config, tile_size)
+        # no rows after the tiles, but with as many columns as those before them
         return replace(sequence, end_rows=sequence.start_rows[:0], cells=cells)
 
     def inputs_like(self, shape: tuple[int, int]) -> Tensor:
@@ -254,25 +255,19 @@ class VectorNet(LongNet):
                 f"lengths must be {batch} numbers of 1 to {tiles}, got {counts.tolist()}"
             )
         x = self.dropout(self.embed(self.rows(features, coords, counts, tile_size)))
-        states = self._layer_states(x, counts, again and torch.is_grad_enabled())
-        if all_layers:
-            return [self.head(_pooled(x, counts, pool)) for x in states]
-        for states_of_layer in states:
-            last = states_of_layer
-        return [self.head(_pooled(self.final_norm(last), counts, pool))]
-
-    def _layer_states(self, x: Tensor, counts: Tensor, again: bool) -> Iterator[Tensor]:
-        """Yield the hidden states of CLS and tiles, (B, 1 + N, dim): the first layer's input, then each output."""
         table = self.positions(x, 0)
         place = Placement(lengths=(counts + 1).tolist())
-        yield x
+        vectors = [self.head(_pooled(x, counts, pool))] if all_layers else []
+        again &= torch.is_grad_enabled()
         for layer in self.layers:
             x = (
                 checkpoint(layer, x, table, place, use_reentrant=False)
                 if again
                 else layer(x, table, place)
             )
-            yield x
+            if all_layers:
+                vectors.append(self.head(_pooled(x, counts, pool)))
+        return vectors or [self.head(_pooled(self.final_norm(x), counts, pool))]
 
     def rows(
         self, features: Tensor, coords: Tensor | None, counts: Tensor, tile_size: TileSize = None

@@ -77,7 +77,8 @@ class LongNetHFConfig(hf.PretrainedConfig):
         super().__init__(
             **{key: value for key, value in settings.items() if key in TRANSFORMERS_KEYS}
         )
-        self.__dict__.update(longnet)
+        for name, value in longnet:
+            setattr(self, name, value)
         if "use_cache" in settings:
             self.use_cache = settings["use_cache"]
 

@@ -198,7 +198,7 @@ class LongNetCache(hf.DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the keys and values for a layer's attention. Raises ValueError if an earlier layer was not dilated."""
-        if getattr(self._last, "waits", False):
+        if isinstance(self._last, Memory) and self._last.waits:
             raise ValueError(
                 "a LongNetCache is for dilated attention: call use_dilated_attention(model, pattern) before"
             )

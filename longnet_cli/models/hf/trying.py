@@ -224,4 +224,4 @@ def _tokens(model: PreTrainedModel) -> int:
     ]
     longest = config.get("max_position_embeddings")
     longest = longest - first_position(model) if isinstance(longest, int) else MOST
-    return min(max(8, min(sizes, default=FEW - 1) + 1), MOST, longest)
+    return min(max(8, min(sizes) + 1) if sizes else FEW, MOST, longest)
