@@ -55,7 +55,7 @@ test-all: .venv/.installed-dev
 # one that does not come.
 REAL ?= real
 real: .venv/.installed-dev
-	$(RUN_TESTS) -rs -m '$(REAL)' tests/real
+	$(RUN_TESTS) --dist load -rs -m '$(REAL)' tests/real
 
 # Eight minutes. PEERS='-k OwnLongNet' is a part of them.
 peers: build/peers/.installed
