@@ -124,6 +124,24 @@ def test_a_name_that_is_gone_is_seen():
     )
 
 
+def test_the_map_names_what_is_in_its_files():
+    """A row of the map in CONTRIBUTING.md names files; the other names in its second cell are defined in them."""
+    _, _, table = (ROOT / "CONTRIBUTING.md").read_text().partition("| to change | look at |")
+    rows = [line.split(" | ")[1] for line in table.splitlines() if line.count(" | ") == 2]
+    sources = [*TREES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    assert len(rows) > 60
+    for cell in rows:
+        files = re.findall(r"`([\w/]+\.py)`", cell)
+        names = {*re.findall(r"`(\w+)`", cell)}
+        trees = [
+            ast.parse(path.read_text(encoding="utf-8"))
+            for path in sources
+            if any(f"/{path}".endswith(f"/{file}") for file in files)
+        ]
+        known = {name for tree in trees for name in defined(tree)}
+        assert names <= known, cell
+
+
 COMMANDS = PACKAGE / "cli"  # a command's file has the command's name
 
 
