@@ -24,10 +24,12 @@ near call of that level.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
+
+from longnet_cli.basics.sizes import ceil_div
 
 from .pattern import Padding, Pattern
 from .spans import (
@@ -224,19 +226,20 @@ class _Rectangle(NamedTuple):
             queries    |  ...|.....|.....|.. ..|
             yielded        b |  a  |  a  | c
         """
-        steps = range(queries.start // w, (queries.stop - 1) // w + 1)
-        # the steps of w positions after which all of it lies in these queries and keys
-        first_of_queries = -((self.queries.start - queries.start) // w)
-        first_of_keys = -((self.keys.start - keys.start) // w)
+        # the first and the last segment in which all of it lies in these queries and keys
+        first_of_queries = ceil_div(queries.start - self.queries.start, w)
+        first_of_keys = ceil_div(keys.start - self.keys.start, w)
         last_of_queries = (queries.stop - self.queries.stop) // w
         last_of_keys = (keys.stop - self.keys.stop) // w
         first = max(first_of_queries, first_of_keys)
         last = min(last_of_queries, last_of_keys)
-        whole = range(first, last + 1) or range(steps.stop, steps.stop)
-        if whole:
-            yield self.moved(first * w)._replace(segments=len(whole))
-        for step in chain(range(steps.start, whole.start), range(whole.stop, steps.stop)):
-            moved = self.moved(step * w)
+        segments = range(queries.start // w, ceil_div(queries.stop, w))
+        others: Iterable[int] = segments
+        if first <= last:
+            yield self.moved(first * w)._replace(segments=last + 1 - first)
+            others = chain(range(segments.start, first), range(last + 1, segments.stop))
+        for segment in others:
+            moved = self.moved(segment * w)
             part = _Rectangle(_overlap(moved.queries, queries), _overlap(moved.keys, keys))
             if part.queries and part.keys:
                 yield part
@@ -415,7 +418,7 @@ class _ShardGeometry(NamedTuple):
     def _missing_rows(self, level: int, w: int, tokens: int) -> list[int]:
         """Return how many rows each head of a segment of `tokens` lacks, to have as many as one of w can have."""
         r = self.pattern.dilation_rates[level]
-        most = -(-w // r)
+        most = ceil_div(w, r)
         offsets = self.pattern.offsets(level, self.num_heads)
         return [most - rows_before(tokens, offset, r) for offset in offsets]
 
@@ -440,7 +443,7 @@ class _ShardGeometry(NamedTuple):
         shared = self.start + 1 == self.stop and group > 1
         folded = shared and _in_groups(equal, group) and _in_groups(even, group)
         every = group if folded else 1
-        steps = (1, r, -(-heads // r), group)
+        steps = (1, r, ceil_div(heads, r), group)
         for places in progressions(equal[::every], even[::every], steps):
             of_heads = Heads(places.number, places.first * every, places.step * every)
             of_queries = queries.view(of_heads, segments)

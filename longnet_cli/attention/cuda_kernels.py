@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from longnet_cli.basics.sizes import ceil_div
+
 from .plain_call import Gradients, Kernel
 
 
@@ -36,7 +38,7 @@ class CudaFlashKernel(Kernel):
         return None
 
     def max_batch(self, heads: int, rows: int, head_dim: int) -> int:
-        elements = heads * (-(-rows // 128) * 128) * max(head_dim, 32)
+        elements = heads * (ceil_div(rows, 128) * 128) * max(head_dim, 32)
         return max(1, min(self._MAX_SEGMENTS, (self._MAX_ELEMENTS - 1) // elements))
 
     def attend(self, qkv: Sequence[Tensor], causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,7 @@ def select_kernel(
 def _select(
     device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None, always_equal: bool
 ) -> Kernel:
-    """Select a kernel; with other algorithms (`always_equal`: deterministic ones), one may fail that did not before."""
+    """Return the first kernel that works. With deterministic algorithms (`always_equal`), other kernels may fail."""
     if name is not None and name not in KERNELS:
         raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
     for kernel in [KERNELS[name]] if name else KERNELS.values():

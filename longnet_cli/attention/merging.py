@@ -15,6 +15,8 @@ from math import log
 import torch
 from torch import Tensor
 
+from longnet_cli.basics.sizes import ceil_div
+
 from .branches import Branch
 from .plain_call import merge_into
 from .spans import Rows
@@ -77,5 +79,5 @@ def apart(total: Tensor, part: Tensor, keys: Rows) -> Iterator[tuple[Tensor, Ten
     # If segments look back over each other, the rows of one segment come at a time.
     rows = keys.rows
     if keys.segments > 1:
-        rows = min(rows, -(-keys.segment_step // keys.row_step))
+        rows = min(rows, ceil_div(keys.segment_step, keys.row_step))
     yield from zip(total.split(rows, 2), part.split(rows, 2), strict=True)

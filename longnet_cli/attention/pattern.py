@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
+from longnet_cli.basics.sizes import ceil_div
+
 HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
 Queries = Literal["dilated", "all"]
@@ -225,12 +227,12 @@ class Pattern:
     def level_rows(self, level: int) -> int:
         """Return the share of one level in `cache_rows`."""
         w, r = self.levels[level]
-        return (1 + self.look_backs[level]) * -(-w // r)
+        return (1 + self.look_backs[level]) * ceil_div(w, r)
 
     def offsets(self, level: int, num_heads: int) -> tuple[int, ...]:
         """Return the offset of each head in a level, all below its dilation rate."""
         r = self.dilation_rates[level]
-        group = -(-num_heads // r)
+        group = ceil_div(num_heads, r)
         return tuple(
             h % r if self.head_offsets == "modulo" else h // group for h in range(num_heads)
         )

@@ -17,6 +17,8 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple
 
+from longnet_cli.basics.sizes import ceil_div
+
 from .pattern import Pattern
 
 
@@ -162,7 +164,7 @@ def shared_views(theirs: HeadRows, mine: HeadRows) -> Iterator[tuple[Rows, Rows]
     lanes = len(equal)
     of_key_head = lanes // len({*theirs.heads})
     rate = theirs.row_step
-    for places in progressions(equal, even, (1, rate, -(-lanes // rate), of_key_head)):
+    for places in progressions(equal, even, (1, rate, ceil_div(lanes, rate), of_key_head)):
         yield theirs.view(places), mine.view(places)
 
 
@@ -206,7 +208,7 @@ def segment_rows(pattern: Pattern, level: int, tokens: int) -> int:
     if level == SINKS:
         return pattern.sinks
     w, r = level_of(pattern, level)
-    return -(-min(w, tokens) // r)
+    return ceil_div(min(w, tokens), r)
 
 
 def far_spans(
@@ -245,7 +247,7 @@ def far_spans(
 def open_spans(pattern: Pattern, start: int, own: int = 0) -> list[FarSpan]:
     """Return the spans of a causal sequence's first `start` positions that later queries can see, sinks last.
 
-    Levels, but not sinks, also have the `own` positions that follow.
+    The spans of levels, but not those of sinks, include the next `own` positions, too.
     """
     spans: list[FarSpan] = []
     for level, w in enumerate(pattern.segment_lengths):

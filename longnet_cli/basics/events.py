@@ -57,7 +57,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Events:
-    """The functions that a job calls while it runs, each with what has happened. What one of them raises ends the job.
+    """The functions that a job calls while it runs, and the counts that it keeps. If a function raises, the job ends.
 
     progress: the amount of work since the last call: tokens, or bytes, or percents, as the job says.
     total: the amount of all work, where it is known only while the job runs.

@@ -1,4 +1,4 @@
-"""Numbers for people: sizes and types as a person writes them, and counts, bytes and seconds as texts.
+"""Sizes and types as a person writes them, and counts, bytes and seconds as texts for a person.
 
 `1e9`, `1_000_000`, `32k`, `1.5M`, `64Ki`: the letters k, M, G, T are powers of 1000; Ki, Mi, Gi, Ti powers of 1024.
 """
@@ -20,6 +20,11 @@ MAX_SIZE = 2**63 - 1  # what an int64 position can hold
 # and our names of them
 DTYPES_OF_TORCH = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _SIZE_EXAMPLES = "write 1000000, 1_000_000, 1e6, 1M (10^6) or 64Ki (64 x 1024)"
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Return number / divisor, rounded up."""
+    return -(-number // divisor)
 
 
 def parse_size(text: str | int) -> int:

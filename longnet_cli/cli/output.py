@@ -136,8 +136,8 @@ def check_output(
 def say_what_is_kept(output: str) -> Iterator[None]:
     """Run a job that writes rows to `output`. If it is stopped, say what is kept and how to go on.
 
-    One of several ranks says so for Ctrl-C alone. torchrun ends it by SIGTERM if another rank failed too, and then the
-    error of that rank is all there is to say.
+    Under torchrun, this is said after Ctrl-C only. SIGTERM may mean that another rank failed, and its error says
+    enough.
     """
     from longnet_cli.data.output_paths import is_folder
     from longnet_cli.running.ranks.launch import under_torchrun

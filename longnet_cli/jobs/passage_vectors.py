@@ -24,6 +24,7 @@ from .job_options import NO_PREFIX
 
 COLUMNS = ["embedding", "doc_id", "char_start", "char_end"]
 RANKED = 100  # passages of each list that are joined
+SHARED = 0.75  # of the characters of a vector's text and of its passage, the longer of both
 DAMPING = 60  # of reciprocal ranks: the first place counts 1/61, the hundredth 1/160
 
 
@@ -81,7 +82,7 @@ class PassageVectors:
 
 
 def _read(name: str) -> tuple[pa.Table, dict[str, str]]:
-    """Return the vectors and places of a file or a folder, and the metadata of its files."""
+    """Return the vectors and places of a file or a folder, and the metadata of its last file."""
     batches = list[pa.RecordBatch]()
     for source in InputFiles([name]):
         opened = open_input(source, Wanted())
@@ -95,7 +96,10 @@ def _read(name: str) -> tuple[pa.Table, dict[str, str]]:
 
 
 def _numbers(name: str, index: PassageIndex, table: pa.Table) -> list[int]:
-    """Return the number of the passage of each vector: the one that has its middle, if most of both is the same."""
+    """Return the number of the passage of each vector: the one that has its middle, if both have the same text.
+
+    Raises ConfigError where they share no more than `SHARED` of the longer one.
+    """
     passages = defaultdict[str, list[tuple[int, int, int]]](lambda: [(0, 0, 0)])
     for number, doc_id, start, end in index.places():
         passages[doc_id].append((start, end, number))
@@ -105,7 +109,8 @@ def _numbers(name: str, index: PassageIndex, table: pa.Table) -> list[int]:
     for doc_id, first, last in zip(doc_ids.to_pylist(), firsts, lasts, strict=True):
         before = bisect(passages[doc_id], ((first + last) // 2, math.inf))
         start, end, number = passages[doc_id][before - 1]
-        if 4 * (min(end, last) - max(start, first)) <= 3 * max(end - start, last - first):
+        shared = min(end, last) - max(start, first)
+        if shared <= SHARED * max(end - start, last - first):
             raise ConfigError(
                 f"{name}: the vector of {doc_id}, characters {first} to {last}, is of no passage of these texts: "
                 "encode them as they are, with --span passage"

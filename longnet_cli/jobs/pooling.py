@@ -59,10 +59,10 @@ def windows_of(tokens: int, size: int, stride: int) -> Iterator[tuple[int, int, 
 class Pooling:
     """The pooling of a document's tokens from `begin` on: takes hidden states in order, yields the finished rows.
 
-    The results of all `pools` are joined. Spans end before the tokens
-    `ends`, the last one with the document; the first one has number `number`. The first span also has the states of
-    `before` tokens that stand before the document, the last one those of `after` tokens that stand behind it. `skipped`
-    tokens that are not pooled stand before them all; `weighted` counts them.
+    The results of all `pools` are joined. Each span ends before one of the tokens `ends`; the last span ends with the
+    document. The first span has number `number`, and also has the states of `before` tokens that stand before the
+    document; the last span also has those of `after` tokens that stand behind it. `skipped` tokens that are not pooled
+    stand before them all; `weighted` counts them.
     """
 
     def __init__(
@@ -105,12 +105,14 @@ class Pooling:
             yield Row(self.document, self.number, self.begin, self.end, self.vector)
             return
         while len(hidden):
-            index = bisect_right(self.ends, min(max(self.begin, self.position), self.end - 1))
+            # tokens before the document belong to its first span, and those behind it to the last one
+            inside = min(max(self.position, self.begin), self.end - 1)
+            index = bisect_right(self.ends, inside)
             start = self.ends[index - 1] if index else self.begin
             end = min(self.ends[index], self.end)
-            stop = end + self.after * (end == self.end)
-            part = hidden[: stop - self.position]
-            hidden = hidden[stop - self.position :]
+            stop = end + self.after if end == self.end else end
+            missing = stop - self.position
+            part, hidden = hidden[:missing], hidden[missing:]
             self.position += len(part)
             self._take(part)
             if self.position == stop:

@@ -227,7 +227,7 @@ def _drop_tokens_beyond(path: Path, vocab_size: int) -> None:
 
 
 def value_of(field: Any) -> Any:
-    """Return the value of a field of gguf's reader: a number, a text, or a list of several."""
+    """Return the value of a field of gguf's reader: a number, a text, or a list of several that are not all equal."""
     if field.types[-1] == 8:
         values = [bytes(field.parts[index]).decode() for index in field.data]
     else:

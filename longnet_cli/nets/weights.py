@@ -41,6 +41,7 @@ from longnet_cli.basics.model_files import (
     WEIGHTS,
     refuse_unreadable,
 )
+from longnet_cli.basics.sizes import ceil_div
 from longnet_cli.hub.model_names import find_model
 from longnet_cli.nets.config import LongNetConfig, NetConfig, parse_config
 from longnet_cli.nets.net import Net
@@ -325,7 +326,7 @@ def write_tensors(
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
+    text = text.ljust(ceil_div(len(text), 8) * 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
         file.write(tensor_bytes(tensors[name]))

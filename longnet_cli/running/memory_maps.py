@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
+from longnet_cli.basics.sizes import ceil_div
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 
@@ -111,4 +112,4 @@ def _explained(folder: str | Path | None, full: str) -> Iterator[None]:
 
 def aligned(size: int) -> int:
     """Return the bytes that a tensor of `size` bytes takes of a map: tensors are aligned to 64, as by torch.empty."""
-    return -(-size // 64) * 64
+    return ceil_div(size, 64) * 64

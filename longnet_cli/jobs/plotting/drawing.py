@@ -14,6 +14,7 @@ import numpy as np
 
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.errors import ConfigError, LongNetError, extra
+from longnet_cli.basics.sizes import ceil_div
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,7 +219,7 @@ def _set_ticks(axis: MatplotlibAxis, kind: Axis) -> None:
         after = places[places > high][0]
         ticks = [before, *ticks, after]
         axis.set_view_interval(before, after, ignore=True)
-    axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // MOST_TICKS)]))
+    axis.set_major_locator(FixedLocator(ticks[:: ceil_div(len(ticks), MOST_TICKS)]))
     axis.set_minor_locator(NullLocator())
     if kind.base == 2 or len(multiples) > 1:
         axis.set_major_formatter(FuncFormatter(lambda value, _: kind.write(value)))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from longnet_cli.basics.sizes import ceil_div
 from longnet_cli.data.stored_files import no_place
 
 
@@ -89,7 +90,7 @@ class ByPosition:
 
     def as_dict(self) -> dict[str, list[Row]]:
         """Return TABLES for the machine formats: the first, last, count and mean nats of each range with tokens."""
-        starts = [-(-part * self.segment // 8) for part in range(9)]
+        starts = [ceil_div(part * self.segment, 8) for part in range(9)]
         inside = [(a, b - 1) for a, b in pairwise(starts)]
         by_position, by_place = TABLES
         return {by_position: _rows(self.seen, POWERS), by_place: _rows(self.inside, inside)}

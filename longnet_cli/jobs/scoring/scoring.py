@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
-from longnet_cli.basics.sizes import format_size
+from longnet_cli.basics.sizes import ceil_div, format_size
 from longnet_cli.data.row_writer import kept_columns, row_schema
 from longnet_cli.data.token_documents import Document
 from longnet_cli.jobs.job_options import ScoreOptions
@@ -76,7 +76,8 @@ class Cut:
         for counted in range(tokens - options.last if options.last else first, tokens, step):
             stop = min(counted + step, tokens)
             start = max(first, stop - size) if look_back else counted
-            yield start + before if start > first else 0, stop + before, counted + before
+            read_from = start + before if start > first else 0
+            yield read_from, stop + before, counted + before
 
     def longest(self, tokens: int) -> int:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
@@ -262,7 +263,7 @@ class Scorer(RowJob):
         sequence = self.reader.model.sequence(document, self.cut.bos)
         more = max(0, sequence.own_start - 1)  # ids before the one that predicts the first target
         fits = max(1, (sequence.limit or 0) - more)
-        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(-(-fits // 2))})"
+        instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(ceil_div(fits, 2))})"
         return sequence.check(instead, self.cut.longest(len(document)) + more)
 
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from longnet_cli.basics.errors import LongNetError
+from longnet_cli.basics.sizes import ceil_div
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating import Estimate
@@ -65,7 +66,7 @@ def estimate_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> Estim
     train = recipe.train
     free = free_memory(device)
     # a chunk of a bidirectional net cannot be shorter than a window
-    shortest = SHORTEST_CHUNK if recipe.model.causal else -(-train.longest // ranks.sp)
+    shortest = SHORTEST_CHUNK if recipe.model.causal else ceil_div(train.longest, ranks.sp)
     needed = partial(_needed_bytes, recipe, device, ranks)
     return Estimate(
         held={"program": resident_memory(device)},
@@ -200,7 +201,7 @@ def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
     tokens = stage.seq_len
     chunk = train.chunk * ranks.sp
     predicted = train.predicted
-    chunks = -(-tokens // chunk)
+    chunks = ceil_div(tokens, chunk)
     forwards = 1 + (chunks - 1) * chunk / tokens + train.activation_checkpointing
     logits = predicted
     if tokens_at_once(recipe, stage, ranks) * predicted * config.vocab_size > LOGITS_LIMIT:
@@ -314,7 +315,7 @@ def tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     if recipe.train.across_documents:
         rows = min(rows, max(1, chunk // stage.seq_len))
     # documents of several windows may fill a chunk
-    return -(-min(chunk, rows * stage.seq_len) // ranks.sp)
+    return ceil_div(min(chunk, rows * stage.seq_len), ranks.sp)
 
 
 def stored_bytes(recipe: Recipe, device: torch.device, ranks: Ranks) -> int:

@@ -22,13 +22,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention.spans import SINKS, Lanes, segment_rows
+from longnet_cli.basics.sizes import ceil_div
 from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT
 from longnet_cli.running.device import DTYPES, precision, resolve_dtype
 from longnet_cli.running.memory_maps import aligned
 
-TRIED_TOKENS = 16  # of a measured pass, and half of those of another one
+TRIED_TOKENS = 16  # of the shorter one of two measured passes; the other has twice as many
 
 
 class _BytesInUse(TorchDispatchMode):
@@ -207,9 +208,9 @@ def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
 
     A chunk sees the segment inside which it starts, if any, and the `back` segments before its own.
     """
-    ends = -(-seq_len // chunk) - 1
+    ends = ceil_div(seq_len, chunk) - 1
     # no segment is seen from two ends; an end on a segment's edge sees one fewer
     if chunk >= (1 + back) * w:
         return ends * (1 + back) - ends // (w // math.gcd(w, chunk))
     # all segments, from the first one that the first end sees up to the last end
-    return -(-ends * chunk // w) - max(0, chunk // w - back) if ends else 0
+    return ceil_div(ends * chunk, w) - max(0, chunk // w - back) if ends else 0

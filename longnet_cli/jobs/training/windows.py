@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.basics.sizes import ceil_div
 from longnet_cli.data.token_documents import Document
 
 POSITION_VERSION = 2
@@ -172,7 +173,7 @@ class _Epoch:
         self.run = max(1, RUN_TOKENS // seq_len)
         bits = self._bits()
         self.phase = int(bits.random_raw()) % (rest + 1)
-        runs = -(-self.windows // self.run)
+        runs = ceil_div(self.windows, self.run)
         self.runs = _shuffled(bits, runs)
         # the last run of the stream may be shorter
         sizes = np.full(runs, self.run)

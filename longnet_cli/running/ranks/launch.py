@@ -1,7 +1,8 @@
 """`--nproc`: this command again, as several processes under torchrun; and the signals that stop them.
 
-Signals unwind a command. A run notes them, and acts on them only where its state is consistent. torchrun passes them on
-to its ranks. If a rank fails, torchrun ends the others. If torchrun itself ends, `end_with_parent` ends its ranks:
+A signal ends `score`, `encode` and the others at once; `train` notes it, and stops where its state is consistent.
+torchrun passes signals on to its ranks. If a rank fails, torchrun ends the others. If torchrun itself ends,
+`end_with_parent` ends its ranks:
 
     before the ranks have met   there is nothing to lose: SIGINT and SIGTERM kill, and so does the end of the parent
     from then on                they unwind, and `train` saves
