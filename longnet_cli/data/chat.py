@@ -15,7 +15,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import lru_cache, partial
 from itertools import chain
@@ -37,6 +37,7 @@ from .tokenizer import (
     Tokenizer,
     library_call,
     read_settings,
+    refuse_damaged,
     special_token,
 )
 
@@ -232,11 +233,8 @@ def _read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
         named[key] = special_token(settings.get(key))
     path = folder / TEMPLATE
-    if path.exists():
-        try:
-            return read_text(path), named
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
+    with refuse_damaged(path), suppress(FileNotFoundError):
+        return read_text(path), named
     template = settings.get("chat_template")
     if isinstance(template, list):
         templates = {

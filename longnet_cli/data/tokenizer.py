@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cached_property, partial
 from itertools import chain, islice, product
@@ -132,13 +132,19 @@ def special_token(written: Any) -> str:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the contents of a tokenizer_config.json, empty if it is missing. Raises ConfigError for a damaged one."""
-    try:
+    settings = None
+    with refuse_damaged(path), suppress(FileNotFoundError):
         settings = parse(read_text(path))
-    except FileNotFoundError:
-        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+@contextmanager
+def refuse_damaged(path: Path) -> Iterator[None]:
+    """Raise ConfigError for a file of settings that the block cannot read."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
-    return settings if isinstance(settings, dict) else {}
 
 
 # The library keeps some 100 bytes per token. So the pieces of a text are encoded in groups of GROUP characters.
@@ -342,9 +348,10 @@ class Tokenizer:
         if (path / TOKENIZER).exists():
             return path / TOKENIZER
         # a folder of shares has folders
-        folders = (path, *sorted(inner for inner in path.iterdir() if inner.is_dir()))
-        manifests = [folder / name for folder, name in product(folders, MANIFESTS)]
-        return next((place for place in manifests if place.exists()), path / TOKENIZER)
+        for folder, name in product((path, *sorted(path.iterdir())), MANIFESTS):
+            if (folder / name).exists():
+                return folder / name
+        return path / TOKENIZER
 
     @classmethod
     def train(cls, texts: Iterable[Iterable[str]], vocab_size: int) -> Tokenizer:
