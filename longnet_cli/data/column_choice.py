@@ -220,10 +220,10 @@ class TokenTypes:
         self._first: tuple[str, pa.DataType] | None = None  # where a type was found, and the type
 
     def check(self, table: Table, columns: Columns) -> None:
-        """Raise DataError when an earlier input had another type. Text has no type."""
-        kind = token_type(columns.type)
-        if kind is None or table.format == JSON_LINES:  # which has no types of integers
+        """Raise DataError when an input of token ids has another type than an earlier one."""
+        if table.format == JSON_LINES:  # which has no types of integers
             return
+        kind = token_type(columns.type)
         self._first = self._first or (table.where, kind)
         where, expected = self._first
         if kind != expected:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 import warnings
 from array import array
@@ -280,11 +281,11 @@ class Inputs:
         columns = self.columns_of(opened, form)
         if KEY.decode() in opened.metadata:  # a manifest
             return ()
-        types.check(opened, columns)
         if self.vectors:
             return vector_documents(opened, columns)
         if columns.of_texts:
             return table_texts(opened, columns, self.tokenizer)
+        types.check(opened, columns)
         return self._ids(opened, columns)
 
     def _check_text(self, text: Text) -> None:
@@ -307,23 +308,22 @@ class Inputs:
 
     def _ids(self, table: Table, columns: Columns) -> Iterator[Document]:
         tokenizer = self.tokenizer
-        vocab_size = self.vocab_size
-        eos_id = self.eos_id
         _check_tokenizer(table, tokenizer)
 
-        def known(name: str) -> int | None:
-            """Return the number that the tokenizer has or, without it, the metadata."""
+        def known(name: str, given: int | None) -> int | None:
+            """Return the number that is given, otherwise the tokenizer's or, without it, that of the metadata."""
+            if given is not None:
+                return given
             return (
                 getattr(tokenizer, name) if tokenizer else _metadata_int(table, f"longnet.{name}")
             )
 
-        if vocab_size is None:
-            vocab_size = known("vocab_size")
-        if eos_id is not None:
-            fitting("--eos", eos_id, vocab_size, f"{table.where}: ")
+        vocab_size = known("vocab_size", self.vocab_size)
+        if self.eos_id is not None:
+            fitting("--eos", self.eos_id, vocab_size, f"{table.where}: ")
         groups = list_documents(table, columns)
         if columns.type in INTEGERS:
-            groups = flat_documents(table, columns, known("eos_id") if eos_id is None else eos_id)
+            groups = flat_documents(table, columns, known("eos_id", self.eos_id))
 
         def read(group: DocumentRows) -> Document:
             return Document(
@@ -375,16 +375,7 @@ class DocumentPass:
         self._rows = self._given = 0  # of the batch, and documents given of it
 
     def __iter__(self) -> Iterator[Any]:
-        for item in self._items():
-            try:
-                document = self._finish(item)
-            except DataError as error:  # of a text, which is read to its end here
-                self._raise_unless_skipped(error)
-                document = Unread(error, file=True)
-            yield document
-
-    def _items(self) -> Iterator[Any]:
-        """Yield the items of the share, and errors in place of what cannot be read."""
+        """Yield the documents of the share, and errors in place of what cannot be read."""
         inputs = self._inputs
         types = TokenTypes()
         files = inputs.files
@@ -403,12 +394,9 @@ class DocumentPass:
             try:
                 opened = self._watched(open_input(input_file, inputs.wanted), before, after)
                 for item in self._read(opened, types):
-                    if isinstance(item, Unread):
-                        self._raise_unless_skipped(item.error)
                     self._given += 1
                     yield from self._of_share(item)
             except DataError as error:
-                self._raise_unless_skipped(error)
                 yield from self._of_share(Unread(error, file=True))
             before = after
         if self._joined and not inputs.vectors:
@@ -421,13 +409,23 @@ class DocumentPass:
             raise error
 
     def _of_share(self, item: Any) -> Iterator[Any]:
-        """Yield an item if the share has it. Items are counted and named as in a run without shares."""
-        if self._apart and not isinstance(item, Unread):
+        """Yield the document of an item if the share has it. Items are counted and named as in a run without shares."""
+        if isinstance(item, Unread):
+            self._raise_unless_skipped(item.error)
+        elif self._apart:
             item = item.named(self._apart.name(item.doc_id))
         share = self._inputs.share
         if share is None or not self._inputs.shares_documents or share.has_document(self._index):
-            yield item
+            yield self._finished(item)
         self._index += 1
+
+    def _finished(self, item: Any) -> Any:
+        """Return the document of an item. A text, which is read to its end here, may turn out to be damaged."""
+        try:
+            return self._finish(item)
+        except DataError as error:
+            self._raise_unless_skipped(error)
+            return Unread(error, file=True)
 
     def ready(self) -> bool:
         """Return whether the next document is likely to come without waiting for stdin."""
@@ -485,7 +483,7 @@ def _metadata_int(table: Table, key: str) -> int | None:
     written = table.metadata.get(key)
     if written is None:
         return None
-    if not written.isdecimal() or len(written) > 18:  # int64 holds any number of 18 digits
+    if not re.fullmatch(r"\d{1,18}", written):  # int64 holds any number of 18 digits
         shown = written if len(written) <= 40 else f"{written[:37]}..."
         raise DataError(
             f"{table.where}: the data is damaged: {key} in its metadata is {shown!r}, not a number of ids"
