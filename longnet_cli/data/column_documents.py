@@ -213,7 +213,7 @@ def list_bounds(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         starts = (np.arange(len(column), dtype=np.int64) + column.offset) * kind.list_size
         return starts, starts + kind.list_size
     starts = column.offsets.to_numpy().astype(np.int64)
-    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+    if isinstance(column, (pa.ListViewArray, pa.LargeListViewArray)):
         return starts, starts + column.sizes.to_numpy()
     return starts[:-1], starts[1:]
 

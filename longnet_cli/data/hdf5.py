@@ -111,8 +111,7 @@ def _rows(content: Any, key: str, h5py: Any) -> _RowsDataset | None:
     dataset = content[key]
     if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
         return None
-    shape: tuple[int, ...] = dataset.shape or ()
-    is_rows = len(shape) > 1 and shape[:-2] in ((), (1,)) and shape[-1] > 0
+    is_rows = dataset.ndim > 1 and dataset.shape[:-2] in ((), (1,)) and dataset.shape[-1] > 0
     return _RowsDataset(dataset) if is_rows and dataset.dtype.kind in "fiu" else None
 
 

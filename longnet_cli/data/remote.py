@@ -95,7 +95,7 @@ def version(filesystem: fs.FileSystem, path: str) -> str | None:
             metadata = handler.fs.info(path)
         else:
             with filesystem.open_input_stream(path) as file:
-                metadata = {str(key): value for key, value in (file.metadata() or {}).items()}
+                metadata = file.metadata()
         if tag := metadata.get("ETag") or metadata.get("etag"):
             return str(tag)
         info = filesystem.get_file_info(path)
