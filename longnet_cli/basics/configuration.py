@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -14,6 +15,8 @@ from .errors import ConfigError
 from .sizes import MAX_SIZE
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+# NUL, and lone surrogates, which JSON can spell. Those of bytes that are not UTF-8 may be in the name of a file.
+_NOT_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 
 class StrictModel(BaseModel):
@@ -38,7 +41,7 @@ class StrictModel(BaseModel):
                 raise ValueError(f"{str(item).lower()} is not a number or a name")
             if item == "" != field.default:
                 raise ValueError("it is empty")
-            if isinstance(item, str) and not _is_text(item):
+            if isinstance(item, str) and _NOT_TEXT.search(item):
                 raise ValueError("it has a character that no file name or text has")
         return value
 
@@ -100,15 +103,6 @@ def _items(value: Any) -> Iterator[Any]:
             yield from _items(item)
     elif not isinstance(value, Mapping):
         yield value
-
-
-def _is_text(value: str) -> bool:
-    """Return whether a string has no NUL and no lone surrogate, which JSON can spell; escaped bytes are allowed."""
-    try:
-        value.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in value
 
 
 def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:

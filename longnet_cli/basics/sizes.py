@@ -4,6 +4,7 @@
 """
 
 import re
+from bisect import bisect
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -93,8 +94,8 @@ def format_duration(seconds: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
-    return f"{value:.{digits}f}"
+    before_point = bisect((9.995, 99.95), abs(value))  # digits beyond the first
+    return f"{value:.{2 - before_point}f}"
 
 
 def _scaled(value: float, base: int, units: Sequence[str]) -> str:

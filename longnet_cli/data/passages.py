@@ -61,6 +61,7 @@ TABLES = (
 MARK = 0x6C6E7004  # in the file's header: "lnp" and the version of the tables, of the cut and of `compared`
 SOFT_HYPHEN = "\u00ad"  # where a word may be broken: web pages and PDFs have it within words
 WAIT = 60  # seconds for which a process waits for another one
+IN_WORDS = re.compile("[LNM]|Co")  # the categories of WORDS
 STEM = 4  # letters by which an excerpt compares words
 NO_INDEX = "no index of passages that this version has made: name another file, or remove it"
 JUST_NOW = 2  # seconds in which a file may change twice and have one time of change
@@ -319,7 +320,7 @@ def _in_word(sign: str) -> str:
         return ""
     category = unicodedata.category(sign)
     above = unicodedata.combining(sign)
-    if category[0] not in "LNM" and category != "Co":
+    if not IN_WORDS.match(category):
         return " "
     return "" if 10 <= above <= 36 or above >= 200 else sign
 
