@@ -57,9 +57,9 @@ class InputFile:
     @property
     def status(self) -> os.stat_result | None:
         """The status of a file on this machine, None for a pipe and for a file in a store."""
-        if self.path is not None and self.filesystem is None:
-            with suppress(OSError):
-                return self.path.stat() if self.path.is_file() else None
+        with suppress(OSError):
+            if self.path is not None and self.filesystem is None and self.path.is_file():
+                return self.path.stat()
         return None
 
     @property
@@ -230,9 +230,9 @@ def _listed(name: str) -> list[str]:
     try:
         data = _open_stdin().buffer.read() if name == "-" else Path(_as_path(name)).read_bytes()
         if b"\0" in data:
-            names = map(_as_text, map(os.fsdecode, data.split(b"\0")))
+            names = data.decode("utf-8", "surrogateescape").split("\0")
         else:
-            names = map(str.strip, data.decode("utf-8-sig").splitlines())
+            names = [*map(str.strip, data.decode("utf-8-sig").splitlines())]
         items = [*filter(None, names)]
     except OSError as error:
         raise read_error(where, error, "cannot read the list") from error
