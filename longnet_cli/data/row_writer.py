@@ -94,22 +94,24 @@ class ShardWriter:
         self._file.__exit__(kind, error, traceback)
 
     def _open_writer(self) -> Any:  # each kind has write_batch and close
-        name = str(self.output)
-        if self.lines or name.endswith(".jsonl"):
-            return _JsonLines(self._sink)
-        if name == "-":
+        if self.lines:
+            return _JsonLines(self._sink, self.schema)
+        if str(self.output) == "-":
             return ipc.new_stream(self._sink, self.schema)
-        if name.endswith(".parquet"):
-            import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
+        _, dot, ending = str(self.output).rpartition(".")
+        opens = _WRITERS.get(f"{dot}{ending}", ipc.new_file)
+        try:
+            return opens(self._sink, self.schema)
+        except pa.ArrowNotImplementedError as error:  # Arrow files hold all types
+            problem = f"Parquet does not hold a column ({error})"
+            advice = "write Arrow, or leave it out of --keep"
+            raise ConfigError(f"{self.output}: {problem}: {advice}") from error
 
-            try:  # page checksums are verified on reading
-                return pq.ParquetWriter(self._sink, self.schema, write_page_checksum=True)
-            except pa.ArrowNotImplementedError as error:
-                problem = f"Parquet does not hold a column ({error}): write Arrow, or leave it out of --keep"
-                raise ConfigError(f"{self.output}: {problem}") from error
-        if name.endswith(".npy"):
-            return _NumpyArray(self._sink, self.schema)
-        return ipc.new_file(self._sink, self.schema)
+
+def _parquet_writer(sink: BinaryIO, schema: pa.Schema) -> Any:
+    import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
+
+    return pq.ParquetWriter(sink, schema, write_page_checksum=True)  # verified on reading
 
 
 def _open_output(output: str | Path, lines: bool) -> AbstractContextManager[BinaryIO]:
@@ -144,9 +146,9 @@ class _Stdout(io.FileIO):
 
 
 class _JsonLines:
-    """A writer of batches as JSON Lines, with the two methods that pyarrow's writers have."""
+    """A writer of batches as JSON Lines, which is made and used as pyarrow's writers are."""
 
-    def __init__(self, sink: BinaryIO) -> None:
+    def __init__(self, sink: BinaryIO, schema: pa.Schema) -> None:
         self._sink = sink
 
     def write_batch(self, batch: pa.RecordBatch) -> None:
@@ -161,7 +163,7 @@ class _JsonLines:
 
 
 class _NumpyArray:
-    """A writer of the column `embedding` as an array (rows, dim), with the two methods that pyarrow's writers have."""
+    """A writer of the column `embedding` as an array (rows, dim), made and used as pyarrow's writers are."""
 
     def __init__(self, sink: BinaryIO, schema: pa.Schema) -> None:
         if "embedding" not in schema.names:
@@ -186,6 +188,10 @@ class _NumpyArray:
     def close(self) -> None:
         self._sink.seek(0)
         self._write_header()
+
+
+# By the ending of a file's name; files of any other name are Arrow IPC files
+_WRITERS = {".jsonl": _JsonLines, ".npy": _NumpyArray, ".parquet": _parquet_writer}
 
 
 def token_schema(
