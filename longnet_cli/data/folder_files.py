@@ -9,6 +9,7 @@ from contextlib import suppress
 from itertools import filterfalse
 from os.path import commonprefix
 from pathlib import PurePosixPath
+from posixpath import dirname
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning
 
@@ -50,7 +51,7 @@ def choose_files(folder: str, names: Sequence[str], read: Read) -> list[str]:
     if (shards := _shards_of_data_set(folder, names, read)) is not None:
         return shards
     data_sets = folders_with(names, *MANIFESTS)
-    for parent in sorted({below.rpartition("/")[0] for below in data_sets} - {""}):
+    for parent in sorted({dirname(below) for below in data_sets} - {""}):
         check_shares_below(folder, parent, names, read)
     if "dataset_dict.json" in names:
         raise _several(folder, sorted({name.split("/")[0] for name in names if "/" in name}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from heapq import heapreplace
+from posixpath import basename, dirname
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import DataError
@@ -113,8 +114,7 @@ def check_shares_below(folder: str, parent: str, names: Sequence[str], read: Rea
 
 def folders_with(names: Sequence[str], *files: str) -> set[str]:
     """Return the folders below the outermost that hold one of these files."""
-    endings = tuple(f"/{file}" for file in files)
-    return {name.rpartition("/")[0] for name in names if name.endswith(endings)}
+    return {dirname(name) for name in names if basename(name) in files} - {""}
 
 
 def _manifests_below(names: Sequence[str], read: Read) -> dict[str, Manifest]:

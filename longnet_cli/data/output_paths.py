@@ -4,6 +4,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -99,10 +100,8 @@ def _read_files(inputs: InputFiles | None, also: Iterable[str | Path | None]) ->
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
     """Return the identity of a file or folder; None if missing, and for pipes and devices, which keep nothing."""
-    try:
+    with suppress(OSError, ValueError):
         status = os.fstat(1) if str(path) == "-" else os.stat(path)
-    except (OSError, ValueError):
-        return None
-    if stat.S_IFMT(status.st_mode) in (stat.S_IFREG, stat.S_IFDIR):
-        return status.st_dev, status.st_ino
+        if stat.S_IFMT(status.st_mode) in (stat.S_IFREG, stat.S_IFDIR):
+            return status.st_dev, status.st_ino
     return None
