@@ -222,30 +222,15 @@ class Pipe:
     closed = False
     by_lines = False  # whether its lines are read, of which blank ones say nothing
 
-    def __init__(self, raw: Any, stdin: Stdin | None = None) -> None:
-        """Read from `raw`, a buffered binary file: its `readline` must be fast. It may be the buffer of `stdin`."""
+    def __init__(self, raw: Any) -> None:
+        """Read from `raw`, a buffered binary file: its `readline` must be fast."""
         self._raw = raw
-        self._stdin = stdin
         # what was put back, or came before it was asked for: it grows and shrinks without a copy of all of it
         self._head = bytearray()
         self._position = 0
 
     def ready(self) -> bool:
-        """Return whether more of stdin, or its end, has come: bytes, or a line that is whole and not blank.
-
-        True of other pipes, where nobody asks.
-        """
-        if self._stdin is None:
-            return True
-        if not self.by_lines:
-            return self._stdin.count > self._position or self._stdin.ready()
-        while self._stdin.whole <= self._position:
-            if not self._stdin.ready():
-                return False
-            part = self._raw.read1(FEW_BYTES)
-            if not part:
-                return True
-            self._head += part
+        """Return True: nobody waits for a pipe other than stdin."""
         return True
 
     def peek(self, size: int) -> bytes:
@@ -284,6 +269,27 @@ class Pipe:
 
     def close(self) -> None:
         """Do nothing: whoever opened the file below closes it."""
+
+
+class StdinPipe(Pipe):
+    """Stdin as a Pipe with a buffer of so many bytes."""
+
+    def __init__(self, buffer_size: int) -> None:
+        self._stdin = Stdin()
+        super().__init__(io.BufferedReader(self._stdin, buffer_size))
+
+    def ready(self) -> bool:
+        """Return whether more, or the end, has come: bytes, or a line that is whole and not blank."""
+        if not self.by_lines:
+            return self._stdin.count > self._position or self._stdin.ready()
+        while self._stdin.whole <= self._position:
+            if not self._stdin.ready():
+                return False
+            part = self._raw.read1(FEW_BYTES)
+            if not part:
+                return True
+            self._head += part
+        return True
 
 
 def numpy_dtype(kind: pa.DataType) -> np.dtype:

@@ -36,7 +36,7 @@ from .jsonlines import open_json_lines
 from .opened_inputs import (
     BYTE_ORDER_MARK,
     Pipe,
-    Stdin,
+    StdinPipe,
     Table,
     Text,
     pick,
@@ -69,8 +69,7 @@ def open_input(input_file: InputFile, wanted: Wanted) -> Text | Table:
         if input_file.filesystem is not None:
             return _open_remote(input_file, wanted)
         if input_file.path is None:
-            stdin = Stdin()
-            pipe = Pipe(io.BufferedReader(stdin, TEXT_BUFFER), stdin)
+            pipe = StdinPipe(TEXT_BUFFER)
             opened = _open_pipe(input_file, pipe, wanted)
             return replace(opened, ready=pipe.ready) if isinstance(opened, Table) else opened
         # A named pipe, the shell's <(command), or a kernel file (/proc), whose size is 0.
