@@ -73,7 +73,7 @@ def choose_files(folder: str, names: Sequence[str], read: Read) -> list[str]:
 def _shards_among(files: Sequence[str]) -> list[str]:
     """Return the files of tables, otherwise those of JSON Lines; those in subfolders only if there are no others."""
     for suffixes in (SHARD_SUFFIXES, JSON_SUFFIXES):
-        if shards := [file for file in files if bare_name(file).endswith(suffixes)]:
+        if shards := _ending(files, suffixes):
             return [shard for shard in shards if "/" not in shard] or shards
     return []
 
@@ -87,7 +87,12 @@ def _texts_among(files: Sequence[str], read: Read) -> list[str]:
             texts[file] = head[:1]
     if any(texts.values()):
         return [*texts]
-    return [file for file in files if bare_name(file).endswith(HDF5_SUFFIXES)] or [*texts]
+    return _ending(files, HDF5_SUFFIXES) or [*texts]
+
+
+def _ending(files: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
+    """Return the files whose names end so, whether or not they are compressed."""
+    return [file for file in files if bare_name(file).endswith(suffixes)]
 
 
 def _shards_of_data_set(folder: str, names: Sequence[str], read: Read) -> list[str] | None:
@@ -149,7 +154,7 @@ def _refuse_splits(folder: str, shards: Sequence[str]) -> None:
     for shard in shards:
         top, _, name = shard.rpartition("/")
         stem = bare_name(name).rpartition(".")[0]
-        words = [word for word in re.split(r"[-_. 0-9]+|of", stem) if word]
+        words = [*filter(None, re.split(r"[-_. 0-9]+|of", stem))]
         named = [word for word in (*words[:1], *words[-1:], top.lower()) if word in _SPLITS]
         if named:
             shards_of[_SPLITS[named[0]]].append(shard)
