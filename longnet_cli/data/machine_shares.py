@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import DataError
 
-from .manifest import MANIFESTS, Manifest, parse_manifest
+from .manifest import MANIFESTS, Manifest, differing, parse_manifest
 
 
 class Share(NamedTuple):
@@ -140,8 +140,8 @@ def _check_same_run(
         raise DataError(f"{folder} is no share, {beside}: name the folders to read")
     if Share.parse(settings["share"]).count != Share.parse(run["share"]).count:
         raise DataError(f"{folder} is share {settings['share']}, {beside}: name one run")
-    for name in {**run, **settings}:
-        if name not in MAY_DIFFER and settings.get(name) != run.get(name):
+    for name in differing(run, settings):
+        if name not in MAY_DIFFER:
             raise DataError(
                 f"{folder}: {name} is {settings.get(name)!r}, {beside}, where it is {run.get(name)!r}: "
                 "the shares of one run have the same inputs and options"

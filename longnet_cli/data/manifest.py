@@ -10,7 +10,7 @@ So a finished folder holds only tables of one schema, and a tool that reads all 
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +62,11 @@ class Manifest:
         return seal(
             MANIFEST_VERSION, content | {name: value for name, value in known.items() if value}
         )
+
+
+def differing(settings: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """Return the names of the settings that two manifests do not share, those of the first one before the others."""
+    return [name for name in {**settings, **others} if settings.get(name) != others.get(name)]
 
 
 def marked(schema: pa.Schema) -> pa.Schema:

@@ -32,7 +32,7 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.basics.events import LeftOut
 
 from . import arrow
-from .manifest import KEY, UNFINISHED, Manifest, marked, read_manifest
+from .manifest import KEY, UNFINISHED, Manifest, differing, marked, read_manifest
 from .opened_inputs import reading
 from .row_writer import ShardWriter
 from .stored_files import StoredFile
@@ -256,15 +256,14 @@ class ShardFolder:
     def _refuse_other_settings(self, earlier: Manifest) -> None:
         old = earlier.settings
         new = self._manifest.settings
-        for name in [*new, *old]:
-            if old.get(name) != new.get(name):
-                needed = "the same inputs and options"
-                if name in _OPTIONS and name in old:
-                    needed = f"--{name} {old[name]}"
-                raise ConfigError(
-                    f"{self.folder}: cannot resume: {name} was {old.get(name)!r} and is now {new.get(name)!r}: "
-                    f"give {needed}, or a new folder"
-                )
+        for name in differing(new, old):
+            needed = "the same inputs and options"
+            if name in _OPTIONS and name in old:
+                needed = f"--{name} {old[name]}"
+            raise ConfigError(
+                f"{self.folder}: cannot resume: {name} was {old.get(name)!r} and is now {new.get(name)!r}: "
+                f"give {needed}, or a new folder"
+            )
 
     def _next_path(self) -> Path:
         return self._path(len(self._manifest.shards))
