@@ -53,6 +53,10 @@ class NotFiniteError(LongNetError):
     """A NaN or an infinity that the net computed; the message names the document and the token. Exit code 1."""
 
 
+# Messages of torch on a CPU, and of oneDNN, which got no memory for its code
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|\Acould not create a primitive\Z"
+)
 LEFT_OUT = 6  # exit code of a finished run that left out unreadable inputs, as it was told to
 
 
@@ -74,11 +78,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, ImportError):  # the loader adds why, unless memory was short
         return str(error).endswith("failed to map segment from shared object")
-    said = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate memory" in said
-        or said == "could not create a primitive"  # of oneDNN, which got no memory for its code
-    )
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
 
 
 def extra(name: str) -> str:

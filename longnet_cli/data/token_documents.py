@@ -197,8 +197,12 @@ class Apart:
 
     def name(self, doc_id: str) -> str:
         """Return the name of the next document: `doc_id`, or `doc_id#1`, `doc_id#2` where it repeats."""
-        self.repeats = self.repeats + 1 if doc_id == self.last else 0
-        name = f"{doc_id}#{self.repeats}" if self.repeats else doc_id
+        name = doc_id
+        if doc_id == self.last:
+            self.repeats += 1
+            name = f"{doc_id}#{self.repeats}"
+        else:
+            self.repeats = 0
         if name == self.written:
             name = f"{name}#1"
         self.last = doc_id
