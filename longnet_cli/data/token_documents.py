@@ -269,9 +269,9 @@ class TextPlaces:
     def of(self, start: int, end: int) -> tuple[int | None, int | None]:
         """Return the first character of the tokens [start, end), and the one after their last; None if not known."""
         begin, _ = self.of_tokens(start, start + 1)
-        if begin is None:
-            return None, None
         _, after = self.of_tokens(end - 1, end)
+        if begin is None or after is None:
+            return None, None
         return int(begin[0]), int(after[0])
 
     def of_tokens(self, start: int, stop: int) -> tuple[np.ndarray | None, np.ndarray | None]:
