@@ -45,18 +45,18 @@ class CpuFlashKernel(Kernel):
         v: Tensor,
         causal: bool,
         scale: float,
-        counts: Tensor | None = None,
+        log_counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         op = torch._scaled_dot_product_flash_attention_for_cpu  # `torch.ops` takes longer than this
         if q.shape[2] >= self._COPIED:
             q, k, v = (self._side_by_side(x) for x in (q, k, v))
-        ends = self._step_ends(q.shape[2], causal, counts, self._MAX_STEPS)
+        ends = self._step_ends(q.shape[2], causal, log_counts, self._MAX_STEPS)
         if not ends:
-            mask = None if counts is None else counts[None]
+            mask = None if log_counts is None else log_counts[None]
             return op(q, k, v, 0.0, causal and mask is None, attn_mask=mask, scale=scale)
         parts = []
         for end, rows in zip(ends, q.split(self._STEP, 2), strict=True):
-            mask = self._seen(rows, end, counts)
+            mask = self._seen(rows, end, log_counts)
             keys = k[:, :, :end]
             values = v[:, :, :end]
             part = op(rows, keys, values, 0.0, False, attn_mask=mask, scale=scale)
@@ -69,15 +69,15 @@ class CpuFlashKernel(Kernel):
         tensors: Sequence[Tensor],
         causal: bool,
         scale: float,
-        counts: Tensor | None = None,
+        log_counts: Tensor | None = None,
     ) -> Gradients:
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
         dout, q, k, v, out, lse = map(wide, tensors)
         if q.shape[2] >= self._COPIED:
             k, v = self._side_by_side(k), self._side_by_side(v)
-        ends = self._step_ends(q.shape[2], causal, counts, 2 * self._MAX_STEPS)
+        ends = self._step_ends(q.shape[2], causal, log_counts, 2 * self._MAX_STEPS)
         if not ends:
-            mask = None if counts is None else counts[None]
+            mask = None if log_counts is None else log_counts[None]
             options = (0.0, causal and mask is None)
             dq, dk, dv = op(dout, q, k, v, out, lse, *options, attn_mask=mask, scale=scale)
             return dq, dk, dv
@@ -86,7 +86,7 @@ class CpuFlashKernel(Kernel):
         for end in reversed(ends):
             rows = slice((end - 1) // self._STEP * self._STEP, end)
             dout_, q_, out_, lse_ = (x[:, :, rows] for x in (dout, q, out, lse))
-            mask = self._seen(q_, end, counts)
+            mask = self._seen(q_, end, log_counts)
             seen = (dout_, q_, k[:, :, :end], v[:, :, :end], out_, lse_)
             dq[:, :, rows], dk_, dv_ = op(*seen, 0.0, False, attn_mask=mask, scale=scale)
             if end == ends[-1]:
@@ -100,18 +100,20 @@ class CpuFlashKernel(Kernel):
         """Return x (.., rows, head_dim) with its rows beside each other if they lie more than a page apart."""
         return x.contiguous() if x.stride(2) * x.element_size() > self._PAGE else x
 
-    def _step_ends(self, rows: int, causal: bool, counts: Tensor | None, most: int) -> list[int]:
+    def _step_ends(
+        self, rows: int, causal: bool, log_counts: Tensor | None, most: int
+    ) -> list[int]:
         """Return the end of each step of a causal square; [] if one call for all rows is as fast, or not causal."""
-        if not causal or rows <= self._STEP or (counts is None and rows > most * self._STEP):
+        if not causal or rows <= self._STEP or (log_counts is None and rows > most * self._STEP):
             return []
         return [*range(self._STEP, rows, self._STEP), rows]
 
-    def _seen(self, q: Tensor, end: int, counts: Tensor | None) -> Tensor:
+    def _seen(self, q: Tensor, end: int, log_counts: Tensor | None) -> Tensor:
         """Return the mask (1, 1 or heads, rows, end) to add to scores of a step whose last row sees `end` keys."""
         rows = q.shape[2]
         first_row = end - rows
-        if counts is not None:
-            return counts[None, :, first_row:end, :end]
+        if log_counts is not None:
+            return log_counts[None, :, first_row:end, :end]
         before = self._STEP * (2 * self._MAX_STEPS - 1)  # keys that all rows of the last step see
         first = before - first_row
         triangle = _triangle(self._STEP, before, q.dtype)

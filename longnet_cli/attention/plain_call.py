@@ -29,7 +29,8 @@ class Kernel:
     name = ""
     device: str | None = None  # the type of device that it runs on, if only one has it
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    takes_counts = False  # whether it takes `counts` (heads, rows, keys): the log of how often a key counts, or -inf
+    # whether both take `log_counts` (heads, rows, keys), too: the log of how often a key counts, or -inf
+    takes_counts = False
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Return why this kernel cannot serve such tensors, or None."""
@@ -58,7 +59,7 @@ class MathKernel(Kernel):
     """Plain torch on any device, in any dtype, computed in fp32 or wider. Other kernels are probed against it.
 
     Long rows take their keys in blocks, so that at most `_MAX_SCORES` scores are in memory at a time. Calls with
-    `counts` are short.
+    `log_counts` are short.
     """
 
     name = "math"
@@ -75,9 +76,9 @@ class MathKernel(Kernel):
         v: Tensor,
         causal: bool,
         scale: float,
-        counts: Tensor | None = None,
+        log_counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        for rows, keys, scores in self._blocks(q, k, causal, scale, counts):
+        for rows, keys, scores in self._blocks(q, k, causal, scale, log_counts):
             part_lse = scores.logsumexp(-1)
             weights = scores.sub_(part_lse[..., None]).exp_()
             part = weights @ wide(v[:, :, keys])
@@ -92,14 +93,14 @@ class MathKernel(Kernel):
         tensors: Sequence[Tensor],
         causal: bool,
         scale: float,
-        counts: Tensor | None = None,
+        log_counts: Tensor | None = None,
     ) -> Gradients:
         dout, q, k, v, out, lse = map(wide, tensors)
         delta = (dout * out).sum(-1, keepdim=True)
         dq = torch.zeros_like(q)
         dk: list[Tensor] = []
         dv: list[Tensor] = []
-        for rows, keys, scores in self._blocks(q, k, causal, scale, counts):
+        for rows, keys, scores in self._blocks(q, k, causal, scale, log_counts):
             weights = scores.sub_(lse[:, :, rows, None]).exp_()
             dout_of_rows = dout[:, :, rows]
             dv.append(weights.mT @ dout_of_rows)
@@ -110,18 +111,18 @@ class MathKernel(Kernel):
         return dq, torch.cat(dk, 2), torch.cat(dv, 2)
 
     def _blocks(
-        self, q: Tensor, k: Tensor, causal: bool, scale: float, counts: Tensor | None
+        self, q: Tensor, k: Tensor, causal: bool, scale: float, log_counts: Tensor | None
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield the rows that see some keys of a block, these keys, and the scores, block by block."""
         size = k.shape[2]
-        if counts is None:
+        if log_counts is None:
             size = max(1, self._MAX_SCORES // q.shape[:3].numel())
         for first in range(0, k.shape[2], size):
             rows = slice(first if causal else 0, None)
             keys = slice(first, first + size)
             scores = (wide(q[:, :, rows]) @ wide(k[:, :, keys]).mT).mul_(scale)
-            if counts is not None:
-                scores += counts
+            if log_counts is not None:
+                scores += log_counts
             elif causal:
                 unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
                 scores.masked_fill_(unseen, float("-inf"))

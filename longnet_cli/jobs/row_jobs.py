@@ -136,7 +136,7 @@ class RowJob(ABC):
 
     def tell_progress(self, portion: Portion[InputSequence[Document]]) -> None:
         """Report the tokens that another group of ranks has read."""
-        self.reader.events.progress(self.counted(portion.length, portion.items))
+        self.reader.events.progress(self.counted(portion.length, portion.count))
 
     def read(self, reader: Reader, documents: Iterable[Document]) -> None:
         """Read documents with another reader, to try it; their rows are lost."""
@@ -452,7 +452,7 @@ def _write_folder(
         for batch in batches:
             tokens += tokens_of(batch)
             folder.write(batch, tokens=tokens_of(batch))
-        folder.count(documents=portion.items)
+        folder.count(documents=portion.count)
         if portion.ends_shard:
             folder.end_shard()
     job.end(tokens)

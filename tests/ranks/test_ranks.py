@@ -210,7 +210,7 @@ def test_portions_are_the_items_in_order(lengths, length, shard):
         found = []
         for portion in portions(items, length, length_of=lambda item: item[1], shard=shard):
             read = list(portion)
-            assert (portion.items, portion.length) == (len(read), sum(size for _, size in read))
+            assert (portion.count, portion.length) == (len(read), sum(size for _, size in read))
             found.append((read, portion.ends_shard))
         return found
 
@@ -228,7 +228,7 @@ def test_portions_are_the_items_in_order(lengths, length, shard):
 
 def test_one_group_works_on_every_portion():
     dealt = deal(portions("abcde", 4), list, Ranks())
-    assert [(list(results), portion.items) for portion, results in dealt] == [
+    assert [(list(results), portion.count) for portion, results in dealt] == [
         (["a", "b"], 2),
         (["c", "d"], 2),
         (["e"], 1),

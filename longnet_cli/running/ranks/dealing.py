@@ -33,14 +33,14 @@ T = TypeVar("T")
 class Portion(Generic[T]):
     """Neighbouring items, to be read once. The attributes are valid when all items have been read.
 
-    `items` is the number of items, `length` their total length. `ends_shard` is true for the last portion of a shard,
+    `count` is the number of items, `length` their total length. `ends_shard` is true for the last portion of a shard,
     `ends_early` for one that a None among the items has ended.
     """
 
     def __init__(self, items: Iterator[T | None], is_full: Callable[[Portion[T], T], bool]) -> None:
         self._items = items
         self._is_full = is_full
-        self.items = 0
+        self.count = 0
         self.length = 0
         self.ends_shard = False
         self.ends_early = False
@@ -75,14 +75,14 @@ def portions(
 
     def is_full(portion: Portion[T], item: T) -> bool:
         nonlocal in_shard
-        portion.items += 1
+        portion.count += 1
         portion.length += length_of(item)
         if shard is not None:
             in_shard += size_of(item)
             if in_shard >= shard:
                 in_shard = 0
                 portion.ends_shard = True
-        return portion.ends_shard or portion.length + portion.items >= length
+        return portion.ends_shard or portion.length + portion.count >= length
 
     for first in remaining:
         if first is not None:
@@ -205,7 +205,7 @@ class _Deal(Generic[P]):
             for piece, start in enumerate(starts):
                 value = data[start : start + VALUE_BYTES]
                 self.store.set(f"{index}/{piece}", value)  # type: ignore[arg-type]
-            self.store.set(str(index), f"{len(starts)} {portion.items} {portion.length}")
+            self.store.set(str(index), f"{len(starts)} {portion.count} {portion.length}")
 
     def _arrived(self) -> Iterator[tuple[P, Batches]]:
         """Yield the next portions whose results have arrived, on rank 0."""
@@ -227,9 +227,9 @@ class _Deal(Generic[P]):
     def _fetch(self, index: int, portion: Portion[object]) -> Batches:
         """Return and delete the results of a portion. Raises DataError where the other rank read another portion."""
         number, *read = map(int, self.store.get(str(index)).split())
-        if read != [portion.items, portion.length]:
+        if read != [portion.count, portion.length]:
             raise DataError(
-                f"the ranks read different data: portion {index} is {portion.items} documents of {portion.length} "
+                f"the ranks read different data: portion {index} is {portion.count} documents of {portion.length} "
                 f"tokens on rank 0 and {read[0]} of {read[1]} on another: has an input changed, or does a node lack it?"
             )
         pieces = [f"{index}/{piece}" for piece in range(number)]
