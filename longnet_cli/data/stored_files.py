@@ -127,7 +127,7 @@ class StoredIds:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         ids = np.empty(self.length, self.dtype)
         self.file.read_at(self.offset, ids)
-        return ids if dtype is None else ids.astype(dtype, copy=False)
+        return np.asarray(ids, dtype)
 
 
 def read_error(what: str, error: OSError, problem: str = "cannot read") -> LongNetError:

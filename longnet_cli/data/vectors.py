@@ -179,8 +179,7 @@ def _part(
     vectors = arrays[columns.documents].slice(first, len(run))
     axes = [arrays[name].slice(first, len(run)) for name in columns.coords]
     if nested:
-        (start,), (stop,) = list_bounds(vectors)
-        vectors = vectors.values.slice(start, stop - start)
+        vectors = vectors.flatten()
         axes = [axis.flatten() for axis in axes]
         if vectors.null_count:
             raise BadRowError(f"{place(0)}: the value is null")
