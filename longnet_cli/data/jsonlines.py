@@ -35,6 +35,7 @@ _NAMES = (str, int)  # types of a document's name, and no bool
 _CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages with any keys
 # In place of types that pyarrow gives to values
 _PLAIN = {pa.string(): _TEXT, pa.list_(pa.null()): _IDS, pa.list_(pa.int64()): _IDS}
+_PLAIN_OR_NULL = {**_PLAIN, pa.null(): _TEXT}
 _Reader = Callable[[dict[str, Any]], Any]
 
 
@@ -167,7 +168,7 @@ def _type_of_all(values: list[Any], of_first: pa.DataType | None, what: str) -> 
         raise DataError(f"{what} are not of one type: {first_line(error)}") from None
     if is_name and not pa.types.is_integer(kind):
         return of_first
-    return _TEXT if pa.types.is_null(kind) else _PLAIN.get(kind, kind)
+    return _PLAIN_OR_NULL.get(kind, kind)
 
 
 def _value(row: dict[str, Any], name: str, default: Any = None) -> Any:

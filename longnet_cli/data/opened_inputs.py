@@ -166,10 +166,12 @@ def plain(column: pa.Array) -> pa.Array:
     return column if kind == column.type else column.cast(kind)
 
 
+_MAKERS = {pa.list_(pa.null()).id: pa.list_, pa.large_list(pa.null()).id: pa.large_list}
+
+
 def _without_views(kind: pa.DataType) -> pa.DataType:
-    for make, test in ((pa.list_, pa.types.is_list), (pa.large_list, pa.types.is_large_list)):
-        if test(kind):
-            return make(_without_views(kind.value_type))
+    if make := _MAKERS.get(kind.id):
+        return make(_without_views(kind.value_type))
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
     return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(
