@@ -28,9 +28,10 @@ def is_folder(output: str | Path, *, resume: bool = False) -> bool:
     Raises ConfigError for an empty name, for an address in a store, for the name of a file of another kind, and where
     something else than a folder is to `resume`.
     """
-    if not str(output):  # such as an unset variable in a script
+    name = str(output)
+    if not name:  # such as an unset variable in a script
         raise ConfigError("-o is empty: name a folder or a file")
-    if "://" in str(output):
+    if "://" in name:
         raise ConfigError(
             f"{output}: outputs are written to this machine's disks: name a folder, and copy it "
             "afterwards, for example with `aws s3 sync FOLDER s3://...`"
@@ -38,7 +39,7 @@ def is_folder(output: str | Path, *, resume: bool = False) -> bool:
     refuse_other_suffix("-o", output)
     path = Path(output)
     special = path.exists() and _identity(path) is None
-    folder = str(output) != "-" and not str(output).endswith(OUTPUT_SUFFIXES) and not special
+    folder = name != "-" and not name.endswith(OUTPUT_SUFFIXES) and not special
     if resume and not folder:
         raise ConfigError(
             f"{output}: only a folder of shards can be resumed: a single file or stream has no parts"

@@ -41,12 +41,12 @@ class ShardWriter:
     """
 
     def __init__(self, output: str | Path, schema: pa.Schema, *, lines: bool = False) -> None:
-        self.output = output
+        self.output = str(output)
         self.schema = schema
         self.lines = lines
         self.rows = 0
         self._between_messages = True
-        self._name = "stdout" if str(output) == "-" else str(output)  # in messages
+        self._name = "stdout" if self.output == "-" else self.output  # in messages
 
     def __enter__(self) -> "ShardWriter":
         with ExitStack() as stack:
@@ -85,7 +85,7 @@ class ShardWriter:
                 self._writer.close()
                 self._sink.flush()
             return
-        if str(self.output) != "-":
+        if self.output != "-":
             # a Parquet writer closes itself later, into a file that is gone
             with suppress(Exception):
                 self._writer.close()
@@ -96,9 +96,9 @@ class ShardWriter:
     def _open_writer(self) -> Any:  # each kind has write_batch and close
         if self.lines:
             return _JsonLines(self._sink, self.schema)
-        if str(self.output) == "-":
+        if self.output == "-":
             return ipc.new_stream(self._sink, self.schema)
-        _, dot, ending = str(self.output).rpartition(".")
+        _, dot, ending = self.output.rpartition(".")
         opens = _WRITERS.get(f"{dot}{ending}", ipc.new_file)
         try:
             return opens(self._sink, self.schema)
@@ -114,8 +114,8 @@ def _parquet_writer(sink: BinaryIO, schema: pa.Schema) -> Any:
     return pq.ParquetWriter(sink, schema, write_page_checksum=True)  # verified on reading
 
 
-def _open_output(output: str | Path, lines: bool) -> AbstractContextManager[BinaryIO]:
-    if str(output) != "-":
+def _open_output(output: str, lines: bool) -> AbstractContextManager[BinaryIO]:
+    if output != "-":
         return atomic_write(output)
     if sys.stdout is None:
         raise ConfigError("stdout is closed: name an output file")
