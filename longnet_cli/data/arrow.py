@@ -142,7 +142,7 @@ class _ArrowBytes:
             place = self.tell()
             for batch in reader:
                 yield batch
-                count = count + 1
+                count += 1
                 place = self.tell()
             if self.tell() == place:  # pyarrow takes the end of the data for the marker
                 raise DataError(

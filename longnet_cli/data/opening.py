@@ -193,7 +193,7 @@ def _decoded(pipe: Pipe, where: str) -> Iterator[str]:
                 f"{where}: neither Arrow, Parquet nor UTF-8 text: {what}{_advice(data)}"
             )
         yield text
-        position = position + used
+        position += used
         data = data[used:] + following
 
 

@@ -209,7 +209,7 @@ class PassageIndex:
         """Add the passages of a text, which is in a `file` of the inputs. `on_bytes` gets the size of each."""
         end = 0
         for piece in cut(text.parts, "passage"):
-            end = end + len(piece)
+            end += len(piece)
             passage = piece.strip()
             start = end - len(piece.lstrip())
             compared = passage

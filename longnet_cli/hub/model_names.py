@@ -10,7 +10,6 @@ huggingface_hub (the extra `hf`), without the network, or downloaded into it; `r
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable
 from functools import partial
@@ -42,7 +41,7 @@ def model_path(name: str) -> Path:
     Raises ConfigError for a name that is not shipped. A path may lead to nothing.
     """
     refuse_web_address(name)
-    if "/" in name or os.sep in name or name.endswith(".toml"):
+    if "/" in name or name.endswith(".toml"):
         return Path(name)
     shipped = list_models()
     if name not in shipped:
