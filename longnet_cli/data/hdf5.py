@@ -111,8 +111,13 @@ def _rows(content: Any, key: str, h5py: Any) -> _RowsDataset | None:
     dataset = content[key]
     if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
         return None
-    is_rows = dataset.ndim > 1 and dataset.shape[:-2] in ((), (1,)) and dataset.shape[-1] > 0
-    return _RowsDataset(dataset) if is_rows and dataset.dtype.kind in "fiu" else None
+    is_rows_of_numbers = (
+        dataset.ndim > 1
+        and dataset.shape[:-2] in ((), (1,))
+        and dataset.shape[-1] > 0
+        and dataset.dtype.kind in "fiu"
+    )
+    return _RowsDataset(dataset) if is_rows_of_numbers else None
 
 
 def _tile_size(attributes: Any) -> float:
