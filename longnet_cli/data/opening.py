@@ -103,13 +103,13 @@ def _open_remote(input_file: InputFile, wanted: Wanted) -> Text | Table:
 def _open_file(input_file: InputFile, kind: str, stream: Any, wanted: Wanted) -> Text | Table:
     """Open `stream`, a binary file that can seek: a StoredFile, or one in a store."""
     stream.seek(0)
-    is_stored = isinstance(stream, StoredFile)
     if opens := _SEEKING.get(kind):
         return opens(input_file.name, input_file.where, stream)
-    if kind == "file" and is_stored:
+    if not isinstance(stream, StoredFile):  # of a store, which has a buffer
+        return _open_pipe(input_file, Pipe(stream), wanted)
+    if kind == "file":
         return arrow.open_file(input_file.name, input_file.where, stream)
-    buffered = io.BufferedReader(stream, TEXT_BUFFER) if is_stored else stream
-    return _open_pipe(input_file, Pipe(buffered), wanted)
+    return _open_pipe(input_file, Pipe(io.BufferedReader(stream, TEXT_BUFFER)), wanted)
 
 
 def _open_pipe(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Table:
