@@ -138,8 +138,7 @@ def group_rows(
     stdin without a name, does not wait for the next one.
     """
     rows = _read_rows(table, columns, values_of, whole)
-    unnamed = not (columns.doc_id or whole)
-    if apart or table.rows_alone or (table.ready and unnamed):
+    if apart or table.rows_alone or (table.ready and not columns.doc_id and not whole):
         for row in rows:
             doc_id = apart.name(row.doc_id) if apart else row.doc_id
             yield row._replace(doc_id=doc_id, values=_values(table, doc_id, iter((row,))))
