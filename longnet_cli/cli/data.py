@@ -61,10 +61,10 @@ def inspect(options: InspectCommand) -> None:
     from longnet_cli.data.tokenizer import Tokenizer, end_of_text
     from longnet_cli.jobs.inspecting import inspect as run
 
-    words = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
     with progress("inspecting", total=None) as advance:
-        eos_id = end_of_text(options.eos, words)
-        reads = Inputs(options.inputs, words, options.column, options.id_column, eos_id=eos_id)
+        eos_id = end_of_text(options.eos, tokenizer)
+        reads = Inputs(options.inputs, tokenizer, options.column, options.id_column, eos_id=eos_id)
         inspection = run(reads, events=Events(progress=advance))
     if options.format == "json":
         emit_json(inspection.as_dict())

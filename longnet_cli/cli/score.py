@@ -142,11 +142,13 @@ def score(options: ScoreCommand) -> None:
     from longnet_cli.jobs.row_jobs import Output
     from longnet_cli.jobs.scoring.scoring import Scorer
 
-    words = opened.loaded.tokenizer
+    tokenizer = opened.loaded.tokenizer
     job = Scorer.of_model(opened.reader(), asked, opened.loaded, bool(options.top))
     if options.choice.pattern:
         tell(f"pattern {job.facts.pattern}")
-    inputs = opened.inputs(words.for_documents() if words and options.token_logprobs else words)
+    inputs = opened.inputs(
+        tokenizer.for_documents() if tokenizer and options.token_logprobs else tokenizer
+    )
     if options.running.dry_run:
         show_job(opened, job, inputs, options.running.sample, options.format)
         return

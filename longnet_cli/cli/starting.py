@@ -176,8 +176,8 @@ class Opened:
             ranks=self.ranks,
         )
 
-    def inputs(self, words: Tokenizer | None) -> Inputs:
-        """Return the documents as the model reads them, texts by the tokenizer `words`."""
+    def inputs(self, tokenizer: Tokenizer | None) -> Inputs:
+        """Return the documents as the model reads them, texts by `tokenizer`."""
         from longnet_cli.data.input_documents import Inputs
         from longnet_cli.data.tokenizer import end_of_text
 
@@ -192,7 +192,7 @@ class Opened:
             )
         return Inputs(
             self.found.input_files,
-            words,
+            tokenizer,
             documents.column,
             documents.id_column,
             documents.kept,

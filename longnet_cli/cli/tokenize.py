@@ -88,8 +88,8 @@ def tokenize(options: TokenizeCommand) -> None:
         refuse_read_once(options.inputs)
     names = options.column, options.id_column, tuple(options.keep or ())
     data = Inputs(options.inputs, None, *names, skip_bad=options.skip_bad, share=options.share)
-    words = options.tokenizer and Tokenizer.find(options.tokenizer)
-    refuse_overwriting("-o", [output, beside or output], data.all_files, [words])
+    tokenizer = options.tokenizer and Tokenizer.find(options.tokenizer)
+    refuse_overwriting("-o", [output, beside or output], data.all_files, [tokenizer])
     where_to = "token ids are binary, stdout is a terminal: name a folder or a file (-o tokens), or pipe them"
     earlier = check_output(output, where_to, given_names(options), resume=options.resume)
     _write(options, data, earlier)

@@ -132,9 +132,9 @@ def prompt(
     It is in the model's chat template, if that is loaded. `system` replaces SYSTEM before the passages, and BRIEFLY
     after the question.
     """
-    words = loaded.tokenizer
+    tokenizer = loaded.tokenizer
     most = loaded.net.config.max_tokens
-    if words is None:
+    if tokenizer is None:
         raise ConfigError(f"{loaded.origin}: there is no tokenizer, which reads a question")
     asked = f"Question: {question}"
     if system is None:
@@ -146,7 +146,7 @@ def prompt(
         if loaded.chat:
             ids = loaded.chat.encode(text, system)
         else:
-            ids = words.encode(f"{system}\n\n{text}\nAnswer:")
+            ids = tokenizer.encode(f"{system}\n\n{text}\nAnswer:")
         # one token may stand before them
         if len(best) < 2 or most is None or len(ids) + max_tokens < most:
             return Document("question", ids, None, "the question with its best passage"), best

@@ -41,7 +41,7 @@ from .row_jobs import RowJob
 
 SIZE_OPTIONS = {"span", "stride", "dims", "tile_size", "last", "chunk", "context"}
 Options = TypeVar("Options")
-JobAndWords = Callable[[], tuple[RowJob, Tokenizer | None]]
+JobAndTokenizer = Callable[[], tuple[RowJob, Tokenizer | None]]
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,17 @@ def embed(
     a text that the model cannot read is NaN. Raises ConfigError for what is no list of texts, and what `encode_batches`
     raises.
     """
-    words = texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else [*texts]
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in words):
+    listed = texts.to_pylist() if isinstance(texts, pa.Array | pa.ChunkedArray) else [*texts]
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in listed):
         raise ConfigError(
             "a list of texts is needed, each a str: [text] for one, encode_batches for a table"
         )
-    numbers = pa.array(range(len(words)), pa.int64())
-    table = pa.table({"doc_id": numbers, "text": pa.array(words, pa.large_string())})
+    numbers = pa.array(range(len(listed)), pa.int64())
+    table = pa.table({"doc_id": numbers, "text": pa.array(listed, pa.large_string())})
     rows: Any = encode_batches(table, model=model, span=None, keep=(), **options)
     embeddings = rows["embedding"].combine_chunks()
     kind = embeddings.type
-    vectors = np.full((len(words), kind.list_size), np.nan, numpy_dtype(kind.value_type))
+    vectors = np.full((len(listed), kind.list_size), np.nan, numpy_dtype(kind.value_type))
     places = rows["doc_id"].to_numpy().astype(int)
     vectors[places] = embeddings.flatten().to_numpy().reshape(-1, kind.list_size)
     return vectors
@@ -135,12 +135,12 @@ def encode_batches(batches: Any, **options: Any) -> Any:
     """
     asked, reading = _read(options, EncodeOptions)
 
-    def job_and_words() -> tuple[RowJob, Tokenizer | None]:
+    def job_and_tokenizer() -> tuple[RowJob, Tokenizer | None]:
         loaded = reading.load(embeds=True)
-        options, facts, words = _encoding(reading.model, loaded, asked)
-        return Encoder(reading.reader(loaded), options, facts), words
+        options, facts, tokenizer = _encoding(reading.model, loaded, asked)
+        return Encoder(reading.reader(loaded), options, facts), tokenizer
 
-    return _mapped(batches, reading, job_and_words)
+    return _mapped(batches, reading, job_and_tokenizer)
 
 
 def score_batches(batches: Any, **options: Any) -> Any:
@@ -159,11 +159,11 @@ def score_batches(batches: Any, **options: Any) -> Any:
     options["context"] = context and tuple(_size("context", size) for size in context)
     asked, reading = _read(options, ScoreOptions)
 
-    def job_and_words() -> tuple[RowJob, Tokenizer | None]:
+    def job_and_tokenizer() -> tuple[RowJob, Tokenizer | None]:
         loaded = reading.load()
         return Scorer.of_model(reading.reader(loaded), asked, loaded), loaded.tokenizer
 
-    return _mapped(batches, reading, job_and_words)
+    return _mapped(batches, reading, job_and_tokenizer)
 
 
 encode_batches.__signature__ = _signature(EncodeOptions, Reading)  # type: ignore[attr-defined]
@@ -230,17 +230,17 @@ def _encoding(
     return options, facts, facts.tokenizer_for(loaded)
 
 
-def _mapped(batches: Any, reading: Reading, job_and_words: JobAndWords) -> Any:
+def _mapped(batches: Any, reading: Reading, job_and_tokenizer: JobAndTokenizer) -> Any:
     """Apply a job, with what tokenizes texts for it, to a table or to batches, and return the same kind."""
     arrow = tables(batches)
     if isinstance(arrow, pa.Table):
         numbered = not isinstance(batches, pa.Table | pa.RecordBatch)
-        return pa.Table.from_batches(_rows(arrow, "table", reading, job_and_words, numbered))
+        return pa.Table.from_batches(_rows(arrow, "table", reading, job_and_tokenizer, numbered))
 
     def rows() -> Iterator[pa.RecordBatch]:
         for index, batch in enumerate(arrow):
             table = pa.Table.from_batches([_checked_batch(batch)])
-            yield from _rows(table, f"batch {index}", reading, job_and_words)
+            yield from _rows(table, f"batch {index}", reading, job_and_tokenizer)
 
     return (batch for batch in rows() if batch.num_rows)
 
@@ -295,7 +295,7 @@ def _rows(
     table: pa.Table,
     where: str,
     reading: Reading,
-    job_and_words: JobAndWords,
+    job_and_tokenizer: JobAndTokenizer,
     numbered: bool = False,
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a table whose rows are documents, then an empty batch, so that the schema is known if none are.
@@ -312,12 +312,12 @@ def _rows(
                 f"(id_column); its columns are {', '.join(names)}"
             )
         table = table.append_column("doc_id", pa.array(range(len(table)), pa.int64()))
-    job, words = job_and_words()
+    job, tokenizer = job_and_tokenizer()
     batches = table.to_batches()
     opened = Table(where, where, table.schema, lambda names: iter(batches), rows_alone=True)
     inputs = Inputs(
         (),
-        words,
+        tokenizer,
         reading.column,
         reading.id_column,
         reading.keep,

@@ -91,8 +91,8 @@ class EncodeFacts(ModelFacts):
 
     def tokenizer_for(self, loaded: Loaded) -> Tokenizer | None:
         """Return the tokenizer that reads documents of text: after the prompt of an embedding model, with places."""
-        words = loaded.embedding.words if loaded.embedding else loaded.tokenizer
-        return words and words.for_documents(self.prompt or "")
+        tokenizer = loaded.embedding.tokenizer if loaded.embedding else loaded.tokenizer
+        return tokenizer and tokenizer.for_documents(self.prompt or "")
 
 
 class TextCut:
@@ -182,24 +182,24 @@ def _own_window(net: Net, window: int | None) -> int | None:
 def _with_prompt(facts: EncodeFacts, embedding: Embedding, prompt: str) -> EncodeFacts:
     """Return the facts of an embedding model that reads texts after a `prompt`."""
     model = embedding.model
-    words = embedding.words.for_documents(prompt)
-    opening, closing = words.ids_around
+    tokenizer = embedding.tokenizer.for_documents(prompt)
+    opening, closing = tokenizer.ids_around
     unpooled = None
     if prompt and not model.pools_prompt:
         # as the library counts: it may take a token of the text for the prompt's
-        alone = (*opening, *words.encode(prompt).tolist(), *closing)
-        unpooled = len(alone) - (not words.special_ids.isdisjoint(alone[-1:]))
+        alone = (*opening, *tokenizer.encode(prompt).tolist(), *closing)
+        unpooled = len(alone) - (not tokenizer.special_ids.isdisjoint(alone[-1:]))
     return replace(
         facts,
         bos=opening,
-        tokenizer_sha256=words.sha256,
-        prefix=words.prompt_ids,
+        tokenizer_sha256=tokenizer.sha256,
+        prefix=tokenizer.prompt_ids,
         query_prompt=model.query_prompt,
         closing=list(closing),
         unpooled=unpooled,
         prompt=prompt or None,
         modules=model.modules if model.of_folder else None,
-        splits_special=words.splits_special,
+        splits_special=tokenizer.splits_special,
     )
 
 

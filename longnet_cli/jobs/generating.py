@@ -183,11 +183,11 @@ def _loaded(model: str | Loaded | Net, dtype: str, bos: Bos | Literal["own"]) ->
     return Loaded(loaded, None, None, frozenset(), None, "")
 
 
-def _prompt(words: Any, prompt: object, chats: bool) -> Document:
-    """Return a prompt in the ids of `words`, a tokenizer or a chat template. Raises ConfigError without it."""
-    if words is None:
+def _prompt(tokenizer: Any, prompt: object, chats: bool) -> Document:
+    """Return a prompt in the ids of a tokenizer, which may be a chat template. Raises ConfigError without it."""
+    if tokenizer is None:
         raise ConfigError(f"a prompt of text needs a tokenizer{', and a chat template' * chats}")
-    return Document("prompt", words.encode(prompt), None, "the prompt")
+    return Document("prompt", tokenizer.encode(prompt), None, "the prompt")
 
 
 def _sequence(net: Net, prompt: Document, bos: Bos, read: int) -> InputSequence[Document]:

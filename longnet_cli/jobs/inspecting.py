@@ -111,21 +111,21 @@ def inspect(
     """
     inspection = Inspection()
     inputs = replace(inputs, skip_bad=True)
-    words = inputs.tokenizer or Tokenizer.bytes()
+    tokenizer = inputs.tokenizer or Tokenizer.bytes()
 
     def read(opened: Text | Table, types: TokenTypes) -> Iterator[Any]:
         with _noting(inspection):
             yield from _items(inspection, inputs, opened, types)
 
     def finish(item: Text | Document) -> Document:
-        return encode_text(item, words, inputs.vocab_size) if isinstance(item, Text) else item
+        return encode_text(item, tokenizer, inputs.vocab_size) if isinstance(item, Text) else item
 
     with _noting(inspection):  # a file that changes ends the pass
         for document in DocumentPass(inputs, read, finish=finish):
             with _noting(inspection):
                 if isinstance(document, Unread):
                     raise document.error
-                _count(inspection, document, bool(document.tokenizer) and words.is_bytes)
+                _count(inspection, document, bool(document.tokenizer) and tokenizer.is_bytes)
                 events.progress(len(document))
     if not inspection.documents:
         inspection.n_bytes = None

@@ -99,22 +99,25 @@ def tokenize(
     events = events or Events()
     # a folder that cannot be resumed is refused here, before a tokenizer is trained
     earlier = run_to_resume(output, resume=resume) if in_folder else None
-    words = _tokenizer(inputs, tokenizer, train_vocab, output, earlier)
-    words, appended, of_settings = _with_end(words, eos)
-    documents = inputs.texts(words, digests=in_folder, note=events.note)
+    tokenizer = _tokenizer(inputs, tokenizer, train_vocab, output, earlier)
+    tokenizer, appended, of_settings = _with_end(tokenizer, eos)
+    documents = inputs.texts(tokenizer, digests=in_folder, note=events.note)
     texts: Iterator[Any] = _readable(documents, events.left_out.skip)
     kept: list[pa.Field] = []
     if inputs.keep:  # first_kept waits for the first document
         kept, texts = first_kept(texts)
     schema = token_schema(
-        vocab_size=words.vocab_size, eos_id=words.eos_id, tokenizer_sha256=words.sha256, kept=kept
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        tokenizer_sha256=tokenizer.sha256,
+        kept=kept,
     )
     opened: ShardFolder | _OneFile = _OneFile(output, schema)
     most = math.inf  # tokens of a shard
     if in_folder:
         most = shard_tokens
         settings = {
-            "tokenizer": words.sha256,
+            "tokenizer": tokenizer.sha256,
             "train_vocab": train_vocab,
             "eos": of_settings,
             "shard_tokens": shard_tokens,
@@ -122,28 +125,28 @@ def tokenize(
         opened = ShardFolder(
             output,
             schema,
-            settings=inputs.settings(words, kept) | settings,
+            settings=inputs.settings(tokenizer, kept) | settings,
             format=shard_format,
-            tokenizer=words.description,
+            tokenizer=tokenizer.description,
             resume=resume,
             left_out=events.left_out,
             opened=documents.opened,
         )
     is_stream = str(output) == "-"
     small = is_stream or str(output).endswith(".jsonl")
-    work = _Work(words, appended, is_stream, documents.ready, events.progress)
+    work = _Work(tokenizer, appended, is_stream, documents.ready, events.progress)
     with opened:
         rows = TokenBatches(opened, SMALL_BATCH_BYTES if small else BATCH_BYTES, most, kept)
         work.run(iter(()) if opened.finished else opened.unread(texts), rows)
-    return _result(rows.totals, words, output, opened.paths)
+    return _result(rows.totals, tokenizer, output, opened.paths)
 
 
-def _with_end(words: Tokenizer, eos: str | int | bool) -> tuple[Tokenizer, int | None, object]:
+def _with_end(tokenizer: Tokenizer, eos: str | int | bool) -> tuple[Tokenizer, int | None, object]:
     """Return the tokenizer with the end of text that is appended, its id or None, and what a folder's settings say."""
-    appended = end_of_text(eos, words)
-    if appended in (None, words.eos_id):
-        return words, appended, appended is not None
-    return words.with_eos(appended), appended, str(appended)  # as an int, 1 would equal True
+    appended = end_of_text(eos, tokenizer)
+    if appended in (None, tokenizer.eos_id):
+        return tokenizer, appended, appended is not None
+    return tokenizer.with_eos(appended), appended, str(appended)  # as an int, 1 would equal True
 
 
 class _OneFile(ShardWriter):
@@ -165,14 +168,14 @@ class _OneFile(ShardWriter):
 
 
 def _result(
-    totals: Mapping[str, int], words: Tokenizer, output: str | Path, shards: Sequence[Path]
+    totals: Mapping[str, int], tokenizer: Tokenizer, output: str | Path, shards: Sequence[Path]
 ) -> TokenizeResult:
     """Return the totals, and write the tokenizer beside an output file."""
     if beside := tokenizer_beside(output):
-        words.save(beside)
+        tokenizer.save(beside)
         shards = [Path(output)]
     counts = (totals["documents"], totals["tokens"], totals["bytes"])
-    return TokenizeResult(*counts, list(shards), words)
+    return TokenizeResult(*counts, list(shards), tokenizer)
 
 
 def tokenizer_beside(output: str | Path) -> Path | None:

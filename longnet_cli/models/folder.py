@@ -55,7 +55,7 @@ class Embedding(NamedTuple):
     """The way in which an embedding model reads a text and makes its vector, and the tokenizer with its template."""
 
     model: SentenceModel
-    words: Tokenizer
+    tokenizer: Tokenizer
 
 
 class Loaded(NamedTuple):
@@ -365,25 +365,25 @@ class ModelFolder:
         if device.type == "cpu":
             keep_freed_memory()
         with self._unpacked(dtype_name, note) as folder:
-            words = folder.tokenizer(tokenizer, differs=tokenizer_differs)
-            start = folder.bos(words, bos)
-            ends = folder.ends(words)
-            template = folder.chat(words, chat)
+            model_tokenizer = folder.tokenizer(tokenizer, differs=tokenizer_differs)
+            start = folder.bos(model_tokenizer, bos)
+            ends = folder.ends(model_tokenizer)
+            template = folder.chat(model_tokenizer, chat)
             model = folder.sentence_model()
             net = folder.net(pattern=pattern, device=device, dtype=DTYPES[dtype_name])
-            embedding = folder.embedding(model, words, net, note)
+            embedding = folder.embedding(model, model_tokenizer, net, note)
         check_kernel(device, dtype, net.config.head_dim)
         if embedding:
-            words = words or embedding.words
+            model_tokenizer = model_tokenizer or embedding.tokenizer
             if bos:
                 raise ConfigError(
                     f"{self.name}: its tokenizer's template says what stands before a text: leave out --bos"
                 )
         if net.config.vocab_size:
             start = self._start_of(net, start, bos)
-            self._check_ids(net.config.vocab_size, words, start, tokenizer)
+            self._check_ids(net.config.vocab_size, model_tokenizer, start, tokenizer)
         elif vectors:
-            words = start = None
+            model_tokenizer = start = None
         else:
             raise ConfigError(
                 f"{self.name}: this model has no vocabulary: it reads vectors, not tokens"
@@ -391,7 +391,7 @@ class ModelFolder:
         in_windows = embedding and not net.config.causal and not net.dilated
         if not in_windows:
             self._tell(note, net.note)
-        return Loaded(net, words, start, ends, template, self.origin, embedding)
+        return Loaded(net, model_tokenizer, start, ends, template, self.origin, embedding)
 
     def _start_of(self, net: Net, start: Bos, bos: str | None) -> Bos:
         """Return the ids that a net reads before a text: `start`, or None for a net that looks in both directions.
@@ -404,13 +404,15 @@ class ModelFolder:
             raise ConfigError(f"{self.name}: it looks in both directions: leave out --bos")
         return None
 
-    def _check_ids(self, size: int, words: Tokenizer | None, start: Bos, named: str | None) -> None:
+    def _check_ids(
+        self, size: int, tokenizer: Tokenizer | None, start: Bos, named: str | None
+    ) -> None:
         """Raise ConfigError for ids of the tokenizer or of the `start` that a vocabulary of this size does not have."""
         from longnet_cli.nets.net import bos_ids
 
-        if words and words.vocab_size > size:
+        if tokenizer and tokenizer.vocab_size > size:
             raise ConfigError(
-                f"{named or self.path / TOKENIZER}: the tokenizer has {words.vocab_size} ids and the model "
+                f"{named or self.path / TOKENIZER}: the tokenizer has {tokenizer.vocab_size} ids and the model "
                 f"{size}: they do not belong together"
             )
         for bos_id in bos_ids(start):
@@ -462,26 +464,26 @@ class ModelFolder:
             model = plain_model(self.path)
         self._tell(note, model.note)
         if tokenizer:
-            words = self._reading_texts(tokenizer, model.lowercase)
+            text_tokenizer = self._reading_texts(tokenizer, model.lowercase)
         else:
-            from longnet_cli.models.hf.sentence_folder import read_words
+            from longnet_cli.models.hf.sentence_folder import read_tokenizer
 
-            words = read_words(self.path, model.lowercase)
+            text_tokenizer = read_tokenizer(self.path, model.lowercase)
         cast("TransformersNet", net).add_steps(model.steps)
-        return Embedding(model, words)
+        return Embedding(model, text_tokenizer)
 
     def _reading_texts(self, tokenizer: Tokenizer, lowercase: bool) -> Tokenizer:
         """Return a tokenizer, the model's own or a named one, as it reads texts for an embedding model."""
-        from longnet_cli.models.hf.sentence_folder import lowercased, read_words
+        from longnet_cli.models.hf.sentence_folder import lowercased, read_tokenizer
 
         if tokenizer.folder == self.path:
-            words = read_words(self.path, lowercase)
+            text_tokenizer = read_tokenizer(self.path, lowercase)
         else:
-            words = lowercased(tokenizer) if lowercase else tokenizer.for_documents()
-            words.splits_special = False
-        if words.encodes_as(tokenizer):
-            words.sha256 = tokenizer.sha256
-        return words
+            text_tokenizer = lowercased(tokenizer) if lowercase else tokenizer.for_documents()
+            text_tokenizer.splits_special = False
+        if text_tokenizer.encodes_as(tokenizer):
+            text_tokenizer.sha256 = tokenizer.sha256
+        return text_tokenizer
 
     def check_weights_fit(self, dtype: str, device: torch.device, free: float) -> None:
         """Raise MemoryLimitError, before they are loaded, if the weights take more than `free` bytes.

@@ -355,19 +355,19 @@ def split_words(tokenizer: Any, reader: Any) -> None:
     fields = {
         key: value_of(reader.fields[key]) for key in (MODEL, PRE, PREFIX) if key in reader.fields
     }
-    words = tokenizer.backend_tokenizer
+    inner = tokenizer.backend_tokenizer
     pre = fields.get(PRE)
     if fields.get(MODEL) == "gpt2":
         if pre == "smollm":
             digits = pre_tokenizers.Digits(individual_digits=True)
             bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            words.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+            inner.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
         elif pre not in {None, "gpt-2", *_known_splits()}:
             raise CheckpointError(
                 f"{PRE} = {pre}: its way to split words is not known to this transformers"
             )
     if fields.get(MODEL) == "llama":
-        first_id = words.encode("a", add_special_tokens=False).ids[0]
+        first_id = inner.encode("a", add_special_tokens=False).ids[0]
         has_prefix = tokenizer.convert_ids_to_tokens(first_id).startswith("\u2581")
         if fields.get(PREFIX, has_prefix) != has_prefix:
             raise CheckpointError(

@@ -417,7 +417,7 @@ def foreign_files(eos: str) -> dict[str, Any]:
 
     `eos` is the token that ends documents, and so stands before each; empty for none.
     """
-    words: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
@@ -425,12 +425,12 @@ def foreign_files(eos: str) -> dict[str, Any]:
     # a text is nothing but text: a special token in it is encoded as its characters
     options: dict[str, Any] = {"split_special_tokens": True}
     if eos:
-        words |= {"bos_token": eos, "eos_token": eos}
+        settings |= {"bos_token": eos, "eos_token": eos}
         options["pad_token"] = eos
     reading = {"text": {"method": "embed", "method_output_name": None}}
     module = "sentence_transformers.base.modules.transformer.Transformer"
     return {
-        TOKENIZER_CONFIG: words,
+        TOKENIZER_CONFIG: settings,
         SENTENCES: {
             "modality_config": reading,
             "module_output_name": "sentence_embedding",

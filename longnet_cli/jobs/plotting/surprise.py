@@ -182,11 +182,11 @@ class _TokenTexts:
 
     def pieces(self, ids: np.ndarray) -> list[str]:
         """Return what each of (n,) ids adds to their text. Special tokens and unknown ids are named."""
-        words = self.tokenizer
-        stream = TextStream(words)
+        tokenizer = self.tokenizer
+        stream = TextStream(tokenizer)
         pieces = []
         for index in ids.tolist():
-            named = index in words.special_ids or not 0 <= index < words.vocab_size
+            named = index in tokenizer.special_ids or not 0 <= index < tokenizer.vocab_size
             pieces.append(self._name(index) if named else stream.add(index))
         pieces[-1] += stream.end()
         return [piece or PART_OF_CHARACTER for piece in pieces]

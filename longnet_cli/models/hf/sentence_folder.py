@@ -298,7 +298,7 @@ def plain_model(folder: Path) -> SentenceModel:
     return SentenceModel(window=window, note=note, of_folder=False)
 
 
-def read_words(folder: Path, lowercase: bool) -> Tokenizer:
+def read_tokenizer(folder: Path, lowercase: bool) -> Tokenizer:
     """Return the tokenizer of a folder as transformers builds it: with the template of its settings, and its specials.
 
     Raises CheckpointError for a folder whose tokenizer the library cannot build.
@@ -308,29 +308,29 @@ def read_words(folder: Path, lowercase: bool) -> Tokenizer:
     try:
         if (folder / TOKENIZER).is_file() and not (folder / "tokenizer_config.json").is_file():
             # without settings, the library would make a tokenizer of the architecture's kind, whatever the file holds
-            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
+            library: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(
+            library = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        inner = tokenizer.backend_tokenizer
+        inner = library.backend_tokenizer
     except Exception as error:  # the library raises exceptions of many kinds
         raise CheckpointError(
             f"{folder}: its tokenizer cannot be read: {one_line(error)[:300]}"
         ) from None
-    if "token_type_ids" in tokenizer.model_input_names and any(inner.encode("a").type_ids):
+    if "token_type_ids" in library.model_input_names and any(inner.encode("a").type_ids):
         raise ConfigError(
             f"{folder}: its tokenizer gives a text several types of token (token_type_ids): one is read"
         )
-    words = lowercased(Tokenizer(inner)) if lowercase else Tokenizer(inner)
-    words.splits_special = bool(tokenizer.split_special_tokens)
-    words.special_ids = frozenset(tokenizer.all_special_ids)
-    return words
+    tokenizer = lowercased(Tokenizer(inner)) if lowercase else Tokenizer(inner)
+    tokenizer.splits_special = bool(library.split_special_tokens)
+    tokenizer.special_ids = frozenset(library.all_special_ids)
+    return tokenizer
 
 
-def lowercased(words: Tokenizer) -> Tokenizer:
+def lowercased(tokenizer: Tokenizer) -> Tokenizer:
     """Return the same tokenizer after a step that lowercases, unless it has one."""
-    inner = tokenizers.Tokenizer.from_str(words.to_json())
+    inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
     if not re.search("Lowercase|lowercase=True", str(inner.normalizer)):
         steps = [] if inner.normalizer is None else [inner.normalizer]
         inner.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
