@@ -102,11 +102,11 @@ def estimated(
 @pytest.mark.parametrize(
     "how",
     [
-        {"context": None},
+        {"context": ()},
         {"context": (16, 100)},
         {"context": (50,), "stride": 20},
         {"context": (20, 40), "last": 10},
-        {"context": None, "bos": None},
+        {"context": (), "bos": None},
     ],
 )
 def test_windows_of_scoring_are_those_that_are_read(how):
