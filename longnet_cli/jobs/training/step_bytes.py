@@ -185,10 +185,7 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> Far
         return FarBytes(stored, passing)
     pattern = config.pattern
     lanes = Lanes(pattern, config.num_heads, config.kv_heads)
-    levels = [*range(len(pattern.levels))]
-    if pattern.sinks:
-        levels.append(SINKS)
-    for level in levels:
+    for level in (*range(len(pattern.levels)), SINKS):
         held = lanes.number(level)
         numbers = 2 * segment_rows(pattern, level, seq_len) * held * config.head_dim
         seen = at_once = 1
@@ -212,5 +209,5 @@ def seen_segments(w: int, back: int, chunk: int, seq_len: int) -> int:
     # no segment is seen from two ends; an end on a segment's edge sees one fewer
     if chunk >= (1 + back) * w:
         return ends * (1 + back) - ends // (w // math.gcd(w, chunk))
-    # all segments, from the first one that the first end sees up to the last end
-    return ceil_div(ends * chunk, w) - max(0, chunk // w - back) if ends else 0
+    # all segments up to the last end: the first end sees back to the start of the sequence
+    return ceil_div(ends * chunk, w)
