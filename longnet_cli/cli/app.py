@@ -194,13 +194,18 @@ def _explain(error: BaseException) -> int:
     if os.environ.get("LONGNET_TRACEBACK") == "1":
         traceback.print_exception(error)
     if is_out_of_memory(error):
-        _say(f"out of memory: {error}" if str(error) else "out of memory")
+        _say(_with("out of memory", str(error)))
         return MemoryLimitError.exit_code
     if isinstance(error, OSError) and error.strerror:
-        _say(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
+        _say(_with(error.strerror, error.filename))
         return ConfigError.exit_code if error.errno == errno.ENAMETOOLONG else 1
     _say(f"{type(error).__name__}: {error} (run with LONGNET_TRACEBACK=1 for the traceback)")
     return 1
+
+
+def _with(what: str, more: object) -> str:
+    """Return what has happened, with more about it unless that is empty."""
+    return f"{what}: {more}" if more else what
 
 
 def _let_the_first_speak(is_lost_rank: bool) -> None:
