@@ -332,7 +332,8 @@ class _Shown:
         self.advance = self.stack.enter_context(bar)
 
     def step(self, tokens: int, line: Metrics | None) -> None:
-        self.done = (self.done or 0) + 1
+        assert self.done is not None  # a run begins before its first step
+        self.done += 1
         if line:
             self.fields |= describe(line)
         self.advance(tokens, **self.fields)

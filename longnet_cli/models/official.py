@@ -96,7 +96,8 @@ def slide_net(config: LongNetConfig, state: Mapping[str, Tensor], where: str) ->
 def without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Strip prefixes that all keys share, such as `model.decoder.` of a decoder inside a fairseq model."""
     match = _PREFIXES.match(commonprefix([*state]))  # noqa: RUF071 (of names)
-    length = match.end() if match else 0
+    assert match  # an empty one at least
+    length = match.end()
     return {name[length:]: tensor for name, tensor in state.items()}
 
 
