@@ -225,29 +225,27 @@ def keys_seen(
     return [(low, np.maximum(low, begin)), (np.maximum(low, end), high)]
 
 
-def picture(
-    pattern: Pattern,
-    seq: int,
-    size: int,
-    heads: int,
-    causal: bool = True,
-    first_key: int | None = None,
-) -> np.ndarray:
-    """Return a picture of the level by which each query sees each key: rows are queries, columns are keys.
+def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True) -> np.ndarray:
+    """Return a picture of a sequence, (n, n) with n at most `size`: rows are queries, columns are keys.
 
-    The picture is (n, n) with n at most `size`. A cell stands for neighbouring queries and neighbouring keys. It holds
-    the first level by which some head of one of the queries sees one of the keys. If only sinks are seen, it holds the
-    number of levels, and also if the text may name the key; if nothing is seen, NOTHING. With `first_key`, it is of the
-    last `size` queries and of the `size` keys from this one on, each a cell of its own.
+    Its numbers are those of `cells_between`.
     """
     size = min(size, seq)
     edges = np.array([seq * i // size for i in range(size + 1)])
-    keys = queries = edges
-    if first_key is not None:
-        keys = np.arange(size + 1) + first_key
-        queries = np.arange(size + 1) + seq - size
+    return cells_between(edges, edges, pattern, seq, heads, causal)
+
+
+def cells_between(
+    queries: np.ndarray, keys: np.ndarray, pattern: Pattern, seq: int, heads: int, causal: bool
+) -> np.ndarray:
+    """Return the level by which queries see keys, in cells between these (n + 1,) edges of both: (n, n).
+
+    A cell stands for neighbouring queries and neighbouring keys. It holds the first level by which some head of one of
+    the queries sees one of the keys. If only sinks are seen, it holds the number of levels, and also if the text may
+    name the key; if nothing is seen, NOTHING.
+    """
     low, high = queries[:-1], queries[1:]
-    drawn = np.full((size, size), NOTHING)
+    drawn = np.full((len(low), len(low)), NOTHING)
     for level, (w, r) in enumerate(pattern.levels):
         offsets = {*pattern.offsets(level, heads)}
         if int((high - low).min()) >= 2 * r:  # every cell has rows of every offset
@@ -355,9 +353,11 @@ def _draw_inset(axes: Axes, subject: Subject, seq: int, color: str) -> None:
     first_query = seq - _INSET_SIZE
     intervals = keys_seen(pattern, len(pattern.levels) - 1, np.array([first_query]), seq, True)
     first_key = int(intervals[0][0][0])
+    queries = np.arange(first_query, seq + 1)
+    keys = np.arange(_INSET_SIZE + 1) + first_key
     cells: Any = NOTHING
     for heads in (1, subject.heads):
-        shown = picture(pattern, seq, _INSET_SIZE, heads, first_key=first_key)
+        shown = cells_between(queries, keys, pattern, seq, heads, True)
         cells = cells + (shown != NOTHING)
     inset = axes.inset_axes((0.54, 0.48, 0.44, 0.44), xticks=[], yticks=[])
     extent = (first_key, first_key + _INSET_SIZE, seq, first_query)

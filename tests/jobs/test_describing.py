@@ -28,6 +28,7 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.jobs.describing import (
     NOTHING,
     Subject,
+    cells_between,
     default_length,
     describe,
     find_subject,
@@ -85,7 +86,9 @@ def test_a_picture_has_what_the_reference_counts(choice):
     cells = picture(choice.pattern, seq, seq, choice.heads, choice.causal)
     assert ((cells != NOTHING) == counts.any(0)).all()
     size, first = (seq + 1) // 2, seq // 3
-    part = picture(choice.pattern, seq, size, choice.heads, choice.causal, first_key=first)
+    queries = np.arange(seq - size, seq + 1)
+    keys = np.arange(first, first + size + 1)
+    part = cells_between(queries, keys, choice.pattern, seq, choice.heads, choice.causal)
     assert (part == cells[seq - size :, first : first + size]).all()
 
 
