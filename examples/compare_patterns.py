@@ -86,7 +86,7 @@ def measure(
             times.append(time.process_time())
 
         facts = ModelFacts(ModelFolder(Path(folder)).bos(tokenizer))
-        options = ScoreOptions((context,) if context else ())
+        options = ScoreOptions((context,) if context else None)
         score(
             net, [document], options, facts, chunk=chunk, dtype=dtype, events=Events(logprobs=keep)
         ).read_all()

@@ -71,8 +71,8 @@ def scores(
     given = {
         each.name: options.pop(each.name) for each in fields(ScoreOptions) if each.name in options
     }
-    context = given.get("context") or ()
-    given["context"] = (context,) if isinstance(context, int) else context
+    if isinstance(given.get("context"), int):
+        given["context"] = (given["context"],)
     chosen = ScoreOptions(**given)
 
     def read(reader: pa.RecordBatchReader) -> Iterator[Scored]:
@@ -83,7 +83,7 @@ def scores(
                     def of(name: str, row: dict = row, context: int | None = context) -> Any:
                         return row.get(column(name, context, chosen.contexts))
 
-                    longest = len(chosen.contexts) > 1 and context == max(chosen.context)
+                    longest = len(chosen.contexts) > 1 and context == max(chosen.context or ())
                     gain = Gain(*(row[name] for name in Gain._fields)) if longest else None
                     found = Score(of("nll_sum"), row["n_tokens"], row["n_bytes"])
                     yield Scored(

@@ -124,7 +124,7 @@ def score(options: ScoreCommand) -> None:
     from longnet_cli.jobs.job_options import ScoreOptions
 
     output = options.output
-    context = tuple(options.context or ())
+    context = tuple(options.context) if options.context else None
     asked = ScoreOptions(context, options.stride, options.last, options.by_position)
     _check(options, asked.contexts)
     documents = options.documents

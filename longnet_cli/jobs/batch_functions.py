@@ -155,7 +155,7 @@ def score_batches(batches: Any, **options: Any) -> Any:
     context = options.get("context")
     if isinstance(context, str | int):
         context = str(context).split(",")
-    options["context"] = tuple(_size("context", size) for size in context or ())
+    options["context"] = context and tuple(_size("context", size) for size in context)
     asked, reading = _read(options, ScoreOptions)
 
     def job_and_tokenizer() -> tuple[RowJob, Tokenizer | None]:

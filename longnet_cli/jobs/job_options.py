@@ -100,7 +100,7 @@ class ScoreOptions:
     that are left out. `by_position` also sums the nats by position in the window.
     """
 
-    context: tuple[int, ...] = ()
+    context: tuple[int, ...] | None = None
     stride: int | None = None
     last: int | None = None
     by_position: bool = False
@@ -111,7 +111,7 @@ class ScoreOptions:
         return self.context or (None,)
 
     def __post_init__(self) -> None:
-        shortest = min(self.context, default=1)
+        shortest = min(self.context or (1,))
         _refuse_below_one(context=shortest, stride=self.stride, last=self.last)
         if len(set(self.contexts)) < len(self.contexts):
             raise ConfigError(

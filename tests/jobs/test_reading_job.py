@@ -102,11 +102,11 @@ def estimated(
 @pytest.mark.parametrize(
     "how",
     [
-        {"context": ()},
+        {"context": None},
         {"context": (16, 100)},
         {"context": (50,), "stride": 20},
         {"context": (20, 40), "last": 10},
-        {"context": (), "bos": None},
+        {"context": None, "bos": None},
     ],
 )
 def test_windows_of_scoring_are_those_that_are_read(how):

@@ -83,7 +83,7 @@ class Cut:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
         if tokens < self.least:
             return 0
-        longest = max(self.options.context, default=tokens)
+        longest = max(self.options.context or (tokens,))
         return max(0, min(tokens - self.first_target, longest))
 
     @property
@@ -92,7 +92,7 @@ class Cut:
         last = self.options.last
         if last is None:
             return 0
-        longest = max(self.options.context, default=0)
+        longest = max(self.options.context or (0,))
         last_step = min(self.options.stride or longest, last)
         return self.first_target + longest + last - last_step
 

@@ -298,7 +298,7 @@ def evaluate(
         if recipe.train.objective == "masked":
             return _score_masked(Reader(model, **reading), _masked_windows(data, recipe, stage))
         context = recipe.train.held_out_context
-        options = ScoreOptions((context,) if context else ())
+        options = ScoreOptions((context,) if context else None)
         scored = score(model, data.held_out, options, ModelFacts(data.eos_id), **reading)
         rows = scored.read_all().to_pylist()
         return reduce(add, (Score(row["nll_sum"], row["n_tokens"], row["n_bytes"]) for row in rows))
