@@ -29,9 +29,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
-from longnet_cli.basics.sizes import ceil_div
-
-from .pattern import Padding, Pattern
+from .pattern import Padding, Pattern, ceil_div
 from .spans import (
     SINKS,
     FarSpan,

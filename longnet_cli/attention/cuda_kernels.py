@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longnet_cli.basics.sizes import ceil_div
-
+from .pattern import ceil_div
 from .plain_call import Gradients, Kernel
 
 

@@ -15,9 +15,8 @@ from math import log
 import torch
 from torch import Tensor
 
-from longnet_cli.basics.sizes import ceil_div
-
 from .branches import Branch
+from .pattern import ceil_div
 from .plain_call import merge_into
 from .spans import Rows
 from .views import accumulator

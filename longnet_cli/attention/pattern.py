@@ -25,13 +25,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
-from longnet_cli.basics.sizes import ceil_div
-
 HeadOffsets = Literal["modulo", "grouped"]
 Overlap = Literal["repeat", "once"]
 Queries = Literal["dilated", "all"]
 Padding = Literal["exact", "zero_key"]
 MAX_LEVELS = 64  # enough to double from 1 to 2^63; every layer computes every level
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Return number / divisor, rounded up."""
+    return -(-number // divisor)
 
 
 class Level(NamedTuple):

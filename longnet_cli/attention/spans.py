@@ -17,9 +17,7 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple
 
-from longnet_cli.basics.sizes import ceil_div
-
-from .pattern import Pattern
+from .pattern import Pattern, ceil_div
 
 
 class Rows(NamedTuple):

@@ -23,11 +23,6 @@ DTYPES_OF_TORCH = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _SIZE_EXAMPLES = "write 1000000, 1_000_000, 1e6, 1M (10^6) or 64Ki (64 x 1024)"
 
 
-def ceil_div(number: int, divisor: int) -> int:
-    """Return number / divisor, rounded up."""
-    return -(-number // divisor)
-
-
 def parse_size(text: str | int) -> int:
     """Return the whole number, at least 1, that `1e9`, `32k`, `64Ki`, ... stand for.
 

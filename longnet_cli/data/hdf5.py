@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError, extra, first_line
-from longnet_cli.basics.sizes import ceil_div
 
 from .opened_inputs import Table, reading
 
@@ -92,7 +91,7 @@ class _RowsDataset:
             problem = f"its chunks have {size:,} bytes each, and {MOST_CHUNK_BYTES:,} are the most"
             raise DataError(f"{where}: {problem}: write smaller ones")
         lengths = zip(self.dataset.shape, sides, strict=True)
-        declared = math.prod(ceil_div(length, side) for length, side in lengths)
+        declared = math.prod(-(-length // side) for length, side in lengths)
         present = stored.get_num_chunks()
         if present < declared:
             raise DataError(f"{where}: the file has {present:,} of its {declared:,} chunks")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import format_pattern
+from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.basics.atomic import whole_folder
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.digests import json_sha256
@@ -41,7 +42,6 @@ from longnet_cli.basics.model_files import (
     WEIGHTS,
     refuse_unreadable,
 )
-from longnet_cli.basics.sizes import ceil_div
 from longnet_cli.hub.model_names import find_model
 from longnet_cli.nets.config import LongNetConfig, NetConfig, parse_config
 from longnet_cli.nets.net import Net

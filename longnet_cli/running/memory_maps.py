@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
-from longnet_cli.basics.sizes import ceil_div
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.errors import ConfigError, LongNetError, extra
-from longnet_cli.basics.sizes import ceil_div
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

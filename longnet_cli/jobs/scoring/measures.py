@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from longnet_cli.basics.sizes import ceil_div
+from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.data.stored_files import no_place
 
 

@@ -20,8 +20,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
-from longnet_cli.basics.sizes import ceil_div, format_size
+from longnet_cli.basics.sizes import format_size
 from longnet_cli.data.row_writer import kept_columns, row_schema
 from longnet_cli.data.token_documents import Document
 from longnet_cli.jobs.job_options import ScoreOptions

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.basics.errors import LongNetError
-from longnet_cli.basics.sizes import ceil_div
 from longnet_cli.data.input_documents import Inputs
 from longnet_cli.data.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating import Estimate

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.attention.spans import SINKS, Lanes, segment_rows
-from longnet_cli.basics.sizes import ceil_div
 from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.basics.sizes import ceil_div
 from longnet_cli.data.token_documents import Document
 
 POSITION_VERSION = 2
