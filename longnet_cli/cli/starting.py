@@ -45,6 +45,8 @@ from .output import (
 from .progress import ExpectedTokens, progress
 
 if TYPE_CHECKING:
+    import torch
+
     from longnet_cli.data.input_documents import Inputs
     from longnet_cli.data.machine_shares import Share
     from longnet_cli.data.manifest import Manifest
@@ -86,6 +88,19 @@ def launch(
     if (nproc := _asked(mesh)) is not None:
         start_ranks(nproc, dry_run=dry_run)
     return nproc
+
+
+def join_ranks(
+    device: str, sp: int | None, dp: int | None, planned: int | None
+) -> tuple[Ranks, torch.device]:
+    """Connect this process with the other ranks, as `ranks.join` does. All but the first are quiet from then on."""
+    from longnet_cli.running.ranks.ranks import join
+
+    freeze_imports()
+    ranks, where = join(device, sp=sp, dp=dp, planned=planned)
+    if not ranks.writes:
+        be_quiet(True)
+    return ranks, where
 
 
 def _asked(mesh: Mesh) -> int | None:
@@ -329,13 +344,8 @@ class ModelAndInputs:
         check_spill(computing.spill)
         refuse_sharing(mesh, self.folder)
         planned = launch(mesh, self.documents.inputs, share=self.documents.share, dry_run=dry_run)
-        from longnet_cli.running.ranks.ranks import join
-
-        freeze_imports()
         documents = self.documents
-        ranks, where = join(computing.device, sp=mesh.sp, dp=mesh.dp, planned=planned)
-        if not ranks.writes:
-            be_quiet(True)
+        ranks, where = join_ranks(computing.device, mesh.sp, mesh.dp, planned)
         room = None
         if dry_run:
             from longnet_cli.jobs.estimating import Room

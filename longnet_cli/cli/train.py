@@ -29,12 +29,12 @@ from .options import (
     bare_or,
     read_pattern,
 )
-from .output import be_quiet, note, tell, tell_last, write_text
+from .output import note, tell, tell_last, write_text
 from .progress import Advance, progress
 from .starting import (
     ask_hub,
     check_spill,
-    freeze_imports,
+    join_ranks,
     launch,
     processes,
 )
@@ -175,13 +175,10 @@ def train(options: TrainCommand) -> None:
     planned = launch(mesh, dry_run=options.dry_run)
     from longnet_cli.jobs.training.costs import estimate_memory, estimate_training, settle_chunk
     from longnet_cli.running.device import keep_freed_memory
-    from longnet_cli.running.ranks.ranks import join, leave
+    from longnet_cli.running.ranks.ranks import leave
 
-    freeze_imports()
-    ranks, where = join(options.device, sp=sp, dp=dp, planned=planned)
+    ranks, where = join_ranks(options.device, sp, dp, planned)
     recipe = settle_chunk(recipe, where, ranks)
-    if not ranks.writes:
-        be_quiet(True)
     if options.dry_run:
         for line in recipe.notes():
             note(line)
@@ -191,8 +188,7 @@ def train(options: TrainCommand) -> None:
             show_training(estimated, options.format)
         return
     check_fits(estimate_memory(recipe, where, ranks), "training")
-    if where.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(where)
     result = _run(recipe, options, where, ranks)
     leave()
     line = f"saved {result.output} after {result.steps:,} steps"

@@ -362,8 +362,7 @@ class ModelFolder:
         )
 
         dtype_name = resolve_dtype(dtype, device)
-        if device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(device)
         with self._unpacked(dtype_name, note) as folder:
             model_tokenizer = folder.tokenizer(tokenizer, differs=tokenizer_differs)
             start = folder.bos(model_tokenizer, bos)

@@ -209,11 +209,13 @@ def trim_memory(device: torch.device) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that CPU tensors free, for later tensors. Without glibc, do nothing.
+def keep_freed_memory(device: torch.device) -> None:
+    """Let a process that computes on a CPU keep the memory that tensors free, for later ones. It needs glibc.
 
     By default every large tensor is new memory, which the system clears page by page: a tenth of a training step.
     """
+    if device.type != "cpu":
+        return
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         most = (1 << 31) - 1

@@ -109,7 +109,7 @@ from longnet_cli.jobs.training.recipe import load_recipe
 
 recipe = load_recipe(None, json.loads(sys.argv[1]))
 found = estimate_training(recipe, torch.device("cpu"))
-keep_freed_memory()
+keep_freed_memory(torch.device("cpu"))
 train(recipe, sys.argv[2])
 print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
 """
