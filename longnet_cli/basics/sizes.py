@@ -4,7 +4,6 @@
 """
 
 import re
-from bisect import bisect
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -89,8 +88,11 @@ def format_duration(seconds: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    before_point = bisect((9.995, 99.95), abs(value))  # digits beyond the first
-    return f"{value:.{2 - before_point}f}"
+    if abs(value) < 9.995:
+        return f"{value:.2f}"
+    if abs(value) < 99.95:
+        return f"{value:.1f}"
+    return f"{value:.0f}"
 
 
 def _scaled(value: float, base: int, units: Sequence[str]) -> str:

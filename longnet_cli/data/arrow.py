@@ -22,8 +22,8 @@ import pyarrow.ipc as ipc
 
 from longnet_cli.basics.errors import DataError
 
+from .local_files import LocalFile, LocalIds
 from .opened_inputs import Table, numbers_in_memory, numpy_dtype
-from .stored_files import StoredFile, StoredIds
 
 MAGIC = b"ARROW1"  # at both ends of a file, padded to 8 bytes at its start
 INDEX_BYTES = 256 << 20  # more than any index of a file, which takes 24 bytes per batch
@@ -33,7 +33,7 @@ MAPPED_BYTES = 1 << 16  # a disk reads as many ahead when one byte is touched
 
 
 def open_ipc_stream(name: str, where: str, stream: Any) -> Table:
-    """Open an Arrow stream as a table. Its batches stay in a StoredFile."""
+    """Open an Arrow stream as a table. Its batches stay in a LocalFile."""
 
     def end(count: int) -> None:
         if stream.read(1):
@@ -65,7 +65,7 @@ def open_pipe(name: str, where: str, pipe: Any) -> Table:
     return arrow_bytes.table(name, "Arrow IPC file", *arrow_bytes.sequence(end))
 
 
-def open_file(name: str, where: str, file: StoredFile) -> Table:
+def open_file(name: str, where: str, file: LocalFile) -> Table:
     """Open an Arrow file. A damaged index is found before the first batch."""
     file.seek(max(0, file.size - 10))
     file.seek(max(0, file.size - min(INDEX_BYTES, _index_bytes(file.read()))))
@@ -100,7 +100,7 @@ def is_sequential(head: bytes) -> bool:
 
 
 class _ArrowBytes:
-    """A binary file for pyarrow, `stream`. If it is a StoredFile, it is also `file`, and large reads are mapped.
+    """A binary file for pyarrow, `stream`. If it is a LocalFile, it is also `file`, and large reads are mapped.
 
     `last` is what pyarrow has read last, and `start` where that is in the file.
     """
@@ -111,10 +111,10 @@ class _ArrowBytes:
         self.where = where
         self.stream = stream
         self.tell = stream.tell
-        self.file: StoredFile | None = None
+        self.file: LocalFile | None = None
         self.map: pa.Buffer | None = None
         self.last: pa.Buffer | None = None
-        if isinstance(stream, StoredFile):
+        if isinstance(stream, LocalFile):
             self.file = stream
             self.map = pa.py_buffer(stream.map())
         self.start = 0
@@ -182,7 +182,7 @@ class _ArrowBytes:
 
         return Table(name, self.where, schema, checked, format, self.numbers)
 
-    def numbers(self, array: pa.Array) -> StoredIds | np.ndarray:
+    def numbers(self, array: pa.Array) -> LocalIds | np.ndarray:
         """Return a view of (tokens,) ids of the last batch, in the file if they are not in memory. Ignore nulls."""
         data = array.buffers()[-1]
         last = self.last
@@ -194,7 +194,7 @@ class _ArrowBytes:
             return numbers_in_memory(array)
         dtype = numpy_dtype(array.type)
         start = self.start + offset
-        return StoredIds(self.file, start + array.offset * dtype.itemsize, dtype, len(array))
+        return LocalIds(self.file, start + array.offset * dtype.itemsize, dtype, len(array))
 
 
 def _refuse_overlap(batch: pa.RecordBatch) -> None:

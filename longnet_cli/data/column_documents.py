@@ -16,8 +16,8 @@ import pyarrow as pa
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
 
 from .column_choice import Columns, is_chat
+from .local_files import Part, reading_row
 from .opened_inputs import Table, Text, pick, plain, reading
-from .stored_files import Part, reading_row
 from .token_documents import Apart, Unread, collect
 from .tokenizer import Tokenizer
 

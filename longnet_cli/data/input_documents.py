@@ -52,11 +52,11 @@ from .column_documents import (
 )
 from .file_kinds import ARROW_KINDS, sniff
 from .input_files import InputFile, InputFiles
+from .local_files import FileChangedError, no_place
 from .machine_shares import Share
 from .manifest import KEY
 from .opened_inputs import Stdin, Table, Text, reading
 from .opening import open_input
-from .stored_files import FileChangedError, no_place
 from .text_pieces import Unit, note_ends
 from .token_documents import Apart, Document, Unread, collect
 from .tokenizer import Tokenizer, fitting
@@ -176,10 +176,10 @@ class Inputs:
             )
         return f"{len(files)} file{'s' * (len(files) != 1)}, {digest.hexdigest()[:16]}"
 
-    def settings(self, words: Tokenizer | None, kept: Sequence[pa.Field]) -> dict[str, object]:
+    def settings(self, tokenizer: Tokenizer | None, kept: Sequence[pa.Field]) -> dict[str, object]:
         """Return the settings of a folder that decide its documents, which a resumed run must share.
 
-        `words` is the tokenizer of texts, `kept` are the columns that documents carry along.
+        `tokenizer` is the tokenizer of texts, `kept` are the columns that documents carry along.
         """
         from .chat import chat_settings  # loads Jinja; files and streams need none
 
@@ -188,7 +188,7 @@ class Inputs:
             "share": self.share and str(self.share),
             "column": self.column,
             "id_column": self.id_column,
-            **chat_settings(words),
+            **chat_settings(tokenizer),
             "keep": [f"{field.name}: {field.type}" for field in kept],
         }
         # manifests name the column also where it is the usual one
@@ -229,17 +229,19 @@ class Inputs:
 
     def texts(
         self,
-        words: Tokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         *,
         digests: bool = False,
         note: Callable[[str], None] = lambda line: None,
     ) -> DocumentPass:
         """Return the Text of text files and of text columns, in order. A long file is read part by part.
 
-        Chats are read only with a tokenizer, `words`. With `skip_bad`, a long file is read to its end before its Text
-        is yielded, and waits in a file in $TMPDIR.
+        Chats are read only with a `tokenizer`. With `skip_bad`, a long file is read to its end before its Text is
+        yielded, and waits in a file in $TMPDIR.
         """
-        read = partial(replace(self, tokenizer=words).items, form="chats" if words else "text")
+        read = partial(
+            replace(self, tokenizer=tokenizer).items, form="chats" if tokenizer else "text"
+        )
         return DocumentPass(self, read, digests, names_apart=self.id_column is None, note=note)
 
     def stored(self) -> Iterator[Any]:

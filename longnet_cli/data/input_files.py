@@ -25,8 +25,8 @@ from longnet_cli.basics.errors import (
 )
 
 from .folder_files import choose_files, is_hidden, natural_order
+from .local_files import read_error
 from .opened_inputs import reading
-from .stored_files import read_error
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

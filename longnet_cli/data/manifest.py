@@ -23,7 +23,7 @@ from longnet_cli.basics.errors import DataError, first_line
 from longnet_cli.basics.events import LeftOut
 from longnet_cli.basics.sealed_manifests import seal, unseal
 
-from .stored_files import read_error
+from .local_files import read_error
 
 UNFINISHED = "_unfinished.json"
 MANIFESTS = (UNFINISHED, "_manifest.arrow", "_manifest.parquet")  # the first that there is counts

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError, MemoryLimitError, first_line
 
-from .stored_files import StoredIds, read_error, reading_row
+from .local_files import LocalIds, read_error, reading_row
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 CHAT_COLUMN = "messages"
@@ -75,7 +75,7 @@ class Table:
     schema: pa.Schema
     batches: Callable[[list[str]], Iterator[pa.RecordBatch]]
     format: str = "Arrow"
-    numbers: Callable[[pa.Array], StoredIds | np.ndarray] = numbers_in_memory
+    numbers: Callable[[pa.Array], LocalIds | np.ndarray] = numbers_in_memory
     bad: dict[int, str] = field(default_factory=dict)
     blank: list[int] = field(default_factory=list)
     rows_alone: bool = False

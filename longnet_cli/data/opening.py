@@ -33,6 +33,7 @@ from .file_kinds import (
 from .hdf5 import open_hdf5
 from .input_files import STDIN, InputFile
 from .jsonlines import open_json_lines
+from .local_files import LocalFile, no_place
 from .opened_inputs import (
     BYTE_ORDER_MARK,
     Pipe,
@@ -42,7 +43,6 @@ from .opened_inputs import (
     pick,
     reading,
 )
-from .stored_files import StoredFile, no_place
 
 PARQUET_BATCH_BYTES = 64 << 20
 PARQUET_BATCH_ROWS = 1 << 20  # a row that repeats may take almost no bytes of a file
@@ -75,15 +75,15 @@ def open_input(input_file: InputFile, wanted: Wanted) -> Text | Table:
         # A named pipe, the shell's <(command), or a kernel file (/proc), whose size is 0.
         if not input_file.size:
             return _open_pipe(input_file, Pipe(open(input_file.path, "rb")), wanted)
-        stored = StoredFile(input_file.path, input_file.where)
-        opened = _open_file(input_file, sniff(stored.read(8)), stored, wanted)
+        file = LocalFile(input_file.path, input_file.where)
+        opened = _open_file(input_file, sniff(file.read(8)), file, wanted)
         if isinstance(opened, Text):
             return opened
         if input_file.path == STDIN:
             opened = replace(opened, ready=lambda: True)
         if opened.format in ("Parquet", "HDF5"):  # which are not read in order
             return opened
-        return replace(opened, fraction=lambda rows: stored.tell() / stored.size)
+        return replace(opened, fraction=lambda rows: file.tell() / file.size)
 
 
 def _open_remote(input_file: InputFile, wanted: Wanted) -> Text | Table:
@@ -101,11 +101,11 @@ def _open_remote(input_file: InputFile, wanted: Wanted) -> Text | Table:
 
 
 def _open_file(input_file: InputFile, kind: str, stream: Any, wanted: Wanted) -> Text | Table:
-    """Open `stream`, a binary file that can seek: a StoredFile, or one in a store."""
+    """Open `stream`, a binary file that can seek: a LocalFile, or one in a store."""
     stream.seek(0)
     if opens := _SEEKING.get(kind):
         return opens(input_file.name, input_file.where, stream)
-    if not isinstance(stream, StoredFile):  # of a store, which has a buffer
+    if not isinstance(stream, LocalFile):  # of a store, which has a buffer
         return _open_pipe(input_file, Pipe(stream), wanted)
     if kind == "file":
         return arrow.open_file(input_file.name, input_file.where, stream)
@@ -126,7 +126,7 @@ def _open_pipe(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Tabl
     if kind == "file" and arrow.is_sequential(pipe.peek(12)):
         return arrow.open_pipe(input_file.name, input_file.where, pipe)
     # its index may be at its end
-    return _open_file(input_file, kind, StoredFile(_copy(pipe), input_file.where), wanted)
+    return _open_file(input_file, kind, LocalFile(_copy(pipe), input_file.where), wanted)
 
 
 def _copy(pipe: Pipe) -> int:

@@ -32,10 +32,10 @@ from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.basics.events import LeftOut
 
 from . import arrow
+from .local_files import LocalFile
 from .manifest import KEY, UNFINISHED, Manifest, differing, marked, read_manifest
 from .opened_inputs import reading
 from .row_writer import ShardWriter
-from .stored_files import StoredFile
 
 ShardFormat = Literal["arrow", "parquet"]
 T = TypeVar("T")
@@ -280,7 +280,7 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
     Without `rows`, it may have any number.
     """
     try:
-        with reading(str(path)), StoredFile(path, str(path)) as file:
+        with reading(str(path)), LocalFile(path, str(path)) as file:
             if path.suffix == ".parquet":
                 import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
 
-from .stored_files import Part, no_place, reading_row
+from .local_files import Part, no_place, reading_row
 from .tokenizer import Tokenizer
 
 # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
@@ -149,11 +149,11 @@ class Document:
             return self._n_bytes
         return self.bytes_with(self._n_bytes)
 
-    def bytes_with(self, words: Tokenizer) -> int | None:
+    def bytes_with(self, tokenizer: Tokenizer) -> int | None:
         """Return the UTF-8 bytes that the ids are with a tokenizer, None if it does not tell. It reads all ids."""
         total = 0
         for start in range(0, len(self), STEP):
-            size = words.n_bytes(self.read(start, start + STEP))
+            size = tokenizer.n_bytes(self.read(start, start + STEP))
             if size is None:
                 return None
             total += size
@@ -260,11 +260,11 @@ class TextPlaces:
         self._position = 0  # tokens so far
         self._begun = 0  # characters that begin in these
         self._counts = False
-        words = document.tokenizer
-        if words is not None and document.places is None and words.spells:
+        tokenizer = document.tokenizer
+        if tokenizer is not None and document.places is None and tokenizer.spells:
             # otherwise the tokenizer dropped some of the text
-            self._counts = document.bytes_with(words) == document.n_bytes
-            self._begin, self._inside = words.characters
+            self._counts = document.bytes_with(tokenizer) == document.n_bytes
+            self._begin, self._inside = tokenizer.characters
 
     def of(self, start: int, end: int) -> tuple[int | None, int | None]:
         """Return the first character of the tokens [start, end), and the one after their last; None if not known."""

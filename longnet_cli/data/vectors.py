@@ -31,8 +31,8 @@ from .column_documents import (
     numbers,
     read_documents,
 )
+from .local_files import Part
 from .opened_inputs import Table
-from .stored_files import Part
 from .token_documents import STEP, Document, collect
 
 

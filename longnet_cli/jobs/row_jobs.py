@@ -24,11 +24,11 @@ from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NoTokensError
 from longnet_cli.basics.events import OnSkip
 from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.local_files import FileChangedError
 from longnet_cli.data.manifest import read_manifest
 from longnet_cli.data.output_paths import is_folder
 from longnet_cli.data.row_writer import ShardWriter, first_kept
 from longnet_cli.data.shards import ShardFolder, ShardFormat
-from longnet_cli.data.stored_files import FileChangedError
 from longnet_cli.data.text_pieces import Unit
 from longnet_cli.data.token_documents import Apart, Document, Unread
 from longnet_cli.nets.net import Bos, InputSequence

@@ -43,8 +43,8 @@ from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, Long
 from longnet_cli.data import column_documents as id_columns
 from longnet_cli.data import token_documents as documents_module
 from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.local_files import LocalFile
 from longnet_cli.data.opened_inputs import Pipe, Table
-from longnet_cli.data.stored_files import StoredFile
 from longnet_cli.data.token_documents import Document
 
 
@@ -52,7 +52,7 @@ from longnet_cli.data.token_documents import Document
 def test_every_format_gives_the_same_documents(tmp_path, name, monkeypatch):
     """On a disk, compressed, and from a pipe; a thread of pyarrow that held a Python file at the end would abort."""
     threads = set()
-    for kind, method in ((StoredFile, "read_at"), (Pipe, "read")):
+    for kind, method in ((LocalFile, "read_at"), (Pipe, "read")):
         inner = getattr(kind, method)
         noting = lambda *args, inner=inner: threads.add(get_ident()) or inner(*args)  # noqa: E731
         monkeypatch.setattr(kind, method, noting)
@@ -79,7 +79,7 @@ def test_stdin_text_and_a_redirected_file(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", script], stdin=file, capture_output=True, text=True, check=True
         )
-    assert done.stdout == f"stdin:0 {IDS[0]} StoredIds\n"
+    assert done.stdout == f"stdin:0 {IDS[0]} LocalIds\n"
 
 
 def test_text_files_are_read_byte_for_byte(tmp_path):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longnet_cli.attention.pattern import ceil_div
-from longnet_cli.data.stored_files import no_place
+from longnet_cli.data.local_files import no_place
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def reading_row(row: int) -> Iterator[None]:
         raise FileChangedError(f"{error.where}, row {row}", error.reason) from None
 
 
-class StoredFile(io.RawIOBase):
+class LocalFile(io.RawIOBase):
     """A file for reading, by position (`read_at`) or as a raw binary file.
 
     After each read, size and modification time must be the same as when the file was opened. Replacing the file by a
@@ -108,10 +108,10 @@ class StoredFile(io.RawIOBase):
 
 
 @dataclass(slots=True, eq=False)
-class StoredIds:
+class LocalIds:
     """A view of (tokens,) ids that lie in a file: a slice reads nothing, `np.asarray` reads all of it."""
 
-    file: StoredFile
+    file: LocalFile
     offset: int
     dtype: np.dtype
     length: int
@@ -119,10 +119,10 @@ class StoredIds:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: slice) -> "StoredIds":
+    def __getitem__(self, index: slice) -> "LocalIds":
         start, stop, _ = index.indices(self.length)
         offset = self.offset + start * self.dtype.itemsize
-        return StoredIds(self.file, offset, self.dtype, max(0, stop - start))
+        return LocalIds(self.file, offset, self.dtype, max(0, stop - start))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         ids = np.empty(self.length, self.dtype)
@@ -158,7 +158,7 @@ class Part(NamedTuple):
     [start, end) of each token in the whole text, (tokens, 2) int32.
     """
 
-    ids: np.ndarray | StoredIds
+    ids: np.ndarray | LocalIds
     valid: pa.BooleanArray | None = None
     row: int = 0
     flat: bool = False
