@@ -252,9 +252,9 @@ class Encoder(RowJob):
     shard_name = "vectors"
     shard_unit = "rows"
     shard_size = 1 << 12
-    least = 1
+    fewest_tokens = 1
     names_apart = True
-    nothing = "there is nothing to encode: every document is empty or left out"
+    no_tokens_error = "there is nothing to encode: every document is empty or left out"
 
     def __init__(
         self,

@@ -153,7 +153,9 @@ def count_documents(
                 yield len(sequence.document)
         if job.failure:
             raise job.failure
-        yield from filter(job.has_row, drawn.lengths())
+        for length in drawn.lengths():
+            if job.admit(length):
+                yield length
 
     to_come = islice(lengths(), done, None)
     for portion in portions(to_come, PORTION_CHUNKS * plan.chunk, length_of=lambda length: length):

@@ -92,12 +92,12 @@ class RowJob(ABC):
 
     schema: pa.Schema
     kept_fields: Sequence[pa.Field] = ()
-    nothing: str  # the error for rows without any token
+    no_tokens_error: str  # the error for rows without any token
     doing: ClassVar[str]
     row_name: ClassVar[str]
     # The columns of a document of text, before those that it carries
     text_fields: ClassVar[Sequence[pa.Field]] = ()
-    least: int = 0  # a document of fewer tokens has no row
+    fewest_tokens: int = 0  # a document of fewer tokens has no row
     shard_name: ClassVar[str]
     shard_unit: ClassVar[str]  # what is counted to fill a shard
     shard_size: ClassVar[int]
@@ -188,7 +188,7 @@ class RowJob(ABC):
             for document in documents:
                 events.document(document, fraction())
                 sequence = self.take(document, events.left_out.skip)
-                if sequence is not None and self.has_row(len(document)):
+                if sequence is not None and self.admit(len(document)):
                     document.doc_id = name(document.doc_id)
                     yield sequence
                 if not ready():
@@ -196,10 +196,10 @@ class RowJob(ABC):
         except (ConfigError, DataError) as error:
             self.failure = error
 
-    def has_row(self, tokens: int) -> bool:
-        """Return whether a document of so many tokens has a row. Count it among those that are left out if not."""
+    def admit(self, tokens: int) -> bool:
+        """Return whether a document of so many tokens has a row. If not, count it among those that are left out."""
         left_out = self.reader.events.left_out
-        if tokens >= self.least:
+        if tokens >= self.fewest_tokens:
             return True
         if tokens:
             left_out.short += 1
@@ -226,7 +226,7 @@ class RowJob(ABC):
         if self.failure:
             raise self.failure
         if not tokens and (ranks.writes or ranks.dp == 1):
-            raise NoTokensError(self.nothing)
+            raise NoTokensError(self.no_tokens_error)
 
     def rows(self, documents: Iterable[Document]) -> pa.RecordBatchReader:
         """Return a reader of the rows of `documents`, lazily and in order.
@@ -318,10 +318,10 @@ def _write_to_stream(
 ) -> Counter[str]:
     """Write the rows to a file, a stream or the sink of `output`, and return their counts."""
     sink = output.sink
-    least = 1  # rows that are written at a time, or fewer where the input waits
+    rows_at_once = 1  # rows that are written at a time, or fewer where the input waits
     if sink is None:
         sink = ShardWriter(output.path, job.schema, lines=output.lines)
-        least = job.batch_rows
+        rows_at_once = job.batch_rows
     written = Counter[str]()
     waiting = list[pa.RecordBatch]()
 
@@ -335,7 +335,7 @@ def _write_to_stream(
             for batch in batches:
                 written.update(rows=len(batch), tokens=tokens_of(batch))
                 waiting.append(batch)
-                if sum(map(len, waiting)) >= least:
+                if sum(map(len, waiting)) >= rows_at_once:
                     flush()
             if portion.ends_early:
                 flush()

@@ -115,7 +115,7 @@ def test_windows_of_scoring_are_those_that_are_read(how):
         scored = list(scores(net, documents(), chunk=64, **how))
     job = partial(Scorer, facts=ModelFacts(how.pop("bos")), options=ScoreOptions(**how))
     found = estimated(net, job, chunk=64)
-    with_rows = [n for n in LENGTHS if n >= job(Reader(net)).least]
+    with_rows = [n for n in LENGTHS if n >= job(Reader(net)).fewest_tokens]
     assert (len(with_rows) < len(LENGTHS)) == bool(how["last"])
     assert (found.facts["documents"], found.facts["tokens"], found.facts["longest"]) == (
         len(with_rows),

@@ -54,10 +54,10 @@ class Cut:
         return 0 if self.bos else 1
 
     @property
-    def nothing(self) -> str:
+    def no_tokens_error(self) -> str:
         """The error text for documents without a token to score."""
         if self.options.last:
-            return f"no token could be scored: no document has {self.least} tokens or more"
+            return f"no token could be scored: no document has {self.fewest_tokens} tokens or more"
         if self.bos:
             return "no token could be scored: every document is empty or left out"
         return "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
@@ -82,13 +82,13 @@ class Cut:
 
     def longest(self, tokens: int) -> int:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
-        if tokens < self.least:
+        if tokens < self.fewest_tokens:
             return 0
         longest = max(self.options.context or (tokens,))
         return max(0, min(tokens - self.first_target, longest))
 
     @property
-    def least(self) -> int:
+    def fewest_tokens(self) -> int:
         """The fewest tokens of a document in which each of the `last` tokens has a full window at every context."""
         last = self.options.last
         if last is None:
@@ -222,8 +222,8 @@ class Scorer(RowJob):
                     "log-probabilities of tokens are written by one group of ranks: leave out --dp"
                 )
         self.cut = Cut(bos_ids(facts.bos), options)
-        self.least = self.cut.least
-        self.nothing = self.cut.nothing
+        self.fewest_tokens = self.cut.fewest_tokens
+        self.no_tokens_error = self.cut.no_tokens_error
         self.count_bytes = count_bytes
         self.top = top
         # of documents whose windows are being read, at each context
@@ -268,7 +268,7 @@ class Scorer(RowJob):
         return sequence.check(instead, self.cut.longest(len(document)) + more)
 
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
-        if tokens < self.least:
+        if tokens < self.fewest_tokens:
             return
         for context in self.options.contexts:
             for start, stop, wanted in self.cut.windows(tokens, context):
