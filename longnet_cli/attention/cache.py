@@ -217,9 +217,11 @@ class KVCache:
         stop = start + k.shape[1] if stop is None else stop
         visible = _open_segments(self.lanes, self.position, int(with_own_row))
         still_open = _open_segments(self.lanes, stop, 0)
+        # a single token finds its own row in the segments that it sees; later shards find rows in those that stay open
+        stored_in = visible if with_own_row else still_open
         with torch.no_grad():
             tensors = (torch.cat((k, v)),) if with_own_row else (k, v)  # in fewer operations
-            for segment in visible if with_own_row else still_open:
+            for segment in stored_in:
                 self._rows(segment).put(tensors, start)
         if not sink_segments(self.pattern, self.position, stop):
             visible = tuple(segment for segment in visible if segment.span.level != SINKS)

@@ -452,8 +452,11 @@ class Encoder(RowJob):
         pooling = Pooling(document, pools, ends, before - skipped, after, skipped=skipped)
         for start, stop, first, last in self.cut.windows(len(document)):
             rows = sequence.window(start, stop)
-            wanted = before + first - start if start else skipped
-            wanted_stop = before + last - start if stop < len(document) else len(rows)
+            first_row = before + first - start  # in this window, of the token `first`
+            last_row = before + last - start
+            # the first window and the last one also give the states of what stands beside the document
+            wanted = first_row if start else skipped
+            wanted_stop = last_row if stop < len(document) else len(rows)
             ids = (rows, 0, len(rows), wanted, wanted_stop)
             yield _PooledWindow(*ids, pooling, _as_it_is, last - first)
 

@@ -138,6 +138,7 @@ class _Deal(Generic[P]):
         self.waiting: deque[P] = deque()  # on rank 0: portions whose results are still to arrive
         # results of rank 0's own group, by the index of their portion
         self.results_here: dict[int, list[pa.RecordBatch]] = {}
+        self.read = 0  # portions that this rank has read
         self.given = 0  # portions whose results rank 0 has given
         host = os.environ["MASTER_ADDR"]
         port = int(os.environ["MASTER_PORT"])
@@ -148,21 +149,9 @@ class _Deal(Generic[P]):
 
     def results(self, portions: Iterable[P]) -> Iterator[tuple[P, Batches]]:
         """Yield the portions with their results on rank 0. On the other ranks, work for it and yield nothing."""
-        read = 0  # portions
         failure = None
-        mine = self._next()
         try:
-            for index, portion in enumerate(portions):
-                if index == mine:
-                    yield from self._keep_near(index)
-                    self._do(index, portion)
-                    mine = self._next()
-                else:
-                    deque(portion, maxlen=0)  # reads it to its end
-                read += 1
-                if self.ranks.writes:
-                    self.waiting.append(portion)
-                yield from self._arrived()
+            yield from self._work_on(portions)
         except LongNetError as error:
             failure = error
         while self.waiting:
@@ -170,13 +159,28 @@ class _Deal(Generic[P]):
             time.sleep(PAUSE)
         if failure:
             # the other ranks of rank 0's group do not wait: rank 0 may need them to give the earlier portions
-            while self.ranks.dp_rank and self._given() < read:
+            while self.ranks.dp_rank and self._given() < self.read:
                 time.sleep(PAUSE)
             raise failure
         if self.ranks.writes:
             self.store.set("end", "")
         while not self.store.check(["end"]):  # however long it takes: a barrier would time out
             time.sleep(10 * PAUSE)
+
+    def _work_on(self, portions: Iterable[P]) -> Iterator[tuple[P, Batches]]:
+        """Read all portions, and work on those that this group takes. On rank 0, yield what arrives meanwhile."""
+        mine = self._next()
+        for index, portion in enumerate(portions):
+            if index == mine:
+                yield from self._keep_near(index)
+                self._do(index, portion)
+                mine = self._next()
+            else:
+                deque(portion, maxlen=0)  # reads it to its end
+            self.read += 1
+            if self.ranks.writes:
+                self.waiting.append(portion)
+            yield from self._arrived()
 
     def _next(self) -> int:
         """Return the index of this group's next portion, which no other group takes."""
