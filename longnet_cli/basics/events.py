@@ -11,28 +11,24 @@ from .errors import LongNetError
 OnSkip = Callable[[Any, LongNetError], None]
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """Do nothing."""
-
-
 class LeftOut:
     """The number of documents that have no row.
 
     `skipped` ones cannot be read; `skipped_files` of these are files, whose documents nobody has counted. `empty` ones
     have no token, and `short` ones have fewer than the job needs.
 
-    If it `skips`, a job calls `skip` with each document, row or file that it cannot read, and this calls `on_skip`.
-    Otherwise `skip` is None: such a document ends the run.
+    A job calls `skip` with each document, row or file that it cannot read, and this calls `on_skip`. Without `on_skip`,
+    `skip` is None: such a document ends the run.
     """
 
     KINDS = ("skipped", "skipped_files", "empty", "short")
 
-    def __init__(self, skips: bool = False, on_skip: OnSkip = _nothing) -> None:
+    def __init__(self, on_skip: OnSkip | None = None) -> None:
         self.skipped = 0
         self.skipped_files = 0
         self.empty = 0
         self.short = 0
-        self.skip: OnSkip | None = partial(self._skip, on_skip) if skips else None
+        self.skip: OnSkip | None = partial(self._skip, on_skip) if on_skip else None
 
     def take(self, totals: Mapping[str, int]) -> None:
         """Take the counts from the totals of a manifest instead."""
@@ -53,6 +49,10 @@ class LeftOut:
         self.skipped += 1
         self.skipped_files += getattr(document, "file", False)  # an Unread has it
         on_skip(document, error)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

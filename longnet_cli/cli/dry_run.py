@@ -58,7 +58,7 @@ def show_job(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, fo
     assert opened.room  # of every dry run
     draws = sample and inputs.tokenizer
     with progress("counting", total=None) as advance:
-        left_out = LeftOut(inputs.skip_bad)
+        left_out = LeftOut((lambda *_: None) if inputs.skip_bad else None)
         job.reader.events = Events(progress=advance, left_out=left_out)
         counted = count_documents(
             job,

@@ -76,7 +76,8 @@ class Reading:
 
     def reader(self, loaded: Loaded) -> Reader:
         """Return a reader with the model."""
-        events = Events(left_out=LeftOut(self.skip_bad))
+        left_out = LeftOut((lambda *_: None) if self.skip_bad else None)
+        events = Events(left_out=left_out)
         return Reader(loaded.net, chunk=self.chunk, dtype=self.dtype, events=events)
 
 

@@ -91,7 +91,7 @@ def estimated(
     skip_bad: bool = False,
     **options: Any,
 ) -> Estimate:
-    events = Events(left_out=LeftOut(skip_bad))
+    events = Events(left_out=LeftOut((lambda *_: None) if skip_bad else None))
     job = make_job(Reader(net, chunk=chunk, spill=spill, dtype=dtype, events=events))
     drawn = options.pop("drawn", NOT_DRAWN)
     plan = count_documents(job, documents() if texts is None else texts, drawn, **options)

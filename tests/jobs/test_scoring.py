@@ -163,7 +163,7 @@ def write(
     resume: bool = False,
 ) -> LeftOut:
     """A shard ends with the document that brings it to 150 tokens; bad documents are left out."""
-    left_out = LeftOut(True)
+    left_out = LeftOut(lambda document, error: None)
     job = Scorer(Reader(model, events=Events(left_out=left_out)), OPTIONS, FACTS)
     write_rows(job, MadeInputs((), keep=keep, made=documents), Output(place, 150, resume=resume))
     return left_out

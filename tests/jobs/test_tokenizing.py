@@ -442,7 +442,7 @@ def test_of_a_long_text_that_ends_badly_nothing_is_written(tmp_path, monkeypatch
     found = tokenize(
         Inputs([bad, *texts], skip_bad=True),
         tmp_path / "out",
-        events=Events(left_out=LeftOut(True, lambda text, error: skipped.append(str(error)))),
+        events=Events(left_out=LeftOut(lambda text, error: skipped.append(str(error)))),
     )
     good = tokenize(Inputs(texts), tmp_path / "good")
     assert found.documents == good.documents == 2
