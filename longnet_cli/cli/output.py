@@ -1,7 +1,7 @@
 """Results on stdout, JSON and JSON lines, each written as soon as it is known; and what is told on stderr.
 
 JSON keeps full precision and never contains NaN or Infinity, which it does not have: they become null. Commands with
-`-o` check it before a model is loaded. Exit code 6 says what --skip-bad has left out.
+`-o` check it before a model is loaded. Exit code 6 says that --skip-bad has left something out.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _kept_in_folder(folder: str) -> str:
 
 
 def count_left_out(skip_bad: bool) -> LeftOut:
-    """Return a count of what --skip-bad leaves out and of empty documents, with a note on stderr."""
+    """Return a count of documents without a row. With --skip-bad, each that cannot be read is noted on stderr."""
     from longnet_cli.basics.events import LeftOut
 
     def note_one(_: Any, error: LongNetError) -> None:

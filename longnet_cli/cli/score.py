@@ -125,7 +125,9 @@ def score(options: ScoreCommand) -> None:
 
     output = options.output
     context = tuple(options.context) if options.context else None
-    asked = ScoreOptions(context, options.stride, options.last, options.by_position)
+    asked = ScoreOptions(
+        context, stride=options.stride, last=options.last, by_position=options.by_position
+    )
     _check(options, asked.contexts)
     documents = options.documents
     keep = documents.kept

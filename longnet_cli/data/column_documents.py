@@ -164,10 +164,12 @@ def _numbered(table: Table, rows: Iterator[DocumentRows]) -> Iterator[tuple[int,
         if row.error and not row.named and name is not None:
             continue
         for member in waiting:
-            number += row.doc_id != name
+            if row.doc_id != name:
+                number += 1
             yield number, member
         name = row.doc_id if row.named else None
         waiting = []
+    # bad rows at the end: nobody tells their document, so each is one
     yield from enumerate(waiting, number + 1)
 
 
@@ -177,9 +179,10 @@ def _values(table: Table, doc_id: str, rows: Iterator[DocumentRows]) -> Iterator
         if row.error:
             raise row.error
         if row.part is None:
-            if expected:
-                first = expected == 1
-                table.joined.update(documents=first, rows=1 + first)
+            if expected == 1:
+                table.joined.update(documents=1, rows=2)
+            elif expected:
+                table.joined.update(rows=1)
         elif row.part != expected:
             missing = "rows are missing, repeated or out of order"
             why = "in batches a row is a document" if table.rows_alone else missing

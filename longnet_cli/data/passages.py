@@ -35,7 +35,9 @@ from .token_documents import Unread
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]+"
 )
-PAIRS = "\u3040"  # from here on, two neighbouring signs are taken for a word; before, three
+FIRST_OF_PAIRS = (
+    "\u3040"  # from here on, two neighbouring signs are taken for a word; before, three
+)
 
 
 class Passage(NamedTuple):
@@ -100,7 +102,9 @@ def open_index(path: str | None) -> Iterator[PassageIndex]:
 
 
 class PassageIndex:
-    """An index of passages in memory, or in the file `place`, which is new unless it is `path`, its name in errors.
+    """An index of passages in the file `place`, or in memory.
+
+    `path` is the name of the file in errors, and of the file at the end: for a new index, `place` is a temporary file.
 
     All up to `commit` is one transaction. Raises ConfigError if another process does not end its own, for a damaged
     file, and for a Python whose SQLite has no full-text search; LongNetError for a full disk.
@@ -238,7 +242,7 @@ class PassageIndex:
         words = as_compared(question)
         asked = UNSPACED.sub(" ", words).split()
         for run in UNSPACED.findall(words):
-            size = 2 if run >= PAIRS else 3
+            size = 2 if run >= FIRST_OF_PAIRS else 3
             asked += [" ".join(run[at : at + size]) for at in range(max(1, len(run) - size + 1))]
         match = " OR ".join(f'"{word}"' for word in dict.fromkeys(asked))
         if not match:

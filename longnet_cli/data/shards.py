@@ -74,7 +74,8 @@ class ShardFolder:
     `settings`, finished or not: `totals` then says how many documents to skip, and `finished` whether nothing is
     left to do. Shards are byte for byte the same as without the interruption, if batches depend only on the documents
     since the last `end_shard`. The manifest gets the counts of `left_out`, which a resumed run counts again; a folder
-    that is finished already gives its own counts to `left_out`. It also gets the digests in `opened` (see `Documents`).
+    that is finished already gives its own counts to `left_out`. The manifest also gets the digests in `opened` (see
+    `DocumentPass`).
 
     Raises ConfigError for a folder in use, other settings or a folder that cannot be written, DataError for a damaged
     shard of the earlier run, LongNetError when a write fails. After an error the finished shards stay. If no shard is

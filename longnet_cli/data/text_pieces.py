@@ -200,7 +200,7 @@ SENTENCE_END = re.compile(
     + r"\s+(?![\sa-z\u00df-\u00f6\u00f8-\u00ff\u0430-\u044f])"
     + r"|[\u3002\uff01\uff1f]+[\u300d\u300f\uff09\u201d]*\s*"
 )
-# A passage ends at the first of these that there is
+# A passage ends at the last match of the first of these that matches in its second half
 PASSAGE_ENDS = (PARAGRAPH_END, SENTENCE_END, re.compile(r"\n\s*"), re.compile(r"\s+"))
 
 Unit = Literal["sentence", "paragraph", "passage"]

@@ -95,7 +95,7 @@ class EncodeFacts(ModelFacts):
         return tokenizer and tokenizer.for_documents(self.prompt or "")
 
 
-class TextCut:
+class WindowCut:
     """The cut of documents into windows. Raises ConfigError for a context, a stride and a span that leave no room.
 
     `room` is the most tokens of a document in a window, without a limit if the document is read in one piece. A window
@@ -268,7 +268,7 @@ class Encoder(RowJob):
         for is_refused, problem in self._refusals():
             if is_refused:
                 raise ConfigError(problem)
-        self.cut = TextCut(options, facts)
+        self.cut = WindowCut(options, facts)
         self.unit = cast(Unit, options.span) if isinstance(options.span, str) else None
         self.places_in = lru_cache(1)(TextPlaces)  # the rows of a document come in order
 
@@ -481,13 +481,19 @@ class Encoder(RowJob):
             ids = (rows, 0, len(rows), skipped, len(rows))
             yield _PooledWindow(*ids, pooling, finish, last - first)
 
-    def _skipped(self, before: int, first: int) -> int:
-        """Return how many rows of a document are not pooled, of those `before` its own and the `first` span's."""
+    def _skipped(self, before: int, first_end: int) -> int:
+        """Return how many rows, from the first on, are not pooled.
+
+        `before` rows stand before the document, whose first span ends before its token `first_end`.
+        """
         facts = self.facts
         if not facts.framed:
             return 0 if self.options.pool == "cls" else before - len(facts.prefix)
-        skipped = facts.first_pooled  # a first span of these alone would have nothing
-        return before if self.options.span is not None and first <= skipped - before else skipped
+        skipped = facts.first_pooled
+        as_prompt = skipped - before  # tokens of the document that count as the prompt's
+        if self.options.span is not None and first_end <= as_prompt:
+            return before  # otherwise the first span would have nothing
+        return skipped
 
     def _pool_together(self, pieces: Sequence[Piece[_PooledWindow]]) -> None:
         """Pool the whole documents among the pieces in a few calls. A CPU adds long ones faster one by one."""
@@ -495,7 +501,7 @@ class Encoder(RowJob):
         whole = [
             (piece.window.pooling, piece.hidden)
             for piece in pieces
-            if piece.hidden is not None and piece.window.pooling.ends_with(piece.hidden, limit)
+            if piece.hidden is not None and piece.window.pooling.is_whole(piece.hidden, limit)
         ]
         if whole:
             pool_together(whole)
@@ -515,7 +521,7 @@ class Encoder(RowJob):
     ) -> pa.RecordBatch:
         schema = self.schema
         pooled = torch.stack([row.vector for row in rows])  # (rows, dim)
-        self.reader.ranks.sum(pooled)  # exact, because pooling is linear
+        self.reader.ranks.sum(pooled)  # exact but for rounding, because pooling is linear
         vectors = head(pooled)[:, : self.options.dims]
         if self.options.normalize:
             vectors = F.normalize(vectors, dim=-1)

@@ -88,7 +88,7 @@ class Pooling:
         self.vector: Tensor | None = None  # of the whole document, by `pool_together`
         self._reset(skipped)
 
-    def ends_with(self, hidden: Tensor, most: int) -> bool:
+    def is_whole(self, hidden: Tensor, most: int) -> bool:
         """Return whether these states (n, dim), `most` at most, are all that is pooled, for one vector, by sums."""
         rest = self.end + self.after - self.position
         return (

@@ -296,7 +296,7 @@ def write_rows(job: RowJob, inputs: Inputs, output: Output) -> Counter[str]:
     sequences = partial(job.sequences, documents, name, lambda: reading.fraction)
     if in_folder:
         return _write_to_folder(job, inputs, output, sequences(), reading.opened)
-    return _write_to_stream(job, output, sequences(reading.ready))
+    return _write_one_output(job, output, sequences(reading.ready))
 
 
 def _begin_reading(job: RowJob, inputs: Inputs, reading: Iterable[Document]) -> Iterator[Document]:
@@ -313,7 +313,7 @@ def _begin_reading(job: RowJob, inputs: Inputs, reading: Iterable[Document]) -> 
     return documents
 
 
-def _write_to_stream(
+def _write_one_output(
     job: RowJob, output: Output, sequences: Iterator[InputSequence[Document] | None]
 ) -> Counter[str]:
     """Write the rows to a file, a stream or the sink of `output`, and return their counts."""
@@ -354,7 +354,7 @@ def _write_to_folder(
     """Write the rows to a folder of shards, and return the counts of what it has. `opened` grows, as in ShardFolder."""
     shard_size = output.shard_size or job.shard_size
     if output.resume:
-        text = _text_of_earlier_run(output.path, job.facts.pattern)
+        text = _pattern_as_written(output.path, job.facts.pattern)
         job.facts = replace(job.facts, pattern=text)
     settings = _settings(job, inputs, shard_size)
     folder: ShardFolder | _Nowhere = _Nowhere()
@@ -370,7 +370,7 @@ def _write_to_folder(
             opened=opened,
         )
     with folder:
-        _write_folder(job, sequences, folder, shard_size)
+        _write_shards(job, sequences, folder, shard_size)
     return folder.totals
 
 
@@ -394,7 +394,7 @@ class _Nowhere:
     count = end_shard = write
 
 
-def _text_of_earlier_run(folder: str | Path, pattern: str | None) -> str | None:
+def _pattern_as_written(folder: str | Path, pattern: str | None) -> str | None:
     """Return the text of the pattern in the earlier run of a folder if it is the same pattern, otherwise `pattern`.
 
     Another version may write another text of it, and all files of a folder must hold one text.
@@ -432,7 +432,7 @@ def _settings(job: RowJob, inputs: Inputs, shard_size: int) -> dict[str, object]
     return settings
 
 
-def _write_folder(
+def _write_shards(
     job: RowJob,
     sequences: Iterator[InputSequence[Document] | None],
     folder: ShardFolder | _Nowhere,

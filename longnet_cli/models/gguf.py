@@ -2,8 +2,8 @@
 
 transformers reads the file and undoes its quantization. It reads some keys of the metadata and drops the others, such
 as the scaling of rotary positions. So this module knows three ARCHITECTURES, with the keys and the tensors that a file
-of each may have. Another architecture, a key or a tensor that is not known, and a value that transformers' net cannot
-have, refuse the file by name.
+of each may have. A file of another architecture is refused by name, and so is one with a tensor that is not known, with
+a key that is not known unless its value is 0 or empty, or with a value that transformers' net cannot have.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _PLAIN = {  # types that are not quantized
 _MOST_READS = 1 << 23  # of metadata: a word of a vocabulary takes three. Gemma 3 takes 3.4 million
 
 # The architectures, and the tensors that a layer of each has beside those of LAYER.
-ARCHITECTURES = {"llama": "none", "qwen2": r"attn_[qkv]\.bias", "qwen3": r"attn_[qk]_norm\.weight"}
+NO_MORE = r"(?!)"  # matches no name
+ARCHITECTURES = {"llama": NO_MORE, "qwen2": r"attn_[qkv]\.bias", "qwen3": r"attn_[qk]_norm\.weight"}
 LAYER = r"(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down))\.weight"
 WHOLE = r"(token_embd|output|output_norm|rope_freqs)\.weight"
 # Keys after the name of the architecture, and the settings of config.json that say the same.

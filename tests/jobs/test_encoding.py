@@ -95,15 +95,15 @@ def test_whole_documents_are_pooled_together(pool):
         ]
         for _ in range(2)
     )
-    assert [x.ends_with(hidden, 20) for x, hidden in zip(together, states, strict=True)] == [
+    assert [x.is_whole(hidden, 20) for x, hidden in zip(together, states, strict=True)] == [
         True
     ] * 3
-    assert not together[2].ends_with(states[2][1:], 20)
-    assert not together[2].ends_with(states[2], 19)
-    assert not Pooling(make_document(15), pool.split("+"), range(5, 20, 5), **around).ends_with(
+    assert not together[2].is_whole(states[2][1:], 20)
+    assert not together[2].is_whole(states[2], 19)
+    assert not Pooling(make_document(15), pool.split("+"), range(5, 20, 5), **around).is_whole(
         states[2], 20
     )
-    assert not Pooling(make_document(15), [*pool.split("+"), "last"], [15], **around).ends_with(
+    assert not Pooling(make_document(15), [*pool.split("+"), "last"], [15], **around).is_whole(
         states[2], 20
     )
     pool_together([*zip(together, states, strict=True)])

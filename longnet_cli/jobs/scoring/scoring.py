@@ -63,22 +63,22 @@ class Cut:
         return "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
 
     def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, wanted) of each window: it reads [start, stop), and targets count from `wanted` on.
+        """Yield (start, stop, wanted) of each window: it reads the ids [start, stop), and counts from `wanted` on.
 
         A window has at most `context` targets. Those that count in all windows make up the document, or its `last`
-        tokens.
+        tokens. Ids are counted with the `bos` before the document.
         """
         options = self.options
         first = self.first_target
-        before = len(self.bos) - 1  # from a target to its input
+        to_input = len(self.bos) - 1  # added to a target: the id before it, which predicts it
         size = context or max(1, tokens - first)
         step = options.stride or size
         look_back = options.stride is not None or options.last is not None
         for counted in range(tokens - options.last if options.last else first, tokens, step):
-            stop = min(counted + step, tokens)
-            start = max(first, stop - size) if look_back else counted
-            read_from = start + before if start > first else 0
-            yield read_from, stop + before, counted + before
+            end = min(counted + step, tokens)
+            target = max(first, end - size) if look_back else counted
+            start = target + to_input if target > first else 0
+            yield start, end + to_input, counted + to_input
 
     def longest(self, tokens: int) -> int:
         """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
@@ -113,8 +113,9 @@ def score(
 ) -> pa.RecordBatchReader:
     """Score `documents` lazily, in order; return a reader of record batches of their rows (`Scorer.schema`).
 
-    Every token is scored exactly once, the first one of a document if the model has a `bos` (`facts`); otherwise the
-    number of scored bytes is unknown. `count_bytes` gives the bytes of scored ids, for `last` (None: unknown).
+    At each context, every token, or each of the `last`, is scored exactly once. The first token of a document is scored
+    if the model has a `bos` (`facts`); otherwise the number of scored bytes is unknown. `count_bytes` gives the bytes
+    of scored ids, for `last` (None: unknown).
 
     `reading` are arguments of `running.reader.Reader`: `ranks`, `chunk`, `dtype`, `spill` and `events`. Memory does not
     depend on the document's length, without chosen blocks, and none of them changes a number beyond rounding. All ranks

@@ -1,7 +1,7 @@
 """Portions of work, dealt out to groups of ranks: a group that is free takes the next one.
 
-A portion is a group of documents, worked on as if there were nothing else. So the numbers of a document depend only on
-its portion, not on where a run was resumed or which process reads it.
+A portion is some neighbouring documents, worked on as if there were nothing else. So the numbers of a document depend
+only on its portion, not on where a run was resumed or which process reads it.
 
     portions --+-- taken by this group ----> work ------------------+--> results in order, on rank 0
                +-- taken by another one --> work --> shared store --+
@@ -37,9 +37,11 @@ class Portion(Generic[T]):
     `ends_early` for one that a None among the items has ended.
     """
 
-    def __init__(self, items: Iterator[T | None], is_full: Callable[[Portion[T], T], bool]) -> None:
+    def __init__(
+        self, items: Iterator[T | None], count_item: Callable[[Portion[T], T], bool]
+    ) -> None:
         self._items = items
-        self._is_full = is_full
+        self._count_item = count_item
         self.count = 0
         self.length = 0
         self.ends_shard = False
@@ -50,7 +52,7 @@ class Portion(Generic[T]):
             if item is None:
                 self.ends_early = True
                 return
-            full = self._is_full(self, item)
+            full = self._count_item(self, item)
             yield item
             if full:
                 return
@@ -73,7 +75,7 @@ def portions(
     remaining = iter(items)
     in_shard = 0
 
-    def is_full(portion: Portion[T], item: T) -> bool:
+    def count_item(portion: Portion[T], item: T) -> bool:
         nonlocal in_shard
         portion.count += 1
         portion.length += length_of(item)
@@ -86,7 +88,7 @@ def portions(
 
     for first in remaining:
         if first is not None:
-            yield Portion(chain([first], remaining), is_full)
+            yield Portion(chain([first], remaining), count_item)
 
 
 AHEAD = 64  # portions whose results may wait in memory for an earlier portion

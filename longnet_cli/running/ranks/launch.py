@@ -32,7 +32,7 @@ from longnet_cli.basics.sizes import count_of
 
 
 def divide(world: int, sp: int | None, dp: int | None) -> tuple[int, int]:
-    """Return sp and dp of `world` processes; without both, all ranks share each sequence.
+    """Return sp and dp of `world` processes; with neither, all ranks share each sequence.
 
     Raises ConfigError where dp x sp is not the number of processes.
     """
