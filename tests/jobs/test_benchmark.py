@@ -140,6 +140,7 @@ assert (theirs - ours).abs().max() < 1e-6
     ("causal", "text"),
     [
         ("causal", "16/1,64/4,look_back=1,overlap=once,queries=all,sinks=2"),
+        ("causal", "1Ki/1"),
         ("", "16/1,64/2,192/3,overlap=once"),
     ],
 )
