@@ -1,4 +1,4 @@
-"""Sizes and types as a person writes them, and counts, bytes and seconds as texts for a person.
+"""Numbers for people: sizes and types as a person writes them, and counts, bytes and seconds as texts.
 
 `1e9`, `1_000_000`, `32k`, `1.5M`, `64Ki`: the letters k, M, G, T are powers of 1000; Ki, Mi, Gi, Ti powers of 1024.
 """

@@ -169,7 +169,7 @@ def _numbered(table: Table, rows: Iterator[DocumentRows]) -> Iterator[tuple[int,
             yield number, member
         name = row.doc_id if row.named else None
         waiting = []
-    # bad rows at the end: nobody tells their document, so each is one
+    # no row after them tells the document of bad rows at the end, so each counts as a document
     yield from enumerate(waiting, number + 1)
 
 

@@ -91,7 +91,7 @@ def _texts_among(files: Sequence[str], read: Read) -> list[str]:
 
 
 def _ending(files: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files whose names end so, whether or not they are compressed."""
+    """Return the files whose names have one of these endings, also before that of a compression."""
     return [file for file in files if bare_name(file).endswith(suffixes)]
 
 

@@ -312,20 +312,20 @@ class Inputs:
         tokenizer = self.tokenizer
         _check_tokenizer(table, tokenizer)
 
-        def known(name: str, given: int | None) -> int | None:
-            """Return the number that is given, otherwise the tokenizer's or, without it, that of the metadata."""
-            if given is not None:
-                return given
-            return (
-                getattr(tokenizer, name) if tokenizer else _metadata_int(table, f"longnet.{name}")
-            )
+        def number(name: str, option: int | None) -> int | None:
+            """Return the number of an option or, without it, the tokenizer's, otherwise that of the metadata."""
+            if option is not None:
+                return option
+            if tokenizer:
+                return getattr(tokenizer, name)
+            return _metadata_int(table, f"longnet.{name}")
 
-        vocab_size = known("vocab_size", self.vocab_size)
+        vocab_size = number("vocab_size", self.vocab_size)
         if self.eos_id is not None:
             fitting("--eos", self.eos_id, vocab_size, f"{table.where}: ")
         groups = list_documents(table, columns)
         if columns.type in INTEGERS:
-            groups = flat_documents(table, columns, known("eos_id", self.eos_id))
+            groups = flat_documents(table, columns, number("eos_id", self.eos_id))
 
         def read(group: DocumentRows) -> Document:
             return Document(

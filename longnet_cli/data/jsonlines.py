@@ -35,7 +35,7 @@ _NAMES = (str, int)  # types of a document's name, and no bool
 _CHAT = pa.list_(pa.map_(pa.string(), pa.string()))  # of messages with any keys
 # In place of types that pyarrow gives to values
 _PLAIN = {pa.string(): _TEXT, pa.list_(pa.null()): _IDS, pa.list_(pa.int64()): _IDS}
-_PLAIN_OR_NULL = {**_PLAIN, pa.null(): _TEXT}
+_PLAIN_OR_NULL = {**_PLAIN, pa.null(): _TEXT}  # a column of nulls alone counts as text
 _Reader = Callable[[dict[str, Any]], Any]
 
 

@@ -166,12 +166,11 @@ def plain(column: pa.Array) -> pa.Array:
     return column if kind == column.type else column.cast(kind)
 
 
-_MAKERS = {pa.list_(pa.null()).id: pa.list_, pa.large_list(pa.null()).id: pa.large_list}
-
-
 def _without_views(kind: pa.DataType) -> pa.DataType:
-    if make := _MAKERS.get(kind.id):
-        return make(_without_views(kind.value_type))
+    if pa.types.is_list(kind):
+        return pa.list_(_without_views(kind.value_type))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_without_views(kind.value_type))
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_without_views(field.type)) for field in kind])
     return {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(
@@ -274,7 +273,7 @@ class Pipe:
 
 
 class StdinPipe(Pipe):
-    """Stdin as a Pipe with a buffer of so many bytes."""
+    """Stdin as a Pipe. It says whether more has come."""
 
     def __init__(self, buffer_size: int) -> None:
         self._stdin = Stdin()

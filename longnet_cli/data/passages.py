@@ -35,9 +35,8 @@ from .token_documents import Unread
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]+"
 )
-FIRST_OF_PAIRS = (
-    "\u3040"  # from here on, two neighbouring signs are taken for a word; before, three
-)
+# From this sign on, two neighbouring signs are taken for a word; before it, three
+FIRST_OF_PAIRS = "\u3040"
 
 
 class Passage(NamedTuple):
@@ -63,7 +62,7 @@ TABLES = (
 MARK = 0x6C6E7004  # in the file's header: "lnp" and the version of the tables, of the cut and of `compared`
 SOFT_HYPHEN = "\u00ad"  # where a word may be broken: web pages and PDFs have it within words
 WAIT = 60  # seconds for which a process waits for another one
-IN_WORDS = re.compile("[LNM]|Co")  # the categories of WORDS
+IN_WORDS = re.compile("[LNM]|Co")  # the Unicode categories that WORDS names
 STEM = 4  # letters by which an excerpt compares words
 NO_INDEX = "no index of passages that this version has made: name another file, or remove it"
 JUST_NOW = 2  # seconds in which a file may change twice and have one time of change
@@ -104,7 +103,7 @@ def open_index(path: str | None) -> Iterator[PassageIndex]:
 class PassageIndex:
     """An index of passages in the file `place`, or in memory.
 
-    `path` is the name of the file in errors, and of the file at the end: for a new index, `place` is a temporary file.
+    Errors name the file `path`. If the index is new, `place` is a temporary file, which `path` replaces at the end.
 
     All up to `commit` is one transaction. Raises ConfigError if another process does not end its own, for a damaged
     file, and for a Python whose SQLite has no full-text search; LongNetError for a full disk.

@@ -24,7 +24,7 @@ from .job_options import NO_PREFIX
 
 COLUMNS = ["embedding", "doc_id", "char_start", "char_end"]
 RANKED = 100  # passages of each list that are joined
-SHARED = 0.75  # of the characters of a vector's text and of its passage, the longer of both
+SHARED = 0.75  # the part of the longer of two texts, above which they count as the same
 DAMPING = 60  # of reciprocal ranks: the first place counts 1/61, the hundredth 1/160
 
 
@@ -98,7 +98,7 @@ def _read(name: str) -> tuple[pa.Table, dict[str, str]]:
 def _numbers(name: str, index: PassageIndex, table: pa.Table) -> list[int]:
     """Return the number of the passage of each vector: the one that has its middle, if both have the same text.
 
-    Raises ConfigError where they share no more than `SHARED` of the longer one.
+    Raises ConfigError where they share no more than `SHARED` of the longer one, and for a text without a vector.
     """
     passages = defaultdict[str, list[tuple[int, int, int]]](lambda: [(0, 0, 0)])
     for number, doc_id, start, end in index.places():

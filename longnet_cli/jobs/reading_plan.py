@@ -99,9 +99,10 @@ class ReadingPlan:
 
         for step in reading_steps(of_lengths(), self.chunk, self.config.streams):
             self.largest = max(self.largest, sum(map(len, step)))
-            one_by_one = [[0]]  # a window that goes chunk by chunk is alone in its step
             passes = forward_passes(step, self.chunk, self.config.streams)
-            for batch in one_by_one if passes is None else passes:
+            if passes is None:
+                passes = [[0]]  # a window that goes chunk by chunk is alone in its step
+            for batch in passes:
                 padded = len(step[batch[0]])
                 self.longest = max(self.longest, padded)
                 self.read += len(batch) * padded

@@ -221,7 +221,7 @@ class RowJob(ABC):
         return deal(dealt, self.results, self.reader.all_ranks, self.tell_progress)
 
     def end(self, tokens: int) -> None:
-        """Raise the error that ended `sequences`. For rows of no `tokens`, raise NoTokensError on ranks with rows."""
+        """Raise the error that ended `sequences`. If `tokens` is 0, raise NoTokensError on the ranks that get rows."""
         ranks = self.reader.all_ranks
         if self.failure:
             raise self.failure

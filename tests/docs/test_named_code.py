@@ -138,8 +138,8 @@ def test_the_map_names_what_is_in_its_files():
             for path in sources
             if any(f"/{path}".endswith(f"/{file}") for file in files)
         ]
-        known = {name for tree in trees for name in defined(tree)}
-        assert names <= known, cell
+        in_files = {name for tree in trees for name in defined(tree)}
+        assert names <= in_files, cell
 
 
 COMMANDS = PACKAGE / "cli"  # a command's file has the command's name

@@ -63,10 +63,10 @@ class Cut:
         return "no token could be scored: no document has two tokens, and no end-of-text id can precede the first"
 
     def windows(self, tokens: int, context: int | None) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, wanted) of each window: it reads the ids [start, stop), and counts from `wanted` on.
+        """Yield (start, stop, wanted) of each window, which reads the ids [start, stop).
 
-        A window has at most `context` targets. Those that count in all windows make up the document, or its `last`
-        tokens. Ids are counted with the `bos` before the document.
+        What the ids from `wanted` on predict is scored. A window has at most `context` targets. The scored tokens of
+        all windows make up the document, or its `last` tokens. Ids are counted with the `bos` before the document.
         """
         options = self.options
         first = self.first_target
