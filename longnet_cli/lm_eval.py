@@ -41,7 +41,11 @@ class LongNetLM(HFLM):
     """
 
     def __init__(
-        self, pretrained: str, pattern: str | None = None, device: str | None = None, **options: Any
+        self,
+        pretrained: str,
+        pattern: str | None = None,
+        device: str | None = None,
+        **options: Any,
     ) -> None:
         if cut := [name for name in options if name in OPTIONS]:
             whole = f'{{"pretrained": "{pretrained}", "pattern": "{pattern},{cut[0]}={options[cut[0]]}"}}'

@@ -315,7 +315,12 @@ class _ShardGeometry(NamedTuple):
             for part in square.in_segments(w, queries, queries):
                 row = turned.row + (part.queries.start // w - segments.start) * sinks
                 yield from self.on_rows(
-                    part.queries, row, sinks, part.segments, sinks, turned.far_index
+                    part.queries,
+                    row,
+                    sinks,
+                    part.segments,
+                    sinks,
+                    turned.far_index,
                 )
             return
         before = min(sinks, self.start)  # sinks that lie before the shard
@@ -372,7 +377,13 @@ class _ShardGeometry(NamedTuple):
         for branch in self._calls(segments, 1, of_queries, of_keys):
             yield branch._replace(far_index=far_index)
 
-    def _rectangles(self, level: int, w: int, queries: range, keys: range) -> list[_Rectangle]:
+    def _rectangles(
+        self,
+        level: int,
+        w: int,
+        queries: range,
+        keys: range,
+    ) -> list[_Rectangle]:
         """Return all rectangles of a level, with segments of w positions, that have these queries and keys.
 
         Neighbouring queries that see the same keys are one rectangle, if their rows are evenly spaced.
@@ -398,7 +409,13 @@ class _ShardGeometry(NamedTuple):
         first_token = positions.start - self.start
         return HeadRows(range(heads), [first_token] * heads, [len(positions)] * heads, w, 1)
 
-    def _level_rows(self, level: int, w: int, positions: range, heads: Sequence[int]) -> HeadRows:
+    def _level_rows(
+        self,
+        level: int,
+        w: int,
+        positions: range,
+        heads: Sequence[int],
+    ) -> HeadRows:
         """Return the rows that a level keeps at some positions, for each query head in one of the `heads`."""
         offsets = self.pattern.offsets(level, self.num_heads)
         r = self.pattern.dilation_rates[level]

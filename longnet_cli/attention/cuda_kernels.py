@@ -156,7 +156,13 @@ class FlashAttnKernel(CudaFlashKernel):
         q, k, v = qkv
         forward, _ = self.functions()
         out, lse, *_ = forward(
-            q=q, k=k, v=v, softmax_scale=scale, causal=causal, return_softmax=False, **_PLAIN
+            q=q,
+            k=k,
+            v=v,
+            softmax_scale=scale,
+            causal=causal,
+            return_softmax=False,
+            **_PLAIN,
         )
         return out, lse
 

@@ -168,7 +168,11 @@ class _Sinks(NamedTuple):
         return packed
 
     def add_gradients(
-        self, k: Tensor, v: Tensor, far_rows: Sequence[Tensor], sums: Sequence[Tensor]
+        self,
+        k: Tensor,
+        v: Tensor,
+        far_rows: Sequence[Tensor],
+        sums: Sequence[Tensor],
     ) -> None:
         """Add the gradients of turned sinks, the last two of `sums`, to those of the rows that were turned.
 
@@ -182,14 +186,22 @@ class _Sinks(NamedTuple):
 
 
 def _sinks(
-    pattern: Pattern, shard: Shard, tokens: int, far_keys: Sequence[FarKeys], turn: Turn | None
+    pattern: Pattern,
+    shard: Shard,
+    tokens: int,
+    far_keys: Sequence[FarKeys],
+    turn: Turn | None,
 ) -> _Sinks | None:
     """Return the sinks that a shard of `tokens` has to turn, or None."""
     if not pattern.sinks or not turn:
         return None
     documents = None if shard.documents is None else tuple(shard.documents)
     rows = _sink_rows(
-        pattern, shard.start, tokens, documents, tuple(keys.span for keys in far_keys)
+        pattern,
+        shard.start,
+        tokens,
+        documents,
+        tuple(keys.span for keys in far_keys),
     )
     if rows is None:
         return None
@@ -212,7 +224,11 @@ class _ShardCall(NamedTuple):
     add: Callable[..., None] | None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        far_rows: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Return out and LSE of all branches, as `merged_forward` does."""
         waiting = [source for _, source in self.sources if source]
@@ -263,7 +279,12 @@ class _MergedBranches(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: _ShardCall, q: Tensor, k: Tensor, v: Tensor, *far_rows: Tensor
+        ctx: Any,
+        call: _ShardCall,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *far_rows: Tensor,
     ) -> Tensor:
         out, lse = call.forward(q, k, v, far_rows)
         ctx.save_for_backward(q, k, v, out, lse, *far_rows)
@@ -402,7 +423,13 @@ class DilatedAttention(nn.Module):
         projected = self._project(query, key, value)
         q, k, v = (x.unflatten(-1, heads) for x in projected)  # (B, N, H, D) views
         mixed = dilated_attention(
-            q, k, v, self.pattern, causal=is_causal, lengths=lengths, padding=self.padding
+            q,
+            k,
+            v,
+            self.pattern,
+            causal=is_causal,
+            lengths=lengths,
+            padding=self.padding,
         )
         return self.out_proj(mixed.flatten(-2)), None
 

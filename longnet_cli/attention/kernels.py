@@ -101,7 +101,11 @@ class CpuFlashKernel(Kernel):
         return x.contiguous() if x.stride(2) * x.element_size() > self._PAGE else x
 
     def _step_ends(
-        self, rows: int, causal: bool, log_counts: Tensor | None, most: int
+        self,
+        rows: int,
+        causal: bool,
+        log_counts: Tensor | None,
+        most: int,
     ) -> list[int]:
         """Return the end of each step of a causal square; [] if one call for all rows is as fast, or not causal."""
         if not causal or rows <= self._STEP or (log_counts is None and rows > most * self._STEP):
@@ -139,7 +143,10 @@ KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _IN_ORDER}
 
 
 def select_kernel(
-    device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    name: str | None = None,
 ) -> Kernel:
     """Return the kernel for such tensors: the one named by `name` or LONGNET_KERNEL, otherwise the first that works.
 
@@ -153,7 +160,11 @@ def select_kernel(
 
 @lru_cache(maxsize=256)  # results last for the life of the process
 def _select(
-    device: torch.device, dtype: torch.dtype, head_dim: int, name: str | None, always_equal: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    name: str | None,
+    always_equal: bool,
 ) -> Kernel:
     """Return the first kernel that works. With deterministic algorithms (`always_equal`), other kernels may fail."""
     if name is not None and name not in KERNELS:
@@ -227,7 +238,10 @@ def _difference(kernel: Kernel, x: Tensor) -> str | None:
 
 
 def _results(
-    kernel: Kernel, tensors: Sequence[Tensor], causal: bool, scale: float
+    kernel: Kernel,
+    tensors: Sequence[Tensor],
+    causal: bool,
+    scale: float,
 ) -> dict[str, Tensor]:
     """Return what a kernel makes of the tensors of a backward, in its forward and its backward."""
     _, q, k, v, *_ = tensors

@@ -39,7 +39,13 @@ class Merge:
     def places(self) -> tuple[Tensor, Tensor]:
         return self._out, self._lse[..., None]
 
-    def add(self, branch: Branch, places: Sequence[Tensor], part: Tensor, lse: Tensor) -> None:
+    def add(
+        self,
+        branch: Branch,
+        places: Sequence[Tensor],
+        part: Tensor,
+        lse: Tensor,
+    ) -> None:
         """Merge one call in place into `places`, its views of out (.., rows, D) and lse (.., rows, 1)."""
         out, total = places
         lse = lse[..., None]

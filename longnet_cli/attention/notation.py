@@ -135,7 +135,9 @@ def _unknown(name: str, text: str) -> str:
 
 
 def _read(
-    name: str, items: Iterable[str], words: Sequence[str]
+    name: str,
+    items: Iterable[str],
+    words: Sequence[str],
 ) -> tuple[list[str], dict[str, Any]]:
     """Return the sizes, or levels, that come first, and the options after them."""
     sizes: list[str] = []

@@ -111,7 +111,12 @@ class MathKernel(Kernel):
         return dq, torch.cat(dk, 2), torch.cat(dv, 2)
 
     def _blocks(
-        self, q: Tensor, k: Tensor, causal: bool, scale: float, log_counts: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        causal: bool,
+        scale: float,
+        log_counts: Tensor | None,
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield the rows that see some keys of a block, these keys, and the scores, block by block."""
         size = k.shape[2]

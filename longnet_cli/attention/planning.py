@@ -222,7 +222,11 @@ def _check_shard(shard: Shard, pattern: Pattern, tokens: int, spans: Sequence[Fa
 
 
 def _check_far(
-    span: FarSpan, of_span: Sequence[_Facts], q: _Facts, k: _Facts, pattern: Pattern
+    span: FarSpan,
+    of_span: Sequence[_Facts],
+    q: _Facts,
+    k: _Facts,
+    pattern: Pattern,
 ) -> None:
     level, start, stop = span
     if level != SINKS and not 0 <= level < len(pattern.levels):
@@ -287,7 +291,12 @@ def merged_backward(
         calls = _only(plan.placed, far_calls)
         query_like = (dout, q, out, lse[..., None], dq)
         views = kernel_calls(
-            calls, plan.kernel, query_like, (k, v, dk, dv), far_tensors, plan.views
+            calls,
+            plan.kernel,
+            query_like,
+            (k, v, dk, dv),
+            far_tensors,
+            plan.views,
         )
         for branch, (dout_, q_, out_, lse_, dq_), (k_, v_, *totals) in views:
             of_call = (dout_, q_, k_, v_, out_, lse_[..., 0])

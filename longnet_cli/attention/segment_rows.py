@@ -58,7 +58,11 @@ class SegmentRows(NamedTuple):
         return packed
 
     def _shared(
-        self, tensors: Sequence[Tensor], start: int, stop: int, packed: bool = False
+        self,
+        tensors: Sequence[Tensor],
+        start: int,
+        stop: int,
+        packed: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield views of the rows at [start, stop), in a shard or packed rows that start there, and in these rows."""
         span = self.span.part(start, stop)
@@ -72,7 +76,11 @@ class SegmentRows(NamedTuple):
 
 @lru_cache(maxsize=64)  # all layers of a step ask for the same
 def _views(
-    lanes: Lanes, span: FarSpan, start: int, first: int, packed: bool
+    lanes: Lanes,
+    span: FarSpan,
+    start: int,
+    first: int,
+    packed: bool,
 ) -> tuple[tuple[Rows, Rows], ...]:
     """Return views of the rows of `span` in a shard that starts at `start`, and packed from position `first` on.
 

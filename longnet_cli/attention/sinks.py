@@ -64,7 +64,12 @@ class SinkRows(NamedTuple):
         return turned.flatten(1, 2), v[:, documents].flatten(1, 2)
 
     def gradients(
-        self, k: Tensor, v: Tensor, turn: Turn, dk: Tensor, dv: Tensor
+        self,
+        k: Tensor,
+        v: Tensor,
+        turn: Turn,
+        dk: Tensor,
+        dv: Tensor,
     ) -> tuple[Tensor, ...]:
         """Return the gradients of each document's sinks, given the gradients of the rows that `spread` returned."""
         with torch.enable_grad():

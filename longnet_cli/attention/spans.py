@@ -112,7 +112,9 @@ def rows_before(position: int, offset: int, dilation_rate: int) -> int:
 
 
 def progressions(
-    equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], steps: Sequence[int]
+    equal: Sequence[Hashable | None],
+    even: Sequence[tuple[int, ...]],
+    steps: Sequence[int],
 ) -> list[Heads]:
     """Divide all heads into few progressions, such that one strided view can show all heads of a progression.
 
@@ -133,7 +135,9 @@ def progressions(
 
 
 def _runs(
-    equal: Sequence[Hashable | None], even: Sequence[tuple[int, ...]], heads: range
+    equal: Sequence[Hashable | None],
+    even: Sequence[tuple[int, ...]],
+    heads: range,
 ) -> Iterator[Heads]:
     """Yield these heads in runs that are as long as possible."""
     first = heads.start
@@ -210,7 +214,11 @@ def segment_rows(pattern: Pattern, level: int, tokens: int) -> int:
 
 
 def far_spans(
-    pattern: Pattern, start: int, stop: int, causal: bool, total: int | None = None
+    pattern: Pattern,
+    start: int,
+    stop: int,
+    causal: bool,
+    total: int | None = None,
 ) -> list[FarSpan]:
     """Return the spans that queries of the shard [start, stop) see outside it, by segment; sinks, not turned, are last.
 

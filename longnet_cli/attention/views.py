@@ -72,7 +72,13 @@ class _StridedView(NamedTuple):
     offset: int
 
     @classmethod
-    def of_rows(cls, x: Tensor, rows: Rows, batch_rows: slice, column: int = 0) -> _StridedView:
+    def of_rows(
+        cls,
+        x: Tensor,
+        rows: Rows,
+        batch_rows: slice,
+        column: int = 0,
+    ) -> _StridedView:
         """Return the view (batch, segments, heads, rows, last dim) of a part of a batch x, from token `column` on."""
         batch, token, head, last = x.stride()
         size = (
@@ -94,7 +100,13 @@ class _StridedView(NamedTuple):
         return cls(size, stride, offset)
 
     @classmethod
-    def of_call(cls, x: Tensor, rows: Rows, batch_rows: slice, column: int) -> _StridedView:
+    def of_call(
+        cls,
+        x: Tensor,
+        rows: Rows,
+        batch_rows: slice,
+        column: int,
+    ) -> _StridedView:
         """Return the same view as (batch or segments, heads, rows, last dim), if batch or segments is 1."""
         size, stride, offset = cls.of_rows(x, rows, batch_rows, column)
         if size[0] == 1:

@@ -14,7 +14,11 @@ def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True)
     # Rare: a value with such a number, a mapping that is not a dict, or a date
     except (ValueError, TypeError):
         return json.dumps(
-            finite(value), allow_nan=False, indent=indent, ensure_ascii=ensure_ascii, default=_text
+            finite(value),
+            allow_nan=False,
+            indent=indent,
+            ensure_ascii=ensure_ascii,
+            default=_text,
         )
 
 

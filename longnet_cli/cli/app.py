@@ -93,7 +93,10 @@ def longnet(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Show the version and exit.",
         ),
     ] = False,
 ) -> None:
@@ -229,7 +232,10 @@ def _is_lost_rank(error: BaseException) -> bool:
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], *where: Any, **more: Any
+    message: Warning | str,
+    category: type[Warning],
+    *where: Any,
+    **more: Any,
 ) -> None:
     """Print an InputWarning as one line, on rank 0 only, and any other warning as Python does."""
     if not issubclass(category, InputWarning):

@@ -89,11 +89,15 @@ class AskCommand:
         "Tell the model this before the passages. (default: to answer from them, in one sentence)",
     )
     max_tokens: int = SAMPLING.common(
-        "--max-tokens -n N", "Generate at most this many tokens.", default=256
+        "--max-tokens -n N",
+        "Generate at most this many tokens.",
+        default=256,
     )
     sampling: Sampling
     format: Format = OUTPUT.common(
-        "--format text|json", "Print text as it comes, or JSON.", default="text"
+        "--format text|json",
+        "Print text as it comes, or JSON.",
+        default="text",
     )
     computing: Computing
 
@@ -140,7 +144,10 @@ def _load(options: AskCommand, names: list[str]) -> Loaded:
 
 
 def _search(
-    options: AskCommand, sources: InputFiles, questions: list[tuple[str, str]], left_out: LeftOut
+    options: AskCommand,
+    sources: InputFiles,
+    questions: list[tuple[str, str]],
+    left_out: LeftOut,
 ) -> list[list[Passage]]:
     """Return the best passages for each question."""
     from longnet_cli.data.input_documents import Inputs
@@ -156,7 +163,10 @@ def _search(
     )
     if options.index:
         refuse_overwriting(
-            "--index", [options.index], sources, [options.questions, options.vectors]
+            "--index",
+            [options.index],
+            sources,
+            [options.questions, options.vectors],
         )
     size = inputs.num_bytes()
     with open_index(options.index) as index:

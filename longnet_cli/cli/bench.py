@@ -53,7 +53,9 @@ class BenchCommand:
         "Time the pass forward or backward, or both, each alone. (default: forward)",
     )
     repeats: int = MEASURE.option(
-        "--repeats N", "Repeat each row N times; the median counts.", default=3
+        "--repeats N",
+        "Repeat each row N times; the median counts.",
+        default=3,
     )
     max_time: float | None = MEASURE.common(
         "--max-time SECONDS",
@@ -72,7 +74,9 @@ class BenchCommand:
     )
     batch: int = SHAPE.option("--batch N", "Run N sequences at a time.", default=1)
     causal: bool = SHAPE.option(
-        "--causal/--bidirectional", "Look back only, or both ways. (default: causal)", default=True
+        "--causal/--bidirectional",
+        "Look back only, or both ways. (default: causal)",
+        default=True,
     )
     pattern: str | None = PATTERN.common(
         "--pattern PATTERN",
@@ -80,7 +84,9 @@ class BenchCommand:
         "tokens geometric, base=256, on a GPU base=2Ki)",
     )
     format: Literal["md", "jsonl"] = OUTPUT.common(
-        "--format md|jsonl", "Print rows in this format.", default="md"
+        "--format md|jsonl",
+        "Print rows in this format.",
+        default="md",
     )
     device: str = shared.device_option()
     dtype: str = shared.dtype_option()

@@ -72,7 +72,10 @@ def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
     options = [*_options_of(taken)]
     parameters = [
         Parameter(
-            field.name, Parameter.KEYWORD_ONLY, default=field.metadata["typer"], annotation=kind
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=field.metadata["typer"],
+            annotation=kind,
         )
         for field, kind in options
     ]
@@ -219,7 +222,11 @@ def _short_row(parameter: Any) -> list[str]:
     text = "".join(match[0] for match in (sentence, default) if match)
     indent = " " * SHORT_COLUMN
     lines = textwrap.wrap(
-        text, 80, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        text,
+        80,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
     )
     if len(names) < SHORT_COLUMN:
         lines[0] = names.ljust(SHORT_COLUMN) + lines[0].lstrip()
@@ -295,7 +302,10 @@ TOP_P = Needs(
     "--temperature: 1 is the model's own choice",
 )
 SAMPLE = Needs(
-    "--sample", "--dry-run", "is for --dry-run, which estimates", "both, or leave it out"
+    "--sample",
+    "--dry-run",
+    "is for --dry-run, which estimates",
+    "both, or leave it out",
 )
 
 

@@ -26,7 +26,9 @@ class ConvertCommand:
         "ORG/NAME are on the Hugging Face hub.",
     )
     output: str = OUTPUT.option(
-        "--output -o DIR", "Write the model and its tokenizer to this new folder.", default=MISSING
+        "--output -o DIR",
+        "Write the model and its tokenizer to this new folder.",
+        default=MISSING,
     )
     dtype: str = OUTPUT.option(
         "--dtype auto|fp32|bf16|fp16",

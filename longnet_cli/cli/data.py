@@ -43,7 +43,9 @@ class InspectCommand:
     id_column: str | None = shared.id_column_option()
     eos: str | None = shared.eos_option()
     format: Format = OUTPUT.option(
-        "--format text|json", "Print a table to read, or one JSON value.", default="text"
+        "--format text|json",
+        "Print a table to read, or one JSON value.",
+        default="text",
     )
     quiet: bool = shared.quiet_flag()
 

@@ -49,7 +49,13 @@ def show_reading(estimate: Estimate, format: str, job: str, *more: Row) -> None:
     _show(estimate, format, job, before, "of those that are read", more)
 
 
-def show_job(opened: Opened, job: RowJob, inputs: Inputs, sample: int | None, format: str) -> None:
+def show_job(
+    opened: Opened,
+    job: RowJob,
+    inputs: Inputs,
+    sample: int | None,
+    format: str,
+) -> None:
     """Print the estimate of a job that would read `inputs`, of a `sample` of texts if given."""
     from longnet_cli.jobs.estimating import estimate_reading
     from longnet_cli.jobs.reading_plan import Sample, Task, count_documents

@@ -71,7 +71,9 @@ class EncodeCommand:
         default="-",
     )
     embedding_dtype: Literal["float32", "float16"] = OUTPUT.option(
-        "--embedding-dtype float32|float16", "Write numbers of this type.", default="float32"
+        "--embedding-dtype float32|float16",
+        "Write numbers of this type.",
+        default="float32",
     )
     shard_rows: int | None = OUTPUT.size(
         "--shard-rows SIZE",

@@ -225,7 +225,10 @@ def _open(options: GenerateCommand) -> tuple[Opened, Inputs]:
 
 
 def _estimate(
-    job: _TextGenerator, documents: Iterable[Document], reader: Reader, free: Room
+    job: _TextGenerator,
+    documents: Iterable[Document],
+    reader: Reader,
+    free: Room,
 ) -> None:
     """Print what reading the prompts and generating the most tokens would take. Raises as `show_reading`."""
     from longnet_cli.jobs.estimating import estimate_reading
@@ -266,7 +269,12 @@ class _TextGenerator:
         return {name: origin.get(f"longnet.{name}") for name in ORIGIN}
 
     def run(
-        self, document: Document, stream: CausalStream | None, number: int, *, named: bool
+        self,
+        document: Document,
+        stream: CausalStream | None,
+        number: int,
+        *,
+        named: bool,
     ) -> None:
         """Continue a document, the prompt of this `number`, after what the `stream` has read, and print it.
 
@@ -343,7 +351,9 @@ class _TextGenerator:
 
 
 def _documents(
-    options: GenerateCommand, inputs: Inputs, template: ChatTemplate | None
+    options: GenerateCommand,
+    inputs: Inputs,
+    template: ChatTemplate | None,
 ) -> tuple[Iterator[Document], bool]:
     """Return the documents to continue, and whether they are several texts to print, which get their names.
 
@@ -362,7 +372,9 @@ def _documents(
 
 
 def _each_document(
-    options: GenerateCommand, inputs: Inputs, template: ChatTemplate | None
+    options: GenerateCommand,
+    inputs: Inputs,
+    template: ChatTemplate | None,
 ) -> Iterator[Document]:
     """Yield each document of the inputs, with PROMPT after it; without inputs, PROMPT, empty after a state."""
     import numpy as np
@@ -385,7 +397,10 @@ def _each_document(
         asked = tokenizer.encode(question)
         for document in inputs.documents():
             yield Document(
-                document.doc_id, np.concatenate([document.tokens, asked]), None, document.where
+                document.doc_id,
+                np.concatenate([document.tokens, asked]),
+                None,
+                document.where,
             )
     else:
         yield from inputs.documents()

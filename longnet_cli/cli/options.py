@@ -190,7 +190,9 @@ tokenizer_option = partial(
     "(default: the model's)",
 )
 differs_flag = partial(
-    INPUT.flag, "--tokenizer-differs", "Accept a tokenizer that is not the model's."
+    INPUT.flag,
+    "--tokenizer-differs",
+    "Accept a tokenizer that is not the model's.",
 )
 column_option = partial(
     INPUT.common,
@@ -233,7 +235,10 @@ pattern_option = partial(
     "levels such as 1Ki/1,4Ki/4. `longnet pattern PATTERN` describes one. (default: the model's own)",
 )
 shard_format_option = partial(
-    OUTPUT.option, "--shard-format arrow|parquet", "Write shards of this format.", default="arrow"
+    OUTPUT.option,
+    "--shard-format arrow|parquet",
+    "Write shards of this format.",
+    default="arrow",
 )
 resume_flag = partial(
     OUTPUT.flag,
@@ -242,7 +247,10 @@ resume_flag = partial(
     common=True,
 )
 device_option = partial(
-    COMPUTE.option, "--device auto|cpu|cuda[:i]", "Compute on this device.", default="auto"
+    COMPUTE.option,
+    "--device auto|cpu|cuda[:i]",
+    "Compute on this device.",
+    default="auto",
 )
 dtype_option = partial(
     COMPUTE.common,

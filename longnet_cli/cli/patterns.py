@@ -32,14 +32,19 @@ class PatternCommand:
         "--seq SIZE", "Describe a sequence of this length. (default: the longest segment, or 32Ki)"
     )
     heads: int | None = MEASURE.option(
-        "--heads N", "Count N heads. (default: the model's, or 12)", min=1, max=1024
+        "--heads N",
+        "Count N heads. (default: the model's, or 12)",
+        min=1,
+        max=1024,
     )
     causal: bool | None = MEASURE.option(
         "--causal/--bidirectional",
         "Look back only, or both ways. (default: the model's, or causal)",
     )
     format: Format = OUTPUT.option(
-        "--format text|json", "Print tables, or a list in JSON.", default="text"
+        "--format text|json",
+        "Print tables, or a list in JSON.",
+        default="text",
     )
     output: str | None = OUTPUT.option(
         "--output -o FILE",

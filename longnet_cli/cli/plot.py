@@ -59,7 +59,9 @@ def plot(options: PlotCommand) -> None:
     name, draw = (PAGE, _write_page) if all(of_tokens) else (PICTURE, _draw_curves)
     output = options.output or name
     refuse_overwriting(
-        "-o", [output], also=[metrics_file(file) for file in options.files if file != "-"]
+        "-o",
+        [output],
+        also=[metrics_file(file) for file in options.files if file != "-"],
     )
     draw(options, output)
     tell(f"-> {output}")

@@ -45,7 +45,10 @@ PAIRS: tuple[Needs | Excludes, ...] = (
     ),
     Excludes("--token-logprobs", "--dp", "is written by one group of ranks"),
     Needs(
-        "--top", "--token-logprobs", "adds to a file of log-probabilities", "--token-logprobs FILE"
+        "--top",
+        "--token-logprobs",
+        "adds to a file of log-probabilities",
+        "--token-logprobs FILE",
     ),
     *(
         Needs(name, "-o", "is for a folder of rows", "-o FOLDER")
@@ -62,7 +65,9 @@ class ScoreCommand:
     documents: Documents
     choice: ModelChoice
     ppl: bool = MEASURE.option(
-        "--ppl", "Measure perplexity and bits per byte. This is the default.", default=True
+        "--ppl",
+        "Measure perplexity and bits per byte. This is the default.",
+        default=True,
     )
     context: Sequence[int] | None = MEASURE.common(
         "--context SIZE,...",
@@ -126,7 +131,10 @@ def score(options: ScoreCommand) -> None:
     output = options.output
     context = tuple(options.context) if options.context else None
     asked = ScoreOptions(
-        context, stride=options.stride, last=options.last, by_position=options.by_position
+        context,
+        stride=options.stride,
+        last=options.last,
+        by_position=options.by_position,
     )
     _check(options, asked.contexts)
     documents = options.documents
@@ -197,7 +205,9 @@ def _origin(opened: Opened) -> dict[str, str]:
 
 @contextmanager
 def _printing(
-    options: ScoreCommand, contexts: Sequence[int | None], opened: Opened
+    options: ScoreCommand,
+    contexts: Sequence[int | None],
+    opened: Opened,
 ) -> Iterator[_Printed]:
     """Yield the sink that prints scores; JSON Lines go to the file of -o, if one is given, whole or not at all."""
     from longnet_cli.basics.atomic import atomic_write

@@ -72,7 +72,11 @@ def freeze_imports() -> None:
 
 
 def launch(
-    mesh: Mesh, inputs: Sequence[str] = (), *, share: Share | None = None, dry_run: bool = False
+    mesh: Mesh,
+    inputs: Sequence[str] = (),
+    *,
+    share: Share | None = None,
+    dry_run: bool = False,
 ) -> int | None:
     """Run this command as `nproc` processes, or as `dp` groups of `sp` processes, and exit with their exit code.
 
@@ -91,7 +95,10 @@ def launch(
 
 
 def join_ranks(
-    device: str, sp: int | None, dp: int | None, planned: int | None
+    device: str,
+    sp: int | None,
+    dp: int | None,
+    planned: int | None,
 ) -> tuple[Ranks, torch.device]:
     """Connect this process with the other ranks, as `ranks.join` does. All but the first are quiet from then on."""
     from longnet_cli.running.ranks.ranks import join

@@ -60,7 +60,9 @@ class TrainCommand:
     """The options of `train`. What is None is as the recipe says."""
 
     recipe: str | None = argument(
-        "RECIPE", "Train by this recipe: a .toml file, or a shipped one's name.", default=None
+        "RECIPE",
+        "Train by this recipe: a .toml file, or a shipped one's name.",
+        default=None,
     )
     keys: bool = RECIPE.flag(
         "--recipe",
@@ -78,7 +80,9 @@ class TrainCommand:
         common=True,
     )
     steps: int | None = RECIPE.size(
-        "--steps N", "Take N steps in that stage. A larger N extends a run.", common=True
+        "--steps N",
+        "Take N steps in that stage. A larger N extends a run.",
+        common=True,
     )
     initial: str | None = RECIPE.common(
         "--init NAME|DIR",
@@ -119,7 +123,9 @@ class TrainCommand:
         common=True,
     )
     format: Format = OUTPUT.option(
-        "--format text|json", "Print --dry-run in this format.", default="text"
+        "--format text|json",
+        "Print --dry-run in this format.",
+        default="text",
     )
     mesh: Mesh
     shard: str | None = COMPUTE.option(

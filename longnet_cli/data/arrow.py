@@ -170,7 +170,11 @@ class _ArrowBytes:
         return reader.schema, batches()
 
     def table(
-        self, name: str, format: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
+        self,
+        name: str,
+        format: str,
+        schema: pa.Schema,
+        batches: Iterator[pa.RecordBatch],
     ) -> Table:
         _ = schema.names  # raises UnicodeDecodeError for a name that is not UTF-8
 

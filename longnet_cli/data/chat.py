@@ -87,7 +87,9 @@ class ChatTemplate:
         self._start = re.compile(f"(?={longest}).", re.DOTALL)
 
     def encode(
-        self, message: str | Sequence[Mapping[str, str]], system: str | None = None
+        self,
+        message: str | Sequence[Mapping[str, str]],
+        system: str | None = None,
     ) -> np.ndarray:
         """Return the prompt in which a user says `message` and an assistant is to answer: (tokens,) int64.
 
@@ -287,7 +289,9 @@ def _alarm(ring: Callable[..., NoReturn]) -> Iterator[None]:
 def _environment() -> sandbox.SandboxedEnvironment:
     """Return the sandbox with the filters, tags and functions that transformers gives to a template."""
     environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, "jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
@@ -304,7 +308,11 @@ def _to_json(
 ) -> str:
     """Return JSON as the filter of transformers does, with its parameters in its order."""
     return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
     )
 
 

@@ -110,7 +110,11 @@ def _item_type(kind: pa.DataType, lists: Set[int] = _ANY_LISTS) -> pa.DataType:
 
 
 def choose_columns(
-    table: Table, wanted: Wanted, form: Form = "tokens", *, coords: bool = False
+    table: Table,
+    wanted: Wanted,
+    form: Form = "tokens",
+    *,
+    coords: bool = False,
 ) -> Columns:
     """Choose the columns to read.
 

@@ -52,7 +52,10 @@ class DocumentRows(NamedTuple):
 
 
 def read_batches(
-    table: Table, columns: Columns, *, may_be_empty: bool = False
+    table: Table,
+    columns: Columns,
+    *,
+    may_be_empty: bool = False,
 ) -> Iterator[tuple[int, Batch, dict[int, BadRowError]]]:
     """Yield the number of the first row, the columns, checked for damage, and the errors of the rows of each batch.
 
@@ -284,7 +287,9 @@ def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterat
 
 
 def table_texts(
-    table: Table, columns: Columns, tokenizer: Tokenizer | None
+    table: Table,
+    columns: Columns,
+    tokenizer: Tokenizer | None,
 ) -> Iterator[Text | Unread]:
     """Return the documents of a column of text, or of chats as the tokenizer's template writes them.
 

@@ -517,7 +517,10 @@ def _spooled(text: Text) -> Text:
 
 
 def encode_text(
-    text: Text, tokenizer: Tokenizer | None, limit: int | None, unit: Unit | None = None
+    text: Text,
+    tokenizer: Tokenizer | None,
+    limit: int | None,
+    unit: Unit | None = None,
 ) -> Document:
     """Return a text as ids, with the ends of its units if it is cut; `Unread` for one that the tokenizer refuses.
 

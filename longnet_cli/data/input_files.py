@@ -133,7 +133,10 @@ def once(files: Iterable[InputFile]) -> list[InputFile]:
 
 
 def _expand_all(
-    items: Iterable[str], missing: list[DataError], *, in_list: bool
+    items: Iterable[str],
+    missing: list[DataError],
+    *,
+    in_list: bool,
 ) -> Iterator[InputFile]:
     """Yield the files that inputs name. `missing` gets an error for each input that cannot be found."""
     for item in items:

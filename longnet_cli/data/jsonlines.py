@@ -122,7 +122,9 @@ def _batches_of_lines(pipe: Pipe, blank: list[int]) -> Iterator[list[bytes]]:
 
 
 def _columns(
-    lines: Sequence[bytes], wanted: Wanted, where: str
+    lines: Sequence[bytes],
+    wanted: Wanted,
+    where: str,
 ) -> tuple[dict[str, pa.DataType], str]:
     """Return the types of the columns, none if no line has a document, and what is wrong with the first line."""
     rows = list[dict[str, Any]]()

@@ -175,7 +175,14 @@ class Part(NamedTuple):
         """Return the row of the file that holds an id or, in a `flat` part of vectors, a vector."""
         return self.row + index if self.flat else self.row
 
-    def cut(self, start: int, stop: int, row: int, *, flat: bool = False) -> "Part":
+    def cut(
+        self,
+        start: int,
+        stop: int,
+        row: int,
+        *,
+        flat: bool = False,
+    ) -> "Part":
         """Return the ids [start, stop), which begin in this row of the file."""
         valid = self.valid
         if valid is not None:

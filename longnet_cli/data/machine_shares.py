@@ -132,7 +132,10 @@ def _manifests_below(names: Sequence[str], read: Read) -> dict[str, Manifest]:
 
 
 def _check_same_run(
-    folder: str, settings: dict[str, Any], run: dict[str, Any], run_folder: str
+    folder: str,
+    settings: dict[str, Any],
+    run: dict[str, Any],
+    run_folder: str,
 ) -> None:
     """Raise DataError unless a folder of these settings has a share of the run that another folder has a share of."""
     beside = f"beside share {run['share']} in {run_folder}"

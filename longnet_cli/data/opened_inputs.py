@@ -158,7 +158,9 @@ def plain(column: pa.Array) -> pa.Array:
         indices = column.indices
         values = plain(column.dictionary)
         return pa.DictionaryArray.from_arrays(
-            indices, values, ordered=column.type.ordered
+            indices,
+            values,
+            ordered=column.type.ordered,
         ).dictionary_decode()
     if isinstance(column, pa.ExtensionArray):
         return column.storage

@@ -207,7 +207,10 @@ class PassageIndex:
         self._forget(known.keys() - files.keys())
 
     def add(
-        self, text: Text, file: str = "", on_bytes: Callable[[int], None] = lambda size: None
+        self,
+        text: Text,
+        file: str = "",
+        on_bytes: Callable[[int], None] = lambda size: None,
     ) -> None:
         """Add the passages of a text, which is in a `file` of the inputs. `on_bytes` gets the size of each."""
         end = 0

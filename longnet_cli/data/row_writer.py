@@ -238,7 +238,9 @@ def token_batch(
     """
     offsets = pa.array(np.array([0, *ends], np.int64))
     ids = pa.LargeListArray.from_arrays(
-        offsets, pa.array(values), type=schema.field("input_ids").type
+        offsets,
+        pa.array(values),
+        type=schema.field("input_ids").type,
     )
     return pa.record_batch(
         [pa.array(doc_ids, pa.string()), pa.array(parts, pa.int32()), ids, *kept], schema=schema
@@ -265,7 +267,9 @@ def first_kept(
 
 
 def row_schema(
-    fields: Iterable[pa.Field], kept: Sequence[pa.Field], known: Mapping[str, object]
+    fields: Iterable[pa.Field],
+    kept: Sequence[pa.Field],
+    known: Mapping[str, object],
 ) -> pa.Schema:
     """Return the schema of an output: `fields`, then `kept`, and the metadata `known` without unknown values.
 

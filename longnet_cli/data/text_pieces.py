@@ -53,7 +53,10 @@ class TextCutter:
     """
 
     def __init__(
-        self, parts: Iterable[str], end_of: Callable[[str, int], int], ahead: int = 0
+        self,
+        parts: Iterable[str],
+        end_of: Callable[[str, int], int],
+        ahead: int = 0,
     ) -> None:
         self._parts = iter(parts)
         self._end_of = end_of
@@ -85,7 +88,9 @@ class TextCutter:
 
 
 def cut_text(
-    parts: Iterable[str], split: Callable[[str], list[Any]], cut: re.Pattern[str] = AT_SIGN
+    parts: Iterable[str],
+    split: Callable[[str], list[Any]],
+    cut: re.Pattern[str] = AT_SIGN,
 ) -> TextCutter:
     """Cut a text, which comes in parts, where words start anyway, about every PIECE characters.
 

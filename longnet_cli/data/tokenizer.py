@@ -198,7 +198,9 @@ class Tokenizer:
     _prompt = ""
 
     def __init__(
-        self, inner: tokenizers.Tokenizer, settings: Mapping[str, Any] = NO_SETTINGS
+        self,
+        inner: tokenizers.Tokenizer,
+        settings: Mapping[str, Any] = NO_SETTINGS,
     ) -> None:
         """Wrap `inner`. `settings` come from a tokenizer_config.json, which may name the end-of-text token."""
         # A tokenizer.json may say "truncate to 512 tokens", "pad", or "leave out merges by chance": not in a document.
@@ -306,7 +308,10 @@ class Tokenizer:
 
     @classmethod
     def from_description(
-        cls, description: Mapping[str, Any], where: str | Path, advice: str = ""
+        cls,
+        description: Mapping[str, Any],
+        where: str | Path,
+        advice: str = "",
     ) -> Tokenizer:
         """Return the tokenizer with this `description`, which stands in the file or folder `where`.
 

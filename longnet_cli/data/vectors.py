@@ -135,7 +135,10 @@ def vector_documents(table: Table, columns: Columns) -> Iterator[Document]:
 
 
 def _document(
-    table: Table, columns: Columns, tile_size: float | None, group: DocumentRows
+    table: Table,
+    columns: Columns,
+    tile_size: float | None,
+    group: DocumentRows,
 ) -> Vectors:
     nested = is_vectors(columns.type)
     width = None
@@ -163,7 +166,10 @@ def _document(
 
 
 def _part(
-    table: Table, columns: Columns, run: Sequence[_VectorRow], width: int | None
+    table: Table,
+    columns: Columns,
+    run: Sequence[_VectorRow],
+    width: int | None,
 ) -> tuple[Part, int | None, list[np.ndarray]]:
     """Return the part of a row of vectors, or of neighbouring vectors in a batch, their width and their coordinates.
 

@@ -31,7 +31,11 @@ FILE = "slide_encoder.pth"  # of the repositories on the hub
 
 
 def create_model(
-    pretrained: str, model_arch: str, in_chans: int, local_dir: str | None = None, **options: Any
+    pretrained: str,
+    model_arch: str,
+    in_chans: int,
+    local_dir: str | None = None,
+    **options: Any,
 ) -> LongNetViT:
     """Return the slide encoder of the architecture `model_arch`, float32, in training mode as the official one.
 

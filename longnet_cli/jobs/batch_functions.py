@@ -71,7 +71,13 @@ class Reading:
         Raises what `ModelFolder.load` raises.
         """
         return _load(
-            self.model, self.tokenizer, self.pattern, self.bos, self.device, self.dtype, embeds
+            self.model,
+            self.tokenizer,
+            self.pattern,
+            self.bos,
+            self.device,
+            self.dtype,
+            embeds,
         )
 
     def reader(self, loaded: Loaded) -> Reader:
@@ -93,7 +99,10 @@ def _signature(*kinds: type) -> Signature:
 
 
 def embed(
-    texts: Iterable[str] | pa.Array | pa.ChunkedArray, *, model: str, **options: Any
+    texts: Iterable[str] | pa.Array | pa.ChunkedArray,
+    *,
+    model: str,
+    **options: Any,
 ) -> np.ndarray:
     """Return the vectors of texts, (texts, dim): one row for each, NaN for a text without tokens.
 
@@ -222,7 +231,9 @@ def _load(
 
 @cache
 def _encoding(
-    model: str, loaded: Loaded, asked: EncodeOptions
+    model: str,
+    loaded: Loaded,
+    asked: EncodeOptions,
 ) -> tuple[EncodeOptions, EncodeFacts, Tokenizer | None]:
     """Return the options of `encode`, what it knows of the model, and what tokenizes texts, once per process."""
     folder = ModelFolder.find(model, gguf=True, embeds=True)

@@ -74,7 +74,10 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", arbitrary_types_allowed=True, alias_generator=_option
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        alias_generator=_option,
     )
 
     seq: tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...]
@@ -310,7 +313,11 @@ def _stream(s: Settings, pattern: Pattern, chunk: int) -> Callable[[int], None]:
 
 
 def _attention(
-    s: Settings, impl: Impl, pattern: Pattern, seq: int, back: bool
+    s: Settings,
+    impl: Impl,
+    pattern: Pattern,
+    seq: int,
+    back: bool,
 ) -> Callable[[], object]:
     """Return the forward pass over whole sequences, or the backward pass after one that is done here."""
     shape = (s.batch, s.heads, seq, s.head_dim)  # the layout that the others are made for
@@ -330,7 +337,11 @@ def _attention(
 
 
 def flex_attention(
-    pattern: Pattern, heads: int, tokens: int, causal: bool, device: torch.device
+    pattern: Pattern,
+    heads: int,
+    tokens: int,
+    causal: bool,
+    device: torch.device,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return torch's FlexAttention with the mask of a pattern, compiled: q, k, v (B, H, N, D) -> the same shape.
 
@@ -363,7 +374,12 @@ def flex_attention(
     of_heads = heads if max(pattern.dilation_rates) > 1 else None
     # not compiled, it would hold ten bytes for each score
     mask = torch.compile(flex.create_block_mask)(
-        sees, None, of_heads, tokens, tokens, device=device
+        sees,
+        None,
+        of_heads,
+        tokens,
+        tokens,
+        device=device,
     )
     return partial(torch.compile(flex.flex_attention, dynamic=False), block_mask=mask)
 
@@ -445,7 +461,11 @@ def _refusal(case: Case, s: Settings, deadline: float, rate: float) -> Measureme
 
 
 def measure(
-    case: Case, device: torch.device, peak: Callable[[], int | None], deadline: float, repeats: int
+    case: Case,
+    device: torch.device,
+    peak: Callable[[], int | None],
+    deadline: float,
+    repeats: int,
 ) -> Iterator[Measurement]:
     """Run the case, and yield its row: a warm-up, then `repeats` runs, or as many as end before the deadline.
 
@@ -490,7 +510,13 @@ def measure_stream(
             return replace(case.row, status=status, reason=reason)
         reached: dict[str, Any] = {} if position == total else {"start": 0, "stop": position}
         return case.measured(
-            0, position, peak(), status=status, reason=reason, **reached, **whole.spent()
+            0,
+            position,
+            peak(),
+            status=status,
+            reason=reason,
+            **reached,
+            **whole.spent(),
         )
 
     try:
@@ -506,7 +532,12 @@ def measure_stream(
             progress(size)
             if total > FIRST_DECADE and position in (decade, total):
                 yield case.measured(
-                    begin, position, peak(), start=begin, stop=position, **part.spent()
+                    begin,
+                    position,
+                    peak(),
+                    start=begin,
+                    stop=position,
+                    **part.spent(),
                 )
                 part = _Clock(device)
                 begin = position

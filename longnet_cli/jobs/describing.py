@@ -203,7 +203,11 @@ def default_length(pattern: Pattern) -> int:
 
 
 def _covered(
-    pattern: Pattern, level: int, queries: np.ndarray, seq: int, causal: bool
+    pattern: Pattern,
+    level: int,
+    queries: np.ndarray,
+    seq: int,
+    causal: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the interval [low, high) of keys that a level covers for queries at these positions."""
     width = pattern.segment_lengths[level]
@@ -214,7 +218,11 @@ def _covered(
 
 
 def keys_seen(
-    pattern: Pattern, level: int, queries: np.ndarray, seq: int, causal: bool
+    pattern: Pattern,
+    level: int,
+    queries: np.ndarray,
+    seq: int,
+    causal: bool,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the intervals [low, high) of keys, one or two, that a level adds for queries at these positions."""
     low, high = _covered(pattern, level, queries, seq, causal)
@@ -225,7 +233,13 @@ def keys_seen(
     return [(low, np.maximum(low, begin)), (np.maximum(low, end), high)]
 
 
-def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = True) -> np.ndarray:
+def picture(
+    pattern: Pattern,
+    seq: int,
+    size: int,
+    heads: int,
+    causal: bool = True,
+) -> np.ndarray:
     """Return a picture of a sequence, (n, n) with n at most `size`: rows are queries, columns are keys.
 
     Its numbers are those of `cells_between`.
@@ -236,7 +250,12 @@ def picture(pattern: Pattern, seq: int, size: int, heads: int, causal: bool = Tr
 
 
 def cells_between(
-    queries: np.ndarray, keys: np.ndarray, pattern: Pattern, seq: int, heads: int, causal: bool
+    queries: np.ndarray,
+    keys: np.ndarray,
+    pattern: Pattern,
+    seq: int,
+    heads: int,
+    causal: bool,
 ) -> np.ndarray:
     """Return the level by which queries see keys, in cells between these (n + 1,) edges of both: (n, n).
 

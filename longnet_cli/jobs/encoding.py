@@ -136,7 +136,9 @@ class WindowCut:
 
 
 def for_model(
-    options: EncodeOptions, folder: ModelFolder, loaded: Loaded
+    options: EncodeOptions,
+    folder: ModelFolder,
+    loaded: Loaded,
 ) -> tuple[EncodeOptions, EncodeFacts]:
     """Return the options with the model's own where none is given, and what `encode` knows of the model.
 
@@ -442,7 +444,10 @@ class Encoder(RowJob):
             yield from windows(sequence, ends, skipped)
 
     def _pooled_as_one(
-        self, sequence: InputSequence[Document], ends: Sequence[int], skipped: int
+        self,
+        sequence: InputSequence[Document],
+        ends: Sequence[int],
+        skipped: int,
     ) -> Iterator[_PooledWindow]:
         """Yield the windows of a document, with one pooling, which takes the states of each token once."""
         document = sequence.document
@@ -461,7 +466,10 @@ class Encoder(RowJob):
             yield _PooledWindow(*ids, pooling, _as_it_is, last - first)
 
     def _pooled_apart(
-        self, sequence: InputSequence[Document], ends: Sequence[int], skipped: int
+        self,
+        sequence: InputSequence[Document],
+        ends: Sequence[int],
+        skipped: int,
     ) -> Iterator[_PooledWindow]:
         """Yield the windows of a document, each with a pooling of its own, which takes all of the window's states.
 
@@ -517,7 +525,9 @@ class Encoder(RowJob):
         return chain.from_iterable(map(window.finish, window.pooling.add(hidden)))
 
     def _record_batch(
-        self, rows: Sequence[Row], head: Callable[[Tensor], Tensor]
+        self,
+        rows: Sequence[Row],
+        head: Callable[[Tensor], Tensor],
     ) -> pa.RecordBatch:
         schema = self.schema
         pooled = torch.stack([row.vector for row in rows])  # (rows, dim)

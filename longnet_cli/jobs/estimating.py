@@ -124,7 +124,11 @@ def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float) -> T
     chunk = fitting_chunk(lambda tokens: 4 * config.forward_bytes(tokens), reader.chunk, free)
     chunk = chunk or min(SHORTEST_CHUNK, reader.chunk)
     trial_reader = Reader(
-        net, chunk=chunk, dtype=reader.dtype, spill=reader.spill, events=reader.events
+        net,
+        chunk=chunk,
+        dtype=reader.dtype,
+        spill=reader.spill,
+        events=reader.events,
     )
 
     documents = list[Document]()
@@ -186,7 +190,9 @@ def estimate_reading(reader: Reader, plan: ReadingPlan, task: Task, *, room: Roo
         free=free,
         others=_others(reader, plan, trial),
         chunk_that_fits=fitting_chunk(
-            lambda chunk: sum(needed(chunk).values()), reader.chunk, free
+            lambda chunk: sum(needed(chunk).values()),
+            reader.chunk,
+            free,
         ),
         spillable="hidden",
         hint=_faster(reader),

@@ -92,7 +92,9 @@ class Step(NamedTuple):
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> Loaded:
     """Return the model that --model would name, with the chat template that it may have: loaded once per process."""
     return ModelFolder.find(name, gguf=True).load(
-        device=select_device(device), dtype=dtype, chat=None
+        device=select_device(device),
+        dtype=dtype,
+        chat=None,
     )
 
 
@@ -202,7 +204,11 @@ def _sequence(net: Net, prompt: Document, bos: Bos, read: int) -> InputSequence[
 
 
 def plan_generation(
-    model: Net, prompts: Iterable[Document], bos: Bos, max_tokens: int, chunk: int
+    model: Net,
+    prompts: Iterable[Document],
+    bos: Bos,
+    max_tokens: int,
+    chunk: int,
 ) -> ReadingPlan:
     """Count the reading of prompts, and of the most tokens that continue each. Raises as `generate`."""
     _check(model, max_tokens, least=0)
@@ -230,7 +236,12 @@ def trial_of(loaded: Loaded, bos: Bos) -> Task:
     def read(reader: Reader, prompts: Iterable[Document]) -> None:
         for prompt in prompts:
             new = generate(
-                loaded, prompt, bos=bos, max_tokens=1, chunk=reader.chunk, dtype=reader.dtype
+                loaded,
+                prompt,
+                bos=bos,
+                max_tokens=1,
+                chunk=reader.chunk,
+                dtype=reader.dtype,
             )
             list(new)
 
@@ -251,7 +262,13 @@ class Sampler:
     Those of another prompt, by its `number`, are others.
     """
 
-    def __init__(self, temperature: float, top_p: float, seed: int, number: int = 0) -> None:
+    def __init__(
+        self,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        number: int = 0,
+    ) -> None:
         self.temperature = temperature
         self.top_p = top_p
         self.random = np.random.default_rng((seed, number))
@@ -299,7 +316,10 @@ class _Generator:
     progress: Callable[..., None]
 
     def run(
-        self, sequence: InputSequence[Document], max_tokens: int, reads_all: bool
+        self,
+        sequence: InputSequence[Document],
+        max_tokens: int,
+        reads_all: bool,
     ) -> Iterator[Step]:
         if not len(sequence):  # then `stream` is a CausalStream that has read before
             logits = self._logits(cast(Any, self.stream).last_hidden[0])

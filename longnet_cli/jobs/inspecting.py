@@ -133,7 +133,10 @@ def inspect(
 
 
 def _items(
-    inspection: Inspection, inputs: Inputs, opened: Text | Table, types: TokenTypes
+    inspection: Inspection,
+    inputs: Inputs,
+    opened: Text | Table,
+    types: TokenTypes,
 ) -> Iterable[Any]:
     """Record the format of an opened file, and return its items (see `Inputs.items`)."""
     if isinstance(opened, Text):

@@ -108,7 +108,10 @@ class RowJob(ABC):
     failure: LongNetError | None = None  # of a document; it is raised after the rows before it
 
     def __init__(
-        self, reader: Reader, options: ScoreOptions | EncodeOptions, facts: ModelFacts
+        self,
+        reader: Reader,
+        options: ScoreOptions | EncodeOptions,
+        facts: ModelFacts,
     ) -> None:
         self.reader = reader
         self.options = options
@@ -208,7 +211,9 @@ class RowJob(ABC):
         return False
 
     def rows_by_portion(
-        self, sequences: Iterable[InputSequence[Document] | None], shard: int | None = None
+        self,
+        sequences: Iterable[InputSequence[Document] | None],
+        shard: int | None = None,
     ) -> Iterator[tuple[Portion[InputSequence[Document]], Batches]]:
         """Return each portion of documents with its rows, as `dealing.deal` deals them out. A `shard` ends with one."""
         dealt = portions(
@@ -314,7 +319,9 @@ def _begin_reading(job: RowJob, inputs: Inputs, reading: Iterable[Document]) -> 
 
 
 def _write_one_output(
-    job: RowJob, output: Output, sequences: Iterator[InputSequence[Document] | None]
+    job: RowJob,
+    output: Output,
+    sequences: Iterator[InputSequence[Document] | None],
 ) -> Counter[str]:
     """Write the rows to a file, a stream or the sink of `output`, and return their counts."""
     sink = output.sink

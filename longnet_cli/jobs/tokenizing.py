@@ -168,7 +168,10 @@ class _OneFile(ShardWriter):
 
 
 def _result(
-    totals: Mapping[str, int], tokenizer: Tokenizer, output: str | Path, shards: Sequence[Path]
+    totals: Mapping[str, int],
+    tokenizer: Tokenizer,
+    output: str | Path,
+    shards: Sequence[Path],
 ) -> TokenizeResult:
     """Return the totals, and write the tokenizer beside an output file."""
     if beside := tokenizer_beside(output):
@@ -278,7 +281,9 @@ class _Work:
             raise failure
 
     def _pieces(
-        self, texts: Iterable[Text], failures: list[Exception]
+        self,
+        texts: Iterable[Text],
+        failures: list[Exception],
     ) -> Iterator[_TextPart | None]:
         """Yield the pieces of all texts, and None where the next text is not there yet. Keep an error of reading."""
         ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)

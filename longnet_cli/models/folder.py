@@ -244,7 +244,9 @@ class ModelFolder:
         return ChatTemplate(self.path, tokenizer)
 
     def net_config(
-        self, pattern: Pattern | None = None, lora: Mapping[str, Any] | None = None
+        self,
+        pattern: Pattern | None = None,
+        lora: Mapping[str, Any] | None = None,
     ) -> TransformersConfig | LongNetConfig:
         """Return the facts of the net, without its weights. `pattern` replaces the model's own.
 
@@ -256,7 +258,12 @@ class ModelFolder:
 
             return load_config(self.path, pattern)
         return self._transformers().read_facts(
-            self.path, self.config, pattern, lora, dtype=self.stored_dtype(), embeds=self.embeds
+            self.path,
+            self.config,
+            pattern,
+            lora,
+            dtype=self.stored_dtype(),
+            embeds=self.embeds,
         )
 
     def net(
@@ -404,7 +411,11 @@ class ModelFolder:
         return None
 
     def _check_ids(
-        self, size: int, tokenizer: Tokenizer | None, start: Bos, named: str | None
+        self,
+        size: int,
+        tokenizer: Tokenizer | None,
+        start: Bos,
+        named: str | None,
     ) -> None:
         """Raise ConfigError for ids of the tokenizer or of the `start` that a vocabulary of this size does not have."""
         from longnet_cli.nets.net import bos_ids

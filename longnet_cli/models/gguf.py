@@ -186,7 +186,14 @@ def open_gguf(path: Path) -> Any:
     class Bounded(gguf.GGUFReader):
         reads_left = _MOST_READS
 
-        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **options: Any) -> Any:
+        def _get(
+            self,
+            offset: int,
+            dtype: Any,
+            count: int = 1,
+            *order: Any,
+            **options: Any,
+        ) -> Any:
             self.reads_left -= 1
             declared = int(count) * np.dtype(dtype).itemsize
             if offset + declared > size or self.reads_left < 0:

@@ -222,7 +222,10 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
     @field_validator("look_back", mode="wrap")
     @classmethod
     def _one_or_several(
-        cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo
+        cls,
+        value: Any,
+        check: ValidatorFunctionWrapHandler,
+        info: ValidationInfo,
     ) -> Any:
         """Refuse other values in one sentence. Return one number if it is the same at all levels."""
         try:
@@ -407,7 +410,9 @@ class TransformersConfig(NetConfig, BaseModel):
 
 
 def parse_config(
-    data: Mapping[str, Any], where: str, pattern: Pattern | None = None
+    data: Mapping[str, Any],
+    where: str,
+    pattern: Pattern | None = None,
 ) -> LongNetConfig:
     """Return the configuration of parsed JSON or TOML. Raises ConfigError of one line that starts with `where`.
 

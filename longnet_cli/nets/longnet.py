@@ -89,7 +89,11 @@ class Attention(nn.Module):
         return q, k, v if k.dim() == 4 else v[:, :, None].expand_as(k)
 
     def forward(
-        self, x: Tensor, table: PositionTable | None, place: Placement, far: LayerProvider | None
+        self,
+        x: Tensor,
+        table: PositionTable | None,
+        place: Placement,
+        far: LayerProvider | None,
     ) -> Tensor:
         q, k, v = self.project(x, table)
         attend = self.attend
@@ -100,7 +104,12 @@ class Attention(nn.Module):
         return self.out(self.inner_norm(mixed.flatten(-2)))  # (B, N, H, D) -> (B, N, dim)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, place: Placement, far: LayerProvider | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        place: Placement,
+        far: LayerProvider | None,
     ) -> Tensor:
         return dilated_attention(
             q,
@@ -272,7 +281,10 @@ class LongNet(Net):
         return tokens.to(next(self.parameters()).dtype)
 
     def positions(
-        self, x: Tensor, start: int, documents: Sequence[int] | None = None
+        self,
+        x: Tensor,
+        start: int,
+        documents: Sequence[int] | None = None,
     ) -> PositionTable | None:
         """Return the table for hidden states (B, N, dim) that start at position `start`; all layers share it.
 
@@ -297,7 +309,11 @@ class LongNet(Net):
         return [*self.layers]
 
     def save(
-        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str = ""
+        self,
+        folder: Path,
+        tokenizer_json: str,
+        state: Mapping[str, Tensor],
+        eos: str = "",
     ) -> None:
         save_pretrained(self, folder, tokenizer_json, state, eos)
 

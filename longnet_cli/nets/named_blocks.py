@@ -111,7 +111,10 @@ def _ngrams(tokens: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def named_calls(
-    pattern: Pattern, tokens: Tensor | None, texts: list[ReadText], start: int = 0
+    pattern: Pattern,
+    tokens: Tensor | None,
+    texts: list[ReadText],
+    start: int = 0,
 ) -> list[ChosenCall]:
     """Return which blocks the groups of a shard see. Its tokens (B, n), from `start` on, are added to the `texts`.
 

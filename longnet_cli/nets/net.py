@@ -104,7 +104,11 @@ class InputSequence(Generic[D]):
         return np.concatenate((before, rows, after))
 
     def check(
-        self, instead: str, tokens: int | None = None, *, skips: bool = True
+        self,
+        instead: str,
+        tokens: int | None = None,
+        *,
+        skips: bool = True,
     ) -> InputSequence[D]:
         """Return this sequence. Raises TooLongError if the net cannot read it, or `tokens` of its rows at once.
 
@@ -222,7 +226,11 @@ class Net(nn.Module):
         raise NotImplementedError
 
     def save(
-        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str = ""
+        self,
+        folder: Path,
+        tokenizer_json: str,
+        state: Mapping[str, Tensor],
+        eos: str = "",
     ) -> None:
         """Write a model directory with the weights `state`, on the CPU; files get their names when they are complete.
 

@@ -46,7 +46,9 @@ class PositionTable(NamedTuple):
 
 @torch.no_grad()
 def position_table(
-    config: LongNetConfig, positions: Tensor, dtype: torch.dtype
+    config: LongNetConfig,
+    positions: Tensor,
+    dtype: torch.dtype,
 ) -> PositionTable | None:
     """Return the factors of int64 positions (tokens,) on their device; None for position="none".
 

@@ -270,7 +270,11 @@ class VectorNet(LongNet):
         return vectors or [self.head(_pooled(self.final_norm(x), counts, pool))]
 
     def rows(
-        self, features: Tensor, coords: Tensor | None, counts: Tensor, tile_size: TileSize = None
+        self,
+        features: Tensor,
+        coords: Tensor | None,
+        counts: Tensor,
+        tile_size: TileSize = None,
     ) -> Tensor:
         """Return the rows that the net reads, (B, 1 + N, in_features + 2), of slides with these counts of tiles."""
         batch, tiles, size = features.shape

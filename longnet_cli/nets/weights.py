@@ -192,7 +192,10 @@ def load_pretrained(
 
 
 def _check_unchanged(
-    folder: Path, saved: Mapping[str, str], config_sha256: str, stored: Mapping[str, Tensor]
+    folder: Path,
+    saved: Mapping[str, str],
+    config_sha256: str,
+    stored: Mapping[str, Tensor],
 ) -> None:
     """Raise CheckpointError if the configuration or the tensors do not have the digests that were `saved`, if any."""
     if saved.get(CONFIG_SHA256, config_sha256) != config_sha256:
@@ -305,7 +308,9 @@ def list_names(what: str, names: Sequence[str]) -> str:
 
 
 def write_tensors(
-    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    file: BinaryIO,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
 ) -> None:
     """Write a safetensors file: the size of a JSON header, the header, the bytes of the tensors.
 

@@ -96,7 +96,12 @@ class LayerCaches:
         return partial(self._provide, exchange)
 
     def _provide(
-        self, exchange: Exchange | None, layer: int, q: Tensor, k: Tensor, v: Tensor
+        self,
+        exchange: Exchange | None,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> Outside:
         """Store the next tokens' keys of a layer, and return what these tokens see of the past, on their device."""
         cache = self.of_layer(layer, q, k)
@@ -188,7 +193,11 @@ class CausalStream(LayerCaches):
         return [cache.far() for cache in self.caches] or [Outside()] * self.model.config.num_layers
 
     def save(
-        self, folder: str | Path, *, name: str | None = None, tokenizer_sha256: str | None = None
+        self,
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        tokenizer_sha256: str | None = None,
     ) -> int:
         """Save what was read in a folder, for `load`, in place of the state that it holds; return the bytes.
 

@@ -88,7 +88,12 @@ def backward_in_chunks(
         set_random_state(state, device)
         final_backward(model, final and not chunks)
         total += part.backward(
-            tokens[:, part.mine], targets[:, part.mine], far, gradients, scale, dtype
+            tokens[:, part.mine],
+            targets[:, part.mine],
+            far,
+            gradients,
+            scale,
+            dtype,
         )
         if not after:
             after = random_state(device)  # after the last chunk, as one forward pass leaves it
@@ -100,7 +105,13 @@ def backward_in_chunks(
 class _Chunk:
     """The positions [start, stop) of a sequence, or with a group this rank's shard of them."""
 
-    def __init__(self, model: Net, start: int, stop: int, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: Net,
+        start: int,
+        stop: int,
+        ranks: Ranks,
+    ) -> None:
         self.model = model
         self.start = start
         self.stop = stop
@@ -158,7 +169,11 @@ class FarGradients:
     """
 
     def __init__(
-        self, config: NetConfig, tokens: int, ranks: Ranks, allocate: Callable[..., Tensor]
+        self,
+        config: NetConfig,
+        tokens: int,
+        ranks: Ranks,
+        allocate: Callable[..., Tensor],
     ) -> None:
         self.tokens = tokens
         self.lanes = Lanes(config.pattern, config.num_heads, config.kv_heads)
@@ -188,7 +203,13 @@ class FarGradients:
         of_keys += dk.to(sums.device)
         of_values += dv.to(sums.device)
 
-    def hand_over(self, start: int, stop: int, begin: int, k: Tensor) -> Tensor | None:
+    def hand_over(
+        self,
+        start: int,
+        stop: int,
+        begin: int,
+        k: Tensor,
+    ) -> Tensor | None:
         """Return what later chunks have added to the gradients of a shard: (k and v, B, n, K, D), or None for nothing.
 
         The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D),

@@ -59,7 +59,9 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 @cache
 def _warn_of_slow_bf16() -> None:
     warnings.warn(
-        "this CPU has no bf16 instructions: --dtype fp32 is faster here", InputWarning, stacklevel=3
+        "this CPU has no bf16 instructions: --dtype fp32 is faster here",
+        InputWarning,
+        stacklevel=3,
     )
 
 

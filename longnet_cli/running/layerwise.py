@@ -106,7 +106,14 @@ class _Layers:
     In a LongNet every query head has its own key head, so all levels have H lanes.
     """
 
-    def __init__(self, model: LongNet, tokens: int, chunk: int, dtype: str, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: LongNet,
+        tokens: int,
+        chunk: int,
+        dtype: str,
+        ranks: Ranks,
+    ) -> None:
         config = model.config
         self.model = model
         self.pattern = config.pattern
@@ -214,7 +221,12 @@ class _Layers:
 
     @torch.no_grad()
     def _compute(
-        self, layer: Layer, x: Tensor, chunk: _RankChunk, far: Outside, is_last: bool
+        self,
+        layer: Layer,
+        x: Tensor,
+        chunk: _RankChunk,
+        far: Outside,
+        is_last: bool,
     ) -> Tensor:
         x = x.to(self.device)
         with precision(self.dtype, self.device):

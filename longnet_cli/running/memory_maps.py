@@ -63,7 +63,11 @@ class MappedMemory:
         self._free: defaultdict[int, list[int]] = defaultdict(list)
 
     def empty(
-        self, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> Tensor:
         """Return an uninitialized tensor, on the host whatever the `device`.
 

@@ -73,7 +73,10 @@ def chunk_beside(config: NetConfig, free: float) -> int:
 
 
 def fitting_chunk(
-    needed: Callable[[int], float], longest: int, free: float, shortest: int = SHORTEST_CHUNK
+    needed: Callable[[int], float],
+    longest: int,
+    free: float,
+    shortest: int = SHORTEST_CHUNK,
 ) -> int | None:
     """Return `longest`, or the longest power of two below it and at least `shortest`, whose `needed` bytes are free.
 
@@ -331,7 +334,9 @@ class Reader:
 
 
 def batches_by_length(
-    lengths: Sequence[int], limit: int, least: int | None = None
+    lengths: Sequence[int],
+    limit: int,
+    least: int | None = None,
 ) -> Iterator[list[int]]:
     """Group sequences for padded forward passes of at most `limit` tokens; yield indices into `lengths`, longest first.
 

@@ -52,7 +52,9 @@ _SAME = {
 
 
 def reader_facts(
-    model: Net, name: str | None = None, tokenizer_sha256: str | None = None
+    model: Net,
+    name: str | None = None,
+    tokenizer_sha256: str | None = None,
 ) -> dict[str, str]:
     """Return what a state notes of the model that has read it, without unknown values.
 
@@ -85,7 +87,9 @@ def _listed(folder: Path) -> set[str] | None:
 
 
 def write_state(
-    folder: Path, facts: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]]
+    folder: Path,
+    facts: Mapping[str, object],
+    tensors: Iterable[tuple[str, Tensor]],
 ) -> int:
     """Write a state, in place of the one that the folder holds; return its bytes.
 

@@ -85,7 +85,13 @@ def number(value: Any) -> float | None:
         return None
 
 
-def points(rows: Iterable[Row], of_x: Axis, of_y: Axis, x_key: str, y_key: str) -> list[Point]:
+def points(
+    rows: Iterable[Row],
+    of_x: Axis,
+    of_y: Axis,
+    x_key: str,
+    y_key: str,
+) -> list[Point]:
     """Return the points of rows that the axes can show, in rising order of x: of several at one x, the last.
 
     The standard error of a `key` is that of `key_se`.

@@ -232,7 +232,11 @@ class Scorer(RowJob):
 
     @classmethod
     def of_model(
-        cls, reader: Reader, options: ScoreOptions, loaded: Loaded, top: bool = False
+        cls,
+        reader: Reader,
+        options: ScoreOptions,
+        loaded: Loaded,
+        top: bool = False,
     ) -> Scorer:
         """Return the job for a model, which counts bytes by the model's tokenizer."""
         job = cls(reader, options, ModelFacts.of(loaded), top=top)
@@ -365,7 +369,9 @@ class Scorer(RowJob):
         return [*map(to_host, columns)]
 
     def _add_up(
-        self, pieces: Sequence[Piece[_ScoredWindow]], columns: Sequence[Callable[[], Tensor]]
+        self,
+        pieces: Sequence[Piece[_ScoredWindow]],
+        columns: Sequence[Callable[[], Tensor]],
     ) -> None:
         """Add the nats of the pieces' targets to their documents."""
         sizes = [*map(len, pieces)]

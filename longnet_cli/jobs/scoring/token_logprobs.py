@@ -49,7 +49,9 @@ def logprob_schema(metadata: Mapping[str, str] | None = None, top: bool = False)
 
 @contextmanager
 def write_token_logprobs(
-    path: str | Path, metadata: Mapping[str, str] | None = None, top: bool = False
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    top: bool = False,
 ) -> Iterator[Callable[..., None]]:
     """Open a file for token log-probabilities (see `logprob_schema`), and yield what takes them."""
     rows: list[dict[str, Any]] = []

@@ -199,7 +199,10 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def run_tensors(
-    model: nn.Module, optimizers: Optimizers, random: Sequence[Tensor], ranks: Ranks
+    model: nn.Module,
+    optimizers: Optimizers,
+    random: Sequence[Tensor],
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
     """Return the tensors to save: `model.NAME` and `optimizer.NAME.KEY` of trained weights, `random.RANK.INDEX`."""
     tensors = {}
@@ -221,7 +224,11 @@ def frozen_digest(model: nn.Module) -> str | None:
 
 
 def restore(
-    checkpoint: Path, model: nn.Module, optimizers: Optimizers, device: torch.device, ranks: Ranks
+    checkpoint: Path,
+    model: nn.Module,
+    optimizers: Optimizers,
+    device: torch.device,
+    ranks: Ranks,
 ) -> None:
     """Load a checkpoint's tensors into a net, its fresh optimizers and the random number generators.
 

@@ -282,7 +282,10 @@ def _evaluation_bytes(recipe: Recipe, itemsize: int) -> int:
 
 
 def _stage_memory(
-    recipe: Recipe, stage: Stage, device: torch.device, ranks: Ranks
+    recipe: Recipe,
+    stage: Stage,
+    device: torch.device,
+    ranks: Ranks,
 ) -> dict[str, int]:
     """Return the bytes of one rank that depend on the length of a stage's windows, by kind.
 

@@ -24,7 +24,9 @@ def build_model(recipe: Recipe, initial: str | None, note: Callable[[str], None]
     torch.manual_seed(recipe.train.seed)
     if pretrained := recipe.pretrained:
         return ModelFolder.find(pretrained.init).trainable(
-            pretrained.model, pretrained.adapter, note
+            pretrained.model,
+            pretrained.adapter,
+            note,
         )
     if initial is None:
         return LongNet(recipe.model)

@@ -261,7 +261,12 @@ class _TrainingRun:
         eos_id = self.data.eos_id
         # the ids, what each of them predicts, how many targets all ranks have; then where documents start
         ids, targets, targets_of_all_ranks = inputs_and_targets(
-            batch, recipe, self.device, ranks, eos_id=eos_id, seed=position["seed"]
+            batch,
+            recipe,
+            self.device,
+            ranks,
+            eos_id=eos_id,
+            seed=position["seed"],
         )
         rows, length = ids.shape
         starts = [
@@ -359,7 +364,11 @@ class _TrainingRun:
             rate = self.recipe.learning_rate(progress.step - 1)
             memory = peak_memory(self.device)
             line = self.log.write(
-                progress.step, rate, stage.seq_len, memory=memory, held_out=held_out
+                progress.step,
+                rate,
+                stage.seq_len,
+                memory=memory,
+                held_out=held_out,
             )
         progress.reported = progress.step
         return line

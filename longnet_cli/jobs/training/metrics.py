@@ -55,7 +55,13 @@ class MetricsLog:
         self.loss = 0.0
         self.grad_norm = 0.0
 
-    def add(self, tokens: int, flops: float, loss: float, grad_norm: float) -> None:
+    def add(
+        self,
+        tokens: int,
+        flops: float,
+        loss: float,
+        grad_norm: float,
+    ) -> None:
         """Add a step of all ranks."""
         self.steps += 1
         self.tokens += tokens

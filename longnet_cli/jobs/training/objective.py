@@ -82,7 +82,9 @@ def regrouped(tokens: Tokens, rows: list[list[IdRange]]) -> LazyTokens:
         return torch.cat(parts) if parts else tokens[0, 0:0]
 
     return LazyTokens(
-        (len(rows), sum(stop - start for _, start, stop in rows[0])), tokens.device, read
+        (len(rows), sum(stop - start for _, start, stop in rows[0])),
+        tokens.device,
+        read,
     )
 
 
@@ -157,7 +159,10 @@ def _nll(
     if ranks.sp > 1:
         cuts = list(accumulate(documents or ()))
         far = exchange = Exchange(
-            config, ranks.edges(0, tokens.shape[1]), group=ranks.group, cuts=cuts
+            config,
+            ranks.edges(0, tokens.shape[1]),
+            group=ranks.group,
+            cuts=cuts,
         )
         shard = slice(*exchange.mine)
         start = exchange.start
@@ -219,7 +224,13 @@ RANDOM = 0.1
 
 
 def inputs_and_targets(
-    batch: Batch, recipe: Recipe, device: torch.device, ranks: Ranks, *, eos_id: int, seed: int
+    batch: Batch,
+    recipe: Recipe,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    eos_id: int,
+    seed: int,
 ) -> tuple[Tokens, Tokens, int]:
     """Return ids and targets (rows, seq_len) of windows of seq_len + 1 tokens, and how many targets all ranks have.
 
@@ -245,7 +256,12 @@ def inputs_and_targets(
 
 
 def mask_tokens(
-    tokens: Tensor, rate: float, *, mask_id: int, eos_id: int, seeds: Sequence[Sequence[int]]
+    tokens: Tensor,
+    rate: float,
+    *,
+    mask_id: int,
+    eos_id: int,
+    seeds: Sequence[Sequence[int]],
 ) -> tuple[Tensor, Tensor]:
     """Return the ids that the net sees of `tokens` (B, N) int64, and its targets; both (B, N).
 

@@ -361,7 +361,9 @@ class LoraRecipe(StrictModel):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """On their input, in training."""
     target_modules: list[str] | None = Field(
-        default=None, min_length=1, examples=['["q_proj", "v_proj"]']
+        default=None,
+        min_length=1,
+        examples=['["q_proj", "v_proj"]'],
     )
     """The names of the modules that get them. By default, all matrices of the layers do."""
 
@@ -427,7 +429,9 @@ SAID_OTHERWISE = {"model.pattern": PATTERN_FIELDS, "data.train": ("mix",), "data
 
 
 def load_recipe(
-    path: str | None, overrides: Mapping[str, object], stored: Sequence[object] = ()
+    path: str | None,
+    overrides: Mapping[str, object],
+    stored: Sequence[object] = (),
 ) -> Recipe:
     """Read a recipe, apply `overrides` ({"optimizer.lr": 1e-3}) and check the whole.
 
@@ -501,7 +505,9 @@ def naming(key: str) -> Iterator[None]:
 
 
 def _initial_folder(
-    initial: object, model: Mapping[str, object], stored: Sequence[object]
+    initial: object,
+    model: Mapping[str, object],
+    stored: Sequence[object],
 ) -> ModelFolder | None:
     """Return the folder of the model that `init` names; None without one, and for a LongNet that is gone by now."""
     if not isinstance(initial, str):

@@ -78,7 +78,10 @@ def prepare_run(
 
 
 def find_checkpoint(
-    output: Path, resume: Resume, ranks: Ranks, note: Callable[[str], None]
+    output: Path,
+    resume: Resume,
+    ranks: Ranks,
+    note: Callable[[str], None],
 ) -> Path | None:
     """Return the checkpoint from which a run in `output` continues; None for a run that starts from nothing.
 

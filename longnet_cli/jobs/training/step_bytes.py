@@ -45,7 +45,13 @@ class _BytesInUse(TorchDispatchMode):
         """No: torch would import its compiler, which takes a second, to leave this out of compiled code."""
         return False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if not isinstance(leaf, Tensor):

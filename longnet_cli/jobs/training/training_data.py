@@ -25,7 +25,10 @@ class TrainingData(NamedTuple):
 
 
 def build_data(
-    recipe: Recipe, ranks: Ranks, initial: str | None = None, tokenizer_differs: bool = False
+    recipe: Recipe,
+    ranks: Ranks,
+    initial: str | None = None,
+    tokenizer_differs: bool = False,
 ) -> TrainingData:
     """Open the data of a recipe, and cut them into windows. The model `initial` must have their tokenizer.
 
@@ -56,7 +59,11 @@ def build_data(
     shared: dict[str, Any] = {"weights": mix, "rank": ranks.dp_rank, "world": ranks.dp}
     windows = [
         TokenWindows(
-            streams, stage.seq_len, train.windows(stage) // ranks.dp, train.seed + index, **shared
+            streams,
+            stage.seq_len,
+            train.windows(stage) // ranks.dp,
+            train.seed + index,
+            **shared,
         )
         for index, stage in enumerate(train.stages)
     ]

@@ -82,7 +82,10 @@ class Batch:
     """
 
     def __init__(
-        self, starts: Sequence[tuple[TokenStream, int]], tokens: int, numbers: Sequence[int]
+        self,
+        starts: Sequence[tuple[TokenStream, int]],
+        tokens: int,
+        numbers: Sequence[int],
     ) -> None:
         self.starts = starts
         self.shape = (len(starts), tokens)

@@ -115,7 +115,9 @@ def use_dilated_attention(
 
 
 def _tried(
-    model: PreTrainedModel, pattern: Pattern, earlier: str
+    model: PreTrainedModel,
+    pattern: Pattern,
+    earlier: str,
 ) -> Mapping[nn.Module, Turn | None]:
     """Give a model dilated attention, and return the `turns` of its layers if the pattern moves keys.
 
@@ -162,7 +164,10 @@ class _CurrentPass:
         return args, options | self._options
 
     def provider(
-        self, rows: AlignedRows, first: int, provider_of: Callable[[Tensor | None], FarProvider]
+        self,
+        rows: AlignedRows,
+        first: int,
+        provider_of: Callable[[Tensor | None], FarProvider],
     ) -> FarProvider:
         """Return what gives each layer what some rows see: `provider_of` their ids from the column `first` on."""
         if rows.column not in self._providers:
@@ -303,7 +308,10 @@ def dilated_attention_forward(
 
 
 def _by_rows(
-    call: _Call, columns: Tensor | None, before: int, attend: Callable[[AlignedRows], Tensor]
+    call: _Call,
+    columns: Tensor | None,
+    before: int,
+    attend: Callable[[AlignedRows], Tensor],
 ) -> Tensor:
     """Return what all rows `attend` to (`by_rows`). Raises ValueError if keys cannot be `before` the new tokens."""
     q, k = call.q, call.k
@@ -336,7 +344,14 @@ class _Call(NamedTuple):
     settings: dict[str, Any]
     current: Any  # a _CurrentPass
 
-    def attend(self, rows: AlignedRows, q: Tensor, k: Tensor, v: Tensor, far: Outside) -> Tensor:
+    def attend(
+        self,
+        rows: AlignedRows,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        far: Outside,
+    ) -> Tensor:
         """Return attention (rows, n, H, D) of some rows' new tokens."""
         place: dict[str, Any] = {"start": rows.start, "far": far, "lengths": rows.lengths}
         return dilated_attention(q, k, v, self.pattern, **self.settings, **place)

@@ -353,7 +353,10 @@ class _LongNetWithLogits(LongNetPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **asked
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                **asked,
             )
         if not self.causal:
             return MaskedLMOutput(loss=loss, logits=logits)
@@ -391,7 +394,9 @@ class LongNetForMaskedLM(_LongNetWithLogits):
 
 
 def _columns(
-    attention_mask: Tensor | None, position_ids: Tensor | None, columns: int
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    columns: int,
 ) -> Tensor | None:
     """Return columns [first, stop) of each row's tokens (`columns_of`). Raises ValueError for masks of another kind."""
     if attention_mask is not None and tuple(attention_mask.shape[1:]) != (columns,):

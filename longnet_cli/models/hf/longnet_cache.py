@@ -195,7 +195,12 @@ class LongNetCache(hf.DynamicCache):
         self._parts = {}
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Return the keys and values for a layer's attention. Raises ValueError if an earlier layer was not dilated."""
         if isinstance(self._last, Memory) and self._last.waits:
@@ -243,7 +248,11 @@ class Memory(CacheLayerMixin):
         self.waits = False
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         self.waits = True
         return key_states, value_states

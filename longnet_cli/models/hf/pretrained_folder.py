@@ -91,7 +91,9 @@ def with_infinities(data: Any) -> Any:
 
 
 def read_architecture(
-    folder: Path, settings: Mapping[str, Any], embeds: bool = False
+    folder: Path,
+    settings: Mapping[str, Any],
+    embeds: bool = False,
 ) -> tuple[Any, Any]:
     """Return (configuration, class) of a folder's model, whose config.json has these keys.
 

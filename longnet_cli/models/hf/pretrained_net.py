@@ -227,7 +227,11 @@ class TransformersNet(Net):
         self._save_adapter = add_lora(self.model, **options)
 
     def save(
-        self, folder: Path, tokenizer_json: str, state: Mapping[str, Tensor], eos: str = ""
+        self,
+        folder: Path,
+        tokenizer_json: str,
+        state: Mapping[str, Tensor],
+        eos: str = "",
     ) -> None:
         """Write a folder that transformers opens, with the pattern in config.json and the tokenizer's files.
 
@@ -242,7 +246,12 @@ class TransformersNet(Net):
             trim_memory(next(self.parameters()).device)
         weights = merged(self.model, inner)
         write_folder(
-            self.model, folder, weights, tokenizer_json, self.folder, dense=self.config.as_trained
+            self.model,
+            folder,
+            weights,
+            tokenizer_json,
+            self.folder,
+            dense=self.config.as_trained,
         )
 
     @cached_property
@@ -335,7 +344,11 @@ def load_transformers(
 
 
 def _read_weights(
-    folder: Path, config: Any, architecture: Any, dtype: torch.dtype, embeds: bool
+    folder: Path,
+    config: Any,
+    architecture: Any,
+    dtype: torch.dtype,
+    embeds: bool,
 ) -> hf.PreTrainedModel:
     """Return a model with the weights in a folder. Raises CheckpointError for missing or damaged ones."""
     for name in weight_files(folder):
@@ -360,7 +373,10 @@ def _read_weights(
 
 
 def _check_weights(
-    folder: Path, model: hf.PreTrainedModel, report: Mapping[str, Any], embeds: bool
+    folder: Path,
+    model: hf.PreTrainedModel,
+    report: Mapping[str, Any],
+    embeds: bool,
 ) -> None:
     """Raise CheckpointError for weights that are missing, unexpected or of another shape, by transformers' report."""
     missing = report["missing_keys"]

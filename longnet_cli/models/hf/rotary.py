@@ -273,7 +273,12 @@ def _keys(model: PreTrainedModel, **place: Tensor) -> dict[nn.Module, Tensor]:
 
 
 def _probe(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Store the keys and return the token's own value: an attention function for sequences of one token."""
     if options.get("sliding_window") is None:

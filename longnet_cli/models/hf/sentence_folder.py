@@ -169,7 +169,14 @@ class Normalize(nn.Module):
 class Dense(nn.Module):
     """A linear layer and an activation."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, activation: nn.Module) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        activation: nn.Module,
+    ) -> None:
         super().__init__()
         self.linear = nn.Linear(inputs, outputs, bias=bias)
         self.activation = activation
@@ -311,7 +318,9 @@ def read_tokenizer(folder: Path, lowercase: bool) -> Tokenizer:
             library: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER))
         else:
             library = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         inner = library.backend_tokenizer
     except Exception as error:  # the library raises exceptions of many kinds

@@ -160,7 +160,9 @@ def merged(model: hf.PreTrainedModel, state: State) -> dict[str, Tensor]:
 
 
 def unwritten(
-    source: str, layers: int, lora: dict | None
+    source: str,
+    layers: int,
+    lora: dict | None,
 ) -> tuple[hf.PreTrainedModel, nn.ModuleList]:
     """Return a model of so many layers in training mode, and these layers; its weights are never written to.
 

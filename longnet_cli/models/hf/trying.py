@@ -84,7 +84,9 @@ def settings_of(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def hidden_states(
-    model: PreTrainedModel, input_ids: Tensor | None = None, **options: Any
+    model: PreTrainedModel,
+    input_ids: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Return the hidden states (B, N, dim) of ids (B, N), or of `inputs_embeds`, in one forward without a cache."""
     return body(model)(input_ids=input_ids, **without_cache(model), **options).last_hidden_state

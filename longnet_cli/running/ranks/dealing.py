@@ -38,7 +38,9 @@ class Portion(Generic[T]):
     """
 
     def __init__(
-        self, items: Iterator[T | None], count_item: Callable[[Portion[T], T], bool]
+        self,
+        items: Iterator[T | None],
+        count_item: Callable[[Portion[T], T], bool],
     ) -> None:
         self._items = items
         self._count_item = count_item
@@ -127,7 +129,10 @@ class _Deal(Generic[P]):
     """One deal among several groups, on one rank. The groups share a store, where they leave results for rank 0."""
 
     def __init__(
-        self, ranks: Ranks, work: Callable[[P], Batches], on_other: Callable[[P], None]
+        self,
+        ranks: Ranks,
+        work: Callable[[P], Batches],
+        on_other: Callable[[P], None],
     ) -> None:
         import torch.distributed as dist
 

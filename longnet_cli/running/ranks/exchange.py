@@ -129,12 +129,21 @@ class Exchange:
         ends = [*self.starts[1:], self.edges[-1]]
         return self.starts[index - 1], ends[index - 1]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Outside:
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> Outside:
         """Send a layer's keys and values (B, n, H, D); return what the shard sees outside, as a `FarProvider` does."""
         return Outside(self.send(k, v))
 
     def send(
-        self, k: Tensor, v: Tensor, on_arrival: Callable[[list[FarKeys]], None] = lambda keys: None
+        self,
+        k: Tensor,
+        v: Tensor,
+        on_arrival: Callable[[list[FarKeys]], None] = lambda keys: None,
     ) -> list[FarKeys]:
         """Send a layer's keys and values as a call does; return the far keys that the shard attends to.
 
@@ -310,7 +319,11 @@ class _Message:
     """Rows on their way between the ranks, (rows, k and v, D): a rank sends some, and gets others."""
 
     def __init__(
-        self, sent: Tensor, rows: int, sizes: tuple[list[int], list[int]], group: Any
+        self,
+        sent: Tensor,
+        rows: int,
+        sizes: tuple[list[int], list[int]],
+        group: Any,
     ) -> None:
         """Start. `rows` are to come. `sizes` count the numbers that come from each rank, and that go to it."""
         self._sent = sent  # alive until it has been sent

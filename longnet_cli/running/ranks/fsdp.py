@@ -42,7 +42,9 @@ def shard_weights(model: Net, ranks: Ranks) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(
-        next(model.parameters()).device.type, (ranks.world,), mesh_dim_names=("ranks",)
+        next(model.parameters()).device.type,
+        (ranks.world,),
+        mesh_dim_names=("ranks",),
     )
     # the root takes what is in no layer: tables and the final norm
     for module in (*model.layer_modules, model):
