@@ -11,9 +11,8 @@ the sum of its kinds, as if everything were held at one time.
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -45,9 +44,9 @@ class Estimate:
     held: dict[str, int]
     needed: dict[str, int]
     free: float
-    others: dict[str, Any]
     chunk_that_fits: int | None
     spillable: str
+    others: dict[str, Any] = field(default_factory=dict)
     hint: str = ""
 
     @property
@@ -83,11 +82,11 @@ class Estimate:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The keys and values of the machine format."""
+        """The keys and values of the machine format, in which an infinite number becomes null."""
         sizes = {
             "memory_bytes": self.memory,
             "peak_bytes": self.peak,
-            "free_bytes": self.free if math.isfinite(self.free) else None,
+            "free_bytes": self.free,
             "fits": self.fits,
         }
         return self.others | sizes
@@ -232,8 +231,7 @@ def _others(reader: Reader, plan: ReadingPlan, trial: Trial) -> dict[str, Any]:
 def _faster(reader: Reader) -> str:
     """Return a hint for a CPU that multiplies matrices faster in bf16."""
     device = reader.device
-    is_fp32 = device.type == "cpu" and reader.dtype == "fp32"
-    if not is_fp32 or not machines.has_bf16_instructions():
+    if device.type != "cpu" or reader.dtype != "fp32" or not machines.has_bf16_instructions():
         return ""
     # these instructions make some CPUs faster, and others slower
     times = machines.matmul_peak(device, "bf16") / machines.matmul_peak(device, "fp32")

@@ -72,7 +72,6 @@ def estimate_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> Estim
         held={"program": resident_memory(device)},
         needed=training_memory(recipe, device, ranks),
         free=free,
-        others={},
         chunk_that_fits=fitting_chunk(needed, train.chunk, free, shortest),
         spillable="" if train.spill else "cache",
     )
@@ -217,25 +216,58 @@ def step_flops(recipe: Recipe, stage: Stage, ranks: Ranks) -> StepFlops:
 def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[str, int]:
     """Return the bytes of one rank at its peak, by kind.
 
+    Each kind is that of the stage that takes the most of it. activations: of all layers, for the tokens of a forward
+    pass. logits: of tokens that are predicted, with `GAPS`. cache: rows that pass from chunk to chunk, and rows that
+    are stored for the backward pass, with their gradients; with `train.spill`, what is stored is on a disk.
+    evaluation, merged: what reading the held-out documents, and LoRA's merged weights in float32, take beyond a step's
+    activations, logits and cache, which are gone by then. A checkpoint is written from the tensors themselves, and
+    takes nothing. For the other kinds, see `_weights_memory`.
+    """
+    config = recipe.model
+    train = recipe.train
+    itemsize = itemsize_of(train.dtype, device)
+    tokens = max(tokens_at_once(recipe, stage, ranks) for stage in train.stages)
+    per_token = activation_bytes(
+        config,
+        resolve_dtype(train.dtype, device),
+        json.dumps(recipe.adapter),
+        train.activation_checkpointing,
+    )
+    logits = logits_bytes(config, round(tokens * train.predicted))
+    far = far_bytes(config, train.longest, train.chunk * ranks.sp, itemsize)
+    step = {
+        "activations": tokens * per_token,
+        "logits": GAPS * logits if device.type == "cpu" else logits,
+        "cache": far.passing if train.spill else far.passing + far.stored,
+    }
+    memory = _weights_memory(recipe, itemsize, ranks) | step
+    later = {"evaluation": _evaluation_bytes(recipe, itemsize)}
+    if config.frozen and device.type == "cpu":
+        later["merged"] = 4 * config.num_parameters()
+    kind, size = max(later.items(), key=itemgetter(1))
+    beyond = size - sum(step.values())
+    if beyond > 0:
+        memory[kind] = beyond
+    return memory
+
+
+def _weights_memory(recipe: Recipe, itemsize: int, ranks: Ranks) -> dict[str, int]:
+    """Return the bytes of one rank that do not depend on the tokens of a forward pass, by kind.
+
     weights: 4 bytes per number, and the copy of the matrices that autocast makes. Beside LoRA's, they are of the types
     in which they are kept, and one matrix at a time is cast to the type of products. gradients: 4 bytes per trained
     number; the vocabulary's twice where a step has several forward passes. optimizer: 8 bytes per trained number, the
     two moments of AdamW; Muon has one moment of the layers' matrices, or of LoRA's. With `parallel.shard` "full", a
-    rank holds its share of all these, and in a step all weights and gradients besides. activations, logits, cache:
-    of the stage that takes the most. evaluation, merged: what reading the held-out documents, and LoRA's merged weights
-    in float32, take beyond a step's activations, logits and cache, which are gone by then. A checkpoint is written from
-    the tensors themselves, and takes nothing.
+    rank holds its share of all these, and in a step all weights and gradients besides.
     """
     config = recipe.model
-    stages = recipe.train.stages
-    itemsize = itemsize_of(recipe.train.dtype, device)
+    train = recipe.train
     table = config.vocab_size * config.dim
     weights = 4 * config.trained + config.frozen_bytes
     gradients = 4 * config.trained
-    with_one_moment = 0
+    moments = 8 * config.trained
     if recipe.optimizer.name == "muon":
-        with_one_moment = config.trained if config.frozen else config.layer_weights
-    moments = 8 * config.trained - 4 * with_one_moment
+        moments -= 4 * (config.trained if config.frozen else config.layer_weights)
     if recipe.parallel.shard == "full" and ranks.world > 1:
         weights += weights // ranks.world
         gradients += gradients // ranks.world
@@ -245,22 +277,9 @@ def training_memory(recipe: Recipe, device: torch.device, ranks: Ranks) -> dict[
         weights += itemsize * table if are_narrow is (itemsize == 4) else 0
     elif itemsize < 4:
         weights += itemsize * (config.layer_weights + table)
-    rows = max(recipe.train.windows(stage) // ranks.dp * stage.seq_len for stage in stages)
-    if rows > recipe.train.chunk * ranks.sp and not config.frozen:
+    if not config.frozen and max(map(recipe.step_tokens, train.stages)) > train.chunk * ranks.world:
         gradients += 4 * table  # that of the table, while another chunk's is added to it
-    largest = max(
-        (_stage_memory(recipe, stage, device, ranks) for stage in stages),
-        key=lambda kinds: sum(kinds.values()),
-    )
-    memory = {"weights": weights, "gradients": gradients, "optimizer": moments, **largest}
-    later = {"evaluation": _evaluation_bytes(recipe, itemsize)}
-    if config.frozen and device.type == "cpu":
-        later["merged"] = 4 * config.num_parameters()
-    kind, size = max(later.items(), key=itemgetter(1))
-    beyond = size - sum(largest.values())
-    if beyond > 0:
-        memory[kind] = beyond
-    return memory
+    return {"weights": weights, "gradients": gradients, "optimizer": moments}
 
 
 def _evaluation_bytes(recipe: Recipe, itemsize: int) -> int:
@@ -269,52 +288,25 @@ def _evaluation_bytes(recipe: Recipe, itemsize: int) -> int:
     They are those of a document of two chunks, or of the text's bytes if these are fewer: no document is opened. As for
     any reading, they are activations or logits (two numbers each), hidden states and, in a causal net, the cache.
     """
+    files = recipe.data.held_out_files
+    if not files:
+        return 0
     config = recipe.model
     chunk = recipe.train.chunk
-    if not recipe.data.held_out_files:
-        return 0
-    most = recipe.train.held_out_context or 2 * chunk
-    tokens = min(most, 2 * chunk, Inputs(recipe.data.held_out_files).num_bytes() or most)
+    most = min(2 * chunk, recipe.train.held_out_context or 2 * chunk)
+    tokens = min(most, Inputs(files).num_bytes() or most)
     at_once = min(tokens, chunk)
-    activations = config.forward_bytes(at_once)
-    cache = cache_bytes(config, tokens, itemsize) if config.causal and tokens > chunk else 0
-    return max(activations, logits_bytes(config, at_once)) + 2 * 4 * config.dim * tokens + cache
-
-
-def _stage_memory(
-    recipe: Recipe,
-    stage: Stage,
-    device: torch.device,
-    ranks: Ranks,
-) -> dict[str, int]:
-    """Return the bytes of one rank that depend on the length of a stage's windows, by kind.
-
-    activations: of all layers, for the tokens of a forward pass. logits: of tokens that
-    are predicted, with `GAPS`. cache: rows that pass from chunk to chunk, of each window of the forward pass, and rows
-    that are stored for the backward pass, with their gradients. With `train.spill`, what is stored is on a disk.
-    """
-    config = recipe.model
-    train = recipe.train
-    itemsize = itemsize_of(train.dtype, device)
-    tokens = tokens_at_once(recipe, stage, ranks)
-    windows = max(1, tokens * ranks.sp // stage.seq_len)
-    far = far_bytes(config, stage.seq_len, train.chunk * ranks.sp, itemsize)
-    dtype = "fp32" if itemsize == 4 else "bf16"
-    lora = json.dumps(recipe.adapter)
-    again = train.activation_checkpointing
-    saved = activation_bytes(config, dtype, lora, again)  # per token
-    logits = logits_bytes(config, round(tokens * train.predicted))
-    return {
-        "activations": tokens * saved,
-        "logits": GAPS * logits if device.type == "cpu" else logits,
-        "cache": windows * far.passing + (0 if train.spill else far.stored),
-    }
+    needed = max(config.forward_bytes(at_once), logits_bytes(config, at_once))
+    needed += 2 * 4 * config.dim * tokens
+    if config.causal and tokens > chunk:
+        needed += cache_bytes(config, tokens, itemsize)
+    return needed
 
 
 def tokens_at_once(recipe: Recipe, stage: Stage, ranks: Ranks) -> int:
     """Return the most tokens of a forward pass on one rank, as `objective.backward` groups or cuts sequences."""
     chunk = recipe.train.chunk * ranks.sp
-    rows = max(1, recipe.train.windows(stage) // ranks.dp)
+    rows = recipe.train.windows(stage) // ranks.dp
     if recipe.train.across_documents:
         rows = min(rows, max(1, chunk // stage.seq_len))
     # documents of several windows may fill a chunk
