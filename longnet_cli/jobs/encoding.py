@@ -254,7 +254,6 @@ class Encoder(RowJob):
     shard_name = "vectors"
     shard_unit = "rows"
     shard_size = 1 << 12
-    fewest_tokens = 1
     names_apart = True
     no_tokens_error = "there is nothing to encode: every document is empty or left out"
 

@@ -24,7 +24,16 @@ def _refuse_below_one(**sizes: object) -> None:
 
 
 @dataclass(frozen=True)
-class EncodeOptions:
+class RowOptions:
+    """What `score` and `encode` have in common: which documents have a row."""
+
+    def fewest_tokens(self, first_target: int) -> int:
+        """Return the fewest tokens of a document that has a row; `first_target` is the first that can be scored."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class EncodeOptions(RowOptions):
     """The options of `encode`: of the command, of the function and of `encode_batches`.
 
     None takes the model's own pooling, prompt, scaling and windows.
@@ -63,6 +72,10 @@ class EncodeOptions:
                     f"there is no pooling {pool!r}: choose from {', '.join(POOLS)}, joined by +"
                 )
 
+    def fewest_tokens(self, first_target: int) -> int:
+        """Return 1: an empty document has no vector."""
+        return 1
+
     def completed(self, **own: Any) -> EncodeOptions:
         """Return the options with a model's own where none is given."""
         missing = {name: value for name, value in own.items() if getattr(self, name) is None}
@@ -85,7 +98,7 @@ class EncodeOptions:
 
 
 @dataclass(frozen=True)
-class ScoreOptions:
+class ScoreOptions(RowOptions):
     """The options of `score`: of the command, of the function and of `score_batches`.
 
     Without `context`, a document is one causal pass. With it, a token sees at most `context` tokens before it: the
@@ -109,6 +122,14 @@ class ScoreOptions:
     def contexts(self) -> Sequence[int | None]:
         """The contexts; None is the whole document."""
         return self.context or (None,)
+
+    def fewest_tokens(self, first_target: int) -> int:
+        """Return the fewest tokens with which each of the `last` tokens has a full window at every context."""
+        if self.last is None:
+            return 0
+        longest = max(self.context or (0,))
+        last_step = min(self.stride or longest, self.last)
+        return first_target + longest + self.last - last_step
 
     def __post_init__(self) -> None:
         shortest = min(self.context or (1,))

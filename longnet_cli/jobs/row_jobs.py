@@ -31,13 +31,13 @@ from longnet_cli.data.row_writer import ShardWriter, first_kept
 from longnet_cli.data.shards import ShardFolder, ShardFormat
 from longnet_cli.data.text_pieces import Unit
 from longnet_cli.data.token_documents import Apart, Document, Unread
-from longnet_cli.nets.net import Bos, InputSequence
+from longnet_cli.nets.net import Bos, InputSequence, bos_ids
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.device import check_kernel
 from longnet_cli.running.ranks.dealing import Batches, Portion, deal, portions
 from longnet_cli.running.reader import PORTION_CHUNKS, Reader
 
-from .job_options import EncodeOptions, ScoreOptions
+from .job_options import RowOptions
 
 if TYPE_CHECKING:
     from longnet_cli.models.folder import Loaded
@@ -61,6 +61,11 @@ class ModelFacts:
     model_name: str | None = None
     tokenizer_sha256: str | None = None
     pattern: str | None = None
+
+    @property
+    def first_target(self) -> int:
+        """The first token of a document that is predicted: token 0, or token 1 if nothing precedes the document."""
+        return 0 if bos_ids(self.bos) else 1
 
     @property
     def metadata(self) -> dict[str, object]:
@@ -97,7 +102,6 @@ class RowJob(ABC):
     row_name: ClassVar[str]
     # The columns of a document of text, before those that it carries
     text_fields: ClassVar[Sequence[pa.Field]] = ()
-    fewest_tokens: int = 0  # a document of fewer tokens has no row
     shard_name: ClassVar[str]
     shard_unit: ClassVar[str]  # what is counted to fill a shard
     shard_size: ClassVar[int]
@@ -110,12 +114,15 @@ class RowJob(ABC):
     def __init__(
         self,
         reader: Reader,
-        options: ScoreOptions | EncodeOptions,
+        options: RowOptions,
         facts: ModelFacts,
     ) -> None:
         self.reader = reader
         self.options = options
         self.facts = facts
+        self.fewest_tokens = options.fewest_tokens(
+            facts.first_target
+        )  # of a document that has a row
 
     @abstractmethod
     def sequence(self, document: Document) -> InputSequence[Document]:

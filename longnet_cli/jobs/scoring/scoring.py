@@ -43,15 +43,19 @@ TABLE = pa.list_(
 
 @dataclass(frozen=True)
 class Cut:
-    """The cut of documents into windows. The ids of `bos` come before each document."""
+    """The cut of documents into windows."""
 
-    bos: tuple[int, ...]
+    facts: ModelFacts
     options: ScoreOptions
 
     @property
+    def bos(self) -> tuple[int, ...]:
+        """The ids before each document."""
+        return bos_ids(self.facts.bos)
+
+    @property
     def first_target(self) -> int:
-        """The first target of a document: token 0, or token 1 if nothing precedes the document."""
-        return 0 if self.bos else 1
+        return self.facts.first_target
 
     @property
     def no_tokens_error(self) -> str:
@@ -89,13 +93,8 @@ class Cut:
 
     @property
     def fewest_tokens(self) -> int:
-        """The fewest tokens of a document in which each of the `last` tokens has a full window at every context."""
-        last = self.options.last
-        if last is None:
-            return 0
-        longest = max(self.options.context or (0,))
-        last_step = min(self.options.stride or longest, last)
-        return self.first_target + longest + last - last_step
+        """The fewest tokens of a document that has a row."""
+        return self.options.fewest_tokens(self.first_target)
 
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
@@ -222,8 +221,7 @@ class Scorer(RowJob):
                 raise ConfigError(
                     "log-probabilities of tokens are written by one group of ranks: leave out --dp"
                 )
-        self.cut = Cut(bos_ids(facts.bos), options)
-        self.fewest_tokens = self.cut.fewest_tokens
+        self.cut = Cut(facts, options)
         self.no_tokens_error = self.cut.no_tokens_error
         self.count_bytes = count_bytes
         self.top = top
