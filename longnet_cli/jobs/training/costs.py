@@ -275,10 +275,11 @@ def _weights_memory(recipe: Recipe, itemsize: int, ranks: Ranks) -> dict[str, in
     if config.frozen:
         are_narrow = config.frozen_bytes < 4 * config.num_parameters()
         weights += itemsize * table if are_narrow is (itemsize == 4) else 0
-    elif itemsize < 4:
-        weights += itemsize * (config.layer_weights + table)
-    if not config.frozen and max(map(recipe.step_tokens, train.stages)) > train.chunk * ranks.world:
-        gradients += 4 * table  # that of the table, while another chunk's is added to it
+    else:
+        if itemsize < 4:
+            weights += itemsize * (config.layer_weights + table)
+        if max(map(recipe.step_tokens, train.stages)) > train.chunk * ranks.world:
+            gradients += 4 * table  # that of the table, while another chunk's is added to it
     return {"weights": weights, "gradients": gradients, "optimizer": moments}
 
 
