@@ -120,9 +120,8 @@ class RowJob(ABC):
         self.reader = reader
         self.options = options
         self.facts = facts
-        self.fewest_tokens = options.fewest_tokens(
-            facts.first_target
-        )  # of a document that has a row
+        # of a document that has a row
+        self.fewest_tokens = options.fewest_tokens(facts.first_target)
 
     @abstractmethod
     def sequence(self, document: Document) -> InputSequence[Document]:
