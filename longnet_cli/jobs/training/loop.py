@@ -295,12 +295,7 @@ class _TrainingRun:
         # The only wait for the device
         loss, grad_norm = torch.stack((nll / targets_of_all_ranks, total_norm.double())).tolist()
         self._refuse_divergence(loss, grad_norm, position)
-        # the new weights
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate(self.progress.step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self._update_weights()
         # the new state: a run that resumes goes on from here
         self.progress.step += 1
         self.progress.data = position
@@ -311,6 +306,13 @@ class _TrainingRun:
         # other groups' documents are assumed to be alike
         self.log.add(seen, flops * ranks.dp, loss, grad_norm)
         return seen
+
+    def _update_weights(self) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate(self.progress.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def _look_between_chunks(self) -> None:
         """Act on a signal, unless groups may have different numbers of chunks, or weights are gathered between them."""
