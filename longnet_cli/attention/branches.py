@@ -275,7 +275,7 @@ class _ShardGeometry(NamedTuple):
         w, r = level_of(self.pattern, level)
         if zero_keys:
             w = min(w, zero_keys)  # in torchscale, no segment is longer than the sequence
-        keys = range(max(self.start, self.pattern.sinks) if level else self.start, self.stop)
+        keys = range(max(self.start, self.pattern.first_key(level)), self.stop)
         # a causal query before the first key sees none, and without it a square stays one
         queries = keys if self.causal else range(self.start, self.stop)
         for part in self._rectangles(level, w, queries, keys):
@@ -294,9 +294,9 @@ class _ShardGeometry(NamedTuple):
         """Yield the calls of the shard's queries on the rows of `span`: full attention, never causal."""
         level = span.level
         w, r = level_of(self.pattern, level)
-        first_key = max(span.start, self.pattern.sinks) if level else span.start
         queries = range(self.start, self.stop)
-        for part in self._rectangles(level, w, queries, range(first_key, span.stop)):
+        keys = range(max(span.start, self.pattern.first_key(level)), span.stop)
+        for part in self._rectangles(level, w, queries, keys):
             of_queries = self._query_rows(level, w, part.queries)
             covers = part.own and level == self.covering
             for branch in self._calls(1, r, of_queries, self._packed_rows(span, part.keys)):
@@ -485,7 +485,7 @@ def _zones(pattern: Pattern, level: int, w: int, causal: bool) -> list[_Rectangl
     """
     back = pattern.look_backs[level]
     low, high = -back * w, (back + 1) * w
-    if pattern.overlap == "once" and level:
+    if pattern.leaves_out(level):
         inner = pattern.segment_lengths[level - 1]
         # positions on each side of a block that the level before covers
         covered = pattern.look_backs[level - 1] * inner

@@ -33,19 +33,19 @@ class FarSource(Protocol):
     This is the whole contract between attention and those who bring keys from elsewhere. A call of `dilated_attention`
     does this, in this order:
 
-        forward     near keys are attended to      `arrive`      far keys are attended to
-        backward    gradients of far keys          `take`        gradients of near keys
+        forward     near keys are attended to      `arrive`            far keys are attended to
+        backward    gradients of far keys          `take_gradients`    gradients of near keys
 
     So one message between ranks may travel while near keys are attended to, and another one while near keys get their
     gradients. Both methods are called once for each of the far keys, also if no query sees it, since another rank may
-    wait for its message. `take` is called in the order of the far keys, or not at all if nothing needs a gradient. With
-    activation checkpointing, far keys are made twice and `take` is called once.
+    wait for its message. `take_gradients` is called in the order of the far keys, or not at all if nothing needs a
+    gradient. With activation checkpointing, far keys are made twice and `take_gradients` is called once.
     """
 
     def arrive(self) -> object:
         """Wait until k and v of all far keys of this source hold their numbers. Later calls do nothing."""
 
-    def take(self, span: FarSpan, dk: Tensor, dv: Tensor) -> object:
+    def take_gradients(self, span: FarSpan, dk: Tensor, dv: Tensor) -> object:
         """Take the gradients of k and v of the far keys of `span`, in fp32 or fp64. They flow into k and v as well."""
 
 
@@ -207,7 +207,7 @@ class KVCache:
         The row of a single token is stored before the token sees these segments, as the last of its far keys. This
         saves a call per level. No gradient flows through stored rows, so a row that needs one is not stored first.
         `named` says which chosen blocks the shard sees. If several ranks hold shards of one chunk that ends at `stop`,
-        each rank stores its own shard, which starts at `start`, and then those of the others (`take`).
+        each rank stores its own shard, which starts at `start`, and then those of the others (`store`).
         """
         needs_gradient = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
         # nobody counts room for a segment of one token, which no later token sees
@@ -234,7 +234,7 @@ class KVCache:
         return Outside(far_keys, Chosen(named, self.past.rows))
 
     @torch.no_grad()
-    def take(self, others: Sequence[FarKeys]) -> None:
+    def store(self, others: Sequence[FarKeys]) -> None:
         """Store rows of the last chunk that other ranks have made."""
         for keys in others:
             rows = self._segments.get(whole_segment(self.pattern, keys.span))

@@ -133,7 +133,9 @@ def _attend(
     add = None
     if chosen and chosen.calls:
         add = partial(add_blocks, selected, scale, chosen, pattern.chosen_block, turn)
-    sources = [(keys.span, keys.source) for keys in far_keys]
+    sources = [
+        (index, keys.span, keys.source) for index, keys in enumerate(far_keys) if keys.source
+    ]
     call = _ShardCall(plan, scale, sources, sinks, add)
     far_rows = [x for keys in far_keys for x in (keys.k, keys.v)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *far_rows)):
@@ -214,12 +216,13 @@ def _sinks(
 class _ShardCall(NamedTuple):
     """All that a call of a shard has besides its tensors. `add` merges chosen blocks.
 
-    `sources` are those of the far keys, with their spans. It holds no far keys: autograd saves their tensors.
+    `sources` are those of the far keys that have one, with their indices and spans. It holds no far keys: autograd
+    saves their tensors.
     """
 
     plan: AttentionPlan
     scale: float
-    sources: Sequence[tuple[FarSpan, FarSource | None]]
+    sources: Sequence[tuple[int, FarSpan, FarSource]]
     sinks: _Sinks | None
     add: Callable[..., None] | None
 
@@ -231,7 +234,7 @@ class _ShardCall(NamedTuple):
         far_rows: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Return out and LSE of all branches, as `merged_forward` does."""
-        waiting = [source for _, source in self.sources if source]
+        waiting = [source for _, _, source in self.sources]
         rows = [unit_stride(x) for x in far_rows]
 
         def wait() -> None:
@@ -261,9 +264,8 @@ class _ShardCall(NamedTuple):
             if self.sinks:
                 self.sinks.add_gradients(k, v, far_rows, sums)
             of_far = sums[3:]
-            for index, (span, source) in enumerate(self.sources):
-                if source:
-                    source.take(span, of_far[2 * index], of_far[2 * index + 1])
+            for index, span, source in self.sources:
+                source.take_gradients(span, of_far[2 * index], of_far[2 * index + 1])
 
         there = [*far_rows]
         if self.sinks:

@@ -219,11 +219,19 @@ class Pattern:
         """
         return sum(map(self.level_rows, range(len(self.segment_lengths)))) + self.sinks
 
+    def leaves_out(self, level: int) -> bool:
+        """Return whether a level leaves out the positions that the previous level covers for the same query."""
+        return self.overlap == "once" and level > 0
+
+    def first_key(self, level: int) -> int:
+        """Return the position of the first key of a document that a level may show: only the first one shows sinks."""
+        return self.sinks if level else 0
+
     def level_keys(self, level: int) -> float:
         """Return the share of one level in `keys_per_query`."""
-        covered = self._covered(level) - (
-            self._covered(level - 1) if self.overlap == "once" and level else 0
-        )
+        covered = self._covered(level)
+        if self.leaves_out(level):
+            covered -= self._covered(level - 1)
         rate = self.dilation_rates[level]
         return covered / rate / (rate if self.queries == "dilated" else 1)
 
@@ -278,15 +286,15 @@ class Pattern:
         """Raise ValueError if, with levels in this order, some part of attention is no rectangle of rows and keys."""
         lengths = self.segment_lengths
         backs = self.look_backs
-        asked = {
-            "overlap": self.overlap == "once",
-            "queries": self.queries == "all",
-            "sinks": self.sinks != 0,
-        }
-        names = [f"{name}={getattr(self, name)!r}" for name, is_asked in asked.items() if is_asked]
-        if names and (any(a > b for a, b in pairwise(lengths)) or self.dilation_rates[0] > 1):
+        given = [
+            f"{name}={getattr(self, name)!r}"
+            for name in ("overlap", "queries", "sinks")
+            if getattr(self, name) != getattr(Pattern, name)
+        ]
+        ascending = [*lengths] == sorted(lengths)
+        if given and not (ascending and self.dilation_rates[0] == 1):
             raise ValueError(
-                f"{', '.join(names)} needs levels in ascending segment length, the first at rate 1, "
+                f"{', '.join(given)} needs levels in ascending segment length, the first at rate 1, "
                 f"got {lengths} at {self.dilation_rates}"
             )
         if not 0 <= self.sinks <= lengths[0]:

@@ -229,14 +229,12 @@ def far_spans(
     for level, w in enumerate(pattern.segment_lengths):
         look_back = pattern.look_backs[level]
         # The level shows the positions [low, before) that lie before the shard, and [after, high) that lie after it.
-        low = max(0, start // w - look_back) * w
+        first_key = pattern.first_key(level)
+        low = max(first_key, (start // w - look_back) * w)
         before = start
-        after = stop
+        after = max(first_key, stop)
         high = (last // w + look_back + 1) * w
-        if level:
-            low = max(low, pattern.sinks)
-            after = max(after, pattern.sinks)
-        if pattern.overlap == "once" and level:
+        if pattern.leaves_out(level):
             inner = pattern.segment_lengths[level - 1]
             inner_back = pattern.look_backs[level - 1]
             before = min(before, (last // inner - inner_back) * inner)

@@ -108,7 +108,7 @@ class LayerCaches:
         if exchange is None:
             past = cache.append(k, v, named=self._named)
             return past._replace(keys=[_on(k.device, keys) for keys in past.keys])
-        near = exchange.send(k, v, cache.take)
+        near = exchange.send(k, v, cache.store)
         past = cache.append(k, v, start=exchange.start, stop=exchange.edges[-1])
         return Outside([*(_on(k.device, keys) for keys in past.keys), *near])
 

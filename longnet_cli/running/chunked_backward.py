@@ -188,7 +188,7 @@ class FarGradients:
     def arrive(self) -> None:
         """Do nothing: the rows are there."""
 
-    def take(self, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
+    def take_gradients(self, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
         """Add gradients (B, rows, lanes, D) of the packed rows of a span to their sum."""
         batch, rows, lanes, head_dim = dk.shape
         whole = whole_segment(self.lanes.pattern, span)

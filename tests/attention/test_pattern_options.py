@@ -143,7 +143,7 @@ class Watcher:
         for rows, late in zip(self.rows, self.late, strict=True):
             rows.copy_(late)
 
-    def take(self, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
+    def take_gradients(self, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
         assert span == self.span
         assert not self.taken
         assert not self.flowed

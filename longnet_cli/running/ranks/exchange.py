@@ -89,7 +89,7 @@ class Exchange:
             raise ValueError("documents over several ranks are for causal nets")
         first_document = 0 if cached else first
         self.starts = sorted({first_document, *inside})  # of documents
-        # of each reader, the same on every rank: a collective is entered by all or by none
+        # by each reader, the same on every rank: a collective is entered by all or by none
         self._wanted = [self._wanted_by(reader) for reader in range(self.ranks)]
         self.needed = any(self._wanted)
         self.sent = [self._parcels(self.rank, reader) for reader in range(self.ranks)]
@@ -212,34 +212,48 @@ class Exchange:
         return sizes
 
     def _wanted_by(self, reader: int) -> list[tuple[FarSpan, bool]]:
-        """Return the spans that a rank wants from others, before and after its shard, if they have rows.
+        """Return the spans that a rank wants from others, and whether its shard attends to them.
 
-        The first document of the shard attends to some of them (True), and the rank only keeps others.
+        It keeps what is open at the end of a cached chunk, and the first document of its shard attends to what it sees
+        outside the shard. What it keeps of a segment holds what it sees of that, and comes once, for both.
         """
         first, last = self.edges[reader : reader + 2]
         document, end = self.document(first)
         start = min(first, end) - document
         stop = min(last, end) - document
-        earliest = max(0, self.edges[0] - document)  # earlier rows are in caches
-        spans: list[tuple[FarSpan, bool]] = []
+        open_at_end: list[FarSpan] = []
         if self.cached:
-            kept = open_spans(self.pattern, self.edges[-1] - document)
-            spans += [(span, False) for span in kept]
+            open_at_end = open_spans(self.pattern, self.edges[-1] - document)
+        seen_outside: list[FarSpan] = []
         if start < stop:
-            seen = far_spans(self.pattern, start, stop, self.causal, end - document)
-            spans += [(span, True) for span in seen]
-        wanted: dict[tuple[FarSpan, bool], tuple[FarSpan, bool]] = {}  # by segment and side
-        for span, attended in spans:
+            seen_outside = far_spans(self.pattern, start, stop, self.causal, end - document)
+        earliest = max(0, self.edges[0] - document)  # earlier rows are in caches
+        kept = self._of_others(open_at_end, earliest, start, stop)
+        attended = self._of_others(seen_outside, earliest, start, stop)
+        return [
+            (kept.get(side, span), side in attended) for side, span in (kept | attended).items()
+        ]
+
+    def _of_others(
+        self,
+        spans: Sequence[FarSpan],
+        earliest: int,
+        start: int,
+        stop: int,
+    ) -> dict[tuple[FarSpan, bool], FarSpan]:
+        """Return the parts of spans, from `earliest` on, that lie before and after a shard [start, stop) and have rows.
+
+        The keys are the whole segment, and True for the part before the shard.
+        """
+        parts: dict[tuple[FarSpan, bool], FarSpan] = {}
+        for span in spans:
+            segment = whole_segment(self.pattern, span)
             before = span.part(earliest, start)
             after = span.part(stop, span.stop)
             for part in (before, after):
                 if self._rows(part):
-                    # what is kept of a segment comes first, and holds what is seen of it
-                    segment = whole_segment(self.pattern, part)
-                    place = segment, part is before
-                    first_part, _ = wanted.get(place, (part, False))
-                    wanted[place] = first_part, attended
-        return [*wanted.values()]
+                    parts[segment, part is before] = part
+        return parts
 
     def _parcels(self, maker: int, reader: int) -> list[Parcel]:
         """Return the rows of `maker` that `reader` wants; of itself, a rank wants none."""
@@ -341,11 +355,11 @@ class _RoundTrip:
     """The rows of a layer on their way to other ranks, and the gradients of these rows on their way back.
 
         forward     leave ---> attention to near keys ---> arrive ---> attention to far keys
-        backward    gradients of far keys: take, take, .. ---> gradients of near keys ---> come_back
+        backward    gradients of far keys: take_gradients, .. ---> gradients of near keys ---> come_back
 
     A message travels while near keys are attended to, or get their gradients. It leaves with `leave`, and on the way
-    back with the last `take`. Autograd calls `leave` and `come_back` (`_AllToAll`). Attention calls `arrive` and
-    `take`: the trip is the `FarSource` of its far keys.
+    back with the last `take_gradients`. Autograd calls `leave` and `come_back` (`_AllToAll`). Attention calls `arrive`
+    and `take_gradients`: the trip is the `FarSource` of its far keys.
     """
 
     def __init__(self, exchange: Exchange, k: Tensor) -> None:
@@ -392,7 +406,7 @@ class _RoundTrip:
             self.on_arrival = lambda: None
             on_arrival()
 
-    def take(self, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
+    def take_gradients(self, span: FarSpan, dk: Tensor, dv: Tensor) -> None:
         """Take the gradients of a joined parcel. All of them leave with those of the last attended one."""
         self.gradients.append((span, dk, dv))
         if len(self.gradients) < self.attended:
