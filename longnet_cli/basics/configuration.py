@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -92,6 +92,16 @@ def parse(text: str, parser: Callable[..., Any] = json.loads, **options: Any) ->
         return parser(text, **options)
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
+
+
+def only_keys(table: Mapping[str, Any], keys: Container[str]) -> dict[str, Any]:
+    """Return the entries of a table that have one of these keys."""
+    return {key: value for key, value in table.items() if key in keys}
+
+
+def without_keys(table: Mapping[str, Any], keys: Container[str]) -> dict[str, Any]:
+    """Return the entries of a table that have none of these keys."""
+    return {key: value for key, value in table.items() if key not in keys}
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -26,7 +26,7 @@ from pydantic import (
 from longnet_cli.attention import Pattern, branches
 from longnet_cli.attention.notation import PATTERN_FIELDS, parse_pattern, pattern_fields
 from longnet_cli.attention.pattern import HeadOffsets, Padding
-from longnet_cli.basics.configuration import StrictModel, validate
+from longnet_cli.basics.configuration import StrictModel, validate, without_keys
 
 # many documents have the same length
 _attention_flops = lru_cache(maxsize=1 << 16)(branches.attention_flops)
@@ -419,7 +419,5 @@ def parse_config(
     Data with `in_features` give a SlideConfig. `pattern` replaces the pattern in `data`.
     """
     if pattern is not None:
-        fields = {*PATTERN_FIELDS, "pattern"}
-        data = {name: value for name, value in data.items() if name not in fields}
-        data["pattern"] = pattern
+        data = without_keys(data, {*PATTERN_FIELDS, "pattern"}) | {"pattern": pattern}
     return validate(SlideConfig if "in_features" in data else LongNetConfig, data, where)

@@ -26,7 +26,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.basics.atomic import whole_folder
-from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.configuration import parse, read_text, without_keys
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import CheckpointError, ConfigError, first_line, one_line
 from longnet_cli.basics.model_files import (
@@ -122,18 +122,21 @@ def save_pretrained(
         eos = eos or END_OF_TEXT
     digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: json_sha256(settings)}
     keys = settings | foreign_keys(model.config, ids.get(eos)) | dict(foreign)
-    data: dict[str, Any] = {CONFIG: keys}
+    texts = {CONFIG: _json_text(keys)}
     if tokenizer_json is not None:
-        data |= foreign_files(eos)
+        for name, data in foreign_files(eos).items():
+            texts[name] = _json_text(data)
+        texts[TOKENIZER] = tokenizer_json
         digests[TOKENIZER_SHA256] = json_sha256(tokenizer)
     with whole_folder(Path(directory), CONFIG) as place:
-        for name, table in data.items():
-            text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+        for name, text in texts.items():
             (place / name).write_text(text, encoding="utf-8")
-        if tokenizer_json is not None:
-            (place / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
         with (place / WEIGHTS).open("wb") as file:
             write_tensors(file, tensors, {"format": "pt", **digests})
+
+
+def _json_text(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def load_config(directory: str | PathLike[str], pattern: Pattern | None = None) -> LongNetConfig:
@@ -391,7 +394,7 @@ def own_keys(data: Any) -> dict[str, Any]:
         raise ConfigError("keys and values are needed")
     if (kind := data.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
         raise ConfigError(f"model_type {kind!r} is not that of a LongNet, {MODEL_TYPE!r}")
-    return {key: value for key, value in data.items() if key not in TRANSFORMERS_KEYS}
+    return without_keys(data, TRANSFORMERS_KEYS)
 
 
 def architecture(config: NetConfig) -> str:

@@ -303,7 +303,7 @@ def dilated_attention_forward(
     memory = cache.memory(call.layer)
     attend = partial(_with_memory, call, cache, memory.number)
     out = _by_rows(call, attention_mask, memory.position, attend)
-    memory.step(q.shape[1])
+    memory.advance(q.shape[1])
     return out, None
 
 
@@ -390,12 +390,12 @@ def _with_keys(call: _Call, rows: AlignedRows) -> Tensor:
     """Return attention (rows, n, H, D) of rows whose earlier keys are given as well."""
     q = rows.of(call.q)[:, rows.skip :]
     k, v = (rows.of(x)[:, rows.column :] for x in (call.k, call.v))
-    if rows.start and call.pattern.chosen:
-        raise ConfigError(
-            f"chosen={call.pattern.chosen}: this cache has no token ids, which name blocks: pass "
-            "past_key_values=LongNetCache(model.config), or use_cache=False"
-        )
     if call.pattern.chosen:
+        if rows.start:
+            raise ConfigError(
+                f"chosen={call.pattern.chosen}: this cache has no token ids, which name blocks: pass "
+                "past_key_values=LongNetCache(model.config), or use_cache=False"
+            )
         provide = call.current.provider(rows, rows.column, partial(whole_text, call.pattern))
         far = provide(call.layer, q, k, v)
     else:

@@ -30,6 +30,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+from longnet_cli.basics.configuration import only_keys, without_keys
 from longnet_cli.basics.model_files import MODEL_TYPE
 from longnet_cli.models.hf.longnet_cache import (
     ARGUMENT,
@@ -74,9 +75,7 @@ class LongNetHFConfig(hf.PretrainedConfig):
         longnet = parse_config(
             own_keys(settings), str(settings.get("name_or_path") or "config.json")
         )
-        super().__init__(
-            **{key: value for key, value in settings.items() if key in TRANSFORMERS_KEYS}
-        )
+        super().__init__(**only_keys(settings, TRANSFORMERS_KEYS))
         for name, value in longnet:
             setattr(self, name, value)
         if "use_cache" in settings:
@@ -89,21 +88,13 @@ class LongNetHFConfig(hf.PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return a LongNet's keys as `LongNet` writes them, and those of transformers, for tools like peft."""
-        foreign = {
-            key: value
-            for key, value in super().to_dict().items()
-            if key not in LongNetConfig.model_fields
-        }
+        foreign = without_keys(super().to_dict(), LongNetConfig.model_fields)
         aliases = {alias: getattr(self, alias) for alias in self.attribute_map}
         return json.loads(self.longnet.model_dump_json()) | foreign | aliases
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the content of config.json, where each setting stands once."""
-        return {
-            key: value
-            for key, value in super().to_diff_dict().items()
-            if key not in self.attribute_map
-        }
+        return without_keys(super().to_diff_dict(), self.attribute_map)
 
 
 _OUTPUT = "output.weight"
@@ -163,11 +154,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
                 self.config.tie_embeddings = False
                 state[_OUTPUT] = output
         self.net.config = self.config.longnet  # a vocabulary may have been resized
-        foreign = {
-            key: value
-            for key, value in self.config.to_diff_dict().items()
-            if key in TRANSFORMERS_KEYS - {"architectures"}
-        }
+        foreign = only_keys(self.config.to_diff_dict(), TRANSFORMERS_KEYS - {"architectures"})
         save_pretrained(self.net, save_directory, state_dict=state, foreign=foreign)
         if self.can_generate():
             self.generation_config.save_pretrained(save_directory)
@@ -223,7 +210,7 @@ class LongNetPreTrainedModel(hf.PreTrainedModel):
         cache.expect(given.shape[0])
         columns = _columns(attention_mask, position_ids, before + new)
         hidden = by_rows(columns, before, given.shape, hidden_of, zeros)
-        cache.step(new)
+        cache.advance(new)
         return hidden
 
     def _cache(self, use_cache: bool | None, cache: Any, older: Any) -> Any:

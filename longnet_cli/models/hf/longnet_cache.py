@@ -224,10 +224,10 @@ class LongNetCache(hf.DynamicCache):
         """Announce new tokens of `batch` rows, for a model that calls no `update`."""
         self._batch = batch
 
-    def step(self, tokens: int) -> None:
+    def advance(self, tokens: int) -> None:
         """Count new columns in all layers, for such a model."""
         for layer in self.layers:
-            layer.step(tokens)
+            layer.advance(tokens)
 
 
 class Memory(CacheLayerMixin):
@@ -257,7 +257,7 @@ class Memory(CacheLayerMixin):
         self.waits = True
         return key_states, value_states
 
-    def step(self, tokens: int) -> None:
+    def advance(self, tokens: int) -> None:
         """Count new columns, after all of them were added to the caches."""
         self.position += tokens
         self.waits = False

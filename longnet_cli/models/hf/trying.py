@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from longnet_cli.basics.configuration import without_keys
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import InputWarning, LongNetError, is_out_of_memory, one_line
 from longnet_cli.basics.verdict_cache import remembered
@@ -76,11 +77,7 @@ def first_position(model: PreTrainedModel) -> int:
 def settings_of(config: PretrainedConfig) -> dict[str, Any]:
     """Return what a configuration says of the model, and not of its files."""
     settings = json.loads(config.to_json_string(use_diff=False))
-    return {
-        key: x
-        for key, x in settings.items()
-        if key not in ("transformers_version", "_name_or_path")
-    }
+    return without_keys(settings, ("transformers_version", "_name_or_path"))
 
 
 def hidden_states(
