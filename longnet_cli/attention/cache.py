@@ -23,7 +23,7 @@ from torch import Tensor
 from .chosen import Chosen, ChosenCall, PastRows
 from .pattern import Pattern
 from .segment_rows import SegmentRows
-from .spans import SINKS, FarSpan, Lanes, open_spans, segment_rows, sink_segments, whole_segment
+from .spans import SINKS, FarSpan, Lanes, open_spans, rows_per_lane, sink_segments, whole_segment
 from .views import of_level
 
 
@@ -261,7 +261,7 @@ class KVCache:
             level, _, stop = segment.span
             room = _room(self.pattern, level, stop)
             if self.keep:
-                room = segment_rows(self.pattern, level, self.keep)
+                room = rows_per_lane(self.pattern, level, self.keep)
             # the rows of a lane are neighbours
             sizes = (2 * self.batch, self.lanes.number(level), room, self.head_dim)
             packed = self._allocate(sizes).transpose(1, 2)
@@ -336,8 +336,8 @@ def _open_segments(lanes: Lanes, position: int, own: int) -> tuple[_OpenSegment,
 
 def _room(pattern: Pattern, level: int, tokens: int) -> int:
     """Return how many rows a cache has allocated in each segment of a level after `tokens`."""
-    whole = segment_rows(pattern, level, sys.maxsize)
-    needed = segment_rows(pattern, level, tokens)
+    whole = rows_per_lane(pattern, level, sys.maxsize)
+    needed = rows_per_lane(pattern, level, tokens)
     room = min(whole, FIRST_ROWS)
     while room < needed:
         room = min(whole, 2 * room)
@@ -352,6 +352,6 @@ def cached_rows(lanes: Lanes, tokens: int = sys.maxsize, *, written: bool = Fals
     pattern = lanes.pattern
     rows = pattern.apart_rows(tokens) * lanes.kv_heads
     for level, back in enumerate(pattern.look_backs):
-        room = segment_rows(pattern, level, tokens) if written else _room(pattern, level, tokens)
+        room = rows_per_lane(pattern, level, tokens) if written else _room(pattern, level, tokens)
         rows += (1 + back) * room * lanes.number(level)
     return rows

@@ -205,7 +205,7 @@ def level_of(pattern: Pattern, level: int) -> tuple[int, int]:
     return pattern.segment_lengths[level], pattern.dilation_rates[level]
 
 
-def segment_rows(pattern: Pattern, level: int, tokens: int) -> int:
+def rows_per_lane(pattern: Pattern, level: int, tokens: int) -> int:
     """Return the most rows of a lane in one segment of a level, in a sequence of `tokens`; for `SINKS`, all sinks."""
     if level == SINKS:
         return pattern.sinks

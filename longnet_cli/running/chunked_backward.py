@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longnet_cli.attention import FarKeys, FarSpan, Outside
 from longnet_cli.attention.segment_rows import SegmentRows
-from longnet_cli.attention.spans import Lanes, open_spans, segment_rows, whole_segment
+from longnet_cli.attention.spans import Lanes, open_spans, rows_per_lane, whole_segment
 from longnet_cli.nets.config import NetConfig
 from longnet_cli.nets.net import Net
 from longnet_cli.running.causal_stream import CausalStream
@@ -193,7 +193,7 @@ class FarGradients:
         batch, rows, lanes, head_dim = dk.shape
         whole = whole_segment(self.lanes.pattern, span)
         if whole not in self.sums:
-            most = segment_rows(self.lanes.pattern, span.level, self.tokens)
+            most = rows_per_lane(self.lanes.pattern, span.level, self.tokens)
             shape = (2 * batch, most, lanes, head_dim)
             packed = self.allocate(shape, dtype=dk.dtype, device=dk.device)
             packed.zero_()

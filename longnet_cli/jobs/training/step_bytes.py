@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from longnet_cli.attention.pattern import ceil_div
-from longnet_cli.attention.spans import SINKS, Lanes, segment_rows
+from longnet_cli.attention.spans import SINKS, Lanes, rows_per_lane
 from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import LOGITS_LIMIT
@@ -193,7 +193,7 @@ def far_bytes(config: NetConfig, seq_len: int, chunk: int, itemsize: int) -> Far
     lanes = Lanes(pattern, config.num_heads, config.kv_heads)
     for level in (*range(len(pattern.levels)), SINKS):
         held = lanes.number(level)
-        numbers = 2 * segment_rows(pattern, level, seq_len) * held * config.head_dim
+        numbers = 2 * rows_per_lane(pattern, level, seq_len) * held * config.head_dim
         seen = at_once = 1
         if level != SINKS:
             w = pattern.segment_lengths[level]
