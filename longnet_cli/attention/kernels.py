@@ -52,8 +52,8 @@ class CpuFlashKernel(Kernel):
             q, k, v = (self._side_by_side(x) for x in (q, k, v))
         ends = self._step_ends(q.shape[2], causal, log_counts, self._MAX_STEPS)
         if not ends:
-            mask = None if log_counts is None else log_counts[None]
-            return op(q, k, v, 0.0, causal and mask is None, attn_mask=mask, scale=scale)
+            hides_later, mask = self._at_once(causal, log_counts)
+            return op(q, k, v, 0.0, hides_later, attn_mask=mask, scale=scale)
         parts = []
         for end, rows in zip(ends, q.split(self._STEP, 2), strict=True):
             mask = self._seen(rows, end, log_counts)
@@ -77,9 +77,9 @@ class CpuFlashKernel(Kernel):
             k, v = self._side_by_side(k), self._side_by_side(v)
         ends = self._step_ends(q.shape[2], causal, log_counts, 2 * self._MAX_STEPS)
         if not ends:
-            mask = None if log_counts is None else log_counts[None]
-            options = (0.0, causal and mask is None)
-            dq, dk, dv = op(dout, q, k, v, out, lse, *options, attn_mask=mask, scale=scale)
+            hides_later, mask = self._at_once(causal, log_counts)
+            inputs = (dout, q, k, v, out, lse)
+            dq, dk, dv = op(*inputs, 0.0, hides_later, attn_mask=mask, scale=scale)
             return dq, dk, dv
         dq = torch.empty_like(q)
         # The last rows come first: they see all keys, so the other gradients are added to theirs.
@@ -111,6 +111,13 @@ class CpuFlashKernel(Kernel):
         if not causal or rows <= self._STEP or (log_counts is None and rows > most * self._STEP):
             return []
         return [*range(self._STEP, rows, self._STEP), rows]
+
+    @staticmethod
+    def _at_once(causal: bool, log_counts: Tensor | None) -> tuple[bool, Tensor | None]:
+        """Return whether one call for all rows hides later keys by itself, and the mask to add to its scores."""
+        if log_counts is None:
+            return causal, None
+        return False, log_counts[None]  # these hide later keys
 
     def _seen(self, q: Tensor, end: int, log_counts: Tensor | None) -> Tensor:
         """Return the mask (1, 1 or heads, rows, end) to add to scores of a step whose last row sees `end` keys."""

@@ -126,12 +126,12 @@ def parse_pattern(text: str) -> Pattern:
 def _unknown(name: str, text: str) -> str:
     """Return what is wrong with a text that begins with no constructor's name."""
     first, _, second = name.partition(",")
-    if first in _CONSTRUCTORS and second in _CONSTRUCTORS:
+    if first not in _CONSTRUCTORS:
+        hint = _nearest(name, _CONSTRUCTORS) or "."
+        return f"unknown pattern '{name}'{hint} Write {FORMS}"
+    if second in _CONSTRUCTORS:
         return f"one pattern is needed, and these are two: {text}"
-    if first in _CONSTRUCTORS:
-        return f"a colon follows the name: {text.replace(',', ':', 1)}"
-    hint = _nearest(name, _CONSTRUCTORS) or "."
-    return f"unknown pattern '{name}'{hint} Write {FORMS}"
+    return f"a colon follows the name: {text.replace(',', ':', 1)}"
 
 
 def _read(
@@ -146,11 +146,11 @@ def _read(
         key, equals, value = (part.strip() for part in item.partition("="))
         if not item:
             raise ValueError("something is missing beside a colon or a comma")
-        if not equals and given:
-            raise ValueError(
-                f"'{item}' stands behind an option: sizes come first, and an option is key=value"
-            )
         if not equals:
+            if given:
+                raise ValueError(
+                    f"'{item}' stands behind an option: sizes come first, and an option is key=value"
+                )
             sizes.append(item)
             continue
         if key not in words and key not in OPTIONS:

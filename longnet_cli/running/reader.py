@@ -11,6 +11,7 @@ chunk of a job, the tokens that go through a net at once, is chosen here, too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain
@@ -254,9 +255,7 @@ class Reader:
             ids = self._ids_of_rank(window, edges)
             options: dict[str, Any] = {}
             if ranks.group:
-                inside = [edge - window.start for edge in edges]
-                exchange = Exchange(self.model.config, inside, group=ranks.group, cached=True)
-                options["exchange"] = exchange
+                options["exchange"] = self._exchange(window, edges, cached=True)
             with torch.inference_mode(), precision(self.dtype, self.device):
                 hidden = stream(ids, **options)
             yield self._shared(window, edges, hidden[0])
@@ -267,8 +266,7 @@ class Reader:
         total = len(window)
         chunks = self._chunks(window)
         if len(chunks) == 1 and ranks.group:
-            inside = [edge - window.start for edge in chunks[0]]
-            exchange = Exchange(self.model.config, inside, group=ranks.group)
+            exchange = self._exchange(window, chunks[0], cached=False)
             ids = self._ids_of_rank(window, chunks[0])
             with torch.inference_mode(), precision(self.dtype, self.device):
                 hidden = self.model(ids, start=exchange.start, far=exchange, total=total)
@@ -305,6 +303,11 @@ class Reader:
         begins = range(window.start, window.stop, chunk)
         return [self.ranks.edges(begin, min(chunk, window.stop - begin)) for begin in begins]
 
+    def _exchange(self, window: Window, edges: Sequence[int], *, cached: bool) -> Exchange:
+        """Return the exchange of a group whose shards of a window have these edges."""
+        of_window = [edge - window.start for edge in edges]
+        return Exchange(self.model.config, of_window, group=self.ranks.group, cached=cached)
+
     def _shared(self, window: W, edges: Sequence[int], hidden: Tensor) -> list[Piece[W]]:
         counted = min(edges[-1], window.wanted_stop) - max(edges[0], window.wanted)
         self.events.progress(max(0, counted))
@@ -336,12 +339,12 @@ class Reader:
 def batches_by_length(
     lengths: Sequence[int],
     limit: int,
-    least: int | None = None,
+    least: float = math.inf,
 ) -> Iterator[list[int]]:
     """Group sequences for padded forward passes of at most `limit` tokens; yield indices into `lengths`, longest first.
 
-    A group of `least` tokens or more, None for no such number, has at most a sixteenth of padding. A sequence longer
-    than `limit` is a group of its own. A sequence without tokens is in no group.
+    A group of `least` tokens or more has at most a sixteenth of padding. A sequence longer than `limit` is a group of
+    its own. A sequence without tokens is in no group.
     """
     order = sorted(
         (index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index]
@@ -350,7 +353,7 @@ def batches_by_length(
         longest = lengths[order[0]]
         rows = 1
         for index in order[1 : max(1, limit // longest)]:
-            if least is not None and rows * longest >= least and 16 * lengths[index] < 15 * longest:
+            if rows * longest >= least and 16 * lengths[index] < 15 * longest:
                 break
             rows += 1
         yield order[:rows]

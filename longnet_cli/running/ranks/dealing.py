@@ -254,8 +254,8 @@ def _pack(batches: list[pa.RecordBatch]) -> bytes:
     """Return record batches of one schema as an Arrow stream; empty bytes if there are none."""
     if not batches:
         return b""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_stream(stream, batches[0].schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    return cast(bytes, sink.getvalue().to_pybytes())
+    return cast(bytes, stream.getvalue().to_pybytes())

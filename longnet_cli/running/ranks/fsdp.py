@@ -73,19 +73,20 @@ def final_backward(model: nn.Module, final: bool) -> None:
 
 def sum_gradients(model: nn.Module, ranks: Ranks, *more: Tensor) -> None:
     """Sum the gradients and `more` tensors over all ranks, in place. Sharded gradients are summed already."""
-    if ranks.world == 1:
-        return
-    ours = [] if is_sharded(model) else [p.grad for p in model.parameters() if p.grad is not None]
-    ranks.sum(*more, *ours)
+    own = [] if is_sharded(model) else _gradients(model)
+    ranks.sum(*more, *own)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scale all gradients to a norm of at most `limit`; return the norm of the whole gradient before that, ()."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     # Gather the norm first: torch 2.9 adds the epsilon of `clip_grad_norm_` to each rank's part of a sharded norm.
-    norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
+    norm = whole_tensor(torch.nn.utils.get_total_norm(_gradients(model)))
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
     return norm
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
 
 
 @contextmanager
