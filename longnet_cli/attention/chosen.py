@@ -43,9 +43,9 @@ def groups_of(pattern: Pattern, row: int, start: int, stop: int) -> Iterator[Gro
     look_back = pattern.look_backs[0]
     every = pattern.chosen_every
     first = max(start // every * every, (look_back + 1) * w)
-    for begin in range(first, stop, every):
-        near = (begin // w - look_back) * w
-        yield Group(row, max(begin, start), min(begin + every, stop), near)
+    for group_start in range(first, stop, every):
+        near = (group_start // w - look_back) * w
+        yield Group(row, max(group_start, start), min(group_start + every, stop), near)
 
 
 class ChosenCall(NamedTuple):

@@ -67,8 +67,8 @@ def backward_in_chunks(
     """
     device = tokens.device
     stream = CausalStream(model, keep=tokens.shape[1], allocate=allocate)
-    begins = range(0, tokens.shape[1], chunk)
-    chunks = [_Chunk(model, start, min(start + chunk, tokens.shape[1]), ranks) for start in begins]
+    starts = range(0, tokens.shape[1], chunk)
+    chunks = [_Chunk(model, start, min(start + chunk, tokens.shape[1]), ranks) for start in starts]
     tape = []  # per chunk: the random state that its dropout draws from, its far keys
     for index, part in enumerate(chunks):
         tape.append((random_state(device), [outside.keys for outside in stream.far()]))
@@ -146,10 +146,9 @@ class _Chunk:
             total = self.model.nll(hidden, targets).sum(dtype=torch.float64)
         roots = [total]
         root_gradients = [torch.full_like(total, scale)]
-        begin = self.mine.start
         for keys_of_layer, of_layer in zip(keys_of_layers, gradients, strict=True):
             k, _ = keys_of_layer
-            from_later_chunks = of_layer.hand_over(self.start, self.stop, begin, k)
+            from_later_chunks = of_layer.hand_over(self.start, self.stop, self.mine.start, k)
             if from_later_chunks is not None:
                 for rows, gradient in zip(keys_of_layer, from_later_chunks, strict=True):
                     if rows.requires_grad:  # otherwise no trained weight made them
@@ -207,14 +206,14 @@ class FarGradients:
         self,
         start: int,
         stop: int,
-        begin: int,
+        shard_start: int,
         k: Tensor,
     ) -> Tensor | None:
         """Return what later chunks have added to the gradients of a shard: (k and v, B, n, K, D), or None for nothing.
 
-        The shard starts at `begin`, in the chunk [start, stop), and has the shape and the device of `k` (B, n, K, D),
-        or (B, n, levels, K, D). Sums that no earlier chunk needs are freed. All ranks of a group must ask, once for
-        each chunk.
+        The shard starts at `shard_start`, in the chunk [start, stop), and has the shape and the device of `k`, which is
+        (B, n, K, D) or (B, n, levels, K, D). Sums that no earlier chunk needs are freed. All ranks of a group must ask,
+        once for each chunk.
         """
         gradients = None
         for span in open_spans(self.lanes.pattern, stop):
@@ -225,7 +224,7 @@ class FarGradients:
             rows = self._over_ranks(self.sums[whole], of_chunk, k.device)
             if gradients is None:
                 gradients = torch.zeros(2, *k.shape, dtype=rows.packed.dtype, device=k.device)
-            rows.add_to(gradients.unbind(), begin)
+            rows.add_to(gradients.unbind(), shard_start)
             if span.start >= start:
                 del self.sums[whole]  # no earlier chunk has rows of it
         return gradients

@@ -129,8 +129,8 @@ class _Layers:
         for index, start in enumerate(range(0, tokens, chunk)):
             stop = min(start + chunk, tokens)
             if index % ranks.world == ranks.rank:
-                begin = start - ranks.rank * chunk
-                of_round = min(begin + ranks.world * chunk, tokens) - begin
+                round_start = start - ranks.rank * chunk
+                of_round = min(round_start + ranks.world * chunk, tokens) - round_start
                 place = slice(self.held, self.held + stop - start)
                 self.chunks.append(_RankChunk(start, stop, place, of_round))
                 self.held = place.stop

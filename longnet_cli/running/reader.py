@@ -292,16 +292,16 @@ class Reader:
             ranks=ranks,
             on_chunk=count,
         )
-        for begin in range(window.start, window.stop, self.chunk * ranks.world):
-            edges = [min(begin + self.chunk * rank, window.stop) for rank in range(ranks.world + 1)]
+        for start in range(window.start, window.stop, self.chunk * ranks.world):
+            edges = [min(start + self.chunk * rank, window.stop) for rank in range(ranks.world + 1)]
             has_tokens = edges[ranks.rank] < edges[ranks.rank + 1]
             yield self._pieces(window, edges, next(mine)[0] if has_tokens else None)
 
     def _chunks(self, window: Window) -> list[list[int]]:
         """Return the edges of the ranks' shards, chunk by chunk."""
         chunk = self.chunk * self.ranks.world
-        begins = range(window.start, window.stop, chunk)
-        return [self.ranks.edges(begin, min(chunk, window.stop - begin)) for begin in begins]
+        starts = range(window.start, window.stop, chunk)
+        return [self.ranks.edges(start, min(chunk, window.stop - start)) for start in starts]
 
     def _exchange(self, window: Window, edges: Sequence[int], *, cached: bool) -> Exchange:
         """Return the exchange of a group whose shards of a window have these edges."""

@@ -97,9 +97,9 @@ def columns_of(mask: Tensor | None) -> Tensor | None:
     tokens = mask.bool().cpu()
     counts = tokens.sum(-1)
     columns = torch.arange(tokens.shape[-1])
-    begin = tokens.int().argmax(-1).where(counts > 0, len(columns))
-    stop = begin + counts
-    inside = (columns >= begin[:, None]) & (columns < stop[:, None])
+    first = tokens.int().argmax(-1).where(counts > 0, len(columns))
+    stop = first + counts
+    inside = (columns >= first[:, None]) & (columns < stop[:, None])
     odd_rows = (tokens != inside).any(-1).nonzero()
     if len(odd_rows):
         raise ValueError(
@@ -108,7 +108,7 @@ def columns_of(mask: Tensor | None) -> Tensor | None:
         )
     if (counts == len(columns)).all():
         return None
-    return torch.stack([begin, stop], -1)
+    return torch.stack([first, stop], -1)
 
 
 _CHANGED = "the padding of a batch changed while it was cached: pass the whole attention_mask"

@@ -124,10 +124,10 @@ class Exchange:
         return [after - before for before, after in pairwise([start, *inside, stop])]
 
     def document(self, position: int) -> tuple[int, int]:
-        """Return the start and the end of the document that holds a position."""
+        """Return [start, stop) of the document that holds a position."""
         index = bisect_right(self.starts, position)
-        ends = [*self.starts[1:], self.edges[-1]]
-        return self.starts[index - 1], ends[index - 1]
+        stops = [*self.starts[1:], self.edges[-1]]
+        return self.starts[index - 1], stops[index - 1]
 
     def __call__(
         self,
@@ -218,16 +218,19 @@ class Exchange:
         outside the shard. What it keeps of a segment holds what it sees of that, and comes once, for both.
         """
         first, last = self.edges[reader : reader + 2]
-        document, end = self.document(first)
-        start = min(first, end) - document
-        stop = min(last, end) - document
+        document_start, document_stop = self.document(first)
+        # of the shard, in its first document
+        start = min(first, document_stop) - document_start
+        stop = min(last, document_stop) - document_start
         open_at_end: list[FarSpan] = []
         if self.cached:
-            open_at_end = open_spans(self.pattern, self.edges[-1] - document)
+            open_at_end = open_spans(self.pattern, self.edges[-1] - document_start)
         seen_outside: list[FarSpan] = []
         if start < stop:
-            seen_outside = far_spans(self.pattern, start, stop, self.causal, end - document)
-        earliest = max(0, self.edges[0] - document)  # earlier rows are in caches
+            seen_outside = far_spans(
+                self.pattern, start, stop, self.causal, document_stop - document_start
+            )
+        earliest = max(0, self.edges[0] - document_start)  # earlier rows are in caches
         kept = self._of_others(open_at_end, earliest, start, stop)
         attended = self._of_others(seen_outside, earliest, start, stop)
         return [
@@ -257,10 +260,10 @@ class Exchange:
 
     def _parcels(self, maker: int, reader: int) -> list[Parcel]:
         """Return the rows of `maker` that `reader` wants; of itself, a rank wants none."""
-        document, end = self.document(self.edges[reader])
+        document_start, document_stop = self.document(self.edges[reader])
         first, last = self.edges[maker : maker + 2]
-        start = first - document
-        stop = min(last, end) - document
+        start = first - document_start
+        stop = min(last, document_stop) - document_start
         parcels = []
         for wanted, attended in self._wanted[reader]:
             span = wanted.part(start, stop)
