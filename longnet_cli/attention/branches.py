@@ -95,14 +95,14 @@ def branches(
     causal: bool,
     padding: Padding,
     spans: tuple[FarSpan, ...],
-    total: int = 0,
+    total: int | None = None,
     turned: Turned | None = None,
 ) -> tuple[Branch, ...]:
     """Return every attention call of a shard: on near keys, level by level, then on far keys, then on sinks.
 
     `spans` are the spans of the far keys, in the caller's order. Only `padding="zero_key"` uses `total`, the length of
-    the whole sequence, or 0 if the sequence ends with the shard. Sinks are the shard's own first rows and the spans of
-    level `SINKS`, unless they are `turned`. Raises ValueError for far keys that the shard cannot attend to, and for
+    the whole sequence, or None if the sequence ends with the shard. Sinks are the shard's own first rows and the spans
+    of level `SINKS`, unless they are `turned`. Raises ValueError for far keys that the shard cannot attend to, and for
     sinks that are not given.
     """
     shard = _ShardGeometry(lanes, start, start + tokens, causal)
@@ -445,25 +445,28 @@ class _ShardGeometry(NamedTuple):
         keys: HeadRows,
         zero_keys: Sequence[int] | None = None,
     ) -> Iterator[Branch]:
-        """Yield calls of query rows on key rows, in few views, with so many zero keys for each head.
+        """Yield the calls of query rows on key rows, both given for each query head, in few views.
 
-        Query heads of one key head are neighbours. If a single token's see the same keys, they become rows of a call.
+        A call has heads whose rows one view can show: with as many queries, keys and `zero_keys` each, and with rows
+        that are evenly spaced from head to head. Heads without a query or a key are in no call. The query heads of one
+        key head are neighbours: those of a single token become the rows of one head of a call, if they see the same
+        keys.
         """
         heads = self.num_heads
         group = heads // self.lanes.kv_heads
         zeros = zero_keys or [0] * heads
-        sizes = zip(queries.counts, keys.counts, zeros, strict=True)
-        equal = [of_head if all(of_head[:2]) else None for of_head in sizes]
+        counts = zip(queries.counts, keys.counts, zeros, strict=True)
+        equal = [of_head if all(of_head[:2]) else None for of_head in counts]
         even = [*zip(queries.first_tokens, keys.first_tokens, keys.heads, strict=True)]
-        shared = self.start + 1 == self.stop and group > 1
-        folded = shared and _in_groups(equal, group) and _in_groups(even, group)
-        every = group if folded else 1
+        folded = 1  # query heads that become the rows of one
+        if self.start + 1 == self.stop and _in_groups([*zip(equal, even, strict=True)], group):
+            folded = group
         steps = (1, r, ceil_div(heads, r), group)
-        for places in progressions(equal[::every], even[::every], steps):
-            of_heads = Heads(places.number, places.first * every, places.step * every)
+        for places in progressions(equal[::folded], even[::folded], steps):
+            of_heads = Heads(places.number, places.first * folded, places.step * folded)
             of_queries = queries.view(of_heads, segments)
-            if folded:
-                of_queries = of_queries._replace(rows=group, row_step=0, row_heads=1)
+            if folded > 1:
+                of_queries = of_queries._replace(rows=folded, row_step=0, row_heads=1)
             of_keys = keys.view(of_heads, segments)
             yield Branch(of_queries, of_keys, causal=False, zero_keys=zeros[of_heads.first])
 

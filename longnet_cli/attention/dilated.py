@@ -122,7 +122,7 @@ def _attend(
     far_keys, chosen = outside
     sinks = _sinks(pattern, shard, q.shape[1], far_keys, turn)
     selected = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
-    plan = plan_calls(selected, q, k, v, pattern, shard, far_keys, sinks.rows if sinks else None)
+    plan = plan_calls(selected, q, k, v, pattern, shard, far_keys, sinks.rows.rows if sinks else {})
     if pattern.chosen and (
         chosen is None or shard.documents or (shard.start and chosen.rows is None)
     ):
@@ -160,14 +160,12 @@ class _Sinks(NamedTuple):
     def turned(self, k: Tensor, v: Tensor, far_rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return k and v of the sinks as every segment sees them, packed."""
         distances = self.rows.distances
-        if self.kept is not None and distances in self.kept:
-            return self.kept[distances]
-        of_k, of_v = self.collect(k, v, far_rows)
-        packed = tuple(map(unit_stride, self.rows.spread(of_k, of_v, self.turn)))
-        if self.kept is not None:
-            self.kept.clear()
-            self.kept[distances] = packed
-        return packed
+        kept = {} if self.kept is None else self.kept  # otherwise for this call alone
+        if distances not in kept:
+            of_k, of_v = self.collect(k, v, far_rows)
+            kept.clear()
+            kept[distances] = tuple(map(unit_stride, self.rows.spread(of_k, of_v, self.turn)))
+        return kept[distances]
 
     def add_gradients(
         self,

@@ -8,7 +8,7 @@ B batch, N tokens of the shard, H query heads, K key heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise, product
@@ -22,7 +22,6 @@ from .cache import FarKeys
 from .merging import Merge, add_gradient, gradient_sum
 from .pattern import Padding, Pattern, whole_numbers
 from .plain_call import Kernel
-from .sinks import SinkRows
 from .spans import SINKS, FarSpan, Lanes, Rows
 from .views import (
     FarTensors,
@@ -108,18 +107,19 @@ def plan_calls(
     pattern: Pattern,
     shard: Shard,
     far_keys: Sequence[FarKeys] = (),
-    sinks: SinkRows | None = None,
+    sinks: Mapping[int, int] = {},
 ) -> AttentionPlan:
     """Check the arguments of `dilated_attention`, and return the plan of its calls.
 
-    Turned `sinks` come after the far keys. Raises ValueError as `dilated_attention` does.
+    `sinks` are the `SinkRows.rows` of turned sinks, which come after the far keys. Raises ValueError as
+    `dilated_attention` does.
     """
     tensors = [q, k, v]
     for keys in far_keys:
         tensors += keys.k, keys.v
     facts = tuple([_Facts(x.shape, x.dtype, x.device) for x in tensors])
     spans = tuple([keys.span for keys in far_keys])
-    turned = tuple(sinks.rows.items()) if sinks else ()
+    turned = tuple([(token, Turned(len(spans), row)) for token, row in sinks.items()])
     return _plan(kernel, pattern, facts, spans, shard.hashable(), turned)
 
 
@@ -138,12 +138,12 @@ def _plan(
     tensors: tuple[_Facts, ...],
     spans: tuple[FarSpan, ...],
     shard: Shard,
-    turned: tuple[tuple[int, int], ...],
+    turned: tuple[tuple[int, Turned], ...],
 ) -> AttentionPlan:
     """Check everything, and plan the calls of all places.
 
     `tensors` are the facts of q, k, v, and of k and v of each of the far keys, whose `spans` are given. `turned` has
-    the rows of turned sinks, as `SinkRows.rows`.
+    turned sinks, by the first token of their document.
     """
     q, k, v, *of_far = tensors
     _check_tensors(q, k, v, pattern)
@@ -165,12 +165,12 @@ def _plan(
             start = shard.start
             outside = spans
         length = columns.stop - columns.start
-        row = sinks.get(columns.start)
-        alone = start == 0 and not outside and row is None
-        calls = united(lanes, length, shard.causal) if unites and alone else None
+        turned_sinks = sinks.get(columns.start)
+        calls = None
+        if unites and start == 0 and not outside and not turned_sinks:
+            calls = united(lanes, length, shard.causal)
         if calls is None:
-            turned_sinks = None if row is None else Turned(far_index=len(spans), row=row)
-            options = shard.causal, shard.padding, outside, shard.total or 0, turned_sinks
+            options = shard.causal, shard.padding, outside, shard.total, turned_sinks
             calls = branches(lanes, start, length, *options)
         placed.append((rows, columns, calls))
         if any(branch.covers for branch in calls):
