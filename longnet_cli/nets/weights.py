@@ -122,21 +122,18 @@ def save_pretrained(
         eos = eos or END_OF_TEXT
     digests = {TENSORS_SHA256: tensor_digest(tensors), CONFIG_SHA256: json_sha256(settings)}
     keys = settings | foreign_keys(model.config, ids.get(eos)) | dict(foreign)
-    texts = {CONFIG: _json_text(keys)}
+    data: dict[str, Any] = {CONFIG: keys}
     if tokenizer_json is not None:
-        for name, data in foreign_files(eos).items():
-            texts[name] = _json_text(data)
-        texts[TOKENIZER] = tokenizer_json
+        data |= foreign_files(eos)
         digests[TOKENIZER_SHA256] = json_sha256(tokenizer)
     with whole_folder(Path(directory), CONFIG) as place:
-        for name, text in texts.items():
+        for name, table in data.items():
+            text = json.dumps(table, indent=2, ensure_ascii=False) + "\n"
             (place / name).write_text(text, encoding="utf-8")
+        if tokenizer_json is not None:
+            (place / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
         with (place / WEIGHTS).open("wb") as file:
             write_tensors(file, tensors, {"format": "pt", **digests})
-
-
-def _json_text(data: Any) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
 
 def load_config(directory: str | PathLike[str], pattern: Pattern | None = None) -> LongNetConfig:

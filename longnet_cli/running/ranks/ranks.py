@@ -150,8 +150,11 @@ def join(
         if started_by_torchrun():
             unwind_on_signals()
         return Ranks(), where
+    gpu = None
+    backend = "gloo"
     if where.type == "cuda":
-        where = _own_gpu(str(planned - 1) if planned else os.environ.get("LOCAL_RANK", "0"))
+        backend = "cpu:gloo,cuda:nccl"  # hosts agree on what to do next without their GPUs
+        where = gpu = _own_gpu(str(planned - 1) if planned else os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(where)
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives, which a timeout prints
         if torch.version.hip is None:  # there, it hangs
@@ -161,10 +164,8 @@ def join(
         return Ranks(0, world, sp, planned=True), where
     check_agent()
     _allow_files(2 * world + _FILES)  # gloo connects every rank with all others
-    # gloo: hosts agree on what to do next without their GPUs; NCCL guesses its GPU if not told
-    gpu = where if where.type == "cuda" else None
-    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     with _silent_stdout():
+        # NCCL guesses its GPU if not told
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=gpu)
         rank = dist.get_rank()
         group = None
