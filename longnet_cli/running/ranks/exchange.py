@@ -227,9 +227,8 @@ class Exchange:
             open_at_end = open_spans(self.pattern, self.edges[-1] - document_start)
         seen_outside: list[FarSpan] = []
         if start < stop:
-            seen_outside = far_spans(
-                self.pattern, start, stop, self.causal, document_stop - document_start
-            )
+            length = document_stop - document_start
+            seen_outside = far_spans(self.pattern, start, stop, self.causal, length)
         earliest = max(0, self.edges[0] - document_start)  # earlier rows are in caches
         kept = self._of_others(open_at_end, earliest, start, stop)
         attended = self._of_others(seen_outside, earliest, start, stop)
