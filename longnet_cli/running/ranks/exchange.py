@@ -232,9 +232,8 @@ class Exchange:
         earliest = max(0, self.edges[0] - document_start)  # earlier rows are in caches
         kept = self._of_others(open_at_end, earliest, start, stop)
         attended = self._of_others(seen_outside, earliest, start, stop)
-        return [
-            (kept.get(side, span), side in attended) for side, span in (kept | attended).items()
-        ]
+        all_places = kept | attended
+        return [(kept.get(place, span), place in attended) for place, span in all_places.items()]
 
     def _of_others(
         self,
