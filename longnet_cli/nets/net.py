@@ -60,15 +60,15 @@ class InputSequence(Generic[D]):
 
     `limit` is the most rows that the net reads, None for no limit; `alternatives` is as in `Net`. `cells`
     (len(document), 2) float32 are read after each vector of the document. The document's own rows are those of
-    [begin, end): all of them, but for a `window`.
+    [start, stop): all of them, but for a `window`.
     """
 
     document: D
     start_rows: np.ndarray
     limit: int | None
     alternatives: str
-    end: int
-    begin: int = 0
+    stop: int
+    start: int = 0
     end_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     cells: np.ndarray | None = None
 
@@ -79,29 +79,30 @@ class InputSequence(Generic[D]):
     @property
     def _last(self) -> int:
         """The index of the first one of `end_rows`."""
-        return self.own_start + self.end - self.begin
+        return self.own_start + self.stop - self.start
 
     def __len__(self) -> int:
         return self._last + len(self.end_rows)
 
-    def window(self, begin: int, end: int) -> InputSequence[D]:
-        """Return the sequence with the document's own rows [begin, end) alone."""
-        return replace(self, begin=begin, end=end)
+    def window(self, start: int, stop: int) -> InputSequence[D]:
+        """Return the sequence with the document's own rows [start, stop) alone."""
+        return replace(self, start=start, stop=stop)
 
     def read(self, start: int, stop: int, /) -> np.ndarray:
         """Return the rows [start, stop), (stop - start,) int64 or (stop - start, n) float32."""
-        begin, end = (
-            self.begin + min(max(self.own_start, row), self._last) - self.own_start
-            for row in (start, stop)
-        )
-        rows = self.document.read(begin, end)
+        own = slice(self._in_document(start), self._in_document(stop))
+        rows = self.document.read(own.start, own.stop)
         if self.cells is not None:
-            rows = np.concatenate((rows, self.cells[begin:end]), 1)
+            rows = np.concatenate((rows, self.cells[own]), 1)
         before = self.start_rows[start:stop]
         after = self.end_rows[max(0, start - self._last) : max(0, stop - self._last)]
         if len(before) == len(after) == 0:
             return rows
         return np.concatenate((before, rows, after))
+
+    def _in_document(self, row: int) -> int:
+        """Return the index in the document of a row: `start` for rows before its own, `stop` for rows after them."""
+        return self.start + min(max(self.own_start, row), self._last) - self.own_start
 
     def check(
         self,
@@ -197,7 +198,7 @@ class Net(nn.Module):
             start_rows,
             self.config.max_tokens,
             self.alternatives,
-            end=len(document),
+            stop=len(document),
             end_rows=np.array(closing or (), np.int64),
         )
 
