@@ -1,5 +1,7 @@
 """One object that is told what happens while a job runs. Every job takes one; without it, nobody is told anything."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +11,10 @@ from .errors import LongNetError
 
 # Called with a document, a text or a file that cannot be read, and why.
 OnSkip = Callable[[Any, LongNetError], None]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Do nothing."""
 
 
 class LeftOut:
@@ -30,6 +36,11 @@ class LeftOut:
         self.short = 0
         self.skip: OnSkip | None = partial(self._skip, on_skip) if on_skip else None
 
+    @classmethod
+    def of(cls, skip_bad: bool, on_skip: OnSkip = _nothing) -> LeftOut:
+        """Return a count with which documents are skipped, and passed to `on_skip`, if `skip_bad` says so."""
+        return cls(on_skip if skip_bad else None)
+
     def take(self, totals: Mapping[str, int]) -> None:
         """Take the counts from the totals of a manifest instead."""
         for kind in self.KINDS:
@@ -49,10 +60,6 @@ class LeftOut:
         self.skipped += 1
         self.skipped_files += getattr(document, "file", False)  # an Unread has it
         on_skip(document, error)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Do nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

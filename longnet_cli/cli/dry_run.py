@@ -64,7 +64,7 @@ def show_job(
     assert opened.room  # of every dry run
     draws = sample and inputs.tokenizer
     with progress("counting", total=None) as advance:
-        left_out = LeftOut((lambda *_: None) if inputs.skip_bad else None)
+        left_out = LeftOut.of(inputs.skip_bad)
         job.reader.events = Events(progress=advance, left_out=left_out)
         counted = count_documents(
             job,

@@ -180,7 +180,7 @@ def count_left_out(skip_bad: bool) -> LeftOut:
     def note_one(_: Any, error: LongNetError) -> None:
         note(f"left out: {getattr(error, 'why', str(error))}")
 
-    return LeftOut(note_one if skip_bad else None)
+    return LeftOut.of(skip_bad, note_one)
 
 
 def note_without_rows(left_out: LeftOut) -> None:

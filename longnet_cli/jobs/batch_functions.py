@@ -82,8 +82,7 @@ class Reading:
 
     def reader(self, loaded: Loaded) -> Reader:
         """Return a reader with the model."""
-        left_out = LeftOut((lambda *_: None) if self.skip_bad else None)
-        events = Events(left_out=left_out)
+        events = Events(left_out=LeftOut.of(self.skip_bad))
         return Reader(loaded.net, chunk=self.chunk, dtype=self.dtype, events=events)
 
 

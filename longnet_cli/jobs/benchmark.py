@@ -451,12 +451,15 @@ def _refusal(case: Case, s: Settings, deadline: float, rate: float) -> Measureme
     if needed > free:
         reason = f"needs {format_bytes(needed)} of memory, {format_bytes(free)} are free"
         return replace(row, status="skipped", reason=reason)
-    ours = row.impl == "dilated"
-    allowed = left if ours else min(left, s.max_dense_time)
+    status = "stopped"
+    allowed = left
+    if row.impl != "dilated":
+        status = "skipped"
+        allowed = min(left, s.max_dense_time)
     seconds = case.flops(row.seq) / rate if rate and not case.streamed else 0.0
     if seconds > allowed:
         reason = f"would take about {seconds:.3g} s, and {allowed:.3g} s are allowed"
-        return replace(row, status="stopped" if ours else "skipped", reason=reason)
+        return replace(row, status=status, reason=reason)
     return None
 
 
