@@ -21,10 +21,13 @@ GPU_PYTHON ?= 3.12
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# Workers take file after file, in the order of tests/conftest.py. PYTEST is for more options.
+# Each worker has a part of the tests, in the order of tests/conftest.py; one that is done takes tests of another. PYTEST
+# is for more options.
 RUN_TESTS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --maxprocesses 4 \
-  --dist loadfile --no-loadscope-reorder $(PYTEST)
-EMULATED = LONGNET_TEST_DEVICE=emulated $(RUN_TESTS) --dist load -m gpu tests/test_gpu.py # all workers share this one file
+  --dist worksteal $(PYTEST)
+EMULATED = LONGNET_TEST_DEVICE=emulated $(RUN_TESTS) -m gpu tests/test_gpu.py
+# Where it is set, each process of a test would compile the package again
+unexport PYTHONDONTWRITEBYTECODE
 NOT_OF_CI = --ignore=tests/clients --ignore=tests/real# whose imports take seconds
 
 .PHONY: figures demo test test-rest test-all real peers engines quick matrix gpu wheels docs lint check wheel-check clean
@@ -41,8 +44,10 @@ figures/%: .venv/.installed-dev
 test: .venv/.installed-dev
 	$(RUN_TESTS) $(NOT_OF_CI) -m 'not (slow or gpu or ci)'
 
+# REST='(ci or real) and not (slow or gpu)' adds the shorter part of `make real`
+REST ?= ci and not (slow or gpu or real)
 test-rest: .venv/.installed-dev
-	$(RUN_TESTS) -m 'ci and not (slow or gpu or real)'
+	$(RUN_TESTS) -m '$(REST)'
 	$(EMULATED)
 
 # One run of both parts: between two runs, a worker would wait for the slowest
@@ -55,7 +60,7 @@ test-all: .venv/.installed-dev
 # one that does not come.
 REAL ?= real
 real: .venv/.installed-dev
-	$(RUN_TESTS) --dist load -rs -m '$(REAL)' tests/real
+	$(RUN_TESTS) -rs -m '$(REAL)' tests/real
 
 # Eight minutes. PEERS='-k OwnLongNet' is a part of them.
 peers: build/peers/.installed

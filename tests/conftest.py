@@ -75,8 +75,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make quick` and `make test` leave out, and put the files first that take longest.
 
-    Workers take one file after the other (`--dist loadfile`), so that the last ones are short. A file that nobody has
-    timed counts as an average one.
+    A worker that is done takes the last tests of another (`--dist worksteal`), so these must be short. A file that
+    nobody has timed counts as an average one.
     """
     for item in items:
         folders = item.path.relative_to(ROOT / "tests").parts

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from places import ROOT, imported
@@ -18,9 +19,6 @@ from places import ROOT, imported
 import longnet_cli
 
 PACKAGE = ROOT / "longnet_cli"
-TREES = {
-    path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))
-}
 QUOTED = re.compile(r"`((?:\w+/)*\w+\.[\w.]*\w)(?:\([^`]*\))?`", re.ASCII)
 # Tables of a recipe and of metadata, columns, files, and what other packages have.
 OTHERS = {
@@ -39,8 +37,16 @@ OTHERS = {
 OTHERS |= {"gigapath", "tokenizers", "torch"}
 
 
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """Return the syntax tree of each file of the package."""
+    return {
+        path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
 def docstrings() -> Iterator[tuple[str, str]]:
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 yield (
@@ -64,45 +70,53 @@ def defined(tree: ast.AST) -> set[str]:
     return names
 
 
-CLASSES = [
-    node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
-]
-BASES = {
-    node.name: [base.id for base in node.bases if isinstance(base, ast.Name)] for node in CLASSES
-}
-# Of classes, by name in small letters: `pattern.sinks` is Pattern's
-MEMBERS: dict[str, set[str]] = {}
-for of_class in CLASSES:
-    MEMBERS.setdefault(of_class.name.strip("_").lower(), set()).update(defined(of_class))
-for name, bases in BASES.items():
-    for base in bases:
-        MEMBERS[name.strip("_").lower()] |= MEMBERS.get(base.strip("_").lower(), set())
-PUBLIC = {
-    node.name
-    for tree in TREES.values()
-    for node in tree.body
-    if isinstance(node, ast.ClassDef | ast.FunctionDef)
-}
+@cache
+def members() -> dict[str, set[str]]:
+    """Return the names of each class and its bases, by its name in small letters: `pattern.sinks` is Pattern's."""
+    classes = [
+        node
+        for tree in trees().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    ]
+    names: dict[str, set[str]] = {}
+    for node in classes:
+        names.setdefault(node.name.strip("_").lower(), set()).update(defined(node))
+    for node in classes:
+        for base in node.bases:
+            if isinstance(base, ast.Name):
+                names[node.name.strip("_").lower()] |= names.get(base.id.strip("_").lower(), set())
+    return names
+
+
+@cache
+def public() -> set[str]:
+    return {
+        node.name
+        for tree in trees().values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    }
 
 
 def is_dead(name: str) -> bool:
     """Return whether `name` means code of this package that does not exist. Of other names, nothing is known."""
     if name.endswith(".py"):
         return not (
-            (ROOT / name).exists() or any(f"/{path}".endswith(f"/{name}") for path in TREES)
+            (ROOT / name).exists() or any(f"/{path}".endswith(f"/{name}") for path in trees())
         )
     *places, last = name.removeprefix("longnet_cli.").replace("/", ".").split(".")
     if not places or places[0] in OTHERS:
         return False
-    known = [MEMBERS[place.lower()] for place in places[-1:] if place.lower() in MEMBERS]
+    known = [members()[place.lower()] for place in places[-1:] if place.lower() in members()]
     known += [
         defined(tree) | {x.stem for x in path.parent.iterdir() if path.stem == "__init__"}
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         if ".".join(path.relative_to(ROOT).with_suffix("").parts)
         .removesuffix(".__init__")
         .endswith(".".join(places))
     ]
-    return not any(last in names for names in known) and (bool(known) or last in PUBLIC)
+    return not any(last in names for names in known) and (bool(known) or last in public())
 
 
 def test_named_code_exists():
@@ -128,17 +142,17 @@ def test_the_map_names_what_is_in_its_files():
     """A row of the map in CONTRIBUTING.md names files; the other names in its second cell are defined in them."""
     _, _, table = (ROOT / "CONTRIBUTING.md").read_text().partition("| to change | look at |")
     rows = [line.split(" | ")[1] for line in table.splitlines() if line.count(" | ") == 2]
-    sources = [*TREES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    sources = [*trees(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
     assert len(rows) > 60
     for cell in rows:
         files = re.findall(r"`([\w/]+\.py)`", cell)
         names = {*re.findall(r"`(\w+)`", cell)}
-        trees = [
+        named = [
             ast.parse(path.read_text(encoding="utf-8"))
             for path in sources
             if any(f"/{path}".endswith(f"/{file}") for file in files)
         ]
-        in_files = {name for tree in trees for name in defined(tree)}
+        in_files = {name for tree in named for name in defined(tree)}
         assert names <= in_files, cell
 
 
