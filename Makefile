@@ -19,7 +19,9 @@ PYTHON ?= python3
 MINUTES ?= 10
 GPU_PYTHON ?= 3.12
 BIN    := .venv/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+# pip itself would compile on one core. Some packages have files for other Pythons, which do not compile.
+COMPILE := @$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
 # Each worker has a part of the tests, in the order of tests/conftest.py; one that is done takes tests of another. PYTEST
 # is for more options.
@@ -135,17 +137,20 @@ clean:
 .venv/.installed: pyproject.toml | .venv/bin/python
 	@echo "Installing longnet and its libraries, PyTorch among them, into .venv: some minutes the first time."
 	$(PIP) --editable .
+	$(COMPILE)
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml | .venv/bin/python
 	@echo "Installing longnet, its libraries and the test tools into .venv: some minutes the first time."
 	$(PIP) --editable '.[dev]'
+	$(COMPILE)
 	@touch .venv/.installed .venv/.installed-demo $@
 
 # with what reads the two models of the demo
 .venv/.installed-demo: pyproject.toml | .venv/bin/python
 	@echo "Installing longnet, its libraries and transformers into .venv: some minutes the first time."
 	$(PIP) --editable '.[hf,gguf,plot]'
+	$(COMPILE)
 	@touch .venv/.installed $@
 
 build/engines/.installed: pyproject.toml | .venv/.installed-dev
@@ -162,4 +167,5 @@ build/peers/.installed: pyproject.toml | .venv/.installed-dev
 
 .venv/.installed-docs: pyproject.toml | .venv/bin/python
 	$(PIP) --editable '.[docs]'
+	$(COMPILE)
 	@touch $@
