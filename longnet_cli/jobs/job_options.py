@@ -25,7 +25,7 @@ def _refuse_below_one(**sizes: object) -> None:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """What `score` and `encode` have in common: which documents have a row."""
+    """The common part of the options of `score` and `encode`: which documents have a row."""
 
     def fewest_tokens(self, first_target: int) -> int:
         """Return the fewest tokens of a document that has a row; `first_target` is the first that can be scored."""
