@@ -15,6 +15,6 @@ def test_blocks_run_with_the_models_of_the_demo(page, minilm, smollm2, tmp_path)
     for model in (minilm, smollm2):
         (folder / model.name).symlink_to(model)
     programs = Path(sys.executable).parent
-    run_blocks(ROOT / page, ("sh", "python"), folder, programs, environment())
+    assert run_blocks(ROOT / page, ("sh", "python"), folder, programs, environment())
     if page == "README.md":
         assert "dilated" in (folder / "my-smollm2/config.json").read_text(encoding="utf-8")
