@@ -54,10 +54,6 @@ class Cut:
         return bos_ids(self.facts.bos)
 
     @property
-    def first_target(self) -> int:
-        return self.facts.first_target
-
-    @property
     def no_tokens_error(self) -> str:
         """The error text for documents without a token to score."""
         if self.options.last:
@@ -73,7 +69,7 @@ class Cut:
         all windows make up the document, or its `last` tokens. Ids are counted with the `bos` before the document.
         """
         options = self.options
-        first = self.first_target
+        first = self.facts.first_target
         to_input = len(self.bos) - 1  # added to a target: the id before it, which predicts it
         size = context or max(1, tokens - first)
         step = options.stride or size
@@ -89,12 +85,12 @@ class Cut:
         if tokens < self.fewest_tokens:
             return 0
         longest = max(self.options.context or (tokens,))
-        return max(0, min(tokens - self.first_target, longest))
+        return max(0, min(tokens - self.facts.first_target, longest))
 
     @property
     def fewest_tokens(self) -> int:
         """The fewest tokens of a document that has a row."""
-        return self.options.fewest_tokens(self.first_target)
+        return self.options.fewest_tokens(self.facts.first_target)
 
 
 ADVICE = "the model's weights are too large for its numbers, or damaged"
@@ -322,7 +318,7 @@ class Scorer(RowJob):
                     yield _ScoredWindow(sequence, start, stop, wanted, stop, tally)
 
     def _tally(self, document: Document, context: int | None, gain: GainTally | None) -> _Tally:
-        expected = max(0, len(document) - self.cut.first_target)
+        expected = max(0, len(document) - self.facts.first_target)
         # without bos, the first token is not scored
         n_bytes = document.n_bytes if self.cut.bos else None
         if self.options.last:
