@@ -117,7 +117,7 @@ class CpuFlashKernel(Kernel):
         """Return whether one call for all rows hides later keys by itself, and the mask to add to its scores."""
         if log_counts is None:
             return causal, None
-        return False, log_counts[None]  # these hide later keys
+        return False, log_counts[None]  # -inf for later keys
 
     def _seen(self, q: Tensor, end: int, log_counts: Tensor | None) -> Tensor:
         """Return the mask (1, 1 or heads, rows, end) to add to scores of a step whose last row sees `end` keys."""

@@ -224,7 +224,7 @@ class Pattern:
         return self.overlap == "once" and level > 0
 
     def first_key(self, level: int) -> int:
-        """Return the position of the first key of a document that a level may show: only the first one shows sinks."""
+        """Return the position of the first key that a level may show: all but the first level begin after the sinks."""
         return self.sinks if level else 0
 
     def level_keys(self, level: int) -> float:
@@ -286,15 +286,15 @@ class Pattern:
         """Raise ValueError if, with levels in this order, some part of attention is no rectangle of rows and keys."""
         lengths = self.segment_lengths
         backs = self.look_backs
-        given = [
+        changed = [
             f"{name}={getattr(self, name)!r}"
             for name in ("overlap", "queries", "sinks")
             if getattr(self, name) != getattr(Pattern, name)
         ]
         ascending = [*lengths] == sorted(lengths)
-        if given and not (ascending and self.dilation_rates[0] == 1):
+        if changed and not (ascending and self.dilation_rates[0] == 1):
             raise ValueError(
-                f"{', '.join(given)} needs levels in ascending segment length, the first at rate 1, "
+                f"{', '.join(changed)} needs levels in ascending segment length, the first at rate 1, "
                 f"got {lengths} at {self.dilation_rates}"
             )
         if not 0 <= self.sinks <= lengths[0]:

@@ -38,7 +38,7 @@ class LeftOut:
 
     @classmethod
     def of(cls, skip_bad: bool, on_skip: OnSkip = _nothing) -> LeftOut:
-        """Return a count with which documents are skipped, and passed to `on_skip`, if `skip_bad` says so."""
+        """Return a count. Only with `skip_bad`, the job leaves out what it cannot read, and calls `on_skip` with it."""
         return cls(on_skip if skip_bad else None)
 
     def take(self, totals: Mapping[str, int]) -> None:

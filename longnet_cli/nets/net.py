@@ -90,10 +90,11 @@ class InputSequence(Generic[D]):
 
     def read(self, start: int, stop: int, /) -> np.ndarray:
         """Return the rows [start, stop), (stop - start,) int64 or (stop - start, n) float32."""
-        own = slice(self._in_document(start), self._in_document(stop))
-        rows = self.document.read(own.start, own.stop)
+        first = self._in_document(start)
+        end = self._in_document(stop)
+        rows = self.document.read(first, end)
         if self.cells is not None:
-            rows = np.concatenate((rows, self.cells[own]), 1)
+            rows = np.concatenate((rows, self.cells[first:end]), 1)
         before = self.start_rows[start:stop]
         after = self.end_rows[max(0, start - self._last) : max(0, stop - self._last)]
         if len(before) == len(after) == 0:

@@ -1,4 +1,4 @@
-"""What the README and docs/ show is run: `sh` blocks in order, Python and TOML blocks too.
+"""What docs/ shows is run: `sh` blocks in order, Python and TOML blocks too. tests/real/test_pages.py runs the README.
 Commands in other blocks take too long to run: their options are looked up.
 """
 

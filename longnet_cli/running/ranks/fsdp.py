@@ -73,8 +73,8 @@ def final_backward(model: nn.Module, final: bool) -> None:
 
 def sum_gradients(model: nn.Module, ranks: Ranks, *more: Tensor) -> None:
     """Sum the gradients and `more` tensors over all ranks, in place. Sharded gradients are summed already."""
-    own = [] if is_sharded(model) else _gradients(model)
-    ranks.sum(*more, *own)
+    to_sum = [] if is_sharded(model) else _gradients(model)
+    ranks.sum(*more, *to_sum)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
