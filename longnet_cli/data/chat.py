@@ -205,7 +205,7 @@ def _renamed(
             added["normalized"] = False  # otherwise nothing would be left of the name
     model = data["model"]
     merges = model.get("merges", ())
-    merged = {*chain.from_iterable(merges), *("".join(pair) for pair in merges)}
+    merged = {*chain.from_iterable(merges), *map("".join, merges)}
     words = {text: name for text, name in names.items() if text not in merged}
     if decodes_bytes(data):
         words = {}

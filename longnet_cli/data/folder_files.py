@@ -51,7 +51,7 @@ def choose_files(folder: str, names: Sequence[str], read: Read) -> list[str]:
     if (shards := _shards_of_data_set(folder, names, read)) is not None:
         return shards
     data_sets = folders_with(names, *MANIFESTS)
-    for parent in sorted({dirname(below) for below in data_sets} - {""}):
+    for parent in sorted({*map(dirname, data_sets)} - {""}):
         check_shares_below(folder, parent, names, read)
     if "dataset_dict.json" in names:
         raise _several(folder, sorted({name.split("/")[0] for name in names if "/" in name}))

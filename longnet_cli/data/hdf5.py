@@ -108,10 +108,11 @@ def _rows(content: Any, key: str, h5py: Any) -> _RowsDataset | None:
     if not isinstance(content.get(key, getlink=True), h5py.HardLink):
         return None
     dataset = content[key]
-    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
-        return None
     is_rows_of_numbers = (
-        dataset.ndim > 1
+        isinstance(dataset, h5py.Dataset)
+        and not dataset.is_virtual
+        and not dataset.external
+        and dataset.ndim > 1
         and dataset.shape[:-2] in ((), (1,))
         and dataset.shape[-1] > 0
         and dataset.dtype.kind in "fiu"

@@ -8,6 +8,7 @@ from heapq import heapreplace
 from posixpath import basename, dirname
 from typing import Any, NamedTuple
 
+from longnet_cli.basics.configuration import without_keys
 from longnet_cli.basics.errors import DataError
 
 from .manifest import MANIFESTS, Manifest, differing, parse_manifest
@@ -143,9 +144,8 @@ def _check_same_run(
         raise DataError(f"{folder} is no share, {beside}: name the folders to read")
     if Share.parse(settings["share"]).count != Share.parse(run["share"]).count:
         raise DataError(f"{folder} is share {settings['share']}, {beside}: name one run")
-    for name in differing(run, settings):
-        if name not in MAY_DIFFER:
-            raise DataError(
-                f"{folder}: {name} is {settings.get(name)!r}, {beside}, where it is {run.get(name)!r}: "
-                "the shares of one run have the same inputs and options"
-            )
+    for name in differing(without_keys(run, MAY_DIFFER), without_keys(settings, MAY_DIFFER)):
+        raise DataError(
+            f"{folder}: {name} is {settings.get(name)!r}, {beside}, where it is {run.get(name)!r}: "
+            "the shares of one run have the same inputs and options"
+        )

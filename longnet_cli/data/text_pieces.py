@@ -152,7 +152,7 @@ def _cut_of_words(
         return None
     vocabulary = inner.get_vocab(with_added_tokens=False)
     space_inside = re.compile("[^\u2581 ][\u2581 ]")
-    if any(space_inside.search(token) for token in vocabulary):
+    if any(map(space_inside.search, vocabulary)):
         return None  # a token holds a space between letters
 
     def ids(text: str) -> list[int]:

@@ -259,28 +259,30 @@ class TextPlaces:
         self.document = document
         self._position = 0  # tokens so far
         self._begun = 0  # characters that begin in these
-        self._counts = False
+        self._known = document.places is not None
         tokenizer = document.tokenizer
-        if tokenizer is not None and document.places is None and tokenizer.spells:
+        if tokenizer is not None and not self._known and tokenizer.spells:
             # otherwise the tokenizer dropped some of the text
-            self._counts = document.bytes_with(tokenizer) == document.n_bytes
+            self._known = document.bytes_with(tokenizer) == document.n_bytes
             self._begin, self._inside = tokenizer.characters
 
     def of(self, start: int, end: int) -> tuple[int | None, int | None]:
         """Return the first character of the tokens [start, end), and the one after their last; None if not known."""
-        begin, _ = self.of_tokens(start, start + 1)
-        _, after = self.of_tokens(end - 1, end)
-        if begin is None or after is None:
+        if not self._known:
             return None, None
+        begin, _ = self._bounds(start, start + 1)
+        _, after = self._bounds(end - 1, end)
         return int(begin[0]), int(after[0])
 
     def of_tokens(self, start: int, stop: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Return the same of each of the tokens [start, stop), two of (n,); None if not known."""
+        return self._bounds(start, stop) if self._known else (None, None)
+
+    def _bounds(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the known first characters of tokens, and the characters after them, two of (n,)."""
         if self.document.places is not None:
             begin, after = self.document.places[start:stop].T
             return begin, after
-        if not self._counts:
-            return None, None
         self._count(start)
         ids = self.document.read(start, stop)
         after = self._begun + np.cumsum(self._begin[ids])
@@ -288,11 +290,11 @@ class TextPlaces:
 
     def tokens_before(self, characters: Sequence[int]) -> np.ndarray | None:
         """Return how many tokens end before each of the characters, in order, or at it; None if not known."""
+        if not self._known:
+            return None
         counts = np.zeros(len(characters), np.int64)
         for start in range(0, len(self.document), STEP):
-            _, after = self.of_tokens(start, min(start + STEP, len(self.document)))
-            if after is None:
-                return None
+            _, after = self._bounds(start, min(start + STEP, len(self.document)))
             counts += np.searchsorted(after, characters, "right")
         return counts
 

@@ -94,7 +94,7 @@ def refresh(model: str | None, tokenizer: str | None) -> None:
     if not any(repositories):
         raise ConfigError("--update is for a model on a hub, as ORG/NAME: leave it out")
     for repository in filter(None, repositories):
-        repository.find(update=True)
+        repository.update()
 
 
 def as_stored(name: str, stored: Iterable[Any]) -> str:

@@ -75,15 +75,26 @@ class Repository:
         repo, revision, file = match.groups(default="")
         return cls(name, repo, revision or "main", file, (file,) if file else needed)
 
-    def find(self, *, update: bool = False) -> Located:
-        """Return the folder or the file in the cache, downloaded if it is not there. `update` asks the hub first.
+    def find(self) -> Located:
+        """Return the folder or the file in the cache, downloaded if it is not there.
 
         Raises CheckpointError, in one line, for all that fails.
         """
+        with self._errors():
+            snapshot = self._in_cache() or self._download()
+        # without a file, nothing follows the commit
+        name = f"{self.repo}@{snapshot.name}:{self.file}".removesuffix(":")
+        return Located(snapshot / self.file, name)
+
+    def update(self) -> None:
+        """Ask the hub what the revision is now, and download what is new. Raises as `find` does."""
+        with self._errors():
+            self._download()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            snapshot = None if update else self._in_cache()
-            if snapshot is None:
-                snapshot = self._download()
+            yield
         except LongNetError:
             raise
         except Exception as error:  # the library raises errors of many kinds
@@ -95,8 +106,6 @@ class Repository:
             raise CheckpointError(
                 f"{self.name}: no folder of that name here, and not taken from {hub}: {reason}"
             ) from None
-        file = f":{self.file}" if self.file else ""
-        return Located(snapshot / self.file, f"{self.repo}@{snapshot.name}{file}")
 
     def _in_cache(self) -> Path | None:
         """Return the snapshot in the cache if that has all that is needed, otherwise None."""

@@ -221,7 +221,7 @@ def _segment_lengths(max_wsi_size: float, tile_size: float) -> tuple[int, ...]:
         )
     tiles = int(max_wsi_size // tile_size) ** 2
     steps = np.linspace(math.log2(SHORTEST), int(math.log2(tiles)), len(RATES))
-    return tuple(int(length) for length in 2**steps)
+    return tuple(map(int, 2**steps))
 
 
 @torch.no_grad()
