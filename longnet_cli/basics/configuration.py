@@ -15,6 +15,8 @@ from .errors import ConfigError
 from .sizes import MAX_SIZE
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+KeyT = TypeVar("KeyT")
+ValueT = TypeVar("ValueT")
 # NUL, and lone surrogates, which JSON can spell. Those of bytes that are not UTF-8 may be in the name of a file.
 _NOT_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
@@ -63,7 +65,7 @@ def validate(cls: type[ModelT], data: Mapping[str, Any], where: str) -> ModelT:
     nearest existing key for an unknown one. For that, `cls` must forbid extra keys.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: expected keys and values, got {_short(data)}")
+        raise ConfigError(f"{where}: expected keys and values, got {short_repr(data)}")
     try:
         return cls.model_validate(dict(data))
     except ValidationError as error:
@@ -104,6 +106,16 @@ def without_keys(table: Mapping[str, Any], keys: Container[str]) -> dict[str, An
     return {key: value for key, value in table.items() if key not in keys}
 
 
+def without_none(table: Mapping[KeyT, ValueT | None]) -> dict[KeyT, ValueT]:
+    """Return the entries of a table whose value is not None."""
+    return {key: value for key, value in table.items() if value is not None}
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return the items of a list or tuple; of any other value, a list of it alone."""
+    return [*value] if isinstance(value, list | tuple) else [value]
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the item of `names` that is most similar to `name`, None if nothing is close."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
@@ -139,7 +151,7 @@ def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
             # a validator's own ValueError is already a sentence; pydantic's messages need the value beside them
             line = " ".join(item["msg"].removeprefix("Value error, ").split())
             if item["type"] != "value_error":
-                line += f" (got {_short(item['input'])})"
+                line += f" (got {short_repr(item['input'])})"
             mistakes.append((path, f"{path}: {line}" if path else line))
     return unknown + [line for path, line in mistakes if path not in meant]
 
@@ -166,6 +178,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [*chain.from_iterable(map(_models_in, get_args(annotation)))]
 
 
-def _short(value: object) -> str:
+def short_repr(value: object) -> str:
+    """Return the `repr` of a value on one line, cut to 60 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

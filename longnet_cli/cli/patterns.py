@@ -57,6 +57,7 @@ def pattern(options: PatternCommand) -> None:
 
     Example: longnet pattern paper window:1Ki,sinks=4
     """
+    from longnet_cli.basics.configuration import without_none
     from longnet_cli.jobs.describing import (
         default_length,
         describe,
@@ -65,8 +66,7 @@ def pattern(options: PatternCommand) -> None:
         find_subject,
     )
 
-    asked = {"heads": options.heads, "causal": options.causal}
-    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    changes: dict[str, Any] = without_none({"heads": options.heads, "causal": options.causal})
     subjects = [replace(find_subject(text), **changes) for text in options.patterns]
     length = options.seq or max(default_length(subject.pattern) for subject in subjects)
     if options.output:

@@ -234,6 +234,7 @@ class Opened:
         logprobs: Callable[..., None] | None = None,
     ) -> None:
         """Write the rows of a job, with progress, and say how many there are. For `logprobs`, see `Events`."""
+        from longnet_cli.data.output_paths import name_of_output
         from longnet_cli.jobs.row_jobs import write_rows
 
         found = self.found
@@ -262,7 +263,7 @@ class Opened:
         if path != "-" or not output.sink:
             counts = count_of(written["rows"], job.row_name)
             tokens = f"{format_count(written['tokens'])} token{'s' * (written['tokens'] != 1)}"
-            tell(f"{counts} of {tokens} -> {'stdout' if path == '-' else path}")
+            tell(f"{counts} of {tokens} -> {name_of_output(path)}")
 
     def end(self) -> None:
         """Leave the ranks, and say what is left out. If documents are, the first rank exits with code 6."""
@@ -284,11 +285,12 @@ def open_command(
     What is wrong without a model is refused before. For `where_to`, see `output.check_output`; `also` are other paths
     that are written, by the names of their options. For `embeds`, see `ModelAndInputs`.
     """
+    from longnet_cli.basics.configuration import without_none
     from longnet_cli.data.output_paths import refuse_other_suffix, refuse_overwriting
 
     output = options.output
     running = options.running
-    written = {option: path for option, path in {"-o": output, **also}.items() if path is not None}
+    written = without_none({"-o": output, **also})
     for option, path in written.items():
         refuse_other_suffix(option, path, embeds)
     earlier = None

@@ -97,6 +97,7 @@ def tokenize(options: TokenizeCommand) -> None:
 
 def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> None:
     """Write the tokens, and say how many."""
+    from longnet_cli.data.output_paths import name_of_output
     from longnet_cli.jobs.tokenizing import SHARD_TOKENS
     from longnet_cli.jobs.tokenizing import tokenize as run
 
@@ -114,7 +115,7 @@ def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> 
             resume=options.resume,
             events=Events(progress=advance, note=note, left_out=left_out),
         )
-    place = "stdout" if options.output == "-" else options.output
+    place = name_of_output(options.output)
     place += f" ({len(result.shards)} shards)" if len(result.shards) > 1 else ""
     tell(f"{_counts(result)} -> {place}")
     say_left_out(left_out)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from longnet_cli.basics.configuration import without_none
 from longnet_cli.basics.errors import DataError, first_line
 
 from .column_choice import ID_COLUMNS, Wanted
@@ -274,7 +275,7 @@ def _messages(value: list[Any], key: str) -> list[list[tuple[str, str]]]:
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{key!r} holds what is no message, with a role and a content")
-        texts = {name: text for name, text in message.items() if text is not None}
+        texts = without_none(message)
         if other := next((name for name, text in texts.items() if not isinstance(text, str)), None):
             raise ValueError(f"{key!r} holds a message whose {other!r} is no text")
         chat.append(list(texts.items()))

@@ -22,6 +22,11 @@ _FILE_SUFFIX = re.compile(
 )
 
 
+def name_of_output(output: str | Path) -> str:
+    """Return what messages call an output: its path, or stdout for `-`."""
+    return "stdout" if str(output) == "-" else str(output)
+
+
 def is_folder(output: str | Path, *, resume: bool = False) -> bool:
     """Return whether an output names a folder of shards, and not `-`, a file (by its suffix), a pipe or a device.
 

@@ -23,6 +23,7 @@ from longnet_cli.basics.atomic import atomic_write, writing
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.basics.finite_json import to_json
 
+from .output_paths import name_of_output
 from .token_documents import Document, Unread
 
 SHARD_VERSION = 1
@@ -46,7 +47,7 @@ class ShardWriter:
         self.lines = lines
         self.rows = 0
         self._between_messages = True
-        self._name = "stdout" if self.output == "-" else self.output  # in messages
+        self._name = name_of_output(output)  # in messages
 
     def __enter__(self) -> "ShardWriter":
         with ExitStack() as stack:

@@ -36,7 +36,7 @@ from longnet_cli.attention import KVCache, Pattern, dilated_attention
 from longnet_cli.attention.branches import BACKWARD_FLOPS, attention_flops
 from longnet_cli.attention.kernels import select_kernel
 from longnet_cli.attention.notation import format_levels
-from longnet_cli.basics.configuration import validate
+from longnet_cli.basics.configuration import validate, without_none
 from longnet_cli.basics.errors import is_out_of_memory
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sizes import format_bytes
@@ -102,7 +102,7 @@ class Settings(BaseModel):
         The defaults are the paper's 12 heads of 64. From LONG tokens on, a CPU gets 2 heads of 32: two cores read a
         billion tokens in half an hour.
         """
-        asked = {name: value for name, value in options.items() if value is not None}
+        asked = without_none(options)
         device = machines.select_device(asked.get("device", "auto"))
         is_small = device.type == "cpu" and max(asked["seq"]) >= LONG
         heads, head_dim = (2, 32) if is_small else (12, 64)

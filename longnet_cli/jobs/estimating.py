@@ -161,7 +161,7 @@ def try_reading(reader: Reader, plan: ReadingPlan, task: Task, free: float) -> T
     return Trial(
         weights,
         program=max(0, idle - weights),
-        of_token=gaps * max(0, most - idle - kept) / (counted.at_once(chunk) or 1),
+        of_token=gaps * max(0, most - idle - kept) / max(1, counted.at_once(chunk)),
         rate=max(1.0, counted.flops() / least),
     )
 
@@ -206,7 +206,7 @@ def _others(reader: Reader, plan: ReadingPlan, trial: Trial) -> dict[str, Any]:
         spilled = spilled_bytes(reader.model, plan, reader.chunk, reader.ranks)
     rate = ranks.own(trial.rate, reader.device)
     flops = plan.flops()
-    flops_per_token = flops / (plan.read or 1)
+    flops_per_token = flops / max(1, plan.read)
     timed_flops = flops_per_token * (plan.read - plan.new)
     return {
         "documents": plan.documents,
@@ -223,7 +223,7 @@ def _others(reader: Reader, plan: ReadingPlan, trial: Trial) -> dict[str, Any]:
         "chunk": reader.chunk,
         "spill_bytes": spilled,
         "flops_per_second": rate,
-        "tokens_per_second": plan.read * rate / (flops or 1),
+        "tokens_per_second": plan.read * rate / max(1, flops),
         "reading_seconds": plan.seconds,
     }
 

@@ -12,7 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -30,8 +30,7 @@ from longnet_cli.running.ranks.dealing import portions
 from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import PORTION_CHUNKS, Reader, forward_passes, reading_steps
 
-if TYPE_CHECKING:
-    from longnet_cli.jobs.row_jobs import RowJob
+from .row_jobs import RowJob
 
 SEED = 0  # every run draws the same documents
 
@@ -227,12 +226,12 @@ class Sample:
         """Yield the tokens of each text that was not drawn, by its bytes."""
         tokens, size = np.reshape(self._drawn, (-1, 2)).sum(0).tolist()
         for length in self.bytes:
-            yield round(length * tokens / (size or 1))
+            yield round(length * tokens / max(1, size))
 
     @property
     def seconds_of_others(self) -> float:
         """The time that tokenizing the other texts would take, in seconds."""
-        return self._seconds * sum(self.bytes) / (self._tokenized or 1)
+        return self._seconds * sum(self.bytes) / max(1, self._tokenized)
 
 
 def _size(text: Text) -> int:

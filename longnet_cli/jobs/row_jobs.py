@@ -8,6 +8,7 @@ pads and sums as an uninterrupted run of one process does, and a folder has the 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import pyarrow as pa
 
@@ -31,6 +32,7 @@ from longnet_cli.data.row_writer import ShardWriter, first_kept
 from longnet_cli.data.shards import ShardFolder, ShardFormat
 from longnet_cli.data.text_pieces import Unit
 from longnet_cli.data.token_documents import Apart, Document, Unread
+from longnet_cli.models.folder import Loaded
 from longnet_cli.nets.net import Bos, InputSequence, bos_ids
 from longnet_cli.nets.weights import model_digest
 from longnet_cli.running.device import check_kernel
@@ -38,9 +40,6 @@ from longnet_cli.running.ranks.dealing import Batches, Portion, deal, portions
 from longnet_cli.running.reader import PORTION_CHUNKS, Reader
 
 from .job_options import RowOptions
-
-if TYPE_CHECKING:
-    from longnet_cli.models.folder import Loaded
 
 
 class Sink(Protocol):
@@ -219,7 +218,7 @@ class RowJob(ABC):
     def rows_by_portion(
         self,
         sequences: Iterable[InputSequence[Document] | None],
-        shard: int | None = None,
+        shard: float = math.inf,
     ) -> Iterator[tuple[Portion[InputSequence[Document]], Batches]]:
         """Return each portion of documents with its rows, as `dealing.deal` deals them out. A `shard` ends with one."""
         dealt = portions(

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from longnet_cli.basics.configuration import parse, read_text
+from longnet_cli.basics.configuration import as_list, parse, read_text
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import CheckpointError, ConfigError, MemoryLimitError, extra
 from longnet_cli.basics.model_files import (
@@ -218,8 +218,7 @@ class ModelFolder:
         value = settings.get("eos_token_id")
         if value is None and tokenizer:
             value = tokenizer.eos_id
-        ids = value if isinstance(value, list) else [value]
-        return frozenset(end for end in ids if isinstance(end, int))
+        return frozenset(end for end in as_list(value) if isinstance(end, int))
 
     @property
     def eos(self) -> str:

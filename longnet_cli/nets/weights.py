@@ -26,7 +26,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import format_pattern
 from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.basics.atomic import whole_folder
-from longnet_cli.basics.configuration import parse, read_text, without_keys
+from longnet_cli.basics.configuration import parse, read_text, without_keys, without_none
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import CheckpointError, ConfigError, first_line, one_line
 from longnet_cli.basics.model_files import (
@@ -231,13 +231,14 @@ def model_origin(
     The keys are `longnet.model` (its name), `longnet.model_sha256` or those of other `digests`,
     `longnet.tokenizer_sha256` and `longnet.pattern`.
     """
-    facts = {
-        "longnet.model": name,
-        **(digests or {"longnet.model_sha256": model_digest(model)}),
-        "longnet.tokenizer_sha256": tokenizer_sha256,
-        "longnet.pattern": format_pattern(model.config.pattern),
-    }
-    return {key: value for key, value in facts.items() if value is not None}
+    return without_none(
+        {
+            "longnet.model": name,
+            **(digests or {"longnet.model_sha256": model_digest(model)}),
+            "longnet.tokenizer_sha256": tokenizer_sha256,
+            "longnet.pattern": format_pattern(model.config.pattern),
+        }
+    )
 
 
 def empty_net(

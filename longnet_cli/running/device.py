@@ -34,7 +34,7 @@ def select_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise ConfigError(
                 f"there is no device {name!r} here ({count} CUDA devices): use --device cpu or auto"
@@ -111,8 +111,7 @@ def runs_ahead(device: torch.device) -> bool:
 
 def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done all queued work; a CPU queues none."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.get_device_module(device).synchronize(device)
 
 
 def precision(dtype: str, device: torch.device) -> AbstractContextManager:

@@ -227,7 +227,7 @@ def test_portions_are_the_items_in_order(lengths, length, shard):
 
 
 def test_one_group_works_on_every_portion():
-    dealt = deal(portions("abcde", 4), list, Ranks())
+    dealt = deal(portions("abcde", 4, length_of=len), list, Ranks())
     assert [(list(results), portion.count) for portion, results in dealt] == [
         (["a", "b"], 2),
         (["c", "d"], 2),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from longnet_cli.basics.configuration import nearest, parse, read_text
+from longnet_cli.basics.configuration import as_list, nearest, parse, read_text
 from longnet_cli.basics.errors import ConfigError, DataError, refuse_web_address
 from longnet_cli.basics.sizes import format_size
 
@@ -349,7 +349,7 @@ def _rows(file: Path, text: str) -> Iterator[tuple[str, Row]]:
                 f"{place}: not JSON: {getattr(error, 'msg', error)}; expected {KINDS}"
             ) from None
         where = f"{file}: row {line}"
-        for row in value if isinstance(value, list) else [value]:
+        for row in as_list(value):
             if not isinstance(row, dict):
                 raise DataError(
                     f"{where}: not a line of metrics, of bench or of score: not an object"

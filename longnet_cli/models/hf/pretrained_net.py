@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from longnet_cli.attention import Outside, Pattern
+from longnet_cli.basics.configuration import as_list
 from longnet_cli.basics.errors import CheckpointError, ConfigError, is_out_of_memory, one_line
 from longnet_cli.basics.model_files import refuse_unreadable, weight_files
 from longnet_cli.models.hf.attention import (
@@ -532,5 +533,5 @@ def _setting(config: Any, name: str, default: int | None = None) -> Any:
         value = getattr(config, name, None)
     except RuntimeError:  # how transformers says that layers differ
         value = [getattr(layer, name) for layer in config.per_layer_config]
-    largest = max(value) if isinstance(value, list | tuple) else value
+    largest = max(as_list(value))
     return largest or default

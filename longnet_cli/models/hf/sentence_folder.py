@@ -18,13 +18,20 @@ from typing import Annotated, Any, Literal
 import tokenizers
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import Tensor, nn
 
-from longnet_cli.basics.configuration import ModelT, parse, read_text, validate
+from longnet_cli.basics.configuration import (
+    ModelT,
+    as_list,
+    parse,
+    read_text,
+    validate,
+    without_none,
+)
 from longnet_cli.basics.errors import CheckpointError, ConfigError, one_line
 from longnet_cli.basics.model_files import (
     CONFIG,
@@ -80,7 +87,7 @@ class _NullableKeys(_FileKeys):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, data: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in data.items() if value is not None}
+        return without_none(data)
 
 
 class _ModelSettings(_NullableKeys):
@@ -130,13 +137,8 @@ class _TransformerSettings(_FileKeys, extra="forbid"):
 
 
 class _PoolingSettings(_NullableKeys, extra="allow"):
-    pooling_mode: list[str] = Field(default=[], min_length=1)
+    pooling_mode: Annotated[list[str], BeforeValidator(as_list)] = Field(default=[], min_length=1)
     include_prompt: bool = True
-
-    @field_validator("pooling_mode", mode="before")
-    @classmethod
-    def _as_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class _NormalizeSettings(_FileKeys):

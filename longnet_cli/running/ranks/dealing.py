@@ -13,6 +13,7 @@ past the results that rank 0 has yielded. The store is the one through which tor
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -64,8 +65,8 @@ def portions(
     items: Iterable[T | None],
     length: int,
     *,
-    length_of: Callable[[T], int] = len,  # type: ignore[assignment]
-    shard: int | None = None,
+    length_of: Callable[[T], int],
+    shard: float = math.inf,
     size_of: Callable[[T], int] = lambda item: 1,
 ) -> Iterator[Portion[T]]:
     """Cut items into portions. Read each portion to its end before the next.
@@ -81,11 +82,10 @@ def portions(
         nonlocal in_shard
         portion.count += 1
         portion.length += length_of(item)
-        if shard is not None:
-            in_shard += size_of(item)
-            if in_shard >= shard:
-                in_shard = 0
-                portion.ends_shard = True
+        in_shard += size_of(item)
+        if in_shard >= shard:
+            in_shard = 0
+            portion.ends_shard = True
         return portion.ends_shard or portion.length + portion.count >= length
 
     for first in remaining:
