@@ -453,15 +453,17 @@ class _ShardGeometry(NamedTuple):
         keys.
         """
         heads = self.num_heads
-        group = heads // self.lanes.kv_heads
+        heads_of_key = heads // self.lanes.kv_heads
         zeros = zero_keys or [0] * heads
         counts = zip(queries.counts, keys.counts, zeros, strict=True)
         equal = [of_head if all(of_head[:2]) else None for of_head in counts]
         even = [*zip(queries.first_tokens, keys.first_tokens, keys.heads, strict=True)]
         folded = 1  # query heads that become the rows of one
-        if self.start + 1 == self.stop and _in_groups([*zip(equal, even, strict=True)], group):
-            folded = group
-        steps = (1, r, ceil_div(heads, r), group)
+        if self.start + 1 == self.stop and _in_groups(
+            [*zip(equal, even, strict=True)], heads_of_key
+        ):
+            folded = heads_of_key
+        steps = (1, r, ceil_div(heads, r), heads_of_key)
         for places in progressions(equal[::folded], even[::folded], steps):
             of_heads = Heads(places.number, places.first * folded, places.step * folded)
             of_queries = queries.view(of_heads, segments)

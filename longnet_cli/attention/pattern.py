@@ -243,9 +243,10 @@ class Pattern:
     def offsets(self, level: int, num_heads: int) -> tuple[int, ...]:
         """Return the offset of each head in a level, all below its dilation rate."""
         r = self.dilation_rates[level]
-        group = ceil_div(num_heads, r)
+        heads_of_offset = ceil_div(num_heads, r)
         return tuple(
-            h % r if self.head_offsets == "modulo" else h // group for h in range(num_heads)
+            h % r if self.head_offsets == "modulo" else h // heads_of_offset
+            for h in range(num_heads)
         )
 
     def farthest(self, layers: int) -> int | None:

@@ -343,14 +343,14 @@ class Lanes(NamedTuple):
 @lru_cache(maxsize=1 << 10)  # decoding asks several times per layer and token
 def _level_lanes(lanes: Lanes, level: int) -> LevelLanes:
     heads = lanes.num_heads
-    group = heads // lanes.kv_heads
+    heads_of_key = heads // lanes.kv_heads
     offsets = (0,) * heads
     if level != SINKS:
         offsets = lanes.pattern.offsets(level, heads)
     index_of: dict[tuple[int, int], int] = {}
     of_head: list[int] = []
     for head, offset in enumerate(offsets):
-        of_head.append(index_of.setdefault((head // group, offset), len(index_of)))
+        of_head.append(index_of.setdefault((head // heads_of_key, offset), len(index_of)))
     kv_heads, offsets = zip(*index_of, strict=True)
     return LevelLanes(kv_heads, offsets, tuple(of_head))
 

@@ -31,7 +31,12 @@ Batch = Mapping[str, pa.Array]  # the columns of a batch, by their names
 
 
 class BadRowError(DataError):
-    """An error of one row, which leaves out its whole document, and no other."""
+    """An error of one row, which leaves out its whole document, and no other.
+
+    `read_documents` makes an Unread of it, in place of the document. Without --skip-bad, `DocumentPass` raises it
+    again; with it, `RowJob.take` counts it. A null in a flat column, whose rows are single ids, leaves out the rest of
+    the file.
+    """
 
 
 class DocumentRows(NamedTuple):

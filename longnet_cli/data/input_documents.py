@@ -332,7 +332,7 @@ class Inputs:
             return Document(
                 group.doc_id,
                 collect(group.values),
-                tokenizer,
+                tokenizer,  # it counts the bytes of the text for which the ids stand
                 table.place(group.row),
                 limit=vocab_size,
                 place=table.place,

@@ -2,7 +2,8 @@
 
     texts --text_pieces.cut--> passages --PassageIndex--> SQLite's full-text search --find--> the best passages by BM25
 
-The index is in memory, or a file that knows its inputs by their sizes, times of change and contents.
+The index is in memory, or a file that knows its inputs by their sizes, times of change and contents. With `--vectors`,
+`jobs.passage_vectors` also finds passages by their meaning.
 """
 
 from __future__ import annotations

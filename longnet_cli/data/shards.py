@@ -78,8 +78,8 @@ class ShardFolder:
     `DocumentPass`).
 
     Raises ConfigError for a folder in use, other settings or a folder that cannot be written, DataError for a damaged
-    shard of the earlier run, LongNetError when a write fails. After an error the finished shards stay. If no shard is
-    finished, a LongNetError removes the folder.
+    shard of the earlier run, LongNetError when a write fails. After an error or Ctrl-C, the finished shards
+    stay and the open one goes. After a LongNetError without a finished shard, the folder goes, too.
     """
 
     def __init__(

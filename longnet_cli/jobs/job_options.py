@@ -23,7 +23,7 @@ def _refuse_below_one(**sizes: object) -> None:
             raise ConfigError(f"{name} must be 1 or more, not {size}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowOptions:
     """The common part of the options of `score` and `encode`: which documents have a row."""
 

@@ -117,12 +117,12 @@ def score(
     need the same documents. In one group of ranks, which share each document, all get all rows. Several groups divide
     the documents between them; then rank 0 gets all rows and the others none.
 
-    A document that is too long for the model, or has invalid ids, ends the run, unless
-    `events.left_out` counts it.
+    A document that is too long for the model, or has invalid ids, ends the run, unless `events.left_out`
+    counts it.
 
-    An empty document scores 0 tokens. `events.logprobs` gets the log-probabilities of all tokens in order, int64 ids
-    and float32 numbers, and with `top` the most likely tokens in their places. `events.progress` gets the number of
-    tokens that each forward pass has scored.
+    An empty document has a row of 0 tokens or, with `last`, none. `events.logprobs` gets the log-probabilities of all
+    tokens in order, int64 ids and float32 numbers, and with `top` the most likely tokens in their places.
+    `events.progress` gets the number of tokens that each forward pass has scored.
     Raises ConfigError for a model that cannot score and options that contradict each other. The reader raises
     ConfigError for a document with more tokens than the model reads, NoTokensError at the end if no document had a
     token to score, NotFiniteError for a log-probability that is NaN or infinite.

@@ -12,7 +12,9 @@ from .recipe import OptimizerRecipe
 
 
 def build_optimizers(model: Net, recipe: OptimizerRecipe) -> list[Optimizer]:
-    """Return fused AdamW and, if the recipe asks for it, Muon for the matrices of the layers. Only matrices decay.
+    """Return fused AdamW and, if the recipe asks for it, Muon for the matrices of the layers.
+
+    All matrices decay, embeddings too; biases and the weights of norms do not.
 
     If weights are to be sharded over ranks (`running.ranks.fsdp`), shard them first. Raises ConfigError for Muon on
     sharded weights.
