@@ -79,7 +79,8 @@ class ShardFolder:
 
     Raises ConfigError for a folder in use, other settings or a folder that cannot be written, DataError for a damaged
     shard of the earlier run, LongNetError when a write fails. After an error or Ctrl-C, the finished shards
-    stay and the open one goes. After a LongNetError without a finished shard, the folder goes, too.
+    stay and the open one goes; after Ctrl-C, `cli.output.say_what_is_kept` says so. After a LongNetError without a
+    finished shard, the folder goes, too.
     """
 
     def __init__(
