@@ -53,7 +53,7 @@ from .column_documents import (
 )
 from .file_kinds import ARROW_KINDS, sniff
 from .input_files import InputFile, InputFiles
-from .local_files import FileChangedError, no_place
+from .local_files import FileChangedError, spooling
 from .machine_shares import Share
 from .manifest import KEY
 from .opened_inputs import Stdin, Table, Text, reading
@@ -501,15 +501,12 @@ def _spooled(text: Text) -> Text:
         return text
 
     def parts() -> Iterator[str]:
-        try:
-            with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as file:
-                file.writelines(chain((following,), rest))
-                file.seek(0)
-                yield ""  # all has been read by now
-                while part := file.read(SPOOLED_PART):
-                    yield part
-        except OSError as error:
-            raise no_place(error) from error
+        with spooling(), tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as file:
+            file.writelines(chain((following,), rest))
+            file.seek(0)
+            yield ""  # all has been read by now
+            while part := file.read(SPOOLED_PART):
+                yield part
 
     waiting = parts()
     next(waiting)

@@ -142,11 +142,15 @@ def read_error(what: str, error: OSError, problem: str = "cannot read") -> LongN
     return DataError(f"{what}: {problem}: {reason}")
 
 
-def no_place(error: OSError) -> LongNetError:
-    """Return a one-line error for a temporary file that cannot be written."""
-    return LongNetError(
-        f"{tempfile.gettempdir()}: no place for a document larger than memory: {first_line(error)}; set TMPDIR"
-    )
+@contextmanager
+def spooling() -> Iterator[None]:
+    """Turn an error of the system about a temporary file into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise LongNetError(
+            f"{tempfile.gettempdir()}: no place for a document larger than memory: {first_line(error)}; set TMPDIR"
+        ) from error
 
 
 class Part(NamedTuple):

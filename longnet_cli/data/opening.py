@@ -33,7 +33,7 @@ from .file_kinds import (
 from .hdf5 import open_hdf5
 from .input_files import STDIN, InputFile
 from .jsonlines import open_json_lines
-from .local_files import LocalFile, no_place
+from .local_files import LocalFile, spooling
 from .opened_inputs import (
     BYTE_ORDER_MARK,
     Pipe,
@@ -131,13 +131,10 @@ def _open_pipe(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Tabl
 
 def _copy(pipe: Pipe) -> int:
     """Copy everything in a pipe to an unnamed temporary file, and return its descriptor."""
-    try:
-        with tempfile.TemporaryFile() as copy:
-            shutil.copyfileobj(pipe, copy, REMOTE_BUFFER)
-            copy.flush()
-            return os.dup(copy.fileno())
-    except OSError as error:
-        raise no_place(error) from error
+    with spooling(), tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(pipe, copy, REMOTE_BUFFER)
+        copy.flush()
+        return os.dup(copy.fileno())
 
 
 def _open_text(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Table:

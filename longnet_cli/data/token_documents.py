@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
 
-from .local_files import Part, no_place, reading_row
+from .local_files import Part, reading_row, spooling
 from .tokenizer import Tokenizer
 
 # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
@@ -235,14 +235,11 @@ def collect(parts: Iterable[Part]) -> list[Part]:
 
 def _spool(arrays: list[np.ndarray]) -> list[np.ndarray]:
     """Return the same (tokens,) arrays, of one dtype, as read-only views of one memory-mapped, unnamed file."""
-    try:
-        with tempfile.TemporaryFile() as file:
-            for array in arrays:
-                file.write(array.data)
-            file.flush()
-            joined = np.memmap(file, arrays[0].dtype, mode="r")
-    except OSError as error:
-        raise no_place(error) from error
+    with spooling(), tempfile.TemporaryFile() as file:
+        for array in arrays:
+            file.write(array.data)
+        file.flush()
+        joined = np.memmap(file, arrays[0].dtype, mode="r")
     return np.split(joined, np.cumsum([*map(len, arrays)])[:-1])
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longnet_cli.attention.pattern import ceil_div
-from longnet_cli.data.local_files import no_place
+from longnet_cli.data.local_files import spooling
 
 
 @dataclass(frozen=True)
@@ -285,10 +285,8 @@ class GainTally:
     def add(self, context: int | None, nats: np.ndarray) -> None:
         """Take the next (n,) float32 nats at a context. Raises LongNetError if the disk is full."""
         if context == self._ends[0]:
-            try:
+            with spooling():
                 self._kept.write(nats.tobytes())
-            except OSError as error:
-                raise no_place(error) from error
         elif context == self._ends[1] and len(nats):
             self._kept.seek(nats.itemsize * self.tokens)
             kept = self._kept.read(nats.nbytes)
