@@ -1,6 +1,7 @@
 """Errors that a user sees: one line, and an exit code that a script can test."""
 
 import re
+from typing import TypeGuard
 
 
 class LongNetError(Exception):
@@ -91,10 +92,15 @@ def one_line(said: object) -> str:
     return " ".join(str(said).split())
 
 
+def is_of_system(error: BaseException) -> TypeGuard[OSError]:
+    """Return whether an error comes from the operating system, which says why. pyarrow raises other OSErrors."""
+    return isinstance(error, OSError) and bool(error.strerror)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that is not blank, otherwise the error's type; no errno."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if is_of_system(error):
+        return str(error.strerror)
     lines = map(str.strip, str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
 

@@ -22,6 +22,8 @@ from longnet_cli.basics.errors import (
     InputWarning,
     LongNetError,
     MemoryLimitError,
+    first_line,
+    is_of_system,
     is_out_of_memory,
 )
 from longnet_cli.running.ranks.launch import (
@@ -199,8 +201,8 @@ def _explain(error: BaseException) -> int:
     if is_out_of_memory(error):
         _say(_with("out of memory", str(error)))
         return MemoryLimitError.exit_code
-    if isinstance(error, OSError) and error.strerror:
-        _say(_with(error.strerror, error.filename))
+    if is_of_system(error):
+        _say(_with(first_line(error), error.filename))
         return ConfigError.exit_code if error.errno == errno.ENAMETOOLONG else 1
     _say(f"{type(error).__name__}: {error} (run with LONGNET_TRACEBACK=1 for the traceback)")
     return 1

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.basics.errors import DataError, MemoryLimitError, first_line
+from longnet_cli.basics.errors import DataError, MemoryLimitError, first_line, is_of_system
 
 from .local_files import LocalIds, read_error, reading_row
 
@@ -312,7 +312,7 @@ def reading(what: str) -> Iterator[None]:
         raise DataError(f"{what}: pyarrow does not read this ({first_line(error)})") from error
     # pyarrow also raises ValueError for a name that is not UTF-8, and OverflowError for a size past 2^63
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        if isinstance(error, OSError) and error.strerror:
+        if is_of_system(error):
             raise read_error(what, error) from error
         reason = "the data is damaged or truncated"
         if "decrypt" in str(error):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from longnet_cli.basics.errors import DataError, first_line
+from longnet_cli.basics.errors import DataError, first_line, is_of_system
 
 from . import arrow
 from .column_choice import Wanted
@@ -287,7 +287,7 @@ class _Unpacked(io.RawIOBase):
         try:
             data = self._read(min(len(out), STEP))
         except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError) as error:
-            if isinstance(error, OSError) and error.strerror:
+            if is_of_system(error):
                 raise  # an error of the disk
             self._damage = DataError(
                 f"{self._where}: the {self._kind} data is damaged or truncated ({first_line(error)})"
