@@ -243,15 +243,14 @@ class Pipe:
         self._position -= len(head)
         return head
 
-    def read(self, size: int = -1) -> bytes:
-        wanted = sys.maxsize if size < 0 else size
-        parts = [bytes(self._head[:wanted])] if self._head else []
-        del self._head[:wanted]
-        missing = wanted - sum(map(len, parts))
+    def read(self, size: int) -> bytes:
+        parts = [bytes(self._head[:size])] if self._head else []
+        del self._head[:size]
+        missing = size - sum(map(len, parts))
         while missing and (part := self._raw.read(min(missing, 1 << 30))):
             parts.append(part)
             missing -= len(part)
-        self._position += wanted - missing
+        self._position += size - missing
         return b"".join(parts)
 
     def readline(self) -> bytes:

@@ -8,11 +8,11 @@ import codecs
 import gzip
 import io
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -132,7 +132,7 @@ def _open_pipe(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Tabl
 def _copy(pipe: Pipe) -> int:
     """Copy everything in a pipe to an unnamed temporary file, and return its descriptor."""
     with spooling(), tempfile.TemporaryFile() as copy:
-        shutil.copyfileobj(pipe, copy, REMOTE_BUFFER)
+        copy.writelines(iter(partial(pipe.read, REMOTE_BUFFER), b""))
         copy.flush()
         return os.dup(copy.fileno())
 
@@ -259,7 +259,7 @@ def _leaf_values(column: pa.Array) -> int:
 class _Steps(Pipe):
     """A packed file that is read in steps: pyarrow unpacks all that one read has returned before it hands on any."""
 
-    def read(self, size: int = STEP) -> bytes:
+    def read(self, size: int) -> bytes:
         return bytes(self._raw.read(min(size, STEP)))
 
 
