@@ -94,22 +94,22 @@ def _open_remote(input_file: InputFile, wanted: Wanted) -> Text | Table:
     file = open_remote(input_file.filesystem, str(input_file.path), input_file.where)
     # A store that is busy answers with some lines. pyarrow tries again only if they fit what it asked for.
     kind = sniff(file.read(BUSY_ANSWER)[:8])
+    file.seek(0)
     # The reader of Parquet asks for the columns that it needs; a buffer would read more
-    if kind != "parquet":
-        file = io.BufferedReader(file, REMOTE_BUFFER)
-    return _open_file(input_file, kind, file, wanted)
+    if kind == "parquet":
+        return _open_parquet(input_file.name, input_file.where, file)
+    buffered = io.BufferedReader(file, REMOTE_BUFFER)
+    if kind == "hdf5":
+        return open_hdf5(input_file.name, input_file.where, buffered)
+    return _open_pipe(input_file, Pipe(buffered), wanted)
 
 
-def _open_file(input_file: InputFile, kind: str, stream: Any, wanted: Wanted) -> Text | Table:
-    """Open `stream`, a binary file that can seek: a LocalFile, or one in a store."""
-    stream.seek(0)
-    if opens := _SEEKING.get(kind):
-        return opens(input_file.name, input_file.where, stream)
-    if not isinstance(stream, LocalFile):  # of a store, which has a buffer
-        return _open_pipe(input_file, Pipe(stream), wanted)
-    if kind == "file":
-        return arrow.open_file(input_file.name, input_file.where, stream)
-    return _open_pipe(input_file, Pipe(io.BufferedReader(stream, TEXT_BUFFER)), wanted)
+def _open_file(input_file: InputFile, kind: str, file: LocalFile, wanted: Wanted) -> Text | Table:
+    """Open a file on this machine."""
+    file.seek(0)
+    if opens := _OF_TABLES.get(kind):
+        return opens(input_file.name, input_file.where, file)
+    return _open_pipe(input_file, Pipe(io.BufferedReader(file, TEXT_BUFFER)), wanted)
 
 
 def _open_pipe(input_file: InputFile, pipe: Pipe, wanted: Wanted) -> Text | Table:
@@ -233,10 +233,11 @@ def _open_parquet(name: str, where: str, file: Any) -> Table:
     return Table(name, where, parquet.schema_arrow, batches, "Parquet", fraction=fraction)
 
 
-_SEEKING = {
+_OF_TABLES = {
+    "file": arrow.open_file,
+    "stream": arrow.open_ipc_stream,
     "parquet": _open_parquet,
     "hdf5": open_hdf5,
-    "stream": arrow.open_ipc_stream,
 }
 
 
