@@ -1,5 +1,7 @@
 """The choice of a table's columns (documents, their names, columns to carry along), and a check of token types."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
@@ -43,19 +45,6 @@ class Wanted:
     @property
     def names(self) -> list[str]:
         return [name for name in (self.column, self.id_column, *self.keep) if name is not None]
-
-
-class _Usual(NamedTuple):
-    """The usual columns of documents that are read in one form.
-
-    `groups` are those of the documents, the first group before the others, with a test of their types, and `what` is
-    what they hold. `doc_ids` may hold the names of documents, `parts` the numbers of their rows.
-    """
-
-    groups: Sequence[Mapping[str, Callable[[pa.DataType], bool]]]
-    what: str
-    doc_ids: Sequence[str] = ID_COLUMNS
-    parts: Sequence[str] = ("part",)
 
 
 class Columns(NamedTuple):
@@ -141,16 +130,15 @@ def choose_columns(
                     f"{name!r}"
                 )
     else:
-        doc_id = wanted.id_column or _id_column(table, documents, usual.doc_ids)
+        doc_ids = [name for name in _fitting(table, usual.doc_ids) if name != documents]
+        doc_id = wanted.id_column or next(iter(doc_ids), None)
         part = None
         if doc_id:
             if not _is_name(id_type := _type(table, doc_id)):
                 raise DataError(
                     f"{table.where}: {doc_id} has type {id_type}: text or whole numbers are needed"
                 )
-            kinds = _types(table)
-            counts = (name for name in usual.parts if pa.types.is_integer(kinds.get(name, NO_TYPE)))
-            part = next(counts, None)
+            part = next(iter(_fitting(table, usual.parts)), None)
         places = [names for names in COORDS if coords and {*names} <= {*present}]
         chosen = Columns(documents, kind, doc_id, part, wanted.keep, *places[:1])
     for used in (*chosen.names, "doc_id", "part"):
@@ -159,15 +147,6 @@ def choose_columns(
                 f"{table.where}: several columns are named {used!r}: rename them, or leave the others out"
             )
     return chosen
-
-
-def _id_column(table: Table, documents: str, usual: Sequence[str]) -> str | None:
-    """Return the usual column of names, None without one. An `id` that names no document is none."""
-    others = _types(table)
-    others.pop(documents, None)
-    if not _is_name(others.get("id", NO_TYPE)):
-        others.pop("id", None)
-    return next((name for name in usual if name in others), None)
 
 
 def _is_name(kind: pa.DataType) -> bool:
@@ -187,9 +166,10 @@ def _type(table: Table, name: str) -> pa.DataType:
     return place.type
 
 
-def _types(table: Table) -> dict[str, pa.DataType]:
-    """Return the type of each column of a table."""
-    return dict(zip(table.schema.names, table.schema.types, strict=True))
+def _fitting(table: Table, tests: _Tests) -> list[str]:
+    """Return the names of the columns that a table has, if their types pass the tests."""
+    kinds = dict(zip(table.schema.names, table.schema.types, strict=True))
+    return [name for name, fits in tests.items() if name in kinds and fits(kinds[name])]
 
 
 def _refusal(table: Table, problem: str) -> ConfigError:
@@ -205,9 +185,8 @@ def _choose(table: Table, column: str | None, usual: _Usual) -> str:
         if any(test(kind) for group in groups for test in group.values()):
             return column
         raise _refusal(table, f"column {column!r} does not hold {usual.what}")
-    kinds = _types(table)
     for group in groups:
-        fitting = [name for name, test in group.items() if test(kinds.get(name, NO_TYPE))]
+        fitting = _fitting(table, group)
         if len(fitting) > 1:
             several = f"several columns may hold the documents ({', '.join(fitting)})"
             raise _refusal(table, f"{several}: choose one (--column)")
@@ -261,6 +240,29 @@ def _is_id_list(kind: pa.DataType) -> bool:
     return _item_type(kind) in INTEGERS
 
 
+def _is_any(kind: pa.DataType) -> bool:
+    return True
+
+
+_Tests = Mapping[str, Callable[[pa.DataType], bool]]  # of the types of columns, by their names
+# A `doc_id` that holds no names is refused later; an `id` may be something else
+_DOC_IDS = {"doc_id": _is_any, "id": _is_name}
+_PARTS = {"part": pa.types.is_integer}
+
+
+class _Usual(NamedTuple):
+    """The usual columns of documents that are read in one form, each with a test of its type.
+
+    `groups` are those of the documents, the first group before the others, and `what` is what they hold. `doc_ids` may
+    hold the names of documents, `parts` the numbers of their rows.
+    """
+
+    groups: Sequence[_Tests]
+    what: str
+    doc_ids: _Tests = _DOC_IDS
+    parts: _Tests = _PARTS
+
+
 _ID_LISTS = dict.fromkeys(TOKEN_COLUMNS, _is_id_list)
 _TEXT = {"text": is_text}
 _CHATS = {CHAT_COLUMN: is_chat}
@@ -275,7 +277,7 @@ _FORMS: dict[Form, _Usual] = {
     "vectors": _Usual(
         (_VECTORS,),
         "vectors, lists of float16, float32 or float64, which the model reads",
-        ("slide_id", "doc_id"),
-        ("part", "span"),
+        dict.fromkeys(("slide_id", "doc_id"), _is_any),
+        dict.fromkeys(("part", "span"), pa.types.is_integer),
     ),
 }
