@@ -45,19 +45,23 @@ class LocalFile(io.RawIOBase):
     After each read, size and modification time must be the same as when the file was opened. Replacing the file by a
     rename is no error: the opened file can still be read.
 
-    Raises OSError when it cannot be opened. Reading raises FileChangedError, and DataError when the disk fails.
+    Reading raises FileChangedError, and DataError when the disk fails.
     """
 
-    def __init__(self, file: str | Path | int, where: str) -> None:
-        """Open a path, or take a descriptor, which is closed with this object. `where` is its name in messages."""
+    def __init__(self, handle: int, where: str) -> None:
+        """Take a descriptor, which is closed with this object. `where` is the name of the file in messages."""
         super().__init__()
         self.where = where
-        self._handle = -1
-        self._handle = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        status = os.fstat(self._handle)
+        self._handle = handle
+        status = os.fstat(handle)
         self.size = status.st_size
         self._written = status.st_mtime_ns
         self._position = 0
+
+    @classmethod
+    def open(cls, path: str | Path, where: str) -> "LocalFile":
+        """Open a file. Raises OSError when it cannot be opened."""
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), where)
 
     def read_at(self, offset: int, out: Any) -> None:
         """Fill `out`, a contiguous array or memoryview, with the file's bytes from `offset` on."""
@@ -102,7 +106,7 @@ class LocalFile(io.RawIOBase):
 
     def close(self) -> None:
         """Close the file. This also happens when nothing refers to it any more."""
-        if not self.closed and self._handle >= 0:
+        if not self.closed:
             os.close(self._handle)
         super().close()
 

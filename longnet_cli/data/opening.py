@@ -75,7 +75,7 @@ def open_input(input_file: InputFile, wanted: Wanted) -> Text | Table:
         # A named pipe, the shell's <(command), or a kernel file (/proc), whose size is 0.
         if not input_file.size:
             return _open_pipe(input_file, Pipe(open(input_file.path, "rb")), wanted)
-        file = LocalFile(input_file.path, input_file.where)
+        file = LocalFile.open(input_file.path, input_file.where)
         opened = _open_file(input_file, sniff(file.read(8)), file, wanted)
         if isinstance(opened, Text):
             return opened

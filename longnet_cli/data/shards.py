@@ -280,7 +280,7 @@ def _check_shard(path: Path, schema: pa.Schema, rows: int | None) -> None:
     Without `rows`, it may have any number.
     """
     try:
-        with reading(str(path)), LocalFile(path, str(path)) as file:
+        with reading(str(path)), LocalFile.open(path, str(path)) as file:
             if path.suffix == ".parquet":
                 import pyarrow.parquet as pq  # imported late: 30 ms that IPC output does not need
 

@@ -578,7 +578,7 @@ def test_a_table_that_has_been_read_keeps_one_file_open(tmp_path):
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_text_that_changes_while_it_is_read(tmp_path, change):
     path = write(tmp_path / "x.txt", "text")
-    opened = files.LocalFile(path, "x.txt")
+    opened = files.LocalFile.open(path, "x.txt")
     assert opened.read(1 << 20)
     CHANGES[change](path)
     with pytest.raises(DataError, match=r"x\.txt: the file changed while it was read"):
