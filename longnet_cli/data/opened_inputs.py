@@ -155,13 +155,7 @@ def pick(batch: pa.RecordBatch, name: str) -> pa.Array:
 def plain(column: pa.Array) -> pa.Array:
     """Return the same values in a plain type: no dictionary, extension type or view, which pyarrow does not take."""
     if pa.types.is_dictionary(column.type):
-        indices = column.indices
-        values = plain(column.dictionary)
-        return pa.DictionaryArray.from_arrays(
-            indices,
-            values,
-            ordered=column.type.ordered,
-        ).dictionary_decode()
+        return plain(column.dictionary).take(column.indices)
     if isinstance(column, pa.ExtensionArray):
         return column.storage
     kind = _without_views(column.type)
