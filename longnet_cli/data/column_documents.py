@@ -142,11 +142,11 @@ def group_rows(
     `values_of` returns a value for each row of a batch, from the number of its first row and its columns. Neighbours
     that share a doc_id are one document. Its parts, where known, must be 0, 1, 2, ... A row whose name cannot be read
     belongs to a document that has rows both before and after it. With `whole`, all rows are one document of this name,
-    which may be empty. With `apart`, which names them, in a table of `rows_alone`, and without names, every row is a
-    document. Such a row does not wait for the next one.
+    which may be empty. With `apart`, which names them, and in a table of `rows_alone`, every row is a document. Such a
+    row, and a row of stdin without a name, does not wait for the next one.
     """
     rows = _read_rows(table, columns, values_of, whole)
-    if apart or table.rows_alone or not (columns.doc_id or whole):
+    if apart or table.rows_alone or (table.ready and not columns.doc_id and not whole):
         for row in rows:
             doc_id = apart.name(row.doc_id) if apart else row.doc_id
             yield row._replace(doc_id=doc_id, values=_values(table, doc_id, iter((row,))))
