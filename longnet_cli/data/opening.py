@@ -1,7 +1,8 @@
 """File formats, known by contents: Arrow IPC file or stream, Parquet, HDF5, JSON Lines, UTF-8 text.
 
 Any of them may be compressed: the unpacked data is then read as from a pipe. A new format is one more case of
-`open_input`, in `_open_file` and `_open_pipe`. Every failure is one line that names the file and the batch.
+`open_input`, in `_OF_TABLES`, `_open_remote` and `_open_pipe`. Every failure is one line that names the file and the
+batch.
 """
 
 import codecs
