@@ -97,7 +97,7 @@ class CpuFlashKernel(Kernel):
         return dq, dk, dv
 
     def _side_by_side(self, x: Tensor) -> Tensor:
-        """Return x (.., rows, head_dim) with its rows beside each other if they lie more than a page apart."""
+        """Return x (.., rows, head_dim), as a contiguous copy if its rows lie more than a page apart."""
         return x.contiguous() if x.stride(2) * x.element_size() > self._PAGE else x
 
     def _step_ends(
@@ -173,7 +173,10 @@ def _select(
     name: str | None,
     always_equal: bool,
 ) -> Kernel:
-    """Return the first kernel that works. With deterministic algorithms (`always_equal`), other kernels may fail."""
+    """Return the first kernel that works.
+
+    `always_equal` is a part of the cache's key: with deterministic algorithms, other kernels may fail.
+    """
     if name is not None and name not in KERNELS:
         raise ValueError(f"unknown attention kernel {name!r}: choose from {', '.join(KERNELS)}")
     for kernel in [KERNELS[name]] if name else KERNELS.values():
@@ -234,11 +237,11 @@ def _difference(kernel: Kernel, x: Tensor) -> str | None:
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(x.dtype, 3e-2)
     for keys, values, causal in ((k, v, True), (shared_k, shared_v, False)):
         tensors = (dout, q, keys, values, out, lse)
-        found = _results(kernel, tensors, causal, scale)
-        expected = _results(math, tensors, causal, scale)
-        for name, of_math in expected.items():
-            off = (wide(found[name]) - of_math).norm() / of_math.norm()
-            error = off.item()
+        of_kernel = _results(kernel, tensors, causal, scale)
+        of_math = _results(math, tensors, causal, scale)
+        for name, expected in of_math.items():
+            difference = wide(of_kernel[name]) - expected
+            error = (difference.norm() / expected.norm()).item()
             if not error <= tolerance:
                 return f"its {name} is off by {error:.1e}"
     return None

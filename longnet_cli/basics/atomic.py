@@ -30,8 +30,8 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 def writing(what: str | Path, failure: type[LongNetError] = LongNetError) -> Iterator[None]:
     """Turn a failed write (a full disk, a file too large) into a LongNetError that names what was being written.
 
-    A full disk raises LongNetError, any other failure raises `failure`: ConfigError, if an option has named the path. A
-    BrokenPipeError passes through unchanged: the reader has read enough.
+    A full disk raises LongNetError (exit code 1), any other failure raises `failure`. Give ConfigError for `failure`
+    where an option has named the path. A BrokenPipeError passes through unchanged: the reader has read enough.
     """
     try:
         yield

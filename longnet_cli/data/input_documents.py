@@ -97,7 +97,7 @@ SPOOLED_PART = 1 << 24  # characters per read of a text in a temporary file
 class Inputs:
     """The documents in the files that `names` stand for: files, folders, globs, @lists, URIs and `-` for stdin.
 
-    A row is a document. Neighbouring rows of a file with one `doc_id` or `id` are one document: a `part` column
+    A row is a document; but neighbouring rows of a file with one `doc_id` or `id` are one document, and a `part` column
     must then count 0, 1, 2, .... For `column`, `id_column` and `keep`, see `Wanted`.
 
     Text needs the `tokenizer`, and chats (`messages`) its chat template. A flat integer column is cut at `eos_id`

@@ -15,7 +15,11 @@ from .manifest import MANIFESTS, Manifest, differing, parse_manifest
 
 
 class Share(NamedTuple):
-    """Share `number` of `count`, written `2/4`."""
+    """Share `number` of `count`, written `2/4`.
+
+    It is a share of the files (`Inputs.files` takes it) or, where there are fewer files than shares, of the documents
+    (`DocumentPass` takes it).
+    """
 
     number: int
     count: int  # type: ignore[assignment]

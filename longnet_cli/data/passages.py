@@ -266,7 +266,7 @@ class PassageIndex:
         ]
 
     def places(self) -> list[tuple[int, str, int, int]]:
-        """Return the number, document, and first and last character of each passage, in order."""
+        """Return the number, the document, and the characters [start, end) of each passage, in order."""
         return self._run("SELECT rowid, doc_id, char_start, char_end FROM passages ORDER BY rowid")
 
 

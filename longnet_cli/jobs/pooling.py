@@ -85,7 +85,7 @@ class Pooling:
         self.after = after
         self.end = min(ends[-1], len(document))
         self.position = begin - before  # the next token; less than `begin` before the document
-        self.vector: Tensor | None = None  # of the whole document, by `pool_together`
+        self.vector: Tensor | None = None  # of the whole document, if `pool_together` has made it
         self._reset(skipped)
 
     def is_whole(self, hidden: Tensor, most: int) -> bool:

@@ -46,7 +46,7 @@ class Task(NamedTuple):
 
 
 class ReadingPlan:
-    """Sums over what a `Reader` of a net with this `config` reads in chunks, which keep no window.
+    """Sums over the windows that a `Reader` of a net with this `config` reads in chunks. No window is kept.
 
     `documents` counts documents of `tokens` in all and `longest_document` at most; `left_out` those that --skip-bad
     leaves out. `read` are the tokens of all forward passes, padding included, and `scored` those that have logits.

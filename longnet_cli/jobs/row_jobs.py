@@ -96,7 +96,7 @@ class RowJob(ABC):
 
     schema: pa.Schema
     kept_fields: Sequence[pa.Field] = ()
-    no_tokens_error: str  # the error for rows without any token
+    no_tokens_error: str  # the text of the error for rows without any token
     doing: ClassVar[str]
     row_name: ClassVar[str]
     # The columns of a document of text, before those that it carries
@@ -119,7 +119,7 @@ class RowJob(ABC):
         self.reader = reader
         self.options = options
         self.facts = facts
-        # of a document that has a row
+        # a document with fewer has no row
         self.fewest_tokens = options.fewest_tokens(facts.first_target)
 
     @abstractmethod
@@ -128,7 +128,10 @@ class RowJob(ABC):
 
     @abstractmethod
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yield (tokens, tokens that have logits) of each window in which a document of so many tokens is read."""
+        """Yield (tokens, tokens that have logits) of each window in which a document of so many tokens is read.
+
+        A document without a row (`admit`) does not come here, nor in the plan of a dry run.
+        """
 
     @abstractmethod
     def results(self, sequences: Iterable[InputSequence[Document]]) -> Iterator[pa.RecordBatch]:

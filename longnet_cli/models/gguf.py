@@ -120,8 +120,9 @@ def convert_gguf(
             reader = stack.enter_context(_read_once(path))
             progress(0)
             types = {tensor.tensor_type.name for tensor in reader.tensors}
-            widest = max(types & {"F16", "BF16"}, default="F32")
-            dtype = dtype or (_PLAIN[widest] if types <= _PLAIN.keys() else torch.bfloat16)
+            # F16 if there are both
+            half = max(types & {"F16", "BF16"}, default="F32")
+            dtype = dtype or (_PLAIN[half] if types <= _PLAIN.keys() else torch.bfloat16)
             source = {"gguf_file": path.name, "local_files_only": True}
             arch = architecture(reader)
             config = complete(hf.AutoConfig.from_pretrained(path.parent, **source), reader, arch)

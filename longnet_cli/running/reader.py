@@ -35,9 +35,9 @@ from longnet_cli.running.ranks.ranks import ALONE, Ranks
 # for one chunk's activations; a GPU takes an eighth of its free memory if that is more
 CHUNK_BYTES = 256 << 20
 SHORTEST_CHUNK = 256  # below it, the calls cost more than the computation
-# Other jobs have a number of tokens, on a CPU and on a GPU. A recipe trains with the same chunk on every CPU, and with
-# the longest that fits on a GPU: beyond GPU_TRAINING_CHUNK, none keeps it busier. The rows of `bench` compare models
-# and patterns, at the same chunk; with a shorter one, a GPU waits for the CPU.
+# In other jobs, the chunk is a fixed number of tokens, one for a CPU and one for a GPU. A recipe trains with the same
+# chunk on every CPU, and with the longest that fits on a GPU: beyond GPU_TRAINING_CHUNK, none keeps it busier. The rows
+# of `bench` compare models and patterns, at the same chunk; with a shorter one, a GPU waits for the CPU.
 TRAINING_CHUNK = 1 << 14
 GPU_TRAINING_CHUNK = 1 << 17
 BENCH_CHUNK = 1 << 16

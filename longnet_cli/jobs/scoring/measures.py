@@ -316,7 +316,7 @@ class GainTally:
         self._open = joined[whole:]
 
     def _end_blocks(self, gained: np.ndarray) -> None:
-        """Add full blocks of gains, (blocks, tokens per block)."""
+        """Add blocks of gains, (blocks, tokens per block): full ones or, at the end, one that is shorter."""
         blocks, tokens_of_block = gained.shape
         sums = gained.sum(1)
         tokens = np.full(blocks, tokens_of_block)

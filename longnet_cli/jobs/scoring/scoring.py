@@ -81,7 +81,7 @@ class Cut:
             yield start, end + to_input, counted + to_input
 
     def longest(self, tokens: int) -> int:
-        """Return the number of targets in the longest window of a document of `tokens` tokens, 0 if it is left out."""
+        """Return the targets in the longest window of a document of `tokens` tokens, 0 for one without a row."""
         if tokens < self.fewest_tokens:
             return 0
         longest = max(self.options.context or (tokens,))
@@ -267,7 +267,7 @@ class Scorer(RowJob):
         return sequence.check(instead, self.cut.longest(len(document)) + more)
 
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
-        if tokens < self.fewest_tokens:
+        if tokens < self.fewest_tokens:  # the head of a document, which a dry run tries
             return
         for context in self.options.contexts:
             for start, stop, wanted in self.cut.windows(tokens, context):

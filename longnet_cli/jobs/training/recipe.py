@@ -225,8 +225,10 @@ class ParallelRecipe(StrictModel):
     """`full` gives each process a part of the weights, gradients and optimizer state (FSDP2); `none` gives it all."""
 
 
-# Keys that may differ between a checkpoint and the run that continues it: they change no number beyond rounding. The
-# tokenizer and the initial model may only be in another place: their contents are compared as well.
+# Keys that may differ between a checkpoint and the run that continues it. The initial model, the tokenizer and the data
+# may only be in another place: what they hold is compared as well (of the data, the lengths of all documents and the
+# first tokens: `TokenWindows`). The others change no step beyond rounding; they say when a run stops, saves, evaluates
+# and logs.
 FREE_TO_CHANGE = {
     "init",
     "data.train",

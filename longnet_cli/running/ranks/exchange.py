@@ -392,7 +392,7 @@ class _RoundTrip:
         sizes = self.from_others, self.to_others
         self.message = _Message(rows, self.maps.arriving, sizes, self.group)
         # through `data`, so that autograd does not notice that the memory is filled later
-        parcels = self._parcels(self.far.data)
+        parcels = self._views(self.far.data)
         return [*chain(*parcels)]
 
     def arrive(self) -> None:
@@ -414,7 +414,7 @@ class _RoundTrip:
             return
         joined = self.maps.joined
         gradients = self.far.new_zeros(len(joined), 2, self.width)
-        parcels = self._parcels(gradients.transpose(0, 1))
+        parcels = self._views(gradients.transpose(0, 1))
         for span_of_parcel, *of_parcel in self.gradients:
             number = self.spans.index(span_of_parcel)
             for place, gradient in zip(parcels[number], of_parcel, strict=True):
@@ -437,7 +437,7 @@ class _RoundTrip:
         of_keys, of_values = sums.to(rows.dtype).unbind(1)
         return [of_keys.reshape(self.shape), of_values.reshape(self.shape)]
 
-    def _parcels(self, rows: Tensor) -> list[tuple[Tensor, ...]]:
+    def _views(self, rows: Tensor) -> list[tuple[Tensor, ...]]:
         """Return views of k and v of each joined parcel, (B, rows, lanes, D), in rows (k and v, rows of all, D)."""
         sizes = [prod(shape[:-1]) for shape in self.shapes]
         pairs = zip(rows.split(sizes, 1), self.shapes, strict=True)
