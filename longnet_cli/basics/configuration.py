@@ -65,7 +65,7 @@ def validate(cls: type[ModelT], data: Mapping[str, Any], where: str) -> ModelT:
     nearest existing key for an unknown one. For that, `cls` must forbid extra keys.
     """
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: expected keys and values, got {short_repr(data)}")
+        raise ConfigError(f"{where}: expected keys and values, got {_short(data)}")
     try:
         return cls.model_validate(dict(data))
     except ValidationError as error:
@@ -151,7 +151,7 @@ def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
             # a validator's own ValueError is already a sentence; pydantic's messages need the value beside them
             line = " ".join(item["msg"].removeprefix("Value error, ").split())
             if item["type"] != "value_error":
-                line += f" (got {short_repr(item['input'])})"
+                line += f" (got {_short(item['input'])})"
             mistakes.append((path, f"{path}: {line}" if path else line))
     return unknown + [line for path, line in mistakes if path not in meant]
 
@@ -178,7 +178,6 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [*chain.from_iterable(map(_models_in, get_args(annotation)))]
 
 
-def short_repr(value: object) -> str:
-    """Return the `repr` of a value on one line, cut to 60 characters."""
+def _short(value: object) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from longnet_cli.basics.configuration import short_repr
 from longnet_cli.basics.errors import (
     ConfigError,
     DataError,
@@ -487,8 +486,9 @@ def _metadata_int(table: Table, key: str) -> int | None:
     if written is None:
         return None
     if not re.fullmatch(r"\d{1,18}", written):  # int64 holds any number of 18 digits
+        shown = written if len(written) <= 40 else f"{written[:37]}..."
         raise DataError(
-            f"{table.where}: the data is damaged: {key} in its metadata is {short_repr(written)}, not a number of ids"
+            f"{table.where}: the data is damaged: {key} in its metadata is {shown!r}, not a number of ids"
         )
     return int(written)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from longnet_cli.attention.notation import PATTERN_FIELDS, format_pattern, read_pattern
-from longnet_cli.basics.configuration import StrictModel, as_list, parse, read_text, validate
+from longnet_cli.basics.configuration import StrictModel, parse, read_text, validate
 from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_address
 from longnet_cli.basics.model_files import TOKENIZER
 from longnet_cli.basics.sizes import DTYPES_OF_TORCH, parse_size
@@ -32,7 +32,9 @@ else:
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Names = Annotated[list[str], BeforeValidator(as_list)]
+Names = Annotated[
+    list[str], BeforeValidator(lambda names: [names] if isinstance(names, str) else names)
+]
 Size = Annotated[
     int,
     BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size),

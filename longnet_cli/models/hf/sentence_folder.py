@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tokenizers
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import normalizers
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from longnet_cli.basics.configuration import (
     ModelT,
-    as_list,
     parse,
     read_text,
     validate,
@@ -137,8 +136,13 @@ class _TransformerSettings(_FileKeys, extra="forbid"):
 
 
 class _PoolingSettings(_NullableKeys, extra="allow"):
-    pooling_mode: Annotated[list[str], BeforeValidator(as_list)] = Field(default=[], min_length=1)
+    pooling_mode: list[str] = Field(default=[], min_length=1)
     include_prompt: bool = True
+
+    @field_validator("pooling_mode", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class _NormalizeSettings(_FileKeys):
