@@ -34,7 +34,8 @@ def select_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda":
-        count = torch.cuda.device_count()
+        # with a driver that is too old, the count may be above 0
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise ConfigError(
                 f"there is no device {name!r} here ({count} CUDA devices): use --device cpu or auto"
