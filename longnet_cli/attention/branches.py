@@ -459,9 +459,8 @@ class _ShardGeometry(NamedTuple):
         equal = [of_head if all(of_head[:2]) else None for of_head in counts]
         even = [*zip(queries.first_tokens, keys.first_tokens, keys.heads, strict=True)]
         folded = 1  # query heads that become the rows of one
-        if self.start + 1 == self.stop and _in_groups(
-            [*zip(equal, even, strict=True)], heads_of_key
-        ):
+        shapes = [*zip(equal, even, strict=True)]
+        if self.start + 1 == self.stop and _in_groups(shapes, heads_of_key):
             folded = heads_of_key
         steps = (1, r, ceil_div(heads, r), heads_of_key)
         for places in progressions(equal[::folded], even[::folded], steps):

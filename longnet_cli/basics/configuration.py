@@ -112,7 +112,7 @@ def without_none(table: Mapping[KeyT, ValueT | None]) -> dict[KeyT, ValueT]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Return the items of a list or tuple; of any other value, a list of it alone."""
+    """Return a list or a tuple as a list, and any other value as a list of one."""
     return [*value] if isinstance(value, list | tuple) else [value]
 
 

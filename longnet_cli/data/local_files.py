@@ -148,7 +148,7 @@ def read_error(what: str, error: OSError, problem: str = "cannot read") -> LongN
 
 @contextmanager
 def spooling() -> Iterator[None]:
-    """Turn an error of the system about a temporary file into one line."""
+    """Turn an OSError, of a temporary file that cannot be written, into a LongNetError of one line."""
     try:
         yield
     except OSError as error:

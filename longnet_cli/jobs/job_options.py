@@ -30,8 +30,8 @@ class RowOptions:
     def fewest_tokens(self, first_target: int) -> int:
         """Return the fewest tokens of a document that has a row; `first_target` is the first that can be scored.
 
-        `RowJob.admit` counts a document with fewer. At the end, the command says how many there were: `longnet: note: 3
-        documents too short, and left out`, or `3 documents empty`.
+        `RowJob.admit` counts a document with fewer. At the end, the command says how many there were:
+        `3 documents too short, and left out`, or `3 documents empty`.
         """
         raise NotImplementedError
 

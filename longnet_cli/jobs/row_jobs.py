@@ -130,7 +130,7 @@ class RowJob(ABC):
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
         """Yield (tokens, tokens that have logits) of each window in which a document of so many tokens is read.
 
-        A document without a row (`admit`) does not come here, nor in the plan of a dry run.
+        The document has a row (`admit`), or is the head of one that a dry run tries.
         """
 
     @abstractmethod

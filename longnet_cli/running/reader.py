@@ -35,9 +35,9 @@ from longnet_cli.running.ranks.ranks import ALONE, Ranks
 # for one chunk's activations; a GPU takes an eighth of its free memory if that is more
 CHUNK_BYTES = 256 << 20
 SHORTEST_CHUNK = 256  # below it, the calls cost more than the computation
-# In other jobs, the chunk is a fixed number of tokens, one for a CPU and one for a GPU. A recipe trains with the same
-# chunk on every CPU, and with the longest that fits on a GPU: beyond GPU_TRAINING_CHUNK, none keeps it busier. The rows
-# of `bench` compare models and patterns, at the same chunk; with a shorter one, a GPU waits for the CPU.
+# A recipe trains with TRAINING_CHUNK on every CPU. On a GPU, it takes the longest chunk that fits; beyond
+# GPU_TRAINING_CHUNK, no chunk keeps the GPU busier. The rows of `bench` compare models and patterns, so all of them
+# have one chunk; a GPU has a longer one, because with a shorter one it waits for the CPU.
 TRAINING_CHUNK = 1 << 14
 GPU_TRAINING_CHUNK = 1 << 17
 BENCH_CHUNK = 1 << 16

@@ -117,8 +117,8 @@ def score(
     need the same documents. In one group of ranks, which share each document, all get all rows. Several groups divide
     the documents between them; then rank 0 gets all rows and the others none.
 
-    A document that is too long for the model, or has invalid ids, ends the run, unless `events.left_out`
-    counts it.
+    A document that is too long for the model, or has invalid ids, ends the run, unless
+    `events.left_out` counts it.
 
     An empty document has a row of 0 tokens or, with `last`, none. `events.logprobs` gets the log-probabilities of all
     tokens in order, int64 ids and float32 numbers, and with `top` the most likely tokens in their places.
@@ -267,7 +267,7 @@ class Scorer(RowJob):
         return sequence.check(instead, self.cut.longest(len(document)) + more)
 
     def window_sizes(self, tokens: int) -> Iterator[tuple[int, int]]:
-        if tokens < self.fewest_tokens:  # the head of a document, which a dry run tries
+        if tokens < self.fewest_tokens:  # such a head
             return
         for context in self.options.contexts:
             for start, stop, wanted in self.cut.windows(tokens, context):

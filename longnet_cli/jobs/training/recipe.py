@@ -228,9 +228,9 @@ class ParallelRecipe(StrictModel):
 
 
 # Keys that may differ between a checkpoint and the run that continues it. The initial model, the tokenizer and the data
-# may only be in another place: what they hold is compared as well (of the data, the lengths of all documents and the
-# first tokens: `TokenWindows`). The others change no step beyond rounding; they say when a run stops, saves, evaluates
-# and logs.
+# may only be in another place: what they hold is compared as well (of the training data, the lengths of all documents
+# and the first tokens: `TokenWindows`). The others change no step beyond rounding: they say how a step is computed, and
+# when the run stops, saves, evaluates and logs.
 FREE_TO_CHANGE = {
     "init",
     "data.train",
