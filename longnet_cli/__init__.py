@@ -27,9 +27,9 @@ if TYPE_CHECKING:
         NotFiniteError,
     )
     from longnet_cli.basics.events import Events, LeftOut
-    from longnet_cli.data.input_documents import Inputs
-    from longnet_cli.data.token_documents import Document
-    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.data.documents.input_documents import Inputs
+    from longnet_cli.data.documents.token_documents import Document
+    from longnet_cli.data.documents.tokenizer import Tokenizer
     from longnet_cli.jobs import plotting
     from longnet_cli.jobs.asking import Answer, ask
     from longnet_cli.jobs.batch_functions import embed, encode_batches, score_batches
@@ -52,16 +52,16 @@ if TYPE_CHECKING:
     from longnet_cli.running.causal_stream import CausalStream, open_stream
     from longnet_cli.running.chunked_backward import backward_in_chunks
 
-__version__ = "0.2.0"
+from .basics.version import __version__ as __version__
 
 _MODULES = {
     "attention": "DilatedAttention FarKeys KVCache Pattern dilated_attention far_keys",
     "basics.errors": "CheckpointError ConfigError DataError LongNetError MemoryLimitError NotFiniteError",
     "basics.events": "Events LeftOut",
     "attention.notation": "format_pattern parse_pattern",
-    "data.token_documents": "Document",
-    "data.input_documents": "Inputs",
-    "data.tokenizer": "Tokenizer",
+    "data.documents.token_documents": "Document",
+    "data.documents.input_documents": "Inputs",
+    "data.documents.tokenizer": "Tokenizer",
     "jobs": "plotting",
     "jobs.asking": "Answer ask",
     "jobs.benchmark": "Measurement Settings bench",

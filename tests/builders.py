@@ -16,9 +16,9 @@ from places import GOLDEN
 from safetensors import safe_open
 from torch import Tensor
 
-from longnet_cli.data.input_documents import DocumentPass, Inputs
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import DocumentPass, Inputs
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import TABLES, Gain, Score, column

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
 TEXTS = ["hello", "wörld, 漢字\n", "x" * 70]

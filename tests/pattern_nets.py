@@ -11,8 +11,8 @@ from strategies import patterns, patterns_with_options
 from torch import Tensor
 
 from longnet_cli.attention import Pattern
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs.generating import Step, generate
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from longnet_cli import LongNetError, ModelFolder
-from longnet_cli.data.opened_inputs import Text
-from longnet_cli.data.passages import PassageIndex
+from longnet_cli.data.documents.passages import PassageIndex
+from longnet_cli.data.files.opened_inputs import Text
 from longnet_cli.jobs.asking import SYSTEM, answer
 
 MODULES = (

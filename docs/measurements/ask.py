@@ -38,9 +38,9 @@ import torch
 
 from longnet_cli import CausalStream, LongNetError, ModelFolder, Tokenizer, parse_pattern
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.data.opened_inputs import Text
-from longnet_cli.data.passages import Passage, PassageIndex
-from longnet_cli.data.text_pieces import cut
+from longnet_cli.data.documents.passages import Passage, PassageIndex
+from longnet_cli.data.documents.text_pieces import cut
+from longnet_cli.data.files.opened_inputs import Text
 from longnet_cli.jobs.asking import SYSTEM, prompt
 from longnet_cli.models.folder import Loaded
 from longnet_cli.running.device import precision

@@ -51,9 +51,9 @@ from by_recall import distances
 from self_extend import grouped_positions
 
 from longnet_cli import LongNet, LongNetError, ModelFacts, parse_pattern
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.input_files import InputFiles
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.files.input_files import InputFiles
 from longnet_cli.jobs.benchmark import device_name
 from longnet_cli.jobs.converting import convert
 from longnet_cli.jobs.scoring.measures import Clusters

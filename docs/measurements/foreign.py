@@ -39,7 +39,7 @@ from longnet_cli import (
     score,
 )
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.data.input_files import InputFiles
+from longnet_cli.data.files.input_files import InputFiles
 from longnet_cli.jobs.scoring.measures import Clusters
 
 SCORED = 2048

@@ -25,7 +25,7 @@ import foreign
 import torch
 
 from longnet_cli import Inputs, ModelFacts, ModelFolder
-from longnet_cli.data.input_files import InputFiles
+from longnet_cli.data.files.input_files import InputFiles
 
 LEAST = 300_000  # characters
 MOST = 3_000_000

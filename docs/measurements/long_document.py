@@ -29,7 +29,7 @@ from by_recall import documents
 
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
 
 PARTS = 10
 

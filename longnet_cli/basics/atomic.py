@@ -2,8 +2,8 @@
 
 There are two protocols. A file is written under a temporary name, flushed and renamed: `atomic_write`. A folder's files
 are written first and its manifest, itself such a file, last: `whole_folder` for models (config.json),
-`sealed_manifests.py` for checkpoints and states, `data/shards.py` for shards. Without its manifest, a folder does not
-count.
+`sealed_manifests.py` for checkpoints and states, `data/outputs/shards.py` for shards. Without its manifest, a folder
+does not count.
 """
 
 import errno

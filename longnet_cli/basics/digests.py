@@ -4,7 +4,8 @@
     of a model   `model_digest` (nets/weights.py), configuration and weights: in outputs, manifests and states;
                  `tensor_digest`, weights alone: in model.safetensors, and in a checkpoint for those not trained
     of a job     `json_sha256`, what decides its results: a tokenizer, a chat template, a configuration, a manifest;
-                 what it reads, by sizes and some bytes, in data/input_documents.py and jobs/training/windows.py
+                 what it reads, by sizes and some bytes, in data/documents/input_documents.py and
+                 jobs/training/windows.py
 
 Those of files and models stay what they are from release to release: other programs may have kept them. Those of a job
 may change: a folder with an older one is refused in one line.

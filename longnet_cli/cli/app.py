@@ -16,7 +16,6 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from longnet_cli import __version__
 from longnet_cli.basics.errors import (
     ConfigError,
     InputWarning,
@@ -26,6 +25,7 @@ from longnet_cli.basics.errors import (
     is_of_system,
     is_out_of_memory,
 )
+from longnet_cli.basics.version import __version__
 from longnet_cli.running.ranks.launch import (
     LAUNCHED,
     LOST,

@@ -36,8 +36,8 @@ from .starting import ModelAndInputs
 
 if TYPE_CHECKING:
     from longnet_cli.basics.events import LeftOut
-    from longnet_cli.data.input_files import InputFiles
-    from longnet_cli.data.passages import Passage
+    from longnet_cli.data.documents.passages import Passage
+    from longnet_cli.data.files.input_files import InputFiles
     from longnet_cli.jobs.asking import Answer
     from longnet_cli.models.folder import Loaded
 
@@ -114,7 +114,7 @@ def ask(options: AskCommand) -> None:
     check_pairs(PAIRS, options)
     names, questions = _inputs_and_questions(options)
     loaded = _load(options, names) if options.model else None
-    from longnet_cli.data.input_files import InputFiles
+    from longnet_cli.data.files.input_files import InputFiles
 
     left_out = count_left_out(options.skip_bad)
     sources = InputFiles(names, skip_bad=options.skip_bad)
@@ -150,9 +150,9 @@ def _search(
     left_out: LeftOut,
 ) -> list[list[Passage]]:
     """Return the best passages for each question."""
-    from longnet_cli.data.input_documents import Inputs
-    from longnet_cli.data.output_paths import refuse_overwriting
-    from longnet_cli.data.passages import open_index
+    from longnet_cli.data.documents.input_documents import Inputs
+    from longnet_cli.data.documents.passages import open_index
+    from longnet_cli.data.outputs.output_paths import refuse_overwriting
     from longnet_cli.jobs.asking import finder
 
     inputs = Inputs(
@@ -217,7 +217,7 @@ def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[tuple[st
 
     Raises ConfigError for a question that is missing, is a file, or is not UTF-8.
     """
-    from longnet_cli.data.passages import check_question
+    from longnet_cli.data.documents.passages import check_question
 
     if options.questions is None:
         *names, question = options.words
@@ -236,9 +236,9 @@ def _inputs_and_questions(options: AskCommand) -> tuple[list[str], list[tuple[st
 
 def _read_questions(file: str) -> Iterator[tuple[str, str]]:
     """Yield the id and the text of each row of a file. Neighbours of one id are not joined."""
-    from longnet_cli.data.column_choice import TokenTypes
-    from longnet_cli.data.input_documents import DocumentPass, Inputs
-    from longnet_cli.data.opened_inputs import Table, Text
+    from longnet_cli.data.documents.input_documents import DocumentPass, Inputs
+    from longnet_cli.data.files.column_choice import TokenTypes
+    from longnet_cli.data.files.opened_inputs import Table, Text
 
     inputs = Inputs([file], column="question")
 
@@ -255,7 +255,7 @@ def _place(passage: Passage) -> str:
 
 
 def _tell_sources(answered: Answer, drawn: str) -> None:
-    from longnet_cli.data.passages import excerpt
+    from longnet_cli.data.documents.passages import excerpt
 
     for number, source in enumerate(answered.sources, 1):
         shown = excerpt(source.text, answered.question, EXCERPT)

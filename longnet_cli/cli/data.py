@@ -59,8 +59,8 @@ def inspect(options: InspectCommand) -> None:
     """
     from longnet_cli.basics.errors import DataError
     from longnet_cli.basics.events import Events
-    from longnet_cli.data.input_documents import Inputs
-    from longnet_cli.data.tokenizer import Tokenizer, end_of_text
+    from longnet_cli.data.documents.input_documents import Inputs
+    from longnet_cli.data.documents.tokenizer import Tokenizer, end_of_text
     from longnet_cli.jobs.inspecting import inspect as run
 
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None

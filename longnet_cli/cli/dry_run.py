@@ -14,7 +14,7 @@ from longnet_cli.cli.progress import progress
 
 if TYPE_CHECKING:
     from longnet_cli.cli.starting import Opened
-    from longnet_cli.data.input_documents import Inputs
+    from longnet_cli.data.documents.input_documents import Inputs
     from longnet_cli.jobs.estimating import Estimate
     from longnet_cli.jobs.row_jobs import RowJob
 

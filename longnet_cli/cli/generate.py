@@ -34,9 +34,9 @@ from .progress import progress
 from .starting import ModelAndInputs, Opened
 
 if TYPE_CHECKING:
-    from longnet_cli.data.chat import ChatTemplate
-    from longnet_cli.data.input_documents import Inputs
-    from longnet_cli.data.token_documents import Document
+    from longnet_cli.data.documents.chat import ChatTemplate
+    from longnet_cli.data.documents.input_documents import Inputs
+    from longnet_cli.data.documents.token_documents import Document
     from longnet_cli.jobs.estimating import Room
     from longnet_cli.jobs.generating import Step
     from longnet_cli.models.folder import Loaded
@@ -379,7 +379,7 @@ def _each_document(
     """Yield each document of the inputs, with PROMPT after it; without inputs, PROMPT, empty after a state."""
     import numpy as np
 
-    from longnet_cli.data.token_documents import Document
+    from longnet_cli.data.documents.token_documents import Document
 
     text = options.text
     question = f"\n{text}" if text else ""

@@ -18,7 +18,7 @@ from .command import BARE, OTHER
 
 if TYPE_CHECKING:
     from longnet_cli.attention import Pattern
-    from longnet_cli.data.machine_shares import Share
+    from longnet_cli.data.files.machine_shares import Share
 
 Format = Literal["text", "json"]
 DEFAULT_MODEL = "longnet-tiny"
@@ -76,7 +76,7 @@ def parse_span(text: str) -> int | str:
 
 def parse_share(text: str) -> Share:
     """Return a share of the input, such as `2/4`."""
-    from longnet_cli.data.machine_shares import Share
+    from longnet_cli.data.files.machine_shares import Share
 
     return Share.parse(text)
 

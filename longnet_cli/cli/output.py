@@ -20,7 +20,7 @@ from longnet_cli.basics.sizes import count_of
 
 if TYPE_CHECKING:
     from longnet_cli.basics.events import LeftOut
-    from longnet_cli.data.manifest import Manifest
+    from longnet_cli.data.files.manifest import Manifest
 
 
 def emit_json(value: Any) -> None:
@@ -120,8 +120,8 @@ def check_output(
     """
     if where_to and output == "-" and not dry_run and sys.stdout and sys.stdout.isatty():
         raise ConfigError(where_to)
-    from longnet_cli.data.output_paths import is_folder
-    from longnet_cli.data.shards import run_to_resume
+    from longnet_cli.data.outputs.output_paths import is_folder
+    from longnet_cli.data.outputs.shards import run_to_resume
 
     if is_folder(output, resume=resume):
         return run_to_resume(output, resume=resume)
@@ -139,7 +139,7 @@ def say_what_is_kept(output: str) -> Iterator[None]:
     Under torchrun, this is said after Ctrl-C only. SIGTERM may mean that another rank failed, and its error says
     enough.
     """
-    from longnet_cli.data.output_paths import is_folder
+    from longnet_cli.data.outputs.output_paths import is_folder
     from longnet_cli.running.ranks.launch import under_torchrun
 
     try:
@@ -158,7 +158,7 @@ def say_what_is_kept(output: str) -> Iterator[None]:
 
 
 def _kept_in_folder(folder: str) -> str:
-    from longnet_cli.data.manifest import read_manifest
+    from longnet_cli.data.files.manifest import read_manifest
 
     try:
         manifest = read_manifest(folder)

@@ -70,7 +70,7 @@ def pattern(options: PatternCommand) -> None:
     subjects = [replace(find_subject(text), **changes) for text in options.patterns]
     length = options.seq or max(default_length(subject.pattern) for subject in subjects)
     if options.output:
-        from longnet_cli.data.output_paths import refuse_overwriting
+        from longnet_cli.data.outputs.output_paths import refuse_overwriting
 
         read = [name for name in options.patterns if os.path.isfile(name)]
         refuse_overwriting("-o", [options.output], also=read)

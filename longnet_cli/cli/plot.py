@@ -49,7 +49,7 @@ def plot(options: PlotCommand) -> None:
     Log-probabilities: a page with the text, coloured by the nats of each token;
     of two files, by the nats that the second one saves.
     """
-    from longnet_cli.data.output_paths import refuse_overwriting
+    from longnet_cli.data.outputs.output_paths import refuse_overwriting
     from longnet_cli.jobs.plotting.recognizing import metrics_file
     from longnet_cli.jobs.plotting.surprise import has_columns
 

@@ -47,11 +47,11 @@ from .progress import ExpectedTokens, progress
 if TYPE_CHECKING:
     import torch
 
-    from longnet_cli.data.input_documents import Inputs
-    from longnet_cli.data.machine_shares import Share
-    from longnet_cli.data.manifest import Manifest
-    from longnet_cli.data.token_documents import Document
-    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.data.documents.input_documents import Inputs
+    from longnet_cli.data.documents.token_documents import Document
+    from longnet_cli.data.documents.tokenizer import Tokenizer
+    from longnet_cli.data.files.machine_shares import Share
+    from longnet_cli.data.files.manifest import Manifest
     from longnet_cli.jobs.estimating import Room
     from longnet_cli.jobs.row_jobs import Output, RowJob
     from longnet_cli.models.folder import Loaded, ModelFolder
@@ -200,8 +200,8 @@ class Opened:
 
     def inputs(self, tokenizer: Tokenizer | None) -> Inputs:
         """Return the documents as the model reads them, texts by `tokenizer`."""
-        from longnet_cli.data.input_documents import Inputs
-        from longnet_cli.data.tokenizer import end_of_text
+        from longnet_cli.data.documents.input_documents import Inputs
+        from longnet_cli.data.documents.tokenizer import end_of_text
 
         documents = self.found.documents
         net = self.loaded.net
@@ -234,7 +234,7 @@ class Opened:
         logprobs: Callable[..., None] | None = None,
     ) -> None:
         """Write the rows of a job, with progress, and say how many there are. For `logprobs`, see `Events`."""
-        from longnet_cli.data.output_paths import name_of_output
+        from longnet_cli.data.outputs.output_paths import name_of_output
         from longnet_cli.jobs.row_jobs import write_rows
 
         found = self.found
@@ -286,7 +286,7 @@ def open_command(
     that are written, by the names of their options. For `embeds`, see `ModelAndInputs`.
     """
     from longnet_cli.basics.configuration import without_none
-    from longnet_cli.data.output_paths import refuse_other_suffix, refuse_overwriting
+    from longnet_cli.data.outputs.output_paths import refuse_other_suffix, refuse_overwriting
 
     output = options.output
     running = options.running
@@ -321,9 +321,9 @@ class ModelAndInputs:
         *,
         embeds: bool = False,
     ) -> None:
-        from longnet_cli.data.input_files import InputFiles
-        from longnet_cli.data.manifest import Manifest
-        from longnet_cli.data.tokenizer import Tokenizer
+        from longnet_cli.data.documents.tokenizer import Tokenizer
+        from longnet_cli.data.files.input_files import InputFiles
+        from longnet_cli.data.files.manifest import Manifest
         from longnet_cli.hub.model_names import as_stored
         from longnet_cli.models.folder import ModelFolder
 

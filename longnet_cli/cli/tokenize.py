@@ -17,8 +17,8 @@ from .progress import progress
 from .starting import ask_hub, refuse_read_once
 
 if TYPE_CHECKING:
-    from longnet_cli.data.input_documents import Inputs
-    from longnet_cli.data.manifest import Manifest
+    from longnet_cli.data.documents.input_documents import Inputs
+    from longnet_cli.data.files.manifest import Manifest
     from longnet_cli.jobs.tokenizing import TokenizeResult
 
 TOKENS = HelpPanel("Tokens")
@@ -75,9 +75,9 @@ def tokenize(options: TokenizeCommand) -> None:
 
     Every command also reads text. If you read the same data often, tokenize it once.
     """
-    from longnet_cli.data.input_documents import Inputs
-    from longnet_cli.data.output_paths import refuse_overwriting
-    from longnet_cli.data.tokenizer import Tokenizer
+    from longnet_cli.data.documents.input_documents import Inputs
+    from longnet_cli.data.documents.tokenizer import Tokenizer
+    from longnet_cli.data.outputs.output_paths import refuse_overwriting
     from longnet_cli.jobs.tokenizing import tokenizer_beside
 
     output = options.output
@@ -97,7 +97,7 @@ def tokenize(options: TokenizeCommand) -> None:
 
 def _write(options: TokenizeCommand, data: Inputs, earlier: Manifest | None) -> None:
     """Write the tokens, and say how many."""
-    from longnet_cli.data.output_paths import name_of_output
+    from longnet_cli.data.outputs.output_paths import name_of_output
     from longnet_cli.jobs.tokenizing import SHARD_TOKENS
     from longnet_cli.jobs.tokenizing import tokenize as run
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.column_choice import ID_COLUMNS
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.opened_inputs import Text
-from longnet_cli.data.passages import Passage, PassageIndex, open_index
-from longnet_cli.data.token_documents import Document
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.passages import Passage, PassageIndex, open_index
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.files.column_choice import ID_COLUMNS
+from longnet_cli.data.files.opened_inputs import Text
 
 if TYPE_CHECKING:
     from longnet_cli.models.folder import Loaded

@@ -25,10 +25,10 @@ from longnet_cli.attention.notation import read_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, NoTokensError
 from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.data.column_choice import ID_COLUMNS, INTEGERS, is_text
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.opened_inputs import Table, find_column, numpy_dtype, plain
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.files.column_choice import ID_COLUMNS, INTEGERS, is_text
+from longnet_cli.data.files.opened_inputs import Table, find_column, numpy_dtype, plain
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.weights import model_digest

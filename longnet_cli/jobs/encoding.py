@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.data.opened_inputs import numpy_dtype
-from longnet_cli.data.row_writer import kept_columns, row_schema
-from longnet_cli.data.text_pieces import Unit
-from longnet_cli.data.token_documents import Document, TextPlaces
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.text_pieces import Unit
+from longnet_cli.data.documents.token_documents import Document, TextPlaces
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.files.opened_inputs import numpy_dtype
+from longnet_cli.data.outputs.row_writer import kept_columns, row_schema
 from longnet_cli.models.folder import Embedding, Loaded, ModelFolder
 from longnet_cli.nets.net import InputSequence, Net, bos_ids
 from longnet_cli.running.reader import Piece, Reader, Window
@@ -214,11 +214,11 @@ def encode(
 ) -> pa.RecordBatchReader:
     """Encode `documents` lazily, in order; return a reader of record batches of their rows (`Encoder.schema`).
 
-    A model that reads vectors takes documents of `data.vectors`; "tokens" here are then vectors. A document that is too
-    long for the model, or has invalid ids, ends the run, unless `events.left_out` counts it. An empty document has no
-    rows. `reading` are arguments of `running.reader.Reader`: `ranks`, `chunk`, `dtype`, `spill` and `events`. All ranks
-    need the same documents. In one group of ranks, which share each document, all get all rows. Several groups divide
-    the documents between them; then rank 0 gets all rows and the others none.
+    A model that reads vectors takes documents of `data.documents.vectors`; "tokens" here are then vectors. A document
+    that is too long for the model, or has invalid ids, ends the run, unless `events.left_out` counts it. An empty
+    document has no rows. `reading` are arguments of `running.reader.Reader`: `ranks`, `chunk`, `dtype`, `spill` and
+    `events`. All ranks need the same documents. In one group of ranks, which share each document, all get all rows.
+    Several groups divide the documents between them; then rank 0 gets all rows and the others none.
 
     Raises ConfigError for options that the model does not support. The reader raises DataError if no document has rows,
     ConfigError for a document with more tokens than the model reads, MemoryLimitError for hidden states that do not

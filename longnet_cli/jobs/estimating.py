@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longnet_cli.data.token_documents import Document
+from longnet_cli.data.documents.token_documents import Document
 from longnet_cli.jobs.reading_plan import ReadingPlan, Task, kept_by_chunks, spilled_bytes
 from longnet_cli.running import device as machines
 from longnet_cli.running.reader import SHORTEST_CHUNK, Reader, fitting_chunk

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
 from longnet_cli.basics.events import Events
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import TextStream, Tokenizer
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import TextStream, Tokenizer
 from longnet_cli.models.folder import Loaded, ModelFolder
 from longnet_cli.nets.net import Bos, InputSequence, Net, bos_ids
 from longnet_cli.running.causal_stream import CausalStream, open_stream

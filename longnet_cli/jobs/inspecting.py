@@ -10,11 +10,11 @@ import numpy as np
 
 from longnet_cli.basics.errors import ConfigError, DataError, one_line
 from longnet_cli.basics.events import Events
-from longnet_cli.data.column_choice import Columns, TokenTypes, token_type
-from longnet_cli.data.input_documents import DocumentPass, Inputs, encode_text
-from longnet_cli.data.opened_inputs import Table, Text
-from longnet_cli.data.token_documents import STEP, Document, Unread
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import DocumentPass, Inputs, encode_text
+from longnet_cli.data.documents.token_documents import STEP, Document, Unread
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.files.column_choice import Columns, TokenTypes, token_type
+from longnet_cli.data.files.opened_inputs import Table, Text
 
 MAX_PROBLEMS = 1000  # problems whose lines are kept
 # Of the machine format, in order

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.column_choice import Wanted
-from longnet_cli.data.input_files import InputFiles
-from longnet_cli.data.opened_inputs import Table
-from longnet_cli.data.opening import open_input
-from longnet_cli.data.passages import Passage, PassageIndex, check_number
+from longnet_cli.data.documents.passages import Passage, PassageIndex, check_number
+from longnet_cli.data.files.column_choice import Wanted
+from longnet_cli.data.files.input_files import InputFiles
+from longnet_cli.data.files.opened_inputs import Table
+from longnet_cli.data.files.opening import open_input
 
 from .batch_functions import embed
 from .job_options import NO_PREFIX

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet_cli.data.token_documents import Document
+from longnet_cli.data.documents.token_documents import Document
 from longnet_cli.running.device import to_device
 
 from .job_options import ONE_STATE

@@ -19,8 +19,8 @@ import numpy as np
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.spans import Lanes
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.opened_inputs import Text
-from longnet_cli.data.token_documents import Document, Unread
+from longnet_cli.data.documents.token_documents import Document, Unread
+from longnet_cli.data.files.opened_inputs import Text
 from longnet_cli.nets.config import NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net

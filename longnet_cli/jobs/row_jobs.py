@@ -24,14 +24,14 @@ import pyarrow as pa
 from longnet_cli.attention.notation import format_pattern, parse_pattern
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NoTokensError
 from longnet_cli.basics.events import OnSkip
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.local_files import FileChangedError
-from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.output_paths import is_folder
-from longnet_cli.data.row_writer import ShardWriter, first_kept
-from longnet_cli.data.shards import ShardFolder, ShardFormat
-from longnet_cli.data.text_pieces import Unit
-from longnet_cli.data.token_documents import Apart, Document, Unread
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.text_pieces import Unit
+from longnet_cli.data.documents.token_documents import Apart, Document, Unread
+from longnet_cli.data.files.local_files import FileChangedError
+from longnet_cli.data.files.manifest import read_manifest
+from longnet_cli.data.outputs.output_paths import is_folder
+from longnet_cli.data.outputs.row_writer import ShardWriter, first_kept
+from longnet_cli.data.outputs.shards import ShardFolder, ShardFormat
 from longnet_cli.models.folder import Loaded
 from longnet_cli.nets.net import Bos, InputSequence, bos_ids
 from longnet_cli.nets.weights import model_digest
@@ -90,8 +90,8 @@ class RowJob(ABC):
     """A job that turns documents into rows with a column `n_tokens`, in order, on the ranks of one group.
 
     `options` and `facts` determine the rows, together with the net and the documents: what was asked for, and what is
-    known of the model. `kept_fields` are columns that documents carry to the output (`data.row_writer`): what runs the
-    job sets them before it asks for the `schema`.
+    known of the model. `kept_fields` are columns that documents carry to the output (`data.outputs.row_writer`): what
+    runs the job sets them before it asks for the `schema`.
     """
 
     schema: pa.Schema

@@ -25,21 +25,21 @@ import pyarrow as pa
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.basics.events import Events, OnSkip
 from longnet_cli.basics.sizes import format_count
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.manifest import Manifest
-from longnet_cli.data.opened_inputs import numpy_dtype
-from longnet_cli.data.opening import Text
-from longnet_cli.data.output_paths import OUTPUT_SUFFIXES, is_folder
-from longnet_cli.data.row_writer import (
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.token_documents import Unread
+from longnet_cli.data.documents.tokenizer import Tokenizer, end_of_text
+from longnet_cli.data.files.manifest import Manifest
+from longnet_cli.data.files.opened_inputs import numpy_dtype
+from longnet_cli.data.files.opening import Text
+from longnet_cli.data.outputs.output_paths import OUTPUT_SUFFIXES, is_folder
+from longnet_cli.data.outputs.row_writer import (
     ShardWriter,
     first_kept,
     kept_columns,
     token_batch,
     token_schema,
 )
-from longnet_cli.data.shards import ShardFolder, ShardFormat, run_to_resume
-from longnet_cli.data.token_documents import Unread
-from longnet_cli.data.tokenizer import Tokenizer, end_of_text
+from longnet_cli.data.outputs.shards import ShardFolder, ShardFormat, run_to_resume
 from longnet_cli.running.ranks.dealing import Portion, portions
 
 SHARD_TOKENS = 1 << 27
@@ -77,12 +77,12 @@ def tokenize(
 ) -> TokenizeResult:
     """Write the inputs' texts as token ids: a row per document, or several with `part` 0, 1, ... past 64 MB.
 
-    `output` is a folder (see `data.shards`; its manifest keeps the tokenizer), one .arrow, .feather, .parquet or .jsonl
-    file (with `NAME.tokenizer.json` beside it), or `-`, a stream on stdout of small batches that do not wait for a slow
-    input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every document: the
-    token with this name or this id, or the tokenizer's own end of text (True). Chats need the template in the
-    tokenizer's folder. Each row has the columns that the inputs carry along (`keep`). Without a `tokenizer`, ids are
-    bytes; `train_vocab` first trains a byte-level BPE of that size on the same inputs.
+    `output` is a folder (see `data.outputs.shards`; its manifest keeps the tokenizer), one .arrow, .feather, .parquet
+    or .jsonl file (with `NAME.tokenizer.json` beside it), or `-`, a stream on stdout of small batches that do not wait
+    for a slow input. A shard ends with the document that brings it to `shard_tokens`. `eos` appends a token to every
+    document: the token with this name or this id, or the tokenizer's own end of text (True). Chats need the template in
+    the tokenizer's folder. Each row has the columns that the inputs carry along (`keep`). Without a `tokenizer`, ids
+    are bytes; `train_vocab` first trains a byte-level BPE of that size on the same inputs.
 
     `resume` continues a folder that an earlier run with the same inputs and options left unfinished. The result is byte
     for byte as if the run had never stopped, and finished shards are not tokenized again. A file or a row that cannot

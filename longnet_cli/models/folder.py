@@ -33,7 +33,7 @@ from longnet_cli.basics.model_files import (
     read_or_empty,
     weight_files,
 )
-from longnet_cli.data.tokenizer import SETTINGS, Tokenizer, special_token, token_id
+from longnet_cli.data.documents.tokenizer import SETTINGS, Tokenizer, special_token, token_id
 from longnet_cli.hub.model_names import find_model
 from longnet_cli.hub.repository import Located, download_again
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from longnet_cli.attention import Pattern
-    from longnet_cli.data.chat import ChatTemplate
+    from longnet_cli.data.documents.chat import ChatTemplate
     from longnet_cli.models.hf.pretrained_net import TransformersNet
     from longnet_cli.models.hf.sentence_folder import SentenceModel
     from longnet_cli.nets.config import LongNetConfig, TransformersConfig
@@ -232,7 +232,7 @@ class ModelFolder:
         """
         if asked is False:  # which loads no Jinja
             return None
-        from longnet_cli.data.chat import ChatTemplate, chat_settings
+        from longnet_cli.data.documents.chat import ChatTemplate, chat_settings
 
         if asked is None and not chat_settings(tokenizer):
             return None

@@ -41,7 +41,7 @@ class Readable(Protocol):
 
 
 class DocumentLike(Readable, Protocol):
-    """A document, as `data.token_documents.Document` and `data.vectors.Vectors` are."""
+    """A document, as `data.documents.token_documents.Document` and `data.documents.vectors.Vectors` are."""
 
     where: str
     has_vectors: bool  # in place of token ids

@@ -42,7 +42,7 @@ TileSize = float | Sequence[float] | Tensor | None
 
 
 class Tiles(DocumentLike, Protocol):
-    """A document of vectors, as `data.vectors.Vectors` is."""
+    """A document of vectors, as `data.documents.vectors.Vectors` is."""
 
     doc_id: str
     coords: np.ndarray | None

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import RunLongnet
 
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.weights import model_digest
 

@@ -21,8 +21,8 @@ import longnet_cli.integrations.transformers
 from longnet_cli.attention import Pattern
 from longnet_cli.attention.notation import parse_pattern
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import use_dilated_attention
 from longnet_cli.lm_eval import LongNetLM
 from longnet_cli.models.folder import ModelFolder

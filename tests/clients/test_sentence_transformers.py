@@ -18,7 +18,7 @@ from sentence_models import WORDS, save_model
 from sentence_transformers import SentenceTransformer
 
 import longnet_cli.integrations.transformers
-from longnet_cli.data.token_documents import Document
+from longnet_cli.data.documents.token_documents import Document
 from longnet_cli.hub.model_names import model_path
 from longnet_cli.jobs.encoding import EncodeFacts, encode
 from longnet_cli.jobs.job_options import EncodeOptions

@@ -13,7 +13,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import longnet_cli.integrations.transformers  # noqa: F401 (the Auto classes know a LongNet)
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 

@@ -30,7 +30,7 @@ from processes import invoke
 from typer.testing import Result
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
 
 # --- chains of commands ----------------------------------------------------------------------------------------------
 

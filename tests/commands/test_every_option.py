@@ -38,8 +38,8 @@ from pydantic import BaseModel
 from safetensors import safe_open
 
 from longnet_cli.cli.app import app
-from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.files.manifest import read_manifest
 from longnet_cli.jobs.training.recipe import LoraRecipe, Recipe
 
 # options of typer, which change a shell's start, and the short help

@@ -44,10 +44,10 @@ from refusals import REFUSALS, SHORT
 from longnet_cli import LongNet
 from longnet_cli.basics.errors import CheckpointError, DataError
 from longnet_cli.cli.output import say_what_is_kept
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.row_writer import ShardWriter
-from longnet_cli.data.shards import ShardFolder
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.outputs.row_writer import ShardWriter
+from longnet_cli.data.outputs.shards import ShardFolder
 
 SIZES = {"dim": 32, "num_layers": 4, "num_heads": 4, "ffn_dim": 64, "position": "rope"}
 SIZES |= {"segment_lengths": (64, 1024), "dilation_rates": (1, 4)}

@@ -16,8 +16,8 @@ from files import write_lines
 from processes import invoke
 
 from longnet_cli.basics.errors import ConfigError, RefusedError
-from longnet_cli.data.chat import ChatTemplate
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.chat import ChatTemplate
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs.generating import generate, load_model
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
@@ -188,7 +188,7 @@ def test_templates_that_fail_and_none_runs_code(tmp_path, text, message):
 
 def test_a_template_without_end(tmp_path, monkeypatch):
     """It is stopped in the main thread, and an alarm that somebody else handles is handled by them afterwards."""
-    monkeypatch.setattr("longnet_cli.data.chat.SECONDS", 1)
+    monkeypatch.setattr("longnet_cli.data.documents.chat.SECONDS", 1)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(loops)
     handler = signal.getsignal(signal.SIGALRM)

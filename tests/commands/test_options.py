@@ -22,7 +22,7 @@ from longnet_cli.basics.errors import ConfigError
 from longnet_cli.cli.app import app
 from longnet_cli.cli.command import Command, Excludes, Needs, check_pairs, takes_options
 from longnet_cli.cli.options import INPUT, Mesh, bare_or, inputs_argument, parse_device, quiet_flag
-from longnet_cli.data.output_paths import OUTPUT_SUFFIXES
+from longnet_cli.data.outputs.output_paths import OUTPUT_SUFFIXES
 from longnet_cli.jobs.plotting.drawing import PICTURES
 from longnet_cli.jobs.training.recipe import load_recipe
 from longnet_cli.nets.config import parse_config

@@ -16,8 +16,8 @@ from files import write_rows
 from processes import invoke
 
 from longnet_cli.cli.progress import ExpectedTokens, progress
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
 
 PROGRAM = """
 import sys, time

@@ -21,7 +21,7 @@ import transformers as hf
 from processes import invoke, total
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.models.folder import ModelFolder
 
 LIMIT = 64  # tokens that the model was trained on, with the one before each document

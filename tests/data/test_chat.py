@@ -12,10 +12,10 @@ from processes import contents
 from tokenizers import models, normalizers, pre_tokenizers
 
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
-from longnet_cli.data.chat import ChatTemplate, _renamed
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.token_documents import Document, Unread
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.chat import ChatTemplate, _renamed
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.token_documents import Document, Unread
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs.tokenizing import tokenize
 
 TEMPLATE = """{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}

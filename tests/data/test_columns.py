@@ -18,8 +18,8 @@ import pytest
 from files import FORMATS, IDS, read, tokens, write_file, write_parquet, write_rows, write_stream
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
 
 
 def test_the_column_can_be_chosen(tmp_path):

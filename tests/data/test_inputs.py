@@ -40,12 +40,12 @@ from files import (
 )
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, LongNetError
-from longnet_cli.data import column_documents as id_columns
-from longnet_cli.data import token_documents as documents_module
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.local_files import LocalFile
-from longnet_cli.data.opened_inputs import Pipe, Table
-from longnet_cli.data.token_documents import Document
+from longnet_cli.data.documents import column_documents as id_columns
+from longnet_cli.data.documents import token_documents as documents_module
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.files.local_files import LocalFile
+from longnet_cli.data.files.opened_inputs import Pipe, Table
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -71,7 +71,7 @@ def test_every_format_gives_the_same_documents(tmp_path, name, monkeypatch):
 def test_stdin_text_and_a_redirected_file(tmp_path):
     assert pipe(TEXTS[1].encode(), texts=True) == [TEXTS[1]]
     script = (
-        "from longnet_cli.data.input_documents import *\n"
+        "from longnet_cli.data.documents.input_documents import *\n"
         "document, *_ = Inputs(['-']).documents()\n"
         "print(document.doc_id, document.read().tolist(), type(document.parts[0].ids).__name__)"
     )
@@ -129,7 +129,7 @@ def test_a_document_of_a_program_can_be_pickled():
 
 def test_a_document_in_pieces_that_is_not_mapped_lives_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(documents_module, "SPOOL_BYTES", 16)
-    monkeypatch.setattr("longnet_cli.data.opening.PARQUET_BATCH_BYTES", 16)
+    monkeypatch.setattr("longnet_cli.data.files.opening.PARQUET_BATCH_BYTES", 16)
     for path, on_disk in (
         (FORMATS["split documents"](tmp_path), False),
         (FORMATS["split documents in parquet"](tmp_path), True),
@@ -364,7 +364,7 @@ def test_rows_before_damage_are_read(suffix, tmp_path, keep, monkeypatch):
     ]
     lost = {".zst": 128 << 10}.get(suffix, 4 << 10) + (8 << 10)
     assert len(found) > 5000 * 0.9 - lost / len(lines[0])
-    monkeypatch.setattr("longnet_cli.data.jsonlines.PATIENCE", -1)
+    monkeypatch.setattr("longnet_cli.data.files.jsonlines.PATIENCE", -1)
     assert (
         len(list(Inputs([tmp_path / "x.jsonl"], skip_bad=True, keep=keep).texts()))
         == len(found) + 1
@@ -392,7 +392,7 @@ def test_the_refusal_of_another_compression_says_what_unpacks_it(pack, program, 
 
 
 def test_a_long_text_goes_through_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("longnet_cli.data.opening.TEXT_PART", 7)
+    monkeypatch.setattr("longnet_cli.data.files.opening.TEXT_PART", 7)
     path = tmp_path / "x.txt"
     path.write_text("\ufeff" + TEXT)
     (text,) = Inputs([path]).texts()

@@ -16,7 +16,7 @@ import pytest
 from files import BYTES, pipe, read, write_lines
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.documents.input_documents import Inputs
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_json_lines_by_another_key_and_with_a_byte_order_mark(tmp_path):
 
 
 def test_json_lines_are_read_as_they_come(tmp_path, monkeypatch):
-    monkeypatch.setattr("longnet_cli.data.jsonlines.BATCH_BYTES", 1)
+    monkeypatch.setattr("longnet_cli.data.files.jsonlines.BATCH_BYTES", 1)
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
     documents = iter(Inputs([tmp_path / "x.jsonl"], BYTES).documents())
     # what stands before it comes first

@@ -19,11 +19,11 @@ from files import write_rows
 
 from longnet_cli.basics.errors import DataError, InputWarning
 from longnet_cli.basics.events import LeftOut
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.machine_shares import Share
-from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.shards import ShardFolder
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.files.machine_shares import Share
+from longnet_cli.data.files.manifest import read_manifest
+from longnet_cli.data.outputs.shards import ShardFolder
 
 BYTES = Tokenizer.bytes()
 JOBS = {
@@ -125,7 +125,7 @@ def test_documents_keep_their_numbers_though_a_text_cannot_be_read_to_its_end(
     tmp_path, monkeypatch
 ):
     """The share that has the text sees its damage. The others do not, and count on from the same number."""
-    monkeypatch.setattr("longnet_cli.data.opening.TEXT_PART", 4)
+    monkeypatch.setattr("longnet_cli.data.files.opening.TEXT_PART", 4)
     (tmp_path / "a.txt").write_bytes(b"some text, then \xff and more")
     write_rows(tmp_path / "b.jsonl", [{"id": str(number), "text": "x"} for number in range(5)])
     names = [tmp_path / "a.txt", tmp_path / "missing.txt", tmp_path / "b.jsonl"]

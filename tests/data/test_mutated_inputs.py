@@ -37,11 +37,11 @@ import torch
 from files import write_file, write_stream
 
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
-from longnet_cli.data import local_files as files
-from longnet_cli.data.column_choice import Wanted
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.opening import open_input
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.files import local_files as files
+from longnet_cli.data.files.column_choice import Wanted
+from longnet_cli.data.files.opening import open_input
 from longnet_cli.jobs.converting import convert
 
 IDS = [
@@ -175,7 +175,7 @@ def mutations(name: str) -> list[Mutation]:
 # Reads each (place, how) of a list and says at once what came of it, so that after a crash it is known where.
 READER = """
 import json, os, resource, sys
-from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.documents.input_documents import Inputs
 from longnet_cli.basics.errors import LongNetError
 
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))  # a damaged size may ask for any amount

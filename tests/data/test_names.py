@@ -21,12 +21,12 @@ from files import write_file, write_stream
 from processes import invoke
 
 from longnet_cli.basics.errors import ConfigError, DataError, InputWarning, MemoryLimitError
-from longnet_cli.data import input_files as names_module
-from longnet_cli.data import remote
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.opened_inputs import reading
-from longnet_cli.data.token_documents import Apart
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.token_documents import Apart
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.files import input_files as names_module
+from longnet_cli.data.files import remote
+from longnet_cli.data.files.opened_inputs import reading
 
 
 def names(*inputs: Any) -> list[str]:
@@ -305,7 +305,7 @@ def test_what_runs_out_is_not_bad_data(tmp_path, command_env):
         write_stream(tmp_path / f"{number:02}.arrow", pa.table({"ids": [[1, 2]]}))
     script = """if True:
         import resource
-        from longnet_cli.data.input_documents import Inputs
+        from longnet_cli.data.documents.input_documents import Inputs
         resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
         try:
             list(Inputs(["."]).documents())

@@ -18,11 +18,11 @@ from builders import scores, tiny_net
 
 from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, NotFiniteError
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.input_files import InputFiles
-from longnet_cli.data.output_paths import is_folder, refuse_overwriting
-from longnet_cli.data.row_writer import ShardWriter, token_batch, token_schema
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.files.input_files import InputFiles
+from longnet_cli.data.outputs.output_paths import is_folder, refuse_overwriting
+from longnet_cli.data.outputs.row_writer import ShardWriter, token_batch, token_schema
 from longnet_cli.jobs.encoding import EncodeFacts, encode
 from longnet_cli.jobs.job_options import EncodeOptions
 from longnet_cli.models.folder import ModelFolder

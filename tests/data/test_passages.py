@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.basics.events import Events
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.opened_inputs import Text
-from longnet_cli.data.passages import JUST_NOW, MARK, PassageIndex, excerpt, open_index
-from longnet_cli.data.text_pieces import SIZES, cut
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.passages import JUST_NOW, MARK, PassageIndex, excerpt, open_index
+from longnet_cli.data.documents.text_pieces import SIZES, cut
+from longnet_cli.data.files.opened_inputs import Text
 
 PROSE = st.lists(
     st.sampled_from(
@@ -309,7 +309,7 @@ def test_two_processes_answer_from_their_own_files(tmp_path, monkeypatch):
             assert not second.done()
             assert [each.doc_id for each in first.find("door", 9)] == ["mine.txt"]
         assert second.result() == ["theirs.txt"]
-    monkeypatch.setattr("longnet_cli.data.passages.WAIT", 1)
+    monkeypatch.setattr("longnet_cli.data.documents.passages.WAIT", 1)
     held = open_index(str(index))
     with held, pytest.raises(ConfigError, match=r"i.sqlite: another process uses this index"):
         asked(index, [tmp_path / "mine.txt"], "door")
@@ -386,6 +386,6 @@ def test_a_file_that_is_no_index_is_refused_and_stays(tmp_path):
 def test_a_python_without_full_text_search_is_told(monkeypatch):
     for lacking in ("fts5(words, tokenize='no_such_tokenizer')", "no_such_module"):
         table = f"CREATE VIRTUAL TABLE passages USING {lacking}"
-        monkeypatch.setattr("longnet_cli.data.passages.TABLES", [table])
+        monkeypatch.setattr("longnet_cli.data.documents.passages.TABLES", [table])
         with pytest.raises(ConfigError, match="ask needs FTS5, which this Python's SQLite lacks"):
             PassageIndex()

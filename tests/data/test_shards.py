@@ -24,10 +24,10 @@ from processes import contents
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.basics.events import LeftOut
 from longnet_cli.basics.sealed_manifests import seal
-from longnet_cli.data.input_documents import END, Inputs, content_digest
-from longnet_cli.data.input_files import InputFile
-from longnet_cli.data.manifest import UNFINISHED, read_manifest
-from longnet_cli.data.shards import ShardFolder
+from longnet_cli.data.documents.input_documents import END, Inputs, content_digest
+from longnet_cli.data.files.input_files import InputFile
+from longnet_cli.data.files.manifest import UNFINISHED, read_manifest
+from longnet_cli.data.outputs.shards import ShardFolder
 
 FINISHED = "_manifest.arrow"
 
@@ -239,7 +239,7 @@ def test_a_changed_manifest_is_refused(tmp_path):
 
 def test_a_second_writer_is_refused(tmp_path):
     code = (
-        "import sys; from longnet_cli.data.shards import *; from longnet_cli.basics.errors import ConfigError\n"
+        "import sys; from longnet_cli.data.outputs.shards import *; from longnet_cli.basics.errors import ConfigError\n"
         "try:\n    with ShardFolder(sys.argv[1], pa.schema([]), settings={}, left_out=LeftOut(), resume=True): pass\n"
         "except ConfigError as error: print(error)"
     )

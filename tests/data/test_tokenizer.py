@@ -23,12 +23,12 @@ from sentence_models import byte_level, sentence_pieces, word_pieces
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data import text_pieces
-from longnet_cli.data import tokenizer as module
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.opened_inputs import Text
-from longnet_cli.data.token_documents import Document, TextPlaces
-from longnet_cli.data.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
+from longnet_cli.data.documents import text_pieces
+from longnet_cli.data.documents import tokenizer as module
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.token_documents import Document, TextPlaces
+from longnet_cli.data.documents.tokenizer import END_OF_TEXT, Tokenizer, end_of_text
+from longnet_cli.data.files.opened_inputs import Text
 from longnet_cli.models.folder import ModelFolder
 
 CORPUS = [

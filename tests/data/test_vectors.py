@@ -14,10 +14,10 @@ import pytest
 from files import write_file, write_stream
 
 from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
-from longnet_cli.data import token_documents as documents
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.opened_inputs import numpy_dtype
-from longnet_cli.data.vectors import Vectors
+from longnet_cli.data.documents import token_documents as documents
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.vectors import Vectors
+from longnet_cli.data.files.opened_inputs import numpy_dtype
 
 WIDTH, FLOAT = 5, pa.float32()
 RNG = np.random.default_rng(0)

@@ -30,9 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs.encoding import encode
 from longnet_cli.jobs.reading_plan import ReadingPlan
 from longnet_cli.jobs.training.costs import step_flops, training_memory
@@ -111,7 +111,7 @@ def test_an_encoder_learns_masked_tokens(tmp_path, command_env, python):
     """The recipe at a small size: below what a net without context reaches."""
     tokens, run, held_out = tmp_path / "tokens", tmp_path / "encoder", tmp_path / "held_out"
     held_out.mkdir()
-    for path in sorted((ROOT / "longnet_cli/data").glob("*.py"))[:10]:
+    for path in sorted((ROOT / "longnet_cli/data").rglob("*.py"))[:10]:
         shutil.copy(path, held_out)
     longnet("tokenize", ROOT / "longnet_cli", "-o", tokens, "--train-vocab", "288")
     settings = {

@@ -14,7 +14,7 @@ from places import ROOT, imported
 from processes import invoke
 
 from longnet_cli import LongNet, LongNetError
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.positions import position_table
 

@@ -22,7 +22,7 @@ from processes import invoke
 
 from longnet_cli.attention.notation import PATTERN_FIELDS
 from longnet_cli.cli.app import app
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.hub.model_names import list_models, preset_dir
 from longnet_cli.jobs.training.recipe import (
     DataRecipe,

@@ -31,9 +31,9 @@ from pyarrow.dataset import dataset
 
 from longnet_cli import Inputs, ModelFolder, ask, embed
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.data.passages import Passage, PassageIndex
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.passages import Passage, PassageIndex
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs.asking import BRIEFLY, SYSTEM, answer, prompt
 from longnet_cli.jobs.encoding import TextPlaces
 from longnet_cli.models.folder import Loaded

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError
 from longnet_cli.basics.events import Events
 from longnet_cli.basics.sealed_manifests import write_sealed
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs.training import loop
 from longnet_cli.jobs.training.checkpoint import (
     Checkpoints,

@@ -19,10 +19,10 @@ from processes import contents, invoke
 
 from longnet_cli.basics.errors import ConfigError, DataError, MemoryLimitError
 from longnet_cli.basics.events import Events, LeftOut
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.text_pieces import cut
-from longnet_cli.data.token_documents import Document
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.text_pieces import cut
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.files.manifest import read_manifest
 from longnet_cli.jobs.batch_functions import encode_batches
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.job_options import POOLS, UNITS, EncodeOptions

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.documents.input_documents import Inputs
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.slide import SlideEncoder

@@ -21,8 +21,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, DataError, NotFiniteError
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import REPLACEMENT, TextStream, Tokenizer
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import REPLACEMENT, TextStream, Tokenizer
 from longnet_cli.jobs.generating import (
     Sampler,
     Step,

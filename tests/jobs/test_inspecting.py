@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from processes import invoke
 
 from longnet_cli.basics.events import Events
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs import inspecting
 from longnet_cli.jobs.inspecting import Inspection, inspect
 

@@ -26,10 +26,10 @@ from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import DataError, MemoryLimitError, TooLongError
 from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.cli.dry_run import show_reading
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.opened_inputs import Text
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.files.opened_inputs import Text
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.estimating import (
     Estimate,

@@ -22,7 +22,7 @@ import transformers as hf
 from sentence_models import save_model, word_pieces
 
 from longnet_cli import embed, encode_batches
-from longnet_cli.data.text_pieces import cut
+from longnet_cli.data.documents.text_pieces import cut
 from longnet_cli.jobs.pooling import windows_of
 
 # not importorskip: importing it takes five seconds, which only the worker that runs these tests needs to spend

@@ -24,8 +24,8 @@ from processes import contents
 
 from longnet_cli.basics.errors import ConfigError, DataError, NoTokensError
 from longnet_cli.basics.events import Events, LeftOut
-from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.token_documents import Document
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.files.manifest import read_manifest
 from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, Output, write_rows
 from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, ByPosition, Score, Total

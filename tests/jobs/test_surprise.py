@@ -16,8 +16,8 @@ import pytest
 from builders import tiny_model
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs.plotting.surprise import read_surprise, write_surprise
 from longnet_cli.jobs.scoring.token_logprobs import write_token_logprobs
 

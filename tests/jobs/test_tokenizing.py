@@ -31,12 +31,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.basics.sizes import format_count
-from longnet_cli.data import input_documents as inputs_module
-from longnet_cli.data import opening as formats
-from longnet_cli.data import tokenizer as tokenizer_module
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.manifest import read_manifest
-from longnet_cli.data.tokenizer import END_OF_TEXT, Tokenizer
+from longnet_cli.data.documents import input_documents as inputs_module
+from longnet_cli.data.documents import tokenizer as tokenizer_module
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import END_OF_TEXT, Tokenizer
+from longnet_cli.data.files import opening as formats
+from longnet_cli.data.files.manifest import read_manifest
 from longnet_cli.hub.model_names import model_path
 from longnet_cli.jobs import tokenizing
 from longnet_cli.jobs.tokenizing import overlapped, tokenize

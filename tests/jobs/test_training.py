@@ -20,8 +20,8 @@ from longnet_cli.attention import Pattern
 from longnet_cli.basics.atomic import locked_folder
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, MemoryLimitError
 from longnet_cli.basics.events import Events
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.hub.model_names import preset_dir
 from longnet_cli.jobs.training import metrics
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_checkpoint

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from strategies import document_starts
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.input_documents import Inputs
+from longnet_cli.data.documents.input_documents import Inputs
 from longnet_cli.jobs.training import windows as module
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe

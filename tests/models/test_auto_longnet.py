@@ -16,8 +16,8 @@ from builders import tiny_net
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.basics.model_files import MODEL_TYPE
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.integrations.transformers import LongNetCache, use_dilated_attention
 from longnet_cli.jobs.encoding import EncodeFacts, encode
 from longnet_cli.jobs.generating import generate

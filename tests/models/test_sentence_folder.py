@@ -26,8 +26,8 @@ from sentence_models import WORDS, byte_level, save_model, sentence_pieces, word
 from longnet_cli import encode_batches
 from longnet_cli.basics.errors import CheckpointError, LongNetError
 from longnet_cli.basics.model_files import PROMPTS
-from longnet_cli.data.text_pieces import PIECE
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.text_pieces import PIECE
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.models.hf.sentence_folder import plain_model, read_sentence_model
 from longnet_cli.nets.net import Net

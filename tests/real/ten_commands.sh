@@ -11,7 +11,7 @@ python=$checkout/.venv/bin/python
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 git -C "$checkout" archive 147b472c docs/ask.md docs/finding.md docs/score.md examples/nearest.py examples/small.toml \
-  longnet_cli/data/arrow.py longnet_cli/jobs/pooling.py longnet_cli/nets/positions.py models/longnet-tiny | tar -x -C "$work"
+  longnet_cli/data/files/arrow.py longnet_cli/jobs/pooling.py longnet_cli/nets/positions.py models/longnet-tiny | tar -x -C "$work"
 cd "$work"
 mkdir texts code
 cp docs/*.md texts

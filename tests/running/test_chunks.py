@@ -28,8 +28,8 @@ from torch import Tensor
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import ConfigError, MemoryLimitError
-from longnet_cli.data.token_documents import Document, Part
-from longnet_cli.data.vectors import Vectors
+from longnet_cli.data.documents.token_documents import Document, Part
+from longnet_cli.data.documents.vectors import Vectors
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Bos, InputSequence
 from longnet_cli.running import layerwise

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from longnet_cli.basics.events import Events
-from longnet_cli.data.token_documents import Document
+from longnet_cli.data.documents.token_documents import Document
 from longnet_cli.jobs import generating
 from longnet_cli.jobs.scoring import scoring
 from longnet_cli.jobs.training.loop import train

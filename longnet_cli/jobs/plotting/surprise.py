@@ -33,8 +33,8 @@ import numpy as np
 
 from longnet_cli.basics.atomic import write_file
 from longnet_cli.basics.errors import CheckpointError, ConfigError, DataError
-from longnet_cli.data.file_kinds import ARROW_KINDS, sniff
-from longnet_cli.data.tokenizer import TextStream, Tokenizer
+from longnet_cli.data.documents.tokenizer import TextStream, Tokenizer
+from longnet_cli.data.files.file_kinds import ARROW_KINDS, sniff
 from longnet_cli.jobs.scoring.token_logprobs import Logged, LogprobFile
 
 MOST_TOKENS = 1 << 22  # of all documents; a page of them has some 30 MB

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longnet_cli.attention.pattern import ceil_div
-from longnet_cli.data.local_files import spooling
+from longnet_cli.data.files.local_files import spooling
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from torch import Tensor
 from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.basics.errors import ConfigError, NotFiniteError
 from longnet_cli.basics.sizes import format_size
-from longnet_cli.data.row_writer import kept_columns, row_schema
-from longnet_cli.data.token_documents import Document
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.outputs.row_writer import kept_columns, row_schema
 from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.models.folder import Loaded

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.column_choice import Wanted
-from longnet_cli.data.input_files import InputFiles
-from longnet_cli.data.opened_inputs import Table, pick
-from longnet_cli.data.opening import open_input
-from longnet_cli.data.row_writer import ShardWriter
-from longnet_cli.data.token_documents import Document, TextPlaces
+from longnet_cli.data.documents.token_documents import Document, TextPlaces
+from longnet_cli.data.files.column_choice import Wanted
+from longnet_cli.data.files.input_files import InputFiles
+from longnet_cli.data.files.opened_inputs import Table, pick
+from longnet_cli.data.files.opening import open_input
+from longnet_cli.data.outputs.row_writer import ShardWriter
 
 BATCH = 1 << 18  # tokens per record batch
 # an Arrow file would leave the ids of the first one on disk

@@ -19,8 +19,8 @@ import torch
 
 from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.basics.errors import LongNetError
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs.estimating import Estimate
 from longnet_cli.jobs.reading_plan import ReadingPlan, cache_bytes
 from longnet_cli.nets.net import LOGITS_LIMIT

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet_cli import __version__
 from longnet_cli.basics.atomic import locked_folder, write_file
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, NotFiniteError
 from longnet_cli.basics.events import Events
+from longnet_cli.basics.version import __version__
 from longnet_cli.jobs.scoring.measures import Score
 from longnet_cli.running.device import check_kernel, peak_memory, random_state
 from longnet_cli.running.memory_maps import MappedMemory

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longnet_cli.basics.errors import DataError
 from longnet_cli.basics.events import Events
-from longnet_cli.data.token_documents import Document
+from longnet_cli.data.documents.token_documents import Document
 from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts
 from longnet_cli.jobs.scoring.measures import Score

@@ -18,8 +18,8 @@ from longnet_cli.basics.configuration import StrictModel, parse, read_text, vali
 from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_address
 from longnet_cli.basics.model_files import TOKENIZER
 from longnet_cli.basics.sizes import DTYPES_OF_TORCH, parse_size
-from longnet_cli.data.input_files import InputFiles
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.files.input_files import InputFiles
 from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.config import LongNetConfig, NetConfig, TransformersConfig

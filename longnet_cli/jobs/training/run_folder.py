@@ -9,8 +9,8 @@ from pathlib import Path
 from longnet_cli.basics.configuration import parse, read_text
 from longnet_cli.basics.errors import CheckpointError, ConfigError
 from longnet_cli.basics.model_files import CONFIG, TOKENIZER, WEIGHTS
-from longnet_cli.data.output_paths import refuse_overwriting
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.outputs.output_paths import refuse_overwriting
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.running.ranks.ranks import Ranks
 

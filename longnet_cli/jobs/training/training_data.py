@@ -3,10 +3,10 @@
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.input_documents import Inputs
-from longnet_cli.data.input_files import InputFiles
-from longnet_cli.data.token_documents import Document
-from longnet_cli.data.tokenizer import NO_END, Tokenizer
+from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.token_documents import Document
+from longnet_cli.data.documents.tokenizer import NO_END, Tokenizer
+from longnet_cli.data.files.input_files import InputFiles
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.net import Bos
 from longnet_cli.running.ranks.ranks import Ranks

@@ -24,7 +24,7 @@ import numpy as np
 
 from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.token_documents import Document
+from longnet_cli.data.documents.token_documents import Document
 
 POSITION_VERSION = 2
 

@@ -42,7 +42,7 @@ from longnet_cli.basics.model_files import (
     is_within,
     read_or_empty,
 )
-from longnet_cli.data.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.nets.weights import check_finite
 
 # The library's names of poolings, in the order in which it joins them: ours, and its older keys.

@@ -14,14 +14,16 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
-
-from .column_choice import (
+from longnet_cli.data.files.column_choice import (
     FLOATS,
     INTEGERS,
     Columns,
     is_list,
     is_vectors,
 )
+from longnet_cli.data.files.local_files import Part
+from longnet_cli.data.files.opened_inputs import Table
+
 from .column_documents import (
     BadRowError,
     Batch,
@@ -31,8 +33,6 @@ from .column_documents import (
     numbers,
     read_documents,
 )
-from .local_files import Part
-from .opened_inputs import Table
 from .token_documents import STEP, Document, collect
 
 

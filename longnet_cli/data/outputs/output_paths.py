@@ -9,8 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from longnet_cli.basics.errors import ConfigError
-
-from .input_files import InputFiles
+from longnet_cli.data.files.input_files import InputFiles
 
 # Names of one file, the last of vectors; any other name is a folder
 OUTPUT_SUFFIXES = (".arrow", ".feather", ".parquet", ".jsonl", ".npy")

@@ -24,11 +24,11 @@ from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.digests import file_sha256
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError, is_utf8
 from longnet_cli.basics.events import Events
+from longnet_cli.data.files.column_choice import TokenTypes
+from longnet_cli.data.files.input_files import InputFile
+from longnet_cli.data.files.opened_inputs import Table, Text, reading
 
-from .column_choice import TokenTypes
 from .input_documents import DocumentPass, Inputs, content_digest
-from .input_files import InputFile
-from .opened_inputs import Table, Text, reading
 from .text_pieces import cut
 from .token_documents import Unread
 

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError
+from longnet_cli.data.files.local_files import Part, reading_row, spooling
 
-from .local_files import Part, reading_row, spooling
 from .tokenizer import Tokenizer
 
 # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache

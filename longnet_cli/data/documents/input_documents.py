@@ -33,8 +33,7 @@ from longnet_cli.basics.errors import (
     RefusedError,
 )
 from longnet_cli.basics.sizes import count_of
-
-from .column_choice import (
+from longnet_cli.data.files.column_choice import (
     INTEGERS,
     VECTOR_COLUMNS,
     Columns,
@@ -43,6 +42,14 @@ from .column_choice import (
     Wanted,
     choose_columns,
 )
+from longnet_cli.data.files.file_kinds import ARROW_KINDS, sniff
+from longnet_cli.data.files.input_files import InputFile, InputFiles
+from longnet_cli.data.files.local_files import FileChangedError, spooling
+from longnet_cli.data.files.machine_shares import Share
+from longnet_cli.data.files.manifest import KEY
+from longnet_cli.data.files.opened_inputs import Stdin, Table, Text, reading
+from longnet_cli.data.files.opening import open_input
+
 from .column_documents import (
     DocumentRows,
     flat_documents,
@@ -50,13 +57,6 @@ from .column_documents import (
     read_documents,
     table_texts,
 )
-from .file_kinds import ARROW_KINDS, sniff
-from .input_files import InputFile, InputFiles
-from .local_files import FileChangedError, spooling
-from .machine_shares import Share
-from .manifest import KEY
-from .opened_inputs import Stdin, Table, Text, reading
-from .opening import open_input
 from .text_pieces import Unit, note_ends
 from .token_documents import Apart, Document, Unread, collect
 from .tokenizer import Tokenizer, fitting
@@ -72,7 +72,7 @@ def content_digest(input_file: InputFile) -> str | None:
     which its reader reports.
     """
     if input_file.filesystem is not None:
-        from .remote import version  # imported late: 20 ms for stores alone
+        from longnet_cli.data.files.remote import version  # imported late: 20 ms for stores alone
 
         state = version(input_file.filesystem, str(input_file.path))
         return state and hashlib.sha256(state.encode()).hexdigest()[:16]

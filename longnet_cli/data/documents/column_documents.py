@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
+from longnet_cli.data.files.column_choice import Columns, is_chat
+from longnet_cli.data.files.local_files import Part, reading_row
+from longnet_cli.data.files.opened_inputs import Table, Text, pick, plain, reading
 
-from .column_choice import Columns, is_chat
-from .local_files import Part, reading_row
-from .opened_inputs import Table, Text, pick, plain, reading
 from .token_documents import Apart, Unread, collect
 from .tokenizer import Tokenizer
 

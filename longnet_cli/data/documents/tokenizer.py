@@ -40,11 +40,11 @@ from longnet_cli.basics.errors import (
     refuse_web_address,
 )
 from longnet_cli.basics.model_files import END_OF_TEXT, TOKENIZER
+from longnet_cli.data.files.local_files import Part
+from longnet_cli.data.files.manifest import MANIFESTS, read_manifest
 from longnet_cli.hub.model_names import find_tokenizer, list_models, preset_dir
 from longnet_cli.hub.repository import download_again
 
-from .local_files import Part
-from .manifest import MANIFESTS, read_manifest
 from .text_pieces import (
     AT_SIGN,
     TextCutter,

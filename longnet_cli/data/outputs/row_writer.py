@@ -22,9 +22,9 @@ import pyarrow.ipc as ipc
 from longnet_cli.basics.atomic import atomic_write, writing
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.basics.finite_json import to_json
+from longnet_cli.data.documents.token_documents import Document, Unread
 
 from .output_paths import name_of_output
-from .token_documents import Document, Unread
 
 SHARD_VERSION = 1
 _JSON_ROWS = 1024  # turned into Python objects at a time, at some 40 bytes per number

@@ -2,7 +2,7 @@
 
     shard-00000.arrow ...   finished shards: a shard gets its name only when it is whole
     _unfinished.json        a manifest of them, while more are to come; readers should refuse the folder
-    _manifest.arrow         replaces it when the data set is complete (see `data.manifest`)
+    _manifest.arrow         replaces it when the data set is complete (see `data.files.manifest`)
 
 The manifest is the only record of progress. It is rewritten, atomically, after each shard. A shard that it does not
 list does not count, and is written again. A resumed run skips as many documents as the listed shards hold.
@@ -30,11 +30,18 @@ from longnet_cli.basics.atomic import (
 )
 from longnet_cli.basics.errors import ConfigError, DataError, LongNetError
 from longnet_cli.basics.events import LeftOut
+from longnet_cli.data.files import arrow
+from longnet_cli.data.files.local_files import LocalFile
+from longnet_cli.data.files.manifest import (
+    KEY,
+    UNFINISHED,
+    Manifest,
+    differing,
+    marked,
+    read_manifest,
+)
+from longnet_cli.data.files.opened_inputs import reading
 
-from . import arrow
-from .local_files import LocalFile
-from .manifest import KEY, UNFINISHED, Manifest, differing, marked, read_manifest
-from .opened_inputs import reading
 from .row_writer import ShardWriter
 
 ShardFormat = Literal["arrow", "parquet"]
