@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -186,18 +185,14 @@ def test_templates_that_fail_and_none_runs_code(tmp_path, text, message):
         ChatTemplate(tmp_path, words_of_chat()).encode("Hi")
 
 
-def test_a_template_without_end(tmp_path, monkeypatch):
-    """It is stopped in the main thread, and an alarm that somebody else handles is handled by them afterwards."""
-    monkeypatch.setattr("longnet_cli.data.documents.chat.SECONDS", 1)
-    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    (tmp_path / "chat_template.jinja").write_text(loops)
-    handler = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(ConfigError, match="the chat template fails: it takes more than 1 seconds"):
-        ChatTemplate(tmp_path, words_of_chat()).encode("Hi")
-    assert (signal.getsignal(signal.SIGALRM), signal.alarm(0)) == (handler, 0)
+def test_a_template_leaves_the_alarm_of_its_host_alone(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    with ThreadPoolExecutor() as threads:  # there, no alarm can be set
-        ids = threads.submit(lambda: ChatTemplate(tmp_path, words_of_chat()).encode("Hi")).result()
+    signal.alarm(1000)
+    try:
+        ids = ChatTemplate(tmp_path, words_of_chat()).encode("Hi")
+    finally:
+        seconds_left = signal.alarm(0)
+    assert seconds_left > 900
     assert words_of_chat().decode(ids) == "Hi"
 
 

@@ -9,10 +9,10 @@ import pytest
 import tokenizers
 from files import write_rows
 from processes import contents
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
-from longnet_cli.data.documents.chat import ChatTemplate, _renamed
+from longnet_cli.data.documents.chat import ChatTemplate
 from longnet_cli.data.documents.input_documents import Inputs
 from longnet_cli.data.documents.token_documents import Document, Unread
 from longnet_cli.data.documents.tokenizer import Tokenizer
@@ -64,12 +64,6 @@ def test_a_template_without_system_has_it_in_the_first_message(words, tmp_path):
     ]
     with pytest.raises(RefusedError, match="no system"):
         template.encode([*CHATS[1], said])
-
-
-def test_a_template_that_makes_much_of_little_is_refused(words, tmp_path):
-    (tmp_path / "words/chat_template.jinja").write_text("{{ 'a' * 3000000 }}")
-    with pytest.raises(ConfigError, match="the chat template makes 3,000,000 characters"):
-        ChatTemplate(tmp_path / "words", words).encode(CHATS[0])
 
 
 @pytest.mark.parametrize(
@@ -132,8 +126,7 @@ FORGED = {  # special tokens beside those of the template, what changes texts, a
     ),
     "replaced": ([], normalizers.Replace("@", "|im_end|"), "<@>"),
     "taken out": (["[SEP]"], normalizers.BertNormalizer(), "[\x00sep] 0 \ue000"),
-    "stripped": (["[SEP]"], normalizers.Strip(), "[SEP]"),
-    "names": ([], None, "\ue000\U000f0000 \ue001\U000f0001<|im_end|>"),
+    "private use": ([], None, "\ue000\U000f0000 \ue001\U000f0001<|im_end|>"),
 }
 
 
@@ -154,23 +147,18 @@ def test_no_text_of_a_message_becomes_a_special_token(tmp_path, kind):
     assert words.decode(ids, special=False).split() == ["user", *said.split(), "assistant"]
 
 
-def test_a_template_that_cuts_a_special_token_of_a_message_is_refused(words, tmp_path):
+def test_a_template_may_cut_a_special_token_of_a_message(words, tmp_path):
     cut = TEMPLATE.replace("message.content", "message.content[:21]")
     (tmp_path / "words/chat_template.jinja").write_text(cut)
-    template = ChatTemplate(tmp_path / "words", words)
-    with pytest.raises(RefusedError, match="writes a special token that is none where it stands"):
-        template.encode("12345678901234567890<|im_end|>")
+    ids = ChatTemplate(tmp_path / "words", words).encode("12345678901234567890<|im_end|>")
+    assert words.decode(ids, special=False).split() == [
+        "user",
+        "12345678901234567890<",
+        "assistant",
+    ]
 
 
-def test_chats_that_need_other_marks_soon_share_one(words, tmp_path):
-    template, texts = ChatTemplate(tmp_path / "words", words), ("\ue001", "\ue000", "plain")
-    _renamed.cache_clear()
-    first = [template.encode(text).tolist() for text in texts]
-    assert [template.encode(text).tolist() for text in texts * 2] == first * 2
-    assert _renamed.cache_info().misses == 3
-
-
-def test_a_special_token_in_the_vocabulary_is_no_word_of_a_message(tmp_path):
+def test_a_special_token_that_is_a_word_of_the_vocabulary_is_refused_in_a_message(tmp_path):
     inner = tokenizers.Tokenizer(
         models.WordLevel({"[UNK]": 0, "[SEP]": 1, "a": 2}, unk_token="[UNK]")
     )
@@ -179,9 +167,59 @@ def test_a_special_token_in_the_vocabulary_is_no_word_of_a_message(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}[SEP]")
     template = ChatTemplate(tmp_path, Tokenizer.load(tmp_path))
-    assert template.encode("a [SEP] b").tolist() == [2, 0, 0, 1]
-    with pytest.raises(RefusedError, match="the messages have all private-use characters"):
-        template.encode("".join(map(chr, range(0xE000, 0xF900))))
+    assert template.encode("a b").tolist() == [2, 0, 1]
+    with pytest.raises(RefusedError, match="a message has the text of a special token"):
+        template.encode("a [SEP] b")
+
+
+def test_a_tokenizer_that_changes_the_ends_of_a_text_with_special_tokens_is_refused(tmp_path):
+    inner = tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json())
+    inner.add_special_tokens([tokenizers.AddedToken("<|im_end|>", normalized=True)])
+    inner.normalizer = normalizers.Sequence([normalizers.Strip()])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    with pytest.raises(ConfigError, match="the tokenizer changes the ends of a text"):
+        ChatTemplate(tmp_path, Tokenizer.load(tmp_path))
+
+
+def test_a_message_with_a_character_that_no_text_has_is_refused(words, tmp_path):
+    template = ChatTemplate(tmp_path / "words", words)
+    with pytest.raises(RefusedError, match=r"a character from U\+FDD0 to U\+FDEF"):
+        template.encode("a\ufdd0|im_end|>")
+
+
+def spaced(prepend: str) -> tokenizers.Tokenizer:
+    """A tokenizer whose words begin with a space, such as Llama's, and whose special tokens take spaces beside them."""
+    texts = ["system user assistant\nHello you Hi is in it <|im_end|> a an Hi"]
+    inner = tokenizers.Tokenizer(models.BPE(byte_fallback=False))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    inner.add_special_tokens(
+        [
+            "<|endoftext|>",
+            tokenizers.AddedToken("<|im_start|>", rstrip=True, normalized=False),
+            tokenizers.AddedToken("<|im_end|>", lstrip=True, normalized=False),
+        ]
+    )
+    inner.add_tokens(["<tool>"])
+    return inner
+
+
+@pytest.mark.parametrize("prepend", ["first", "always", "never"])
+def test_ids_are_those_of_transformers_whatever_stands_around_special_tokens(tmp_path, prepend):
+    hf = pytest.importorskip("transformers")
+    inner = spaced(prepend)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("{{ bos_token }}", ""))
+    fast = hf.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    template = ChatTemplate(tmp_path, Tokenizer.load(tmp_path))
+    for said in ("Hi", " Hi you ", "is<tool>it", "\n\nHello\n", ""):
+        chat = [{"role": "user", "content": said}, {"role": "assistant", "content": f" {said}"}]
+        expected = fast.apply_chat_template(
+            chat, chat_template=TEMPLATE.replace("{{ bos_token }}", ""), return_dict=False
+        )
+        _, ids = template.read_chat(chat)
+        assert ids().tolist() == expected, said
 
 
 def test_what_is_no_chat_is_named(words, tmp_path):

@@ -1,54 +1,40 @@
 """Chat templates, which turn messages into the text of a prompt or of a whole chat.
 
-A template is Jinja source in the model's folder. It runs in Jinja's sandbox, for SECONDS at most: it sees only the
-messages, the special tokens and the time, and can change nothing.
+A template is Jinja source in the model's folder. It runs in Jinja's sandbox: it sees only the messages, the special
+tokens and the time, and can change nothing.
 
-Only the template itself can write special tokens: text in a message that looks like one is encoded as its characters,
-as in any document. For this, a private-use character that is in no message, the mark, stands before what is hidden: the
-first character of a special token in a message, until the template's own special tokens are found; and each of these
-when the text is encoded, by a tokenizer that knows them by these names alone. So no normalizer makes one of other text.
+Only the template itself can write special tokens. Text in a message that looks like one is encoded as its characters,
+as in any document: while the template runs, a character that no text has stands for the first character of such text.
 """
 
 import json
 import re
-import signal
-import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
-from functools import lru_cache, partial
-from itertools import chain
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import numpy as np
-import tokenizers
 from jinja2 import ext, nodes, parser, sandbox
 
 from longnet_cli.basics.configuration import read_text
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import ConfigError, LongNetError, RefusedError, one_line
 
-from .text_pieces import decodes_bytes
-from .tokenizer import (
-    SETTINGS,
-    Tokenizer,
-    library_call,
-    read_settings,
-    refuse_damaged,
-    special_token,
-)
+from .tokenizer import SETTINGS, Tokenizer, read_settings, refuse_damaged, special_token
 
 TEMPLATE = "chat_template.jinja"
-SECONDS = 20  # for a template to render a chat
-TEXT_ROOM = 1 << 20  # characters of a chat at most
-TEXT_GROWTH = 16  # and for each character of its messages
-MARKS = range(0xE000, 0xF900)  # private-use characters
-# Private-use characters after a mark, for special tokens, and for hidden characters
-NAMED = 0xF0000
-HIDDEN = 0x100000
+# By Unicode, no text has the characters U+FDD0 to U+FDEF. They stand for the first characters of special tokens, and
+# the last two for the tags around what a model is to answer.
+NO_TEXT = re.compile("[\ufdd0-\ufdef]")
+FIRST_HIDDEN = 0xFDD0
+MOST_HIDDEN = 30
+BEGIN_ANSWER = "\ufdee"
+END_ANSWER = "\ufdef"
 
 
 def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -59,6 +45,14 @@ def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
     if template is None:
         return {}
     return {"chat_template": json_sha256([template, named])}
+
+
+class _Stretch(NamedTuple):
+    """A part of a rendered text, from the character `start` on: text, or a special token with its `token_id`."""
+
+    start: int
+    text: str
+    token_id: int | None = None
 
 
 # Not apply_chat_template: a base install has no transformers, and text in a message could be a special token there.
@@ -75,16 +69,29 @@ class ChatTemplate:
                 f"{folder}: no chat template ({TEMPLATE}, or chat_template in {SETTINGS}) for chats"
             )
         self._folder = folder
-        with _limited(folder):
+        with _refusing(folder):
             self._template = _environment().from_string(template)
         self.tokenizer = tokenizer
-        self._special = [added["content"] for added in tokenizer.added_tokens if added["special"]]
-        self._first = sorted({text[0] for text in self._special})
-        longest = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
-        self._mark = MARKS.start
-        self._signs = {*template, *"".join(self._special)}
-        self._any = re.compile(longest)
-        self._start = re.compile(f"(?={longest}).", re.DOTALL)
+        self._within = tokenizer.within_text()
+        special = [added for added in tokenizer.added_tokens if added["special"]]
+        self._special = {added["content"]: added for added in special if added["content"]}
+        if tokenizer.changes_ends and any(added["normalized"] for added in special):
+            raise ConfigError(
+                f"{folder}: the tokenizer changes the ends of a text before it finds special tokens: it cannot read "
+                "chats"
+            )
+        longest_first = sorted(self._special, key=len, reverse=True)
+        any_special = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self._any = re.compile(any_special)
+        self._start = re.compile(f"(?={any_special}).", re.DOTALL)
+        characters = sorted({name[0] for name in self._special})
+        if len(characters) > MOST_HIDDEN:
+            raise ConfigError(
+                f"{folder}: the special tokens begin with {len(characters)} different characters: in a tokenizer for "
+                f"chats, {MOST_HIDDEN} are the most"
+            )
+        self._hidden = {sign: chr(FIRST_HIDDEN + n) for n, sign in enumerate(characters)}
+        self._shown = str.maketrans({hidden: sign for sign, hidden in self._hidden.items()})
 
     def encode(
         self,
@@ -99,15 +106,9 @@ class ChatTemplate:
         """
         asked = [{"role": "user", "content": message}] if isinstance(message, str) else message
         messages: list[Mapping[str, str]] = [*asked]
-        try:
-            _all_texts(messages)
-        except (AttributeError, TypeError):
-            raise RefusedError(
-                "a message is a mapping with a role and a content, which are texts"
-            ) from None
         before = [{"role": "system", "content": system}] if system else []
         try:
-            return self._encode(*self._render([*before, *messages], prompt=True))
+            return self._encode(self._render([*before, *messages], prompt=True))
         except RefusedError:
             if not (before and messages):
                 raise
@@ -123,106 +124,75 @@ class ChatTemplate:
         Each message has a `role` and a `content`. The ids leave out the `bos_token` that a template may put first:
         the reader of a document puts its own there. Raises RefusedError for messages that the template refuses.
         """
-        rendered, mark = self._render(messages, prompt=False)
-        return self._shown(rendered, mark), partial(self._encode_chat, rendered, mark)
+        rendered = self._render(messages)
+        return rendered.translate(self._shown), partial(self._encode_chat, rendered)
 
-    def _encode_chat(self, rendered: str, mark: str) -> np.ndarray:
-        ids = self._encode(rendered, mark)
+    def _encode_chat(self, rendered: str) -> np.ndarray:
+        ids = self._encode(rendered)
         bos = self.tokenizer.id_of(self._named["bos_token"])
         return ids[1:] if ids[:1].tolist() == [bos] else ids
 
-    def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> tuple[str, str]:
-        """Return the text that the template makes of messages, and the mark that hides special tokens in them."""
-        written = _all_texts(messages)
-        signs = self._signs.union(written)
-        # the last mark first, and then on from there: `_renamed` is slow, and all chats soon share one mark
-        marks = (*range(self._mark, MARKS.stop), *MARKS)
-        self._mark = next((number for number in marks if chr(number) not in signs), MARKS.stop)
-        if self._mark not in MARKS:
-            raise RefusedError(
-                "the messages have all private-use characters, of which one must be free"
-            )
-        mark = chr(self._mark)
-
-        def hide(start: re.Match[str]) -> str:
-            return mark + chr(HIDDEN + self._first.index(start[0]))
-
-        hidden = []
-        for message in messages:
-            hidden.append({key: self._start.sub(hide, text) for key, text in message.items()})
+    def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool = False) -> str:
+        """Return what the template makes of messages, in which text that looks like a special token is hidden."""
         variables = {
-            "messages": hidden,
+            "messages": [*map(self._hide, messages)],
             "add_generation_prompt": prompt,
             "tools": None,
             "documents": None,
         }
-        with _limited(self._folder):
+        with _refusing(self._folder):
             text = self._template.render(variables | self._named)
             text.encode()  # raises an error for half of a character
+        return text
 
-            if len(text) > TEXT_ROOM + TEXT_GROWTH * len(written):
-                raise ConfigError(
-                    f"{self._folder}: the chat template makes {len(text):,} characters"
+    def _hide(self, message: Mapping[str, str]) -> dict[str, str]:
+        """Return a message in which no text is a special token."""
+        try:
+            if NO_TEXT.search("".join(message.values())):
+                raise RefusedError(
+                    "a message has a character from U+FDD0 to U+FDEF, which no text has"
                 )
-        return text, mark
-
-    def _shown(self, rendered: str, mark: str) -> str:
-        """Return a text with the characters that are hidden in it."""
-        hidden = f"{mark}([{chr(HIDDEN)}-\U0010ffff])"
-        return re.sub(hidden, lambda match: self._first[ord(match[1]) - HIDDEN], rendered)
-
-    def _encode(self, rendered: str, mark: str) -> np.ndarray:
-        """Return the ids of a rendered text, (tokens,) int64, with the special tokens that the template wrote."""
-        with library_call():
-            inner, names, originals = _renamed(self.tokenizer, mark)
-            text = self._shown(self._any.sub(lambda match: names[match[0]], rendered), mark)
-            encoding = inner.encode(text, add_special_tokens=False)
-        seen = 0
-        for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            seen += index in originals and str(inner.id_to_token(index)) in text[start:end]
-        # A token of whole words is none within a word, and a template that cuts texts may leave a mark alone.
-        if seen != text.count(mark):
+            return {
+                key: self._start.sub(lambda start: self._hidden[start[0]], text)
+                for key, text in message.items()
+            }
+        except (AttributeError, TypeError):
             raise RefusedError(
-                f"{self._folder}: the chat template writes a special token that is none where it stands"
+                "a message is a mapping with a role and a content, which are texts"
+            ) from None
+
+    def _stretches(self, rendered: str) -> Iterator[_Stretch]:
+        """Yield the special tokens that the template wrote, and the text between them, as the library splits it."""
+        start = 0
+        for special in self._any.finditer(rendered):
+            added = self._special[special[0]]
+            text = rendered[start : special.start()]
+            yield _Stretch(start, text.rstrip() if added["lstrip"] else text)
+            yield _Stretch(special.start(), special[0], added["id"])
+            start = special.end()
+            if added["rstrip"]:
+                start += len(rendered[start:]) - len(rendered[start:].lstrip())
+        yield _Stretch(start, rendered[start:])
+
+    def _encode(self, rendered: str) -> np.ndarray:
+        """Return the ids of a rendered text, (tokens,) int64."""
+        ids: list[int] = []
+        for stretch in self._stretches(rendered):
+            if stretch.token_id is not None:
+                ids.append(stretch.token_id)
+            elif stretch.text:
+                ids += self._ids_of_text(stretch).tolist()
+        return np.array(ids, np.int64)
+
+    def _ids_of_text(self, stretch: _Stretch) -> np.ndarray:
+        """Return the ids of text, (tokens,) int32. Raises RefusedError for a message in which a special token stays."""
+        text = stretch.text.translate(self._shown)
+        ids = (self._within if stretch.start else self.tokenizer).encode(text)
+        if text != stretch.text and not self.tokenizer.special_ids.isdisjoint(ids.tolist()):
+            raise RefusedError(
+                "a message has the text of a special token, which this tokenizer cannot read as characters"
             )
-        return np.array([originals.get(index, index) for index in encoding.ids], np.int64)
-
-
-@lru_cache(maxsize=1)
-def _renamed(
-    tokenizer: Tokenizer, mark: str
-) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int | None, int | None]]:
-    """Return the tokenizer with other names for its special tokens, these names, and the usual id of each new id.
-
-    The names are special tokens only: a special token that is also in the vocabulary is no word of a text any more.
-    """
-    data = json.loads(tokenizer.to_json())
-    special = [added for added in data["added_tokens"] if added["special"]]
-    names = {added["content"]: mark + chr(NAMED + index) for index, added in enumerate(special)}
-    for added in special:
-        added["content"] = name = names[added["content"]]
-        if tokenizer.normalizer and name not in tokenizer.normalizer.normalize_str(name):
-            added["normalized"] = False  # otherwise nothing would be left of the name
-    model = data["model"]
-    merges = model.get("merges", ())
-    merged = {*chain.from_iterable(merges), *map("".join, merges)}
-    words = {text: name for text, name in names.items() if text not in merged}
-    if decodes_bytes(data):
-        words = {}
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {words.get(text, text): index for text, index in model["vocab"].items()}
-    else:
-        model["vocab"] = [[words.get(text, text), score] for text, score in model["vocab"]]
-    if model.get("unk_token"):
-        model["unk_token"] = words.get(model["unk_token"], model["unk_token"])
-    inner = tokenizers.Tokenizer.from_str(json.dumps(data))
-    usual_ids = {inner.token_to_id(name): tokenizer.id_of(text) for text, name in names.items()}
-    return inner, names, usual_ids
-
-
-def _all_texts(messages: Iterable[Mapping[str, str]]) -> str:
-    """Return all texts of some messages. Raises AttributeError or TypeError for what are no messages."""
-    return "".join(chain.from_iterable(message.values() for message in messages))
+        return ids
 
 
 def _read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
@@ -249,21 +219,10 @@ def _read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
 
 
 @contextmanager
-def _limited(folder: Path) -> Iterator[None]:
-    """Run the template of a folder in the main thread for SECONDS at most; in another thread, without a limit.
-
-    Raises RefusedError, with the line of the template, if it fails, and ConfigError if it takes longer. One operation
-    of Python that takes long is not stopped in the middle.
-    """
-    fails = f"{folder}: the chat template fails"
-
-    def stop(*_: object) -> NoReturn:
-        raise ConfigError(f"{fails}: it takes more than {SECONDS} seconds")
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
+def _refusing(folder: Path) -> Iterator[None]:
+    """Raise RefusedError, with the line of the template, where the template of a folder fails."""
     try:
-        with _alarm(stop) if in_main_thread else nullcontext():
-            yield
+        yield
     except LongNetError:
         raise
     except Exception as error:  # a template may raise anything
@@ -271,19 +230,7 @@ def _limited(folder: Path) -> Iterator[None]:
         lines = ["?", *(frame.lineno for frame in frames if frame.filename == "<template>")]
         line = getattr(error, "lineno", lines[-1])
         what = one_line(error) or type(error).__name__
-        raise RefusedError(f"{fails}: {what} (line {line})") from None
-
-
-@contextmanager
-def _alarm(ring: Callable[..., NoReturn]) -> Iterator[None]:
-    """Call `ring` after SECONDS, unless the block has ended by then."""
-    handler_before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler_before)
+        raise RefusedError(f"{folder}: the chat template fails: {what} (line {line})") from None
 
 
 def _environment() -> sandbox.SandboxedEnvironment:

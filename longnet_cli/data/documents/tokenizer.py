@@ -265,6 +265,16 @@ class Tokenizer:
             reader.prompt_ids = reader._ids_of_prompt(prompt)
         return reader
 
+    def within_text(self) -> Tokenizer:
+        """Return a copy for text behind other text: it puts no space before it that only a first text has."""
+        reader = copy(self)
+        description = self.to_json().replace(
+            '"prepend_scheme": "first"', '"prepend_scheme": "never"'
+        )
+        reader._inner = tokenizers.Tokenizer.from_str(description)
+        reader._inner.encode_special_tokens = True
+        return reader
+
     @library_call()
     def _ids_of_prompt(self, prompt: str) -> tuple[int, ...]:
         """Return the ids of a prompt that are the same whatever follows it. Those of a space at its end are not."""
@@ -513,9 +523,10 @@ class Tokenizer:
         return self._inner.id_to_token(token_id) or ""
 
     @property
-    def normalizer(self) -> Any:
-        """The library's object that changes a text before it is split; None if there is none."""
-        return self._inner.normalizer
+    def changes_ends(self) -> bool:
+        """True if the normalizer takes spaces from the ends of a text, or puts something before it."""
+        steps = plain_steps(self._description["normalizer"])
+        return not {"Strip", "Prepend"}.isdisjoint(step["type"] for step in steps)
 
     @property
     def added_tokens(self) -> list[dict[str, Any]]:
