@@ -64,12 +64,13 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         with _closing(file, path):
             yield file
         return
-    with writing(path, ConfigError):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target.parent, target.name)
-        temporary, handle = _new_temporary(target, _new_file)
-        file = open(temporary, "wb", opener=lambda *_: handle)  # noqa: SIM115
+    temporary = _temporary_name(target)
     try:
+        with writing(path, ConfigError):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent, target.name)
+            handle = _make_locked(temporary, _new_file)
+            file = open(temporary, "wb", opener=lambda *_: handle)  # noqa: SIM115
         with _closing(file, path):
             yield file
             with writing(path):
@@ -79,7 +80,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.replace(temporary, target)
             flush(target.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise
 
 
@@ -123,28 +125,29 @@ def _new_folder(path: Path) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def _new_temporary(target: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
-    """Create and lock a temporary file or folder beside `target`. Return its path and its descriptor.
+def _temporary_name(target: Path) -> Path:
+    """Return a new temporary name beside `target`.
 
-    The lock shows `remove_leftovers` that it is in use. `create` makes it, and returns the descriptor.
+    Whoever makes a file of this name has to know the name before: a signal may come between any two lines, and then
+    the file must go.
+    """
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _make_locked(temporary: Path, make: Callable[[Path], int]) -> int:
+    """Make and lock a temporary file or folder. Return its descriptor.
+
+    The lock shows `remove_leftovers` that it is in use. `make` makes it, and returns the descriptor.
     """
     while True:
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            handle = create(temporary)
-            # a network file system without locks, where leftovers are never removed
-            with suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Without a link, another writer has removed it before it was locked
-            if os.fstat(handle).st_nlink:
-                return temporary, handle
-            os.close(handle)
-        except FileExistsError:
-            continue
-        except BaseException:  # Ctrl-C and SIGTERM may come between any two lines
-            with suppress(OSError):
-                _remove(temporary)
-            raise
+        handle = make(temporary)
+        # a network file system without locks, where leftovers are never removed
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        # Without a link, another writer has removed it before it was locked
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:
@@ -185,14 +188,16 @@ def whole_folder(path: str | Path, last: str, *, new: bool = False) -> Iterator[
     write.
     """
     target = Path(os.path.abspath(path))
-    new_folders = missing_folders(target)
-    with writing(path, ConfigError):
-        if new:
-            check_unused(path)
-        target.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target)
-        temporary, handle = _new_temporary(target / last, _new_folder)
-    try:
+    temporary = _temporary_name(target / last)
+    with ExitStack() as stack:
+        stack.callback(remove_empty, missing_folders(target))
+        with writing(path, ConfigError):
+            if new:
+                check_unused(path)
+            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+            target.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target)
+            stack.callback(os.close, _make_locked(temporary, _new_folder))
         with writing(path):
             yield temporary
             mode = temporary.stat().st_mode & 0o666
@@ -204,11 +209,8 @@ def whole_folder(path: str | Path, last: str, *, new: bool = False) -> Iterator[
             files.sort(key=lambda file: (file.name == last, -file.stat().st_size))
             for file in files:
                 os.replace(file, target / file.name)
+            temporary.rmdir()
             flush(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(handle)
-        remove_empty(new_folders)
 
 
 def check_unused(path: str | Path) -> None:

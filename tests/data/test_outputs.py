@@ -16,7 +16,6 @@ import pytest
 import torch
 from builders import scores, tiny_net
 
-from longnet_cli.basics.atomic import atomic_write
 from longnet_cli.basics.errors import CheckpointError, ConfigError, LongNetError, NotFiniteError
 from longnet_cli.data.documents.input_documents import Inputs
 from longnet_cli.data.documents.tokenizer import Tokenizer
@@ -93,37 +92,6 @@ def test_json_lines_hold_lists_and_null_for_what_json_cannot_write(tmp_path):
         '{"id": "é", "v": [0.5, null]}\n{"id": "b", "v": [null, -1.0]}\n'
         + '{"id": "\\n", "v": [2.0, 3.0]}\n' * 2
     )
-
-
-def test_until_the_block_ends_nothing_has_the_final_name(tmp_path):
-    with atomic_write(tmp_path / "a.json") as file:
-        file.write(b"1")
-        assert not (tmp_path / "a.json").exists()
-    assert (tmp_path / "a.json").read_bytes() == b"1"
-    umask = os.umask(0)
-    os.umask(umask)
-    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_a_signal_as_the_file_is_made_leaves_nothing(tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("longnet_cli.basics.atomic.fcntl.flock", interrupt)
-    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "x"):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_links_and_devices_stay_what_they_are(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    for path in (tmp_path / "link", Path("/dev/null")):
-        with atomic_write(path) as file:
-            file.write(b"1")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target").read_bytes() == b"1"
-    assert not Path("/dev/null").is_file()
 
 
 def test_a_place_that_cannot_be_written_is_a_config_error(tmp_path):
