@@ -224,13 +224,17 @@ def _let_the_first_speak(is_lost_rank: bool) -> None:
 
 
 def _is_lost_rank(error: BaseException) -> bool:
-    """Return whether a collective failed because another rank is gone. gloo and NCCL say so only in their messages."""
-    signs = (
-        "DistBackendError|DistNetworkError|DistStoreError"
-        "|Connection closed by peer|Connection reset by peer|Broken pipe|gloo"
+    """Return whether a collective of several ranks failed because another rank is gone.
+
+    NCCL and the store raise a DistError. gloo raises a RuntimeError, which names the file and the line of gloo.
+    """
+    if not under_torchrun():
+        return False
+    typed = getattr(sys.modules.get("torch.distributed"), "DistError", ())
+    line_of_gloo = r"\[\S*/gloo/\S+:\d+\] "
+    return isinstance(error, typed) or (
+        isinstance(error, RuntimeError) and bool(re.search(line_of_gloo, str(error)))
     )
-    said = f"{type(error).__name__}: {error}"
-    return isinstance(error, RuntimeError) and bool(re.search(signs, said))
 
 
 def _show_warning(

@@ -68,7 +68,7 @@ def answer(
     *,
     system: str | None = None,
     max_tokens: int = 256,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     **options: Any,
 ) -> Answer:
     """Answer a question from the passages that were found: the best that leave room for `max_tokens`.
@@ -77,21 +77,21 @@ def answer(
     and before a sentence of five words or more that it has already. `on_text` gets it as it comes. `options` are more
     arguments of `generate`, and it raises as that does; also ConfigError for a model without a tokenizer.
     """
-    from .generating import StopTexts, generate
+    from .generating import StopTexts, generate, stop_texts
 
     if not passages:
         return Answer(question, None, [], loaded.origin)
     asked, sources = prompt(loaded, question, passages, max_tokens, system)
-    stop = [*stop, ASKED_AGAIN]
+    stops = [*stop_texts(stop), ASKED_AGAIN]
     if loaded.chat:
         options["bos"] = None
     else:
-        stop.append(PLAIN_STOP)
+        stops.append(PLAIN_STOP)
     answered = ""
     tokens = 0
     reason: FinishReason | None = None
     repeated = StopTexts(sentences := list[str]())
-    for step in generate(loaded, asked, max_tokens=max_tokens, stop=stop, **options):
+    for step in generate(loaded, asked, max_tokens=max_tokens, stop=stops, **options):
         text = ""
         reason = step.finish_reason
         for sign in step.text:
@@ -165,7 +165,7 @@ def ask(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     chunk: int | None = None,
     device: str = "auto",
     dtype: str = "auto",

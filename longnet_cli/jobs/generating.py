@@ -66,6 +66,11 @@ class StopTexts:
         return held
 
 
+def stop_texts(stop: str | Sequence[str]) -> list[str]:
+    """Return the stop texts as a list. A text alone is one of them, and no sequence of letters."""
+    return [stop] if isinstance(stop, str) else [*stop]
+
+
 def _common(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that is also a proper start of `stop`."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
@@ -111,7 +116,7 @@ def generate(
     seed: int = 0,
     number: int = 0,
     end_ids: Collection[int] | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     chunk: int | None = None,
     dtype: str = "auto",
     stream: CausalStream | None = None,
@@ -128,7 +133,7 @@ def generate(
     At `temperature` 0, each token is the likeliest one, the first if several are equal. Otherwise it is drawn from the
     softmax of the logits over the temperature, cut to the fewest tokens whose probabilities sum to `top_p`. The random
     numbers are those of `seed` and of the `number` of the prompt among several. Generation ends at one of `end_ids`,
-    whose text is not shown, and at one of the texts `stop`, no part of which is shown. `tokenizer` decodes texts, in
+    whose text is not shown, and at `stop`, a text or several, no part of which is shown. `tokenizer` decodes texts, in
     whole characters; without it, they are empty.
 
     `stream` reads the prompt after all that it has read before. When the iterator ends, it has read the new tokens,
@@ -150,7 +155,8 @@ def generate(
         unread = 0
     _check(net, max_tokens, least=unread)
     check_sampling(temperature, top_p)
-    if "" in stop or (stop and not tokenizer):
+    stops = stop_texts(stop)
+    if "" in stops or (stops and not tokenizer):
         raise ConfigError("a stop text needs characters, and a tokenizer")
     if chats or not isinstance(prompt, Document):
         prompt = _prompt(loaded.chat if chats else tokenizer, prompt, chats)
@@ -164,7 +170,7 @@ def generate(
         Sampler(temperature, top_p, seed, number),
         loaded.ends if end_ids is None else end_ids,
         TextStream(tokenizer) if tokenizer else None,
-        StopTexts(stop),
+        StopTexts(stops),
         chunk_of(chunk, default_chunk(net.config, next(net.parameters()).device)),
         dtype,
         stream or open_stream(net),

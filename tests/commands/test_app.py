@@ -217,6 +217,27 @@ def test_a_failure_is_one_line_and_its_exit_code(act, body, code, line):
     )
 
 
+@pytest.mark.parametrize(
+    ("problem", "ranks", "lost"),
+    [
+        (
+            "RuntimeError('[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Gone')",
+            2,
+            True,
+        ),
+        ("dist.DistStoreError('timeout')", 2, True),
+        ("RuntimeError('Broken pipe of gloo')", 2, False),
+        ("dist.DistStoreError('timeout')", 1, False),
+        ("RuntimeError('Connection closed by peer')", 1, False),
+    ],
+)
+def test_only_a_rank_of_several_loses_another(act, problem, ranks, lost):
+    body = f"import torch.distributed as dist\nraise {problem}"
+    said = act(body, RANK="0", WORLD_SIZE=str(ranks)).stderr
+    assert ("another rank ended, and this one with it" in said) == lost
+    assert ("(run with LONGNET_TRACEBACK=1 for the traceback)" in said) != lost
+
+
 def test_a_bug_has_a_traceback_if_asked_for_and_a_failure_has_none(act):
     assert "Traceback" in act("{}['key']", LONGNET_TRACEBACK="1").stderr
     assert act("raise DataError('bad')", LONGNET_TRACEBACK="1").stderr == "longnet: error: bad\n"

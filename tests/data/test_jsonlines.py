@@ -69,6 +69,13 @@ def test_json_lines_are_read_as_they_come(tmp_path, monkeypatch):
         next(documents)
 
 
+def test_a_bad_byte_is_named_where_the_file_has_it_also_after_a_byte_order_mark(tmp_path):
+    data = b'\xef\xbb\xbf{"text": "a\xff"}\n'
+    (tmp_path / "x.jsonl").write_bytes(data)
+    with pytest.raises(DataError, match=f"line 1: .*byte {data.index(0xFF)} is 0xff"):
+        read(tmp_path / "x.jsonl")
+
+
 BEGINNINGS = [
     ('{"id": "a", "text": null}\n', "line 1: 'text' is null"),
     ('{"id": "a", "text": 5}\n', "line 1: 'text' is not text"),

@@ -129,6 +129,8 @@ def test_an_answer_ends_where_it_repeats_itself_or_asks(text, said, reason, chat
     assert (made.answer, made.finish_reason) == (said.rstrip(), reason)
     assert "".join(streamed).rstrip() == made.answer
     assert made.n_tokens <= 2 * len(text) or reason == "length"
+    never = text[1::-1]  # its letters are said, but not one after the other
+    assert answer(loaded, "?", found, max_tokens=3 * len(text), stop=never).answer == made.answer
 
 
 def test_without_a_model_or_a_passage_nothing_is_said(llama):

@@ -129,8 +129,9 @@ def test_it_ends_at_an_id_at_a_text_and_at_the_last_position():
     assert [step.id for step in ended] == ids[: place + 1]
     assert (ended[-1].finish_reason, text_of(ended)) == ("eos", WORDS.decode(np.array(ids[:place])))
     stop = text[12:17]  # over several tokens
-    stopped = generated(model, stop=[stop, "\0never"])
-    assert (text_of(stopped), stopped[-1].finish_reason) == (text[: text.index(stop)], "stop")
+    for given_stop in ([stop, "\0never"], stop):
+        stopped = generated(model, stop=given_stop)
+        assert (text_of(stopped), stopped[-1].finish_reason) == (text[: text.index(stop)], "stop")
     assert generated(model, max_tokens=7)[-1].finish_reason == "length"
     short = foreign(WINDOW, "gpt2")  # whose positions are a table
     assert len(generated(short, 1000)) == 25  # the last of which is not read

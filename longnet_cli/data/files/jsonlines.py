@@ -16,7 +16,6 @@ from longnet_cli.basics.errors import DataError, first_line
 from .column_choice import ID_COLUMNS, Wanted
 from .input_files import InputFile
 from .opened_inputs import (
-    BYTE_ORDER_MARK,
     CHAT_COLUMN,
     JSON_LINES,
     TOKEN_COLUMNS,
@@ -187,7 +186,7 @@ def _value(row: dict[str, Any], name: str, default: Any = None) -> Any:
 def _parse(line: bytes) -> dict[str, Any]:
     """Return the object on one line. Raises ValueError, with a message of one line, for a bad one."""
     try:
-        value = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8").rstrip())
+        value = json.loads(line.decode("utf-8").removeprefix("\ufeff").rstrip())
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.start} is 0x{line[error.start]:02x}") from error
     except json.JSONDecodeError as error:
