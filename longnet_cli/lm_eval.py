@@ -31,7 +31,7 @@ from longnet_cli.running.device import DTYPES, resolve_dtype
 
 @register_model("longnet")
 class LongNetLM(HFLM):
-    """lm-eval's own `hf`, with `pretrained` as in --model: a folder, with a slash, or a name.
+    """lm-eval's own `hf`, with `pretrained` as in --model: a folder or a name.
 
     `pattern` (a text of `longnet_cli.attention.notation`) replaces the model's own. Without a GPU, the `device` is the
     CPU. `dtype` is as in `score`: float32 on a CPU, whatever the folder has. All else is as in `hf`.

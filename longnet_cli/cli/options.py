@@ -219,7 +219,7 @@ skip_bad_flag = partial(INPUT.flag, "--skip-bad", "Leave out what cannot be read
 model_option = partial(
     MODEL.common,
     "--model -m NAME|DIR",
-    "Use a shipped model, a folder (with a slash: ./my-run), a GGUF file, or a model on the Hugging Face hub: "
+    "Use a shipped model, a folder, a GGUF file, or a model on the Hugging Face hub: "
     f"ORG/NAME, ORG/NAME@REVISION, ORG/NAME:FILE.gguf. {DEFAULT_MODEL} {KNOWS}.",
     autocompletion=complete_model,
 )

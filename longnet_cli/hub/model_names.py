@@ -4,20 +4,21 @@
     ORG/NAME@REVISION         a branch, a tag or a commit
     ORG/NAME:FILE.gguf        a file of the repository
 
-A path that exists is no such name, and neither is what ships. A model of a hub is taken from the cache of
-huggingface_hub (the extra `hf`), without the network, or downloaded into it; `refresh` asks the hub. Only files that
-`longnet` reads are downloaded. The variables of huggingface_hub (HF_HUB_OFFLINE, HF_HOME, ...) hold.
+What ships is no such name, and neither is a path that exists, with a slash or without one. A model of a hub is taken
+from the cache of huggingface_hub (the extra `hf`), without the network, or downloaded into it; `refresh` asks the hub.
+Only files that `longnet` reads are downloaded. The variables of huggingface_hub (HF_HUB_OFFLINE, HF_HOME, ...) hold.
 """
 
 import json
 import re
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from longnet_cli.basics.configuration import nearest, parse, read_text
-from longnet_cli.basics.errors import ConfigError, refuse_web_address
+from longnet_cli.basics.errors import ConfigError, InputWarning, refuse_web_address
 from longnet_cli.basics.model_files import CONFIG, MODULES, TOKENIZER
 
 from .repository import COMMIT, Located, Repository
@@ -36,26 +37,32 @@ def list_models() -> list[str]:
 
 
 def model_path(name: str) -> Path:
-    """Return the path that `--model` names. A name is looked up among the shipped models, never in the current folder.
+    """Return the path that `--model` names: that of the shipped model of this name, otherwise a path from here.
 
-    Raises ConfigError for a name that is not shipped. A path may lead to nothing.
+    Warns, with InputWarning, of another folder of a shipped model's name. Raises ConfigError for a name without a slash
+    that is neither shipped nor a folder. A path with a slash may lead to nothing.
     """
     refuse_web_address(name)
-    if "/" in name or name.endswith(".toml"):
-        return Path(name)
+    path = Path(name)
     shipped = list_models()
-    if name not in shipped:
-        with_weights = ", ".join(shipped) or "none"
-        raise ConfigError(
-            f"unknown model '{name}': shipped with weights: {with_weights}; a path needs a slash, e.g. ./{name}"
-        )
-    return preset_dir() / name
+    if name in shipped:
+        model = preset_dir() / name
+        if path.exists() and not path.samefile(model):
+            taken = f"{name} is the model that comes with longnet, not the folder here"
+            warnings.warn(f"{taken}: for that, write ./{name}", InputWarning, stacklevel=2)
+        return model
+    if "/" in name or name.endswith(".toml") or path.is_dir():
+        return path
+    with_weights = ", ".join(shipped) or "none"
+    raise ConfigError(
+        f"unknown model '{name}': no folder here has this name; shipped with weights: {with_weights}"
+    )
 
 
 def _on_hub(name: str, *needed: str) -> Repository | None:
     """Return the repository that a name stands for; None for a path that exists, for what ships or looks like it.
 
-    The files `needed` are those of a model, or TOKENIZER alone: a tokenizer may be a folder here, without a slash.
+    The files `needed` are those of a model, or TOKENIZER alone.
     """
     if "/" not in name:
         shipped = [path.stem for path in preset_dir().iterdir()]
@@ -65,11 +72,11 @@ def _on_hub(name: str, *needed: str) -> Repository | None:
 
 
 def find_model(name: str, embeds: bool = False) -> Located:
-    """Return the folder, or the file, of a model: a shipped one's name, a path with a slash, or a name on a hub.
+    """Return the folder, or the file, of a model: a shipped one's name, a path, or a name on a hub.
 
     If it `embeds`, it is to make vectors: the cache must know whether it has modules of sentence-transformers. The path
-    may lead to nothing. Raises ConfigError for a name that is not shipped, CheckpointError for a model that is neither
-    here nor can be downloaded.
+    may lead to nothing. Raises ConfigError as `model_path` does, CheckpointError for a model that is neither here nor
+    can be downloaded.
     """
     repository = _on_hub(name, CONFIG, TOKENIZER, *[MODULES] * embeds)
     return repository.find() if repository else Located(model_path(name), name)

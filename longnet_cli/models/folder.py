@@ -97,9 +97,9 @@ class ModelFolder:
 
     @classmethod
     def find(cls, name: str, *, gguf: bool = False, embeds: bool = False) -> ModelFolder:
-        """Return the model that `name` stands for: a shipped model, a path with a slash, or a model on a hub.
+        """Return the model that `name` stands for: a shipped model, a path, or a model on a hub.
 
-        Raises ConfigError for a name that is not shipped; CheckpointError for a path that holds no complete model, for
+        Raises ConfigError for a name of nothing; CheckpointError for a path that holds no complete model, for
         a model that cannot be downloaded and, unless `gguf`, for a GGUF file.
         """
         located = Located(Path(name), name)

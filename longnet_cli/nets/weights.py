@@ -156,12 +156,12 @@ def load_pretrained(
 ) -> NetT:
     """Load a model, built by `build`, from its directory or by the name of one that ships; return it in eval mode.
 
-    A string without a slash is a name, never a folder; ORG/NAME may be on a hub; a `Path` is always a folder. `dtype`
-    is the dtype of the weights in memory, whatever they are stored in; None keeps the stored dtype. `pattern` replaces
-    the model's own; the weights stay the same. If model.safetensors has the digests of `save_pretrained`, its tensors
-    and config.json must be unchanged; `verify=False` skips this check. Raises CheckpointError of one line (a missing or
-    damaged file, tensors missing, unexpected, of another shape, of integers, or not finite), ConfigError for a wrong
-    config.json or an unknown name.
+    A string may also be the name of a model on a hub; a `Path` is always a folder. `dtype` is the dtype of the weights
+    in memory, whatever they are stored in; None keeps the stored dtype. `pattern` replaces the model's own; the weights
+    stay the same. If model.safetensors has the digests of `save_pretrained`, its tensors and config.json must be
+    unchanged; `verify=False` skips this check. Raises CheckpointError of one line (a missing or damaged file, tensors
+    missing, unexpected, of another shape, of integers, or not finite), ConfigError for a wrong config.json or an
+    unknown name.
     """
     folder = find_model(name_or_dir).path if isinstance(name_or_dir, str) else Path(name_or_dir)
     settings = _own_config(folder / CONFIG)

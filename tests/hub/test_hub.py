@@ -1,6 +1,6 @@
 """Models by their names on a hub: from a cache without a network, and from a hub on the loopback interface.
 
-`--model` finds shipped models by name and folders by path, and says which of the two was wrong.
+`--model` finds shipped models by name and folders by path, and says which one it took if both have a name.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +21,10 @@ from loopback_hub import LoopbackHub, fill_cache, loopback_hub, read_folder
 from processes import contents, invoke, wait_for
 from safetensors.torch import load, save
 
-from longnet_cli.basics.errors import CheckpointError, ConfigError
+from longnet_cli.basics.errors import CheckpointError, ConfigError, InputWarning
 from longnet_cli.basics.model_files import PROMPTS
 from longnet_cli.hub import model_names as module
-from longnet_cli.hub.model_names import list_models, preset_dir
+from longnet_cli.hub.model_names import list_models, model_path, preset_dir
 from longnet_cli.hub.repository import _checked_etags
 from longnet_cli.jobs.training.checkpoint import read_checkpoint
 from longnet_cli.models.folder import ModelFolder
@@ -241,7 +242,7 @@ def test_a_name_without_a_slash_is_asked_for_unless_it_looks_shipped(model_of, r
     assert refusal("my-run").startswith(not_taken)
     asked = len(hub.requests)
     said = refusal("longnet-tny", code=2)
-    assert "shipped with weights: longnet-tiny; a path needs a slash" in said
+    assert "no folder here has this name; shipped with weights: longnet-tiny" in said
     assert len(hub.requests) == asked
 
 
@@ -482,12 +483,24 @@ def test_a_name_is_a_shipped_model_with_weights(shipped):
     assert ModelFolder.find("longnet-tiny").path == shipped / "longnet-tiny"
 
 
-def test_a_name_is_never_looked_up_in_the_current_folder(shipped, tmp_path, monkeypatch):
-    make_model(tmp_path / "work" / "mine")
+def test_a_folder_needs_no_slash_unless_a_shipped_model_has_its_name(
+    shipped, tmp_path, monkeypatch
+):
+    for name in ("mine", "longnet-tiny"):
+        make_model(tmp_path / "work" / name)
+    (tmp_path / "work" / "a.txt").touch()
     monkeypatch.chdir(tmp_path / "work")
-    with pytest.raises(ConfigError, match=r"a path needs a slash, e.g. ./mine"):
-        ModelFolder.find("mine")
-    assert ModelFolder.find("./mine").path.samefile(tmp_path / "work" / "mine")
+    assert ModelFolder.find("mine").path == Path("mine")
+    with pytest.warns(InputWarning, match="not the folder here: for that, write ./longnet-tiny"):
+        assert ModelFolder.find("longnet-tiny").path == shipped / "longnet-tiny"
+    assert ModelFolder.find("./longnet-tiny").path == Path("longnet-tiny")
+    for name in ("longnet-tinny", "a.txt"):
+        with pytest.raises(ConfigError, match=f"unknown model '{name}': no folder here"):
+            model_path(name)
+    monkeypatch.chdir(shipped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model_path("longnet-tiny") == shipped / "longnet-tiny"
 
 
 OPENED: list[str] = []  # by the process, since the hook was added
