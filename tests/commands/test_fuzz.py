@@ -34,7 +34,7 @@ SIZES = {"vocab_size": 257, "dim": 16, "num_layers": 2, "num_heads": 2, "ffn_dim
 LEVELS = {"segment_lengths": [8, 16], "dilation_rates": [1, 2]}
 RECIPE = {
     "model": SIZES | LEVELS,
-    "data": {"train": ["t.txt"], "tokenizer": "bytes", "column": "text", "held_out": ["t.txt"]},
+    "data": {"train": ["t.txt"], "tokenizer": "bytes", "column": "text", "held_out": ["u.txt"]},
     "train": {"stages": [{"seq_len": 16, "steps": 1}], "batch_tokens": 32, "chunk": 32},
 }
 
@@ -236,6 +236,7 @@ CASES = st.one_of(
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template")
     (folder / "t.txt").write_text("the quick brown fox " * 20)
+    (folder / "u.txt").write_text("over the lazy dog " * 20)
     (folder / "a.jsonl").write_text('{"input_ids": [1, 2, 3]}\n{"text": 5}\n')
     (folder / "broken.arrow").write_bytes(b"ARROW1\0\0" + bytes(range(200)))
     (folder / "recipe.json").write_text(json.dumps(RECIPE))

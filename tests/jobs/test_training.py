@@ -40,6 +40,13 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    path = tmp_path / "held_out.txt"
+    path.write_text("the lazy dog jumps over the quick brown fox. " * 60)
+    return path
+
+
 def test_it_learns_and_leaves_a_model(corpus, tmp_path):
     found = recipe(corpus, **{"train.stages": LONG})
     result = train(found, tmp_path / "out")
@@ -248,14 +255,14 @@ def test_a_diverging_run_says_where_and_keeps_the_last_weights(corpus, tmp_path)
         )
 
 
-def test_masked_training_learns_and_hides_the_same_tokens_again(corpus, tmp_path):
+def test_masked_training_learns_and_hides_the_same_tokens_again(corpus, held_out, tmp_path):
     settings = {
         "model.causal": False,
         "model.position": "rope",
         "train.objective": "masked",
         "train.stages": [{"seq_len": 64, "steps": 60}],
         "train.evaluate_every": 30,
-        "data.held_out": str(corpus),  # or a list of one
+        "data.held_out": str(held_out),  # or a list of one
     }
     found = recipe(corpus, **settings)
     assert found.model.vocab_size == 258  # the byte tokenizer's, and the mask
@@ -288,8 +295,10 @@ def test_bad_data_costs_no_step(tmp_path):
 
 
 @pytest.mark.parametrize("context", [None, 24])
-def test_held_out_documents_are_whole_or_in_windows_as_of_score(context, corpus, tmp_path):
-    settings = {"data.held_out": [str(corpus)], "train.held_out_context": context}
+def test_held_out_documents_are_whole_or_in_windows_as_of_score(
+    context, corpus, held_out, tmp_path
+):
+    settings = {"data.held_out": [str(held_out)], "train.held_out_context": context}
     for every, dear in ((1, True), (500, False)):
         notes, stages = list[str](), [{"seq_len": 32, "steps": 1}]
         changes = settings | {"train.evaluate_every": every, "train.stages": stages}
@@ -297,19 +306,56 @@ def test_held_out_documents_are_whole_or_in_windows_as_of_score(context, corpus,
         assert sum("an evaluation takes" in line for line in notes) == dear
     model, documents = (
         LongNet.from_pretrained(tmp_path / "1"),
-        Inputs([corpus], Tokenizer.bytes()).documents(),
+        Inputs([held_out], Tokenizer.bytes()).documents(),
     )
     found = [each.score for each in scores(model, documents, bos=256, context=context)]
     expected = sum(score.nll_sum for score in found) / sum(score.n_tokens for score in found)
     assert metrics_of(tmp_path / "1")[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(corpus, tmp_path):
+def test_a_file_that_is_trained_on_is_not_held_out(corpus, held_out, tmp_path):
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(corpus.read_bytes())
+    for data, message in (
+        ({"data.held_out": [str(held_out), str(corpus)]}, r"corpus\.txt is trained on, too: leave"),
+        ({"data.held_out": [str(copy)]}, r"copy\.txt is trained on as .*corpus\.txt, too: leave"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(recipe(corpus, **data), tmp_path / "out")
+    sources = [{"inputs": [str(path)], "weight": 1} for path in (held_out, corpus)]
+    mixed = recipe(corpus, **{"data.train": None, "data.mix": sources})
+    mixed = mixed.model_copy(
+        update={"data": mixed.data.model_copy(update={"held_out": [str(copy)]})}
+    )
+    with pytest.raises(ConfigError, match=r"trained on as"):
+        train(mixed, tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["documents", "windows", None])
+def test_the_lowest_held_out_loss_is_one_of_the_same_documents(change, corpus, held_out, tmp_path):
+    settings: dict[str, object] = {"train.evaluate_every": 1, "data.held_out": [str(held_out)]}
+    train(recipe(corpus, **settings, **{"train.stages": LONG[:1]}), tmp_path / "out")
+    before = metrics_of(tmp_path / "out")[-1]["held_out_loss"]
+    if change == "documents":
+        held_out.write_text("0123456789" * 20)
+    settings |= {"train.held_out_context": 4} if change == "windows" else {}
+    notes = list[str]()
+    result = train(
+        recipe(corpus, **settings, **{"train.stages": [{"seq_len": 32, "steps": 31}]}),
+        tmp_path / "out",
+        events=Events(note=notes.append),
+    )
+    assert any("the lowest held-out loss starts anew" in line for line in notes) is bool(change)
+    assert result.best is not None
+    assert (result.best > before) is bool(change)
+
+
+def test_weights_that_an_evaluation_finds_spoiled_are_not_the_best(corpus, held_out, tmp_path):
     settings = {"optimizer.lr": 1e20, "schedule.warmup_steps": 0, "train.evaluate_every": 1}
     with pytest.raises(
         LongNetError, match=r"the held-out loss is not finite after step 1: lower optimizer\.lr"
     ):
-        train(recipe(corpus, **settings, **{"data.held_out": [str(corpus)]}), tmp_path / "out")
+        train(recipe(corpus, **settings, **{"data.held_out": [str(held_out)]}), tmp_path / "out")
     assert not (tmp_path / "out/best").exists()
 
 

@@ -144,7 +144,9 @@ def test_the_peak_is_that_of_a_real_run(changes, tmp_path, command_env):
         "model.segment_lengths": [64, 256], "model.dilation_rates": [1, 2], "model.position": "rope",
         "data.train": [str(data)], "train.chunk": 2048, "train.batch_tokens": 4096, "train.across_documents": True,
     } | changes  # fmt: skip
-    settings["data.held_out"] = [str(data)] * settings.get("data.held_out", False)
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("another line.\n" * 1170)
+    settings["data.held_out"] = [str(held_out)] * settings.get("data.held_out", False)
     settings["train.stages"] = [{"seq_len": settings.pop("seq_len", 256), "steps": 2}]
     words = [sys.executable, "-c", RUN, json.dumps(settings), tmp_path / "out"]
     done = subprocess.run(words, capture_output=True, text=True, env=command_env, check=True)

@@ -68,6 +68,9 @@ class Progress:
     reported: int = 0  # the last step whose line of metrics is written, with its evaluation
     data: dict[str, Any] | None = None  # the position in the windows of the current stage
     best: float | None = None  # the lowest held-out loss so far
+    held_out: str | None = (
+        None  # of the documents that have this loss: `TrainingData.held_out_digest`
+    )
 
 
 def train(
@@ -146,6 +149,7 @@ class _TrainingRun:
             recipe.init if recipe.pretrained or not checkpoints_in(output / CHECKPOINTS) else None
         )
         self.data = build_data(recipe, ranks, initial, tokenizer_differs)
+        self.held_out = self.data.held_out_digest(recipe.train.held_out_context)
         if line := costly_evaluation(recipe, [*map(len, self.data.held_out)]):
             events.note(line)
         self.model = build_model(recipe, initial, events.note).to(device).train()
@@ -171,6 +175,7 @@ class _TrainingRun:
             self._refuse_other(state, checkpoint)
             restore(checkpoint, self.model, self.optimizers, self.device, self.ranks)
             self.progress = Progress(**state["progress"])
+            self._compare_held_out()
             log = state["log"]
             self.random = random_state(self.device)
             if checkpoint.parent == self.checkpoints.folder:
@@ -186,6 +191,17 @@ class _TrainingRun:
                 self.output / RECIPE, (self.recipe.model_dump_json(indent=2) + "\n").encode()
             )
         self.log.resume(log, self.progress.reported)
+
+    def _compare_held_out(self) -> None:
+        """Forget the lowest held-out loss if it is one of other documents. Older runs do not know their documents."""
+        progress = self.progress
+        if progress.best is None or progress.held_out in (None, self.held_out):
+            return
+        progress.best = None
+        self.events.note(
+            "the held-out documents, or their windows, are not those of the steps before: the lowest held-out loss "
+            "starts anew, and so does best/"
+        )
 
     def _refuse_other(self, state: dict[str, Any], checkpoint: Path) -> None:
         """Raise ConfigError for a checkpoint of another run."""
@@ -401,6 +417,7 @@ class _TrainingRun:
             )
         if self.progress.best is None or loss < self.progress.best:
             self.progress.best = loss
+            self.progress.held_out = self.held_out
             self._write_model(self.output / BEST)
         return score
 

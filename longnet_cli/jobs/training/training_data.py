@@ -1,9 +1,10 @@
 """The documents that a run reads, cut into windows, and the token before each of them."""
 
+import hashlib
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import ConfigError, DataError
-from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.input_documents import Inputs, content_digest
 from longnet_cli.data.documents.token_documents import Document
 from longnet_cli.data.documents.tokenizer import NO_END, Tokenizer
 from longnet_cli.data.files.input_files import InputFiles
@@ -12,7 +13,7 @@ from longnet_cli.nets.net import Bos
 from longnet_cli.running.ranks.ranks import Ranks
 
 from .recipe import Recipe, naming
-from .windows import TokenStream, TokenWindows
+from .windows import DIGEST_TOKENS, TokenStream, TokenWindows
 
 
 class TrainingData(NamedTuple):
@@ -22,6 +23,18 @@ class TrainingData(NamedTuple):
     eos_id: int  # the first token of each document
     windows: list[TokenWindows]  # of each stage
     held_out: list[Document]
+
+    def held_out_digest(self, context: int | None) -> str | None:
+        """Return a digest of what decides the held-out loss of a model; None without held-out documents.
+
+        It is of the lengths of the documents, the first tokens of each, and the `context` in which they are read.
+        """
+        if not self.held_out:
+            return None
+        digest = hashlib.sha256(str(context).encode())
+        for document in self.held_out:
+            digest.update(b"%d" % len(document) + document.read(0, DIGEST_TOKENS).tobytes())
+        return digest.hexdigest()[:16]
 
 
 def build_data(
@@ -54,6 +67,9 @@ def build_data(
         raise ConfigError(
             "no training data: give --data INPUT, or set data.train or [[data.mix]] in the recipe"
         )
+    if data.held_out_files:
+        for source in data.sources:
+            _refuse_the_same(data.held_out_files, source.files)
     streams = [TokenStream(documents(source.files), eos_id) for source in data.sources]
     mix = [source.weight for source in data.sources]
     shared: dict[str, Any] = {"weights": mix, "rank": ranks.dp_rank, "world": ranks.dp}
@@ -82,6 +98,21 @@ def build_data(
         )
         raise ConfigError(f"{why}: set train.held_out_context={most}")
     return TrainingData(tokenizer, eos_id, windows, held_out)
+
+
+def _refuse_the_same(held_out: InputFiles, trained: InputFiles) -> None:
+    """Raise ConfigError where a file to train on has the contents of a held-out one, whatever their names are."""
+    digests = {content_digest(input_file): input_file for input_file in held_out}
+    sizes = {input_file.size for input_file in digests.values()}
+    digests.pop(None, None)  # of pipes, which are read once
+    for input_file in trained:
+        if input_file.size not in sizes:
+            continue
+        if same := digests.get(content_digest(input_file)):
+            also = "" if same.where == input_file.where else f" as {input_file.where}"
+            raise ConfigError(
+                f"data.held_out: {same.where} is trained on{also}, too: leave it out of one of the two"
+            )
 
 
 def check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
