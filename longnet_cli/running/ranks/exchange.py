@@ -19,7 +19,7 @@ B batch, H heads of keys, D head dim, P ranks.
 
 from __future__ import annotations
 
-import weakref
+import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -37,8 +37,6 @@ from longnet_cli.attention.spans import Lanes, far_spans, open_spans, whole_segm
 from longnet_cli.attention.views import accumulator
 from longnet_cli.basics.errors import LongNetError
 from longnet_cli.nets.config import NetConfig
-
-_agreeing: weakref.WeakSet[Any] = weakref.WeakSet()  # groups whose first exchange is over
 
 
 class Parcel(NamedTuple):
@@ -103,6 +101,7 @@ class Exchange:
         nothing = FarSpan(0, self.start, self.start)
         self.joined.append(Parcel(nothing, 0, 0, attended=True))
         self._maps: dict[tuple[torch.Size, torch.device], _Maps] = {}
+        self._agreed = False
 
     @property
     def mine(self) -> tuple[int, int]:
@@ -151,7 +150,7 @@ class Exchange:
         """
         if not self.needed:
             return []
-        self._agree(k.shape)
+        self._agree(k)
         trip = _RoundTrip(self, k)
         rows = _AllToAll.apply(trip, k, v)
         received = []
@@ -162,28 +161,30 @@ class Exchange:
         of_parcels = zip(received, self.joined, strict=True)
         return [keys for keys, parcel in of_parcels if parcel.attended]
 
-    def _agree(self, like: Sequence[int]) -> None:
-        """Compare what ranks send and expect, in a group's first exchange, given the shape of keys (B, n, H, D).
+    def _agree(self, k: Tensor) -> None:
+        """Compare the plans of all ranks, before the first rows of this exchange leave. `k` are keys (B, n, H, D).
 
-        Raises LongNetError on all ranks if two do not agree: they would wait for each other until a timeout.
+        It takes one collective of the hosts, whatever the number of layers. Raises LongNetError on all ranks if two do
+        not agree: they would wait for each other until a timeout, or take rows of other tokens for theirs.
         """
-        group = self.group or dist.group.WORLD
-        if group in _agreeing:
+        if self._agreed:
             return
-        _agreeing.add(group)
-        # by how much more a maker (row) sends than its reader (column) expects
-        sent = torch.tensor(self.sizes(self.sent, like))
-        expected = torch.tensor(self.sizes(self.received, like))
-        more = torch.zeros(self.ranks, self.ranks, dtype=torch.int64)
-        more[self.rank] += sent
-        more[:, self.rank] -= expected
-        dist.all_reduce(more, group=self.group)
-        if more.any():
-            maker, reader = more.nonzero()[0].tolist()
-            raise LongNetError(
-                f"rank {maker} of a group sends {more[maker, reader]:+} numbers beside those that rank {reader} "
-                "expects: start all ranks with the same version, model, inputs and options"
-            )
+        plan = self.edges, self.starts, self.cached, self.pattern, self.num_heads, self._wanted
+        of_keys = k.shape[0], k.shape[2:], k.dtype
+        digest = hashlib.blake2b(repr((plan, of_keys)).encode(), digest_size=7)
+        plans = torch.zeros(self.ranks, 3, dtype=torch.int64)
+        plans[self.rank] = torch.tensor(
+            [int.from_bytes(digest.digest(), "big"), self.edges[0], self.edges[-1]]
+        )
+        dist.all_reduce(plans, group=self.group)
+        for rank, (plan_of_rank, start, stop) in enumerate(plans.tolist()):
+            if plan_of_rank != plans[0, 0]:
+                _, first_start, first_stop = plans[0].tolist()
+                raise LongNetError(
+                    f"rank {rank} of a group is at the tokens {start} to {stop} with another plan than rank 0 at "
+                    f"{first_start} to {first_stop}: start all ranks with the same version, model, inputs and options"
+                )
+        self._agreed = True
 
     def maps(self, like: Tensor) -> _Maps:
         """Return the indices of rows, for keys of this shape: (B, n, H, D), or (B, n, levels, H, D).
