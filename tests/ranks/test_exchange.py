@@ -105,7 +105,7 @@ def test_attention_in_shards_is_that_of_the_whole(world, tmp_path):
 
 
 def plans_that_part_later() -> None:
-    """First a chunk on which all agree; then one rank cuts the next otherwise, or is a chunk ahead with as many rows."""
+    """Agree on a first chunk; then one rank cuts the next otherwise, or is a chunk ahead with as many rows."""
     rank = dist.get_rank()
     config = net(PAPER_64TH).config
     keys = torch.zeros(1, 100, 4, 8)
@@ -513,7 +513,10 @@ def collectives_of_chunks() -> None:
         assert counted.take() == {"all_to_all_single": 3, "all_reduce": 1}
     backward_in_chunks(model, ids, ids, 2048, ranks=together())
     open_spans = 1  # of the widest level, at the edge between the chunks
-    assert counted.take() == {"all_to_all_single": 3 * (1 + 2 * 2), "all_reduce": 3 * open_spans + 2}
+    assert counted.take() == {
+        "all_to_all_single": 3 * (1 + 2 * 2),
+        "all_reduce": 3 * open_spans + 2,
+    }
 
 
 def test_a_chunk_takes_those_of_its_layers(tmp_path):
