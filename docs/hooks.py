@@ -48,7 +48,6 @@ REFERENCE = {
             "Settings", "Measurement", "inspect", "Events", "LeftOut",
         ),
     },
-    "Plots": {"longnet_cli.jobs.plotting": ("read", "panels", "draw_picture")},
     "Errors": {
         "longnet_cli": (
             "LongNetError", "ConfigError", "DataError", "CheckpointError", "MemoryLimitError", "NotFiniteError",

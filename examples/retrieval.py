@@ -54,7 +54,6 @@ from nearest import read_table, scaled, vectors_of, z_scores
 
 from longnet_cli import LongNetError, ModelFolder
 from longnet_cli.basics.sizes import parse_size
-from longnet_cli.jobs.plotting import Axis, Curve, Panel, Point, draw_picture
 
 SIZES = {"S": (8_000, 16_000), "M": (32_000, 64_000), "L": (130_000, 10_000_000)}  # bytes
 HALVES, LINES, SHARE = 100, 80, 0.45
@@ -448,19 +447,26 @@ def sentence_scores(tasks: Tasks, model: str, reads: list[int | None]) -> None:
 
 def draw(results: list[Path], task: str, output: Path) -> None:
     """Draw recall at 1 by how much of a document is read, one curve for each method; vectors as they are."""
-    curves: dict[str, list[Point]] = defaultdict(list)
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for path in results:
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             if row["task"] == task and not row.get("centred"):
-                curves[Path(row["method"]).name].append(
-                    Point(row["bytes"], row["recall_1"], row["se"])
-                )
-    x = Axis("bytes read of each text", base=2, write="{:,.0f}".format)
-    y = Axis(f"recall at 1, {task}", write=lambda share: f"{share:.2f}")
-    draw_picture(
-        [Panel("recall_1", x, y, [Curve(name, sorted(points)) for name, points in curves.items()])],
-        output,
-    )
+                point = row["bytes"], row["recall_1"], row["se"]
+                curves[Path(row["method"]).name].append(point)
+    figure = Figure(figsize=(5.0, 2.7), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        bytes_read, recall, errors = np.array(sorted(points)).T
+        axes.plot(bytes_read, recall, "o-", linewidth=1.2, markersize=4, label=name)
+        axes.fill_between(bytes_read, recall - errors, recall + errors, alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set(xlabel="bytes read of each text", ylabel=f"recall at 1, {task}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(output, dpi=300)
 
 
 def sizes(text: str) -> list[int | None]:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from longnet_cli.data.documents.input_documents import Inputs
     from longnet_cli.data.documents.token_documents import Document
     from longnet_cli.data.documents.tokenizer import Tokenizer
-    from longnet_cli.jobs import plotting
     from longnet_cli.jobs.asking import Answer, ask
     from longnet_cli.jobs.batch_functions import embed, encode_batches, score_batches
     from longnet_cli.jobs.benchmark import Measurement, Settings, bench
@@ -62,7 +61,6 @@ _MODULES = {
     "data.documents.token_documents": "Document",
     "data.documents.input_documents": "Inputs",
     "data.documents.tokenizer": "Tokenizer",
-    "jobs": "plotting",
     "jobs.asking": "Answer ask",
     "jobs.benchmark": "Measurement Settings bench",
     "jobs.encoding": "EncodeFacts encode",

@@ -63,7 +63,6 @@ OPTIONS = {
 --heads               rows       --heads 3
 --causal              rows       --bidirectional
 --format              stdout     --format text | --format json @ 8/1,32/2
---output              files      -o p.svg
 """,
     "convert": """
 ../in/native -o out --dtype fp32
@@ -108,7 +107,6 @@ OPTIONS = {
     "plot": """
 ../in/metrics.jsonl
 --tokenizer           code       --tokenizer ../in/other.json @ ../start/long.arrow
---show                code       --show other
 --output              files      -o p.svg
 """,
     "score": f"""

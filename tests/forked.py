@@ -34,7 +34,7 @@ JOBS = (
     "encoding",
     "training.costs",
     "inspecting",
-    "plotting",
+    "plotting.runs",
     "scoring.scoring",
     "tokenizing",
 )

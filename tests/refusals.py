@@ -112,7 +112,7 @@ REFUSALS = r"""
 2 pattern paper --seq 2e18 => paper, 2000000000000000000 tokens: nothing is described beyond 2^60 tokens
 2 pattern 1Ki/1,1Gi/4,overlap=once => overlap=once: its segments see each other in 1048577 parts
 2 pattern window:8,look_back=1e9 => window:8,look_back=1G: its segments see each other in 1000000001 parts
-2 pattern paper -o x.txt => x.txt: a picture's name ends in .png, .svg, .pdf
+2 plot given.json -o x.txt => x.txt: a picture's name ends in .png, .svg, .pdf <= {"step": 1, "loss": 2}\n
 3 score bad.jsonl -o out.arrow => bad.jsonl, line 2: 'text' is not text
 3 tokenize bad.jsonl -o out.arrow => bad.jsonl, line 2: 'text' is not text
 3 tokenize bad.gz -o out.arrow => bad.gz: the gzip data is damaged or truncated (
@@ -151,10 +151,10 @@ REFUSALS = r"""
 2 score x.parquet -m ./llama --nproc 2 => in one process
 2 data inspect x.parquet --tokenizer nope.json => nope.json
 2 convert longnet-tiny -o out --dtype fp32 --heads 4 => --heads: only for a checkpoint
-2 score x.parquet -m longnet-tny => unknown model 'longnet-tny': shipped with weights: longnet-tiny
-2 score x.parquet -m longnet-125m => unknown model 'longnet-125m': shipped with weights: longnet-tiny
-2 score x.parquet -m . => unknown model
-2 score x.parquet -m .. => unknown model
+2 score x.parquet -m longnet-tny => unknown model 'longnet-tny': no folder here has this name; shipped with weights: longnet-tiny
+2 score x.parquet -m longnet-125m => unknown model 'longnet-125m': no folder here has this name; shipped with weights: longnet-tiny
+4 score x.parquet -m . => config.json and model.safetensors missing
+4 score x.parquet -m .. => config.json and model.safetensors missing
 4 score x.parquet -m ./none => no such folder
 4 score x.parquet -m ./long.txt => not a folder
 4 score x.parquet -m ./taken => config.json and model.safetensors missing
@@ -220,18 +220,9 @@ REFUSALS = r"""
 3 plot given.json => row 1: not a line of metrics <= {"loss": 1}\n
 3 plot given.json => row 1: not a line of metrics <= {"step": "1"}\n
 3 plot given.json => no line of metrics yet <= {"step"
+3 plot given.json => nothing to draw <= {"step": 1, "loss": null}\n
 3 plot none.json => No such file
-3 plot given.json => row 3: not JSON <= {\n "total": {\n
-3 plot given.json => row 1: not a score <= {"total": 3}\n
-3 plot given.json => row 1: not a score <= {"totals": [{"by_position": [3]}], "total": {}}\n
-3 plot given.json => row 1: not a score <= {"total": {"by_position": {"a": 1}}}\n
-3 plot given.json => nothing to draw <= {"kind": "document"}\n
-3 plot given.json => several contexts, or --by-position <= {"total": {"ppl": 3.0, "context": null}}\n
-3 plot given.json => row 1: not a row of bench <= {"impl": "dense"}\n
-3 plot given.json => row 2: not a row of bench <= {"impl": "dense", "seq": 1}\n{"step": 1}\n
-3 plot given.json => row 1: not a line of metrics, nor of bench or score <= {"other": 1}\n
-3 plot given.json => the metrics of a run, `bench --format jsonl` or `score --format json` <= | op | impl |\n
-2 plot given.json --show second => no 'second' to draw: did you mean seconds <= {"impl": "x", "seq": 1, "seconds": 1}\n
+3 plot given.json => row 1: not JSON <= | op | impl |\n
 2 train given.json -o run => given.json: not a recipe, which is a table of keys and values <= []
 2 train ./given.py -o run => given.py: not TOML:  <= import os
 2 train given.json -o run => given.json: not JSON:  <= {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +45,6 @@ class PatternCommand:
         "Print tables, or a list in JSON.",
         default="text",
     )
-    output: str | None = OUTPUT.option(
-        "--output -o FILE",
-        "Draw a picture (.png, .svg, .pdf; needs the extra `plot`). An existing file is replaced.",
-    )
 
 
 def pattern(options: PatternCommand) -> None:
@@ -58,23 +53,11 @@ def pattern(options: PatternCommand) -> None:
     Example: longnet pattern paper window:1Ki,sinks=4
     """
     from longnet_cli.basics.configuration import without_none
-    from longnet_cli.jobs.describing import (
-        default_length,
-        describe,
-        draw_picture,
-        draw_text,
-        find_subject,
-    )
+    from longnet_cli.jobs.describing import default_length, describe, draw_text, find_subject
 
     changes: dict[str, Any] = without_none({"heads": options.heads, "causal": options.causal})
     subjects = [replace(find_subject(text), **changes) for text in options.patterns]
     length = options.seq or max(default_length(subject.pattern) for subject in subjects)
-    if options.output:
-        from longnet_cli.data.outputs.output_paths import refuse_overwriting
-
-        read = [name for name in options.patterns if os.path.isfile(name)]
-        refuse_overwriting("-o", [options.output], also=read)
-        draw_picture(subjects, length, options.output)
     rows = []
     for index, subject in enumerate(subjects):
         description = describe(subject, length)

@@ -1,17 +1,16 @@
 """The `pattern` job: a description and a drawing of a pattern, to read before you train with it. Loads no torch.
 
 PatternCosts come from the operator's own plan. The keys that a query sees are computed from the definition, position by
-position, for a drawing in characters or as a picture, with one colour per level:
+position, for a drawing in characters, with one sign per level:
 
     level i covers the keys [lo_i, hi_i) of a query; a head sees the covered keys that the level keeps for it
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,14 +24,10 @@ from longnet_cli.attention.notation import (
     parse_pattern,
 )
 from longnet_cli.basics.errors import ConfigError
-from longnet_cli.basics.sizes import format_size
 from longnet_cli.hub.model_names import list_models, preset_dir
-from longnet_cli.jobs.plotting.drawing import new_figure, save_figure
 from longnet_cli.models.folder import ModelFolder
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from longnet_cli.nets.config import NetConfig
 
 LONGEST = 1 << 60  # tokens
@@ -297,8 +292,6 @@ def _next_kept(positions: np.ndarray, w: int, r: int, offset: int) -> np.ndarray
 # rows and columns
 _TEXT_SIZE = 32
 _LEVEL_SIGNS = "0123456789abcdefghijklmnopqrtuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_PICTURE_SIZE = 480
-_INSET_SIZE = 64
 
 
 def draw_text(subject: Subject, seq: int) -> Iterator[str]:
@@ -315,74 +308,3 @@ def draw_text(subject: Subject, seq: int) -> Iterator[str]:
     if subject.pattern.apart:
         names.append(subject.pattern.apart)
     yield "  ".join(f"{sign} {name}" for sign, name in zip(signs, names, strict=False))
-
-
-def draw_picture(subjects: Sequence[Subject], seq: int, output: str | Path) -> None:
-    """Write a picture with one panel per pattern, atomically. An inset shows single tokens if a level is dilated.
-
-    Raises what `drawing.new_figure` raises.
-    """
-    figure = new_figure(output, 4.2 * len(subjects), 4.5)
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-    from matplotlib.patches import Patch
-
-    panels = figure.subplots(1, len(subjects), squeeze=False)[0]
-    for axes, subject in zip(panels, subjects, strict=True):
-        cells = picture(subject.pattern, seq, _PICTURE_SIZE, subject.heads, subject.causal)
-        levels = len(subject.pattern.levels)
-        tones = [to_hex(colormaps["viridis"](i / max(1, levels))) for i in range(levels)]
-        colors = [*tones, "crimson", "white"]  # the last one is of NOTHING
-        _show(axes, cells, colors, (0, seq, seq, 0))
-        rows = np.flatnonzero((cells == levels).any(1))
-        if subject.pattern.sinks and len(rows):  # a few tokens wide: invisible as cells
-            axes.vlines(0, rows[0] * seq / len(cells), seq, color="crimson", linewidth=5)
-        axes.set_title(subject.name, fontsize=9)
-        axes.set(xlabel="key", ylabel="query")
-        ticks = [seq * i // 4 for i in range(5)]
-        names = [*map(format_size, ticks)]
-        axes.set_xticks(ticks, names)
-        axes.set_yticks(ticks, names)
-        words = [f"{format_size(w)}, rate {r}" for w, r in subject.pattern.levels]
-        labels = filter(None, [*words, subject.pattern.apart])
-        handles = [Patch(color=colors[i], label=label) for i, label in enumerate(labels)]
-        axes.legend(
-            handles=handles,
-            fontsize=7,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.13),
-            ncols=3,
-            frameon=False,
-        )
-        if subject.causal and seq > 4 * _INSET_SIZE and max(subject.pattern.dilation_rates) > 1:
-            _draw_inset(axes, subject, seq, tones[-1])
-    save_figure(figure, output)
-
-
-def _show(axes: Axes, cells: np.ndarray, colors: list[str], extent: Any) -> None:
-    """Draw cells, each in the colour that it counts from 0 on."""
-    from matplotlib.colors import to_rgba_array
-
-    axes.imshow(to_rgba_array(colors)[cells], extent=extent, interpolation="nearest")
-
-
-def _draw_inset(axes: Axes, subject: Subject, seq: int, color: str) -> None:
-    """Draw single tokens of the widest level into the empty half: what head 0 sees in a colour, other heads in grey."""
-    pattern = subject.pattern
-    first_query = seq - _INSET_SIZE
-    intervals = keys_seen(pattern, len(pattern.levels) - 1, np.array([first_query]), seq, True)
-    first_key = int(intervals[0][0][0])
-    queries = np.arange(first_query, seq + 1)
-    keys = np.arange(_INSET_SIZE + 1) + first_key
-    cells: Any = NOTHING
-    for heads in (1, subject.heads):
-        shown = cells_between(queries, keys, pattern, seq, heads, True)
-        cells = cells + (shown != NOTHING)
-    inset = axes.inset_axes((0.54, 0.48, 0.44, 0.44), xticks=[], yticks=[])
-    extent = (first_key, first_key + _INSET_SIZE, seq, first_query)
-    _show(inset, cells, ["0.75", color, "white"], extent)
-    inset.set_title(
-        f"{_INSET_SIZE} x {_INSET_SIZE} tokens, at the widest level:\nhead 0, and in grey the others",
-        fontsize=6,
-        pad=3,
-    )

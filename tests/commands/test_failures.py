@@ -131,7 +131,7 @@ FAILURES = [  # with tables of other types, and bytes that a table of lines cann
     ("convert given.pth -o out", 4, "it holds list, not tensors by name", [torch.zeros(2)]),
     ("plot given.json", 3, "no line of metrics yet", ""),
     ("plot given.json", 3, "not UTF-8", "\udcff"),
-    ("plot given.json", 3, "nothing to draw", '{"impl": "x", "seq": 1, "seconds": 1' + "0" * 400 + "}\n"),
+    ("plot given.json", 3, "nothing to draw", '{"step": 1, "loss": 1' + "0" * 400 + "}\n"),
     ("tokenize given.parquet -o v", 3, "Parquet with an encrypted footer is not read", "PARE\udcff"),
 ]  # fmt: skip
 
