@@ -136,7 +136,6 @@ OPTIONS = {
 --shard-tokens        files      --shard-tokens 20 @ {READING} -o out
 --resume              code       --resume @ {READING} -o gains --shard-tokens 20 +gains
 --dry-run             stdout     --dry-run @ {READING}
---sample              stdout     --sample 2 @ ../in/rows.jsonl -m ../in/native --dry-run
 {RANKS}{DEVICE}
 --dtype               rows       --dtype bfloat16
 --chunk               memory     --chunk 16Ki | --chunk 1Ki @ {LONG}
@@ -171,7 +170,6 @@ OPTIONS = {
 --shard-format        files      --shard-format parquet @ {READING} -o out
 --resume              code       --resume @ {READING} -o vectors --shard-rows 1 +vectors
 --dry-run             stdout     --dry-run
---sample              stdout     --sample 2 @ ../in/rows.jsonl -m ../in/native --dry-run
 --format              stdout     --format json @ {READING} --dry-run
 {RANKS}{DEVICE}
 --dtype               rows       --dtype bf16

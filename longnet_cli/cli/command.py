@@ -301,12 +301,6 @@ TOP_P = Needs(
     "needs a temperature above 0",
     "--temperature: 1 is the model's own choice",
 )
-SAMPLE = Needs(
-    "--sample",
-    "--dry-run",
-    "is for --dry-run, which estimates",
-    "both, or leave it out",
-)
 
 
 def check_pairs(pairs: Sequence[Needs | Excludes], options: Any) -> None:

@@ -35,11 +35,9 @@ def show_reading(estimate: Estimate, format: str, job: str, *more: Row) -> None:
     longest = f"the longest has {count_of(facts['longest'], 'token')}"
     if facts["left_out"]:
         longest += f"; left out: {facts['left_out']:,}"
-    sampled = facts["sampled"]
-    counted = f"estimated from {sampled:,} texts" if sampled else "counted"
     before = [
         ("documents", f"{facts['documents']:,}", longest),
-        ("tokens", format_count(facts["tokens"]), counted),
+        ("tokens", format_count(facts["tokens"]), "counted"),
         (
             "read",
             format_count(facts["tokens_read"]),
@@ -53,23 +51,20 @@ def show_job(
     opened: Opened,
     job: RowJob,
     inputs: Inputs,
-    sample: int | None,
     format: str,
 ) -> None:
-    """Print the estimate of a job that would read `inputs`, of a `sample` of texts if given."""
+    """Print the estimate of a job that would read `inputs`."""
     from longnet_cli.jobs.estimating import estimate_reading
-    from longnet_cli.jobs.reading_plan import Sample, Task, count_documents
+    from longnet_cli.jobs.reading_plan import Task, count_documents
     from longnet_cli.running.ranks.ranks import leave
 
     assert opened.room  # of every dry run
-    draws = sample and inputs.tokenizer
     with progress("counting", total=None) as advance:
         left_out = LeftOut.of(inputs.skip_bad)
         job.reader.events = Events(progress=advance, left_out=left_out)
         counted = count_documents(
             job,
-            inputs.untokenized() if draws else inputs.documents(),
-            Sample(sample or 0, inputs.document),
+            inputs.documents(),
             done=opened.found.done["documents"],
         )
     task = Task(job.read, job.window_sizes)

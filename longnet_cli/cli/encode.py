@@ -6,7 +6,6 @@ from typing import Literal
 from longnet_cli.basics.errors import ConfigError
 
 from . import options as shared
-from .command import SAMPLE, check_pairs
 from .dry_run import show_job
 from .options import (
     OUTPUT,
@@ -104,7 +103,6 @@ def encode(options: EncodeCommand) -> None:
 
     names = (field.name for field in fields(EncodeOptions))
     asked = EncodeOptions(**{name: getattr(options, name) for name in names})
-    check_pairs([SAMPLE], options)
     lines = options.format == "jsonl"
     dry_run = options.running.dry_run
     if lines and (dry_run or options.output != "-"):
@@ -119,7 +117,7 @@ def encode(options: EncodeCommand) -> None:
     job = Encoder(opened.reader(), settled, facts)
     inputs = replace(opened.inputs(facts.tokenizer_for(opened.loaded)), unit=job.unit)
     if options.running.dry_run:
-        show_job(opened, job, inputs, options.running.sample, options.format)
+        show_job(opened, job, inputs, options.format)
         return
     resume = options.running.resume
     output = Output(options.output, options.shard_rows, options.shard_format, resume, lines=lines)

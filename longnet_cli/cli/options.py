@@ -355,15 +355,6 @@ class Running:
         "Print documents, tokens, memory, FLOPs and time, and stop. The exit code is 5 if it does not fit.",
         common=True,
     )
-    sample: int | None = OUTPUT.size(
-        "--sample N",
-        "For --dry-run, tokenize a uniform sample of N texts. All texts are read, and their tokens per byte are "
-        "taken to be those of the sample. (default: all)",
-    )
-
-    def __post_init__(self) -> None:
-        if self.sample is not None and self.sample < 2:
-            raise ConfigError("--sample needs 2 texts or more: one says nothing of how they differ")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from longnet_cli.basics.finite_json import to_json
 from longnet_cli.basics.sizes import count_of
 
 from . import options as shared
-from .command import SAMPLE, Excludes, Needs, check_pairs
+from .command import Excludes, Needs, check_pairs
 from .dry_run import show_job
 from .options import (
     OUTPUT,
@@ -36,7 +36,6 @@ ROW_KEYS = {"kind", "doc_id", "n_tokens", "n_bytes"}
 
 PRINTED = "is for scores that are printed, and -o writes rows"
 PAIRS: tuple[Needs | Excludes, ...] = (
-    SAMPLE,
     Needs(
         "--keep",
         "-o|--format|--dry-run",
@@ -160,7 +159,7 @@ def score(options: ScoreCommand) -> None:
         tokenizer.for_documents() if tokenizer and options.token_logprobs else tokenizer
     )
     if options.running.dry_run:
-        show_job(opened, job, inputs, options.running.sample, options.format)
+        show_job(opened, job, inputs, options.format)
         return
     sink = None
     if output is None or output.endswith(".jsonl"):

@@ -1,7 +1,6 @@
 """The needs of a job: its memory by kind, FLOPs and time. `--dry-run` says it before a long job starts.
 
     documents --lengths--> windows --the Reader's steps--> ReadingPlan: tokens, FLOPs, the longest window
-    texts --Sample.documents--> bytes of each, and tokens of some --Sample.lengths--> tokens of each
     the first chunks of the longest document --try_reading--> Trial: bytes of the program and of a token, FLOP/s
 
 A reading job is tried: its first chunks say what all of them take, except for what chunks of a longer document keep for
@@ -212,7 +211,6 @@ def _others(reader: Reader, plan: ReadingPlan, trial: Trial) -> dict[str, Any]:
         "documents": plan.documents,
         "left_out": plan.left_out,
         "longest": plan.longest_document,
-        "sampled": plan.sampled,
         "tokens_read": plan.read,
         "parameters": reader.model.config.num_parameters(),
         "flops_per_token": flops_per_token,

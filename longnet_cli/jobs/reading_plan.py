@@ -1,26 +1,17 @@
-"""A plan of what a reader reads: counted from the lengths of documents, or estimated from a sample of texts.
-
-With a sample, every text is read, which is fast, and its UTF-8 bytes are counted. Only a uniform sample of the texts is
-tokenized. The estimate is the bytes of the other texts, times the tokens per byte of the sample. This ratio estimate is
-close where documents differ in length but are alike in tokens per byte.
-"""
+"""A plan of what a reader reads, counted from the lengths of documents."""
 
 from __future__ import annotations
 
 import time
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import NamedTuple, cast
 
-import numpy as np
-
 from longnet_cli.attention.cache import cached_rows
 from longnet_cli.attention.spans import Lanes
 from longnet_cli.basics.errors import DataError
-from longnet_cli.data.documents.token_documents import Document, Unread
-from longnet_cli.data.files.opened_inputs import Text
+from longnet_cli.data.documents.token_documents import Document
 from longnet_cli.nets.config import NetConfig, TransformersConfig
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.nets.net import Net
@@ -31,8 +22,6 @@ from longnet_cli.running.ranks.ranks import Ranks
 from longnet_cli.running.reader import PORTION_CHUNKS, Reader, forward_passes, reading_steps
 
 from .row_jobs import RowJob
-
-SEED = 0  # every run draws the same documents
 
 
 class Task(NamedTuple):
@@ -51,7 +40,7 @@ class ReadingPlan:
     `documents` counts documents of `tokens` in all and `longest_document` at most; `left_out` those that --skip-bad
     leaves out. `read` are the tokens of all forward passes, padding included, and `scored` those that have logits.
     `longest` is the longest window, and `largest` the most tokens of a step. `seconds` is the
-    time of reading and tokenizing, `sampled` the number of texts that were tokenized, None if all were counted.
+    time of reading and tokenizing.
     `new` are those of `read` whose time is in `seconds`, too: tokens that were generated.
     `examples` are documents to try the job with: the longest one, and the first ones that fill a chunk.
     With `streamed`, short windows go through a stream, too.
@@ -60,7 +49,6 @@ class ReadingPlan:
     documents = tokens = longest_document = left_out = 0
     read = scored = new = longest = largest = 0
     seconds = 0.0
-    sampled: int | None = None
 
     def __init__(self, config: NetConfig, chunk: int, *, streamed: bool = False) -> None:
         self.config = config
@@ -129,16 +117,14 @@ class ReadingPlan:
 
 def count_documents(
     job: RowJob,
-    documents: Iterable[Document | Text],
-    drawn: Sample,
+    documents: Iterable[Document],
     *,
     done: int = 0,
 ) -> ReadingPlan:
     """Count what a `job` reads, from the lengths of documents.
 
-    Texts among the `documents` (`Inputs.untokenized`) go to the sample `drawn`. A resumed run has already read the
-    first `done` documents. The reader's `events.progress` gets the tokens of each document, and its `events.left_out`
-    says whether documents that cannot be read are left out.
+    A resumed run has already read the first `done` documents. The reader's `events.progress` gets the tokens of each
+    document, and its `events.left_out` says whether documents that cannot be read are left out.
 
     Raises what the job raises for documents that it cannot read, and DataError if there is nothing to read.
     """
@@ -147,16 +133,13 @@ def count_documents(
     began = time.perf_counter()
 
     def lengths() -> Iterator[int]:
-        """Yield the tokens of each document that has rows. Those that are estimated come last."""
-        for sequence in job.sequences(drawn.documents(documents)):
+        """Yield the tokens of each document that has rows."""
+        for sequence in job.sequences(documents):
             if sequence is not None:
                 plan.add_example(sequence.document)
                 yield len(sequence.document)
         if job.failure:
             raise job.failure
-        for length in drawn.lengths():
-            if job.admit(length):
-                yield length
 
     to_come = islice(lengths(), done, None)
     for portion in portions(to_come, PORTION_CHUNKS * plan.chunk, length_of=lambda length: length):
@@ -167,75 +150,9 @@ def count_documents(
         plan.add(chain.from_iterable(map(job.window_sizes, in_portion)))
     if not plan.read and not done:
         raise DataError("there is nothing to read: every document is empty, too short or left out")
-    if plan.read and not plan.examples:
-        raise DataError(
-            f"each of the {drawn.size} sampled texts is too short to be read: give a larger --sample"
-        )
     plan.left_out = events.left_out.skipped
-    plan.seconds = time.perf_counter() - began + drawn.seconds_of_others
-    if drawn.texts:
-        plan.sampled = min(drawn.size, drawn.texts)
+    plan.seconds = time.perf_counter() - began
     return plan
-
-
-class Sample:
-    """A uniform sample of `size` texts, drawn while they go by (Vitter's algorithm R, in size * ln(texts) steps).
-
-    `bytes` has the size of each other text so far, in 8 bytes of memory per text. `encode` makes a document of a text.
-    """
-
-    def __init__(self, size: int, encode: Callable[[Text], Document]) -> None:
-        self.size = size
-        self.encode = encode
-        self.texts = 0
-        self.bytes = array("q")
-        self._drawn: list[tuple[int, int]] = []  # tokens and bytes of each text in the sample
-        # the time for so many bytes
-        self._seconds = 0.0
-        self._tokenized = 0
-        self._random = np.random.default_rng(SEED)
-
-    def documents(self, items: Iterable[Document | Text]) -> Iterator[Document]:
-        """Yield the documents among the items, and those of texts that are drawn; count the bytes of other texts."""
-        for item in items:
-            if not isinstance(item, Text):
-                yield item
-                continue
-            place = self.texts
-            self.texts += 1
-            if place >= self.size:
-                place = int(self._random.integers(place + 1))
-            try:
-                if place < self.size:
-                    yield self._draw(item, place)
-                else:
-                    self.bytes.append(_size(item))
-            except DataError as error:
-                yield Unread(error)
-
-    def _draw(self, text: Text, place: int) -> Document:
-        began = time.perf_counter()
-        document = self.encode(text)
-        self._seconds += time.perf_counter() - began
-        size = _size(text) if text.ids else document.n_bytes or 0  # other texts are read once
-        self._tokenized += size
-        self._drawn[place : place + 1] = [(len(document), size)]
-        return document
-
-    def lengths(self) -> Iterator[int]:
-        """Yield the tokens of each text that was not drawn, by its bytes."""
-        tokens, size = np.reshape(self._drawn, (-1, 2)).sum(0).tolist()
-        for length in self.bytes:
-            yield round(length * tokens / max(1, size))
-
-    @property
-    def seconds_of_others(self) -> float:
-        """The time that tokenizing the other texts would take, in seconds."""
-        return self._seconds * sum(self.bytes) / max(1, self._tokenized)
-
-
-def _size(text: Text) -> int:
-    return sum(len(part.encode()) for part in text.parts)
 
 
 def cache_bytes(config: NetConfig, tokens: int, itemsize: int, *, written: bool = False) -> int:

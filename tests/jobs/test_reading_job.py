@@ -1,12 +1,11 @@
-"""What `score --dry-run` and `encode --dry-run` say is what the job does: forwards, FLOPs and the cache exactly, the
-peak of real runs from .90 to 1.15, and a sample of all texts has all tokens.
+"""What `score --dry-run` and `encode --dry-run` say is what the job does: forwards, FLOPs and the cache exactly,
+and the peak of real runs from .90 to 1.15.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,10 +25,7 @@ from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import DataError, MemoryLimitError, TooLongError
 from longnet_cli.basics.events import Events, LeftOut
 from longnet_cli.cli.dry_run import show_reading
-from longnet_cli.data.documents.input_documents import Inputs
 from longnet_cli.data.documents.token_documents import Document
-from longnet_cli.data.documents.tokenizer import Tokenizer
-from longnet_cli.data.files.opened_inputs import Text
 from longnet_cli.jobs.encoding import EncodeFacts, Encoder, encode
 from longnet_cli.jobs.estimating import (
     Estimate,
@@ -37,7 +33,7 @@ from longnet_cli.jobs.estimating import (
     estimate_reading,
 )
 from longnet_cli.jobs.job_options import EncodeOptions, ScoreOptions
-from longnet_cli.jobs.reading_plan import Sample, Task, cache_bytes, count_documents
+from longnet_cli.jobs.reading_plan import Task, cache_bytes, count_documents
 from longnet_cli.jobs.row_jobs import ModelFacts, RowJob
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.models.folder import ModelFolder
@@ -54,7 +50,6 @@ ROOM = Room(0, math.inf)
 SCORER = partial(Scorer, options=ScoreOptions(), facts=ModelFacts(BOS))
 ENCODER = partial(Encoder, options=EncodeOptions(), facts=EncodeFacts(BOS))
 LENGTHS = (30, 1, 0, 70, 500, 7, 7, 90)
-NOT_DRAWN = Sample(0, Inputs([]).document)
 
 
 def net_of(**changes: Any) -> LongNet:
@@ -93,8 +88,7 @@ def estimated(
 ) -> Estimate:
     events = Events(left_out=LeftOut((lambda *_: None) if skip_bad else None))
     job = make_job(Reader(net, chunk=chunk, spill=spill, dtype=dtype, events=events))
-    drawn = options.pop("drawn", NOT_DRAWN)
-    plan = count_documents(job, documents() if texts is None else texts, drawn, **options)
+    plan = count_documents(job, documents() if texts is None else texts, **options)
     task = Task(job.read, job.window_sizes)
     return estimate_reading(job.reader, plan, task, room=room)
 
@@ -246,55 +240,13 @@ def test_the_job_is_tried_with_the_longest_document_and_a_chunk_of_others() -> N
     net = net_of()
     for lengths in (range(1, 40), range(40, 1, -1)):
         job = ENCODER(Reader(net, chunk=64))
-        longest, *others = count_documents(job, documents(tuple(lengths)), NOT_DRAWN).examples
+        longest, *others = count_documents(job, documents(tuple(lengths))).examples
         assert len(longest) == max(lengths)
         assert 64 <= sum(map(len, others)) < 64 + 40
     job = partial(Scorer, options=ScoreOptions(last=300), facts=ModelFacts(BOS))
     found = estimated(net, job, documents((500, 20)), chunk=64)
     assert found.facts["tokens_read"] == 500
     assert found.facts["flops_per_second"] > 1e5
-
-
-@pytest.fixture(scope="module")
-def words() -> Tokenizer:
-    return Tokenizer.load("longnet-tiny")
-
-
-def some_texts(words: Tokenizer, number: int, seed: int) -> list[Text]:
-    """Of very different lengths, some of prose and some of numbers, which have fewer bytes per token."""
-    draw = random.Random(seed)
-    found = []
-    for index in range(number):
-        kind = draw.choice(["the return of a value ", "8231 9 77 ", "def f(x): return x\n"])
-        found.append(Text(str(index), kind * int(draw.lognormvariate(1, 1)), f"{index}.txt"))
-    return found
-
-
-def test_a_sample_of_all_is_exact(words):
-    net, found = net_of(vocab_size=words.vocab_size), some_texts(words, 20, 0)
-    job, encode = (
-        partial(Scorer, options=ScoreOptions(), facts=ModelFacts(0)),
-        Inputs([], words).document,
-    )
-    all_of_them = estimated(net, job, found, drawn=Sample(20, encode))  # type: ignore[arg-type]
-    assert all_of_them.facts["sampled"] == 20
-    assert all_of_them.facts["tokens"] == pytest.approx(
-        sum(len(words.encode(text.text)) for text in found), abs=10
-    )
-    few = estimated(net, job, found, drawn=Sample(5, encode))  # type: ignore[arg-type]
-    assert (few.facts["sampled"], few.facts["documents"]) == (5, 20)
-
-
-def test_a_sample_of_texts_that_are_too_short_is_refused(words):
-    """Nothing of it can be tried, so nobody knows how long the others take."""
-    net = net_of(vocab_size=words.vocab_size)
-    texts = [Text("0", "a short text", "0.txt"), Text("1", "a long text " * 100, "1.txt")]
-    job = partial(Scorer, options=ScoreOptions(last=50), facts=ModelFacts(0))
-    encode = Inputs([], words).document
-    with pytest.raises(DataError, match="each of the 1 sampled texts is too short"):
-        estimated(net, job, texts, drawn=Sample(1, encode))  # type: ignore[arg-type]
-    both = estimated(net, job, texts, drawn=Sample(2, encode))  # type: ignore[arg-type]
-    assert both.facts["documents"] == 1
 
 
 def test_the_command_writes_nothing_and_refuses_what_it_would(run_longnet, tmp_path):
@@ -309,12 +261,12 @@ def test_the_command_writes_nothing_and_refuses_what_it_would(run_longnet, tmp_p
         return json.loads(done.stdout)
 
     found = stated("encode @list -o vectors")
-    assert (found["documents"], found["fits"], found["sampled"]) == (4, True, None)
+    assert (found["documents"], found["fits"]) == (4, True)
     assert found["peak_bytes"] == sum(found["memory_bytes"].values())
     assert found["seconds"] > 0
-    table = run_longnet("score @list --context 16,64 -o gains.parquet --dry-run --sample 2")
+    table = run_longnet("score @list --context 16,64 -o gains.parquet --dry-run")
     assert (table.returncode, table.stderr) == (0, "")
-    assert "estimated from 2 texts" in table.stdout
+    assert "counted" in table.stdout
     assert {path.name for path in tmp_path.iterdir()} == before
     score = "score @list --context 64"
     assert stated(f"{score} --last 16")["tokens_read"] < stated(score)["tokens_read"]

@@ -220,13 +220,6 @@ class Inputs:
         """
         return DocumentPass(self, self.items, digests, names_apart, self.document, note)
 
-    def untokenized(self) -> DocumentPass:
-        """Return the documents of `documents`, but leave each Text untokenized.
-
-        Even with `skip_bad`, a text that cannot be read to its end raises DataError while it is read.
-        """
-        return DocumentPass(self, self.items)
-
     def texts(
         self,
         tokenizer: Tokenizer | None = None,
@@ -276,7 +269,7 @@ class Inputs:
         types: TokenTypes,
         form: Form = "tokens",
     ) -> Iterable[Any]:
-        """Return the items of one opened file, as `untokenized` does or, with another `form`, `texts`."""
+        """Return the items of one opened file, as `document` takes them or, with another `form`, `texts`."""
         if isinstance(opened, Text):
             self._check_text(opened)
             return (_spooled(opened) if form != "tokens" and self.skip_bad else opened,)
@@ -303,7 +296,7 @@ class Inputs:
             )
 
     def document(self, item: Text | Document) -> Document:
-        """Return an item of `untokenized` as `documents` does."""
+        """Return an item, a Text or a document, as `documents` does."""
         if isinstance(item, Text):
             return encode_text(item, self.tokenizer, self.vocab_size, self.unit)
         return item
