@@ -324,7 +324,7 @@ def training_plans(recipe: Recipe, machine: Machine) -> list[Plan]:
     )
     named, train, plans, refusal = recipe.parallel, recipe.train, [], None
     shards = [named.shard] if "shard" in named.model_fields_set else ["none", "full"]
-    if machine.devices == 1 or recipe.optimizer.name == "muon":
+    if machine.devices == 1:
         shards = ["none"]
     again = (
         [train.activation_checkpointing]

@@ -299,7 +299,6 @@ data.tokenizer                rows       data.tokenizer=../in/other.json
 data.eos                      rows       data.eos=65
 data.column                   rows       data.column=body @ {ROWS}
 data.held_out                 rows       data.held_out=[../in/u.txt]
-optimizer.name                rows       optimizer.name=muon
 optimizer.lr                  rows       optimizer.lr=0.1
 optimizer.betas               rows       optimizer.betas=[0.1,0.2]
 optimizer.eps                 rows       optimizer.eps=1.0

@@ -228,7 +228,8 @@ def tokens_of(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 def train_net(folder: Path, seed: int, name: str) -> float:
     """Train a net, or finish its training, in `folder`/`seed`/`name`. Return its CPU seconds since the last resume.
 
-    A file of the folder holds these when it is done. The net is kept in NETS.
+    A file of the folder holds these when it is done. The net is kept in NETS. The rows of dilation.jsonl are of nets
+    that were trained with Muon, which `longnet train` had until commit a44d5bd7 (`optimizer.name`).
     """
     arm, place = ARMS[name], folder / str(seed) / name
     done, kept = place / "cpu_seconds", NETS / f"{seed}-{name}"
@@ -238,7 +239,6 @@ def train_net(folder: Path, seed: int, name: str) -> float:
             "model.pattern": arm.pattern,
             "data.tokenizer": str(folder / "mix"),
             "data.mix": mix,
-            "optimizer.name": "muon",
             "optimizer.weight_decay": 0.1,
             "optimizer.clip": 1.0,
             "optimizer.lr": arm.lr,

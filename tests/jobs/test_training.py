@@ -27,7 +27,7 @@ from longnet_cli.jobs.training import metrics
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_checkpoint
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.metrics import MetricsLog
-from longnet_cli.jobs.training.optimizers import build_optimizers
+from longnet_cli.jobs.training.optimizer import build_optimizer
 from longnet_cli.jobs.training.recipe import Recipe, ScheduleRecipe, load_recipe, parse_overrides
 from longnet_cli.models.folder import ModelFolder
 from longnet_cli.nets.longnet import LongNet
@@ -163,62 +163,12 @@ def test_polynomial_decay_is_fairseqs(power):
 
 def test_only_matrices_decay(corpus):
     found = recipe(corpus)
-    (adamw,) = build_optimizers(LongNet(found.model), found.optimizer)
+    adamw = build_optimizer(LongNet(found.model), found.optimizer)
     decayed, kept = adamw.param_groups
     assert decayed["weight_decay"] == 0.01
     assert kept["weight_decay"] == 0
     assert all(p.dim() >= 2 for p in decayed["params"])
     assert all(p.dim() < 2 for p in kept["params"])
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_takes_the_matrices_of_the_layers(corpus, tmp_path):
-    found = recipe(corpus, **{"optimizer.name": "muon"})
-    model = LongNet(found.model)
-    muon, adamw = build_optimizers(model, found.optimizer)
-    theirs = {id(p) for group in muon.param_groups for p in group["params"]}
-    assert theirs == {
-        id(p) for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() == 2
-    }
-    others = {id(p) for group in adamw.param_groups for p in group["params"]}
-    assert theirs | others == {id(p) for p in model.parameters()}
-    assert not theirs & others
-    assert (
-        train(
-            recipe(corpus, **{"optimizer.name": "muon", "train.stages": LONG}), tmp_path / "out"
-        ).loss
-        < 3
-    )
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_is_not_for_the_weights_of_several_experts(corpus):
-    found = recipe(corpus, **{"optimizer.name": "muon"})
-    model = LongNet(found.model)
-    model.layers[0].experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
-    with pytest.raises(ConfigError, match="works on matrices, and layers of this model have"):
-        build_optimizers(model, found.optimizer)
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_computes_in_fp32_on_a_cpu(corpus):
-    """Its first step is that of Newton-Schulz in fp64 (Jordan 2024), which in bf16 it misses by a hundredth."""
-    found = recipe(corpus, **{"optimizer.name": "muon", "optimizer.weight_decay": 0.0})
-    muon, _ = build_optimizers(LongNet(found.model), found.optimizer)
-    (group,) = muon.param_groups
-    for p in group["params"]:
-        p.grad = torch.randn_like(p)
-    before = [p.detach().double() for p in group["params"]]
-    muon.step()
-    for p, was in zip(group["params"], before, strict=True):
-        # the momentum of a first step points the same way
-        x = p.grad.double() / p.grad.double().norm()
-        for _ in range(5):
-            square = x @ x.T if len(x) <= x.shape[1] else x.T @ x
-            square = -4.775 * square + 2.0315 * square @ square
-            x = 3.4445 * x + (square @ x if len(x) <= x.shape[1] else x @ square)
-        wanted = -group["lr"] * 0.2 * max(p.shape) ** 0.5 * x
-        assert (p.detach() - was - wanted).norm() <= 1e-4 * wanted.norm()
 
 
 def test_a_net_beyond_all_memory_is_refused_before_it_is_built(corpus, tmp_path):

@@ -24,12 +24,11 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.basics.events import Events
 from longnet_cli.jobs.training.checkpoint import checkpoints_in, read_checkpoint
 from longnet_cli.jobs.training.loop import train
 from longnet_cli.jobs.training.objective import backward
-from longnet_cli.jobs.training.optimizers import build_optimizers
+from longnet_cli.jobs.training.optimizer import build_optimizer
 from longnet_cli.jobs.training.recipe import OptimizerRecipe
 from longnet_cli.nets.longnet import LongNet
 from longnet_cli.running.ranks.fsdp import (
@@ -89,7 +88,7 @@ def steps(dtype: torch.dtype, dp: int) -> None:
         # in fp32 AdamW makes steps of gradients that are rounding alone, as that of a bias of keys
         kinds = OptimizerRecipe(lr=1e-2), torch.optim.SGD
         optimizers = [
-            build_optimizers(x, kinds[0])[0]
+            build_optimizer(x, kinds[0])
             if dtype is torch.float64
             else kinds[1](x.parameters(), lr=0.1)
             for x in (alone, model)
@@ -164,8 +163,6 @@ def uneven_work() -> None:
     model = net(random_pattern(random.Random(0)))
     expected = model(draw(1, 30)).detach()
     shard_weights(model, ranks)
-    with pytest.raises(ConfigError, match=r"muon.* whole matrices.*--shard none"):
-        build_optimizers(model, OptimizerRecipe(name="muon"))
     for _ in range(2):
         with whole_weights(model), torch.no_grad():
             for _ in range(ranks.rank):

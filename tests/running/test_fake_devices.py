@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from longnet_cli.attention import dilated, planning
 from longnet_cli.attention.cuda_kernels import CudaFlashKernel
 from longnet_cli.jobs.training.objective import backward
-from longnet_cli.jobs.training.optimizers import build_optimizers
+from longnet_cli.jobs.training.optimizer import build_optimizer
 from longnet_cli.jobs.training.recipe import OptimizerRecipe
 from longnet_cli.nets.config import LongNetConfig
 from longnet_cli.nets.longnet import LongNet
@@ -73,16 +73,13 @@ def ids(rows: int, tokens: int) -> Tensor:
 def test_forward_nll_backward_and_optimizer(options):
     model = net(**options)
     # torch's fused AdamW refuses the meta device
-    optimizers = (
-        build_optimizers(model, OptimizerRecipe())
-        if FAKE
-        else [torch.optim.AdamW(model.parameters())]
+    optimizer = (
+        build_optimizer(model, OptimizerRecipe()) if FAKE else torch.optim.AdamW(model.parameters())
     )
     total = backward(model, ids(2, 100), ids(2, 100), chunk=300, starts=[[0], [0, 30, 77]])
     assert (total.device, total.dtype) == (GPU, torch.float64)
     assert all(p.grad is not None and p.grad.device == GPU for p in model.parameters())
-    for optimizer in optimizers:
-        optimizer.step()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("options", [{}, {"look_back": 1, "sinks": 4}], ids=["paper", "sinks"])

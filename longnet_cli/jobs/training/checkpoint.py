@@ -195,18 +195,15 @@ def _cause(error: Any) -> BaseException:
     return min(error.failures.items())[1][0]
 
 
-Optimizers = Sequence[torch.optim.Optimizer]
-
-
 def run_tensors(
     model: nn.Module,
-    optimizers: Optimizers,
+    optimizer: torch.optim.Optimizer,
     random: Sequence[Tensor],
     ranks: Ranks,
 ) -> dict[str, Tensor]:
     """Return the tensors to save: `model.NAME` and `optimizer.NAME.KEY` of trained weights, `random.RANK.INDEX`."""
     tensors = {}
-    states = _states(optimizers)
+    states = _states(optimizer)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensors[f"model.{name}"] = parameter.detach()
@@ -226,18 +223,18 @@ def frozen_digest(model: nn.Module) -> str | None:
 def restore(
     checkpoint: Path,
     model: nn.Module,
-    optimizers: Optimizers,
+    optimizer: torch.optim.Optimizer,
     device: torch.device,
     ranks: Ranks,
 ) -> None:
-    """Load a checkpoint's tensors into a net, its fresh optimizers and the random number generators.
+    """Load a checkpoint's tensors into a net, its fresh optimizer and the random number generators.
 
     A rank that the checkpoint does not have, because there were fewer, keeps its own random numbers. Raises
     CheckpointError for a checkpoint of another net.
     """
     names = tensor_names(checkpoint)
     parameters = {f"optimizer.{name}": p for name, p in model.named_parameters()}
-    states = _states(optimizers)
+    states = _states(optimizer)
     for name in names:
         owner, _, key = name.rpartition(".")
         parameter = parameters.get(owner)
@@ -248,15 +245,14 @@ def restore(
             states[parameter][key] = empty
     random = random_state(device)
     has_random = all(f"random.{ranks.rank}.{index}" in names for index in range(len(random)))
-    load_tensors(checkpoint, run_tensors(model, optimizers, random if has_random else (), ranks))
+    load_tensors(checkpoint, run_tensors(model, optimizer, random if has_random else (), ranks))
     set_random_state(random, device)
 
 
-def _states(optimizers: Optimizers) -> dict[Tensor, dict[str, Tensor]]:
-    """Return the state of each trained parameter: the dicts of its optimizer, which are empty before the first step."""
+def _states(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Tensor]]:
+    """Return the state of each trained parameter: the dicts of the optimizer, which are empty before the first step."""
     states = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                states[parameter] = optimizer.state[parameter]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            states[parameter] = optimizer.state[parameter]
     return states

@@ -257,7 +257,7 @@ def _weights_memory(recipe: Recipe, itemsize: int, ranks: Ranks) -> dict[str, in
     weights: 4 bytes per number, and the copy of the matrices that autocast makes. Beside LoRA's, they are of the types
     in which they are kept, and one matrix at a time is cast to the type of products. gradients: 4 bytes per trained
     number; the vocabulary's twice where a step has several forward passes. optimizer: 8 bytes per trained number, the
-    two moments of AdamW; Muon has one moment of the layers' matrices, or of LoRA's. With `parallel.shard` "full", a
+    two moments of AdamW. With `parallel.shard` "full", a
     rank holds its share of all these, and in a step all weights and gradients besides.
     """
     config = recipe.model
@@ -266,8 +266,6 @@ def _weights_memory(recipe: Recipe, itemsize: int, ranks: Ranks) -> dict[str, in
     weights = 4 * config.trained + config.frozen_bytes
     gradients = 4 * config.trained
     moments = 8 * config.trained
-    if recipe.optimizer.name == "muon":
-        moments -= 4 * (config.trained if config.frozen else config.layer_weights)
     if recipe.parallel.shard == "full" and ranks.world > 1:
         weights += weights // ranks.world
         gradients += gradients // ranks.world

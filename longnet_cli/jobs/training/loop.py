@@ -39,7 +39,7 @@ from .initial_model import build_model, change_layers
 from .limits import check_memory, check_ranks
 from .metrics import Metrics, MetricsLog
 from .objective import backward, evaluate, inputs_and_targets
-from .optimizers import build_optimizers
+from .optimizer import build_optimizer
 from .recipe import Recipe, Stage
 from .run_folder import BEST, CHECKPOINTS, RECIPE, Resume, find_checkpoint
 from .training_data import build_data
@@ -156,7 +156,7 @@ class _TrainingRun:
         self.frozen = frozen_digest(self.model)
         if recipe.parallel.shard == "full":
             fsdp.shard_weights(self.model, ranks)
-        self.optimizers = build_optimizers(self.model, recipe.optimizer)
+        self.optimizer = build_optimizer(self.model, recipe.optimizer)
         change_layers(self.model, recipe.train)
         # the weights are the same on all ranks, dropout is not
         torch.manual_seed(recipe.train.seed + ranks.rank)
@@ -173,7 +173,7 @@ class _TrainingRun:
         if checkpoint:
             state = read_checkpoint(checkpoint)
             self._refuse_other(state, checkpoint)
-            restore(checkpoint, self.model, self.optimizers, self.device, self.ranks)
+            restore(checkpoint, self.model, self.optimizer, self.device, self.ranks)
             self.progress = Progress(**state["progress"])
             self._compare_held_out()
             log = state["log"]
@@ -324,11 +324,10 @@ class _TrainingRun:
         return seen
 
     def _update_weights(self) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.recipe.learning_rate(self.progress.step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(self.progress.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _look_between_chunks(self) -> None:
         """Act on a signal, unless groups may have different numbers of chunks, or weights are gathered between them."""
@@ -447,7 +446,7 @@ class _TrainingRun:
             "frozen": self.frozen,
             "versions": versions,
         }
-        tensors = run_tensors(self.model, self.optimizers, self.random, self.ranks)
+        tensors = run_tensors(self.model, self.optimizer, self.random, self.ranks)
         with self.log.paused():
             self.checkpoints.save(self.progress.step, tensors, facts)
         self.saved_at = time.monotonic()

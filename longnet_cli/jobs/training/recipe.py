@@ -93,16 +93,14 @@ class DataRecipe(StrictModel):
 
 
 class OptimizerRecipe(StrictModel):
-    """The optimizer. The defaults are those of the paper's Table 3, but for a run with `init` (`TUNING_RATES`)."""
+    """The optimizer, AdamW. Defaults are those of the paper's Table 3, but for a run with `init` (`TUNING_RATES`)."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """Or `muon`: it trains the matrices of the layers with Muon (on a CPU in fp32), and all else with AdamW."""
     lr: float = Field(default=6e-4, gt=0)
     """The highest learning rate. The default is 2e-5 with `init`, and 2e-4 with `[lora]`."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
-    """For AdamW."""
+    """The decay of the mean of gradients, and that of their squares."""
     eps: float = Field(default=1e-8, gt=0)
-    """For AdamW."""
+    """Added to the root of the mean square."""
     weight_decay: float = Field(default=0.01, ge=0)
     """For weights. Biases and norms do not decay."""
     clip: float = Field(default=2.0, gt=0)
