@@ -59,7 +59,6 @@ REFUSALS = r"""
 2 score x.parquet -o v.csv => -o v.csv: .csv is not written: the name of a file ends in .arrow, .feather, .parquet or .jsonl
 2 score x.parquet --dry-run --format jsonl => give --format text or json
 2 score x.parquet -m ./model --pattern windw:1Ki => --pattern: unknown pattern 'windw': did you mean 'window'?
-2 bench --impl flex --direction backward => --impl flex has no backward pass on a CPU: leave out --direction
 2 bench --pattern windw:1Ki => --pattern: unknown pattern 'windw': did you mean 'window'?
 2 train --pattern windw:1Ki -o run => --pattern: unknown pattern 'windw': did you mean 'window'?
 2 encode x.parquet -m ./encoder --prefix x -o y.arrow => nothing before a document: leave out --prefix

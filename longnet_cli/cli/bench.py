@@ -46,7 +46,7 @@ class BenchCommand:
     )
     impl: Sequence[str] | None = MEASURE.common(
         "--impl NAME,...",
-        "Measure dilated, dense or flex (torch's FlexAttention). (default: dilated,dense)",
+        "Measure dilated or dense alone. (default: both)",
     )
     direction: Sequence[str] | None = MEASURE.common(
         "--direction NAME,...",
@@ -63,7 +63,7 @@ class BenchCommand:
     )
     max_dense_time: float = MEASURE.option(
         "--max-dense-time SECONDS",
-        "Skip dense and flex runs that would take more seconds than this.",
+        "Skip dense runs that would take more seconds than this.",
         default=60.0,
     )
     heads: int | None = SHAPE.common(
@@ -105,8 +105,7 @@ def bench(options: BenchCommand) -> None:
 
     Each length is a row; --seq 1e9 is a billion tokens.
     Attention is measured alone, with random queries, keys and values. How fast a
-    model is, `score` and `train` tell. --impl flex is torch's FlexAttention with
-    the mask of the pattern, forward only; it needs a C++ compiler.
+    model is, `score` and `train` tell.
 
     Rows that would need too much memory or time are skipped and say so.
     Ctrl-C keeps the rows so far.

@@ -2,13 +2,12 @@
 
     Settings, each option with bounds and a default --case_of--> Case --measure, measure_stream--> Measurement, a row
 
-What is measured is dilated attention of random q, k, v, forward or backward, beside dense attention and torch's
-FlexAttention.
+What is measured is dilated attention of random q, k, v, forward or backward, beside dense attention.
 
 The `seconds` of a row are the median of `repeats` runs after one warm-up run. If time runs out before the second run,
 they are those of the warm-up. Rates count executed FLOPs, with causal attention as half, and not the FLOPs that dense
-attention would need; FlexAttention is credited with those of dilated attention. A case that would not fit in memory or
-time is not run: the `status` of its row says so, and its `reason` says why.
+attention would need. A case that would not fit in memory or time is not run: the `status` of its row says so, and its
+`reason` says why.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import datetime
 import math
 import os
 import platform
-import shutil
 import statistics
 import time
 from collections import defaultdict
@@ -49,7 +47,7 @@ LONG = 10**6
 # Tokens. With the most heads of the largest size, int64 still counts the numbers of a sequence.
 LONGEST = 1 << 40
 
-Impl = Literal["dilated", "dense", "flex"]
+Impl = Literal["dilated", "dense"]
 Direction = Literal["forward", "backward"]
 Size = Annotated[int, Field(ge=1, le=1 << 32)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -65,12 +63,11 @@ class Settings(BaseModel):
 
     Every combination of `seq` (tokens), `direction` and `impl` is a case, in that order of nesting.
 
-    impl: dilated (ours), dense (torch's) or flex (torch's FlexAttention with the mask of the pattern, forward: a key
-        that several levels have counts once there).
+    impl: dilated (ours) or dense (torch's).
     pattern: None is one that suits the length (`pattern_for`).
     chunk: tokens per chunk of longer causal sequences. A forward pass that is cut this way is streamed, see `streams`.
     max_time: seconds for all rows. A streamed run ends then; another run does not start if it is expected to overrun.
-    max_dense_time: seconds; a run of dense or flex that would take longer, by the rate of shorter ones, is skipped.
+    max_dense_time: seconds; a dense run that would take longer, by the rate of shorter ones, is skipped.
     """
 
     model_config = ConfigDict(
@@ -126,16 +123,6 @@ class Settings(BaseModel):
                 )
         if self.pattern and self.pattern.chosen:
             raise ValueError("--pattern: a text names chosen blocks, and bench reads none")
-        if "flex" in self.impl and self.device.type == "cpu":
-            compiler = os.environ.get("CXX", "g++")
-            if "backward" in self.direction:
-                raise ValueError(
-                    "--impl flex has no backward pass on a CPU: leave out --direction backward"
-                )
-            if not shutil.which(compiler):
-                raise ValueError(
-                    f"--impl flex needs a C++ compiler, and there is no {compiler}: install one, or set CXX"
-                )
         machines.check_kernel(self.device, self.dtype, self.head_dim)
         return self
 
@@ -264,14 +251,13 @@ def case_of(s: Settings, impl: Impl, direction: Direction, seq: int) -> Case:
     # q, k, v, out and their gradients, float32 copies of narrower ones, and what a pattern's largest kernel call copies
     wide = 0 if dtype == torch.float32 else 4
     size = 4 * dtype.itemsize + wide + back * (4 * dtype.itemsize + 3 * wide) + ours * 8
-    kernels = {"dense": "sdpa", "flex": "flex"}
     row = Measurement(
         impl=impl,
         direction=direction,
         seq=seq,
         **s.model_dump(include={"heads", "head_dim", "batch", "causal", "dtype"}),
         device=str(s.device),
-        kernel=kernels.get(impl) or select_kernel(s.device, dtype, s.head_dim).name,
+        kernel=select_kernel(s.device, dtype, s.head_dim).name if ours else "sdpa",
         pattern=None if impl == "dense" else format_levels(pattern),
         machine=device_name(s.device),
         date=_today(),
@@ -320,68 +306,18 @@ def _attention(
     back: bool,
 ) -> Callable[[], object]:
     """Return the forward pass over whole sequences, or the backward pass after one that is done here."""
-    shape = (s.batch, s.heads, seq, s.head_dim)  # the layout that the others are made for
+    shape = (s.batch, s.heads, seq, s.head_dim)  # the layout that torch's is made for
     attend: Callable[..., Tensor]
     if impl == "dilated":
         shape = (s.batch, seq, s.heads, s.head_dim)
         attend = partial(dilated_attention, pattern=pattern, causal=s.causal)
-    elif impl == "dense":
-        attend = partial(F.scaled_dot_product_attention, is_causal=s.causal)
     else:
-        attend = flex_attention(pattern, s.heads, seq, s.causal, s.device)
+        attend = partial(F.scaled_dot_product_attention, is_causal=s.causal)
     if not back:
         return partial(attend, *_inputs(s, shape, 3))
     *inputs, grad = _inputs(s, shape, 4, back)
     out = attend(*inputs)
     return partial(torch.autograd.grad, out, inputs, grad.detach(), retain_graph=True)
-
-
-def flex_attention(
-    pattern: Pattern,
-    heads: int,
-    tokens: int,
-    causal: bool,
-    device: torch.device,
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return torch's FlexAttention with the mask of a pattern, compiled: q, k, v (B, H, N, D) -> the same shape.
-
-    A key that several levels show to a query counts once. A query that sees no key gets zeros.
-    """
-    from torch.nn.attention import flex_attention as flex  # takes a second
-
-    offsets = [
-        torch.tensor(pattern.offsets(level, heads), device=device)
-        for level in range(len(pattern.levels))
-    ]
-
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        visible = (query // pattern.segment_lengths[0] > pattern.look_backs[0]) & (
-            key < pattern.sinks
-        )
-        before = torch.zeros_like(visible)
-        for (w, r), back, offset in zip(pattern.levels, pattern.look_backs, offsets, strict=True):
-            covers = (query // w - back <= key // w) & (key // w <= query // w + back)
-            shown = (
-                covers
-                & (key % w % r == offset[head])
-                & ((key >= pattern.sinks) | (w == pattern.segment_lengths[0]))
-            )
-            asks = (query % w % r == offset[head]) | (pattern.queries == "all")
-            visible = visible | (shown & asks & ~before)
-            before = covers if pattern.overlap == "once" else before
-        return visible & (key <= query) if causal else visible
-
-    of_heads = heads if max(pattern.dilation_rates) > 1 else None
-    # not compiled, it would hold ten bytes for each score
-    mask = torch.compile(flex.create_block_mask)(
-        sees,
-        None,
-        of_heads,
-        tokens,
-        tokens,
-        device=device,
-    )
-    return partial(torch.compile(flex.flex_attention, dynamic=False), block_mask=mask)
 
 
 FIRST_DECADE = 10**6  # tokens: a streamed run reports each power of ten from here on

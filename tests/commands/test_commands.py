@@ -29,7 +29,6 @@ from files import IDS, TEXTS, read, token_table, write_file, write_lines
 from processes import invoke
 from typer.testing import Result
 
-from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents.tokenizer import Tokenizer
 
 # --- chains of commands ----------------------------------------------------------------------------------------------
@@ -430,10 +429,3 @@ def test_skipped_and_stopped_rows_give_their_reason(bench):
     result = bench("--seq 64 --max-time 0 --format jsonl")
     assert [row["status"] for row in rows_of(result.stdout)] == ["stopped", "stopped"]
     assert result.exit_code == 0
-
-
-def test_flex_attention_needs_a_compiler(bench, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    result = bench("--seq 64 --impl flex")
-    assert isinstance(result.exception, ConfigError)
-    assert "needs a C++ compiler, and there is no no-such-compiler" in str(result.exception)

@@ -25,6 +25,7 @@ WINDOW, CHOSEN = "window:64,sinks=4", "window:64,chosen=2x32"
 # The command of a script, and how many rows it prints: ways, methods or tasks
 SCRIPTS = {
     "ask.py": (f"./llama --text a.txt --tokens 500 --passages 1 --alone --pattern {WINDOW}", 15),
+    "flex.py": ("64 window:16 dilated flex --repeats 1", 2),
     "passage.py": (
         f"./llama {CHOSEN} --passages a.txt --filler b.txt --tokens 50 --distances 300 --near 9 --every 4",
         2,
@@ -202,3 +203,33 @@ def test_grouped_positions_show_every_key_where_a_level_shows_it(monkeypatch):
     for given, expected in zip(grouped, positions(mapped), strict=True):
         torch.testing.assert_close(given, expected, rtol=0, atol=0)
     assert not torch.equal(positions(all_keys).k, grouped.k)  # and they end with the context
+
+
+FLEX = """
+import sys, torch
+sys.path.append(sys.argv[3])
+from longnet_cli import dilated_attention, parse_pattern
+from flex import flex_attention
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 2, 3, 200, 16)
+causal, pattern = bool(sys.argv[1]), parse_pattern(sys.argv[2])
+theirs = flex_attention(pattern, 3, 200, causal, torch.device("cpu"))(q, k, v).transpose(1, 2)
+ours = dilated_attention(*(x.transpose(1, 2) for x in (q, k, v)), pattern, causal=causal)
+assert (theirs - ours).abs().max() < 1e-6
+"""
+
+
+@pytest.mark.parametrize(
+    ("causal", "text"),
+    [
+        ("causal", "16/1,64/4,look_back=1,overlap=once,queries=all,sinks=2"),
+        ("causal", "1Ki/1"),
+        ("", "16/1,64/2,192/3,overlap=once"),
+    ],
+)
+def test_flex_attention_has_the_mask_of_the_pattern(causal, text, run_python):
+    """A compiler makes it, in a process of its own: others may have told torch's compiler that there are no vectors.
+
+    No key of these patterns counts twice.
+    """
+    run_python("-c", FLEX, causal, text, FOLDER)
