@@ -94,7 +94,7 @@ class Pooling:
         return (
             self.ends[0] >= self.end
             and not self._count
-            and len(hidden) == rest
+            and hidden.shape[0] == rest
             and 0 < rest <= most
             and SUMS.issuperset(self.pools)
         )
@@ -104,7 +104,7 @@ class Pooling:
         if self.vector is not None:
             yield Row(self.document, self.number, self.begin, self.end, self.vector)
             return
-        while len(hidden):
+        while hidden.shape[0]:  # `len` of a tensor takes as long as a sum
             # tokens before the document belong to its first span, and those behind it to the last one
             inside = min(max(self.position, self.begin), self.end - 1)
             index = bisect_right(self.ends, inside)
@@ -113,7 +113,7 @@ class Pooling:
             stop = end + self.after if end == self.end else end
             missing = stop - self.position
             part, hidden = hidden[:missing], hidden[missing:]
-            self.position += len(part)
+            self.position += part.shape[0]
             self._take(part)
             if self.position == stop:
                 yield Row(self.document, self.number + index, start, end, self._vector())
@@ -139,9 +139,10 @@ class Pooling:
                 weights = to_device(self.weights(len(part)), part.device)
                 sums[pool] = sums.get(pool, 0) + weights @ part.double()
             else:
-                sums[pool] = sums.get(pool, 0) + part.sum(0, dtype=torch.float64)
-        self._count += len(part)
-        self._weight += len(part)
+                total = part.sum(0, dtype=torch.float64)
+                sums[pool] = sums[pool] + total if pool in sums else total
+        self._count += part.shape[0]
+        self._weight += part.shape[0]
 
     def weights(self, tokens: int) -> Tensor:
         """Return the weights of the next tokens if they are `weighted`, float64 on the host."""
@@ -158,7 +159,8 @@ class Pooling:
 
     def _vector(self) -> Tensor:
         sums = zip(self.pools, self.divisors(), strict=True)
-        return torch.cat([(self._sums[pool] / divisor).float() for pool, divisor in sums])
+        vectors = [(self._sums[pool] / divisor).float() for pool, divisor in sums]
+        return torch.cat(vectors) if len(vectors) > 1 else vectors[0]
 
 
 def pool_together(whole: Sequence[tuple[Pooling, Tensor]]) -> None:

@@ -86,6 +86,8 @@ class InputSequence(Generic[D]):
 
     def window(self, start: int, stop: int) -> InputSequence[D]:
         """Return the sequence with the document's own rows [start, stop) alone."""
+        if start == self.start and stop == self.stop:
+            return self
         return replace(self, start=start, stop=stop)
 
     def read(self, start: int, stop: int, /) -> np.ndarray:

@@ -158,7 +158,9 @@ def group_rows(
         first = next(members)[1]
         following = (row for _, row in members)  # noqa: B031 (used once, before the next group)
         values = _values(table, first.doc_id, chain((first,), following))
-        yield first._replace(values=values)
+        yield DocumentRows(
+            first.row, first.doc_id, values, first.kept, first.part, first.error, first.named
+        )
 
 
 def _numbered(rows: Iterator[DocumentRows]) -> Iterator[tuple[int, DocumentRows]]:

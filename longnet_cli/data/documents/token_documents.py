@@ -4,7 +4,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import numpy as np
 import pyarrow as pa
@@ -105,9 +105,9 @@ class Document:
         out = np.empty(max(0, stop - start), np.int64)
         for done, part, offset, ids in self._stretches(start, stop):
             count = len(ids)
-            highest = np.maximum.reduce(ids.view(self._unsigned))
-            is_too_large = int(highest) > self._highest
-            if is_too_large or part.is_null(offset, count).any():
+            unsigned, highest = _bounds(ids.dtype, self._limit)
+            is_too_large = int(np.maximum.reduce(ids.view(unsigned))) > highest
+            if is_too_large or (part.valid is not None and part.is_null(offset, count).any()):
                 raise self._refuse(part, offset, ids)
             out[done : done + count] = ids
         return out
@@ -133,16 +133,6 @@ class Document:
             place += len(numbers) // self.width
 
     @cached_property
-    def _unsigned(self) -> np.dtype:
-        """The type of the ids without its sign: a negative id is then a huge one, so one maximum finds bad ids."""
-        return np.dtype(f"u{self.parts[0].ids.dtype.itemsize}")
-
-    @cached_property
-    def _highest(self) -> int:
-        ceiling = int(min(np.iinfo(self.parts[0].ids.dtype).max, np.iinfo(np.int64).max))
-        return min(self._limit - 1, ceiling)
-
-    @cached_property
     def n_bytes(self) -> int | None:
         """The size of the document's text in UTF-8 bytes, None if unknown. May need a pass over the tokens."""
         if not isinstance(self._n_bytes, Tokenizer):
@@ -161,7 +151,8 @@ class Document:
 
     def _refuse(self, part: Part, start: int, ids: np.ndarray) -> DataError:
         """Return the error for the first bad id of `ids`, which start at `start` in `part`."""
-        bad = ids.view(self._unsigned) > self._highest
+        unsigned, highest = _bounds(ids.dtype, self._limit)
+        bad = ids.view(unsigned) > highest
         null = part.is_null(start, len(ids))
         index = int(np.flatnonzero(bad | null)[0])
         offset = start + index
@@ -177,6 +168,16 @@ class Document:
         return DataError(
             f"{where}: token id {ids[index]} does not fit a vocabulary of {self._limit}"
         )
+
+
+@cache
+def _bounds(dtype: np.dtype, limit: int) -> tuple[np.dtype, int]:
+    """Return the type of ids without its sign, and the highest id below `limit` in it.
+
+    Without its sign, a negative id is a huge one, so one maximum finds bad ids.
+    """
+    ceiling = int(min(np.iinfo(dtype).max, np.iinfo(np.int64).max))
+    return np.dtype(f"u{dtype.itemsize}"), min(limit - 1, ceiling)
 
 
 class Unread(Document):

@@ -545,9 +545,10 @@ class Tokenizer:
 
     def n_bytes(self, ids: np.ndarray) -> int | None:
         """Return the number of UTF-8 bytes of (tokens,) ids; None if the tokenizer is not byte-level or lacks an id."""
-        if ids.max(initial=0) >= len(self.token_bytes):
+        try:
+            return int(np.add.reduce(self.token_bytes.take(ids)))
+        except IndexError:
             return None
-        return int(self.token_bytes[ids].sum())
 
     def encodes_as(self, other: Tokenizer) -> bool:
         """Return whether both encode a text alike, whatever their templates are."""

@@ -30,13 +30,23 @@ class FileChangedError(DataError):
         self.reason = reason
 
 
-@contextmanager
-def reading_row(row: int) -> Iterator[None]:
+class reading_row:  # noqa: N801 (as a function that makes it; contextlib's takes as long as a read)
     """Name the row, the first that is lost, in the error of a file that changes while it is read."""
-    try:
-        yield
-    except FileChangedError as error:
-        raise FileChangedError(f"{error.where}, row {row}", error.reason) from None
+
+    __slots__ = ("row",)
+
+    def __init__(self, row: int) -> None:
+        self.row = row
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if isinstance(error, FileChangedError):
+            raise FileChangedError(f"{error.where}, row {self.row}", error.reason) from None
+
+
+AHEAD = 1 << 16  # bytes that are read at once for small reads that follow each other
 
 
 class LocalFile(io.RawIOBase):
@@ -57,6 +67,7 @@ class LocalFile(io.RawIOBase):
         self.size = status.st_size
         self._written = status.st_mtime_ns
         self._position = 0
+        self._ahead = (0, np.empty(0, np.uint8))  # bytes that were read ahead, and where they begin
 
     @classmethod
     def open(cls, path: str | Path, where: str) -> "LocalFile":
@@ -81,6 +92,26 @@ class LocalFile(io.RawIOBase):
                 change = f"it had {self.size} bytes and has {status.st_size}"
             reason = f"the file changed while it was read ({change}): let its writer end, and start again"
             raise FileChangedError(self.where, reason)
+
+    def read_along(self, offset: int, size: int) -> np.ndarray:
+        """Return `size` bytes from `offset` on, (size,) uint8: one read of the file serves many that follow each other.
+
+        The bytes are not to be changed.
+        """
+        begin, ahead = self._ahead
+        start = offset - begin
+        if not 0 <= start <= len(ahead) - size:
+            # what does not follow the last bytes, such as a window that is drawn at random, is read alone
+            follows = 0 <= start <= len(ahead) + AHEAD
+            more = min(AHEAD, self.size - offset) if follows else 0
+            ahead = np.empty(max(size, more), np.uint8)
+            self.read_at(offset, ahead)
+            # a large read is not kept
+            self._ahead = (
+                (offset, ahead) if len(ahead) <= AHEAD else (offset + size, ahead[:0].copy())
+            )
+            start = 0
+        return ahead[start : start + size]
 
     def map(self) -> mmap.mmap:
         """Return a map of the whole file. Touching it kills the process where the file has become shorter."""
@@ -129,9 +160,8 @@ class LocalIds:
         return LocalIds(self.file, offset, self.dtype, max(0, stop - start))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        ids = np.empty(self.length, self.dtype)
-        self.file.read_at(self.offset, ids)
-        return np.asarray(ids, dtype)
+        data = self.file.read_along(self.offset, self.length * self.dtype.itemsize)
+        return np.asarray(data.view(self.dtype), dtype)
 
 
 def read_error(what: str, error: OSError, problem: str = "cannot read") -> LongNetError:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import accumulate, product
 from typing import Any
 
 import numpy as np
@@ -261,8 +261,10 @@ class Scorer(RowJob):
     def sequence(self, document: Document) -> InputSequence[Document]:
         """Return a document as the model reads it. Raises TooLongError for a window that is too long for the model."""
         sequence = self.reader.model.sequence(document, self.cut.bos)
+        if sequence.limit is None:
+            return sequence
         more = max(0, sequence.own_start - 1)  # ids before the one that predicts the first target
-        fits = max(1, (sequence.limit or 0) - more)
+        fits = max(1, sequence.limit - more)
         instead = f"score it in windows (--context {format_size(fits)} --stride {format_size(ceil_div(fits, 2))})"
         return sequence.check(instead, self.cut.longest(len(document)) + more)
 
@@ -368,12 +370,14 @@ class Scorer(RowJob):
         columns: Sequence[Callable[[], Tensor]],
     ) -> None:
         """Add the nats of the pieces' targets to their documents."""
-        sizes = [*map(len, pieces)]
-        parts = [map(Tensor.numpy, column().split(sizes)) for column in columns]
-        for piece, nll, *top in zip(pieces, *parts, strict=True):
+        measured = [column().numpy() for column in columns]
+        finite = bool(np.isfinite(measured[0]).all())
+        edges = [0, *accumulate(map(len, pieces))]
+        for piece, begin, end in zip(pieces, edges, edges[1:], strict=False):
+            nll, *top = (column[begin:end] for column in measured)
             tally = piece.window.tally
             start = piece.start + 1 - len(self.cut.bos)
-            if not np.isfinite(nll).all():
+            if not finite and not np.isfinite(nll).all():
                 token = start + int(np.argmin(np.isfinite(nll)))
                 advice = ADVICE
                 if self.reader.dtype == "fp16":
@@ -382,7 +386,7 @@ class Scorer(RowJob):
                     f"{tally.document.where}: document {tally.document.doc_id!r}: the log-probability of token {token} "
                     f"is not finite: {advice}"
                 )
-            tally.nll_sum += float(nll.sum(dtype=np.float64))
+            tally.nll_sum += float(np.add.reduce(nll, dtype=np.float64))
             tally.n_tokens += len(nll)
             if tally.by_position:
                 tally.by_position.add(piece.start - piece.window.start, nll)
