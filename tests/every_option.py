@@ -273,6 +273,9 @@ model.dim                     rows       model.dim=16
 model.num_layers              rows       model.num_layers=2
 model.num_heads               rows       model.num_heads=1
 model.ffn_dim                 rows       model.ffn_dim=16
+model.kv_heads                rows       model.kv_heads=1
+model.ffn                     rows       model.ffn=swiglu
+model.bias                    rows       model.bias=false
 model.segment_lengths         rows       model.segment_lengths=[8,32]
 model.dilation_rates          rows       model.dilation_rates=[1,4]
 model.head_offsets            rows       model.head_offsets=grouped @ model.dim=12 model.num_heads=3

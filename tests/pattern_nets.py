@@ -25,11 +25,25 @@ WINDOW = Pattern.window(16, sinks=3)
 WORDS = Tokenizer.bytes()
 
 
+def llama_body(heads: int) -> dict[str, Any]:
+    """The settings of layers like Llama's, whose query heads share key heads if their number is even."""
+    kv_heads = heads // 2 if heads % 2 == 0 else heads
+    return {"kv_heads": kv_heads, "norm": "rmsnorm", "ffn": "swiglu", "bias": False}
+
+
 def net(
-    pattern: Pattern, position: str = "rope", *, layers: int = 2, heads: int = 4, **more
+    pattern: Pattern,
+    position: str = "rope",
+    *,
+    layers: int = 2,
+    heads: int = 4,
+    llama: bool = False,
+    **more,
 ) -> LongNet:
     """Random weights, always the same. "rope_by_level" takes sinks away, and is "rope" in a net that is not causal."""
     torch.manual_seed(0)
+    if llama:
+        more |= llama_body(heads)
     if position == "rope_by_level":
         pattern = replace(pattern, sinks=0)
         position = position if more.get("causal", True) else "rope"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
+import emulated
 import pytest
 import torch
 from builders import job_folder, losses
@@ -208,6 +209,28 @@ def test_another_card_than_the_current_one():
     found = run(attend, like, "bf16", torch.device("cuda:1"), wide=False)
     for a, b in zip(found, exact_attention("documents", "bf16"), strict=True):
         assert error(a, b) <= TOLERANCE["bf16"]
+
+
+@only_emulated
+def test_flash_attention_reads_shared_key_heads_where_they_are(monkeypatch):
+    """The query heads of a key head get views of it: nothing is repeated in memory."""
+    model = net(Pattern((64,), (1,)), layers=1, heads=6, kv_heads=2).to(DEVICE, torch.bfloat16)
+    kernels.select_kernel(DEVICE, torch.bfloat16, 8)  # tries itself on calls of its own
+    keys: list[Tensor] = []
+    check = emulated._check_flash
+
+    def watched(*tensors: Tensor) -> None:
+        check(*tensors)
+        keys.extend(tensors[1:])
+
+    monkeypatch.setattr(emulated, "_check_flash", watched)
+    model(draw(1, 256).to(DEVICE))
+    assert [x.shape[2] for x in keys] == [3] * 4
+    assert all(x.stride(2) == 0 for x in keys)
+    made = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in keys}
+    assert [*made.values()] == [
+        256 * 2 * 8 * 2
+    ] * 2  # of keys and of values: tokens, heads, D, bf16
 
 
 def test_what_is_fast_serves():

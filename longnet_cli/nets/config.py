@@ -124,7 +124,8 @@ MOST_LAYERS = 10_000  # each is made, and some plans count them one by one
 # rows and columns of a layer's matrices: torch cannot count the bytes of far larger ones
 _LARGEST = 1 << 24
 
-_OPTIONS = {*PATTERN_FIELDS, "drop_path"} - {"segment_lengths", "dilation_rates", "head_offsets"}
+_OPTIONS = {*PATTERN_FIELDS, "kv_heads", "ffn", "bias", "drop_path"}
+_OPTIONS -= {"segment_lengths", "dilation_rates", "head_offsets"}
 
 
 class _NetSizes(StrictModel):
@@ -152,12 +153,24 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
     """The immutable configuration of a LongNet. `vocab_size=0` is a net without embedding (as GigaPath's).
 
     The fields of `attention.Pattern` are fields here, with the same names, meanings and defaults. In their place you
-    may give `pattern`: a `Pattern`, or a text for `parse_pattern`. Pattern fields beyond levels and offsets, and
-    `drop_path`, are not written at their defaults: such a config.json means the same to versions without them.
+    may give `pattern`: a `Pattern`, or a text for `parse_pattern`. The defaults are the paper's layers (MAGNETO). Those
+    of Llama have norm="rmsnorm", ffn="swiglu", bias=False and, if they are large, fewer `kv_heads`.
+
+    Pattern fields beyond levels and offsets, `kv_heads`, `ffn`, `bias` and `drop_path` are not written at their
+    defaults: such a config.json means the same to versions without them.
 
     Building it directly raises pydantic's ValidationError (a ValueError); `parse_config` raises ConfigError.
     """
 
+    kv_heads: int = Field(
+        default_factory=lambda sizes: sizes.get("num_heads", 1), gt=0, examples=["2"]
+    )
+    """The number of heads of keys and values, a divisor of `num_heads`, which is the default. Fewer make a smaller
+    cache: neighbouring query heads share one (grouped-query attention, arXiv 2305.13245)."""
+    ffn: Literal["gelu", "swiglu"] = "gelu"
+    """The feed-forward. `swiglu` (arXiv 2002.05202) has three matrices of `ffn_dim` in place of two."""
+    bias: bool = True
+    """Whether the matrices of a layer add a bias."""
     padding: Padding = "exact"
     """`zero_key` also attends to torchscale's zero keys where a segment of a bidirectional net is not full."""
     causal: bool = True
@@ -169,14 +182,15 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
     default, is the paper's. `rope` allows look-back and sinks."""
     rope_theta: float = Field(default=10000.0, gt=1.0)
     """The base of the rotary frequencies."""
-    norm: Literal["subln", "pre"] = "subln"
-    """`subln` is the paper's (MAGNETO): a second norm inside each block. `pre` has one norm before each."""
+    norm: Literal["subln", "pre", "rmsnorm"] = "subln"
+    """`subln` is the paper's (MAGNETO): a second norm inside each block. `pre` has one norm before each; `rmsnorm`,
+    too, but it divides by the root mean square alone (arXiv 1910.07467)."""
     final_norm: bool = True
     """Whether a norm follows the last layer."""
     tie_embeddings: bool = True
     """Whether the output layer shares the weights of the embedding."""
     norm_eps: float = Field(default=1e-5, gt=0.0)
-    """What each norm adds to the variance."""
+    """What each norm adds to the variance or the mean square."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """The share of the outputs of attention and feed-forward that is left out in training."""
 
@@ -238,17 +252,25 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
         return {
             name: value
             for name, value in write(self).items()
-            if name not in _OPTIONS or getattr(self, name) != fields[name].default
+            if name not in _OPTIONS or getattr(self, name) != self._default(name)
         }
+
+    def _default(self, name: str) -> Any:
+        sizes = {"num_heads": self.num_heads}
+        field = type(self).model_fields[name]
+        return field.get_default(call_default_factory=True, validated_data=sizes)
 
     @model_validator(mode="after")
     def _check(self) -> LongNetConfig:
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not divisible by kv_heads {self.kv_heads}"
+            )
         if self.position != "none" and self.head_dim % 2:
             raise ValueError(
                 f'position="{self.position}" needs an even head size, got {self.head_dim}'
@@ -309,13 +331,20 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
         return 0
 
     @property
-    def kv_heads(self) -> int:
-        return self.num_heads
+    def kv_dim(self) -> int:
+        """The numbers of a token's key, and of its value, in all heads of a layer."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def ffn_matrices(self) -> int:
+        """The number of matrices in a feed-forward."""
+        return 3 if self.ffn == "swiglu" else 2
 
     @property
     def layer_weights(self) -> int:
         """The number of weights in the matrices of all layers."""
-        return self.num_layers * (4 * self.dim**2 + 2 * self.dim * self.ffn_dim)
+        attention = 2 * self.dim + 2 * self.kv_dim
+        return self.num_layers * self.dim * (attention + self.ffn_matrices * self.ffn_dim)
 
     @property
     def streams(self) -> bool:
@@ -330,13 +359,18 @@ class LongNetConfig(NetConfig, _SizesAndPattern):  # type: ignore[misc, valid-ty
         """Return the number of trainable parameters; tied embeddings count once."""
         d = self.dim
         f = self.ffn_dim
-        biases = 5 * d + f
-        norms = 4 * d
+        biases = 3 * d + 2 * self.kv_dim + (self.ffn_matrices - 1) * f if self.bias else 0
+        per_channel = 1 if self.norm == "rmsnorm" else 2  # a norm's scale, and a shift
+        norms = per_channel * 2 * d
         if self.norm == "subln":
-            norms += 2 * (d + f)
+            norms += per_channel * (d + f)
         embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
-        final_norm = 2 * d if self.final_norm else 0
+        final_norm = per_channel * d if self.final_norm else 0
         return embeddings + self.layer_weights + self.num_layers * (biases + norms) + final_norm
+
+    def forward_bytes(self, tokens: int) -> int:
+        gate = self.ffn_dim if self.ffn == "swiglu" else 0
+        return super().forward_bytes(tokens) + 4 * tokens * gate
 
 
 class SlideConfig(LongNetConfig):

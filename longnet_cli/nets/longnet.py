@@ -2,13 +2,15 @@
 
     x + out(LN(attention(LN x)))        x + fc2(LN(gelu(fc1(LN x))))        inner LNs only for norm="subln"
 
+With ffn="swiglu", silu(gate(LN x)) * fc1(LN x) stands in place of the gelu. With norm="rmsnorm", LN is an RMS norm.
+
 In training, dropout applies to the second term of both sums (`dropout`, 0 by default), and drop path does, too, in a
 slide encoder.
 
 A net runs on one device. If it sees one shard of a sequence, it gets keys from outside through `far`, a callable (see
 `FarProvider`), and its place through `start`. `longnet_cli.running` builds chunks and ranks from these two.
 
-B batch, N tokens, H heads, D head dim.
+B batch, N tokens, H heads, K heads of keys and values, D head dim.
 """
 
 from __future__ import annotations
@@ -60,6 +62,32 @@ class Norm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(dtype)
 
 
+class RMSNorm(nn.RMSNorm):
+    """A norm by the root mean square (arXiv 1910.07467), whose output under autocast has the dtype of `Norm`'s."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight.to(x.dtype)
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(dtype)
+
+
+def outer_norm(config: LongNetConfig) -> nn.Module:
+    """Return a norm of hidden states, before a block of a layer."""
+    kind = RMSNorm if config.norm == "rmsnorm" else Norm
+    return kind(config.dim, config.norm_eps)
+
+
+def final_norm(config: LongNetConfig) -> nn.Module:
+    """Return the norm after the last layer. Its output keeps the dtype of the hidden states, also under autocast."""
+    if not config.final_norm:
+        return nn.Identity()
+    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(config.dim, config.norm_eps)
+
+
 def inner_norm(config: LongNetConfig, size: int) -> nn.Module:
     """Return the norm inside a block of this width, which only norm="subln" has."""
     return Norm(size, config.norm_eps) if config.norm == "subln" else nn.Identity()
@@ -74,16 +102,17 @@ class Attention(nn.Module):
         self.pattern = config.pattern
         self.turn = sink_turn(config)
         # three matrices, not one: v as a view of a fused product would keep the unrotated q and k alive till backward
-        self.q, self.k, self.v = (nn.Linear(config.dim, config.dim) for _ in range(3))
+        self.q = nn.Linear(config.dim, config.dim, config.bias)
+        self.k, self.v = (nn.Linear(config.dim, config.kv_dim, config.bias) for _ in range(2))
         self.inner_norm = inner_norm(config, config.dim)
-        self.out = nn.Linear(config.dim, config.dim)
+        self.out = nn.Linear(config.dim, config.dim, config.bias)
 
     def project(self, x: Tensor, table: PositionTable | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Project normed hidden states (B, N, dim) to rotated q and k, and v, each (B, N, H, D).
+        """Project normed hidden states (B, N, dim) to rotated q (B, N, H, D) and k, and v, each (B, N, K, D).
 
-        With positions by level, each is (B, N, levels, H, D); that of v is a view.
+        With positions by level, q is (B, N, levels, H, D), and so are the others; that of v is a view.
         """
-        heads = (self.config.num_heads, self.config.head_dim)
+        heads = (-1, self.config.head_dim)
         q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q, self.k, self.v))
         q, k = rotate(q, k, table)
         return q, k, v if k.dim() == 4 else v[:, :, None].expand_as(k)
@@ -125,16 +154,21 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an exact (erf) gelu between them."""
+    """Two linear layers with an exact (erf) gelu between them, or with a product with a third one (SwiGLU)."""
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
+        self.fc1 = nn.Linear(config.dim, config.ffn_dim, config.bias)
+        self.gate = None
+        if config.ffn == "swiglu":
+            self.gate = nn.Linear(config.dim, config.ffn_dim, config.bias)
         self.inner_norm = inner_norm(config, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
+        self.fc2 = nn.Linear(config.ffn_dim, config.dim, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.inner_norm(F.gelu(self.fc1(x))))
+        wide = self.fc1(x)
+        wide = F.gelu(wide) if self.gate is None else F.silu(self.gate(x)) * wide
+        return self.fc2(self.inner_norm(wide))
 
 
 class DropPath(nn.Module):
@@ -162,9 +196,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
-        self.attention_norm = Norm(config.dim, config.norm_eps)
+        self.attention_norm = outer_norm(config)
         self.attention = self.attention_kind(config)
-        self.ffn_norm = Norm(config.dim, config.norm_eps)
+        self.ffn_norm = outer_norm(config)
         self.ffn = self.ffn_kind(config)
         self.dropout = nn.Dropout(config.dropout)
         self.drop_path = DropPath()
@@ -203,9 +237,7 @@ class LongNet(Net):
         else:
             self.row_size = config.dim
         self.layers = nn.ModuleList(self.layer_kind(config) for _ in range(config.num_layers))
-        self.final_norm = (
-            nn.LayerNorm(config.dim, config.norm_eps) if config.final_norm else nn.Identity()
-        )
+        self.final_norm = final_norm(config)
         untied = config.vocab_size and not config.tie_embeddings
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None
         # on the meta device, drawing would import half of torch
@@ -214,7 +246,7 @@ class LongNet(Net):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all weights anew (MAGNETO section 2: gain sqrt(ln 2L) on v, out, fc1, fc2; q, k, v share 1/sqrt 2).
+        """Draw all weights anew (MAGNETO section 2: gain sqrt(ln 2L) on v, out and the ffn; q, k, v share 1/sqrt 2).
 
         For a net built on the meta device, call `to_empty(device=...)` first.
         """
@@ -222,13 +254,15 @@ class LongNet(Net):
             math.sqrt(math.log(2 * self.config.num_layers)) if self.config.norm == "subln" else 1.0
         )
         share = 1 / math.sqrt(2)
-        gains = {"q": share, "k": share, "v": share * gain, "out": gain, "fc1": gain, "fc2": gain}
+        gains = {"q": share, "k": share, "v": share * gain, "out": gain}
+        gains |= dict.fromkeys(("fc1", "gate", "fc2"), gain)
         for name, module in self.named_modules():
-            if isinstance(module, nn.LayerNorm):
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
             elif (scale := gains.get(name.rpartition(".")[2])) and isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, gain=scale)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for table in (self.embedding, self.output):
             if table is not None:
                 nn.init.normal_(table.weight, std=self.config.dim**-0.5)

@@ -8,11 +8,12 @@ system removes that file when the process ends, however it ends.
 Several ranks take the chunks in turn, and each keeps the hidden states of its own chunks. Between the passes they add
 up the collected rows. `LayerStates` pools the outputs of every layer, however chunks and ranks divide a sequence.
 
-N tokens, H heads, D head dim.
+N tokens, D head dim.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from longnet_cli.running.device import DTYPES, free_memory, precision, resolve_d
 from longnet_cli.running.memory_maps import MappedMemory, aligned
 from longnet_cli.running.ranks.ranks import ALONE, Ranks
 
-ROWS_AT_A_TIME = 1 << 16  # of keys and values that ranks add up; a device holds them beside a chunk
+ROWS_AT_A_TIME = 1 << 20  # of a lane, which ranks add up; a device holds them beside a chunk
 
 
 def hidden_in_chunks(
@@ -101,10 +102,7 @@ Segments = dict[FarSpan, SegmentRows]
 
 
 class _Layers:
-    """One net over one sequence: the chunks, and the segments that they see outside themselves.
-
-    In a LongNet every query head has its own key head, so all levels have H lanes.
-    """
+    """One net over one sequence: the chunks, and the segments that they see outside themselves."""
 
     def __init__(
         self,
@@ -117,7 +115,7 @@ class _Layers:
         config = model.config
         self.model = model
         self.pattern = config.pattern
-        self.lanes = Lanes(config.pattern, config.num_heads, config.num_heads)
+        self.lanes = Lanes(config.pattern, config.num_heads, config.kv_heads)
         self.tokens = tokens
         self.dtype = dtype
         self.device = next(model.parameters()).device
@@ -125,7 +123,7 @@ class _Layers:
         self.chunks: list[_RankChunk] = []  # of this rank
         self.held = 0  # tokens in them
         self.first_rows: dict[FarSpan, int] = {}  # of each segment, among the rows of all
-        self.rows = 0  # of all segments
+        self.rows = 0  # of all lanes of all segments
         for index, start in enumerate(range(0, tokens, chunk)):
             stop = min(start + chunk, tokens)
             if index % ranks.world == ranks.rank:
@@ -138,7 +136,7 @@ class _Layers:
                 whole = self._whole(span)
                 if whole not in self.first_rows:
                     self.first_rows[whole] = self.rows
-                    self.rows += self.lanes.most_rows(whole)
+                    self.rows += math.prod(self._rows_and_lanes(whole))
 
     def _spans(self, start: int, stop: int) -> list[FarSpan]:
         """Return the spans that a chunk sees outside itself."""
@@ -147,11 +145,16 @@ class _Layers:
     def _whole(self, span: FarSpan) -> FarSpan:
         return whole_segment(self.pattern, span).part(0, self.tokens)
 
+    def _rows_and_lanes(self, whole: FarSpan) -> tuple[int, int]:
+        return self.lanes.most_rows(whole), self.lanes.number(whole.level)
+
     @property
     def nbytes(self) -> int:
         """The most bytes that hidden states and collected rows take: no number is wider than a weight."""
-        numbers = next(self.model.parameters()).itemsize * self.model.config.dim
-        return sum(aligned(numbers * rows) for rows in (self.held, 2 * self.rows))
+        config = self.model.config
+        itemsize = next(self.model.parameters()).itemsize
+        hidden = itemsize * self.held * config.dim
+        return aligned(hidden) + aligned(itemsize * 2 * self.rows * config.head_dim)
 
     def hidden(
         self,
@@ -171,7 +174,7 @@ class _Layers:
         dtype = hidden.dtype if name == "fp32" else DTYPES[name]
         rows = None
         if self.rows:
-            rows = allocate((2, self.rows, config.num_heads, config.head_dim), dtype=dtype)
+            rows = allocate((2, self.rows, config.head_dim), dtype=dtype)
         for index, layer in enumerate(cast(Iterable[Layer], self.model.layers)):
             is_last = index == config.num_layers - 1
             segments = {} if rows is None else self._collect(layer, hidden, rows)
@@ -185,11 +188,12 @@ class _Layers:
                     hidden[:, chunk.place] = x
 
     def _collect(self, layer: Layer, hidden: Tensor, rows: Tensor) -> Segments:
-        """Write a layer's keys and values of all chunks into `rows` (2, rows, H, D), and return them by segment."""
+        """Write a layer's keys and values of all chunks into `rows` (2, rows, D), and return them by segment."""
         segments: Segments = {}
         for whole, first_row in self.first_rows.items():
-            packed = rows[:, first_row : first_row + self.lanes.most_rows(whole)]
-            segments[whole] = SegmentRows(self.lanes, whole, packed)
+            rows_and_lanes = self._rows_and_lanes(whole)
+            packed = rows[:, first_row : first_row + math.prod(rows_and_lanes)]
+            segments[whole] = SegmentRows(self.lanes, whole, packed.unflatten(1, rows_and_lanes))
         if self.ranks.world > 1:
             rows.zero_()
         for chunk in self.chunks:

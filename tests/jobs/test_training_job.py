@@ -128,12 +128,21 @@ print(json.dumps([found.memory, peak_memory(torch.device("cpu"))]))
             "seq_len": 4096,
         },
         {"train.chunk": 8192, "train.batch_tokens": 256, "data.held_out": True},
+        {
+            "model.kv_heads": 1,
+            "model.norm": "rmsnorm",
+            "model.ffn": "swiglu",
+            "model.bias": False,
+            "train.chunk": 512,
+            "seq_len": 4096,
+        },
         {"model.dim": 384, "model.ffn_dim": 1536, "train.batch_tokens": 256, "train.save_every": 1},
     ],
     ids=[
         "sequences side by side",
         "a sequence in chunks",
         "held-out documents take more",
+        "layers like Llama's in chunks",
         "weights take the most",
     ],
 )

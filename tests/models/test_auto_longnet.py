@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 import transformers as hf
 from builders import tiny_net
+from pattern_nets import llama_body
 
 from longnet_cli.attention import Pattern
 from longnet_cli.basics.errors import CheckpointError, ConfigError
@@ -41,12 +43,16 @@ NETS = {
         "position": "rope",
     },
     "untied": {"position": "rope", "tie_embeddings": False},
+    "llama": {"position": "rope", "tie_embeddings": False, **llama_body(2)},
 }
 TEXTS = ["One text, which has some length, more than a segment.", "Two"]
 
 
 @pytest.fixture(
-    params=["sinks", *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("xpos", "untied"))]
+    params=[
+        "sinks",
+        *(pytest.param(kind, marks=pytest.mark.ci) for kind in ("xpos", "untied", "llama")),
+    ]
 )
 def net(request: pytest.FixtureRequest) -> LongNet:
     return tiny_net(**NETS[request.param]).eval()
@@ -87,6 +93,49 @@ def test_auto_classes_open_what_a_longnet_saves(net, folder):
     words = hf.AutoTokenizer.from_pretrained(folder)
     assert words(TEXTS[0])["input_ids"] == BYTES.encode(TEXTS[0]).tolist()
     assert words.eos_token == "<|endoftext|>"
+
+
+def test_layers_like_llamas_compute_what_transformers_llama_does():
+    """In float64, on a dense pattern: outputs, and the gradient of each weight."""
+    sizes = {"dim": 32, "num_heads": 4, "segment_lengths": (64,), "dilation_rates": (1,)}
+    net = tiny_net(**NETS["llama"], **sizes).double()
+    config = hf.LlamaConfig(
+        vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, intermediate_size=32, rms_norm_eps=1e-5, attn_implementation="eager",
+    )  # fmt: skip
+    llama = hf.LlamaForCausalLM(config).double()
+    parts = {
+        "embedding": "model.embed_tokens", "final_norm": "model.norm", "output": "lm_head",
+        "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj",
+        "attention.v": "self_attn.v_proj", "attention.out": "self_attn.o_proj",
+        "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+        "ffn.fc1": "mlp.up_proj", "ffn.gate": "mlp.gate_proj", "ffn.fc2": "mlp.down_proj",
+    }  # fmt: skip
+
+    def theirs(name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A pair of features that turn together are neighbours here, and half a head apart there."""
+        if ".q." not in name and ".k." not in name:
+            return weight
+        return weight.unflatten(0, (-1, 4, 2)).transpose(1, 2).flatten(0, 2)
+
+    named = {}
+    for name, weight in net.named_parameters():
+        layer, _, part = re.fullmatch(r"((layers\.\d+\.)?)(.+)\.weight", name).groups()
+        parameter = llama.get_parameter(f"{'model.' if layer else ''}{layer}{parts[part]}.weight")
+        parameter.data.copy_(theirs(name, weight.data))
+        named[name] = parameter
+    assert len(named) == len([*llama.parameters()])
+    tokens = ids(2, 50)
+    logits = net.logits(net(tokens))
+    expected = llama(tokens).logits
+    # transformers turns by angles in float32
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    logits.square().sum().backward()
+    expected.square().sum().backward()
+    for name, weight in net.named_parameters():
+        torch.testing.assert_close(
+            theirs(name, weight.grad), named[name].grad, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_what_does_not_know_a_longnet_names_the_import(folder, monkeypatch):

@@ -73,6 +73,8 @@ def test_unknown_key_names_the_nearest():
         ({"dim": None}, "missing key 'dim'"),
         ({"dim": "big"}, "dim: "),
         ({"dim": 770}, "dim 770 is not divisible by num_heads 12"),
+        ({"kv_heads": 5}, "num_heads 12 is not divisible by kv_heads 5"),
+        ({"ffn": "geglu"}, "ffn: "),
         (
             {"pattern": "window:1Ki,chosen=4x32", **WITHOUT_LEVELS},
             'position="xpos" has no look_back',
@@ -114,7 +116,13 @@ def test_refusals(changes, part):
 def test_options_of_a_pattern_are_written_where_they_differ_from_the_papers():
     """A model without them has the config.json, and the digest of it, that it always had."""
     plain = parse_config(PAPER, "config.json")
-    assert not {"look_back", "overlap", "queries", "sinks"} & plain.model_dump().keys()
+    options = {"look_back", "overlap", "queries", "sinks", "kv_heads", "ffn", "bias"}
+    assert not options & plain.model_dump().keys()
+    assert plain.kv_heads == plain.num_heads
+    assert parse_config(PAPER | {"kv_heads": 12}, "same") == plain
+    assert "kv_heads" not in parse_config(PAPER | {"kv_heads": 12}, "same").model_dump()
+    body = {"kv_heads": 4, "ffn": "swiglu", "bias": False}
+    assert parse_config(PAPER | body, "other").model_dump().items() >= body.items()
     assert LongNetConfig(**PAPER | vars(plain.pattern)) == plain
     options = {"look_back": 1, "overlap": "once", "queries": "all", "sinks": 4}
     found = parse_config(

@@ -152,20 +152,36 @@ def test_only_one_chunk_of_logits_lives(monkeypatch):
     assert len(sizes) == 14
 
 
-@pytest.mark.parametrize("norm", ["subln", "pre"])
-@pytest.mark.parametrize("final_norm", [True, False])
-@pytest.mark.parametrize("tied", [True, False])
-def test_counts_its_parameters(norm, final_norm, tied):
-    config = small(norm=norm, final_norm=final_norm, tie_embeddings=tied)
+@pytest.mark.parametrize("norm", ["subln", "pre", "rmsnorm"])
+@pytest.mark.parametrize("switch", [True, False])
+@pytest.mark.parametrize(("kv_heads", "ffn"), [(4, "gelu"), (2, "gelu"), (4, "swiglu")])
+def test_counts_its_parameters(norm, switch, kv_heads, ffn):
+    options = dict.fromkeys(("final_norm", "tie_embeddings", "bias"), switch)
+    config = small(norm=norm, kv_heads=kv_heads, ffn=ffn, **options)
     assert (
         sum(parameter.numel() for parameter in LongNet(config).parameters())
         == config.num_parameters()
     )
+    matrices = [p for name, p in LongNet(config).layers.named_parameters() if p.dim() == 2]
+    assert sum(matrix.numel() for matrix in matrices) == config.layer_weights
+
+
+@torch.no_grad()
+def test_query_heads_that_share_a_key_head_are_those_of_a_net_that_repeats_it():
+    shared = build(kv_heads=2)
+    weights = shared.state_dict()
+    for name, weight in weights.items():
+        if ".k." in name or ".v." in name:
+            weights[name] = weight.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1)
+    repeated = build()
+    repeated.load_state_dict(weights)
+    tokens = draw(2, 200)
+    torch.testing.assert_close(shared(tokens), repeated(tokens), rtol=0, atol=1e-12)
 
 
 def test_initial_weights():
     """MAGNETO's gains: xavier_uniform has the variance gain^2 * 2 / (fan_in + fan_out)."""
-    net = LongNet(small(dim=256, num_layers=6, ffn_dim=1024, vocab_size=1000))
+    net = LongNet(small(dim=256, num_layers=6, ffn_dim=1024, vocab_size=1000, ffn="swiglu"))
     gain = torch.log(torch.tensor(12.0)).sqrt().item()
     attention, ffn = net.layers[0].attention, net.layers[0].ffn
     expected = [
@@ -174,6 +190,7 @@ def test_initial_weights():
         (attention.v, gain * 2**-0.5),
         (attention.out, gain),
         (ffn.fc1, gain),
+        (ffn.gate, gain),
         (ffn.fc2, gain),
     ]
     for linear, scale in expected:

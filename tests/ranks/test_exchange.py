@@ -360,7 +360,8 @@ def streaming_in_shards() -> None:
         pattern = random_pattern(pick)
         # the last chunk has fewer tokens than there are ranks, and starts inside a segment
         few = seed == 8
-        model, tokens = net(pattern).double(), 26 if few else pick.randint(1, 500)
+        model = net(pattern, llama=seed % 2 == 1).double()
+        tokens = 26 if few else pick.randint(1, 500)
         ids = draw(1, tokens + 1, seed)
         with torch.no_grad():
             whole = model(ids)
@@ -387,7 +388,7 @@ def layer_by_layer_in_shards() -> None:
     for seed in range(6):
         pick = random.Random(seed)
         model, chunk = (
-            net(random_pattern(pick, causal=False), causal=False).double(),
+            net(random_pattern(pick, causal=False), causal=False, llama=seed % 2 == 1).double(),
             pick.randint(20, 80),
         )
         tokens = chunk * world + pick.randint(1, 200)

@@ -60,14 +60,15 @@ def asked(
     dtype=st.sampled_from([*TOLERANCE]),
     pattern=CAUSAL | chosen_patterns(),
     heads=st.integers(1, 6),
+    llama=st.booleans(),
     batch=st.integers(1, 2),
     tokens=st.integers(1, 200),
     sizes=cuts(),
 )
 def test_any_chunks_give_the_logits_of_the_whole(
-    position, dtype, pattern, heads, batch, tokens, sizes
+    position, dtype, pattern, heads, llama, batch, tokens, sizes
 ):
-    model, near = asked(pattern, position, dtype, heads=heads)
+    model, near = asked(pattern, position, dtype, heads=heads, llama=llama)
     ids = draw(batch, tokens)
     with torch.no_grad():
         whole = model.logits(model(ids))
@@ -87,12 +88,13 @@ def test_any_chunks_give_the_logits_of_the_whole(
     position=st.sampled_from(["rope", "rope_by_level", "none", "xpos"]),
     dtype=st.sampled_from([*TOLERANCE]),
     pattern=CAUSAL,
+    llama=st.booleans(),
     batch=st.integers(1, 2),
     tokens=st.integers(1, 200),
     chunk=st.integers(1, 120),
 )
-def test_chunked_training_is_whole_training(position, dtype, pattern, batch, tokens, chunk):
-    model, near = asked(pattern, position, dtype)
+def test_chunked_training_is_whole_training(position, dtype, pattern, llama, batch, tokens, chunk):
+    model, near = asked(pattern, position, dtype, llama=llama)
     ids, targets = draw(batch, tokens), draw(batch, tokens, seed=1)
     targets[:, ::5] = -100
     loss = model.nll(model(ids), targets).sum(dtype=torch.float64)
@@ -254,16 +256,18 @@ def test_any_part_of_a_sequence_is_that_part_of_all_its_rows(found, given):
     dtype=st.sampled_from([*TOLERANCE]),
     pattern=patterns() | patterns_with_options(causal=False),
     heads=st.integers(1, 6),
+    llama=st.booleans(),
     tokens=st.integers(1, 200),
     chunk=st.integers(1, 120),
     padding=st.sampled_from(["exact", "zero_key"]),
 )
 def test_any_chunk_gives_what_the_whole_does(
-    tmp_path_factory, spilled, dtype, pattern, heads, tokens, chunk, padding
+    tmp_path_factory, spilled, dtype, pattern, heads, llama, tokens, chunk, padding
 ):
     if pattern.refusal(False, padding):
         padding = "exact"
-    model = net(pattern, heads=heads, layers=3, causal=False, padding=padding).to(dtype)
+    sizes = {"heads": heads, "layers": 3, "llama": llama}
+    model = net(pattern, causal=False, padding=padding, **sizes).to(dtype)
     ids = draw(1, tokens)
     with torch.no_grad():
         whole = model(ids)

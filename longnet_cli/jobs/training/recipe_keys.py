@@ -56,7 +56,8 @@ def _key(name: str, field: FieldInfo) -> Iterator[str]:
     """Yield the comment of a key, and its line."""
     yield from _comment(field.description)
     value = field.examples[0] if field.examples else json.dumps(field.default)
-    optional = field.default is None or name == "vocab_size"  # the tokenizer has it
+    follows = name in ("vocab_size", "kv_heads")  # from the tokenizer, and from num_heads
+    optional = field.default is None or follows
     yield f"# {name} = {value}" if optional else f"{name} = {value}"
 
 

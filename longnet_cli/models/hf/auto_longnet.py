@@ -64,6 +64,7 @@ class LongNetHFConfig(hf.PretrainedConfig):
         "hidden_size": "dim",
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
+        "num_key_value_heads": "kv_heads",
         "intermediate_size": "ffn_dim",
         "tie_word_embeddings": "tie_embeddings",
     }
