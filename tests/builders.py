@@ -21,7 +21,7 @@ from longnet_cli.data.documents.token_documents import Document
 from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts
-from longnet_cli.jobs.scoring.measures import TABLES, Gain, Score, column
+from longnet_cli.jobs.scoring.measures import Gain, Score, column
 from longnet_cli.jobs.scoring.scoring import score
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.windows import Batch
@@ -61,7 +61,6 @@ class Scored:
     context: int | None
     score: Score
     gain: Gain | None
-    tables: dict[str, list[dict[str, Any]]]
 
 
 def scores(
@@ -86,9 +85,7 @@ def scores(
                     longest = len(chosen.contexts) > 1 and context == max(chosen.context or ())
                     gain = Gain(*(row[name] for name in Gain._fields)) if longest else None
                     found = Score(of("nll_sum"), row["n_tokens"], row["n_bytes"])
-                    yield Scored(
-                        row["doc_id"], context, found, gain, {name: of(name) for name in TABLES}
-                    )
+                    yield Scored(row["doc_id"], context, found, gain)
 
     return read(score(model, documents, chosen, ModelFacts(bos), **options))
 

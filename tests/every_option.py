@@ -127,7 +127,6 @@ OPTIONS = {
 --context             rows       --context 16
 --stride              rows       --stride 4 @ {READING} --format jsonl --context 16
 --last                rows       --last 9
---by-position         rows       --by-position
 --format              stdout     --format json | --format jsonl @ {READING}
 --token-logprobs      files      --token-logprobs x.arrow
 --top                 rows       --top 1 @ {READING} --format jsonl --token-logprobs x.arrow
@@ -341,7 +340,7 @@ lora.target_modules           rows       lora.target_modules=[q_proj] @ {LORA}
 
 TEXTS = "../in/t.txt ../in/u.txt"
 SPANS = "../in/rows.parquet -m ../in/native --span 10 --keep name,group"
-GAINS = "-m ../in/native --context 16,64 --by-position --keep name"
+GAINS = "-m ../in/native --context 16,64 --keep name"
 SAME = f"""
 score ../in/rows.jsonl {GAINS} --format jsonl
 * --chunk 7

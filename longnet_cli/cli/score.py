@@ -83,10 +83,6 @@ class ScoreCommand:
         "left out. (default: all tokens)",
         common=True,
     )
-    by_position: bool = MEASURE.flag(
-        "--by-position",
-        "Group the loss by the number of earlier tokens, and by place in the shortest segment.",
-    )
     format: Literal["text", "json", "jsonl"] = OUTPUT.common(
         "--format text|json|jsonl",
         "Print a table, one JSON value, or one line of JSON per document.",
@@ -133,7 +129,6 @@ def score(options: ScoreCommand) -> None:
         context,
         stride=options.stride,
         last=options.last,
-        by_position=options.by_position,
     )
     _check(options, asked.contexts)
     documents = options.documents
@@ -310,9 +305,6 @@ class _PlainTable(_Printed):
             _print_row(name, values, self.several)
         if self.several:
             _print_comparison(totals)
-        for values in totals:
-            _print_losses(values)
-        if self.several or "by_position" in first:
             documents = count_of(first["n_docs"], "document")
             print(f"+- is a standard error, clustered by document ({documents})")
         print(f"model {printable(first['model'])}")
@@ -343,20 +335,6 @@ def _print_comparison(totals: list[dict[str, Any]]) -> None:
         for key, width in (("ppl", 12), ("bpb", 8), ("ppl_ratio", 12)):
             line += f" {_number(row.get(key)):>{width}} {_number(row.get(f'{key}_se')):>8}"
         print(line)
-
-
-def _print_losses(total: dict[str, Any]) -> None:
-    """Print the tables of `--by-position`: nats per token, by tokens seen and by place in a segment."""
-    context = f", context {total['context']}" if total["context"] else ""
-    for key, title in (("by_position", "tokens seen"), ("by_segment_position", "in segment")):
-        rows = total.get(key, ())
-        if rows:
-            print(f"\n{title:>20} {'tokens':>12} {'nats':>8} {'+-':>8}{context}")
-        for row in rows:
-            places = f"{row['from']} .. {row['to']}" if row["from"] < row["to"] else row["from"]
-            print(
-                f"{places:>20} {row['n_tokens']:>12} {_number(row['nll']):>8} {_number(row['nll_se']):>8}"
-            )
 
 
 def _number(value: float | None) -> str:

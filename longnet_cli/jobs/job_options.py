@@ -114,13 +114,12 @@ class ScoreOptions(RowOptions):
     With a `stride`, windows overlap. Each has `context` targets, of which only the last `stride` count, so a counted
     token has seen more than `context - stride` tokens before it, if its document has them. With `last`, only this many
     tokens at the end of each document are scored, also from windows as long as the context. Documents too short for
-    that are left out. `by_position` also sums the nats by position in the window.
+    that are left out.
     """
 
     context: tuple[int, ...] | None = None
     stride: int | None = None
     last: int | None = None
-    by_position: bool = False
 
     @property
     def contexts(self) -> Sequence[int | None]:

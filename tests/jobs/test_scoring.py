@@ -28,7 +28,7 @@ from longnet_cli.data.documents.token_documents import Document
 from longnet_cli.data.files.manifest import read_manifest
 from longnet_cli.jobs.job_options import ScoreOptions
 from longnet_cli.jobs.row_jobs import ModelFacts, Output, write_rows
-from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, ByPosition, Score, Total
+from longnet_cli.jobs.scoring.measures import GAIN_BLOCK, Score, Total
 from longnet_cli.jobs.scoring.scoring import Scorer
 from longnet_cli.jobs.scoring.token_logprobs import logprob_schema, write_token_logprobs
 from longnet_cli.nets.longnet import LongNet
@@ -266,7 +266,7 @@ def test_a_resumed_folder_has_the_same_bytes(model, tmp_path):
     assert contents(whole) == contents(cut)
     manifest = read_manifest(whole)
     assert manifest.totals.items() >= {"skipped": 1, "documents": 8, "rows": 8}.items()
-    assert not manifest.settings.keys() & {"by_position", "last"}  # what was not chosen
+    assert not manifest.settings.keys() & {"stride", "last"}  # what was not chosen
     shards = [pa.ipc.open_file(path).read_all() for path in sorted(cut.glob("gains-*.arrow"))]
     assert len(shards) > 1
     table = pa.concat_tables(shards)
@@ -343,7 +343,7 @@ def test_windows_are_plain_forwards(double, bos, chunk, contexts, stride, last):
     documents = [make_document(length) for length in (95, 131, 4)]
     found = list(
         scores(
-            double, documents, bos=bos, context=contexts, stride=stride, last=last, by_position=True, chunk=chunk,
+            double, documents, bos=bos, context=contexts, stride=stride, last=last, chunk=chunk,
             count_bytes=len, dtype="fp32",
         )
     )  # fmt: skip
@@ -360,35 +360,6 @@ def test_windows_are_plain_forwards(double, bos, chunk, contexts, stride, last):
         assert each.score.n_bytes == (last or (len(document) if bos is not None else None))
         if stride:
             assert min(seen[min(context, len(seen)) :], default=context) > context - stride
-        for name, places in (("by_position", seen), ("by_segment_position", (seen - 1) % 20)):
-            for row in each.tables[name]:
-                chosen = (places >= row["from"]) & (places <= row["to"])
-                assert [row["n_tokens"], row["nll"]] == pytest.approx(
-                    [chosen.sum(), nats[chosen].mean()], rel=1e-6
-                )
-        assert all(
-            sum(row["n_tokens"] for row in table) == len(nats) for table in each.tables.values()
-        )
-
-
-def test_ranges_of_positions():
-    table = ByPosition(20)
-    table.add(0, np.ones(3))
-    table.add(19, np.full(2, 5.0))
-    assert table.as_dict() == {
-        "by_position": [
-            {"from": 1, "to": 1, "n_tokens": 1, "nll": 1.0},
-            {"from": 2, "to": 3, "n_tokens": 2, "nll": 1.0},
-            {"from": 16, "to": 31, "n_tokens": 2, "nll": 5.0},
-        ],
-        "by_segment_position": [
-            {"from": 0, "to": 2, "n_tokens": 4, "nll": 2.0},
-            {"from": 18, "to": 19, "n_tokens": 1, "nll": 5.0},
-        ],
-    }
-    far = ByPosition(2048)
-    far.add(2**40 - 1, np.ones(1))  # the last input before a power of two, past float32
-    assert far.as_dict()["by_position"][0]["from"] == 2**40
 
 
 @pytest.fixture
@@ -437,34 +408,6 @@ def test_standard_errors_are_those_of_clusters(sums):
     )
     # the comparison is much sharper than its sides: that is what it is for
     assert second["ppl_ratio_se"] / second["ppl_ratio"] < 0.5 * second["ppl_se"] / second["ppl"]
-
-
-def test_rows_by_position_have_standard_errors():
-    draw = np.random.default_rng(1)
-    total, rows = Total([8]), []
-    for length in draw.integers(3, 20, 40):  # none comes into the second segment
-        nats = draw.normal(3, 1, length)
-        table = ByPosition(20)
-        table.add(0, nats)
-        rows.append([(nats[7:15].sum(), len(nats[7:15])), (nats[:3].sum(), 3)])
-        total.add(
-            {
-                "n_tokens": len(nats),
-                "n_bytes": None,
-                "nll_sum": float(nats.sum()),
-                **table.as_dict(),
-            }
-        )
-    (found,) = total.as_dicts()
-    for row, (x, y) in (
-        (found["by_position"][3], np.array([first for first, _ in rows]).T),
-        (found["by_segment_position"][0], np.array([second for _, second in rows]).T),
-    ):
-        x, y = x[y > 0], y[y > 0]
-        assert (row["n_docs"], row["n_tokens"]) == (len(y), y.sum())
-        assert row["nll"] == pytest.approx(x.sum() / y.sum())
-        assert row["nll_se"] == pytest.approx(ratio_error(x, y))
-    assert (found["by_position"][3]["from"], found["by_segment_position"][0]["to"]) == (8, 2)
 
 
 def test_few_and_empty_documents(sums):

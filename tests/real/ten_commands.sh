@@ -74,8 +74,8 @@ row() {
 
 longnet score code texts --model ./models/longnet-tiny --context 256,1Ki --format json >score.json
 row "score --context --format json" score.json
-longnet score code --model ./models/longnet-tiny --by-position --last 300 --format jsonl >last.jsonl
-row "score --by-position --last" last.jsonl
+longnet score code --model ./models/longnet-tiny --last 300 --format jsonl >last.jsonl
+row "score --last" last.jsonl
 longnet score code texts --model ./models/longnet-tiny --context 512,2Ki --stride 128 -o rows.arrow
 row "score -o" rows.arrow
 longnet score code --model ./models/longnet-tiny --token-logprobs places.arrow --top 1 >/dev/null

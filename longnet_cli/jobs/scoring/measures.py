@@ -1,4 +1,4 @@
-"""The measures of scoring: sums of nats, their standard errors over documents, the loss by position.
+"""The measures of scoring: sums of nats, their standard errors over documents, and gains.
 
 The gain of a document is how many nats per token its longest context saves over its shortest one.
 """
@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import pairwise
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from longnet_cli.attention.pattern import ceil_div
 from longnet_cli.data.files.local_files import spooling
 
 
@@ -57,57 +53,6 @@ class Score:
     def as_dict(self) -> dict[str, float | int | None]:
         """Return a dict with the keys of the machine formats."""
         return {**asdict(self), "ppl": self.ppl, "bpb": self.bpb}
-
-
-Range = tuple[int, int]  # the first and the last number of a range
-Row = dict[str, float | int | None]
-TABLES = ("by_position", "by_segment_position")
-POWERS: Sequence[Range] = [(2**b, 2 ** (b + 1) - 1) for b in range(64)]
-
-
-@dataclass
-class ByPosition:
-    """Nats and tokens of targets, by the number of tokens seen and by the place in the shortest segment.
-
-    A target whose input is the i-th of its window (from 0) has seen i + 1 tokens, and its place is i mod `segment`.
-    `seen` has one row for each of 1, 2..3, 4..7, ... tokens, and `inside` one row for each of eight equal parts of the
-    segment. Both are (rows, 2) float64: nats and tokens.
-    """
-
-    segment: int
-    seen: np.ndarray = field(default_factory=lambda: np.zeros((64, 2)))
-    inside: np.ndarray = field(default_factory=lambda: np.zeros((8, 2)))
-
-    def add(self, start: int, nll: np.ndarray) -> None:
-        """Add the (n,) nats of targets whose inputs are the positions start, start + 1, ... of a window."""
-        inputs = np.arange(start, start + len(nll))
-        _, exponents = np.frexp(inputs + 1.0)
-        powers = exponents - 1  # exact floors of log2
-        places = inputs % self.segment
-        eighths = places * 8 // self.segment
-        _add_by_row(self.seen, powers, nll)
-        _add_by_row(self.inside, eighths, nll)
-
-    def as_dict(self) -> dict[str, list[Row]]:
-        """Return TABLES for the machine formats: the first, last, count and mean nats of each range with tokens."""
-        starts = [ceil_div(part * self.segment, 8) for part in range(9)]
-        inside = [(a, b - 1) for a, b in pairwise(starts)]
-        by_position, by_place = TABLES
-        return {by_position: _rows(self.seen, POWERS), by_place: _rows(self.inside, inside)}
-
-
-def _add_by_row(table: np.ndarray, rows: np.ndarray, nll: np.ndarray) -> None:
-    """Add (n,) nats to a table of nats and tokens, each to its row."""
-    table[:, 0] += np.bincount(rows, nll, len(table))
-    table[:, 1] += np.bincount(rows, minlength=len(table))
-
-
-def _rows(table: np.ndarray, ranges: Sequence[Range]) -> list[Row]:
-    return [
-        {"from": first, "to": last, "n_tokens": int(count), "nll": float(nats / count)}
-        for (first, last), (nats, count) in zip(ranges, table, strict=True)
-        if count
-    ]
 
 
 class Gain(NamedTuple):
@@ -182,17 +127,13 @@ class Total:
     """The sum over documents that were scored once at each of `contexts`, with standard errors (see `Clusters`).
 
     The standard error of ppl = exp R is ppl times the standard error of R. Contexts are compared document by document:
-    the ratio of a context's ppl to the first context's has a much smaller standard error than either ppl. Rows by
-    position are not compared, because at each context they hold other tokens.
+    the ratio of a context's ppl to the first context's has a much smaller standard error than either ppl.
     """
 
     def __init__(self, contexts: Sequence[int | None]) -> None:
         self.contexts = list(contexts)
         self.scores = [Score(0.0, 0, 0)] * len(self.contexts)
         self.clusters = Clusters(len(self.contexts) + 2)  # of documents that have tokens
-        # of each context: nats and tokens, by table and range
-        pairs = partial(Clusters, 2)
-        self.places = [defaultdict[tuple[str, int, int], Clusters](pairs) for _ in contexts]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add the row of the next document, with the columns of `Scorer.schema`."""
@@ -201,13 +142,8 @@ class Total:
         nats = [row[column("nll_sum", context, self.contexts)] for context in self.contexts]
         if tokens:
             self.clusters.add([*nats, n_bytes or 0, tokens])
-        for index, context in enumerate(self.contexts):
-            self.scores[index] += Score(nats[index], tokens, n_bytes)
-            for key in TABLES:
-                for part in row.get(column(key, context, self.contexts), ()):
-                    of_range = self.places[index][key, part["from"], part["to"]]
-                    in_range = part["n_tokens"]
-                    of_range.add([part["nll"] * in_range, in_range])
+        for index, nll_sum in enumerate(nats):
+            self.scores[index] += Score(nll_sum, tokens, n_bytes)
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return a dict for each context, with the keys of the machine formats."""
@@ -234,17 +170,6 @@ class Total:
             ratio = Score(more_nats, tokens, None).ppl
             total["ppl_ratio"] = ratio
             total["ppl_ratio_se"] = _times(ratio, clusters.error(more, TOKENS_AT))
-        for (key, first, last), of_range in sorted(self.places[index].items()):
-            nats_of_range, tokens_of_range = of_range.sums.tolist()
-            part: Row = {
-                "from": first,
-                "to": last,
-                "n_tokens": int(tokens_of_range),
-                "n_docs": of_range.documents,
-                "nll": nats_of_range / tokens_of_range,
-                "nll_se": of_range.error(OF_FIRST, TOKENS_AT),
-            }
-            total.setdefault(key, []).append(part)
         return total
 
 

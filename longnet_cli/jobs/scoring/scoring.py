@@ -32,13 +32,7 @@ from longnet_cli.nets.net import LOGITS_LIMIT, InputSequence, Net, bos_ids
 from longnet_cli.running.device import precision, to_device, to_host
 from longnet_cli.running.reader import Piece, Reader, Window
 
-from .measures import TABLES, ByPosition, Gain, GainTally, Score, column
-
-TABLE = pa.list_(
-    pa.struct(
-        [("from", pa.int64()), ("to", pa.int64()), ("n_tokens", pa.int64()), ("nll", pa.float64())]
-    )
-)
+from .measures import Gain, GainTally, Score, column
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,6 @@ class _Tally:
     context: int | None
     expected: int
     n_bytes: int | None  # of the scored tokens
-    by_position: ByPosition | None
     gain: GainTally | None  # shared by the tallies of the document at all contexts
     nll_sum: float = 0.0
     n_tokens: int = 0
@@ -164,8 +157,6 @@ def _row(tallies: Sequence[_Tally], contexts: Sequence[int | None]) -> dict[str,
         score = Score(tally.nll_sum, tally.n_tokens, tally.n_bytes if tally.n_tokens else 0)
         row |= {"n_tokens": score.n_tokens, "n_bytes": score.n_bytes}
         of_context: dict[str, Any] = {"nll_sum": score.nll_sum, "ppl": score.ppl, "bpb": score.bpb}
-        if tally.by_position:
-            of_context |= tally.by_position.as_dict()
         for name, value in of_context.items():
             row[column(name, tally.context, contexts)] = value
     if first.gain:
@@ -248,8 +239,6 @@ class Scorer(RowJob):
         """
         options = self.options
         of_contexts = dict.fromkeys(("nll_sum", "ppl", "bpb"), pa.float64())
-        if options.by_position:
-            of_contexts |= dict.fromkeys(TABLES, TABLE)
         kinds = {"doc_id": pa.string(), "n_tokens": pa.int64(), "n_bytes": pa.int64()}
         for (name, kind), context in product(of_contexts.items(), options.contexts):
             kinds[column(name, context, options.contexts)] = kind
@@ -327,10 +316,7 @@ class Scorer(RowJob):
             expected = self.options.last
             ids = document.read(len(document) - expected, len(document))
             n_bytes = self.count_bytes(ids)
-        positions = None
-        if self.options.by_position:
-            positions = ByPosition(min(self.reader.model.config.pattern.segment_lengths))
-        return _Tally(document, context, expected, n_bytes, positions, gain)
+        return _Tally(document, context, expected, n_bytes, gain)
 
     @torch.inference_mode()
     def _measure(self, pieces: Sequence[Piece[_ScoredWindow]]) -> Sequence[Callable[[], Tensor]]:
@@ -388,8 +374,6 @@ class Scorer(RowJob):
                 )
             tally.nll_sum += float(np.add.reduce(nll, dtype=np.float64))
             tally.n_tokens += len(nll)
-            if tally.by_position:
-                tally.by_position.add(piece.start - piece.window.start, nll)
             if tally.gain:
                 tally.gain.add(tally.context, nll)
             if (take := self.reader.events.logprobs) and len(nll):
