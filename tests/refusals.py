@@ -229,6 +229,7 @@ REFUSALS = r"""
 2 train small.json -o run --seq-len 64 => give both (the recipe's --steps is 5)
 2 train small.json -o model --init ./model => already holds a model
 2 SET optimizer.ler=1 => unknown key 'optimizer.ler': did you mean 'optimizer.lr'?
+2 SET data.tokenizer=none --set modle.dim=64 => small.json: unknown key 'modle': did you mean 'model'?
 2 SET train.seq_len=1 => unknown key 'train.seq_len'
 2 SET train.objective=contrast => train.objective: Input should be 'causal' or 'masked' (got 'contrast')
 2 SET model.dim=15 => not divisible

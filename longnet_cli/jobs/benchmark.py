@@ -101,7 +101,7 @@ class Settings(BaseModel):
         """
         asked = without_none(options)
         device = machines.select_device(asked.get("device", "auto"))
-        is_small = device.type == "cpu" and max(asked["seq"]) >= LONG
+        is_small = device.type == "cpu" and max(asked.get("seq", ()), default=0) >= LONG
         heads, head_dim = (2, 32) if is_small else (12, 64)
         settings = {
             "heads": heads,

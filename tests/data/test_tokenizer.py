@@ -392,6 +392,14 @@ def test_places_are_the_tokenizers_offsets(kind, pieces):
     assert places.of(0, len(found)) == (min(s for s, _ in spoken), max(e for _, e in spoken))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_places_past_two_billion_characters_are_exact(kind):
+    tokenizer = Tokenizer(made(kind))
+    _, places = tokenizer._placed(["the net", " reads"], 0)
+    _, later = tokenizer._placed(["the net", " reads"], 1 << 31)
+    assert np.array_equal(later, places.astype(np.int64) + (1 << 31))
+
+
 def test_score_writes_the_place_of_each_token(tmp_path):
     """Not counted from ids because the normalizer made the text longer and then shorter by as much."""
     inner, texts = made("bytes with NFC"), [CHANGED, CASES, "the net  reads"]

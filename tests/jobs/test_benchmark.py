@@ -292,7 +292,7 @@ def test_long_sequences_have_a_shape_of_their_own():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"op": "model"}, {"impl": ["sparse"]}, {"direction": ["sideways"]},
+        {"op": "model"}, {"seq": None}, {"impl": ["sparse"]}, {"direction": ["sideways"]},
         {"pattern": "plaid"}, {"dtype": "fp8"}, {"chunk": 0}, {"heads": 0}, {"repeats": 0}, {"seq": [0]},
         {"device": "cuda:99"}, {"impl": ["flex"]}, {"max_time": -1.0},
         {"max_dense_time": float("nan")},

@@ -470,12 +470,12 @@ class Tokenizer:
         for piece, encoding in zip(pieces, encodings, strict=True):
             ids = np.array(encoding.ids, np.int32)
             all_ids.append(ids)
-            all_places.append(self._places(piece, ids, encoding.offsets) + np.int32(place))
+            all_places.append(self._places(piece, ids, encoding.offsets) + place)
             place += len(piece)
         return np.concatenate(all_ids), np.concatenate(all_places)
 
     def _places(self, text: str, ids: np.ndarray, offsets: Any) -> np.ndarray:
-        """Return the characters [start, end) of each token in its text, (tokens, 2) int32.
+        """Return the characters [start, end) of each token in its text, (tokens, 2) int64.
 
         `offsets` are the library's for this text. A character of which a token has only some bytes counts as its own. A
         token that stands for no character is an empty place between its neighbours.
@@ -484,10 +484,10 @@ class Tokenizer:
         if bytes_of and b"".join(map(bytes_of.__getitem__, ids.tolist())) == text.encode():
             begin, inside = self.characters
             ends = np.cumsum(begin[ids])
-            return np.stack((ends - begin[ids] - inside[ids], ends), 1).astype(np.int32)
-        places = np.array(offsets, np.int32).reshape(-1, 2)
+            return np.stack((ends - begin[ids] - inside[ids], ends), 1)
+        places = np.array(offsets, np.int64).reshape(-1, 2)
         nowhere = places[:, 0] == places[:, 1]
-        before = np.zeros(len(places), np.int32)
+        before = np.zeros(len(places), np.int64)
         before[1:] = np.maximum.accumulate(places[:-1, 1])
         places[nowhere] = before[nowhere, None]
         return places

@@ -193,7 +193,7 @@ class Part(NamedTuple):
     `ids` is (tokens,) of any integer type, a view of memory or of a file. `valid` (tokens,) is false at nulls, None
     when there are none. `row` is the row of the file that holds the ids, if one does. In a `flat` part every id is a
     row, and `row` is the first. Of a text, `n_bytes` are its UTF-8 bytes and `places`, if asked for, the characters
-    [start, end) of each token in the whole text, (tokens, 2) int32.
+    [start, end) of each token in the whole text, (tokens, 2) int64.
     """
 
     ids: np.ndarray | LocalIds

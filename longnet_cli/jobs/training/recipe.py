@@ -18,7 +18,7 @@ from longnet_cli.basics.configuration import StrictModel, parse, read_text, vali
 from longnet_cli.basics.errors import ConfigError, LongNetError, refuse_web_address
 from longnet_cli.basics.model_files import TOKENIZER
 from longnet_cli.basics.sizes import DTYPES_OF_TORCH, parse_size
-from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.documents.tokenizer import MOST_IDS, Tokenizer
 from longnet_cli.data.files.input_files import InputFiles
 from longnet_cli.hub.model_names import as_stored, find_tokenizer, preset_dir
 from longnet_cli.models.folder import ModelFolder
@@ -472,8 +472,14 @@ def load_recipe(
             return validate(PretrainedRecipe, data, where)
         model = data["model"] = _with_values_of(folder, model)
     if "model" in data and "vocab_size" not in model:
-        with naming("data.tokenizer"):
-            size = Tokenizer.load(str(source.get("tokenizer", "bytes"))).vocab_size
+        try:
+            with naming("data.tokenizer"):
+                size = Tokenizer.load(str(source.get("tokenizer", "bytes"))).vocab_size
+        except LongNetError:
+            # a misspelt key, of `--set modle.dim=64` or `--set data.tokeniser=bytes`, is told first
+            data["model"] = model | {"vocab_size": MOST_IDS}
+            validate(Recipe, data, where)
+            raise
         data["model"] = model | {"vocab_size": size + (train.get("objective") == "masked")}
     if data.get("lora") is not None:
         raise ConfigError(
