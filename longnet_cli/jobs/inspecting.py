@@ -1,7 +1,7 @@
 """The `inspect` job: the contents of files of tokens, text or vectors, and all problems in them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +13,9 @@ from longnet_cli.basics.events import Events
 from longnet_cli.data.documents.input_documents import DocumentPass, Inputs, encode_text
 from longnet_cli.data.documents.token_documents import STEP, Document, Unread
 from longnet_cli.data.documents.tokenizer import Tokenizer
+from longnet_cli.data.documents.whole_columns import NeedsRowsError, whole_columns
 from longnet_cli.data.files.column_choice import Columns, TokenTypes, token_type
+from longnet_cli.data.files.local_files import FileChangedError
 from longnet_cli.data.files.opened_inputs import Table, Text
 
 MAX_PROBLEMS = 1000  # problems whose lines are kept
@@ -106,8 +108,8 @@ def inspect(
 ) -> Inspection:
     """Read every document of every input. A problem ends its document or its file, and a file that changes the reading.
 
-    Text without a tokenizer counts one token per byte. `events.progress` gets the tokens of each document. Raises
-    ConfigError for no input and for a web address.
+    Text without a tokenizer counts one token per byte. `events.progress` gets the tokens of each document, or of many
+    at a time. Raises ConfigError for no input and for a web address.
     """
     inspection = Inspection()
     inputs = replace(inputs, skip_bad=True)
@@ -115,7 +117,7 @@ def inspect(
 
     def read(opened: Text | Table, types: TokenTypes) -> Iterator[Any]:
         with _noting(inspection):
-            yield from _items(inspection, inputs, opened, types)
+            yield from _items(inspection, inputs, opened, types, events)
 
     def finish(item: Text | Document) -> Document:
         return encode_text(item, tokenizer, inputs.vocab_size) if isinstance(item, Text) else item
@@ -137,8 +139,9 @@ def _items(
     inputs: Inputs,
     opened: Text | Table,
     types: TokenTypes,
+    events: Events,
 ) -> Iterable[Any]:
-    """Record the format of an opened file, and return its items (see `Inputs.items`)."""
+    """Record the format of an opened file, and return its items (see `Inputs.items`) if nothing has counted them."""
     if isinstance(opened, Text):
         inspection.formats["text"] += 1
         return inputs.items(opened, types)
@@ -149,7 +152,49 @@ def _items(
     inspection.token_types["vectors" if inputs.vectors else str(kind or "text")] += 1
     with _noting(inspection):
         types.check(opened, columns)
-    return inputs.items(opened, TokenTypes())
+    if kind in (None, columns.type) or not _count_columns(
+        inspection, inputs, opened, columns, events
+    ):
+        return inputs.items(opened, TokenTypes())
+    return ()
+
+
+def _count_columns(
+    inspection: Inspection,
+    inputs: Inputs,
+    opened: Table,
+    columns: Columns,
+    events: Events,
+) -> bool:
+    """Add the documents of a column of lists of ids, many rows at a time, if the file can be read again.
+
+    Return whether that was so, and all of them are good. If not, nothing is added: the rows tell more.
+    """
+    tokenizer = inputs.tokenizer
+    ends: list[int] = []
+    lengths = Counter[int]()
+    n_bytes = None if tokenizer is None else 0
+    try:
+        again = inputs.opened_again(opened)
+        if again is None:
+            return False
+        for ids, lengths_of_ended in whole_columns(again, columns, inputs.vocab_size_of(opened)):
+            sizes, counts = np.unique(lengths_of_ended, return_counts=True)
+            lengths.update(dict(zip(sizes.tolist(), counts.tolist(), strict=True)))
+            if not len(ids):
+                continue
+            ends += (int(ids.min()), int(ids.max()))
+            if tokenizer and n_bytes is not None:
+                more = tokenizer.n_bytes(ids)
+                n_bytes = None if more is None else n_bytes + more
+            events.progress(len(ids))
+    except FileChangedError:
+        raise
+    except (NeedsRowsError, ConfigError, DataError):
+        return False
+    inspection.tokens += sum(length * count for length, count in lengths.items())
+    _add(inspection, lengths, n_bytes, ends)
+    return True
 
 
 def _columns(inputs: Inputs, table: Table) -> tuple[Inputs, Columns]:
@@ -179,23 +224,35 @@ def _note_metadata(inspection: Inspection, table: Table) -> None:
 
 def _count(inspection: Inspection, document: Document, in_bytes: bool) -> None:
     """Read a document to its end, and add it to `inspection` if it is good."""
-    ends = [id_ for id_ in (inspection.low, inspection.high) if id_ is not None]
+    ends: list[int] = []
     step = min(STEP, document.step)
     for start in range(0, len(document), step):
         ids = document.read(start, start + step)
         ends += (ids.min(), ids.max())
     n_bytes = document.n_bytes
-    inspection.documents += 1
     if document.has_vectors:
         inspection.vectors += len(document)
         inspection.sizes[document.width] += bool(len(document))
+        ends = []
     else:
         inspection.tokens += len(document)
-        if ends:
-            inspection.low = int(min(ends))
-            inspection.high = int(max(ends))
     inspection.byte_tokens += len(document) * in_bytes
-    inspection.lengths[len(document)] += 1
+    _add(inspection, {len(document): 1}, n_bytes, ends)
+
+
+def _add(
+    inspection: Inspection,
+    lengths: Mapping[int, int],
+    n_bytes: int | None,
+    ends: Iterable[int],
+) -> None:
+    """Add good documents: how many have which length, their UTF-8 bytes, and ids with the lowest and the highest."""
+    inspection.documents += sum(lengths.values())
+    inspection.lengths.update(lengths)
+    known = [id_ for id_ in (inspection.low, inspection.high, *ends) if id_ is not None]
+    if known:
+        inspection.low = int(min(known))
+        inspection.high = int(max(known))
     if n_bytes is None:
         inspection.n_bytes = None
     elif inspection.n_bytes is not None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -253,6 +253,17 @@ class Inputs:
             if isinstance(opened, Table) and not self.columns_of(opened).of_texts:
                 yield from self.documents_of(opened)
 
+    @cached_property
+    def _by_name(self) -> dict[str, InputFile]:
+        return {input_file.where: input_file for input_file in self.files}
+
+    def opened_again(self, table: Table) -> Table | None:
+        """Return a table anew, from its first row on; None if it does not come from a file on this machine."""
+        input_file = self._by_name[table.where]
+        if input_file.local_path is None or KEY.decode() in table.metadata:
+            return None
+        return cast(Table, open_input(input_file, self.wanted))
+
     def columns_of(self, table: Table, form: Form = "tokens") -> Columns:
         """Choose the columns of a table that `documents` reads or, with the form `text` or `chats`, `texts`."""
         if self.vectors:
@@ -301,24 +312,28 @@ class Inputs:
             return encode_text(item, self.tokenizer, self.vocab_size, self.unit)
         return item
 
+    def _number(self, table: Table, name: str) -> int | None:
+        """Return the `vocab_size` or `eos_id` asked for or, without it, the tokenizer's, otherwise the metadata's."""
+        option: int | None = getattr(self, name)
+        if option is not None:
+            return option
+        if self.tokenizer:
+            return getattr(self.tokenizer, name)
+        return _metadata_int(table, f"longnet.{name}")
+
+    def vocab_size_of(self, table: Table) -> int | None:
+        """Return what the ids of a table must be less than. Raises ConfigError for ids of another tokenizer."""
+        _check_tokenizer(table, self.tokenizer)
+        return self._number(table, "vocab_size")
+
     def _ids(self, table: Table, columns: Columns) -> Iterator[Document]:
         tokenizer = self.tokenizer
-        _check_tokenizer(table, tokenizer)
-
-        def number(name: str, option: int | None) -> int | None:
-            """Return the number of an option or, without it, the tokenizer's, otherwise that of the metadata."""
-            if option is not None:
-                return option
-            if tokenizer:
-                return getattr(tokenizer, name)
-            return _metadata_int(table, f"longnet.{name}")
-
-        vocab_size = number("vocab_size", self.vocab_size)
+        vocab_size = self.vocab_size_of(table)
         if self.eos_id is not None:
             fitting("--eos", self.eos_id, vocab_size, f"{table.where}: ")
         groups = list_documents(table, columns)
         if columns.type in INTEGERS:
-            groups = flat_documents(table, columns, number("eos_id", self.eos_id))
+            groups = flat_documents(table, columns, self._number(table, "eos_id"))
 
         def read(group: DocumentRows) -> Document:
             return Document(

@@ -16,6 +16,7 @@ from .tokenizer import Tokenizer
 
 # tokens per step of a pass over a document: 2 MB of int64, which stay in the CPU cache
 STEP = 1 << 18
+NO_LIMIT = 1 << 63  # more than any id
 SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a file in $TMPDIR
 NOTHING: Mapping[str, pa.Scalar] = {}  # is carried along
 
@@ -64,7 +65,7 @@ class Document:
         self.places = places
         self.ends = ends
         self._n_bytes = n_bytes
-        self._limit = 1 << 63 if limit is None else limit
+        self._limit = NO_LIMIT if limit is None else limit
         self._place = place or partial(_same_place, where)
         self.parts = [Part(tokens)] if isinstance(tokens, np.ndarray) else tokens
         self._starts = [0]  # of each part, and the end
@@ -105,7 +106,7 @@ class Document:
         out = np.empty(max(0, stop - start), np.int64)
         for done, part, offset, ids in self._stretches(start, stop):
             count = len(ids)
-            unsigned, highest = _bounds(ids.dtype, self._limit)
+            unsigned, highest = id_bounds(ids.dtype, self._limit)
             is_too_large = int(np.maximum.reduce(ids.view(unsigned))) > highest
             if is_too_large or (part.valid is not None and part.is_null(offset, count).any()):
                 raise self._refuse(part, offset, ids)
@@ -151,7 +152,7 @@ class Document:
 
     def _refuse(self, part: Part, start: int, ids: np.ndarray) -> DataError:
         """Return the error for the first bad id of `ids`, which start at `start` in `part`."""
-        unsigned, highest = _bounds(ids.dtype, self._limit)
+        unsigned, highest = id_bounds(ids.dtype, self._limit)
         bad = ids.view(unsigned) > highest
         null = part.is_null(start, len(ids))
         index = int(np.flatnonzero(bad | null)[0])
@@ -171,7 +172,7 @@ class Document:
 
 
 @cache
-def _bounds(dtype: np.dtype, limit: int) -> tuple[np.dtype, int]:
+def id_bounds(dtype: np.dtype, limit: int) -> tuple[np.dtype, int]:
     """Return the type of ids without its sign, and the highest id below `limit` in it.
 
     Without its sign, a negative id is a huge one, so one maximum finds bad ids.
