@@ -35,10 +35,12 @@ def main() -> None:
     model = arguments.model
 
     def encoded(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in encode_batches(batches, model=model):
+        for batch in batches:
+            rows = encode_batches(batch, model=model)
             # Spark has no lists of a fixed size
-            vectors = batch["embedding"].cast(pa.list_(pa.float32()))
-            yield batch.set_column(batch.schema.get_field_index("embedding"), "embedding", vectors)
+            vectors = rows["embedding"].cast(pa.list_(pa.float32()))
+            place = rows.schema.get_field_index("embedding")
+            yield from rows.set_column(place, "embedding", vectors).to_batches()
 
     # spark-submit sets this, beside the Python of its cluster
     if "PYSPARK_GATEWAY_PORT" not in os.environ:

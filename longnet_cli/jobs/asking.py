@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pyarrow as pa
-
 from longnet_cli.basics.errors import ConfigError
 from longnet_cli.data.documents.input_documents import Inputs
 from longnet_cli.data.documents.passages import Passage, PassageIndex, open_index
@@ -216,10 +214,10 @@ def _fill(index: PassageIndex, texts: Any) -> None:
     if isinstance(texts, Inputs):
         index.update(texts)
         return
-    from .batch_functions import tables
+    from .batch_functions import as_table
 
-    table = tables(texts)
-    if not isinstance(table, pa.Table) or "text" not in table.column_names:
+    table = as_table(texts)
+    if "text" not in table.column_names:
         raise ConfigError("a list of texts, or a table with a column 'text', is needed to ask")
     columns = (table[name].to_pylist() for name in ID_COLUMNS if name in table.column_names)
     names = next(columns, range(len(table)))

@@ -1,15 +1,14 @@
-"""Vectors of texts; and vectors and scores of Arrow record batches, for engines that map a function over them.
+"""Vectors of texts; and vectors and scores of the rows of a table, also for engines that map a function over tables.
 
     vectors = embed(texts, model="org/name")                           a numpy array, a row for each text
     dataset.map_batches(encode_batches, batch_format="pyarrow")        Ray Data: a table in, a table out
-    frame.mapInArrow(encode, schema)                                   Spark: an iterator in, an iterator out
 
-A process loads a model on its first call and keeps it. A row is a document. Each batch is read independently of the
-others, so it does not matter which process gets which batch.
+A process loads a model on its first call and keeps it. A row is a document. Each table is read independently of the
+others, so it does not matter which process gets which one.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -88,13 +87,13 @@ class Reading:
 
 def _signature(*kinds: type) -> Signature:
     """Return the signature of a function that takes the fields of these dataclasses as keyword arguments."""
-    batches = Parameter("batches", Parameter.POSITIONAL_OR_KEYWORD)
+    table = Parameter("table", Parameter.POSITIONAL_OR_KEYWORD)
     keyword = partial(Parameter, kind=Parameter.KEYWORD_ONLY)
     options = [
         keyword(option.name, default=option.default, annotation=option.type)
         for option in chain.from_iterable(map(fields, kinds))
     ]
-    return Signature([batches, *options])
+    return Signature([table, *options])
 
 
 def embed(
@@ -117,7 +116,7 @@ def embed(
         )
     numbers = pa.array(range(len(listed)), pa.int64())
     table = pa.table({"doc_id": numbers, "text": pa.array(listed, pa.large_string())})
-    rows: Any = encode_batches(table, model=model, span=None, keep=(), **options)
+    rows = encode_batches(table, model=model, span=None, keep=(), **options)
     embeddings = rows["embedding"].combine_chunks()
     kind = embeddings.type
     vectors = np.full((len(listed), kind.list_size), np.nan, numpy_dtype(kind.value_type))
@@ -126,20 +125,20 @@ def embed(
     return vectors
 
 
-def encode_batches(batches: Any, **options: Any) -> Any:
-    """Encode the documents of a table or of record batches, and return the rows of `longnet encode`.
+def encode_batches(table: Any, **options: Any) -> pa.Table:
+    """Encode the documents of a table, and return the rows of `longnet encode`, as a pyarrow table.
 
-    A table gives a pyarrow table. So does all else that passes Arrow data on (`__arrow_c_stream__`), as a frame of
-    polars or pandas, a relation of DuckDB, or a Dataset of Hugging Face; and a list of texts. Record batches give a
-    lazy iterator of record batches. The output has the columns of `Encoder.schema`, for text `char_start` and
-    `char_end`, then the columns of `keep`. The options are those of `EncodeOptions` and `Reading`: without `pool` and
-    `prefix`, the model's own. Sizes may be texts, as on the command line: `span="1Ki"`. An empty document has no rows.
+    A table is all that passes Arrow data on (`__arrow_c_stream__`), as a frame of polars or pandas, a relation of
+    DuckDB, or a Dataset of Hugging Face; a record batch; and a list of texts. The output has the columns of
+    `Encoder.schema`, for text `char_start` and `char_end`, then the columns of `keep`. The options are those of
+    `EncodeOptions` and `Reading`: without `pool` and `prefix`, the model's own. Sizes may be texts, as on the command
+    line: `span="1Ki"`. An empty document has no rows.
 
     A frame without a column of names, or a list of texts, has its row numbers as `doc_id`, from "0" on. A pyarrow table
     or batch needs such a column: an engine passes it one part of the rows after the other, and each would begin at 0.
 
-    Raises ConfigError for invalid options, for what is no table and no batches, and for a batch without the id column
-    or the document column, DataError for bad values, and what `encode` raises.
+    Raises ConfigError for invalid options, for what is no table, and for a table without the id column or the document
+    column, DataError for bad values, and what `encode` raises.
     """
     asked, reading = _read(options, EncodeOptions)
 
@@ -148,18 +147,18 @@ def encode_batches(batches: Any, **options: Any) -> Any:
         options, facts, tokenizer = _encoding(reading.model, loaded, asked)
         return Encoder(reading.reader(loaded), options, facts), tokenizer
 
-    return _mapped(batches, reading, job_and_tokenizer)
+    return _read_table(table, reading, job_and_tokenizer)
 
 
-def score_batches(batches: Any, **options: Any) -> Any:
-    """Score the documents of a table or of record batches, and return the rows of `longnet score -o`.
+def score_batches(table: Any, **options: Any) -> pa.Table:
+    """Score the documents of a table, and return the rows of `longnet score -o`, as a pyarrow table.
 
-    Tables and batches are taken and given as by `encode_batches`. The output has the columns of `Scorer.schema`, then
+    Tables are those of `encode_batches`. The output has the columns of `Scorer.schema`, then
     the columns of `keep`. The options are those of `ScoreOptions` and `Reading`. With several contexts, `(64, 1024)` or
     `"64,1Ki"`, the rows also show what a document gains from the longest one.
 
-    Raises ConfigError for invalid options, for what is no table and no batches, and for a batch without the id column
-    or the document column, DataError for bad values, and what `score` raises.
+    Raises ConfigError for invalid options, for what is no table, and for a table without the id column or the document
+    column, DataError for bad values, and what `score` raises.
     """
     context = options.get("context")
     if isinstance(context, str | int):
@@ -171,7 +170,7 @@ def score_batches(batches: Any, **options: Any) -> Any:
         loaded = reading.load()
         return Scorer.of_model(reading.reader(loaded), asked, loaded), loaded.tokenizer
 
-    return _mapped(batches, reading, job_and_tokenizer)
+    return _read_table(table, reading, job_and_tokenizer)
 
 
 encode_batches.__signature__ = _signature(EncodeOptions, Reading)  # type: ignore[attr-defined]
@@ -240,58 +239,34 @@ def _encoding(
     return options, facts, facts.tokenizer_for(loaded)
 
 
-def _mapped(batches: Any, reading: Reading, job_and_tokenizer: JobAndTokenizer) -> Any:
-    """Apply a job, with what tokenizes texts for it, to a table or to batches, and return the same kind."""
-    arrow = tables(batches)
-    if isinstance(arrow, pa.Table):
-        numbered = not isinstance(batches, pa.Table | pa.RecordBatch)
-        return pa.Table.from_batches(_rows(arrow, "table", reading, job_and_tokenizer, numbered))
-
-    def rows() -> Iterator[pa.RecordBatch]:
-        for index, batch in enumerate(arrow):
-            table = pa.Table.from_batches([_checked_batch(batch)])
-            yield from _rows(table, f"batch {index}", reading, job_and_tokenizer)
-
-    return (batch for batch in rows() if batch.num_rows)
+def _read_table(data: Any, reading: Reading, job_and_tokenizer: JobAndTokenizer) -> pa.Table:
+    """Return the rows of a job, with what tokenizes texts for it, for the documents of a table."""
+    numbered = not isinstance(data, pa.Table | pa.RecordBatch)
+    return pa.Table.from_batches(_rows(as_table(data), reading, job_and_tokenizer, numbered))
 
 
-def tables(data: Any) -> pa.Table | Iterable[Any]:
-    """Return a table for what has whole Arrow data, an iterable for batches. Raises ConfigError for all else."""
+def as_table(data: Any) -> pa.Table:
+    """Return what has Arrow data, or is a list of texts, as a table. Raises ConfigError for all else."""
     kind = type(data).__name__
     if kind in _MAKES_A_TABLE:
         raise ConfigError(_NO_TABLE.format(kind, _MAKES_A_TABLE[kind]))
-    if isinstance(data, pa.RecordBatchReader):
-        return data
     if hasattr(data, "with_format") and hasattr(data, "__getitem__"):  # a Dataset of Hugging Face
         data = data.with_format("arrow")[:]
     are_texts = (
         isinstance(data, list | tuple) and data and all(isinstance(text, str) for text in data)
     )
-    if are_texts or isinstance(data, pa.RecordBatch) or hasattr(data, "__arrow_c_stream__"):
-        try:
-            return pa.table({"text": data} if are_texts else data)
-        # pandas' columns may have values of any types
-        except (pa.ArrowException, TypeError, ValueError) as error:
-            why = "; ".join(map(str, error.args))
-            raise DataError(f"the table cannot be Arrow data: {why}") from error
-    if isinstance(data, Sequence) and not isinstance(data, str):
-        return [*map(_checked_batch, data)]  # at once, rather than in the middle of the work
-    if not isinstance(data, Iterator):
+    if not (are_texts or hasattr(data, "__arrow_c_stream__") or isinstance(data, pa.RecordBatch)):
         raise ConfigError(_NO_TABLE.format(kind, "pyarrow.table"))
-    return data
-
-
-def _checked_batch(batch: object) -> pa.RecordBatch:
-    if not isinstance(batch, pa.RecordBatch):
-        raise ConfigError(
-            _NO_TABLE.format(f"{type(batch).__name__} among its batches", "pyarrow.table")
-        )
-    return batch
+    try:
+        return pa.table({"text": data} if are_texts else data)
+    # pandas' columns may have values of any types
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        why = "; ".join(map(str, error.args))
+        raise DataError(f"the table cannot be Arrow data: {why}") from error
 
 
 _NO_TABLE = (
-    "a table (of pyarrow, or a frame that passes Arrow data on) or record batches of pyarrow are needed, not {}: "
-    "{} makes one"
+    "a table (of pyarrow, or a frame that passes Arrow data on) is needed, not {}: {} makes one"
 )
 # by the class, of polars, pandas or pyarrow: a column passes Arrow data on as well, and is no table
 _MAKES_A_TABLE = {
@@ -303,7 +278,6 @@ _MAKES_A_TABLE = {
 
 def _rows(
     table: pa.Table,
-    where: str,
     reading: Reading,
     job_and_tokenizer: JobAndTokenizer,
     numbered: bool = False,
@@ -318,13 +292,13 @@ def _rows(
     if not {*wanted} & {*names}:
         if reading.id_column or not numbered:
             raise ConfigError(
-                f"{where}: there is no column {' or '.join(map(repr, wanted))} that names the documents: choose one "
+                f"table: there is no column {' or '.join(map(repr, wanted))} that names the documents: choose one "
                 f"(id_column); its columns are {', '.join(names)}"
             )
         table = table.append_column("doc_id", pa.array(range(len(table)), pa.int64()))
     job, tokenizer = job_and_tokenizer()
     batches = table.to_batches()
-    opened = Table(where, where, table.schema, lambda names: iter(batches), rows_alone=True)
+    opened = Table("table", "table", table.schema, lambda names: iter(batches), rows_alone=True)
     inputs = Inputs(
         (),
         tokenizer,
@@ -338,7 +312,7 @@ def _rows(
     columns = inputs.columns_of(opened)
     if columns.type in INTEGERS:
         raise ConfigError(
-            f"{where}: column {columns.documents!r} has one id per row: in batches a row is a document, a list of ids "
+            f"table: column {columns.documents!r} has one id per row: in batches a row is a document, a list of ids "
             "or a text"
         )
     carried = [*job.text_fields] if is_text(columns.type) else []
