@@ -54,6 +54,7 @@ PAIRS: tuple[Needs | Excludes, ...] = (
         for name in ("--resume", "--shard-tokens", "--shard-format")
     ),
     Excludes("--token-logprobs", "-o", PRINTED),
+    Excludes("--by", "-o", PRINTED),
 )
 
 
@@ -82,6 +83,10 @@ class ScoreCommand:
         "Score only this many tokens at the end of each document. Documents too short for the longest context are "
         "left out. (default: all tokens)",
         common=True,
+    )
+    by: str | None = MEASURE.option(
+        "--by COLUMN",
+        "Also sum the scores of the documents that have the same value in this column, such as a source or a language.",
     )
     format: Literal["text", "json", "jsonl"] = OUTPUT.common(
         "--format text|json|jsonl",
@@ -132,12 +137,12 @@ def score(options: ScoreCommand) -> None:
     )
     _check(options, asked.contexts)
     documents = options.documents
-    keep = documents.kept
-    name = documents.id_column
     rows = output is not None or options.format != "text"
-    if rows and name and name not in {*ROW_KEYS, *keep}:
-        # so that rows join their input by the column's own name and type
-        documents = replace(documents, keep=[name, *keep])
+    # so that rows join their input by the name and the type of the column of names, too
+    carried = [(rows and documents.id_column) or None, options.by]
+    for name in filter(None, carried):
+        if name not in {*ROW_KEYS, *documents.kept}:
+            documents = replace(documents, keep=[name, *documents.kept])
     where_to = (
         "the rows are binary, stdout is a terminal: name a file (-o gains.parquet) or pipe them"
     )
@@ -174,6 +179,8 @@ def _check(options: ScoreCommand, contexts: Sequence[int | None]) -> None:
     check_pairs(PAIRS if dry_run else (*PAIRS, Excludes("--format", "-o", PRINTED)), options)
     if options.token_logprobs and len(contexts) > 1:
         raise ConfigError("log-probabilities of tokens need one context: give only one")
+    if options.by in {*ROW_KEYS, "doc_id"}:
+        raise ConfigError(f"--by {options.by}: the output has a column of this name")
     if "kind" in options.documents.kept:
         raise ConfigError("--keep kind: the output has a column of this name")
     if options.token_logprobs == "-":
@@ -213,10 +220,10 @@ def _printing(
     if share := options.documents.share:
         facts["share"] = str(share)
     with ExitStack() as stack:
-        printed = _PRINTED[options.format](contexts)
+        printed = _PRINTED[options.format](contexts, options.by)
         if options.output:
             file = stack.enter_context(atomic_write(options.output))
-            printed = _Lines(contexts, lambda row: file.write(f"{to_json(row)}\n".encode()))
+            printed = _Lines(contexts, emit=lambda row: file.write(f"{to_json(row)}\n".encode()))
         yield printed
         facts |= {"bos": bos_ids(opened.loaded.bos), "n_skipped": opened.left_out.skipped}
         printed.end(facts)
@@ -225,23 +232,31 @@ def _printing(
 class _Printed:
     """A printer of each document's row as soon as it is scored, and then of the totals of each context."""
 
-    def __init__(self, contexts: Sequence[int | None]) -> None:
-        from longnet_cli.jobs.scoring.measures import Total
+    def __init__(self, contexts: Sequence[int | None], by: str | None = None) -> None:
+        from longnet_cli.jobs.scoring.measures import GroupTotals, Total
 
         self.contexts = contexts
         self.several = len(contexts) > 1
         self.total = Total(contexts)
+        self.groups = GroupTotals(contexts, by) if by else None
 
     def write(self, batch: pa.RecordBatch) -> None:
         for row in batch.to_pylist():
             self.total.add(row)
+            if self.groups:
+                self.groups.add(row)
             self.add(row)
 
     def end(self, facts: dict[str, Any]) -> None:
-        """Print the totals, each with these facts."""
+        """Print the totals of groups, and then those of all documents, each with these facts."""
+        if self.groups:
+            self.print_groups(self.groups.as_dicts())
         self.print_totals([{**values, **facts} for values in self.total.as_dicts()])
 
     def add(self, row: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def print_groups(self, groups: list[dict[str, Any]]) -> None:
         raise NotImplementedError
 
     def print_totals(self, totals: list[dict[str, Any]]) -> None:
@@ -254,13 +269,18 @@ class _Lines(_Printed):
     def __init__(
         self,
         contexts: Sequence[int | None],
+        by: str | None = None,
         emit: Callable[[dict[str, Any]], object] = emit_jsonl,
     ) -> None:
-        super().__init__(contexts)
+        super().__init__(contexts, by)
         self.emit = emit
 
     def add(self, row: dict[str, Any]) -> None:
         self.emit({"kind": "document", **row})
+
+    def print_groups(self, groups: list[dict[str, Any]]) -> None:
+        for values in groups:
+            self.emit({"kind": "group", **values})
 
     def print_totals(self, totals: list[dict[str, Any]]) -> None:
         for values in totals:
@@ -270,18 +290,22 @@ class _Lines(_Printed):
 class _OneValue(_Printed):
     """One JSON value at the end."""
 
-    def __init__(self, contexts: Sequence[int | None]) -> None:
-        super().__init__(contexts)
+    def __init__(self, contexts: Sequence[int | None], by: str | None = None) -> None:
+        super().__init__(contexts, by)
         self.rows: list[dict[str, Any]] = []
+        self.shown: dict[str, Any] = {}
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+
+    def print_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.shown["groups"] = groups
 
     def print_totals(self, totals: list[dict[str, Any]]) -> None:
         shown: dict[str, Any] = {"total": max(totals, key=itemgetter("context"))}
         if self.several:
             shown["totals"] = totals
-        emit_json(shown | {"documents": self.rows})
+        emit_json(shown | self.shown | {"documents": self.rows})
 
 
 class _PlainTable(_Printed):
@@ -297,6 +321,10 @@ class _PlainTable(_Printed):
             numbers |= {"n_tokens": row["n_tokens"], "context": context}
             _print_row(row["doc_id"], numbers, self.several, header=self.header)
             self.header = False
+
+    def print_groups(self, groups: list[dict[str, Any]]) -> None:
+        for values in groups:
+            _print_row(f"{values['by']} {values['group']}{_errors(values)}", values, self.several)
 
     def print_totals(self, totals: list[dict[str, Any]]) -> None:
         first = totals[0]
@@ -322,6 +350,12 @@ def _print_row(name: str, values: dict[str, Any], several: bool, *, header: bool
     numbers = f"{values['n_tokens']:>12} {_number(values['ppl']):>12} {_number(values['bpb']):>8}"
     context = f" {values['context']:>9}" if several else ""
     print(f"{numbers}{context}  {printable(one_line(name))}", flush=True)
+
+
+def _errors(total: dict[str, Any]) -> str:
+    """Return the standard errors of a total, and of how many documents they are."""
+    errors = f"ppl +- {_number(total['ppl_se'])}, bpb +- {_number(total['bpb_se'])}"
+    return f" ({count_of(total['n_docs'], 'document')}, {errors})"
 
 
 def _print_comparison(totals: list[dict[str, Any]]) -> None:

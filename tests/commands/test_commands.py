@@ -428,3 +428,30 @@ def test_skipped_and_stopped_rows_give_their_reason(bench):
     result = bench("--seq 64 --max-time 0 --format jsonl")
     assert [row["status"] for row in rows_of(result.stdout)] == ["stopped", "stopped"]
     assert result.exit_code == 0
+
+
+def test_score_by_a_column_gives_each_group_what_it_has_alone(run_longnet, tmp_path):
+    model = tiny_model(tmp_path / "m")
+    rows = [{"text": f"text {n} " * n, "source": "ab"[n % 2], "tags": [n]} for n in range(1, 7)]
+    write_lines(tmp_path / "all.jsonl", rows)
+    options = ["-m", model, "--format", "jsonl"]
+    printed = run_longnet("score all.jsonl --by source", *options, code=0).stdout
+    groups = [line for line in map(json.loads, printed.splitlines()) if line["kind"] == "group"]
+    assert [(line["by"], line["group"], line["n_docs"]) for line in groups] == [
+        ("source", "b", 3),
+        ("source", "a", 3),
+    ]
+    for line in groups:
+        alone = [row for row in rows if row["source"] == line["group"]]
+        write_lines(tmp_path / "alone.jsonl", alone)
+        total = json.loads(
+            run_longnet("score alone.jsonl", *options, code=0).stdout.splitlines()[-1]
+        )
+        for key in ("nll_sum", "n_tokens", "ppl", "ppl_se", "bpb", "bpb_se"):
+            assert line[key] == pytest.approx(total[key], rel=1e-5)
+    one = run_longnet("score all.jsonl --by source --format json -m", model, code=0).stdout
+    assert [group["group"] for group in json.loads(one)["groups"]] == ["b", "a"]
+    text = run_longnet("score all.jsonl --by source -m", model, code=0).stdout
+    assert "  source b (3 documents, ppl +- " in text
+    refused = run_longnet("score all.jsonl --by tags -m", model)
+    assert (refused.returncode, "--by tags: the column holds lists" in refused.stderr) == (3, True)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from longnet_cli.basics.errors import DataError
 from longnet_cli.data.files.local_files import spooling
 
 
@@ -171,6 +172,41 @@ class Total:
             total["ppl_ratio"] = ratio
             total["ppl_ratio_se"] = _times(ratio, clusters.error(more, TOKENS_AT))
         return total
+
+
+MOST_GROUPS = 100_000  # some 2 KB each
+
+
+class GroupTotals:
+    """A Total for each value of the column `by` that documents carry along."""
+
+    def __init__(self, contexts: Sequence[int | None], by: str) -> None:
+        self.contexts = contexts
+        self.by = by
+        self.totals: dict[Any, Total] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add the row of the next document to its group. Raises DataError for too many groups, or a list as a value."""
+        value = row[self.by]
+        if isinstance(value, (list, dict)):
+            raise DataError(
+                f"--by {self.by}: the column holds lists or structs: name one of values"
+            )
+        if value not in self.totals:
+            if len(self.totals) == MOST_GROUPS:
+                raise DataError(
+                    f"--by {self.by}: the column has more than {MOST_GROUPS:,} values: name one with fewer"
+                )
+            self.totals[value] = Total(self.contexts)
+        self.totals[value].add(row)
+
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """Return the dicts of each group's Total, with the column and its value, in the order of first documents."""
+        return [
+            {"by": self.by, "group": value, **numbers}
+            for value, total in self.totals.items()
+            for numbers in total.as_dicts()
+        ]
 
 
 def column(name: str, context: int | None, contexts: Sequence[int | None]) -> str:
