@@ -127,7 +127,7 @@ OPTIONS = {
 --context             rows       --context 16
 --stride              rows       --stride 4 @ {READING} --format jsonl --context 16
 --last                rows       --last 9
---by                  stdout     --by name @ ../in/rows.jsonl -m ../in/native --format jsonl
+--by                  rows       --by name @ ../in/rows.jsonl -m ../in/native --format jsonl
 --format              stdout     --format json | --format jsonl @ {READING}
 --token-logprobs      files      --token-logprobs x.arrow
 --top                 rows       --top 1 @ {READING} --format jsonl --token-logprobs x.arrow
