@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from strategies import document_starts
 
 from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.data.documents.document_index import index_documents
 from longnet_cli.data.documents.input_documents import Inputs
 from longnet_cli.jobs.training import windows as module
 from longnet_cli.jobs.training.loop import train
@@ -42,7 +43,7 @@ def documents(lengths: list[int], first: int = 0) -> list[Document]:
 
 
 def stream(*lengths: int, first: int = 0) -> TokenStream:
-    return TokenStream(documents(list(lengths), first), EOS)
+    return TokenStream(documents(list(lengths), first), np.array(lengths), EOS)
 
 
 def packed(stream: TokenStream) -> np.ndarray:
@@ -252,7 +253,7 @@ def test_the_order_is_pinned(monkeypatch):
     ]  # fmt: skip
     for name, value in SHIPPED.items():
         monkeypatch.setattr(module, name, value)
-    large = TokenStream([Document(np.broadcast_to(0, 10**9))], EOS)
+    large = TokenStream([Document(np.broadcast_to(0, 10**9))], np.array([10**9]), EOS)
     starts = [start for _, _, start in positions(TokenWindows([large], 2048, 1, seed=2**40), 6)]
     assert starts == [391844336, 337060336, 523823600, 602057200, 440703472, 309271024]
 
@@ -263,6 +264,7 @@ def test_a_batch_and_its_state():
             Document(np.array([1, 2, 3]), "a.arrow, row 0"),
             Document(np.array([4]), "a.arrow, row 1"),
         ],
+        np.array([3, 1]),
         9,
     )
     batch, state = next(iter(TokenWindows([source], 5, 2, seed=0)))
@@ -321,13 +323,16 @@ def test_too_little_data():
     with pytest.raises(DataError, match=r"the data has 4 tokens, fewer than one window of 5 "):
         TokenWindows([stream(3)], 4, 1, seed=0)
     with pytest.raises(DataError, match=r"source 1 of the mix has 0 tokens"):
-        TokenWindows([stream(5), TokenStream([], EOS)], 4, 1, seed=0, weights=[1, 1])
+        TokenWindows(
+            [stream(5), TokenStream([], np.array([], int), EOS)], 4, 1, seed=0, weights=[1, 1]
+        )
 
 
 def test_windows_of_a_mapped_shard_are_copies(tmp_path):
     rows = pa.array([list(range(50)), [], list(range(50, 80))], pa.large_list(pa.uint16()))
     write_file(tmp_path / "a.arrow", pa.table({"input_ids": rows}))
-    source = TokenStream(list(Inputs([tmp_path / "a.arrow"], vocab_size=100).documents()), 99)
+    index = index_documents(Inputs([tmp_path / "a.arrow"], vocab_size=100))
+    source = TokenStream(index, index.lengths, 99)
     windows = TokenWindows([source], 82, 1, seed=0)
     batch, _ = next(iter(windows))
     assert ids_of(batch).tolist() == [[99, *range(50), 99, 99, *range(50, 80)]]

@@ -319,7 +319,11 @@ def slices_of_stored_windows(chunk: int) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     model = net(PAPER_64TH).double()
     document = Document(draw(1, 2 * 300).clamp_(max=EOS - 1)[0].numpy())
-    batch, _ = next(iter(TokenWindows([TokenStream([document], EOS)], 240, 2, seed=0)))
+    batch, _ = next(
+        iter(
+            TokenWindows([TokenStream([document], np.array([len(document)]), EOS)], 240, 2, seed=0)
+        )
+    )
     whole = torch.from_numpy(ids_of(batch))
     loss = backward(
         model, whole[:, :-1], whole[:, 1:], chunk=10_000, starts=document_starts(whole[:, :-1], EOS)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import ConfigError, DataError, RefusedError
 from longnet_cli.data.files.column_choice import Columns, is_chat
-from longnet_cli.data.files.local_files import Part, reading_row
+from longnet_cli.data.files.local_files import LocalIds, Part, reading_row
 from longnet_cli.data.files.opened_inputs import Table, Text, pick, plain, reading
 
 from .token_documents import Apart, Unread, collect
@@ -193,13 +193,17 @@ def _values(table: Table, doc_id: str, rows: Iterator[DocumentRows]) -> Iterator
             elif expected:
                 table.joined.update(rows=1)
         elif row.part != expected:
-            missing = "rows are missing, repeated or out of order"
-            why = "in batches a row is a document" if table.rows_alone else missing
-            raise BadRowError(
-                f"{table.place(row.row)}: part {row.part} of document {doc_id!r} stands where part {expected} "
-                f"should: {why}"
-            )
+            raise part_error(table, row.row, row.part, doc_id, expected)
         yield from row.values
+
+
+def part_error(table: Table, row: int, part: int, doc_id: str, expected: int) -> BadRowError:
+    """Return the error for a row of a document that is not its next part."""
+    missing = "rows are missing, repeated or out of order"
+    why = "in batches a row is a document" if table.rows_alone else missing
+    return BadRowError(
+        f"{table.place(row)}: part {part} of document {doc_id!r} stands where part {expected} should: {why}"
+    )
 
 
 def read_documents(
@@ -257,39 +261,55 @@ def list_documents(table: Table, columns: Columns) -> Iterator[DocumentRows]:
     return group_rows(table, columns, parts)
 
 
-def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterator[DocumentRows]:
-    """Yield the documents of a flat column. EOS ids separate them, and adjacent EOS ids have none in between."""
+def flat_batches(
+    table: Table, columns: Columns, eos_id: int | None
+) -> Iterator[tuple[int, np.ndarray | LocalIds, np.ndarray]]:
+    """Yield the first row of each batch of a flat column, its ids, and where EOS ids are among them, (n,) int64."""
     name = columns.documents
     if eos_id is None:
         raise ConfigError(
             f"{table.where}: column {name!r} is one stream of ids, which only an end-of-text id can cut into "
             "documents: give a tokenizer that has one, or the token or id itself (--eos)"
         )
+    for start, arrays, errors in read_batches(table, columns):
+        if errors:
+            raise errors[min(errors)]
+        all_ids = numbers(table, arrays[name]).ids
+        ends = [np.empty(0, np.int64)]
+        for step in range(0, len(all_ids), FLAT_STEP):
+            with reading(table.where), reading_row(start + step):
+                ids = np.asarray(all_ids[step : step + FLAT_STEP])
+            ends.append(np.flatnonzero(ids == eos_id) + step)
+        yield start, all_ids, np.concatenate(ends)
+
+
+def nothing_but_ends(table: Table, columns: Columns) -> DataError:
+    """Return the error for a flat column without a document."""
+    return DataError(
+        f"{table.where}: column {columns.documents!r} holds nothing but end-of-text ids"
+    )
+
+
+def flat_documents(table: Table, columns: Columns, eos_id: int | None) -> Iterator[DocumentRows]:
+    """Yield the documents of a flat column. EOS ids separate them, and adjacent EOS ids have none in between."""
 
     def stretches() -> Iterator[tuple[int, Part]]:
         """Yield (number of EOS ids so far, a stretch of ids without EOS)."""
         count = 0
-        for start, arrays, errors in read_batches(table, columns):
-            if errors:
-                raise errors[min(errors)]
-            all_ids = numbers(table, arrays[name]).ids
-            for step in range(0, len(all_ids), FLAT_STEP):
-                ids = all_ids[step : step + FLAT_STEP]
-                begin = 0
-                with reading(table.where), reading_row(start + step):
-                    ends = np.flatnonzero(np.asarray(ids) == eos_id).tolist()
-                for end in [*ends, len(ids)]:
-                    if end > begin:
-                        yield count, Part(ids[begin:end], None, start + step + begin, flat=True)
-                    count += end < len(ids)
-                    begin = end + 1
+        for start, ids, ends in flat_batches(table, columns, eos_id):
+            begin = 0
+            for end in [*ends.tolist(), len(ids)]:
+                if end > begin:
+                    yield count, Part(ids[begin:end], None, start + begin, flat=True)
+                count += end < len(ids)
+                begin = end + 1
 
     index = -1
     for index, (_, members) in enumerate(groupby(stretches(), key=lambda stretch: stretch[0])):
         parts = collect(part for _, part in members)
         yield DocumentRows(parts[0].row, f"{table.name}:{index}", parts, {})
     if index < 0:
-        raise DataError(f"{table.where}: column {name!r} holds nothing but end-of-text ids")
+        raise nothing_but_ends(table, columns)
 
 
 def table_texts(
@@ -313,7 +333,8 @@ def table_texts(
 
 
 def _read_text(table: Table, group: DocumentRows) -> Text:
-    return Text(group.doc_id, "".join(group.values), table.place(group.row), group.kept)
+    text = "".join(group.values)
+    return Text(group.doc_id, text, table.place(group.row), group.kept, row=group.row)
 
 
 def _read_chat(table: Table, template: "ChatTemplate", group: DocumentRows) -> Text:
@@ -322,7 +343,7 @@ def _read_chat(table: Table, template: "ChatTemplate", group: DocumentRows) -> T
         text, ids = template.read_chat(_messages(group.values))
     except RefusedError as refusal:
         raise BadRowError(f"{place}: {refusal}") from None
-    return Text(group.doc_id, text, place, group.kept, ids=ids)
+    return Text(group.doc_id, text, place, group.kept, ids=ids, row=group.row)
 
 
 def _chat_template(table: Table, columns: Columns, tokenizer: Tokenizer | None) -> "ChatTemplate":

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -279,8 +279,12 @@ class Inputs:
         opened: Text | Table,
         types: TokenTypes,
         form: Form = "tokens",
+        ids: Callable[[Table, Columns], Iterable[Any]] | None = None,
     ) -> Iterable[Any]:
-        """Return the items of one opened file, as `document` takes them or, with another `form`, `texts`."""
+        """Return the items of one opened file, as `document` takes them or, with another `form`, `texts`.
+
+        The items of a table of token ids are what `ids` returns; without it, they are documents.
+        """
         if isinstance(opened, Text):
             self._check_text(opened)
             return (_spooled(opened) if form != "tokens" and self.skip_bad else opened,)
@@ -292,7 +296,7 @@ class Inputs:
         if columns.of_texts:
             return table_texts(opened, columns, self.tokenizer)
         types.check(opened, columns)
-        return self._ids(opened, columns)
+        return (ids or self._ids)(opened, columns)
 
     def _check_text(self, text: Text) -> None:
         """Raise DataError where vectors are read, ConfigError where a column is asked for."""
@@ -312,34 +316,34 @@ class Inputs:
             return encode_text(item, self.tokenizer, self.vocab_size, self.unit)
         return item
 
-    def _number(self, table: Table, name: str) -> int | None:
-        """Return the `vocab_size` or `eos_id` asked for or, without it, the tokenizer's, otherwise the metadata's."""
-        option: int | None = getattr(self, name)
-        if option is not None:
-            return option
+    def number_of(self, table: Table, name: Literal["vocab_size", "eos_id"]) -> int | None:
+        """Return the number that these inputs give or, without it, the tokenizer's, otherwise the table's own."""
+        given = getattr(self, name)
+        if given is not None:
+            return cast(int, given)
         if self.tokenizer:
             return getattr(self.tokenizer, name)
         return _metadata_int(table, f"longnet.{name}")
 
     def vocab_size_of(self, table: Table) -> int | None:
-        """Return what the ids of a table must be less than. Raises ConfigError for ids of another tokenizer."""
+        """Return the number of ids that a table may have. Raises ConfigError for a tokenizer that did not make them."""
         _check_tokenizer(table, self.tokenizer)
-        return self._number(table, "vocab_size")
-
-    def _ids(self, table: Table, columns: Columns) -> Iterator[Document]:
-        tokenizer = self.tokenizer
-        vocab_size = self.vocab_size_of(table)
+        vocab_size = self.number_of(table, "vocab_size")
         if self.eos_id is not None:
             fitting("--eos", self.eos_id, vocab_size, f"{table.where}: ")
+        return vocab_size
+
+    def _ids(self, table: Table, columns: Columns) -> Iterator[Document]:
+        vocab_size = self.vocab_size_of(table)
         groups = list_documents(table, columns)
         if columns.type in INTEGERS:
-            groups = flat_documents(table, columns, self._number(table, "eos_id"))
+            groups = flat_documents(table, columns, self.number_of(table, "eos_id"))
 
         def read(group: DocumentRows) -> Document:
             return Document(
                 group.doc_id,
                 collect(group.values),
-                tokenizer,  # it counts the bytes of the text for which the ids stand
+                self.tokenizer,  # it counts the bytes of the text for which the ids stand
                 table.place(group.row),
                 limit=vocab_size,
                 place=table.place,

@@ -21,7 +21,7 @@ SPOOL_BYTES = 256 << 20  # bytes of one document's ids in memory; more go to a f
 NOTHING: Mapping[str, pa.Scalar] = {}  # is carried along
 
 
-def _same_place(where: str, row: int) -> str:
+def same_place(where: str, row: int) -> str:
     """Return `where`, for any row. A function of the module, so that a document can be pickled."""
     return where
 
@@ -66,7 +66,7 @@ class Document:
         self.ends = ends
         self._n_bytes = n_bytes
         self._limit = NO_LIMIT if limit is None else limit
-        self._place = place or partial(_same_place, where)
+        self._place = place or partial(same_place, where)
         self.parts = [Part(tokens)] if isinstance(tokens, np.ndarray) else tokens
         self._starts = [0]  # of each part, and the end
         for part in self.parts:

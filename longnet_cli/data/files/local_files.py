@@ -63,16 +63,20 @@ class LocalFile(io.RawIOBase):
         super().__init__()
         self.where = where
         self._handle = handle
-        status = os.fstat(handle)
-        self.size = status.st_size
-        self._written = status.st_mtime_ns
         self._position = 0
         self._ahead = (0, np.empty(0, np.uint8))  # bytes that were read ahead, and where they begin
+        self.take_state()
 
     @classmethod
     def open(cls, path: str | Path, where: str) -> "LocalFile":
         """Open a file. Raises OSError when it cannot be opened."""
         return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC), where)
+
+    def take_state(self) -> None:
+        """Take the file as it is now: each read from now on must find it so."""
+        status = os.fstat(self._handle)
+        self.size = status.st_size
+        self._written = status.st_mtime_ns
 
     def read_at(self, offset: int, out: Any) -> None:
         """Fill `out`, a contiguous array or memoryview, with the file's bytes from `offset` on."""
@@ -183,7 +187,7 @@ def spooling() -> Iterator[None]:
         yield
     except OSError as error:
         raise LongNetError(
-            f"{tempfile.gettempdir()}: no place for a document larger than memory: {first_line(error)}; set TMPDIR"
+            f"{tempfile.gettempdir()}: no place for a temporary file: {first_line(error)}; set TMPDIR"
         ) from error
 
 

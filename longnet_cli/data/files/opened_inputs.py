@@ -27,7 +27,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Text:
-    """A document as text. `where` is "file" or "file, row 3" (rows count from 0).
+    """A document as text. `where` is "file" or "file, row 3", and `row` is its first row; rows count from 0.
 
     For a long document, `text` is its start, and `rest` the parts that follow, which can be read once, before the next
     document. `kept` holds the values of the columns that are carried along. For a chat, `text` is the output of the
@@ -40,6 +40,7 @@ class Text:
     kept: Mapping[str, pa.Scalar] = field(default_factory=dict)
     rest: Iterable[str] = ()
     ids: Callable[[], np.ndarray] | None = None
+    row: int = 0
 
     @property
     def parts(self) -> Iterator[str]:

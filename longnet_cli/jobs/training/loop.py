@@ -148,9 +148,9 @@ class _TrainingRun:
         initial = (
             recipe.init if recipe.pretrained or not checkpoints_in(output / CHECKPOINTS) else None
         )
-        self.data = build_data(recipe, ranks, initial, tokenizer_differs)
+        self.data = build_data(recipe, ranks, initial, tokenizer_differs, events.note)
         self.held_out = self.data.held_out_digest(recipe.train.held_out_context)
-        if line := costly_evaluation(recipe, [*map(len, self.data.held_out)]):
+        if line := costly_evaluation(recipe, self.data.held_out.lengths.tolist()):
             events.note(line)
         self.model = build_model(recipe, initial, events.note).to(device).train()
         self.frozen = frozen_digest(self.model)
@@ -393,7 +393,7 @@ class _TrainingRun:
     def _evaluate(self, stage: Stage) -> Score:
         """Return the score of the held-out documents. Write best/ if the loss is lower than ever."""
         read = 0
-        total = sum(map(len, self.data.held_out))
+        total = int(self.data.held_out.lengths.sum())
         sharded = fsdp.is_sharded(self.model)
 
         def on_part(tokens: int) -> None:

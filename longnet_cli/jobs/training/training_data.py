@@ -1,11 +1,12 @@
 """The documents that a run reads, cut into windows, and the token before each of them."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from longnet_cli.basics.errors import ConfigError, DataError
+from longnet_cli.data.documents.document_index import DocumentIndex, index_documents
 from longnet_cli.data.documents.input_documents import Inputs, content_digest
-from longnet_cli.data.documents.token_documents import Document
 from longnet_cli.data.documents.tokenizer import NO_END, Tokenizer
 from longnet_cli.data.files.input_files import InputFiles
 from longnet_cli.models.folder import ModelFolder
@@ -15,6 +16,8 @@ from longnet_cli.running.ranks.ranks import Ranks
 from .recipe import Recipe, naming
 from .windows import DIGEST_TOKENS, TokenStream, TokenWindows
 
+MANY = 100_000  # documents, of which it is told how much memory their index takes
+
 
 class TrainingData(NamedTuple):
     """The documents that a run reads, as ids of its tokenizer."""
@@ -22,7 +25,7 @@ class TrainingData(NamedTuple):
     tokenizer: Tokenizer
     eos_id: int  # the first token of each document
     windows: list[TokenWindows]  # of each stage
-    held_out: list[Document]
+    held_out: DocumentIndex  # maybe empty
 
     def held_out_digest(self, context: int | None) -> str | None:
         """Return a digest of what decides the held-out loss of a model; None without held-out documents.
@@ -42,8 +45,11 @@ def build_data(
     ranks: Ranks,
     initial: str | None = None,
     tokenizer_differs: bool = False,
+    note: Callable[[str], None] = lambda line: None,
 ) -> TrainingData:
     """Open the data of a recipe, and cut them into windows. The model `initial` must have their tokenizer.
+
+    `note` gets a line about the index of a source that has MANY documents.
 
     Raises ConfigError where there are no data, or where their tokens are not the model's, DataError for too few.
     """
@@ -58,10 +64,13 @@ def build_data(
     if initial:
         ModelFolder.find(initial).tokenizer(data.tokenizer, differs=tokenizer_differs)
 
-    def documents(sources: InputFiles) -> list[Document]:
-        return list(
-            Inputs(sources, tokenizer, data.column, vocab_size=recipe.model.vocab_size).documents()
+    def documents(sources: InputFiles) -> DocumentIndex:
+        index = index_documents(
+            Inputs(sources, tokenizer, data.column, vocab_size=recipe.model.vocab_size)
         )
+        if len(index) >= MANY:
+            note(f"{sources.names[0]}{' ...' * (len(sources.names) > 1)}: {index}")
+        return index
 
     if not data.sources:
         raise ConfigError(
@@ -70,7 +79,8 @@ def build_data(
     if data.held_out_files:
         for source in data.sources:
             _refuse_the_same(data.held_out_files, source.files)
-    streams = [TokenStream(documents(source.files), eos_id) for source in data.sources]
+    indexes = [documents(source.files) for source in data.sources]
+    streams = [TokenStream(index, index.lengths, eos_id) for index in indexes]
     mix = [source.weight for source in data.sources]
     shared: dict[str, Any] = {"weights": mix, "rank": ranks.dp_rank, "world": ranks.dp}
     windows = [
@@ -83,13 +93,14 @@ def build_data(
         )
         for index, stage in enumerate(train.stages)
     ]
-    held_out: list[Document] = []
+    held_out = DocumentIndex(tokenizer)
+    longest = 0
     if data.held_out_files:
         held_out = documents(data.held_out_files)
-        if not any(map(len, held_out)):
+        longest = int(held_out.lengths.max(initial=0))
+        if not longest:
             names = ", ".join(map(str, data.held_out_files.names))
             raise DataError(f"data.held_out, {names}: every document is empty")
-    longest = max(map(len, held_out), default=0)
     most = recipe.model.max_tokens
     # rather than at the first evaluation
     if most and min(longest, train.held_out_context or longest) > most:

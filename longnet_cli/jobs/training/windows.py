@@ -38,12 +38,14 @@ LONGEST_PERIOD = 10_000  # most windows in the period of a mix, whose table is m
 class TokenStream:
     """The tokens `eos doc eos doc ...` of one source, by position. It holds 8 bytes per document, and no tokens."""
 
-    def __init__(self, documents: Sequence[Document], eos_id: int) -> None:
+    def __init__(self, documents: Sequence[Document], lengths: np.ndarray, eos_id: int) -> None:
+        """Make the stream of documents that have these lengths, (documents,) int64."""
         self.documents = documents
         self.eos_id = eos_id
-        lengths = np.array([*map(len, documents)], np.int64) + 1
         # of the eos before each document, and the end
-        self.starts = np.concatenate(([0], lengths)).cumsum()
+        self.starts = np.zeros(len(lengths) + 1, np.int64)
+        np.add(lengths, 1, out=self.starts[1:])
+        np.cumsum(self.starts, out=self.starts)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -53,7 +55,9 @@ class TokenStream:
         """A digest of the lengths of all documents and of the first DIGEST_TOKENS tokens, to recognize other data."""
         first = np.empty(min(DIGEST_TOKENS, len(self)), np.int64)
         self.read_into(first, 0)
-        return hashlib.sha256(self.starts.tobytes() + first.tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256(self.starts.data)
+        digest.update(first.data)
+        return digest.hexdigest()[:16]
 
     def locate(self, position: int) -> int:
         """Return the index of the document at a position. The eos before a document belongs to it."""
