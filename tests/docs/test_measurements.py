@@ -26,6 +26,7 @@ WINDOW, CHOSEN = "window:64,sinks=4", "window:64,chosen=2x32"
 SCRIPTS = {
     "ask.py": (f"./llama --text a.txt --tokens 500 --passages 1 --alone --pattern {WINDOW}", 15),
     "flex.py": ("64 window:16 dilated flex --repeats 1", 2),
+    "many_documents.py": ("many --documents 20 40 --jobs score tokenize", 8),
     "passage.py": (
         f"./llama {CHOSEN} --passages a.txt --filler b.txt --tokens 50 --distances 300 --near 9 --every 4",
         2,
