@@ -28,6 +28,7 @@ from longnet_cli.basics.sizes import format_count
 from longnet_cli.data.documents.input_documents import Inputs
 from longnet_cli.data.documents.token_documents import Unread
 from longnet_cli.data.documents.tokenizer import Tokenizer, end_of_text
+from longnet_cli.data.files.local_files import Part
 from longnet_cli.data.files.manifest import Manifest
 from longnet_cli.data.files.opened_inputs import numpy_dtype
 from longnet_cli.data.files.opening import Text
@@ -241,7 +242,7 @@ class _TextPart(NamedTuple):
     where: str
     kept: Mapping[str, pa.Scalar]
     text: str = ""
-    ids: Callable[[], np.ndarray] | None = None
+    ids: Callable[[], Part] | None = None
     is_end: bool = False
 
 
@@ -286,7 +287,7 @@ class _Work:
         failures: list[Exception],
     ) -> Iterator[_TextPart | None]:
         """Yield the pieces of all texts, and None where the next text is not there yet. Keep an error of reading."""
-        ending = np.array([] if self.eos_id is None else [self.eos_id], np.int32)
+        ending = Part(np.array([] if self.eos_id is None else [self.eos_id], np.int32))
         try:
             for text in texts:
                 part = _TextPart(text.doc_id, text.where, text.kept)
@@ -308,7 +309,7 @@ class _Work:
         encoded = iter(self.tokenizer.encode_pieces(texts))
         rows = []
         for piece in pieces:
-            ids = piece.ids() if piece.ids else next(encoded)
+            ids = np.asarray(piece.ids().ids) if piece.ids else next(encoded)
             rows.append((piece, ids, len(piece.text.encode())))
         return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,7 @@ def test_ids_are_those_of_transformers_whatever_stands_around_special_tokens(tmp
             chat, chat_template=TEMPLATE.replace("{{ bos_token }}", ""), return_dict=False
         )
         _, ids = template.read_chat(chat)
-        assert ids().tolist() == expected, said
+        assert ids().ids.tolist() == expected, said
 
 
 def test_what_is_no_chat_is_named(words, tmp_path):
@@ -294,3 +295,60 @@ def test_tokenize_resumes_among_chats_that_the_template_refuses(words, tmp_path,
         assert done.stderr.count("left out: x.jsonl, line") == 3
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert [each.doc_id for each in Inputs([tmp_path / "out"]).documents()] == ["0", "2", "4"]
+
+
+MARKED = TEMPLATE.replace(
+    "{{ message.content }}<|im_end|>\n",
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ message.content }}<|im_end|>{% endif %}\n\n",
+)
+
+
+def random_chats(count: int) -> list[list[dict[str, str]]]:
+    """Chats of one to four turns of words, spaces and lines, some of which begin with a system message."""
+    pick = random.Random(0)
+
+    def said() -> str:
+        parts = ["Hello", " you", "\n", "wörld ", " ", "2 + 2", "🙂", "|im_end|"]
+        return "".join(pick.choices(parts, k=pick.randint(1, 12)))
+
+    chats = []
+    for _ in range(count):
+        roles = ["system"] * pick.randint(0, 1) + ["user", "assistant"] * pick.randint(1, 4)
+        chats.append([{"role": role, "content": said()} for role in roles])
+    return chats
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("prepend", [None, "first", "always", "never"])
+def test_the_answers_are_those_of_transformers(words, tmp_path, prepend, marked):
+    """With the template's marks, and by renderings of a template without marks."""
+    hf = pytest.importorskip("transformers")
+    folder = tmp_path / "words"
+    if prepend:
+        spaced(prepend).save(str(folder / "tokenizer.json"))
+    template = MARKED.replace("{{ bos_token }}", "")
+    own = template if marked else TEMPLATE.replace("{{ bos_token }}", "")
+    (folder / "chat_template.jinja").write_text(own)
+    fast = hf.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    reader = ChatTemplate(folder, Tokenizer.load(folder))
+    masks = []
+    for chat in random_chats(200):
+        expected = fast.apply_chat_template(
+            chat, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+        )
+        _, encode = reader.read_chat(chat, answers=True)
+        part = encode()
+        assert part.ids.tolist() == expected["input_ids"]
+        assert part.is_answer.astype(int).tolist() == expected["assistant_masks"], chat
+        masks += expected["assistant_masks"]
+    assert 0 < sum(masks) < len(masks)
+
+
+def test_a_template_that_does_not_show_its_answers_is_refused(words, tmp_path):
+    """It takes out what stands before the last message, as templates of models that think do."""
+    forgetful = TEMPLATE.replace("{{ message.content }}", "{{ message.content if loop.last }}")
+    (tmp_path / "words/chat_template.jinja").write_text(forgetful)
+    chat = [*CHATS[0], {"role": "user", "content": "And now?"}]
+    with pytest.raises(RefusedError, match="does not show which text is an answer: it has no"):
+        ChatTemplate(tmp_path / "words", words).read_chat(chat, answers=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,17 +25,17 @@ from jinja2 import ext, nodes, parser, sandbox
 from longnet_cli.basics.configuration import read_text
 from longnet_cli.basics.digests import json_sha256
 from longnet_cli.basics.errors import ConfigError, LongNetError, RefusedError, one_line
+from longnet_cli.data.files.local_files import Part
 
 from .tokenizer import SETTINGS, Tokenizer, read_settings, refuse_damaged, special_token
 
 TEMPLATE = "chat_template.jinja"
 # By Unicode, no text has the characters U+FDD0 to U+FDEF. They stand for the first characters of special tokens, and
-# the last two for the tags around what a model is to answer.
+# the last one for the tags around what a model is to answer.
 NO_TEXT = re.compile("[\ufdd0-\ufdef]")
 FIRST_HIDDEN = 0xFDD0
-MOST_HIDDEN = 30
-BEGIN_ANSWER = "\ufdee"
-END_ANSWER = "\ufdef"
+MOST_HIDDEN = 31
+ANSWER_EDGE = "\ufdef"
 
 
 def chat_settings(tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -108,7 +109,8 @@ class ChatTemplate:
         messages: list[Mapping[str, str]] = [*asked]
         before = [{"role": "system", "content": system}] if system else []
         try:
-            return self._encode(self._render([*before, *messages], prompt=True))
+            rendered, _ = self._render([*before, *messages], prompt=True)
+            return np.asarray(self._encode(rendered).ids)
         except RefusedError:
             if not (before and messages):
                 raise
@@ -117,23 +119,67 @@ class ChatTemplate:
             return self.encode([{**first, "content": content}, *others])
 
     def read_chat(
-        self, messages: Sequence[Mapping[str, str]]
-    ) -> tuple[str, Callable[[], np.ndarray]]:
-        """Return the text of a chat, and a function that returns its ids, (tokens,) int64.
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        answers: bool = False,
+    ) -> tuple[str, Callable[[], Part]]:
+        """Return the text of a chat, and a function that returns its ids, (tokens,) int64, as a part.
 
         Each message has a `role` and a `content`. The ids leave out the `bos_token` that a template may put first:
-        the reader of a document puts its own there. Raises RefusedError for messages that the template refuses.
+        the reader of a document puts its own there. With `answers`, the part says which ids the assistant is to write.
+        Raises RefusedError for messages that the template refuses, and where it does not show which text is an answer.
         """
-        rendered = self._render(messages)
-        return rendered.translate(self._shown), partial(self._encode_chat, rendered)
+        rendered, edges = self._render(messages)
+        if answers and not edges:
+            edges = self._edges_of_answers(messages, rendered)
+        encode = partial(self._encode_chat, rendered, edges if answers else None)
+        return rendered.translate(self._shown), encode
 
-    def _encode_chat(self, rendered: str) -> np.ndarray:
-        ids = self._encode(rendered)
+    def _encode_chat(self, rendered: str, edges: Sequence[int] | None) -> Part:
+        part = self._encode(rendered, edges)
         bos = self.tokenizer.id_of(self._named["bos_token"])
-        return ids[1:] if ids[:1].tolist() == [bos] else ids
+        if np.asarray(part.ids[:1]).tolist() != [bos]:
+            return part
+        is_answer = part.is_answer
+        return Part(part.ids[1:], is_answer=None if is_answer is None else is_answer[1:])
 
-    def _render(self, messages: Sequence[Mapping[str, str]], *, prompt: bool = False) -> str:
-        """Return what the template makes of messages, in which text that looks like a special token is hidden."""
+    def _edges_of_answers(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        rendered: str,
+    ) -> list[int]:
+        """Return where each answer begins and ends in a rendered text, by renderings that end before and after it.
+
+        The special token that ends an answer belongs to it, and white space behind that does not.
+        """
+        edges = []
+        for index, message in enumerate(messages):
+            if message.get("role") != "assistant":
+                continue
+            before, _ = self._render(messages[:index], prompt=True)
+            until, _ = self._render(messages[: index + 1])
+            ended = until.rstrip()
+            if ended.endswith(tuple(self._special)):
+                until = ended
+            if not (until.startswith(before) and rendered.startswith(until)):
+                raise RefusedError(
+                    "the chat template does not show which text is an answer: it has no {% generation %}, and what "
+                    "follows a message changes the text before it"
+                )
+            edges += [len(before), len(until)]
+        return edges
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        prompt: bool = False,
+    ) -> tuple[str, list[int]]:
+        """Return what the template makes of messages, and the characters at which its marked answers begin and end.
+
+        Text that looks like a special token is hidden in it.
+        """
         variables = {
             "messages": [*map(self._hide, messages)],
             "add_generation_prompt": prompt,
@@ -143,7 +189,8 @@ class ChatTemplate:
         with _refusing(self._folder):
             text = self._template.render(variables | self._named)
             text.encode()  # raises an error for half of a character
-        return text
+        parts = text.split(ANSWER_EDGE)
+        return "".join(parts), [*accumulate(map(len, parts[:-1]))]
 
     def _hide(self, message: Mapping[str, str]) -> dict[str, str]:
         """Return a message in which no text is a special token."""
@@ -174,25 +221,46 @@ class ChatTemplate:
                 start += len(rendered[start:]) - len(rendered[start:].lstrip())
         yield _Stretch(start, rendered[start:])
 
-    def _encode(self, rendered: str) -> np.ndarray:
-        """Return the ids of a rendered text, (tokens,) int64."""
-        ids: list[int] = []
+    def _encode(self, rendered: str, edges: Sequence[int] | None = None) -> Part:
+        """Return the ids of a rendered text, (tokens,) int64.
+
+        With the `edges` at which answers begin and end, in turn, say which ids have a character of an answer.
+        """
+        ids = [np.empty(0, np.int64)]
+        places = [np.empty((0, 2), np.int64)]
         for stretch in self._stretches(rendered):
             if stretch.token_id is not None:
-                ids.append(stretch.token_id)
+                ids.append(np.array([stretch.token_id]))
+                places.append(np.array([[0, len(stretch.text)]]) + stretch.start)
             elif stretch.text:
-                ids += self._ids_of_text(stretch).tolist()
-        return np.array(ids, np.int64)
+                text_ids, text_places = self._encode_text(stretch, placed=edges is not None)
+                ids.append(text_ids)
+                places.append(text_places + stretch.start)
+        if edges is None:
+            return Part(np.concatenate(ids))
+        begin, end = np.concatenate(places).T
+        edges_before = np.searchsorted(edges, begin, "right")
+        edges_before_end = np.searchsorted(edges, end, "left")
+        is_answer = (edges_before % 2 == 1) | (edges_before_end > edges_before)
+        return Part(np.concatenate(ids), is_answer=is_answer)
 
-    def _ids_of_text(self, stretch: _Stretch) -> np.ndarray:
-        """Return the ids of text, (tokens,) int32. Raises RefusedError for a message in which a special token stays."""
+    def _encode_text(self, stretch: _Stretch, *, placed: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of text, (tokens,) int32, and the characters [start, end) of each if they are asked for.
+
+        Raises RefusedError for a message in which a special token stays.
+        """
         text = stretch.text.translate(self._shown)
-        ids = (self._within if stretch.start else self.tokenizer).encode(text)
+        reader = self._within if stretch.start else self.tokenizer
+        places = np.empty((0, 2), np.int32)
+        if placed:
+            ids, places = reader.encode_placed(text)
+        else:
+            ids = reader.encode(text)
         if text != stretch.text and not self.tokenizer.special_ids.isdisjoint(ids.tolist()):
             raise RefusedError(
                 "a message has the text of a special token, which this tokenizer cannot read as characters"
             )
-        return ids
+        return ids, places
 
 
 def _read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
@@ -264,13 +332,15 @@ def _to_json(
 
 
 class _Generation(ext.Extension):
-    """The tag `{% generation %}`, which marks an assistant's words for training. Here it renders its body unchanged."""
+    """The tag `{% generation %}`, which marks an assistant's words for training: a character before and after them."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 
     def parse(self, parser: parser.Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        edge = nodes.Output([nodes.TemplateData(ANSWER_EDGE)], lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [edge, *body, edge]
 
 
 def _refuse(message: str) -> NoReturn:

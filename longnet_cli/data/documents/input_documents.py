@@ -540,7 +540,9 @@ def encode_text(
             f"{text.where}: this is text: give a tokenizer (bytes, or a tokenizer.json)"
         )
     if text.ids:
-        return Document(text.doc_id, text.ids(), tokenizer, text.where, limit=limit, kept=text.kept)
+        return Document(
+            text.doc_id, [text.ids()], tokenizer, text.where, limit=limit, kept=text.kept
+        )
     parts = text.parts
     ends = None
     if unit:

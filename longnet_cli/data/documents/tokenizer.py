@@ -461,6 +461,19 @@ class Tokenizer:
             place += sum(map(len, pieces))
             prompt_bytes = skip = 0
 
+    def encode_placed(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of a text, as `encode` does, and the characters [start, end) of each token, (tokens, 2)."""
+        cutter = self.cutter([text])
+        all_ids = [np.empty(0, np.int32)]
+        all_places = [np.empty((0, 2), np.int32)]
+        place = 0
+        while pieces := cutter.take(PLACED_GROUP):
+            ids, places = self._placed(pieces, place)
+            all_ids.append(ids)
+            all_places.append(places)
+            place += sum(map(len, pieces))
+        return np.concatenate(all_ids), np.concatenate(all_places)
+
     def _placed(self, pieces: Sequence[str], place: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of pieces of a text, and their places from `place` on."""
         with library_call():

@@ -197,7 +197,8 @@ class Part(NamedTuple):
     `ids` is (tokens,) of any integer type, a view of memory or of a file. `valid` (tokens,) is false at nulls, None
     when there are none. `row` is the row of the file that holds the ids, if one does. In a `flat` part every id is a
     row, and `row` is the first. Of a text, `n_bytes` are its UTF-8 bytes and `places`, if asked for, the characters
-    [start, end) of each token in the whole text, (tokens, 2) int64.
+    [start, end) of each token in the whole text, (tokens, 2) int64. Of a chat, `is_answer`, if asked for, says which
+    ids an assistant is to write, (tokens,) bool.
     """
 
     ids: np.ndarray | LocalIds
@@ -206,6 +207,7 @@ class Part(NamedTuple):
     flat: bool = False
     n_bytes: int = 0
     places: np.ndarray | None = None
+    is_answer: np.ndarray | None = None
 
     def is_null(self, start: int, length: int) -> np.ndarray:
         """Return which of the ids [start, start + length) are null, (length,) bool."""

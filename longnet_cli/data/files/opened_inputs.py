@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from longnet_cli.basics.errors import DataError, MemoryLimitError, first_line, is_of_system
 
-from .local_files import LocalIds, read_error, reading_row
+from .local_files import LocalIds, Part, read_error, reading_row
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 CHAT_COLUMN = "messages"
@@ -31,7 +31,7 @@ class Text:
 
     For a long document, `text` is its start, and `rest` the parts that follow, which can be read once, before the next
     document. `kept` holds the values of the columns that are carried along. For a chat, `text` is the output of the
-    template. Then `ids` returns the chat's ids, (tokens,) int64, which differ from the ids of `text`.
+    template. Then `ids` returns the chat's ids, (tokens,) int64, as a part: they differ from the ids of `text`.
     """
 
     doc_id: str
@@ -39,7 +39,7 @@ class Text:
     where: str
     kept: Mapping[str, pa.Scalar] = field(default_factory=dict)
     rest: Iterable[str] = ()
-    ids: Callable[[], np.ndarray] | None = None
+    ids: Callable[[], Part] | None = None
     row: int = 0
 
     @property
