@@ -301,6 +301,7 @@ data.mix.weight               rows       'data.mix=[{{"inputs":["../in/u.txt"],"
 data.tokenizer                rows       data.tokenizer=../in/other.json
 data.eos                      rows       data.eos=65
 data.column                   rows       data.column=body @ {ROWS}
+data.loss                     code       data.loss=answers
 data.held_out                 rows       data.held_out=[../in/u.txt]
 optimizer.lr                  rows       optimizer.lr=0.1
 optimizer.betas               rows       optimizer.betas=[0.1,0.2]

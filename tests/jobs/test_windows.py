@@ -11,9 +11,10 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from builders import NotedDocument as Document
 from builders import ids_of
-from files import write_file
+from files import write_file, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import document_starts
@@ -21,11 +22,14 @@ from strategies import document_starts
 from longnet_cli.basics.errors import ConfigError, DataError
 from longnet_cli.data.documents.document_index import index_documents
 from longnet_cli.data.documents.input_documents import Inputs
+from longnet_cli.data.documents.tokenizer import Tokenizer
 from longnet_cli.jobs.training import windows as module
 from longnet_cli.jobs.training.loop import train
+from longnet_cli.jobs.training.objective import inputs_and_targets, stored_tokens
 from longnet_cli.jobs.training.recipe import Recipe, load_recipe
 from longnet_cli.jobs.training.training_data import build_data
 from longnet_cli.jobs.training.windows import LONGEST_PERIOD, Batch, Mix, TokenStream, TokenWindows
+from longnet_cli.nets.net import IGNORED
 from longnet_cli.running.ranks.ranks import Ranks
 
 EOS = -1  # no document holds it
@@ -362,3 +366,52 @@ def test_a_recipe_mixes_sources(tmp_path):
 def test_a_mix_takes_the_place_of_inputs():
     with pytest.raises(ConfigError, match="not both"):
         recipe(train=["a"], mix=[{"inputs": ["a"], "weight": 1}])
+
+
+# writes `A` and `.` in answers alone
+CHATS = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }}.{% endgeneration %}"
+    "{% else %}{{ message.content }}?{% endif %}{% endfor %}"
+)
+
+
+def test_answers_alone_are_targets(tmp_path):
+    Tokenizer.bytes().save(tmp_path / "tokenizer.json")
+    (tmp_path / "chat_template.jinja").write_text(CHATS)
+    turns = [(3, 5, 1, 0), (1, 9), (8,), (2, 2, 2, 2, 4, 30), (7, 1)]
+    chats = [
+        [
+            {"role": ("user", "assistant")[turn % 2], "content": "qA"[turn % 2] * letters}
+            for turn, letters in enumerate(chat)
+        ]
+        for chat in turns
+    ]
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+    given = {"train": [str(path)], "tokenizer": str(tmp_path)}
+    asked = recipe(**given, loss="answers")
+    (windows,) = build_data(asked, Ranks()).windows
+    answers = {ord("A"), ord(".")}
+    counted = 0
+    for batch, _ in islice(windows, 5):
+        ids, targets, count = inputs_and_targets(
+            batch, asked, torch.device("cpu"), Ranks(), eos_id=256, seed=0
+        )
+        plain = stored_tokens(batch, 1, 16, torch.device("cpu"))[:, :]
+        wanted = torch.tensor([[token in answers for token in row] for row in plain.tolist()])
+        assert torch.equal(targets[:, :], plain.where(wanted, IGNORED))
+        assert torch.equal(targets[1, 3:9], targets[:, :][1, 3:9])
+        assert torch.equal(ids[:, 1:], plain[:, :-1])
+        assert count == wanted.sum()
+        counted += count
+    assert counted
+    learned = {
+        loss: train(recipe(**given, loss=loss), tmp_path / loss).loss for loss in ("all", "answers")
+    }
+    assert learned["all"] != learned["answers"]
+    (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(ConfigError, match="this is plain text, and answers of chats are asked for"):
+        build_data(recipe(train=[str(tmp_path / "text.txt")], loss="answers"), Ranks())
+    write_rows(path, [{"messages": chat[:1]} for chat in chats])
+    with pytest.raises(DataError, match="no chat has an answer"):
+        build_data(asked, Ranks())

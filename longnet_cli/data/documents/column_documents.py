@@ -316,14 +316,18 @@ def table_texts(
     table: Table,
     columns: Columns,
     tokenizer: Tokenizer | None,
+    *,
+    answers: bool = False,
 ) -> Iterator[Text | Unread]:
     """Return the documents of a column of text, or of chats as the tokenizer's template writes them.
 
-    A row that cannot be read is Unread. Raises ConfigError for chats without a tokenizer that has a template.
+    With `answers`, the ids of chats say which of them an assistant is to write. A row that cannot be read is Unread.
+    Raises ConfigError for chats without a tokenizer that has a template.
     """
     read = partial(_read_text, table)
     if is_chat(columns.type):
-        read = partial(_read_chat, table, _chat_template(table, columns, tokenizer))
+        template = _chat_template(table, columns, tokenizer)
+        read = partial(_read_chat, table, partial(template.read_chat, answers=answers))
     apart = Apart() if table.ready and columns.part is None else None
 
     def texts(first_row: int, arrays: Batch) -> Iterator[Any]:
@@ -337,10 +341,14 @@ def _read_text(table: Table, group: DocumentRows) -> Text:
     return Text(group.doc_id, text, table.place(group.row), group.kept, row=group.row)
 
 
-def _read_chat(table: Table, template: "ChatTemplate", group: DocumentRows) -> Text:
+def _read_chat(
+    table: Table,
+    read: Callable[[list[dict[str, str]]], tuple[str, Callable[[], Part]]],
+    group: DocumentRows,
+) -> Text:
     place = table.place(group.row)
     try:
-        text, ids = template.read_chat(_messages(group.values))
+        text, ids = read(_messages(group.values))
     except RefusedError as refusal:
         raise BadRowError(f"{place}: {refusal}") from None
     return Text(group.doc_id, text, place, group.kept, ids=ids, row=group.row)

@@ -76,6 +76,9 @@ class DocumentIndex(Sequence[Document]):
         self.begins = array("q")  # of rows
         self.row_lengths = array("q")
         self.firsts = array("q")  # rows of documents
+        self.answer_edges = array(
+            "q"
+        )  # where answers of chats begin and end, in turn, among all ids
         self.stretches = list[_Stretch]()
         self.files = list[_IndexedFile]()
         self.n_ids = 0
@@ -203,7 +206,10 @@ class _Filling:
         index.begins.append(index.n_ids)
         index.row_lengths.append(len(document))
         for part in document.parts:
-            self._add_ids(part)
+            first_id = self._add_ids(part)
+            if part.is_answer is not None:
+                changes = np.diff(part.is_answer, prepend=False, append=False)
+                _extend(index.answer_edges, first_id + np.flatnonzero(changes))
         file.n_bytes.append(-1 if item.ids else sum(part.n_bytes for part in document.parts))
 
     def _begin_file(self, opened: Text | Table, limit: int | None, *, flat: bool) -> None:

@@ -41,6 +41,7 @@ from longnet_cli.data.files.column_choice import (
     TokenTypes,
     Wanted,
     choose_columns,
+    is_chat,
 )
 from longnet_cli.data.files.file_kinds import ARROW_KINDS, sniff
 from longnet_cli.data.files.input_files import InputFile, InputFiles
@@ -108,7 +109,8 @@ class Inputs:
     Coordinates are in a column `coords` of pairs, or in `x` and `y`; without `coords` they are not read.
 
     With a `unit`, each document of a text knows where its sentences, paragraphs or passages end. With a `share`, only
-    the documents of that share are read.
+    the documents of that share are read. With `answers`, all documents are chats, whose parts say which ids an
+    assistant is to write.
 
     Reading raises ConfigError for a missing tokenizer or column, for no input, for stdin given twice, for a tokenizer
     other than the one that made the tokens, and for an `eos_id` that no token can have; DataError for missing, empty
@@ -128,6 +130,7 @@ class Inputs:
     coords: bool = True
     unit: Unit | None = None
     share: Share | None = None
+    answers: bool = False
 
     @cached_property
     def all_files(self) -> InputFiles:
@@ -289,12 +292,16 @@ class Inputs:
             self._check_text(opened)
             return (_spooled(opened) if form != "tokens" and self.skip_bad else opened,)
         columns = self.columns_of(opened, form)
+        if self.answers and not is_chat(columns.type):
+            raise ConfigError(
+                f"{opened.where}: column {columns.documents!r} holds no chats, and answers of chats are asked for"
+            )
         if KEY.decode() in opened.metadata:  # a manifest
             return ()
         if self.vectors:
             return vector_documents(opened, columns)
         if columns.of_texts:
-            return table_texts(opened, columns, self.tokenizer)
+            return table_texts(opened, columns, self.tokenizer, answers=self.answers)
         types.check(opened, columns)
         return (ids or self._ids)(opened, columns)
 
@@ -304,6 +311,10 @@ class Inputs:
             raise DataError(
                 f"{text.where}: this is text, and the model reads vectors: give Arrow, Parquet or HDF5 files "
                 f"with a column {', '.join(VECTOR_COLUMNS)}"
+            )
+        if self.answers:
+            raise ConfigError(
+                f"{text.where}: this is plain text, and answers of chats are asked for"
             )
         if asked := self.wanted.names:
             raise ConfigError(

@@ -65,6 +65,18 @@ def stored_tokens(batch: Batch, offset: int, tokens: int, device: torch.device) 
     return LazyTokens((batch.shape[0], tokens), device, read)
 
 
+def answers_alone(batch: Batch, nexts: LazyTokens) -> LazyTokens:
+    """Return the next tokens of a batch's windows as targets: IGNORED where no assistant is to write them."""
+
+    def read(row: int, start: int, stop: int) -> Tensor:
+        is_answer = torch.from_numpy(batch.is_answer(row, start + 1, stop + 1))
+        return nexts.read(row, start, stop).masked_fill(
+            ~to_device(is_answer, nexts.device), IGNORED
+        )
+
+    return LazyTokens(nexts.shape, nexts.device, read)
+
+
 IdRange = tuple[int, int, int]  # ids [start, stop) of a row, as (row, start, stop)
 
 
@@ -234,14 +246,19 @@ def inputs_and_targets(
 ) -> tuple[Tokens, Tokens, int]:
     """Return ids and targets (rows, seq_len) of windows of seq_len + 1 tokens, and how many targets all ranks have.
 
-    With the causal objective every token counts alike: the last one of a document predicts the next one's eos. With the
-    masked objective, tokens are hidden on the host, and their targets stay there: finding these then waits for no
-    device.
+    With the causal objective every token counts alike: the last one of a document predicts the next one's eos. With
+    data.loss = "answers", the tokens of answers alone are targets. With the masked objective, tokens are hidden on the
+    host, and their targets stay there: finding these then waits for no device.
     """
     rows, length = batch.shape
     if recipe.train.objective == "causal":
         ids, nexts = (stored_tokens(batch, offset, length - 1, device) for offset in (0, 1))
-        return ids, nexts, rows * (length - 1) * ranks.dp
+        if recipe.data.loss == "all":
+            return ids, nexts, rows * (length - 1) * ranks.dp
+        answers = [int(batch.is_answer(row, 1, length).sum()) for row in range(rows)]
+        count = torch.tensor(sum(answers))
+        ranks.sum(count)
+        return ids, answers_alone(batch, nexts), max(1, int(count) // ranks.sp)
     masked, targets = mask_tokens(
         stored_tokens(batch, 0, length - 1, torch.device("cpu"))[:, :],
         recipe.train.mask_rate,

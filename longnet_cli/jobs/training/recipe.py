@@ -72,7 +72,9 @@ class DataRecipe(StrictModel):
     column: str | None = Field(default=None, examples=['"text"'])
     """The column to read. By default, its name decides."""
     held_out: Names | None = Field(default=None, examples=['["held-out"]'])
-    """Inputs to evaluate on, which are never trained on."""
+    """Inputs to evaluate on, which are never trained on. Their loss counts all tokens."""
+    loss: Literal["all", "answers"] = "all"
+    """The tokens to learn: `all`, or of chats what the assistant says (`answers`)."""
 
     @model_validator(mode="after")
     def _one_of_train_and_mix(self) -> DataRecipe:
@@ -281,6 +283,8 @@ class Recipe(StrictModel):
                 f'train.objective = "{self.train.objective}" does not fit model.causal = '
                 f'{str(self.model.causal).lower()}: set train.objective = "{fitting}", or the other model'
             )
+        if self.data.loss == "answers" and self.train.objective == "masked":
+            raise ValueError('data.loss = "answers" is for train.objective = "causal"')
         return self
 
     @property

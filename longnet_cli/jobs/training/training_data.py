@@ -64,9 +64,10 @@ def build_data(
     if initial:
         ModelFolder.find(initial).tokenizer(data.tokenizer, differs=tokenizer_differs)
 
-    def documents(sources: InputFiles) -> DocumentIndex:
+    def documents(sources: InputFiles, *, answers: bool = False) -> DocumentIndex:
+        vocab_size = recipe.model.vocab_size
         index = index_documents(
-            Inputs(sources, tokenizer, data.column, vocab_size=recipe.model.vocab_size)
+            Inputs(sources, tokenizer, data.column, vocab_size=vocab_size, answers=answers)
         )
         if len(index) >= MANY:
             note(f"{sources.names[0]}{' ...' * (len(sources.names) > 1)}: {index}")
@@ -79,8 +80,11 @@ def build_data(
     if data.held_out_files:
         for source in data.sources:
             _refuse_the_same(data.held_out_files, source.files)
-    indexes = [documents(source.files) for source in data.sources]
-    streams = [TokenStream(index, index.lengths, eos_id) for index in indexes]
+    answers = data.loss == "answers"
+    indexes = [documents(source.files, answers=answers) for source in data.sources]
+    if answers and not any(index.answer_edges for index in indexes):
+        raise DataError('data.loss = "answers": no chat has an answer')
+    streams = [TokenStream(index, index.lengths, eos_id, index.answer_edges) for index in indexes]
     mix = [source.weight for source in data.sources]
     shared: dict[str, Any] = {"weights": mix, "rank": ranks.dp_rank, "world": ranks.dp}
     windows = [

@@ -38,14 +38,32 @@ LONGEST_PERIOD = 10_000  # most windows in the period of a mix, whose table is m
 class TokenStream:
     """The tokens `eos doc eos doc ...` of one source, by position. It holds 8 bytes per document, and no tokens."""
 
-    def __init__(self, documents: Sequence[Document], lengths: np.ndarray, eos_id: int) -> None:
-        """Make the stream of documents that have these lengths, (documents,) int64."""
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        lengths: np.ndarray,
+        eos_id: int,
+        answer_edges: Sequence[int] = (),
+    ) -> None:
+        """Make the stream of documents that have these lengths, (documents,) int64.
+
+        Answers begin and end, in turn, at `answer_edges`, which count the ids of all documents without any eos.
+        """
         self.documents = documents
         self.eos_id = eos_id
         # of the eos before each document, and the end
         self.starts = np.zeros(len(lengths) + 1, np.int64)
         np.add(lengths, 1, out=self.starts[1:])
         np.cumsum(self.starts, out=self.starts)
+        first_ids = self.starts[:-1] - np.arange(len(lengths))
+        begins, ends = np.array(answer_edges, np.int64).reshape(-1, 2).T
+        self._answer_edges = np.stack(
+            [
+                begins + first_ids.searchsorted(begins, "right"),
+                ends + first_ids.searchsorted(ends - 1, "right"),
+            ],
+            1,
+        ).ravel()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -58,6 +76,11 @@ class TokenStream:
         digest = hashlib.sha256(self.starts.data)
         digest.update(first.data)
         return digest.hexdigest()[:16]
+
+    def is_answer(self, start: int, stop: int) -> np.ndarray:
+        """Return which of the tokens [start, stop) an assistant is to write, (stop - start,) bool."""
+        edges_before = self._answer_edges.searchsorted(np.arange(start, stop), "right")
+        return edges_before % 2 == 1
 
     def locate(self, position: int) -> int:
         """Return the index of the document at a position. The eos before a document belongs to it."""
@@ -110,6 +133,11 @@ class Batch:
         if len(out):
             stream.read_into(out, position + start)
         return out
+
+    def is_answer(self, row: int, start: int, stop: int) -> np.ndarray:
+        """Return which of the ids [start, stop) of a window an assistant is to write, (stop - start,) bool."""
+        stream, position = self.starts[row]
+        return stream.is_answer(position + start, position + stop)
 
     def document_starts(self, row: int, tokens: int) -> list[int]:
         """Return where documents start in the first `tokens` ids of a window, at their eos; 0 is always included."""
