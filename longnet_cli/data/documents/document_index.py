@@ -43,7 +43,7 @@ from .token_documents import Document, Unread, same_place
 from .tokenizer import Tokenizer
 
 
-class _Stretch(NamedTuple):
+class _StoredIds(NamedTuple):
     """Ids that lie together in a file, from number `start` of all ids on. `valid` is as in a Part."""
 
     start: int
@@ -79,7 +79,7 @@ class DocumentIndex(Sequence[Document]):
         self.answer_edges = array(
             "q"
         )  # where answers of chats begin and end, in turn, among all ids
-        self.stretches = list[_Stretch]()
+        self.stretches = list[_StoredIds]()
         self.files = list[_IndexedFile]()
         self.n_ids = 0
         self.spooled_bytes = 0
@@ -293,7 +293,7 @@ class _Filling:
             ):
                 last.ids.length += ids.length
                 return start
-        index.stretches.append(_Stretch(start, ids, part.valid))
+        index.stretches.append(_StoredIds(start, ids, part.valid))
         return start
 
     def _written(self, ids: np.ndarray) -> LocalIds:

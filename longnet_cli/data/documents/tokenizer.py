@@ -465,7 +465,7 @@ class Tokenizer:
         """Return the ids of a text, as `encode` does, and the characters [start, end) of each token, (tokens, 2)."""
         cutter = self.cutter([text])
         all_ids = [np.empty(0, np.int32)]
-        all_places = [np.empty((0, 2), np.int32)]
+        all_places = [np.empty((0, 2), np.int64)]
         place = 0
         while pieces := cutter.take(PLACED_GROUP):
             ids, places = self._placed(pieces, place)
