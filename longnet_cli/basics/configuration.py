@@ -145,6 +145,8 @@ def _lines(cls: type[BaseModel], error: ValidationError) -> list[str]:
                 line += f": did you mean '{key}'?"
                 meant.add(key)
             unknown.append(line)
+        elif item["type"] == "default_factory_not_called":
+            continue  # a default that follows from keys of which one has a mistake, which has its own line
         elif item["type"] == "missing":
             mistakes.append((path, f"missing key '{path}'"))
         else:

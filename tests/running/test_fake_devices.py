@@ -122,7 +122,7 @@ def test_padded_rows_and_layer_by_layer():
     assert model(ids(3, 50), lengths=[50, 20, 31]).device == GPU
     layers = _Layers(model, 150, 40, "fp32", Ranks())
     on_host = {"dtype": torch.bfloat16, "device": HOST}  # where hidden states are
-    hidden, rows = torch.zeros(1, 150, 64, **on_host), torch.zeros(2, layers.rows, 4, 16, **on_host)
+    hidden, rows = torch.zeros(1, 150, 64, **on_host), torch.zeros(2, layers.rows, 16, **on_host)
     segments = layers._collect(model.layers[0], hidden, rows)
     for chunk in layers.chunks:
         far, x = layers._far(segments, chunk), hidden[:, chunk.place]
