@@ -240,7 +240,7 @@ REFUSALS = r"""
 2 SET data.train=[] => data.train
 2 SET data.eos=nothing => data.eos:
 2 SET data.tokenizer=./nothing => data.tokenizer:
-2 train given.json -o run => data.tokenizer:  <= {"model": {}, "data": {"tokenizer": "./nothing"}}
+2 train given.json -o run => given.json: missing key 'model.dim'; missing key 'model.num_layers'; <= {"model": {}, "data": {"tokenizer": "./nothing"}}
 4 train --init ./nothing --data x.parquet --seq-len 32 --steps 1 -o run => init: nothing:
 3 SET data.train=long.txt --set data.held_out=empty.jsonl => data.held_out, empty.jsonl: every
 2 SET model.vocab_size=256 => model.vocab_size = 256 is less than the tokenizer needs, 257
