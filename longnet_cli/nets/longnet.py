@@ -46,32 +46,36 @@ class Placement(NamedTuple):
     total: int | None = None
 
 
-class Norm(nn.LayerNorm):
-    """A layer norm whose output, under autocast, has the dtype of the matrix products after it: one cast for all.
+def _for_products(normalize: Callable[..., Tensor], x: Tensor, *weights: Tensor) -> Tensor:
+    """Return `normalize(x, *weights)`: under autocast, in the dtype of the matrix products after it, one cast for all.
 
     Autocast by itself would widen the norm's input and return float32, which each product would cast again.
     """
+    if not torch.is_autocast_enabled(x.device.type):
+        return normalize(x, *weights)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        return normalize(x, *(weight.to(x.dtype) for weight in weights)).to(dtype)
+
+
+class Norm(nn.LayerNorm):
+    """A layer norm whose output, under autocast, has the dtype of the matrix products after it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        dtype = torch.get_autocast_dtype(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            weight = self.weight.to(x.dtype)
-            bias = self.bias.to(x.dtype)
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(dtype)
+        def normalize(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+        return _for_products(normalize, x, self.weight, self.bias)
 
 
 class RMSNorm(nn.RMSNorm):
     """A norm by the root mean square (arXiv 1910.07467), whose output under autocast has the dtype of `Norm`'s."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        dtype = torch.get_autocast_dtype(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            weight = self.weight.to(x.dtype)
-            return F.rms_norm(x, self.normalized_shape, weight, self.eps).to(dtype)
+        def normalize(x: Tensor, weight: Tensor) -> Tensor:
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+        return _for_products(normalize, x, self.weight)
 
 
 def outer_norm(config: LongNetConfig) -> nn.Module:
