@@ -284,17 +284,20 @@ class _Filling:
         ids = part.ids
         if isinstance(ids, np.ndarray):
             ids = self._written(ids)
-            last = index.stretches[-1] if index.stretches and not part.valid else None
             if (
-                last
-                and last.ids.file is self._spooled
-                and last.ids.dtype == ids.dtype
-                and not (last.valid or part.valid)
+                index.stretches
+                and part.valid is None
+                and self._ends_spool(index.stretches[-1], ids)
             ):
-                last.ids.length += ids.length
+                index.stretches[-1].ids.length += ids.length
                 return start
         index.stretches.append(_StoredIds(start, ids, part.valid))
         return start
+
+    def _ends_spool(self, last: _StoredIds, ids: LocalIds) -> bool:
+        """Return whether `ids`, which were written to the spool, go on where the stretch before them ends."""
+        in_spool = last.ids.file is self._spooled
+        return in_spool and last.valid is None and last.ids.dtype == ids.dtype
 
     def _written(self, ids: np.ndarray) -> LocalIds:
         offset = self._spool.tell()
