@@ -249,10 +249,10 @@ def _add(
     """Add good documents: how many have which length, their UTF-8 bytes, and ids with the lowest and the highest."""
     inspection.documents += sum(lengths.values())
     inspection.lengths.update(lengths)
-    known = [id_ for id_ in (inspection.low, inspection.high, *ends) if id_ is not None]
-    if known:
-        inspection.low = int(min(known))
-        inspection.high = int(max(known))
+    ids = [id_ for id_ in (inspection.low, inspection.high, *ends) if id_ is not None]
+    if ids:
+        inspection.low = int(min(ids))
+        inspection.high = int(max(ids))
     if n_bytes is None:
         inspection.n_bytes = None
     elif inspection.n_bytes is not None:

@@ -329,9 +329,9 @@ class Inputs:
 
     def number_of(self, table: Table, name: Literal["vocab_size", "eos_id"]) -> int | None:
         """Return the number that these inputs give or, without it, the tokenizer's, otherwise the table's own."""
-        given = getattr(self, name)
-        if given is not None:
-            return cast(int, given)
+        option = getattr(self, name)
+        if option is not None:
+            return cast(int, option)
         if self.tokenizer:
             return getattr(self.tokenizer, name)
         return _metadata_int(table, f"longnet.{name}")
