@@ -19,7 +19,7 @@ def test_the_rest_of_the_commands(run, half_megabyte, tmp_path):
     assert load_file(tmp_path / "half/model.safetensors")
     bench = run("bench --seq 2Ki,8Ki --repeats 1 --format jsonl", mib=2500)
     assert {row["status"] for row in bench.rows} == {"ok"}
-    words = ["--context", "64,256", "--last", "20k", "--token-logprobs", "tokens.arrow", "-q"]
+    words = ["--context", "256", "--last", "20k", "--token-logprobs", "tokens.arrow", "-q"]
     run("score", half_megabyte, *words, mib=900)
     run("plot", "tokens.arrow", "-o", "page.html", mib=500)
     assert (tmp_path / "page.html").read_text().startswith("<!")
