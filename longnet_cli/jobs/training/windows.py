@@ -55,15 +55,13 @@ class TokenStream:
         self.starts = np.zeros(len(lengths) + 1, np.int64)
         np.add(lengths, 1, out=self.starts[1:])
         np.cumsum(self.starts, out=self.starts)
-        first_ids = self.starts[:-1] - np.arange(len(lengths))
-        begins, ends = np.array(answer_edges, np.int64).reshape(-1, 2).T
-        self._answer_edges = np.stack(
-            [
-                begins + first_ids.searchsorted(begins, "right"),
-                ends + first_ids.searchsorted(ends - 1, "right"),
-            ],
-            1,
-        ).ravel()
+        self._answer_edges = np.array(answer_edges, np.int64)
+        if len(answer_edges):
+            first_ids = self.starts[:-1] - np.arange(len(lengths))
+            within = self._answer_edges.copy()
+            within[1::2] -= 1  # the last id of an answer, and not the id after it
+            # each document has an eos before its ids
+            self._answer_edges += first_ids.searchsorted(within, "right")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
